@@ -1,0 +1,62 @@
+# The vocabulary of the project. `make quickstart` and `make test` install what they miss.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: help install model quickstart test check format generated check-losses bench-startup clean
+
+help:
+	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
+	@echo "make test           every test"
+	@echo "make check          formatting, lint, types, floors, generated files"
+	@echo "make format         format the code"
+	@echo "make check-losses   losses of a real run against an independent trainer's (PAIRS=file)"
+	@echo "make bench-startup  time of --help and of the report of a wrong configuration"
+	@echo "make generated      write the demo pairs, the schema and the settings page again"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	touch $@
+
+model: $(MODEL)
+
+$(MODEL): | $(INSTALLED)
+	$(BIN)/python scripts/fetch_model.py
+
+quickstart: install model
+	$(BIN)/python scripts/quickstart.py
+
+test: install model
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python scripts/check_floors.py
+	$(BIN)/python scripts/make_demo_pairs.py --check
+	$(BIN)/dpo config schema | diff - configs/schema.json
+	$(BIN)/python scripts/write_settings_page.py --check
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+generated: install
+	$(BIN)/python scripts/make_demo_pairs.py
+	$(BIN)/dpo config schema > configs/schema.json
+	$(BIN)/python scripts/write_settings_page.py
+
+check-losses: install model
+	$(BIN)/python scripts/check_losses.py $(PAIRS)
+
+bench-startup: install
+	$(BIN)/python scripts/bench_startup.py
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,153 @@
+"""The commands: parse, call the pipeline, render errors. Nothing else.
+
+What a command needs is imported when it runs, so that `dpo --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dpo_cli import __version__
+from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.interrupts import Interrupted, StopSignals
+
+if TYPE_CHECKING:
+    from dpo_cli.reporting.console import Console
+
+app = typer.Typer(
+    name="dpo",
+    help="Fine-tune a causal language model with Direct Preference Optimization.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="About configuration files.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="The configuration, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file: training.epochs=2"),
+]
+
+
+@app.command("prepare-data")
+def prepare_data(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to keep the prepared pairs.")] = None,
+    show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N pairs token by token.")] = 0,
+) -> None:
+    """Read, check and tokenize the preference pairs, and print what was found."""
+    from dpo_cli.config import load_config
+    from dpo_cli.pipeline import prepare
+
+    with _job() as (console, _):
+        prepare(load_config(config, overrides or ()), console, out=out, show=show)
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older run in the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
+) -> None:
+    """Train a policy on preference pairs."""
+    from dpo_cli.config import load_config
+    from dpo_cli.pipeline import train as run
+
+    with _job() as (console, signals):
+        if resume and overwrite:
+            raise UserError("--resume and --overwrite exclude each other", None, "choose one of them")
+        settings = load_config(config, overrides or ())
+        run(settings, console, signals, resume=resume, overwrite=overwrite, dry_run=dry_run)
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="What to score; by default the run's trained model.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Pairs to score; by default those held out.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")] = None,
+) -> None:
+    """Score held-out pairs against the reference."""
+    from dpo_cli.config import load_config
+    from dpo_cli.pipeline import evaluate as run
+
+    with _job() as (console, _):
+        settings = load_config(config, overrides or ())
+        run(settings, console, model=model, data=data, json_file=json_file)
+
+
+@config_app.command()
+def schema() -> None:
+    """Print the JSON Schema of configuration files, for editors."""
+    from dpo_cli.config import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"dpo {__version__}")
+        raise typer.Exit()
+
+
+@contextlib.contextmanager
+def _job() -> Iterator[tuple[Console, StopSignals]]:
+    """Give a command its console and its signals; render what goes wrong and choose the exit status."""
+    from dpo_cli.pipeline.setup import is_main_process
+    from dpo_cli.reporting.console import Console
+
+    console = Console(speaks=is_main_process())
+    console.follow_warnings()
+    try:
+        with StopSignals().installed() as signals:
+            yield console, signals
+    except (UserError, ExceptionGroup) as error:
+        errors = list(_user_errors(error))
+        for place, one in enumerate(errors):
+            console.error(one, after_another=place > 0)
+        raise typer.Exit(max(one.status for one in errors)) from None
+    except Interrupted as stop:
+        console.notice(str(stop))
+        raise typer.Exit(stop.status) from None
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(FAILED) from None
+    except OSError as error:
+        console.error(from_os_error(error, "reading or writing"))
+        raise typer.Exit(FAILED) from None
+
+
+def _user_errors(error: BaseException) -> Iterator[UserError]:
+    """Yield the user's errors of a group; anything else in it is a defect and is raised."""
+    if isinstance(error, UserError):
+        yield error
+    elif isinstance(error, ExceptionGroup):
+        for inner in error.exceptions:
+            yield from _user_errors(inner)
+    else:
+        raise error
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,133 @@
+"""Everything that can be set, with its default, its range and a sentence about it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field
+
+from dpo_cli.data.formats import FORMATS
+from dpo_cli.preference.losses import Loss
+from dpo_cli.preference.reference import Cached, Reference
+from dpo_cli.settings import Settings
+
+SHORT_FORMS = {"model": "name", "loss": "type", "reference": "type"}
+"""Groups that may be written as one word, and the setting that the word stands for."""
+
+
+def expand_short_form(group: str, value: Any) -> Any:
+    """Turn `model: some/name` into `model: {name: some/name}`; leave anything else as it is."""
+    return {SHORT_FORMS[group]: value} if group in SHORT_FORMS and isinstance(value, str) else value
+
+
+def _short(group: str, schema: Any = str) -> BeforeValidator:
+    return BeforeValidator(lambda value: expand_short_form(group, value), json_schema_input_type=schema)
+
+
+class ModelSettings(Settings):
+    """The model that is trained."""
+
+    name: str = Field(min_length=1)
+    """The model: a local folder, a .gguf file, or a Hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What is computed in; weights are held in float32. auto: bfloat16 on GPUs that have it, else float32."""
+    chat_template: str | None = None
+    """null: the tokenizer's own; the path of a Jinja file; or `plain` for models without a template."""
+
+
+class DataSettings(Settings):
+    """The preference pairs."""
+
+    train: str | list[str] | None = None
+    """A data file, a prepared folder, a folder of data files, a Hub id, or a list of such sources."""
+    eval: Annotated[float, Field(gt=0, lt=1)] | str | list[str] | None = 0.1
+    """The held-out pairs: a fraction of `train`, chosen by `training.seed`; a source or a list; or null."""
+    format: Literal[("auto", *FORMATS)] = "auto"  # type: ignore[valid-type]
+    """The shape of the rows."""
+    on_bad_row: Literal["error", "drop"] = "error"
+    """Whether a row with a missing field, a wrong type or broken text stops the run or is dropped, counted."""
+    max_length: int = Field(1024, ge=2)
+    """The most tokens of prompt and response together."""
+    on_too_long: Literal["drop", "truncate", "error"] = "drop"
+    """What becomes of longer pairs; truncate cuts the prompt from the left, never a response."""
+
+
+class TrainingSettings(Settings):
+    """The optimizer's steps."""
+
+    epochs: float = Field(1, gt=0)
+    """Passes over the training pairs."""
+    max_steps: int | None = Field(None, ge=1)
+    """Where to stop earlier, in optimizer steps."""
+    pairs_per_step: int = Field(32, ge=1)
+    """Pairs of one optimizer step, across all processes."""
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """The most tokens of one forward pass, padding included; decides memory and speed, never the result."""
+    shuffle: bool = True
+    """Whether every epoch has an order of its own; else the order of the data."""
+    layout: Literal["auto", "padded"] = "auto"
+    """How pairs are laid out for the model."""
+    learning_rate: float = Field(1.0e-6, gt=0)
+    """The highest learning rate of AdamW."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate goes on after the warm-up."""
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises to its highest value."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of the matrices; biases and norms have none."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Gradients with a larger norm are scaled down to it; null: never."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, a third slower."""
+    seed: int = Field(42, ge=0, lt=2**32)
+    """Decides the order of the pairs and which are held out."""
+
+
+class EvaluationSettings(Settings):
+    """When the held-out pairs are scored."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between evaluations; null: once, at the end."""
+
+
+class CheckpointSettings(Settings):
+    """What a run keeps while it goes."""
+
+    every_steps: int = Field(100, ge=1)
+    """Optimizer steps between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest checkpoints stay."""
+
+
+class Config(Settings):
+    """A run of dpo."""
+
+    model: Annotated[ModelSettings, _short("model", str | ModelSettings)]
+    """The model that is trained."""
+    data: DataSettings = DataSettings()
+    """The preference pairs."""
+    loss: Annotated[Loss, _short("loss", Literal["dpo"] | Loss)] = Loss()
+    """The loss."""
+    reference: Annotated[Reference, _short("reference", Literal["cached", "frozen"] | Reference)] = Cached()
+    """What the policy is held against."""
+    training: TrainingSettings = TrainingSettings()
+    """The optimizer's steps."""
+    evaluation: EvaluationSettings = EvaluationSettings()
+    """When the held-out pairs are scored."""
+    checkpoints: CheckpointSettings = CheckpointSettings()
+    """What a run keeps while it goes."""
+    tracking: list[str] = Field(default_factory=list)
+    """Trackers beside metrics.jsonl, by Accelerate's names: tensorboard, wandb, mlflow, …"""
+    output_dir: str = Field("", json_schema_extra={"default": "runs/NAME"})
+    """The run's folder; by default `runs/` and the name of the configuration file."""
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a configuration file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+
+
+def resolved_yaml(config: Config) -> str:
+    """Write a configuration out with every default and override in it; it runs again as it is."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,196 @@
+"""A `Pair` becomes token ids: the template, the boundary between prompt and response, the length rule.
+
+The response is what the model is judged on: its text and whatever the template writes to close the turn.
+Its first token starts exactly where generation would start, after the prompt that inference sends.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from dpo_cli.data.records import BadRow, Message, Pair, TokenizedPair, Tokens
+from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.storage import text_digest
+
+PLAIN = "plain"
+LengthRule = Literal["drop", "truncate", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A pair as text: the prompt as inference sends it, and the two whole sequences."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A tokenized pair and what had to be done to it."""
+
+    pair: TokenizedPair
+    truncated: bool
+    """Whether tokens of the prompt were cut away."""
+    joined: bool
+    """Whether the tokenizer would have merged across the boundary, so that the parts were tokenized apart."""
+
+
+class PairTokenizer:
+    """Turn pairs into token ids under one template and one length rule.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        template: A chat template's text, `plain`, or None for the tokenizer's own template.
+        max_length: The most tokens that prompt and response may have together.
+        on_too_long: What becomes of longer ones.
+
+    Raises:
+        UserError: The tokenizer has no template, or no end-of-sequence token where one is needed.
+    """
+
+    def __init__(self, tokenizer: Any, *, template: str | None, max_length: int, on_too_long: LengthRule) -> None:
+        self.tokenizer, self.max_length, self.on_too_long = tokenizer, max_length, on_too_long
+        self.plain = template == PLAIN
+        self.template = None if self.plain else template or tokenizer.chat_template
+        if self.plain and tokenizer.eos_token is None:
+            hint = "set `model.chat_template` to a template that closes its turns"
+            raise UserError("the tokenizer has no end-of-sequence token", "`model.chat_template: plain`", hint)
+        if not self.plain and not self.template:
+            hint = "set `model.chat_template` to `plain` or to the path of a Jinja template"
+            raise UserError("the tokenizer has no chat template", "`model.chat_template`", hint)
+        self._bos = tokenizer.bos_token if self.plain and _adds_bos(tokenizer) else ""
+
+    @functools.cached_property
+    def settings(self) -> dict[str, str | int]:
+        """Everything that decides which tokens a pair becomes; tokenizer and template as digests."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend else repr(sorted(self.tokenizer.get_vocab().items()))
+        special = repr(sorted(self.tokenizer.special_tokens_map.items()))
+        return {
+            "tokenizer": text_digest(vocabulary, special),
+            "chat template": PLAIN if self.plain else text_digest(str(self.template)),
+            "data.max_length": self.max_length,
+            "data.on_too_long": self.on_too_long,
+        }
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[Tokenized | BadRow]:
+        """Tokenize many pairs in one call, so that the tokenizer's own threads share the work."""
+        results: list[Tokenized | BadRow] = []
+        rendered: list[Rendered | BadRow] = [self._render(pair) for pair in pairs]
+        texts = [
+            text
+            for item in rendered
+            if isinstance(item, Rendered)
+            for text in (item.prompt, item.chosen, item.rejected)
+        ]
+        ids = iter(self._encode(texts) if texts else [])
+        for pair, item in zip(pairs, rendered, strict=True):
+            if isinstance(item, BadRow):
+                results.append(item)
+                continue
+            prompt, chosen, rejected = next(ids), next(ids), next(ids)
+            chosen, chosen_joined = self._response(item.prompt, item.chosen, prompt, chosen)
+            rejected, rejected_joined = self._response(item.prompt, item.rejected, prompt, rejected)
+            whole = TokenizedPair(prompt, chosen, rejected, pair.origin)
+            results.append(self._fit(whole, joined=chosen_joined or rejected_joined))
+        return results
+
+    def _render(self, pair: Pair) -> Rendered | BadRow:
+        """Write a pair out as text, by the chat template or plainly."""
+        if self.plain:
+            prompt = self._bos + plain_prompt(pair.prompt)
+            end = self.tokenizer.eos_token
+            return Rendered(prompt, prompt + pair.chosen.text + end, prompt + pair.rejected.text + end)
+        try:
+            prompt = self._apply([pair.prompt], add_generation_prompt=True)
+            chosen = self._apply([pair.prompt, pair.chosen])
+            rejected = self._apply([pair.prompt, pair.rejected])
+        except _template_errors() as error:
+            return BadRow("template error", f"the chat template fails: {error}")
+        for name, text in (("chosen", chosen), ("rejected", rejected)):
+            if not text.startswith(prompt) or len(text) == len(prompt):
+                detail = f"the chat template does not write the prompt, then `{name}`: their boundary is lost"
+                return BadRow("template error", detail)
+        return Rendered(prompt, chosen, rejected)
+
+    def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                [{"role": message.role, "content": message.text} for message in messages],
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+            )
+        )
+
+    def _encode(self, texts: list[str]) -> list[Tokens]:
+        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return [np.asarray(tokens, dtype=np.int32) for tokens in ids]
+
+    def _response(self, prompt_text: str, text: str, prompt: Tokens, whole: Tokens) -> tuple[Tokens, bool]:
+        """Return the tokens after the prompt, and whether they had to be made apart from it."""
+        if len(whole) > len(prompt) and np.array_equal(whole[: len(prompt)], prompt):
+            return whole[len(prompt) :], False
+        return self._encode([text[len(prompt_text) :]])[0], True
+
+    def _fit(self, pair: TokenizedPair, *, joined: bool) -> Tokenized | BadRow:
+        """Apply the length rule. A response is never cut: where it alone is too long, the pair goes."""
+        longest = max(len(pair.chosen), len(pair.rejected))
+        length = len(pair.prompt) + longest
+        if length <= self.max_length:
+            return Tokenized(pair, truncated=False, joined=joined)
+        detail = f"has {length} tokens where `data.max_length` is {self.max_length}"
+        if self.on_too_long != "truncate":
+            return BadRow("too long", detail, structural=self.on_too_long == "error")
+        opening = int(pair.prompt[0] == self.tokenizer.bos_token_id)
+        kept = self.max_length - longest - opening
+        if kept < 1:
+            return BadRow("response too long", f"{detail}; a response is never cut", structural=False)
+        prompt = np.concatenate([pair.prompt[:opening], pair.prompt[-kept:]])
+        cut = TokenizedPair(prompt, pair.chosen, pair.rejected, pair.origin)
+        return Tokenized(cut, truncated=True, joined=joined)
+
+
+def plain_prompt(message: Message) -> str:
+    """Write a prompt for a model without a chat template: headed sections, the input's only where there is one."""
+    given = f"### Input:\n{message.input}\n\n" if message.input else ""
+    return f"### Instruction:\n{message.content}\n\n{given}### Response:\n"
+
+
+def read_template(name: str | None) -> str | None:
+    """Return the text of a chat template file; `plain` and None stand for themselves."""
+    if name is None or name == PLAIN:
+        return name
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError("the chat template is not UTF-8 text", name, "save the file as UTF-8") from None
+    except OSError as error:
+        raise from_os_error(error, "reading the chat template", name, status=2) from error
+
+
+def end_tokens(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:
+    """Return the ids that end a sequence or a turn, by the tokenizer and by the model's generation settings."""
+    ids = getattr(generation_config, "eos_token_id", None)
+    listed = ids if isinstance(ids, list) else [ids]
+    return frozenset(i for i in (tokenizer.eos_token_id, *listed) if i is not None)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Tell whether the model's own convention is to start a text with BOS."""
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+def _template_errors() -> tuple[type[Exception], ...]:
+    """Name what rendering a template may raise; importing Jinja waits until a template is at hand."""
+    from jinja2 import TemplateError
+
+    return TemplateError, TypeError, ValueError, KeyError, AttributeError

@@ -1,0 +1,1 @@
+"""Held-out pairs: scored one by one, summed up with intervals."""

@@ -1,0 +1,69 @@
+"""Score held-out pairs; the same code during training and in `dpo eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
+
+from dpo_cli.data.schedule import MicroBatch, cut_by_tokens
+from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.preference.losses import Loss
+from dpo_cli.preference.reference import ReferenceLogps
+from dpo_cli.preference.scoring import score_pairs
+from dpo_cli.reporting.metrics import PAIR_METRICS
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class PairResult:
+    """What was found of one held-out pair.
+
+    Attributes:
+        index: The pair's index in the data.
+        metrics: A value for each of `PAIR_METRICS`.
+    """
+
+    index: int
+    metrics: dict[str, float]
+
+
+def evaluate(
+    scorer: nn.Module,
+    loss: Loss,
+    reference: ReferenceLogps,
+    lengths: dict[int, int],
+    micro_batch_tokens: int,
+    collate: Callable[[MicroBatch], PairBatch],
+    accelerator: Accelerator,
+    progress: Callable[[int, int], None],
+) -> list[PairResult]:
+    """Score pairs, their micro-batches dealt to the ranks; return all results, in the order of the data.
+
+    Args:
+        scorer: The prepared scorer.
+        loss: Loss and rewards of pairs.
+        reference: Answers with the reference's token log-probabilities.
+        lengths: The pairs' indices, and the tokens of each in its longer sequence.
+        micro_batch_tokens: The most tokens of one forward pass, padding included.
+        collate: Makes a micro-batch into tensors on the device.
+        accelerator: Knows the ranks.
+        progress: Called with micro-batches done and micro-batches in all, of this rank.
+    """
+    by_length: Sequence[int] = sorted(lengths, key=lambda index: (-lengths[index], index))
+    cuts = [MicroBatch(tuple(cut)) for cut in cut_by_tokens(by_length, lengths, micro_batch_tokens)]
+    mine = cuts[accelerator.process_index :: accelerator.num_processes]
+    results: list[PairResult] = []
+    for done, micro_batch in enumerate(mine, 1):
+        with torch.no_grad():
+            _, values = score_pairs(scorer, loss, reference, collate(micro_batch))
+        for index, row in zip(micro_batch.pairs, values.tolist(), strict=True):
+            results.append(PairResult(index, dict(zip(PAIR_METRICS, row, strict=True))))
+        progress(done, len(mine))
+    return sorted(gather_object(results), key=lambda result: result.index)

@@ -1,0 +1,50 @@
+"""SIGINT and SIGTERM as a request to stop: at once, or at the end of the step at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+
+class Interrupted(KeyboardInterrupt):
+    """The process was asked to stop. Its exit status is 128 plus the signal's number."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}")
+        self.status = 128 + signal_number
+
+
+class StopSignals:
+    """Turn SIGINT and SIGTERM into `Interrupted`, at once or when it suits."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._deferring = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[StopSignals]:
+        """Handle the signals while the context lasts."""
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Only note a first signal, so that a step can be finished and saved; a second one stops at once."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._deferring and self.received is None:
+            self.received = number
+            return
+        self.received = number
+        raise Interrupted(number)

@@ -1,0 +1,1 @@
+"""From tokens to log-probabilities: loading, batches, the chunked vocabulary projection, the scorer."""

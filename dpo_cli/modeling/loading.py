@@ -1,0 +1,196 @@
+"""A folder, a GGUF file or a Hub id becomes a policy and its tokenizer.
+
+Nothing is executed that a model brings along: remote code is off, and weights that are pickled are read by
+transformers with `weights_only=True`. A GGUF file is dequantized once, into the cache, and is an ordinary
+model folder from then on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dpo_cli.errors import UserError
+from dpo_cli.storage import DamagedFolder, cache_root, file_digest, sealed_folder, verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+def check_model(name: str, where: str | None = None) -> UserError | None:
+    """Say what is wrong with a model's name, without loading anything."""
+    path = Path(name)
+    if path.suffix.lower() == ".gguf":
+        if path.is_file():
+            return None
+        return UserError(f"there is no GGUF file `{name}`", where, "check the path; `make model` fetches the demo's")
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return None
+        hint = "a model folder holds config.json, the weights and the tokenizer's files"
+        return UserError(f"`{name}` is not a model folder: it has no config.json", where, hint)
+    if path.is_file():
+        hint = "name the folder that holds config.json, a .gguf file, or a Hub id"
+        return UserError(f"`{name}` is neither a model folder nor a .gguf file", where, hint)
+    if _HUB_ID.fullmatch(name):
+        return None
+    return UserError(f"there is no model folder `{name}`", where, "name a folder, a .gguf file or a Hub id")
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        UserError: It cannot be found or read.
+    """
+    from transformers import AutoTokenizer
+
+    return _load(name, "tokenizer", lambda folder: AutoTokenizer.from_pretrained(folder))
+
+
+def load_policy(name: str) -> PreTrainedModel:
+    """Load a causal language model in float32, in evaluation mode (dropout off).
+
+    Raises:
+        UserError: It cannot be found or read, is no causal language model, or lacks weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def load(folder: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        return model, report
+
+    model, report = _load(name, "model", load)
+    if missing := sorted(report["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        what = f"the weights of {len(missing)} parameters are missing: {shown}"
+        raise UserError(what, name, "the folder is incomplete, or its config.json is another model's")
+    return model.eval()
+
+
+def count_parameters(name: str) -> int:
+    """Count a model's parameters from its configuration alone; tied ones count once."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = _load(name, "model", lambda folder: AutoConfig.from_pretrained(folder))
+    with torch.device("meta"):
+        model = _load(name, "model", lambda _: AutoModelForCausalLM.from_config(config))
+        model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def load_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Replace a model's weights by those that `save_pretrained` wrote into a folder.
+
+    Raises:
+        UserError: They are another model's.
+    """
+    saved = load_policy(str(folder))
+    try:
+        model.load_state_dict(saved.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"the weights do not fit the model: {reason}", str(folder)) from None
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """Return a digest of a model's architecture and of every weight's bytes."""
+    import torch
+
+    whole = hashlib.blake2b(digest_size=32)
+    whole.update(model.config.to_json_string().encode())
+    for name, tensor in model.named_parameters():
+        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
+
+
+def _load(name: str, kind: str, load: Callable[[str], _T]) -> _T:
+    """Call a loader on a resolved name; what the libraries raise for bad input becomes a `UserError`."""
+    from huggingface_hub.errors import HFValidationError
+    from jinja2 import TemplateError
+    from safetensors import SafetensorError
+
+    if problem := check_model(name):
+        raise problem
+    expected = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
+    try:
+        with _quiet():
+            return load(str(_resolved(name)))
+    except UserError:
+        raise
+    except (*expected, HFValidationError, TemplateError, SafetensorError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if Path(name).exists():
+            hint = "the folder is incomplete or damaged: save or download the model again"
+        else:
+            hint = "check the name; a Hub id needs the network, unless the model is in the Hub's cache already"
+        raise UserError(f"the {kind} cannot be loaded: {reason.strip()}", name, hint) from error
+
+
+def _resolved(name: str) -> Path | str:
+    """Return what transformers loads for a name: the name, or the folder that a GGUF file was converted to."""
+    path = Path(name)
+    return _converted(path) if path.suffix.lower() == ".gguf" else name
+
+
+def _converted(path: Path) -> Path:
+    """Dequantize a GGUF file into a model folder in the cache, once for each content."""
+    folder = cache_root() / "models" / file_digest(path)[:32]
+    if folder.exists():
+        try:
+            verify(folder)
+            return folder
+        except DamagedFolder as damage:
+            _log.warning("the converted model is damaged (%s); converting again", damage)
+    try:
+        import gguf  # noqa: F401  (transformers needs it and explains its absence badly)
+    except ImportError:
+        hint = "install it with `pip install 'dpo-cli[gguf]'`"
+        raise UserError("reading a GGUF file needs the package `gguf`", str(path), hint) from None
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    _log.warning("converting %s to an ordinary model folder (once, up to a minute) …", path.name)
+    parent, file = str(path.parent), path.name
+    tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
+    model = AutoModelForCausalLM.from_pretrained(
+        parent,
+        gguf_file=file,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(gguf_file=file, dequantize=True),
+    )
+    # What is left are ordinary float32 weights; while these marks stay, transformers refuses to save them.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    with sealed_folder(folder, {"source": file}) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and load reports; what matters of them is raised as an error."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = bars or "1"
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)

@@ -1,0 +1,83 @@
+"""What Accelerate wraps: a batch of pairs in, log-probabilities of the response tokens out.
+
+The vocabulary projection happens inside this module's forward, so that the hooks that synchronise
+gradients see everything the loss depends on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.modeling.logps import Head, token_logps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Scorer(nn.Module):
+    """A policy that answers with log-probabilities.
+
+    Args:
+        policy: A causal language model of transformers.
+
+    Raises:
+        UserError: The model has no vocabulary projection that could be found.
+    """
+
+    def __init__(self, policy: PreTrainedModel) -> None:
+        super().__init__()
+        if not isinstance(policy.get_output_embeddings(), nn.Linear):
+            name = type(policy).__name__
+            raise UserError(f"{name} has no plain vocabulary projection", None, "choose another architecture")
+        self.policy = policy
+
+    def forward(self, batch: PairBatch) -> Tensor:
+        """Return the log-probability of each response token of the batch, `[N]`, in nats."""
+        states = self.policy.base_model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )[0]
+        return token_logps(states.flatten(0, 1), batch.positions, batch.targets, self.head())
+
+    def head(self) -> Head:
+        """Return the projection on the vocabulary, with what the architecture does to its logits."""
+        linear, config = self.policy.get_output_embeddings(), self.policy.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
+
+    @torch.no_grad()
+    def largest_difference(self, batch: PairBatch) -> float:
+        """Compare `forward` with the model's own logits, all of them; return the largest difference in nats.
+
+        Architectures may treat their logits in ways that `head` does not know; this shows whether one does.
+        """
+        logits = self.policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logps = logits.flatten(0, 1)[batch.positions].float().log_softmax(-1)
+        direct = logps.gather(-1, batch.targets[:, None]).squeeze(-1)
+        return float((direct - self(batch)).abs().max())
+
+
+def recompute_activations(policy: PreTrainedModel) -> None:
+    """Switch on gradient checkpointing while dropout stays off.
+
+    transformers recomputes a layer only where that layer is marked as training. So the mark is set on those
+    layers alone, their children stay in evaluation mode, and their own dropout rates are set to zero.
+
+    Raises:
+        UserError: The architecture does not support it.
+    """
+    if not policy.supports_gradient_checkpointing:
+        name = type(policy).__name__
+        raise UserError(f"{name} does not support gradient checkpointing", "`training.gradient_checkpointing`")
+    policy.activation_checkpointing_enable()
+    for module in policy.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(module, name, 0.0)

@@ -1,0 +1,110 @@
+"""`dpo eval`: score held-out pairs with a model, against the reference that the run had."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.config import Config
+from dpo_cli.errors import UserError, from_os_error, raise_all
+from dpo_cli.pipeline import setup
+from dpo_cli.reporting.console import Console
+from dpo_cli.reporting.tables import figures_table
+from dpo_cli.training.run_folder import RunFolder
+
+
+def evaluate(config: Config, console: Console, *, model: str | None, data: str | None, json_file: Path | None) -> None:
+    """Score a model on held-out pairs and print the figures.
+
+    Args:
+        config: The run's configuration; it names the reference, the loss and the held-out pairs.
+        console: Where the table goes.
+        model: What to score: a folder, a .gguf file or a Hub id; None: the run's trained model.
+        data: Pairs to score, all of them; None: what the configuration holds out.
+        json_file: Where to write the figures, or None.
+
+    Raises:
+        UserError: Something is wrong that the user can mend.
+    """
+    scored = model or str(RunFolder(Path(config.output_dir)).final)
+    raise_all(_check(config, scored, model, data, json_file))
+    console.notice("loading …")
+
+    from dpo_cli.evaluation.evaluate import evaluate as score
+    from dpo_cli.evaluation.statistics import figures
+    from dpo_cli.modeling.batch import LAYOUTS
+    from dpo_cli.modeling.loading import load_policy
+    from dpo_cli.modeling.scorer import Scorer
+
+    accelerator = setup.start_accelerator(config)
+    with accelerator.main_process_first():
+        _, tokenize = setup.load_tokenizer(config, config.model.name)
+        pairs, held_out, source = _held_out(config, data, tokenize, console)
+    layout, budget = LAYOUTS[setup.layout_name(config)], setup.micro_batch_tokens(config, accelerator)
+    base = load_policy(config.model.name).to(accelerator.device)
+    with console.progress("reference log-probabilities") as progress:
+        needed = pairs.subset(held_out)
+        reference = config.reference.open(base, accelerator, needed, layout, 2 * budget, progress)
+    del base
+    scorer = accelerator.prepare_model(Scorer(load_policy(scored)), evaluation_mode=True)
+    lengths = dict(enumerate(needed.lengths().tolist()))
+    with console.progress("evaluating") as progress:
+        collate = setup.Collate(needed, layout, accelerator)
+        results = score(scorer, config.loss, reference, lengths, budget, collate, accelerator, progress)
+    found: dict[str, Any] = {
+        **figures(results),
+        "model": scored,
+        "reference": config.reference.model or config.model.name,
+        "data": source,
+    }
+    console.result(figures_table({scored: found}))
+    if json_file and accelerator.is_main_process:
+        _write(json_file, found)
+        console.notice(f"figures written: {json_file}")
+
+
+def _check(config: Config, scored: str, model: str | None, data: str | None, json_file: Path | None) -> list[UserError]:
+    """Find what is missing before anything slow is imported."""
+    from dpo_cli.data.sources import check_source
+    from dpo_cli.modeling.loading import check_model
+
+    problems = setup.check_inputs(config, needs_train=data is None)
+    if model is None and not Path(scored).is_dir():
+        hint = "train first, or name a model with --model"
+        problems.append(UserError("the run has no trained model yet", scored, hint))
+    elif problem := check_model(scored, "--model"):
+        problems.append(problem)
+    if data is not None and (problem := check_source(data, "--data")):
+        problems.append(problem)
+    if data is None and config.data.eval is None:
+        hint = "set `data.eval`, or name pairs with --data"
+        problems.append(UserError("the configuration holds no pairs out", "`data.eval`", hint))
+    if json_file and not json_file.parent.is_dir():
+        problems.append(UserError("the folder of the JSON file does not exist", f"--json {json_file}", "create it"))
+    return problems
+
+
+def _held_out(config: Config, data: str | None, tokenize: Any, console: Console) -> tuple[Any, Any, str]:
+    """Return pairs, the indices to score, and what they are called."""
+    import numpy as np
+
+    if data is not None:
+        pairs = setup.prepared_pairs(config, [data], tokenize, console)
+        return pairs, np.arange(len(pairs)), data
+    split = setup.run_data(config, tokenize, console)
+    held_out = config.data.eval
+    if isinstance(held_out, float):
+        name = f"{held_out:g} of {', '.join(setup.as_list(config.data.train or []))}"
+    else:
+        name = ", ".join(setup.as_list(held_out or []))
+    return split.pairs, split.held_out, name
+
+
+def _write(file: Path, found: dict[str, Any]) -> None:
+    from dpo_cli.storage import write_text
+
+    try:
+        write_text(file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise from_os_error(error, "writing the figures", str(file)) from error

@@ -1,0 +1,400 @@
+"""`dpo train`: the road from pairs to a trained model, one room after the other."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_cli.config import Config, resolved_yaml
+from dpo_cli.errors import FAILED, UserError, raise_all
+from dpo_cli.interrupts import Interrupted, StopSignals
+from dpo_cli.pipeline import setup
+from dpo_cli.reporting.console import Console, clock
+from dpo_cli.training.run_folder import RunFolder, RunState
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from dpo_cli.data.schedule import Plan
+    from dpo_cli.modeling.scorer import Scorer
+    from dpo_cli.preference.reference import ReferenceLogps
+    from dpo_cli.reporting.trackers import MetricsLog
+    from dpo_cli.training.checkpoints import TrainingParts
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that stands ready when the first step is taken."""
+
+    config: Config
+    folder: RunFolder
+    console: Console
+    signals: StopSignals
+    accelerator: Accelerator
+    data: setup.RunData
+    plan: Plan
+    budget: int
+    collate: setup.Collate
+    scorer: Any
+    inner: Scorer
+    reference: ReferenceLogps
+    parts: TrainingParts
+    end_tokens: frozenset[int]
+
+
+def train(
+    config: Config, console: Console, signals: StopSignals, *, resume: bool, overwrite: bool, dry_run: bool
+) -> None:
+    """Train a policy, or with `dry_run` check everything and print the plan.
+
+    Args:
+        config: What to do.
+        console: What a person sees.
+        signals: SIGINT and SIGTERM.
+        resume: Go on from the newest whole checkpoint, or start where there is none.
+        overwrite: Replace an older run in the folder.
+        dry_run: Stop before anything is written to the run's folder.
+
+    Raises:
+        UserError: Something is wrong that the user can mend.
+        Interrupted: A signal came; what was done is saved.
+    """
+    folder = RunFolder(Path(config.output_dir))
+    unusable = folder.check(resume=resume, overwrite=overwrite)
+    raise_all([*setup.check_inputs(config), *([unusable] if unusable else [])])
+    if resume:
+        folder.check_unchanged(config.model_dump(mode="json"))
+        if folder.state() is RunState.FINISHED:
+            console.notice(f"the run in {folder.path} is finished: {folder.final}")
+            return
+    console.notice("loading …")
+    from dpo_cli.modeling.loading import load_policy
+
+    accelerator = setup.start_accelerator(config, project_dir=folder.trackers)
+    with accelerator.main_process_first():
+        tokenizer, tokenize = setup.load_tokenizer(config, config.model.name)
+        data = setup.run_data(config, tokenize, console)
+    budget = setup.micro_batch_tokens(config, accelerator)
+    plan = _plan(config, data, budget)
+    if dry_run:
+        _print_plan(config, data, plan, budget, console)
+        return
+    policy = load_policy(config.model.name).to(accelerator.device)
+    console.facts(_header(config, folder, accelerator, data, plan, budget, policy))
+    run = _build(config, folder, console, signals, accelerator, data, plan, budget, policy, tokenizer)
+    _check(run, tokenizer)
+    done = _start_folder(run, resume=resume)
+    _walk(run, done)
+    accelerator.end_training()
+
+
+def _plan(config: Config, data: setup.RunData, budget: int) -> Plan:
+    from dpo_cli.data.schedule import Plan
+
+    training = config.training
+    plan = Plan(
+        indices=data.train,
+        lengths=data.pairs.lengths()[data.train],
+        pairs_per_step=training.pairs_per_step,
+        micro_batch_tokens=budget,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        shuffle=training.shuffle,
+        seed=training.seed,
+    )
+    if training.max_steps and training.max_steps > plan.steps_by_epochs:
+        what = f"`training.max_steps` {training.max_steps} is never reached"
+        where = f"{training.epochs:g} epochs of {len(data.train)} pairs are {plan.steps_by_epochs} steps"
+        raise UserError(what, where, "raise `training.epochs`, or leave `training.max_steps` out")
+    return plan
+
+
+def _build(
+    config: Config,
+    folder: RunFolder,
+    console: Console,
+    signals: StopSignals,
+    accelerator: Accelerator,
+    data: setup.RunData,
+    plan: Plan,
+    budget: int,
+    policy: PreTrainedModel,
+    tokenizer: Any,
+) -> _Run:
+    """Open the reference before anything can change, then let Accelerate prepare the rest."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    from dpo_cli.data.tokenize import end_tokens
+    from dpo_cli.modeling.batch import LAYOUTS
+    from dpo_cli.modeling.loading import weights_digest
+    from dpo_cli.modeling.scorer import Scorer, recompute_activations
+    from dpo_cli.training.checkpoints import TrainingParts
+    from dpo_cli.training.optimizer import adamw, schedule
+
+    training, layout = config.training, LAYOUTS[setup.layout_name(config)]
+    inner = Scorer(policy)
+    stands_on = {"model": weights_digest(policy), "data": data.fingerprint}
+    with console.progress("reference log-probabilities") as progress:
+        reference = config.reference.open(policy, accelerator, data.pairs, layout, 2 * budget, progress)
+    if training.gradient_checkpointing:
+        recompute_activations(policy)
+    optimizer = adamw(policy, training.learning_rate, training.weight_decay)
+    rates = schedule(optimizer, training.schedule, training.warmup_ratio, plan.num_steps)
+    scorer, optimizer = accelerator.prepare(inner, optimizer)
+    if isinstance(scorer, DistributedDataParallel):
+        # A model's buffers are constants; sending them around would tie ranks to the same number of passes.
+        scorer.broadcast_buffers = False
+    return _Run(
+        config=config,
+        folder=folder,
+        console=console,
+        signals=signals,
+        accelerator=accelerator,
+        data=data,
+        plan=plan,
+        budget=budget,
+        collate=setup.Collate(data.pairs, layout, accelerator),
+        scorer=scorer,
+        inner=inner,
+        reference=reference,
+        parts=TrainingParts(policy, tokenizer, optimizer, rates, accelerator, stands_on),
+        end_tokens=end_tokens(tokenizer, policy.generation_config),
+    )
+
+
+def _header(
+    config: Config,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    data: setup.RunData,
+    plan: Plan,
+    budget: int,
+    policy: PreTrainedModel,
+) -> dict[str, str]:
+    """Say what is about to run."""
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
+    return {
+        "model": f"{config.model.name} ({type(policy).__name__})",
+        "parameters": f"{sum(parameter.numel() for parameter in policy.parameters()):,}",
+        "pairs": f"{len(data.train):,} to train on, {len(data.held_out):,} held out",
+        "steps": f"{plan.num_steps:,} of {config.training.pairs_per_step} pairs",
+        "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
+        "layout": f"{setup.layout_name(config)}, at most {budget:,} tokens a forward pass",
+        "reference": f"{config.reference.type}, {config.reference.model or 'the policy before step 1'}",
+        "device": f"{accelerator.device}, {precision}{processes}",
+        "output": str(folder.path),
+    }
+
+
+def _check(run: _Run, tokenizer: Any) -> None:
+    """Prove what can be proved before step 1, on the policy as it was loaded."""
+    from dpo_cli.training.checks import check_model, check_tokens
+
+    accelerator = run.accelerator
+    vocabulary = run.parts.policy.get_input_embeddings().weight.shape[0]
+    first = next(run.plan.steps(0, accelerator.process_index, accelerator.num_processes))
+    lines = [
+        *check_tokens(run.data.pairs, tokenizer, run.end_tokens, vocabulary),
+        *check_model(
+            run.scorer,
+            run.inner,
+            run.config.loss,
+            run.reference,
+            run.collate(first.micro_batches[-1]),
+            accelerator,
+            separate_reference=run.config.reference.model is not None,
+        ),
+    ]
+    for line in lines:
+        run.console.notice(f"checked: {line}")
+
+
+def _start_folder(run: _Run, *, resume: bool) -> int:
+    """Make the run's folder ready and restore the newest checkpoint; return the steps that were taken."""
+    from accelerate.utils import broadcast_object_list
+
+    from dpo_cli.reporting.environment import environment
+    from dpo_cli.reporting.trackers import start_trackers
+    from dpo_cli.storage import write_text
+    from dpo_cli.training.checkpoints import load_checkpoint, newest_whole
+
+    found: list[Path | None] = [None]
+    if run.accelerator.is_main_process:
+        if resume:
+            found = [newest_whole(run.folder.checkpoints)]
+        else:
+            run.folder.clear()
+        run.folder.path.mkdir(parents=True, exist_ok=True)
+        header = "# The configuration as resolved: `dpo train --config` runs it again.\n"
+        write_text(run.folder.config, header + resolved_yaml(run.config))
+        described = json.dumps(environment(run.accelerator), indent=1, ensure_ascii=False)
+        write_text(run.folder.environment, described + "\n")
+    checkpoint = broadcast_object_list(found)[0]
+    start_trackers(run.accelerator, run.config.tracking, run.config.model_dump(mode="json"))
+    if checkpoint is None:
+        if resume:
+            run.console.notice("no checkpoint yet: starting from step 1")
+        return 0
+    done = load_checkpoint(checkpoint, run.parts)
+    run.console.notice(f"resuming after step {done}: {checkpoint}")
+    return done
+
+
+def _walk(run: _Run, done: int) -> None:
+    """Take the steps; log, evaluate and save when due; finish the run."""
+    from dpo_cli.reporting.trackers import MetricsLog
+    from dpo_cli.training.checkpoints import save_checkpoint
+    from dpo_cli.training.loop import NotFinite, train_steps
+
+    config, accelerator = run.config, run.accelerator
+    log = MetricsLog(run.folder.metrics, done) if accelerator.is_main_process else None
+    started = before = time.monotonic()
+    results = train_steps(
+        run.scorer,
+        config.loss,
+        run.reference,
+        run.parts.optimizer,
+        run.parts.schedule,
+        run.plan.steps(done, accelerator.process_index, accelerator.num_processes),
+        run.collate,
+        accelerator,
+        config.training.max_grad_norm,
+        lambda: run.signals.received is not None,
+    )
+    try:
+        with run.signals.deferred(), run.console.steps(done, run.plan.num_steps) as show:
+            for result in results:
+                seconds = time.monotonic() - before
+                metrics = {"epoch": result.epoch, **result.metrics}
+                metrics["tokens_per_second"] = result.num_tokens / seconds
+                _log(run, log, "train", result.number, metrics)
+                show(result.number, metrics)
+                last = result.number == run.plan.num_steps
+                if len(run.data.held_out) and (last or _due(result.number, config.evaluation.every_steps)):
+                    _log(run, log, "eval", result.number, {"epoch": result.epoch, **_evaluate(run)})
+                if result.stop or _due(result.number, config.checkpoints.every_steps):
+                    if log:
+                        log.sync()
+                    path = save_checkpoint(run.folder.checkpoints, result.number, run.parts, config.checkpoints.keep)
+                    if result.stop:
+                        run.console.notice(f"stopped after step {result.number}; saved {path}")
+                        raise Interrupted(run.signals.received or 15)
+                before = time.monotonic()
+    except NotFinite as error:
+        raise _explained(run, error) from None
+    figures = log.last("eval") if log else None
+    if accelerator.is_main_process:
+        _save_final(run, figures)
+        _summary(run, figures, time.monotonic() - started)
+    accelerator.wait_for_everyone()
+    if log:
+        log.close()
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _log(run: _Run, log: MetricsLog | None, split: str, step: int, metrics: dict[str, Any]) -> None:
+    """Write a row, and hand its numbers to the trackers."""
+    if log:
+        log.append({"split": split, "step": step, **metrics})
+    if run.config.tracking:
+        numbers = {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
+        run.accelerator.log(numbers, step=step)
+
+
+def _evaluate(run: _Run) -> dict[str, Any]:
+    """Score the held-out pairs as they stand now."""
+    from dpo_cli.evaluation.evaluate import evaluate
+    from dpo_cli.evaluation.statistics import figures
+
+    lengths = run.data.pairs.lengths()
+    held_out = {int(index): int(lengths[index]) for index in run.data.held_out}
+    with run.console.progress("evaluating") as progress:
+        results = evaluate(
+            run.scorer,
+            run.config.loss,
+            run.reference,
+            held_out,
+            run.budget,
+            run.collate,
+            run.accelerator,
+            progress,
+        )
+    return figures(results)
+
+
+def _explained(run: _Run, error: Any) -> UserError:
+    """Name the pairs of a step that was not taken, by file and line."""
+    origins = [run.data.pairs[index].origin for index in error.pairs]
+    shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
+    which = "its" if error.what == "loss" else "the step's"
+    what = f"the {error.what} of step {error.step} is not finite; {which} pairs: {shown}"
+    hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is as it was"
+    return UserError(what, str(run.folder.checkpoints), hint, status=FAILED)
+
+
+def _save_final(run: _Run, figures: dict[str, Any] | None) -> None:
+    """Write the trained model as a complete Hugging Face folder, whole or not at all."""
+    from dpo_cli.reporting.card import model_card
+    from dpo_cli.reporting.environment import versions
+    from dpo_cli.storage import remove_strays
+    from dpo_cli.training.checkpoints import saved_model
+
+    facts = {
+        "training pairs": len(run.data.train),
+        "optimizer steps": run.plan.num_steps,
+        "data": ", ".join(setup.as_list(run.config.data.train or [])),
+        "loss": run.config.loss.type,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    settings = run.config.model_dump(mode="json")
+    card = model_card(run.folder.path.name, settings, facts, figures)
+    remove_strays(run.folder.path)
+    with saved_model(run.folder.final, run.parts, "saving the trained model") as temporary:
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _summary(run: _Run, figures: dict[str, Any] | None, seconds: float) -> None:
+    from dpo_cli.reporting.tables import figures_table
+
+    run.console.notice(f"done in {clock(seconds)}")
+    if figures:
+        run.console.result(figures_table({"after": figures}))
+    run.console.result(f"model    {run.folder.final}")
+    run.console.result(f"metrics  {run.folder.metrics}")
+
+
+def _print_plan(config: Config, data: setup.RunData, plan: Plan, budget: int, console: Console) -> None:
+    """Print what a run would do, and the memory that is known beforehand."""
+    from rich.table import Table
+
+    from dpo_cli.modeling.loading import count_parameters
+
+    parameters = count_parameters(config.model.name)
+    weights = 4 * parameters
+    copies = {"weights": weights, "gradients": weights, "AdamW's two moments": 2 * weights}
+    if config.reference.type == "frozen":
+        copies["frozen reference"] = weights
+    table = Table(box=None, pad_edge=False, show_header=False)
+    rows = {
+        "model": config.model.name,
+        "parameters": f"{parameters:,}",
+        "training pairs": f"{len(data.train):,}",
+        "held-out pairs": f"{len(data.held_out):,}",
+        "tokens of all pairs": f"{data.pairs.num_tokens():,}",
+        "optimizer steps": f"{plan.num_steps:,} of {config.training.pairs_per_step} pairs",
+        "tokens of a forward pass": f"at most {budget:,}, or one pair",
+        **{f"memory: {name}": f"{size / 2**30:.2f} GiB" for name, size in copies.items()},
+        "memory: in all": f"{sum(copies.values()) / 2**30:.2f} GiB, and activations of one forward pass",
+        "output folder": config.output_dir,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.result(table)

@@ -1,0 +1,120 @@
+"""Where the reference log-probabilities come from; `Reference` at the end lists the ways.
+
+The reference is the policy as it stands when `open` is called, which is before step 1 in every run, resumed
+ones included; or another model, named by `reference.model`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from dpo_cli.errors import UserError
+from dpo_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.modeling.batch import Layout, PairBatch
+
+ReferenceLogps = Callable[["PairBatch"], "Tensor"]
+"""Answers with the log-probability of each response token of a batch, `[N]`, in nats, without gradient."""
+
+
+class Cached(Settings):
+    """Compute the reference once, before step 1, and keep it on disk: no second model while training."""
+
+    type: Literal["cached"] = "cached"
+    """Where the reference log-probabilities come from."""
+    model: str | None = None
+    """The reference model: a folder, a .gguf file or a Hub id; null: the policy before step 1."""
+
+    def open(
+        self,
+        policy: PreTrainedModel,
+        accelerator: Accelerator,
+        pairs: PreparedPairs,
+        layout: Layout,
+        micro_batch_tokens: int,
+        progress: Callable[[int, int], None],
+    ) -> ReferenceLogps:
+        """Look up what the cache has of the pairs, compute and keep the rest.
+
+        Args:
+            policy: The policy before step 1.
+            accelerator: Decides device and precision, and shares the work between ranks.
+            pairs: All pairs that will be asked for.
+            layout: How a batch is laid out.
+            micro_batch_tokens: The most tokens of one forward pass, padding included.
+            progress: Called with pairs done and pairs in all.
+        """
+        from dpo_cli.preference.cache import ReferenceCache, reference_identity
+
+        model = _reference_model(self.model, policy)
+        identity = reference_identity(model, accelerator)
+        cache = ReferenceCache(identity)
+        cache.complete(pairs, _scoring(model, accelerator), accelerator, layout, micro_batch_tokens, progress)
+        return cache.lookup(pairs, accelerator.device)
+
+
+class Frozen(Settings):
+    """Hold a frozen model beside the policy and ask it for every batch."""
+
+    type: Literal["frozen"] = "frozen"
+    """Where the reference log-probabilities come from."""
+    model: str | None = None
+    """The reference model: a folder, a .gguf file or a Hub id; null: the policy before step 1."""
+
+    def open(
+        self,
+        policy: PreTrainedModel,
+        accelerator: Accelerator,
+        pairs: PreparedPairs,
+        layout: Layout,
+        micro_batch_tokens: int,
+        progress: Callable[[int, int], None],
+    ) -> ReferenceLogps:
+        """Clone the policy, or load the other model; the other arguments are for strategies that need them."""
+        model = _reference_model(self.model, policy)
+        clone = copy.deepcopy(model) if model is policy else model
+        return _scoring(clone.requires_grad_(False), accelerator)
+
+
+def _reference_model(name: str | None, policy: PreTrainedModel) -> PreTrainedModel:
+    """Return the policy itself, or the named model if it reads the same vocabulary."""
+    if name is None:
+        return policy
+    from dpo_cli.modeling.loading import load_policy
+
+    model = load_policy(name)
+    ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, model))
+    if ours != theirs:
+        what = f"the reference model has a vocabulary of {theirs}, the policy of {ours}"
+        raise UserError(what, f"`reference.model: {name}`", "choose a reference with the same tokenizer")
+    return model
+
+
+def _scoring(model: PreTrainedModel, accelerator: Accelerator) -> ReferenceLogps:
+    """Return the function that asks a model, on the device and in the precision of the policy."""
+    import torch
+
+    from dpo_cli.modeling.scorer import Scorer
+
+    scorer = Scorer(model.to(accelerator.device))
+
+    def logps(batch: PairBatch) -> Tensor:
+        with torch.no_grad(), accelerator.autocast():
+            result: Tensor = scorer(batch)
+            return result
+
+    return logps
+
+
+Reference = Annotated[Cached | Frozen, Field(discriminator="type")]
+"""The closed union of all reference strategies, told apart by `type`."""

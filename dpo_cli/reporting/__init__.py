@@ -1,0 +1,1 @@
+"""What a run says: metrics, trackers, the screen, the model card."""

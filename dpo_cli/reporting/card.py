@@ -1,0 +1,58 @@
+"""The model card of a trained model: what it was made from, how, and what it does on held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_cli import __version__
+
+
+def model_card(
+    name: str, settings: Mapping[str, Any], facts: Mapping[str, Any], figures: Mapping[str, Any] | None
+) -> str:
+    """Write the card.
+
+    Args:
+        name: The run's name.
+        settings: The configuration as resolved.
+        facts: What came of it: numbers of pairs and steps, library versions.
+        figures: The held-out figures, or None where there were no held-out pairs.
+    """
+    base = settings["model"]["name"]
+    front: dict[str, Any] = {"library_name": "transformers", "tags": ["dpo", "preference-optimization"]}
+    if not Path(base).exists():
+        front["base_model"] = base
+    sections = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {name}",
+        f"Fine-tuned from `{base}` with Direct Preference Optimization by dpo {__version__}.",
+        "## Data and steps",
+        _table(facts),
+    ]
+    if figures:
+        low, high = (f"{100 * bound:.1f}" for bound in figures["accuracy_interval"])
+        shown = {
+            "held-out pairs": figures["pairs"],
+            "loss": f"{figures['loss']:.4f}",
+            "reward accuracy": f"{100 * figures['rewards/accuracies']:.1f} % ({low} to {high} %, 95 % interval)",
+            "ties, counted half": figures["ties"],
+            "reward margin": f"{figures['rewards/margins']:.4f}",
+            "reward of chosen": f"{figures['rewards/chosen']:.4f}",
+            "reward of rejected": f"{figures['rewards/rejected']:.4f}",
+        }
+        sections += ["## Held-out figures", _table(shown)]
+    else:
+        sections += ["## Held-out figures", "None: the run had no held-out pairs."]
+    settings_text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+    sections += ["## Settings", f"```yaml\n{settings_text}```"]
+    return "\n\n".join(sections) + "\n"
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    lines = ["| | |", "|---|---|"]
+    lines += [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    return "\n".join(lines)

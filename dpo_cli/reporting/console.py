@@ -1,0 +1,142 @@
+"""What a person sees: progress and notices on standard error, results on standard output.
+
+On a terminal there is a live bar; on a pipe there are plain lines without control codes. Only the main
+process of a run speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from dpo_cli.errors import UserError
+
+Advance = Callable[[int, int], None]
+"""Called with how much is done and how much there is."""
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Console:
+    """Both streams of the program.
+
+    Args:
+        speaks: Whether this process is the one that talks.
+    """
+
+    def __init__(self, *, speaks: bool = True) -> None:
+        self._err = RichConsole(stderr=True, quiet=not speaks, highlight=False, soft_wrap=True)
+        self._out = RichConsole(quiet=not speaks, highlight=False, soft_wrap=True)
+
+    def notice(self, text: str) -> None:
+        """Say what is going on."""
+        self._err.print(Text(text))
+
+    def warning(self, text: str) -> None:
+        """Say what deserves attention."""
+        self._err.print(Text.assemble(("warning: ", "bold yellow"), text))
+
+    def error(self, error: UserError, *, after_another: bool = False) -> None:
+        """Say what went wrong, where, and how to mend it."""
+        if after_another:
+            self._err.print()
+        self._err.print(Text.assemble(("error: ", "bold red"), error.what))
+        if error.where:
+            self._err.print(Text(f"  in {error.where}"))
+        if error.hint:
+            self._err.print(Text.assemble("\n", ("hint: ", "bold cyan"), error.hint))
+
+    def facts(self, facts: Mapping[str, str]) -> None:
+        """Show names and values, one a line."""
+        width = max(len(name) for name in facts)
+        for name, value in facts.items():
+            self._err.print(Text.assemble((f"{name:<{width}}  ", "dim"), value))
+
+    def result(self, result: str | Text | Table) -> None:
+        """Print a result on standard output."""
+        self._out.print(Text(result) if isinstance(result, str) else result)
+
+    def follow_warnings(self) -> None:
+        """Show what the program's modules log as warnings."""
+        logger = logging.getLogger("dpo_cli")
+        logger.handlers = [_Handler(self)]
+        logger.propagate = False
+
+    @property
+    def has_colour(self) -> bool:
+        """Whether standard output shows colours."""
+        return self._out.color_system is not None and not self._out.no_color
+
+    @contextlib.contextmanager
+    def progress(self, what: str) -> Iterator[Advance]:
+        """Show how far a long job is: a bar, or on a pipe a line now and then."""
+        with self._bar(TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()) as bar:
+            task = bar.add_task(what, total=None)
+            started = said = time.monotonic()
+
+            def advance(done: int, total: int) -> None:
+                nonlocal said
+                bar.update(task, completed=done, total=total)
+                now = time.monotonic()
+                if not self._err.is_terminal and (now - said >= _SECONDS_BETWEEN_LINES or done == total):
+                    said = now
+                    left = (now - started) / done * (total - done)
+                    rest = f", {clock(left)} left" if done < total else f" in {clock(now - started)}"
+                    self.notice(f"{what}: {done}/{total}{rest}")
+
+            yield advance
+
+    @contextlib.contextmanager
+    def steps(self, done: int, total: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+        """Show the optimizer's steps: a live bar with the metrics, or on a pipe a line each."""
+        figures = TextColumn("{task.fields[figures]}")
+        with self._bar(TextColumn("{task.completed}/{task.total}"), figures, TimeRemainingColumn()) as bar:
+            task = bar.add_task("training", total=total, completed=done, figures="")
+            started = time.monotonic()
+
+            def advance(step: int, metrics: Mapping[str, float]) -> None:
+                shown = (
+                    f"loss {metrics['loss']:.4f}  accuracy {metrics['rewards/accuracies']:.2f}  "
+                    f"margin {metrics['rewards/margins']:+.3f}  {metrics['tokens_per_second']:.0f} tokens/s"
+                )
+                bar.update(task, completed=step, figures=shown)
+                if not self._err.is_terminal:
+                    left = (time.monotonic() - started) / (step - done) * (total - step)
+                    self.notice(f"step {step}/{total}  epoch {metrics['epoch']:.2f}  {shown}  {clock(left)} left")
+
+            yield advance
+
+    def _bar(self, *columns: TextColumn | TimeRemainingColumn) -> Progress:
+        """Return a bar that is drawn on a terminal and silent on a pipe."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            *columns,
+            console=self._err,
+            disable=not self._err.is_terminal,
+        )
+
+
+class _Handler(logging.Handler):
+    """Hands the program's own log records to the console."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.warning(record.getMessage())
+
+
+def clock(seconds: float) -> str:
+    """Write a duration as `1:02:03` or `2:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

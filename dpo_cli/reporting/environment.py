@@ -1,0 +1,53 @@
+"""Where a run ran: versions, device, command line, commit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_PACKAGES = ("dpo-cli", "torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "pyarrow")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide results."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def environment(accelerator: Accelerator) -> dict[str, Any]:
+    """Describe this process's surroundings; no environment variable is part of it."""
+    import torch
+
+    device = accelerator.device
+    on_cuda = device.type == "cuda"
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else platform.processor() or platform.machine(),
+        "device_type": device.type,
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "precision": accelerator.mixed_precision,
+        "command_line": sys.argv,
+        "git_commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    """Return the commit of the folder that the command was given in, if it is a git work tree."""
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() or None

@@ -1,0 +1,102 @@
+"""Where metrics go: `metrics.jsonl` always, and any tracker that Accelerate knows."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_cli.errors import UserError
+from dpo_cli.storage import write_text
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class MetricsLog:
+    """A run's `metrics.jsonl`: each step once, whatever happened in between.
+
+    Args:
+        path: The file.
+        last_step: Rows of later steps, and a torn last line, are what a crash left; they are removed,
+            since those steps run again.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        kept = [line for line in _whole_lines(path) if line["step"] <= last_step]
+        write_text(path, "".join(_line(row) for row in kept))
+        self._path = path
+        self._file = path.open("a", encoding="utf-8")
+
+    def last(self, split: str) -> dict[str, Any] | None:
+        """Return the last row of a split."""
+        rows = [row for row in _whole_lines(self._path) if row.get("split") == split]
+        return rows[-1] if rows else None
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; a reader of the file sees it at once."""
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make sure that the rows outlive a power cut; called before a checkpoint that relies on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def start_trackers(accelerator: Accelerator, names: Sequence[str], settings: dict[str, Any]) -> None:
+    """Start the trackers that the accelerator was made for, with the run's settings as flat values."""
+    if names:
+        accelerator.init_trackers("dpo", config=dict(_flat(settings)))
+
+
+def check_trackers(names: Sequence[str], where: str) -> list[UserError]:
+    """Say which trackers Accelerate does not know, and which are not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
+    installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    problems = []
+    for name in names:
+        if name not in known:
+            problems.append(UserError(f"`{name}` is not a tracker", where, f"known: {', '.join(sorted(known))}"))
+        elif name not in installed:
+            hint = f"install it with `pip install {name}`"
+            problems.append(UserError(f"the tracker `{name}` is not installed", where, hint))
+    return problems
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """Read the rows that were written whole."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Flatten nested settings to dotted names with values that every tracker can show."""
+    flat: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat += _flat(value, f"{prefix}{name}.")
+        else:
+            shown = value if isinstance(value, (int, float, str, bool)) else str(value)
+            flat.append((f"{prefix}{name}", shown))
+    return flat

@@ -1,0 +1,170 @@
+"""Folders that are either whole or absent.
+
+Everything the program keeps (prepared data, converted models, reference log-probabilities, checkpoints,
+the final model) is written into a temporary folder, sealed with a manifest of sizes and digests, flushed
+to disk and renamed. A reader checks the seal before it believes a byte.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+_TEMPORARY = ".tmp-"
+
+
+class DamagedFolder(Exception):
+    """A sealed folder whose content is not what its manifest says. The message names the file."""
+
+
+def cache_root() -> Path:
+    """Return the folder for what can be computed again: `$DPO_CACHE_DIR`, else the user's cache folder."""
+    if chosen := os.environ.get("DPO_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-cli"
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_digest(*parts: str) -> str:
+    """Return the SHA-256 of several texts, in hex; where one ends and the next begins matters."""
+    whole = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        whole.update(len(data).to_bytes(8, "little"))
+        whole.update(data)
+    return whole.hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old text or the new, never a part of it."""
+    temporary = path.with_name(f".{path.name}{_TEMPORARY}{secrets.token_hex(4)}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+@contextlib.contextmanager
+def sealed_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
+    """Yield a temporary folder to fill; on leaving it is sealed, flushed and renamed to `target`.
+
+    Where anything fails, the temporary folder is removed and `target` stays as it was. An older `target`
+    is replaced.
+
+    Args:
+        target: The folder to appear. Its parents are created.
+        facts: What the manifest says beside sizes and digests; it may be filled until the folder is left.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _seal(temporary, facts)
+        if target.exists():
+            replaced = target.with_name(f".{target.name}{_TEMPORARY}replaced-{secrets.token_hex(4)}")
+            target.rename(replaced)
+            try:
+                temporary.rename(target)
+            except BaseException:
+                replaced.rename(target)
+                raise
+            shutil.rmtree(replaced)
+        else:
+            temporary.rename(target)
+        _flush(target.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a sealed folder's manifest without checking the files.
+
+    Raises:
+        DamagedFolder: There is no manifest, or it is not one.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedFolder(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, RecursionError):
+        raise DamagedFolder(f"{MANIFEST} cannot be read") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise DamagedFolder(f"{MANIFEST} is not a manifest")
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Check every file of a sealed folder against its manifest and return the manifest.
+
+    Raises:
+        DamagedFolder: A file is missing, too short, too long, or has other bytes.
+    """
+    manifest = read_manifest(folder)
+    for name, facts in manifest["files"].items():
+        path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise DamagedFolder(f"{MANIFEST} names a file outside the folder: {name}")
+        try:
+            size = path.stat().st_size
+            if not path.is_file() or size != facts["bytes"]:
+                raise DamagedFolder(f"{name} has {size} bytes instead of {facts['bytes']}")
+            if file_digest(path) != facts["sha256"]:
+                raise DamagedFolder(f"{name} does not have the bytes it was saved with")
+        except FileNotFoundError:
+            raise DamagedFolder(f"{name} is missing") from None
+        except OSError as error:
+            raise DamagedFolder(f"{name} cannot be read: {error.strerror}") from None
+        except (KeyError, TypeError):
+            raise DamagedFolder(f"{MANIFEST} is not a manifest") from None
+    return manifest
+
+
+def remove_strays(parent: Path) -> None:
+    """Remove what interrupted writers left in a folder that only this process writes to."""
+    for stray in parent.glob(f".*{_TEMPORARY}*"):
+        if stray.is_dir():
+            shutil.rmtree(stray, ignore_errors=True)
+        else:
+            stray.unlink(missing_ok=True)
+
+
+def _seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest over all files of a folder and flush everything to disk."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _flush(path)
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+    text = json.dumps({**facts, "files": files}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(folder / MANIFEST, text + "\n")
+
+
+def _flush(path: Path) -> None:
+    """Ask the disk to keep a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

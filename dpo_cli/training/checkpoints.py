@@ -1,0 +1,203 @@
+"""Checkpoints: written whole or not at all, verified before they are believed, the oldest pruned.
+
+    step-000100/
+      config.json, model.safetensors, tokenizer.json …    a Hugging Face folder
+      optimizer.safetensors                               AdamW's moments
+      random_states.safetensors                           one for each rank
+      training_state.json                                 step, schedule, scaler, what the run stands on
+      manifest.json                                       sizes and digests of all of them
+
+Nothing in it is pickled, so loading one executes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.modeling.loading import load_weights
+from dpo_cli.storage import DamagedFolder, remove_strays, sealed_folder, verify
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+    from torch.optim.lr_scheduler import LambdaLR
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_STATE, _OPTIMIZER, _RANDOM = "training_state.json", "optimizer.safetensors", "random_states.safetensors"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingParts:
+    """Everything a checkpoint saves and restores.
+
+    Attributes:
+        policy: The model inside whatever Accelerate wrapped.
+        tokenizer: Saved beside the model, so that the folder stands alone.
+        optimizer: The prepared optimizer.
+        schedule: The learning rate's schedule.
+        accelerator: Knows the ranks and the gradient scaler.
+        stands_on: Digests of what a resumed run must find unchanged: the model before step 1, the data.
+    """
+
+    policy: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: Any
+    schedule: LambdaLR
+    accelerator: Accelerator
+    stands_on: dict[str, str]
+
+
+def save_checkpoint(folder: Path, step: int, parts: TrainingParts, keep: int) -> Path:
+    """Save the state after `step`; afterwards only the `keep` newest checkpoints stay.
+
+    Every rank calls it; the main process writes.
+
+    Args:
+        folder: The folder of checkpoints.
+        step: Optimizer steps taken.
+        parts: What is saved.
+        keep: How many checkpoints stay, this one included.
+
+    Raises:
+        UserError: The disk refuses. The older checkpoints are untouched then.
+    """
+    accelerator = parts.accelerator
+    random_states = gather_object([_random_states(accelerator.process_index)])
+    target = folder / f"step-{step:06d}"
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_strays(folder)
+        with saved_model(target, parts, "saving a checkpoint") as temporary:
+            tensors, settings = _optimizer_to_tensors(parts.optimizer.state_dict())
+            save_file(tensors, temporary / _OPTIMIZER)
+            save_file({k: v for states in random_states for k, v in states.items()}, temporary / _RANDOM)
+            state = {
+                "step": step,
+                "num_ranks": accelerator.num_processes,
+                "stands_on": parts.stands_on,
+                "optimizer": settings,
+                "schedule": {"last_epoch": parts.schedule.last_epoch},
+                "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            }
+            (temporary / _STATE).write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+        _prune(folder, keep)
+    accelerator.wait_for_everyone()
+    return target
+
+
+@contextlib.contextmanager
+def saved_model(target: Path, parts: TrainingParts, doing: str) -> Iterator[Path]:
+    """Write model and tokenizer into a sealed folder, to which the caller may add files.
+
+    Raises:
+        UserError: The disk refuses. `target` is as it was then.
+    """
+    try:
+        with sealed_folder(target, {}) as temporary:
+            parts.policy.save_pretrained(temporary)
+            parts.tokenizer.save_pretrained(temporary)
+            yield temporary
+    except OSError as error:
+        raise from_os_error(error, doing, str(target)) from error
+    except SafetensorError as error:
+        hint = "free some space on that disk; go on with `--resume`"
+        raise UserError(f"{doing} failed: {error}", str(target), hint, status=FAILED) from error
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """Return the newest checkpoint whose every byte is as it was saved; say which were passed over."""
+    for path in sorted(_checkpoints(folder), reverse=True):
+        try:
+            verify(path)
+            return path
+        except DamagedFolder as damage:
+            _log.warning("passing over the damaged checkpoint %s: %s", path, damage)
+    return None
+
+
+def load_checkpoint(path: Path, parts: TrainingParts) -> int:
+    """Restore everything from a checkpoint; return the steps that were taken.
+
+    Raises:
+        UserError: The checkpoint stands on another model or other data, or does not fit.
+    """
+    try:
+        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        tensors, random_states = load_file(path / _OPTIMIZER), load_file(path / _RANDOM)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"not a checkpoint of a run: {error}", str(path), "start again with `--overwrite`") from error
+    for name, digest in parts.stands_on.items():
+        if state["stands_on"].get(name) != digest:
+            hint = f"bring back the {name} that the run was started with, or start again with `--overwrite`"
+            raise UserError(f"the {name} is not the one that the run was started with", str(path), hint)
+    load_weights(parts.policy, path)
+    parts.optimizer.load_state_dict(_optimizer_from_tensors(tensors, state["optimizer"]))
+    # The schedule is a function of the step; its rate stands in the optimizer's groups already.
+    parts.schedule.last_epoch = state["schedule"]["last_epoch"]
+    parts.schedule._last_lr = [group["lr"] for group in parts.optimizer.param_groups]
+    if parts.accelerator.scaler and state["scaler"]:
+        parts.accelerator.scaler.load_state_dict(state["scaler"])
+    if state["num_ranks"] == parts.accelerator.num_processes:
+        _restore_random_states(random_states, parts.accelerator.process_index)
+    elif parts.accelerator.is_main_process:
+        _log.warning(
+            "the run had %d processes and now has %d: it goes on at the right pair, but not bit for bit",
+            state["num_ranks"],
+            parts.accelerator.num_processes,
+        )
+    return int(state["step"])
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("step-*") if path.is_dir()]
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest checkpoints."""
+    for path in sorted(_checkpoints(folder))[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _optimizer_to_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Split an optimizer's state into named tensors and the groups' plain settings."""
+    tensors = {
+        f"{index}.{name}": value.detach().cpu().contiguous()
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def _optimizer_from_tensors(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": groups}
+
+
+def _random_states(rank: int) -> dict[str, Tensor]:
+    states = {f"cpu.{rank}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"cuda.{rank}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: dict[str, Tensor], rank: int) -> None:
+    torch.set_rng_state(states[f"cpu.{rank}"])
+    if torch.cuda.is_available() and f"cuda.{rank}" in states:
+        torch.cuda.set_rng_state(states[f"cuda.{rank}"])

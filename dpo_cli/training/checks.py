@@ -1,0 +1,141 @@
+"""What is proved before step 1, on the run's own pairs: a line for each, an error where it does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpo_cli.data.prepared import PreparedPairs
+from dpo_cli.errors import UserError
+from dpo_cli.preference.scoring import score_pairs
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import nn
+
+    from dpo_cli.modeling.batch import PairBatch
+    from dpo_cli.modeling.scorer import Scorer
+    from dpo_cli.preference.losses import Loss
+    from dpo_cli.preference.reference import ReferenceLogps
+
+_TOLERANCE = {"no": 1e-4, "bf16": 0.3, "fp16": 0.05}
+"""Largest difference, in nats a token, that rounding explains, by Accelerate's name of the precision."""
+
+_TAIL = 8
+"""Tokens at a response's end among which its end token must stand."""
+
+
+def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int], vocabulary: int) -> Iterator[str]:
+    """Prove of every pair what its tokens must fulfil.
+
+    Args:
+        pairs: All pairs of the run.
+        tokenizer: What they were tokenized with.
+        end_tokens: The ids that may end a response.
+        vocabulary: Rows of the model's embedding.
+
+    Yields:
+        A line for each thing that holds.
+
+    Raises:
+        UserError: One does not hold; it names a pair.
+    """
+    largest = pairs.largest_token()
+    if largest >= vocabulary:
+        what = f"the data has token {largest}, the model's vocabulary ends at {vocabulary - 1}"
+        raise UserError(what, "`model.name`", "the tokenizer is another model's")
+    heads = pairs.heads("prompt", 2)
+    _require(
+        pairs,
+        (heads != tokenizer.bos_token_id).any(axis=1) if tokenizer.bos_token_id is not None else None,
+        "the prompt starts with two BOS tokens",
+        "the chat template writes one that the text has already",
+    )
+    yield "one BOS at most in every prompt"
+    ends = end_tokens | (set(tokenizer.all_special_ids) - {tokenizer.bos_token_id})
+    for name in ("chosen", "rejected"):
+        num_ends = _ends(pairs.tails(name, _TAIL), tokenizer, ends)
+        hint = "use a chat template that closes the assistant's turn"
+        _require(pairs, num_ends >= 1, f"the {name} response has no end token", hint)
+        hint = "the text of the response ends in an end token of its own: remove it from the data"
+        _require(pairs, num_ends <= 1, f"the {name} response ends twice", hint)
+    yield "every response ends, once"
+    joined = pairs.manifest["statistics"]["joined_at_boundary"]
+    apart = f" ({joined} tokenized apart, where the tokenizer would have merged)" if joined else ""
+    yield f"the prompt's tokens are a true prefix of both sequences in every pair{apart}"
+
+
+def check_model(
+    scorer: nn.Module,
+    inner: Scorer,
+    loss: Loss,
+    reference: ReferenceLogps,
+    batch: PairBatch,
+    accelerator: Accelerator,
+    *,
+    separate_reference: bool,
+) -> Iterator[str]:
+    """Prove of one micro-batch what the model must fulfil before step 1.
+
+    Args:
+        scorer: The prepared scorer, as the loop calls it.
+        inner: The `Scorer` inside.
+        loss: The loss.
+        reference: The reference.
+        batch: A micro-batch of step 1.
+        accelerator: Knows the precision.
+        separate_reference: Whether the reference is another model than the policy before step 1.
+
+    Yields:
+        A line for each thing that holds.
+
+    Raises:
+        UserError: One does not hold.
+    """
+    tolerance = _TOLERANCE[accelerator.mixed_precision]
+    with accelerator.autocast():
+        difference = inner.largest_difference(batch)
+    if not difference <= tolerance:
+        what = f"log-probabilities differ from the model's own by {difference:.2g} nats a token"
+        raise UserError(what, type(inner.policy).__name__, "this architecture treats its logits in its own way")
+    yield f"log-probabilities are the model's own (largest difference {difference:.1g} nats a token)"
+    if separate_reference:
+        return
+    with torch.no_grad():
+        pairs, values = score_pairs(scorer, loss, reference, batch)
+    expected, found = loss.at_reference(), float(pairs.losses.mean())
+    # A loss moves with β times the sum of its tokens' differences, at most.
+    allowed = tolerance * max(batch.lengths) * loss.beta
+    if not abs(found - expected) <= allowed:
+        what = f"the loss before step 1 is {found:.6f} instead of {expected:.6f}: the policy is not its reference"
+        raise UserError(what, f"the pairs of step 1 ({values.shape[0]} of them)", "a defect: please report it")
+    yield f"the policy equals its reference: the loss is {found:.6f}"
+
+
+def _require(pairs: PreparedPairs, holds: NDArray[np.bool_] | None, what: str, hint: str) -> None:
+    """Raise for the first pair of which something does not hold."""
+    if holds is None or holds.all():
+        return
+    first = int(np.argmin(holds))
+    raise UserError(f"{what} (in {int((~holds).sum())} of {len(pairs)} pairs)", pairs[first].origin, hint)
+
+
+def _ends(tails: NDArray[np.int32], tokenizer: Any, end_tokens: frozenset[int] | set[int]) -> NDArray[np.int64]:
+    """Count the end tokens that close each response, white space between and behind them left aside.
+
+    `tails` is `[pairs, k]`: each response's last tokens, −1 where it is shorter.
+    """
+    found, inverse = np.unique(tails, axis=0, return_inverse=True)
+    blank = {int(t) for t in np.unique(tails) if t >= 0 and not tokenizer.decode([int(t)]).strip()}
+    counts = np.zeros(len(found), np.int64)
+    for row, tail in enumerate(found):
+        for token in reversed(tail.tolist()):
+            if token in end_tokens:
+                counts[row] += 1
+            elif token not in blank:
+                break
+    return counts[inverse.reshape(-1)]

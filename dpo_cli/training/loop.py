@@ -1,0 +1,122 @@
+"""The loop: a generator that yields one `StepResult` per optimizer step and knows nothing of what is done with it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+
+from dpo_cli.data.schedule import MicroBatch, Step
+from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.preference.losses import Loss
+from dpo_cli.preference.reference import ReferenceLogps
+from dpo_cli.preference.scoring import score_pairs
+from dpo_cli.reporting.metrics import StepSums
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+    from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, after it was taken.
+
+    Attributes:
+        number: Counted from 1 over the whole run.
+        epoch: Passes over the data completed.
+        metrics: Means over the step's pairs, all ranks together, with `grad_norm` and `learning_rate`.
+        num_tokens: Tokens of all ranks' forward passes, without padding.
+        stop: Whether any rank was asked to stop.
+    """
+
+    number: int
+    epoch: float
+    metrics: dict[str, float]
+    num_tokens: int
+    stop: bool
+
+
+class NotFinite(Exception):
+    """A loss or gradient was NaN or infinite; the step was not taken.
+
+    Attributes:
+        step: The step's number.
+        pairs: The pairs whose loss was not finite; all of the step's where only the gradient was not.
+        what: `loss` or `gradient`.
+    """
+
+    def __init__(self, step: int, pairs: tuple[int, ...], what: str) -> None:
+        super().__init__(f"the {what} of step {step} is not finite")
+        self.step, self.pairs, self.what = step, pairs, what
+
+
+def train_steps(
+    scorer: nn.Module,
+    loss: Loss,
+    reference: ReferenceLogps,
+    optimizer: Any,
+    schedule: LambdaLR,
+    steps: Iterable[Step],
+    collate: Callable[[MicroBatch], PairBatch],
+    accelerator: Accelerator,
+    max_grad_norm: float | None,
+    asked_to_stop: Callable[[], bool],
+) -> Iterator[StepResult]:
+    """Take optimizer steps, yielding a result after each.
+
+    Args:
+        scorer: What Accelerate prepared of a `Scorer`.
+        loss: Loss and rewards of pairs.
+        reference: Answers with the reference's token log-probabilities.
+        optimizer: What Accelerate prepared of an optimizer.
+        schedule: The learning rate; not prepared, since a prepared one steps once per process.
+        steps: The plan, from the step at hand on.
+        collate: Makes a micro-batch into tensors on the device.
+        accelerator: Synchronises ranks; its `gradient_accumulation_steps` must be 1.
+        max_grad_norm: Where gradients are clipped, or None.
+        asked_to_stop: Whether this process was asked to stop; looked at once a step.
+
+    Raises:
+        NotFinite: Before the step that would have spoilt the weights.
+    """
+    for step in steps:
+        sums, not_finite = StepSums(accelerator.device), []
+        for place, micro_batch in enumerate(step.micro_batches, 1):
+            last = place == len(step.micro_batches)
+            # Ranks may have different numbers of micro-batches; gradients are exchanged once, on the last.
+            with contextlib.nullcontext() if last else accelerator.no_sync(scorer):
+                batch = collate(micro_batch)
+                pairs, values = score_pairs(scorer, loss, reference, batch)
+                # Gradients are averaged over ranks, so the step's sum is restored before it is divided.
+                weight = 0.0 if micro_batch.filler else accelerator.num_processes / step.num_pairs
+                accelerator.backward(pairs.losses.sum() * weight)
+            if not micro_batch.filler:
+                sums.add(values, batch.num_tokens)
+                not_finite += _not_finite(batch.pairs, pairs.losses)
+        if asked_to_stop():
+            sums.ask_to_stop()
+        metrics, num_tokens, stop = sums.reduce(accelerator)
+        if not math.isfinite(metrics["loss"]):
+            raise NotFinite(step.number, tuple(sorted(gather_object(not_finite))), "loss")
+        norm = float(accelerator.clip_grad_norm_(scorer.parameters(), max_grad_norm or math.inf))
+        # In float16 the gradient scaler expects overflows, skips their steps and lowers its scale.
+        if not math.isfinite(norm) and accelerator.scaler is None:
+            raise NotFinite(step.number, step.pairs, "gradient")
+        learning_rate = float(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        metrics |= {"grad_norm": norm, "learning_rate": learning_rate}
+        yield StepResult(step.number, step.epoch, metrics, num_tokens, stop)
+
+
+def _not_finite(indices: tuple[int, ...], losses: Tensor) -> list[int]:
+    """Return the pairs whose loss is NaN or infinite."""
+    return [index for index, fine in zip(indices, torch.isfinite(losses).tolist(), strict=True) if not fine]

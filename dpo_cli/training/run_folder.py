@@ -1,0 +1,137 @@
+"""A run's folder: what stands where in it, and who may write into it."""
+
+from __future__ import annotations
+
+import enum
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_cli.errors import UserError
+from dpo_cli.storage import MANIFEST
+
+
+class RunState(enum.Enum):
+    """What a folder holds."""
+
+    FREE = "free"
+    STARTED = "started"
+    FINISHED = "finished"
+    FOREIGN = "foreign"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of a run.
+
+    Args:
+        path: The folder, `output_dir`.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration as resolved."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, device, command line, commit."""
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        """A row for each logged step and each evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """The trained model."""
+        return self.path / "final"
+
+    @property
+    def trackers(self) -> Path:
+        """What trackers write to disk."""
+        return self.path / "trackers"
+
+    def state(self) -> RunState:
+        """Tell what the folder holds now."""
+        if self.path.is_dir():
+            if (self.final / MANIFEST).is_file():
+                return RunState.FINISHED
+            if self.config.is_file():
+                return RunState.STARTED
+            return RunState.FOREIGN if any(self.path.iterdir()) else RunState.FREE
+        return RunState.FOREIGN if self.path.exists() else RunState.FREE
+
+    def check(self, *, resume: bool, overwrite: bool) -> UserError | None:
+        """Say why a run may not write here, if so; nothing is changed."""
+        state, where = self.state(), str(self.path)
+        if state is RunState.FOREIGN:
+            what = "the output folder holds something else" if self.path.is_dir() else "the output folder is a file"
+            return UserError(what, where, "choose another `output_dir`; a run never writes among other files")
+        if state is not RunState.FREE and not resume and not overwrite:
+            hint = "go on with `--resume`, replace it with `--overwrite`, or choose another `output_dir`"
+            return UserError("the output folder holds another run", where, hint)
+        return None
+
+    def clear(self) -> None:
+        """Remove an older run's files, and only those."""
+        for folder in (self.final, self.checkpoints, self.trackers):
+            if folder.exists():
+                shutil.rmtree(folder)
+        for file in (self.metrics, self.environment, self.config):
+            file.unlink(missing_ok=True)
+
+    def check_unchanged(self, settings: dict[str, Any]) -> None:
+        """Compare a run's settings with those it was started with, before it is resumed.
+
+        Checkpoints, evaluation, trackers and the folder's own name may differ: they change no weight.
+
+        Raises:
+            UserError: Settings differ that would make it another run.
+        """
+        if not self.config.is_file():
+            return
+        hint = "set them back, or start a new run in another `output_dir`"
+        try:
+            started = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            started = None
+        if not isinstance(started, dict):
+            what = "the configuration that the run was started with cannot be read"
+            raise UserError(what, str(self.config), "start again with `--overwrite`")
+        before, now = dict(_leaves(started)), dict(_leaves(settings))
+        changed = [
+            f"`{name}` was {_shown(before.get(name))} and is {_shown(now.get(name))}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and name.split(".")[0] not in _MAY_CHANGE
+        ]
+        if changed:
+            what = f"a run cannot be resumed under other settings: {'; '.join(changed)}"
+            raise UserError(what, str(self.config), hint)
+
+
+_MAY_CHANGE = {"checkpoints", "evaluation", "tracking", "output_dir"}
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _shown(value: object) -> str:
+    return "null" if value is None else str(value)

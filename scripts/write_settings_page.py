@@ -1,0 +1,99 @@
+"""Write docs/settings.md from the settings themselves; with `--check` say whether it is current."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.config import json_schema
+
+PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
+HEAD = """# Settings
+
+A configuration is a YAML file; any setting can be overridden on the command line by its dotted path
+(`training.learning_rate=1e-5`). An unknown setting, a value out of range and a setting without effect are errors, all
+reported together. `model: NAME`, `loss: TYPE` and `reference: TYPE` are short for the setting named in them.
+
+This page is written by `scripts/write_settings_page.py`.
+"""
+
+
+def shown(value: Any) -> str:
+    """Write a value as YAML would."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+def allowed(schema: dict[str, Any]) -> str:
+    """Say in a few words what a setting accepts."""
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(allowed(option) for option in schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    kind = {"number": "number", "integer": "whole number", "string": "text", "boolean": "true, false",
+            "array": "list", "null": "null"}.get(schema.get("type", ""), "")  # fmt: skip
+    bounds = {"exclusiveMinimum": "above", "minimum": "from", "exclusiveMaximum": "below", "maximum": "to"}
+    limits = [f"{word} {schema[name]}" for name, word in bounds.items() if name in schema]
+    return " ".join([kind, *limits])
+
+
+def groups(schema: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield the groups of settings, each with the types it may have."""
+    definitions = schema["$defs"]
+
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                yield node["$ref"].rpartition("/")[2]
+            for name, inner in node.items():
+                if name != "discriminator":
+                    yield from references(inner)
+        elif isinstance(node, list):
+            for inner in node:
+                yield from references(inner)
+
+    for name, group in schema["properties"].items():
+        if found := list(dict.fromkeys(references(group))):
+            yield name, [definitions[definition] for definition in found]
+
+
+def page() -> str:
+    """Return the whole page."""
+    schema = json_schema()
+    parts = [HEAD]
+    grouped = dict(groups(schema))
+    for name, members in grouped.items():
+        parts.append(f"\n## {name}\n")
+        for member in members:
+            if len(members) > 1:
+                parts.append(f"\n### {name}: {member['properties']['type']['const']}\n")
+            parts.append(f"\n{member['description'].splitlines()[0]}\n")
+            parts.append("\n| setting | default | accepts | |\n|---|---|---|---|\n")
+            for setting, facts in member["properties"].items():
+                default = f"`{shown(facts['default'])}`" if "default" in facts else "required"
+                row = (f"`{name}.{setting}`", default, allowed(facts), facts.get("description", ""))
+                parts.append("| " + " | ".join(cell.replace("\n", " ") for cell in row) + " |\n")
+    parts.append("\n## Others\n\n| setting | default | accepts | |\n|---|---|---|---|\n")
+    for name, facts in schema["properties"].items():
+        if name not in grouped:
+            default = shown(facts.get("default", []))
+            parts.append(f"| `{name}` | `{default}` | {allowed(facts)} | {facts['description']} |\n")
+    return "".join(parts)
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    if "--check" in sys.argv[1:]:
+        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page():
+            return 0
+        sys.stdout.write("docs/settings.md is not current: run `make generated`\n")
+        return 1
+    PAGE.write_text(page(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

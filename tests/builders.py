@@ -1,0 +1,73 @@
+"""Parts of a run put together in this process, for tests of the rooms between data and command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from dpo_cli.data import prepared
+from dpo_cli.data.prepared import PreparedPairs
+from dpo_cli.data.schedule import Plan
+from dpo_cli.data.tokenize import PairTokenizer
+from dpo_cli.modeling.batch import padded
+from dpo_cli.modeling.loading import load_policy
+from dpo_cli.modeling.scorer import Scorer, recompute_activations
+from dpo_cli.preference.losses import DPO
+from dpo_cli.preference.reference import Frozen
+from dpo_cli.training.loop import train_steps
+from dpo_cli.training.optimizer import adamw, schedule
+
+
+def prepare_pairs(source: Path, tokenizer: Any, folder: Path) -> PreparedPairs:
+    tokenize = PairTokenizer(tokenizer, template=None, max_length=1000, on_too_long="drop")
+    return prepared.prepare([str(source)], "auto", "error", tokenize, folder)
+
+
+def silent(done: int, total: int) -> None:
+    pass
+
+
+def never() -> bool:
+    return False
+
+
+def train_in_process(
+    model: Path,
+    pairs: PreparedPairs,
+    *,
+    micro_batch_tokens: int = 10_000,
+    pairs_per_step: int = 8,
+    max_steps: int | None = None,
+    loss: DPO | None = None,
+    reference: Any = None,
+    learning_rate: float = 1e-3,
+    max_grad_norm: float | None = 1.0,
+    checkpointing: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Train and return the metrics of every step and the weights after the last."""
+    accelerator = Accelerator(cpu=True)
+    policy = load_policy(str(model)).to(dtype)
+    loss = loss or DPO()
+    open_reference = (reference or Frozen()).open
+    logps = open_reference(policy, accelerator, pairs, padded, micro_batch_tokens, silent)
+    if checkpointing:
+        recompute_activations(policy)
+    optimizer = adamw(policy, learning_rate, 0.0)
+    indices = np.arange(len(pairs))
+    plan = Plan(indices, pairs.lengths(), pairs_per_step, micro_batch_tokens, 1, max_steps, True, 0)
+    rates = schedule(optimizer, "constant", 0.0, plan.num_steps)
+    scorer, optimizer = accelerator.prepare(Scorer(policy), optimizer)
+
+    def collate(micro_batch):
+        return padded(micro_batch.pairs, [pairs[i] for i in micro_batch.pairs])
+
+    results = train_steps(
+        scorer, loss, logps, optimizer, rates, plan.steps(), collate, accelerator, max_grad_norm, never
+    )
+    metrics = [result.metrics for result in results]
+    return metrics, {name: tensor.clone() for name, tensor in policy.state_dict().items()}

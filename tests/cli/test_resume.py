@@ -1,0 +1,141 @@
+"""Whatever ends a run, `--resume` finishes it as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from tests.conftest import dpo_command, read_metrics, run_dpo, without_clock
+
+WEIGHTS = "final/model.safetensors"
+
+
+@pytest.fixture
+def uninterrupted(write_config, tmp_path):
+    """A run over two epochs whose checkpoints fall into the middle of them."""
+    settings = {"training": {"epochs": 2, "pairs_per_step": 5}, "checkpoints": {"every_steps": 3, "keep": 100}}
+    file = write_config("whole", **settings, evaluation={"every_steps": 4})
+    result = run_dpo("train", "--config", file)
+    assert result.returncode == 0, result.stderr
+    return file, tmp_path / "runs" / "whole"
+
+
+def start(file, *arguments):
+    return subprocess.Popen(
+        dpo_command("train", "--config", file, *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+
+
+def assert_same_run(run, whole):
+    assert (run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    for split in ("train", "eval"):
+        assert without_clock(read_metrics(run, split)) == without_clock(read_metrics(whole, split))
+    steps = [row["step"] for row in read_metrics(run)]
+    assert steps == sorted(set(steps))
+    assert not list(run.rglob(".*"))
+
+
+def test_from_every_checkpoint_the_run_ends_bit_for_bit_the_same(uninterrupted, tmp_path):
+    file, whole = uninterrupted
+    names = sorted(path.name for path in (whole / "checkpoints").iterdir())
+    assert names == ["step-000003", "step-000006", "step-000009", "step-000012"]
+    for name in names:
+        run = tmp_path / f"from-{name}"
+        shutil.copytree(whole, run)
+        shutil.rmtree(run / "final")
+        for other in (run / "checkpoints").iterdir():
+            if other.name > name:
+                shutil.rmtree(other)
+        result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
+        assert result.returncode == 0, result.stderr
+        assert f"resuming after step {int(name[5:])}" in result.stderr
+        assert_same_run(run, whole)
+
+
+def test_killed_at_any_moment_as_often_as_it_takes(uninterrupted, tmp_path):
+    file, whole = uninterrupted
+    run, moments = tmp_path / "killed", random.Random(7)
+    for _ in range(5):
+        process = start(file, "--resume", f"output_dir={run}")
+        # Wait until there is something to interrupt, then strike somewhere within the steps.
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        time.sleep(moments.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
+    assert result.returncode == 0, result.stderr
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(uninterrupted, tmp_path, number, status):
+    file, whole = uninterrupted
+    run = tmp_path / "stopped"
+    process = start(file, f"output_dir={run}")
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            process.send_signal(number)
+            break
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == status
+    assert "saved" in said
+    assert "Traceback" not in said
+    done = read_metrics(run)[-1]["step"]
+    assert (run / "checkpoints" / f"step-{done:06d}").is_dir()
+    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
+    assert result.returncode == 0, result.stderr
+    assert f"resuming after step {done}" in result.stderr
+    assert_same_run(run, whole)
+
+
+def test_asked_to_stop_while_loading_it_stops_at_once(uninterrupted, tmp_path):
+    file, _ = uninterrupted
+    process = start(file, f"output_dir={tmp_path / 'early'}")
+    for line in process.stdout:
+        if line.startswith("loading"):
+            process.send_signal(signal.SIGTERM)
+            break
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_word(uninterrupted, tmp_path, damage):
+    file, whole = uninterrupted
+    run = tmp_path / "damaged"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "final")
+    victim = run / "checkpoints" / "step-000012" / ("manifest.json" if damage == "no manifest" else "model.safetensors")
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data if damage == "flip" else data[:-1])
+    if damage in ("missing", "no manifest"):
+        victim.unlink()
+    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
+    assert result.returncode == 0, result.stderr
+    assert "passing over the damaged checkpoint" in result.stderr
+    assert "resuming after step 9" in result.stderr
+    assert_same_run(run, whole)
+
+
+def test_a_run_does_not_go_on_with_another_model_or_other_data(uninterrupted, tmp_path, pairs_file):
+    file, whole = uninterrupted
+    shutil.rmtree(whole / "final")
+    text = pairs_file.read_text(encoding="utf-8")
+    pairs_file.write_text(text.replace("a", "e"), encoding="utf-8")
+    result = run_dpo("train", "--config", file, "--resume")
+    assert result.returncode == 2
+    assert "the data is not the one that the run was started with" in result.stderr

@@ -1,0 +1,234 @@
+"""The program as a user runs it: a whole run, its folder, what it says, and that the trained model loads."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from tests.conftest import make_config, read_metrics, run_dpo, without_clock, write_rows
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_llama, demo_rows):
+    """A run of eight steps over 32 pairs, eight held out; the tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("finished")
+    pairs = write_rows(folder / "pairs.jsonl", demo_rows[:40])
+    file = make_config(folder, tiny_llama, pairs, evaluation={"every_steps": 4})
+    result = run_dpo("train", "--config", file)
+    assert result.returncode == 0, result.stderr
+    return file, folder / "runs" / "run", result
+
+
+def test_a_run_leaves_what_the_contract_says(finished, demo_rows):
+    file, run, result = finished
+    assert sorted(path.name for path in run.iterdir()) == [
+        "checkpoints", "config.yaml", "environment.json", "final", "metrics.jsonl",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000006", "step-000008"]
+
+    train, held_out = read_metrics(run), read_metrics(run, "eval")
+    assert [row["step"] for row in train] == list(range(1, 9))
+    assert [row["step"] for row in held_out] == [4, 8]
+    assert set(train[0]) == {
+        "split", "step", "epoch", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
+        "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "tokens_per_second",
+    }  # fmt: skip
+    assert train[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert train[-1]["epoch"] == 1.0
+    assert all(row["pairs"] == 8 for row in held_out)
+
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["command_line"][1:] == ["train", "--config", str(file)]
+    assert result.stdout.count("\x1b") == result.stderr.count("\x1b") == 0
+    assert result.stderr.count("step ") >= 8
+
+
+def test_the_trained_model_and_every_checkpoint_load_as_hugging_face_folders(finished, tiny_llama):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, run, _ = finished
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    last = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-000008")
+    final = AutoModelForCausalLM.from_pretrained(run / "final")
+    tokenizer = AutoTokenizer.from_pretrained(run / "final")
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(tiny_llama).chat_template
+    assert all(torch.equal(a, b) for a, b in zip(final.parameters(), last.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(final.parameters(), base.parameters(), strict=True))
+
+
+def test_the_model_card_states_base_data_loss_settings_and_held_out_figures(finished, tiny_llama):
+    file, run, _ = finished
+    card = (run / "final" / "README.md").read_text(encoding="utf-8")
+    (last,) = read_metrics(run, "eval")[-1:]
+    for part in (
+        str(tiny_llama),
+        str(file.parent / "pairs.jsonl"),
+        "learning_rate: 0.001",
+        f"| loss | {last['loss']:.4f} |",
+    ):
+        assert part in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+
+
+def test_dpo_eval_gives_the_figures_that_the_run_logged(finished, tmp_path):
+    file, run, _ = finished
+    for model, logged in ((run / "final", 1), (run / "checkpoints" / "step-000008", 1)):
+        result = run_dpo("eval", "--config", file, "--model", model, "--json", tmp_path / "figures.json")
+        assert result.returncode == 0, result.stderr
+        found = json.loads((tmp_path / "figures.json").read_text())
+        row = read_metrics(run, "eval")[logged]
+        for name in set(row) - {"split", "step", "epoch"}:
+            assert found[name] == pytest.approx(row[name], abs=1e-5), name
+        assert found["model"] == str(model)
+        assert set(found) == (set(row) - {"split", "step", "epoch"}) | {"model", "reference", "data"}
+
+
+def test_dpo_eval_of_the_base_model_is_all_ties(finished, tmp_path, tiny_llama, pairs_file):
+    file, _, _ = finished
+    arguments = ("--model", tiny_llama, "--data", pairs_file, "--json", tmp_path / "figures.json")
+    result = run_dpo("eval", "--config", file, *arguments)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert (found["pairs"], found["ties"], found["rewards/accuracies"]) == (40, 40, 0.5)
+    assert found["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_the_resolved_configuration_runs_again_to_the_same_result(finished, tmp_path):
+    _, run, _ = finished
+    result = run_dpo("train", "--config", run / "config.yaml", f"output_dir={tmp_path / 'again'}")
+    assert result.returncode == 0, result.stderr
+    assert without_clock(read_metrics(tmp_path / "again")) == without_clock(read_metrics(run))
+    weights = "final/model.safetensors"
+    assert (tmp_path / "again" / weights).read_bytes() == (run / weights).read_bytes()
+
+
+def test_another_run_is_never_written_over_unless_asked(finished, write_config, tmp_path):
+    file, run, _ = finished
+    run = shutil.copytree(run, tmp_path / "run")
+    file = write_config(output_dir=str(run), data={"train": str(file.parent / "pairs.jsonl")})
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused = run_dpo("train", "--config", file)
+    assert refused.returncode == 2
+    assert "--overwrite" in refused.stderr
+    resumed = run_dpo("train", "--config", file, "--resume")
+    assert resumed.returncode == 0
+    assert "finished" in resumed.stderr
+    changed = run_dpo("train", "--config", file, "--resume", "loss.beta=0.3")
+    assert changed.returncode == 2
+    assert "`loss.beta` was 0.1 and is 0.3" in changed.stderr
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    replaced = run_dpo("train", "--config", file, "--overwrite", "training.max_steps=1")
+    assert replaced.returncode == 0, replaced.stderr
+    assert [row["step"] for row in read_metrics(run)] == [1]
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_no_run(write_config, tmp_path, tiny_llama):
+    result = run_dpo("train", "--config", write_config(), "--dry-run")
+    assert result.returncode == 0, result.stderr
+    from transformers import AutoModelForCausalLM
+
+    parameters = AutoModelForCausalLM.from_pretrained(tiny_llama).num_parameters()
+    for part in ("32", "8 of 4 pairs", f"{parameters:,}", "memory: in all"):
+        assert part in result.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_training_and_held_out_pairs_may_come_from_sources_of_their_own(write_config, tmp_path, demo_rows):
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps(row) + "\n" for row in demo_rows[40:46]), encoding="utf-8")
+    result = run_dpo("train", "--config", write_config(), f"data.eval={held}", "training.max_steps=2")
+    assert result.returncode == 0, result.stderr
+    assert "40 to train on, 6 held out" in result.stderr
+    assert read_metrics(tmp_path / "runs" / "run", "eval")[0]["pairs"] == 6
+
+
+def test_a_second_start_tokenizes_nothing(write_config, monkeypatch):
+    file = write_config()
+    first = run_dpo("prepare-data", "--config", file)
+    second = run_dpo("prepare-data", "--config", file, "training.learning_rate=1e-4", "training.seed=1")
+    assert "prepared data written" in first.stderr
+    assert "prepared data found" in second.stderr
+    assert "preparing" not in second.stderr
+    assert first.stdout == second.stdout
+
+
+def test_prepare_data_shows_pairs_with_their_special_tokens(write_config, demo_rows):
+    result = run_dpo("prepare-data", "--config", write_config(), "--show", 2)
+    assert result.returncode == 0, result.stderr
+    assert "rows read" in result.stdout
+    shown = result.stdout.replace("|", "")
+    for row in demo_rows[:2]:
+        for text in (row["instruction"], row["chosen"], row["rejected"]):
+            assert text in shown
+    assert "<im_start>user⏎" in shown
+    assert "<im_end>⏎" in shown
+
+
+def test_colours_tell_the_parts_apart_on_a_terminal_and_no_color_is_obeyed(write_config):
+    file = write_config()
+    coloured = run_dpo("prepare-data", "--config", file, "--show", 1, env={"FORCE_COLOR": "1"})
+    plain = run_dpo("prepare-data", "--config", file, "--show", 1, env={"FORCE_COLOR": "1", "NO_COLOR": "1"})
+    assert "\x1b[36m" in coloured.stdout
+    assert "\x1b[32m" in coloured.stdout
+    assert "\x1b[3" not in plain.stdout
+
+
+def test_a_prepared_folder_is_a_source_and_is_refused_under_another_length_rule(write_config, tmp_path):
+    file, folder = write_config(), tmp_path / "prepared"
+    assert run_dpo("prepare-data", "--config", file, "--out", folder).returncode == 0
+    trained = run_dpo("train", "--config", file, f"data.train={folder}", "training.max_steps=1")
+    assert trained.returncode == 0, trained.stderr
+    assert "prepared data" not in trained.stderr
+    refused = run_dpo("train", "--config", file, "--overwrite", f"data.train={folder}", "data.max_length=300")
+    assert refused.returncode == 2
+    assert "another data.max_length" in refused.stderr
+
+
+def test_tensorboard_gets_the_metrics_of_the_log(write_config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run_dpo("train", "--config", write_config(tracking=["tensorboard"]))
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "run"
+    board = EventAccumulator(str(run / "trackers" / "dpo"))
+    board.Reload()
+    logged = [row["loss"] for row in read_metrics(run)]
+    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9))
+    assert len(board.Scalars("eval/rewards/accuracies")) == 1
+
+
+def test_reference_strategies_train_to_the_same_losses(write_config, tmp_path):
+    losses = {}
+    for name in ("cached", "frozen"):
+        file = write_config(name, reference=name, training={"max_steps": 4})
+        assert run_dpo("train", "--config", file).returncode == 0
+        losses[name] = [row["loss"] for row in read_metrics(tmp_path / "runs" / name)]
+    assert losses["frozen"] == pytest.approx(losses["cached"], abs=1e-5)
+
+
+def test_a_model_without_a_template_trains_on_plain_prompts_and_a_template_file_is_kept(write_config, tmp_path):
+    plain = run_dpo("train", "--config", write_config("plain"), "model.chat_template=plain", "training.max_steps=1")
+    assert plain.returncode == 0, plain.stderr
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+                        "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+    own = run_dpo("train", "--config", write_config("own"), f"model.chat_template={template}", "training.max_steps=1")
+    assert own.returncode == 0, own.stderr
+    kept = tmp_path / "runs" / "own" / "final" / "chat_template.jinja"
+    assert kept.read_text() == template.read_text()
+
+
+def test_gradient_checkpointing_and_bfloat16_run(write_config, tmp_path):
+    file = write_config(training={"gradient_checkpointing": True, "max_steps": 2}, model={"dtype": "bfloat16"})
+    result = run_dpo("train", "--config", file)
+    assert result.returncode == 0, result.stderr
+    assert "bfloat16" in result.stderr
+    assert read_metrics(tmp_path / "runs" / "run")[0]["loss"] == pytest.approx(math.log(2), abs=0.02)

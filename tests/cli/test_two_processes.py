@@ -1,0 +1,68 @@
+"""Two real processes under torchrun give what one gives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import read_metrics, run_dpo
+
+
+def torchrun(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "-m", "dpo_cli", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+def assert_same(two, one):
+    for split in ("train", "eval"):
+        for ours, theirs in zip(read_metrics(two, split), read_metrics(one, split), strict=True):
+            assert set(ours) == set(theirs)
+            for name in set(ours) - {"split", "tokens_per_second", "accuracy_interval"}:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    weights = [load_file(run / "final" / "model.safetensors") for run in (two, one)]
+    for name, tensor in weights[0].items():
+        # Adam divides by the gradient's size, so a gradient near zero may move either way by rounding.
+        difference = (tensor - weights[1][name]).abs()
+        assert difference.mean() < 2e-5, name
+
+
+@pytest.mark.parametrize("reference", ["cached", "frozen"])
+def test_metrics_and_weights_are_those_of_one_process(write_config, tmp_path, reference):
+    """Thirteen pairs a step leave ranks with unequal shares; the last step of 32 pairs has six."""
+    settings = {"training": {"pairs_per_step": 13, "micro_batch_tokens": 300}, "reference": reference}
+    one = run_dpo("train", "--config", write_config("one", **settings))
+    assert one.returncode == 0, one.stderr
+    two = torchrun("train", "--config", write_config("two", **settings))
+    assert two.returncode == 0, two.stderr
+    assert two.stderr.count("step 1/3") == 1
+    assert_same(tmp_path / "runs" / "two", tmp_path / "runs" / "one")
+
+
+def test_a_step_with_fewer_pairs_than_processes_and_a_resume(write_config, tmp_path):
+    """32 pairs in steps of 31 leave one pair for two processes."""
+    settings = {"training": {"pairs_per_step": 31, "epochs": 2}, "checkpoints": {"every_steps": 3}}
+    one = run_dpo("train", "--config", write_config("one", **settings))
+    assert one.returncode == 0, one.stderr
+    file = write_config("two", **settings)
+    two = torchrun("train", "--config", file)
+    assert two.returncode == 0, two.stderr
+    run = tmp_path / "runs" / "two"
+    assert_same(run, tmp_path / "runs" / "one")
+
+    weights = (run / "final" / "model.safetensors").read_bytes()
+    (run / "final").rename(tmp_path / "set-aside")
+    resumed = torchrun("train", "--config", file, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming after step 3" in resumed.stderr
+    assert (run / "final" / "model.safetensors").read_bytes() == weights

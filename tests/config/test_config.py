@@ -1,0 +1,194 @@
+"""The configuration: strict, typed, every error at once with file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.config import Config, json_schema, load_config, resolved_yaml
+from dpo_cli.errors import UserError
+from tests.conftest import ROOT
+
+MINIMAL = "model: some/name\ndata:\n  train: pairs.jsonl\n"
+
+
+def write(tmp_path: Path, text: str, name: str = "run.yaml") -> Path:
+    file = tmp_path / name
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def problems(file: Path, *overrides: str) -> list[UserError]:
+    with pytest.raises((UserError, ExceptionGroup)) as caught:
+        load_config(file, overrides)
+    return [caught.value] if isinstance(caught.value, UserError) else list(caught.value.exceptions)
+
+
+def test_the_defaults_are_those_of_the_contract(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.model_dump() == {
+        "model": {"name": "some/name", "dtype": "auto", "chat_template": None},
+        "data": {
+            "train": "pairs.jsonl",
+            "eval": 0.1,
+            "format": "auto",
+            "on_bad_row": "error",
+            "max_length": 1024,
+            "on_too_long": "drop",
+        },
+        "loss": {"type": "dpo", "beta": 0.1, "label_smoothing": 0.0, "logps": "sum"},
+        "reference": {"type": "cached", "model": None},
+        "training": {
+            "epochs": 1,
+            "max_steps": None,
+            "pairs_per_step": 32,
+            "micro_batch_tokens": "auto",
+            "shuffle": True,
+            "layout": "auto",
+            "learning_rate": 1.0e-6,
+            "schedule": "linear",
+            "warmup_ratio": 0.1,
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "gradient_checkpointing": False,
+            "seed": 42,
+        },
+        "evaluation": {"every_steps": None},
+        "checkpoints": {"every_steps": 100, "keep": 2},
+        "tracking": [],
+        "output_dir": "runs/run",
+    }
+
+
+def test_numbers_in_exponent_form_are_numbers(tmp_path):
+    text = MINIMAL + "training:\n  learning_rate: 5e-7\nloss:\n  beta: 5E-1\n"
+    config = load_config(write(tmp_path, text), ["training.weight_decay=1e-2"])
+    assert (config.training.learning_rate, config.loss.beta, config.training.weight_decay) == (5e-7, 0.5, 0.01)
+
+
+def test_one_word_stands_for_a_group(tmp_path):
+    config = load_config(write(tmp_path, "model: a/b\nloss: dpo\nreference: frozen\n"), ["model.dtype=float32"])
+    assert (config.model.name, config.model.dtype) == ("a/b", "float32")
+    assert (config.loss.type, config.reference.type) == ("dpo", "frozen")
+
+
+def test_overrides_reach_every_setting_and_are_parsed_as_yaml(tmp_path):
+    overrides = ["data.eval=null", "tracking=[tensorboard]", "training.shuffle=false", "output_dir=elsewhere"]
+    config = load_config(write(tmp_path, MINIMAL), overrides)
+    assert (config.data.eval, config.tracking, config.training.shuffle) == (None, ["tensorboard"], False)
+    assert config.output_dir == "elsewhere"
+
+
+def test_all_errors_come_together_each_with_its_line(tmp_path):
+    text = (
+        "model: a/b\n"
+        "data:\n"
+        "  train: 5\n"
+        "loss:\n"
+        "  type: dpo\n"
+        "  beta: much\n"
+        "reference:\n"
+        "  type: frozzen\n"
+        "training:\n"
+        "  learning_rat: 5e-7\n"
+        "  warmup_ratio: -1\n"
+    )
+    file = write(tmp_path, text)
+    found = problems(file, "training.seed=soon")
+    assert [(error.what.split("`")[1], error.where) for error in found] == [
+        ("data.train", f"{file}, line 3"),
+        ("loss.beta", f"{file}, line 6"),
+        ("reference.type", f"{file}, line 8"),
+        ("training.learning_rat", f"{file}, line 10"),
+        ("training.warmup_ratio", f"{file}, line 11"),
+        ("training.seed", "the command line: training.seed=soon"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "suggestion"),
+    [
+        ("modle: a/b", "model"),
+        ("training: {learning_rat: 1.0}", "training.learning_rate"),
+        ("learning_rate: 1.0", "training.learning_rate"),
+        ("training: {beta: 1.0}", "loss.beta"),
+        ("data: {max_lenght: 5}", "data.max_length"),
+        ("loss: {type: dpo, label_smooth: 0.1}", "loss.label_smoothing"),
+    ],
+)
+def test_an_unknown_setting_names_the_nearest_known_one(tmp_path, line, suggestion):
+    error = next(e for e in problems(write(tmp_path, f"{line}\n")) if "is not a setting" in e.what)
+    assert error.hint == f"did you mean `{suggestion}`?"
+
+
+def test_a_setting_without_effect_is_an_error(tmp_path):
+    text = MINIMAL + "  eval: null\nevaluation:\n  every_steps: 5\n"
+    (error,) = problems(write(tmp_path, text))
+    assert "has no effect" in error.what
+    assert error.where.endswith("line 6")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("- a\n- b\n", id="a list"),
+        pytest.param("just text", id="a scalar"),
+        pytest.param("model: a\nmodel: b\n", id="twice"),
+        pytest.param("model: [unclosed\n", id="syntax"),
+        pytest.param("model:\n\t- tab\n", id="tab"),
+        pytest.param("model: !!python/object/apply:os.system ['false']\n", id="python tag"),
+        pytest.param("5: a\n", id="number as a name"),
+        pytest.param("model: a\x07\n", id="control character"),
+        pytest.param("? [a, b]\n: c\n", id="list as a name"),
+        pytest.param(f"model: {'[' * 5000}{']' * 5000}\n", id="nested deeply"),
+        pytest.param(
+            "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+            + "".join(f"{n}: &{n} [{', '.join([f'*{p}'] * 10)}]\n" for p, n in zip("abcde", "bcdef", strict=True)),
+            id="anchors that multiply",
+        ),
+        pytest.param("a: &a [*a]\n", id="an anchor within itself"),
+    ],
+)
+def test_broken_yaml_is_one_clear_error(tmp_path, text):
+    file = write(tmp_path, text)
+    found = problems(file)
+    assert str(file) in found[0].where
+    assert all(error.hint for error in found)
+
+
+def test_bytes_that_are_not_text_are_one_clear_error(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_bytes(b"model: \xff\xfe\n")
+    assert problems(file)[0].what == "the configuration is not UTF-8 text"
+
+
+def test_a_missing_file_suggests_one_that_exists(tmp_path):
+    write(tmp_path, MINIMAL, "quickstart.yaml")
+    (error,) = problems(tmp_path / "quickstrat.yaml")
+    assert error.hint == f"did you mean `{tmp_path / 'quickstart.yaml'}`?"
+
+
+def test_the_resolved_configuration_is_the_same_configuration(tmp_path):
+    config = load_config(write(tmp_path, MINIMAL), ["training.max_steps=7", "loss.beta=0.3"])
+    again = load_config(write(tmp_path, resolved_yaml(config), "other.yaml"))
+    assert again == config
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_configuration_loads_and_names_its_schema(file):
+    assert isinstance(load_config(file), Config)
+    first = file.read_text(encoding="utf-8").splitlines()[0]
+    schema = first.removeprefix("# yaml-language-server: $schema=")
+    assert (file.parent / schema).resolve() == ROOT / "configs" / "schema.json"
+
+
+def test_the_checked_in_schema_is_current_and_describes_every_setting():
+    schema = json_schema()
+    assert json.loads((ROOT / "configs" / "schema.json").read_text(encoding="utf-8")) == schema
+    groups = [schema, *schema["$defs"].values()]
+    for group in groups:
+        for name, setting in group.get("properties", {}).items():
+            assert setting.get("description") or "$ref" in setting, f"{group.get('title')}.{name} has no description"

@@ -1,0 +1,168 @@
+"""Real parts for the tests: a tokenizer trained on the demo pairs, a tiny random Llama, files, the program."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
+GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep the user's cache out of the tests, and the network out of reach."""
+    os.environ["DPO_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    # Matrices this small are slower on two threads than on one.
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo_rows() -> list[dict[str, str]]:
+    return [json.loads(line) for line in DEMO_PAIRS.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory, demo_rows: list[dict[str, str]]) -> Path:
+    """A byte-level BPE tokenizer with a ChatML template, trained on the demo pairs."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for row in demo_rows for text in row.values()), trainer)
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=CHATML
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A random two-layer Llama with weights large enough that its answers differ."""
+    return build_llama(tmp_path_factory.mktemp("tiny-llama"), tokenizer, seed=0)
+
+
+def build_llama(folder: Path, tokenizer: Any, seed: int, **settings: Any) -> Path:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.2,
+        **settings,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path, demo_rows: list[dict[str, str]]) -> Path:
+    """Forty demo pairs."""
+    return write_rows(tmp_path / "pairs.jsonl", demo_rows[:40])
+
+
+@pytest.fixture
+def write_config(tmp_path: Path, tiny_llama: Path, pairs_file: Path) -> Callable[..., Path]:
+    """Write a configuration of a small, quick run; keyword arguments replace groups or add settings."""
+
+    def write(name: str = "run", **groups: Any) -> Path:
+        return make_config(tmp_path, tiny_llama, pairs_file, name, **groups)
+
+    return write
+
+
+def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def make_config(folder: Path, tiny: Path, pairs: Path, name: str = "run", /, **groups: Any) -> Path:
+    values: dict[str, Any] = {
+        "model": {"name": str(tiny)},
+        "data": {"train": str(pairs), "eval": 0.2},
+        "training": {"pairs_per_step": 4, "learning_rate": 1e-3},
+        "checkpoints": {"every_steps": 2},
+        "output_dir": str(folder / "runs" / name),
+    }
+    for group, settings in groups.items():
+        if isinstance(settings, dict) and isinstance(values.get(group), dict):
+            values[group] = {**values[group], **settings}
+        else:
+            values[group] = settings
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return file
+
+
+def dpo_command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "dpo_cli", *map(str, arguments)]
+
+
+def run_dpo(
+    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run the program as a user does, in a process of its own."""
+    return subprocess.run(
+        dpo_command(*arguments),
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def read_metrics(run: Path, split: str = "train") -> list[dict[str, Any]]:
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if row["split"] == split]
+
+
+def without_clock(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out what differs from run to run: the speed."""
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]

@@ -1,0 +1,145 @@
+"""The prepared folder: whole, found again, keyed by everything that decides its content."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from dpo_cli.data import prepared
+from dpo_cli.data.prepared import PreparedPairs
+from dpo_cli.data.tokenize import PairTokenizer, Tokenized
+from dpo_cli.errors import UserError
+from dpo_cli.storage import MANIFEST
+
+
+def tokenizing(tokenizer, **settings):
+    return PairTokenizer(tokenizer, **{"template": None, "max_length": 1000, "on_too_long": "drop", **settings})
+
+
+def prepare(source, tokenizer, folder, on_bad_row="error", **settings) -> PreparedPairs:
+    return prepared.prepare([str(source)], "auto", on_bad_row, tokenizing(tokenizer, **settings), folder)
+
+
+def write(path, rows):
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def row(instruction="Add.", chosen="3", rejected="4"):
+    return {"instruction": instruction, "chosen": chosen, "rejected": rejected}
+
+
+def test_a_round_trip_loses_nothing(tmp_path, pairs_file, demo_rows, tokenizer):
+    pairs = prepare(pairs_file, tokenizer, tmp_path / "prepared")
+    from dpo_cli.data.formats import instruction
+
+    direct = tokenizing(tokenizer)([instruction(r, "x") for r in demo_rows[:40]])
+    assert len(pairs) == 40
+    for number, (found, expected) in enumerate(zip(pairs, direct, strict=True), 1):
+        assert isinstance(expected, Tokenized)
+        for name in ("prompt", "chosen", "rejected"):
+            assert np.array_equal(getattr(found, name), getattr(expected.pair, name))
+        assert found.origin == f"{pairs_file}:{number}"
+
+
+def test_the_statistics_count_every_row_once(tmp_path, tokenizer):
+    rows = [row(f"Add {i}.", "short", "a longer answer") for i in range(10)]
+    rows += [row(chosen=" "), row(chosen="4"), row(rejected="word " * 500), {"instruction": "x"}, "{broken\n"]
+    source = write(tmp_path / "a.jsonl", rows)
+    statistics = prepare(source, tokenizer, tmp_path / "p", "drop", max_length=200).manifest["statistics"]
+    assert statistics["rows_read"] == 15
+    assert statistics["pairs_kept"] == 10
+    assert statistics["dropped"] == {
+        "empty response": 1, "identical responses": 1, "too long": 1, "missing field": 1, "undecodable row": 1,
+    }  # fmt: skip
+    assert statistics["examples"]["missing field"][0].startswith(f"{source}:14: `chosen` is missing")
+    prompts = [len(pair.prompt) for pair in PreparedPairs.open(tmp_path / "p")]
+    found = statistics["tokens"]["prompt"]
+    assert (found["min"], found["max"], found["mean"]) == (min(prompts), max(prompts), np.mean(prompts).round(1))
+
+
+def test_structural_errors_stop_and_name_their_rows_and_leave_nothing_behind(tmp_path, tokenizer):
+    source = write(tmp_path / "a.jsonl", [row(), {"instruction": 5}, row("x"), "{broken\n"])
+    with pytest.raises(ExceptionGroup) as caught:
+        prepare(source, tokenizer, tmp_path / "p")
+    assert [e.where for e in caught.value.exceptions] == [f"{source}:2", f"{source}:4", str(source)]
+    assert "2 of 4 rows" in caught.value.exceptions[-1].what
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("rows", [[], [row(chosen="")], [row(chosen="4")]])
+def test_nothing_left_to_train_on_is_an_error(tmp_path, tokenizer, rows):
+    with pytest.raises(UserError):
+        prepare(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "p")
+
+
+def test_the_fingerprint_changes_with_every_ingredient_and_with_nothing_else(tmp_path, tokenizer):
+    source = write(tmp_path / "a.jsonl", [row()])
+
+    def digest(**settings):
+        return prepared.fingerprint([str(source)], "auto", "error", tokenizing(tokenizer, **settings))
+
+    first = digest()
+    assert digest() == first
+    changed = [
+        digest(max_length=999),
+        digest(on_too_long="truncate"),
+        digest(template="plain"),
+        digest(template=tokenizer.chat_template + " "),
+        prepared.fingerprint([str(source)], "auto", "drop", tokenizing(tokenizer)),
+    ]
+    write(source, [row(chosen="3!")])
+    changed.append(digest())
+    assert len({first, *changed}) == 1 + len(changed)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove", "manifest"])
+def test_a_damaged_folder_is_noticed_and_never_read(tmp_path, pairs_file, tokenizer, damage):
+    folder = tmp_path / "p"
+    digest = prepare(pairs_file, tokenizer, folder).manifest["fingerprint"]
+    assert prepared.find(folder, digest)[0] is not None
+    file = folder / "pairs.arrow"
+    data = bytearray(file.read_bytes())
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+    file.write_bytes(data[: {"truncate": -1, "empty": 0}.get(damage, len(data))])
+    if damage == "remove":
+        file.unlink()
+    if damage == "manifest":
+        (folder / MANIFEST).write_text("{")
+    found, reason = prepared.find(folder, digest)
+    assert found is None
+    assert "damaged" in reason
+
+
+def test_held_out_pairs_share_no_prompt_with_the_others_and_depend_on_the_seed(tmp_path, tokenizer):
+    rows = [row(f"Question {i // 3}?", f"yes {i}", f"no {i}") for i in range(90)]
+    pairs = prepare(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "p")
+    train, held = pairs.hold_out(0.2, seed=1)
+    assert sorted([*train, *held]) == list(range(90))
+    assert len(held) == 18
+    prompts = [{pairs[i].prompt.tobytes() for i in side} for side in (train, held)]
+    assert not prompts[0] & prompts[1]
+    assert np.array_equal(held, pairs.hold_out(0.2, seed=1)[1])
+    assert not np.array_equal(held, pairs.hold_out(0.2, seed=2)[1])
+
+
+def test_which_prompts_are_held_out_does_not_depend_on_the_order_of_the_rows(tmp_path, tokenizer):
+    rows = [row(f"Question {i}?") for i in range(40)]
+    sides = []
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        pairs = prepare(write(tmp_path / f"{name}.jsonl", order), tokenizer, tmp_path / name)
+        sides.append({pairs[i].prompt.tobytes() for i in pairs.hold_out(0.25, seed=3)[1]})
+    assert sides[0] == sides[1]
+
+
+def test_windows_of_tokens_are_those_of_the_pairs(tmp_path, pairs_file, tokenizer):
+    pairs = prepare(pairs_file, tokenizer, tmp_path / "p")
+    heads, tails = pairs.heads("prompt", 3), pairs.tails("chosen", 50)
+    for place, pair in enumerate(pairs):
+        assert heads[place].tolist() == pair.prompt[:3].tolist()
+        short = [-1] * (50 - len(pair.chosen))
+        assert tails[place].tolist() == short + pair.chosen.tolist()[-50:]
+    assert pairs.largest_token() == max(max(p.prompt.max(), p.chosen.max(), p.rejected.max()) for p in pairs)

@@ -1,0 +1,158 @@
+"""From pairs to tokens: the template's own tokens, a true prefix, the end, the length rule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_cli.data.records import BadRow, Message, Pair
+from dpo_cli.data.tokenize import PairTokenizer, Tokenized
+from dpo_cli.errors import UserError
+from tests.conftest import CHATML
+
+
+def make_pair(prompt="What is two plus two?", chosen="Four.", rejected="Well, it depends.", given_input=""):
+    return Pair(
+        Message("user", prompt, given_input), Message("assistant", chosen), Message("assistant", rejected), "f:1"
+    )
+
+
+def make(tokenizer, template=None, max_length=1000, on_too_long="drop"):
+    return PairTokenizer(tokenizer, template=template, max_length=max_length, on_too_long=on_too_long)
+
+
+def only(results) -> Tokenized:
+    (result,) = results
+    assert isinstance(result, Tokenized)
+    return result
+
+
+text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(
+    lambda s: s.strip() and "<|" not in s
+)
+
+
+@given(text, text, text, text)
+def test_tokens_are_those_of_the_chat_template_on_the_whole_conversation(
+    tokenizer, prompt, given_input, chosen, rejected
+):
+    pair = make_pair(prompt, chosen, rejected, given_input)
+    found = only(make(tokenizer)([pair])).pair
+    user = {"role": "user", "content": f"{prompt}\n{given_input}"}
+    for response, tokens in ((chosen, found.chosen), (rejected, found.rejected)):
+        whole = tokenizer.apply_chat_template(
+            [user, {"role": "assistant", "content": response}], tokenize=True, return_dict=False
+        )
+        assert [*found.prompt, *tokens] == whole
+    sent = tokenizer.apply_chat_template([user], tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert found.prompt.tolist() == sent
+
+
+@given(text, text)
+def test_decoding_gives_the_rendered_text_back(tokenizer, prompt, chosen):
+    found = only(make(tokenizer)([make_pair(prompt, chosen, "other")])).pair
+    rendered = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{chosen}<|im_end|>\n"
+    assert tokenizer.decode(np.concatenate([found.prompt, found.chosen])) == rendered
+
+
+def test_the_response_ends_with_the_templates_end_and_what_it_writes_behind(tokenizer):
+    found = only(make(tokenizer)([make_pair()])).pair
+    assert tokenizer.decode(found.chosen) == "Four.<|im_end|>\n"
+    assert found.chosen.tolist().count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize(
+    ("given_input", "expected"),
+    [
+        ("", "### Instruction:\nAdd.\n\n### Response:\n"),
+        ("1 2", "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"),
+    ],
+)
+def test_plain_prompts_have_headed_sections_and_responses_one_end(tokenizer, given_input, expected):
+    found = only(make(tokenizer, "plain")([make_pair("Add.", "3", "4", given_input)])).pair
+    assert tokenizer.decode(found.prompt) == expected
+    assert tokenizer.decode(found.chosen) == "3<|im_end|>"
+
+
+def test_a_plain_prompt_starts_with_bos_exactly_where_the_tokenizer_adds_one(tokenizer_folder):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    assert only(make(tokenizer, "plain")([make_pair()])).pair.prompt[0] != tokenizer.bos_token_id
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    assert only(make(tokenizer, "plain")([make_pair()])).pair.prompt.tolist().count(bos[1]) == 1
+
+
+def test_where_the_tokenizer_would_merge_across_the_boundary_the_parts_are_tokenized_apart(tokenizer):
+    """A template without a separator lets the last letter of the prompt merge with the first of the response."""
+    bare = "{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>"
+    generation = "{% if add_generation_prompt %}{{ messages[0]['content'] }}{% else %}" + bare + "{% endif %}"
+    results = make(tokenizer, generation)([make_pair("t", "he cat", "he dog")])
+    found = only(results)
+    assert found.joined
+    assert found.pair.prompt.tolist() == tokenizer("t")["input_ids"]
+    assert found.pair.chosen.tolist() == tokenizer("he cat<|im_end|>")["input_ids"]
+
+
+def test_a_template_that_loses_the_prompt_refuses_the_row(tokenizer):
+    results = make(tokenizer, "{{ messages | length }}")([make_pair()])
+    assert isinstance(results[0], BadRow)
+    assert "boundary" in results[0].detail
+
+
+def test_a_template_that_raises_refuses_the_row_and_not_the_others(tokenizer):
+    raising = CHATML + "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('not this') }}{% endif %}"
+    good, bad = make(tokenizer, raising)([make_pair(), make_pair("bad")])
+    assert isinstance(good, Tokenized)
+    assert isinstance(bad, BadRow)
+    assert "not this" in bad.detail
+
+
+def test_many_at_once_are_each_as_alone(tokenizer, demo_rows):
+    pairs = [make_pair(r["instruction"], r["chosen"], r["rejected"], r.get("input", "")) for r in demo_rows[:50]]
+    tokenize = make(tokenizer)
+    together = tokenize(pairs)
+    for pair, result in zip(pairs, together, strict=True):
+        alone = only(tokenize([pair])).pair
+        for name in ("prompt", "chosen", "rejected"):
+            assert np.array_equal(getattr(alone, name), getattr(result.pair, name))
+
+
+def lengths(tokenizer):
+    pair = only(make(tokenizer)([make_pair()])).pair
+    return len(pair.prompt), max(len(pair.chosen), len(pair.rejected))
+
+
+@pytest.mark.parametrize(("rule", "structural"), [("drop", False), ("error", True)])
+def test_a_pair_one_token_too_long_is_dropped_or_an_error(tokenizer, rule, structural):
+    whole = sum(lengths(tokenizer))
+    assert isinstance(make(tokenizer, max_length=whole, on_too_long=rule)([make_pair()])[0], Tokenized)
+    (bad,) = make(tokenizer, max_length=whole - 1, on_too_long=rule)([make_pair()])
+    assert isinstance(bad, BadRow)
+    assert (bad.reason, bad.structural) == ("too long", structural)
+
+
+def test_truncation_cuts_the_prompt_from_the_left_and_never_a_response(tokenizer):
+    _, response = lengths(tokenizer)
+    whole = only(make(tokenizer)([make_pair()])).pair
+    cut = only(make(tokenizer, max_length=response + 3, on_too_long="truncate")([make_pair()]))
+    assert cut.truncated
+    assert cut.pair.prompt.tolist() == whole.prompt[-3:].tolist()
+    assert np.array_equal(cut.pair.chosen, whole.chosen)
+    assert np.array_equal(cut.pair.rejected, whole.rejected)
+    (bad,) = make(tokenizer, max_length=response, on_too_long="truncate")([make_pair()])
+    assert bad.reason == "response too long"
+
+
+def test_a_tokenizer_without_a_template_says_what_to_set(tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template") as caught:
+        make(tokenizer)
+    assert "plain" in caught.value.hint

@@ -1,0 +1,39 @@
+"""Figures with intervals: the Wilson interval against its defining equation."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_cli.evaluation.evaluate import PairResult
+from dpo_cli.evaluation.statistics import figures, wilson_interval
+from dpo_cli.reporting.metrics import PAIR_METRICS
+
+
+@given(st.integers(1, 500), st.floats(0, 1))
+def test_the_bounds_are_where_the_observed_share_is_196_standard_errors_away(trials, share):
+    """Wilson's bounds are the p that solve |share − p| = z sqrt(p(1−p)/n)."""
+    low, high = wilson_interval(share, trials)
+    assert 0 <= low <= share + 1e-12
+    assert share - 1e-12 <= high <= 1
+    for bound in (low, high):
+        error_squared = 1.959963984540054**2 * bound * (1 - bound) / trials
+        assert (share - bound) ** 2 == pytest.approx(error_squared, abs=1e-12)
+
+
+def test_a_perfect_score_on_few_pairs_is_not_certain():
+    low, high = wilson_interval(1.0, 10)
+    assert (low, high) == (pytest.approx(0.722, abs=5e-4), pytest.approx(1.0))
+
+
+def test_figures_are_means_and_ties_count_half_and_are_reported():
+    values = [(0.2, 1.0), (0.4, 0.5), (0.9, 0.0), (0.5, 0.5)]
+    results = [
+        PairResult(i, {name: {"loss": loss, "rewards/accuracies": accuracy}.get(name, 1.0) for name in PAIR_METRICS})
+        for i, (loss, accuracy) in enumerate(values)
+    ]
+    found = figures(results)
+    assert (found["pairs"], found["ties"], found["rewards/accuracies"]) == (4, 2, 0.5)
+    assert found["loss"] == pytest.approx(0.5)
+    assert found["accuracy_interval"] == list(wilson_interval(0.5, 4))

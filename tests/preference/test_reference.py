@@ -1,0 +1,159 @@
+"""Cached and frozen references: the same numbers, written once, keyed by everything that decides them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.batch import padded
+from dpo_cli.modeling.loading import load_policy
+from dpo_cli.preference import cache
+from dpo_cli.preference.reference import Cached, Frozen
+from tests.builders import prepare_pairs, silent, train_in_process
+from tests.conftest import build_llama
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "reference"
+
+
+@pytest.fixture
+def pairs(tmp_path, pairs_file, tokenizer):
+    return prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
+
+
+def open_reference(strategy, model, pairs, budget=2000):
+    return strategy.open(load_policy(str(model)), Accelerator(cpu=True), pairs, padded, budget, silent)
+
+
+def answers(logps, pairs, cut=5):
+    parts = []
+    for start in range(0, len(pairs), cut):
+        indices = range(start, min(start + cut, len(pairs)))
+        parts.append(logps(padded(indices, [pairs[i] for i in indices])))
+    return torch.cat(parts)
+
+
+def test_cached_and_frozen_agree_to_a_ten_thousandth_of_a_nat_per_response(tiny_llama, pairs):
+    frozen, cached = (open_reference(strategy, tiny_llama, pairs) for strategy in (Frozen(), Cached()))
+    for index in range(len(pairs)):
+        batch = padded([index], [pairs[index]])
+        ours, theirs = (tokens(batch).split(list(batch.lengths)) for tokens in (cached, frozen))
+        for one, other in zip(ours, theirs, strict=True):
+            assert float(one.sum() - other.sum()) == pytest.approx(0, abs=1e-4)
+
+
+def test_both_train_to_the_same_losses(tiny_llama, pairs):
+    frozen, _ = train_in_process(tiny_llama, pairs, reference=Frozen())
+    cached, _ = train_in_process(tiny_llama, pairs, reference=Cached())
+    assert [m["loss"] for m in cached] == pytest.approx([m["loss"] for m in frozen], abs=1e-5)
+
+
+def test_a_frozen_reference_stays_where_it_was_while_the_policy_moves(tiny_llama, pairs):
+    policy = load_policy(str(tiny_llama))
+    logps = Frozen().open(policy, Accelerator(cpu=True), pairs, padded, 2000, silent)
+    before = answers(logps, pairs)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 1
+    assert torch.equal(answers(logps, pairs), before)
+
+
+def test_what_is_cached_is_computed_once_and_read_as_the_same_bytes(tiny_llama, pairs, empty_cache, monkeypatch):
+    first = answers(open_reference(Cached(), tiny_llama, pairs), pairs)
+    files = {path: path.read_bytes() for path in empty_cache.rglob("*.arrow")}
+    assert files
+    monkeypatch.setattr(cache.ReferenceCache, "_compute", None)
+    again = answers(open_reference(Cached(), tiny_llama, pairs), pairs)
+    assert torch.equal(first, again)
+    assert {path: path.read_bytes() for path in empty_cache.rglob("*.arrow")} == files
+
+
+def test_only_new_pairs_are_computed(tiny_llama, pairs, monkeypatch):
+    open_reference(Cached(), tiny_llama, pairs.subset(np.arange(30)))
+    asked = []
+    compute = cache.ReferenceCache._compute
+    monkeypatch.setattr(
+        cache.ReferenceCache, "_compute", lambda self, missing, *a: asked.extend(missing) or compute(self, missing, *a)
+    )
+    open_reference(Cached(), tiny_llama, pairs)
+    assert asked == list(range(30, 40))
+
+
+def test_an_interrupted_pass_goes_on_to_the_same_bytes(tiny_llama, pairs, empty_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "_BLOCK_PAIRS", 8)
+    whole = answers(open_reference(Cached(), tiny_llama, pairs), pairs)
+    written = sorted(path.name for path in empty_cache.rglob("*.arrow"))
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "other"))
+
+    def stop_half_way(done, total):
+        if done >= 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Cached().open(load_policy(str(tiny_llama)), Accelerator(cpu=True), pairs, padded, 2000, stop_half_way)
+    assert len(list((tmp_path / "other").rglob("*.arrow"))) == 2
+    assert torch.equal(answers(open_reference(Cached(), tiny_llama, pairs), pairs), whole)
+    assert sorted(path.name for path in (tmp_path / "other").rglob("*.arrow")) == written
+
+
+def test_another_model_another_row_another_precision_miss(
+    tiny_llama, pairs, tmp_path, pairs_file, tokenizer, demo_rows
+):
+    model, accelerator = load_policy(str(tiny_llama)), Accelerator(cpu=True)
+    identity = cache.reference_identity(model, accelerator)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3, 3] += 1e-6
+    assert cache.reference_identity(model, accelerator) != identity
+    model = load_policy(str(tiny_llama))
+    model.config.rms_norm_eps *= 2
+    assert cache.reference_identity(model, accelerator) != identity
+    accelerator.state._mixed_precision = "bf16"
+    assert cache.reference_identity(load_policy(str(tiny_llama)), accelerator) != identity
+    accelerator.state._mixed_precision = "no"
+
+    keys = pairs.keys()
+    rows = [dict(row) for row in demo_rows[:40]]
+    rows[7]["rejected"] += "!"
+    pairs_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed = prepare_pairs(pairs_file, tokenizer, tmp_path / "changed").keys()
+    assert [i for i in range(40) if keys[i] != changed[i]] == [7]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_damaged_file_is_noticed_and_computed_again(tiny_llama, pairs, empty_cache, damage, caplog):
+    expected = answers(open_reference(Cached(), tiny_llama, pairs), pairs)
+    (file,) = empty_cache.rglob("*.arrow")
+    data = bytearray(file.read_bytes())
+    data[-200] ^= 1
+    file.write_bytes(data if damage == "flip" else data[:100] if damage == "truncate" else b"")
+    import logging
+
+    logging.getLogger("dpo_cli").propagate = True
+    found = answers(open_reference(Cached(), tiny_llama, pairs), pairs)
+    assert torch.equal(found, expected)
+    assert "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", [Cached, Frozen])
+def test_another_model_as_reference_answers_for_itself(tiny_llama, pairs, tmp_path, tokenizer, strategy):
+    other = build_llama(tmp_path / "other", tokenizer, seed=1)
+    found = answers(open_reference(strategy(model=str(other)), tiny_llama, pairs), pairs)
+    expected = answers(open_reference(Frozen(), other, pairs), pairs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_reference_with_another_vocabulary_is_refused(tiny_llama, pairs, tmp_path, tokenizer):
+    folder = build_llama(tmp_path / "other", tokenizer, seed=1)
+    model = load_policy(str(folder))
+    model.resize_token_embeddings(len(tokenizer) + 8)
+    model.save_pretrained(folder)
+    with pytest.raises(UserError, match="vocabulary"):
+        open_reference(Frozen(model=str(folder)), tiny_llama, pairs)

@@ -1,0 +1,112 @@
+"""Folders that are whole or absent, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+
+import pytest
+
+from dpo_cli.storage import DamagedFolder, remove_strays, sealed_folder, verify, write_text
+
+
+def seal(target, content="one", facts=None):
+    with sealed_folder(target, facts if facts is not None else {}) as folder:
+        (folder / "a.txt").write_text(content)
+        (folder / "inner").mkdir()
+        (folder / "inner" / "b.bin").write_bytes(b"\0" * 1000)
+
+
+def test_a_sealed_folder_verifies_and_carries_its_facts(tmp_path):
+    seal(tmp_path / "x", facts={"step": 3})
+    manifest = verify(tmp_path / "x")
+    assert manifest["step"] == 3
+    assert set(manifest["files"]) == {"a.txt", "inner/b.bin"}
+
+
+def test_where_writing_fails_the_old_folder_stays_and_nothing_else_is_left(tmp_path):
+    seal(tmp_path / "x")
+    with pytest.raises(RuntimeError), sealed_folder(tmp_path / "x", {}) as folder:
+        (folder / "a.txt").write_text("two")
+        raise RuntimeError
+    assert (tmp_path / "x" / "a.txt").read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    seal(tmp_path / "x")
+    (tmp_path / "x" / "stray").write_text("old")
+    seal(tmp_path / "x", "two")
+    assert (tmp_path / "x" / "a.txt").read_text() == "two"
+    assert not (tmp_path / "x" / "stray").exists()
+    verify(tmp_path / "x")
+
+
+@pytest.mark.parametrize("number", range(1, 12))
+def test_a_crash_at_any_rename_or_flush_leaves_the_old_folder_or_the_new(tmp_path, monkeypatch, number):
+    seal(tmp_path / "x")
+    calls = 0
+
+    class Crash(BaseException):
+        pass
+
+    def counted(function):
+        def call(*arguments, **keywords):
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise Crash
+            return function(*arguments, **keywords)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", counted(os.fsync))
+    monkeypatch.setattr(os, "rename", counted(os.rename))
+    with contextlib.suppress(Crash):
+        seal(tmp_path / "x", "two")
+    monkeypatch.undo()
+    verify(tmp_path / "x")
+    assert (tmp_path / "x" / "a.txt").read_text() in ("one", "two")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "a.txt").write_text("eno"), "a.txt does not have the bytes"),
+        (lambda f: (f / "a.txt").write_text("on"), "a.txt has 2 bytes instead of 3"),
+        (lambda f: (f / "a.txt").unlink(), "a.txt is missing"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "not a manifest"),
+        (lambda f: (f / "manifest.json").write_text("[" * 100_000), "cannot be read"),
+        (lambda f: (f / "manifest.json").write_text('{"files": {"a.txt": 5}}'), "not a manifest"),
+        (lambda f: (f / "manifest.json").write_text('{"files": {"../x": {}}}'), "outside the folder"),
+        (lambda f: (f / "manifest.json").write_text('{"files": {"/etc/passwd": {}}}'), "outside the folder"),
+    ],
+)
+def test_every_damage_is_noticed_and_named(tmp_path, damage, message):
+    seal(tmp_path / "x")
+    damage(tmp_path / "x")
+    with pytest.raises(DamagedFolder, match=message):
+        verify(tmp_path / "x")
+
+
+def test_a_text_file_is_replaced_as_a_whole(tmp_path, monkeypatch):
+    file = tmp_path / "t.txt"
+    write_text(file, "one")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(file, "two")
+    assert file.read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
+
+
+def test_strays_are_removed_and_nothing_else(tmp_path):
+    seal(tmp_path / "x")
+    (tmp_path / ".x.tmp-1-abc").mkdir()
+    (tmp_path / ".hidden").write_text("kept")
+    remove_strays(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "x"]

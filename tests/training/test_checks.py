@@ -1,0 +1,95 @@
+"""What is proved before step 1, and that each proof can fail."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dpo_cli.data import prepared
+from dpo_cli.data.tokenize import PairTokenizer, end_tokens
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.batch import padded
+from dpo_cli.modeling.loading import load_policy
+from dpo_cli.modeling.scorer import Scorer
+from dpo_cli.preference.losses import DPO
+from dpo_cli.preference.reference import Frozen
+from dpo_cli.training.checks import check_model, check_tokens
+from tests.builders import silent
+from tests.conftest import CHATML
+
+
+def prepare(pairs_file, tokenizer, folder, template=None):
+    tokenize = PairTokenizer(tokenizer, template=template, max_length=1000, on_too_long="drop")
+    return prepared.prepare([str(pairs_file)], "auto", "error", tokenize, folder)
+
+
+def lines(pairs, tokenizer, vocabulary=10_000):
+    return list(check_tokens(pairs, tokenizer, end_tokens(tokenizer), vocabulary))
+
+
+def test_good_pairs_pass_with_a_line_for_each_proof(tmp_path, pairs_file, tokenizer):
+    found = lines(prepare(pairs_file, tokenizer, tmp_path / "p"), tokenizer)
+    assert [line.split()[0] for line in found] == ["one", "every", "the"]
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("<|endoftext|><|endoftext|>" + CHATML, "starts with two BOS"),
+        (CHATML.replace("<|im_end|>", ""), "no end token"),
+        (CHATML.replace("<|im_end|>", "<|im_end|><|im_end|>"), "ends twice"),
+        (CHATML.replace("<|im_end|>", "<|im_end|> \n <|im_end|>"), "ends twice"),
+    ],
+)
+def test_a_template_that_breaks_a_promise_is_refused_and_names_a_pair(tmp_path, pairs_file, tokenizer, template, what):
+    pairs = prepare(pairs_file, tokenizer, tmp_path / "p", template)
+    with pytest.raises(UserError, match=what) as caught:
+        lines(pairs, tokenizer)
+    assert caught.value.where == f"{pairs_file}:1"
+    assert "40 of 40" in caught.value.what
+
+
+def test_one_bos_and_text_that_mentions_an_end_token_inside_are_fine(tmp_path, pairs_file, tokenizer):
+    assert lines(prepare(pairs_file, tokenizer, tmp_path / "p", "<|endoftext|>" + CHATML), tokenizer)
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tmp_path, pairs_file, tokenizer):
+    with pytest.raises(UserError, match="vocabulary ends at 49"):
+        lines(prepare(pairs_file, tokenizer, tmp_path / "p"), tokenizer, vocabulary=50)
+
+
+@pytest.fixture
+def ready(tmp_path, pairs_file, tokenizer, tiny_llama):
+    pairs = prepare(pairs_file, tokenizer, tmp_path / "p")
+    accelerator, policy = Accelerator(cpu=True), load_policy(str(tiny_llama))
+    reference = Frozen().open(policy, accelerator, pairs, padded, 1000, silent)
+    batch = padded(range(4), pairs[:4])
+    return Scorer(policy), reference, batch, accelerator
+
+
+def test_a_policy_that_equals_its_reference_passes(ready):
+    scorer, reference, batch, accelerator = ready
+    found = list(check_model(scorer, scorer, DPO(), reference, batch, accelerator, separate_reference=False))
+    assert len(found) == 2
+    assert "0.693147" in found[1]
+
+
+def test_a_policy_that_has_moved_is_refused_unless_the_reference_is_another_model(ready):
+    scorer, reference, batch, accelerator = ready
+    with torch.no_grad():
+        for parameter in scorer.policy.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    arguments = (scorer, scorer, DPO(), reference, batch, accelerator)
+    with pytest.raises(UserError, match="the policy is not its reference"):
+        list(check_model(*arguments, separate_reference=False))
+    assert len(list(check_model(*arguments, separate_reference=True))) == 1
+
+
+def test_log_probabilities_gathered_on_the_wrong_positions_are_refused(ready):
+    scorer, reference, batch, accelerator = ready
+    wrong = Scorer(scorer.policy)
+    wrong.forward = lambda b: torch.from_numpy(np.zeros(len(b.targets), np.float32))
+    with pytest.raises(UserError, match="differ from the model's own"):
+        list(check_model(wrong, wrong, DPO(), reference, batch, accelerator, separate_reference=True))

@@ -1,0 +1,150 @@
+"""The loop: what a step computes does not depend on how it is cut; against a trainer written out plainly."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from dpo_cli.modeling.loading import load_policy
+from dpo_cli.preference.losses import DPO
+from dpo_cli.training.loop import NotFinite
+from tests.builders import prepare_pairs, train_in_process
+
+
+@pytest.fixture
+def pairs(tmp_path, pairs_file, tokenizer):
+    return prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
+
+
+def assert_same(one, other, rtol=1e-9, atol=1e-11):
+    for ours, theirs in zip(one[0], other[0], strict=True):
+        for name in ours:
+            if name != "learning_rate":
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-7, abs=1e-9), name
+    for name, tensor in one[1].items():
+        torch.testing.assert_close(tensor, other[1][name], rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("budget", [1, 150, 400, 700])
+def test_the_cut_into_micro_batches_changes_neither_metrics_nor_weights(tiny_llama, pairs, budget):
+    """In float64, so that what is left of rounding is far below any mistake; 40 pairs make uneven steps of 12."""
+    whole = train_in_process(tiny_llama, pairs, pairs_per_step=12, dtype=torch.float64)
+    cut = train_in_process(tiny_llama, pairs, pairs_per_step=12, micro_batch_tokens=budget, dtype=torch.float64)
+    assert_same(cut, whole)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_llama, pairs):
+    kept = train_in_process(tiny_llama, pairs, max_steps=3, dtype=torch.float64)
+    recomputed = train_in_process(tiny_llama, pairs, max_steps=3, dtype=torch.float64, checkpointing=True)
+    assert_same(recomputed, kept)
+
+
+def plain_training(model, pairs, steps, loss, learning_rate, max_grad_norm):
+    """DPO as the paper writes it, one sequence at a time, with all logits and torch's own parts."""
+    policy = load_policy(str(model)).double()
+    reference = load_policy(str(model)).double()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
+
+    def logp(net, prompt, response):
+        ids = torch.tensor([[*prompt, *response]])
+        all_logps = net(ids).logits[:, :-1].log_softmax(-1)
+        taken = all_logps.gather(-1, ids[:, 1:, None]).squeeze(-1)[:, len(prompt) - 1 :]
+        return taken.sum() if loss.logps == "sum" else taken.mean()
+
+    losses = []
+    for step in steps:
+        total = 0.0
+        for index in step:
+            pair = pairs[index]
+            chosen, rejected = (
+                logp(policy, pair.prompt, y) - logp(reference, pair.prompt, y).detach()
+                for y in (pair.chosen, pair.rejected)
+            )
+            delta = loss.beta * (chosen - rejected)
+            epsilon = loss.label_smoothing
+            total = total - (1 - epsilon) * delta.sigmoid().log() - epsilon * (-delta).sigmoid().log()
+        mean = total / len(step)
+        optimizer.zero_grad()
+        mean.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+        optimizer.step()
+        losses.append(mean.item())
+    return losses, policy.state_dict()
+
+
+@pytest.mark.parametrize(
+    "loss", [DPO(), DPO(beta=0.5, label_smoothing=0.2), DPO(beta=5.0, logps="mean")], ids=["dpo", "smoothed", "mean"]
+)
+def test_losses_and_weights_are_those_of_a_trainer_written_out_plainly(tiny_llama, pairs, loss):
+    import numpy as np
+
+    from dpo_cli.data.schedule import Plan
+
+    plan = Plan(np.arange(40), pairs.lengths(), 8, 10_000, 1, 4, True, 0)
+    expected, weights = plain_training(tiny_llama, pairs, [s.pairs for s in plan.steps()], loss, 1e-3, 1.0)
+    metrics, found = train_in_process(
+        tiny_llama, pairs, loss=loss, max_steps=4, micro_batch_tokens=500, dtype=torch.float64
+    )
+    assert [m["loss"] for m in metrics] == pytest.approx(expected, rel=1e-7)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+def test_the_first_loss_is_ln_2_and_then_it_falls(tiny_llama, pairs):
+    metrics, _ = train_in_process(tiny_llama, pairs)
+    first = metrics[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert first["rewards/accuracies"] == 0.5
+    assert metrics[-1]["loss"] < 0.9 * math.log(2)
+
+
+def test_a_metric_of_a_step_is_the_mean_over_its_pairs(tiny_llama, pairs):
+    """Margins are means of differences, so they equal the difference of the means."""
+    for metrics in train_in_process(tiny_llama, pairs, micro_batch_tokens=300)[0]:
+        difference = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        assert metrics["rewards/margins"] == pytest.approx(difference, abs=1e-6)
+
+
+def test_the_logged_norm_is_that_before_clipping(tiny_llama, pairs):
+    free, _ = train_in_process(tiny_llama, pairs, max_steps=1, max_grad_norm=None)
+    clipped, _ = train_in_process(tiny_llama, pairs, max_steps=1, max_grad_norm=0.01)
+    assert free[0]["grad_norm"] > 0.01
+    assert clipped[0]["grad_norm"] == pytest.approx(free[0]["grad_norm"])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_pairs(tiny_llama, pairs):
+    from dpo_cli.preference.reference import Frozen
+
+    class Spoilt:
+        """A reference that answers NaN for pair 5."""
+
+        def open(self, *arguments):
+            logps = Frozen().open(*arguments)
+
+            def answer(batch):
+                tokens = logps(batch).clone()
+                if 5 in batch.pairs:
+                    parts = tokens.split(list(batch.lengths))
+                    parts[batch.pairs.index(5)].fill_(math.nan)
+                return tokens
+
+            return answer
+
+    with pytest.raises(NotFinite) as caught:
+        train_in_process(tiny_llama, pairs, reference=Spoilt(), micro_batch_tokens=300)
+    assert caught.value.pairs == (5,)
+    assert caught.value.what == "loss"
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_llama, pairs, monkeypatch):
+    from accelerate import Accelerator
+
+    clip = Accelerator.clip_grad_norm_
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, p, n: clip(self, p, n) * math.inf)
+    with pytest.raises(NotFinite) as caught:
+        train_in_process(tiny_llama, pairs)
+    assert caught.value.what == "gradient"
+    assert len(caught.value.pairs) == 8
