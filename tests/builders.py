@@ -54,7 +54,7 @@ def train_in_process(
     policy = load_policy(str(model)).to(dtype)
     loss = loss or DPO()
     open_reference = (reference or Frozen()).open
-    logps = open_reference(policy, accelerator, pairs, padded, micro_batch_tokens, silent)
+    logps = open_reference(policy, accelerator, pairs, np.arange(len(pairs)), padded, micro_batch_tokens, silent)
     if checkpointing:
         recompute_activations(policy)
     optimizer = adamw(policy, learning_rate, 0.0)

@@ -97,10 +97,6 @@ class PreparedPairs(Sequence[TokenizedPair]):
         """Return both one after the other, without copying; the manifest stays this one's."""
         return PreparedPairs(pa.concat_tables([self._table, other._table]), self.manifest)
 
-    def subset(self, indices: NDArray[np.int64]) -> PreparedPairs:
-        """Return some of the pairs, in the order of `indices`; the manifest stays the whole's."""
-        return PreparedPairs(self._table.take(pa.array(indices)), self.manifest)
-
     def keys(self) -> list[bytes]:
         """Return a digest of each pair's tokens."""
         return list(self._table.column("key").to_pylist())

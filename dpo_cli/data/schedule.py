@@ -87,6 +87,12 @@ class Plan:
         """Optimizer steps of the run."""
         return min(self.steps_by_epochs, self.max_steps or self.steps_by_epochs)
 
+    def trained_on(self) -> NDArray[np.int64]:
+        """Return the indices of the pairs that some step of the run uses, ascending."""
+        if self.num_steps >= self.steps_per_epoch:
+            return np.sort(self.indices)
+        return np.sort(self.indices[self._order(0)[: self.num_steps * self.pairs_per_step]])
+
     def steps(self, after: int = 0, rank: int = 0, num_ranks: int = 1) -> Iterator[Step]:
         """Yield the steps after step `after`, as one rank sees them."""
         order, epoch_at_hand = np.empty(0, np.int64), -1

@@ -1,4 +1,4 @@
-"""A folder, a GGUF file or a Hub id becomes a policy and its tokenizer.
+"""A folder, a GGUF file or a Hub id becomes a policy and its tokenizer; both become a folder again.
 
 Nothing is executed that a model brings along: remote code is off, and weights that are pickled are read by
 transformers with `weights_only=True`. A GGUF file is dequantized once, into the cache, and is an ordinary
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dpo_cli.errors import UserError
+from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.storage import DamagedFolder, cache_root, file_digest, sealed_folder, verify
 
 if TYPE_CHECKING:
@@ -105,6 +105,27 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         raise UserError(f"the weights do not fit the model: {reason}", str(folder)) from None
 
 
+@contextlib.contextmanager
+def saved_model(target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, doing: str) -> Iterator[Path]:
+    """Write model and tokenizer as a sealed Hugging Face folder, to which the caller may add files.
+
+    Raises:
+        UserError: The disk refuses. `target` is as it was then.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with sealed_folder(target, {}) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            yield temporary
+    except OSError as error:
+        raise from_os_error(error, doing, str(target)) from error
+    except SafetensorError as error:
+        hint = "free some space on that disk, or choose another folder"
+        raise UserError(f"{doing} failed: {error}", str(target), hint, status=FAILED) from error
+
+
 def weights_digest(model: PreTrainedModel) -> str:
     """Return a digest of a model's architecture and of every weight's bytes."""
     import torch
@@ -118,26 +139,39 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def _load(name: str, kind: str, load: Callable[[str], _T]) -> _T:
-    """Call a loader on a resolved name; what the libraries raise for bad input becomes a `UserError`."""
+    """Call a loader on what a name stands for."""
+    if problem := check_model(name):
+        raise problem
+    folder = str(_resolved(name))
+    with _explained(name, kind):
+        return load(folder)
+
+
+@contextlib.contextmanager
+def _explained(name: str, kind: str) -> Iterator[None]:
+    """Silence the libraries' bars and reports, and turn what they raise for bad input into a `UserError`."""
     from huggingface_hub.errors import HFValidationError
     from jinja2 import TemplateError
     from safetensors import SafetensorError
+    from transformers.utils import logging as hf_logging
 
-    if problem := check_model(name):
-        raise problem
+    # What they raise for a broken folder is of every kind, and none of it is ours: only their calls stand inside.
     expected = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
     try:
-        with _quiet():
-            return load(str(_resolved(name)))
-    except UserError:
-        raise
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     except (*expected, HFValidationError, TemplateError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if Path(name).exists():
-            hint = "the folder is incomplete or damaged: save or download the model again"
+            hint = "the model is incomplete or damaged: save or download it again"
         else:
             hint = "check the name; a Hub id needs the network, unless the model is in the Hub's cache already"
         raise UserError(f"the {kind} cannot be loaded: {reason.strip()}", name, hint) from error
+    finally:
+        hf_logging.set_verbosity(level)
 
 
 def _resolved(name: str) -> Path | str:
@@ -163,34 +197,19 @@ def _converted(path: Path) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    _log.warning("converting %s to an ordinary model folder (once, up to a minute) …", path.name)
+    _log.warning("converting %s to an ordinary model folder, once; this takes up to a minute", path.name)
     parent, file = str(path.parent), path.name
-    tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(
-        parent,
-        gguf_file=file,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(gguf_file=file, dequantize=True),
-    )
+    with _explained(str(path), "model"):
+        tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(
+            parent,
+            gguf_file=file,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(gguf_file=file, dequantize=True),
+        )
     # What is left are ordinary float32 weights; while these marks stay, transformers refuses to save them.
     model.hf_quantizer = None
-    del model.config.quantization_config
-    with sealed_folder(folder, {"source": file}) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+    vars(model.config).pop("quantization_config", None)
+    with saved_model(folder, model, tokenizer, "keeping the converted model"):
+        pass
     return folder
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and load reports; what matters of them is raised as an error."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = bars or "1"
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)

@@ -44,13 +44,12 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     layout, budget = LAYOUTS[setup.layout_name(config)], setup.micro_batch_tokens(config, accelerator)
     base = load_policy(config.model.name).to(accelerator.device)
     with console.progress("reference log-probabilities") as progress:
-        needed = pairs.subset(held_out)
-        reference = config.reference.open(base, accelerator, needed, layout, 2 * budget, progress)
+        reference = config.reference.open(base, accelerator, pairs, held_out, layout, 2 * budget, progress)
     del base
     scorer = accelerator.prepare_model(Scorer(load_policy(scored)), evaluation_mode=True)
-    lengths = dict(enumerate(needed.lengths().tolist()))
+    lengths = {int(index): int(length) for index, length in zip(held_out, pairs.lengths()[held_out], strict=True)}
     with console.progress("evaluating") as progress:
-        collate = setup.Collate(needed, layout, accelerator)
+        collate = setup.Collate(pairs, layout, accelerator)
         results = score(scorer, config.loss, reference, lengths, budget, collate, accelerator, progress)
     found: dict[str, Any] = {
         **figures(results),

@@ -126,6 +126,7 @@ def _build(
     tokenizer: Any,
 ) -> _Run:
     """Open the reference before anything can change, then let Accelerate prepare the rest."""
+    import numpy as np
     from torch.nn.parallel import DistributedDataParallel
 
     from dpo_cli.data.tokenize import end_tokens
@@ -138,8 +139,9 @@ def _build(
     training, layout = config.training, LAYOUTS[setup.layout_name(config)]
     inner = Scorer(policy)
     stands_on = {"model": weights_digest(policy), "data": data.fingerprint}
+    needed = np.union1d(plan.trained_on(), data.held_out)
     with console.progress("reference log-probabilities") as progress:
-        reference = config.reference.open(policy, accelerator, data.pairs, layout, 2 * budget, progress)
+        reference = config.reference.open(policy, accelerator, data.pairs, needed, layout, 2 * budget, progress)
     if training.gradient_checkpointing:
         recompute_activations(policy)
     optimizer = adamw(policy, training.learning_rate, training.weight_decay)
@@ -342,10 +344,10 @@ def _explained(run: _Run, error: Any) -> UserError:
 
 def _save_final(run: _Run, figures: dict[str, Any] | None) -> None:
     """Write the trained model as a complete Hugging Face folder, whole or not at all."""
+    from dpo_cli.modeling.loading import saved_model
     from dpo_cli.reporting.card import model_card
     from dpo_cli.reporting.environment import versions
     from dpo_cli.storage import remove_strays
-    from dpo_cli.training.checkpoints import saved_model
 
     facts = {
         "training pairs": len(run.data.train),
@@ -357,7 +359,7 @@ def _save_final(run: _Run, figures: dict[str, Any] | None) -> None:
     settings = run.config.model_dump(mode="json")
     card = model_card(run.folder.path.name, settings, facts, figures)
     remove_strays(run.folder.path)
-    with saved_model(run.folder.final, run.parts, "saving the trained model") as temporary:
+    with saved_model(run.folder.final, run.parts.policy, run.parts.tokenizer, "saving the trained model") as temporary:
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 

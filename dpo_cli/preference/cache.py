@@ -71,6 +71,7 @@ class ReferenceCache:
     def complete(
         self,
         pairs: PreparedPairs,
+        needed: NDArray[np.int64],
         score: Callable[[PairBatch], Tensor],
         accelerator: Accelerator,
         layout: Layout,
@@ -82,15 +83,15 @@ class ReferenceCache:
         What a block's numbers are depends on the block alone, not on where an earlier attempt was
         interrupted or on the number of ranks: a resumed run finds the same bytes.
         """
-        keys = pairs.keys()
-        if all(key in self._entries for key in keys):
+        keys, indices = pairs.keys(), needed.tolist()
+        if all(keys[i] in self._entries for i in indices):
             return
-        for start in range(0, len(keys), _BLOCK_PAIRS):
-            block = range(start, min(start + _BLOCK_PAIRS, len(keys)))
+        for start in range(0, len(indices), _BLOCK_PAIRS):
+            block = indices[start : start + _BLOCK_PAIRS]
             missing = list({keys[i]: i for i in block if keys[i] not in self._entries}.values())
             if missing:
                 self._compute(missing, pairs, keys, score, accelerator, layout, micro_batch_tokens)
-            progress(block.stop, len(keys))
+            progress(start + len(block), len(indices))
 
     def lookup(self, pairs: PreparedPairs, device: torch.device) -> Callable[[PairBatch], Tensor]:
         """Return the function that answers for batches of these pairs."""

@@ -16,7 +16,9 @@ from dpo_cli.errors import UserError
 from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
+    import numpy as np
     from accelerate import Accelerator
+    from numpy.typing import NDArray
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -40,6 +42,7 @@ class Cached(Settings):
         policy: PreTrainedModel,
         accelerator: Accelerator,
         pairs: PreparedPairs,
+        needed: NDArray[np.int64],
         layout: Layout,
         micro_batch_tokens: int,
         progress: Callable[[int, int], None],
@@ -49,7 +52,8 @@ class Cached(Settings):
         Args:
             policy: The policy before step 1.
             accelerator: Decides device and precision, and shares the work between ranks.
-            pairs: All pairs that will be asked for.
+            pairs: The pairs of the run.
+            needed: Indices of those that will be asked for, ascending.
             layout: How a batch is laid out.
             micro_batch_tokens: The most tokens of one forward pass, padding included.
             progress: Called with pairs done and pairs in all.
@@ -59,7 +63,7 @@ class Cached(Settings):
         model = _reference_model(self.model, policy)
         identity = reference_identity(model, accelerator)
         cache = ReferenceCache(identity)
-        cache.complete(pairs, _scoring(model, accelerator), accelerator, layout, micro_batch_tokens, progress)
+        cache.complete(pairs, needed, _scoring(model, accelerator), accelerator, layout, micro_batch_tokens, progress)
         return cache.lookup(pairs, accelerator.device)
 
 
@@ -76,6 +80,7 @@ class Frozen(Settings):
         policy: PreTrainedModel,
         accelerator: Accelerator,
         pairs: PreparedPairs,
+        needed: NDArray[np.int64],
         layout: Layout,
         micro_batch_tokens: int,
         progress: Callable[[int, int], None],

@@ -78,7 +78,7 @@ class Console:
     def progress(self, what: str) -> Iterator[Advance]:
         """Show how far a long job is: a bar, or on a pipe a line now and then."""
         with self._bar(TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()) as bar:
-            task = bar.add_task(what, total=None)
+            task = bar.add_task(what, total=1)
             started = said = time.monotonic()
 
             def advance(done: int, total: int) -> None:
@@ -121,6 +121,7 @@ class Console:
             *columns,
             console=self._err,
             disable=not self._err.is_terminal,
+            transient=True,
         )
 
 

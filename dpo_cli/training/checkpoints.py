@@ -12,11 +12,9 @@ Nothing in it is pickled, so loading one executes nothing.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +24,9 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from dpo_cli.errors import FAILED, UserError, from_os_error
-from dpo_cli.modeling.loading import load_weights
-from dpo_cli.storage import DamagedFolder, remove_strays, sealed_folder, verify
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.loading import load_weights, saved_model
+from dpo_cli.storage import DamagedFolder, remove_strays, verify
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -81,7 +79,7 @@ def save_checkpoint(folder: Path, step: int, parts: TrainingParts, keep: int) ->
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         remove_strays(folder)
-        with saved_model(target, parts, "saving a checkpoint") as temporary:
+        with saved_model(target, parts.policy, parts.tokenizer, "saving a checkpoint") as temporary:
             tensors, settings = _optimizer_to_tensors(parts.optimizer.state_dict())
             save_file(tensors, temporary / _OPTIMIZER)
             save_file({k: v for states in random_states for k, v in states.items()}, temporary / _RANDOM)
@@ -99,28 +97,9 @@ def save_checkpoint(folder: Path, step: int, parts: TrainingParts, keep: int) ->
     return target
 
 
-@contextlib.contextmanager
-def saved_model(target: Path, parts: TrainingParts, doing: str) -> Iterator[Path]:
-    """Write model and tokenizer into a sealed folder, to which the caller may add files.
-
-    Raises:
-        UserError: The disk refuses. `target` is as it was then.
-    """
-    try:
-        with sealed_folder(target, {}) as temporary:
-            parts.policy.save_pretrained(temporary)
-            parts.tokenizer.save_pretrained(temporary)
-            yield temporary
-    except OSError as error:
-        raise from_os_error(error, doing, str(target)) from error
-    except SafetensorError as error:
-        hint = "free some space on that disk; go on with `--resume`"
-        raise UserError(f"{doing} failed: {error}", str(target), hint, status=FAILED) from error
-
-
 def newest_whole(folder: Path) -> Path | None:
     """Return the newest checkpoint whose every byte is as it was saved; say which were passed over."""
-    for path in sorted(_checkpoints(folder), reverse=True):
+    for path in reversed(_checkpoints(folder)):
         try:
             verify(path)
             return path
@@ -163,12 +142,14 @@ def load_checkpoint(path: Path, parts: TrainingParts) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("step-*") if path.is_dir()]
+    """Return the checkpoints of a run, the oldest first."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]))
 
 
 def _prune(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints."""
-    for path in sorted(_checkpoints(folder))[:-keep]:
+    for path in _checkpoints(folder)[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
 
 

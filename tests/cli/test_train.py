@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 
 import pytest
 import torch
 import yaml
 
+from dpo_cli.storage import verify
 from tests.conftest import make_config, read_metrics, run_dpo, without_clock, write_rows
 
 
@@ -232,3 +234,21 @@ def test_gradient_checkpointing_and_bfloat16_run(write_config, tmp_path):
     assert result.returncode == 0, result.stderr
     assert "bfloat16" in result.stderr
     assert read_metrics(tmp_path / "runs" / "run")[0]["loss"] == pytest.approx(math.log(2), abs=0.02)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_pairs_and_leaves_the_last_checkpoint(
+    write_config, tmp_path, pairs_file
+):
+    file = write_config(training={"schedule": "linear", "warmup_ratio": 0.99, "max_grad_norm": None})
+    result = run_dpo("train", "--config", file, "training.learning_rate=1e38", "checkpoints.every_steps=1")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    step = int(re.search(r"of step (\d+) is not finite", result.stderr).group(1))
+    assert re.search(rf"pairs: {re.escape(str(pairs_file))}:\d+", result.stderr)
+    run = tmp_path / "runs" / "run"
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, step))
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    newest = run / "checkpoints" / f"step-{step - 1:06d}"
+    assert verify(newest)["files"]
+    assert not (run / "final").exists()

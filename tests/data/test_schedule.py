@@ -69,6 +69,12 @@ def test_to_resume_is_to_skip(lengths, done):
     assert list(plan.steps())[done:] == list(plan.steps(after=done))
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 3}, {"epochs": 0.3}, {"epochs": 2, "shuffle": False}])
+def test_the_pairs_trained_on_are_those_of_the_steps(settings):
+    plan = make_plan(list(range(1, 31)), **settings)
+    assert plan.trained_on().tolist() == sorted(set(pairs_of(plan.steps())))
+
+
 def test_the_same_seed_gives_the_same_plan_and_another_seed_another():
     lengths = list(range(1, 41))
     plans = [list(make_plan(lengths, seed=seed).steps()) for seed in (5, 5, 6)]

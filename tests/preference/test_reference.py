@@ -29,8 +29,10 @@ def pairs(tmp_path, pairs_file, tokenizer):
     return prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
 
 
-def open_reference(strategy, model, pairs, budget=2000):
-    return strategy.open(load_policy(str(model)), Accelerator(cpu=True), pairs, padded, budget, silent)
+def open_reference(strategy, model, pairs, needed=None, progress=silent):
+    policy = model if isinstance(model, torch.nn.Module) else load_policy(str(model))
+    indices = np.arange(len(pairs)) if needed is None else np.array(needed)
+    return strategy.open(policy, Accelerator(cpu=True), pairs, indices, padded, 2000, progress)
 
 
 def answers(logps, pairs, cut=5):
@@ -58,7 +60,7 @@ def test_both_train_to_the_same_losses(tiny_llama, pairs):
 
 def test_a_frozen_reference_stays_where_it_was_while_the_policy_moves(tiny_llama, pairs):
     policy = load_policy(str(tiny_llama))
-    logps = Frozen().open(policy, Accelerator(cpu=True), pairs, padded, 2000, silent)
+    logps = open_reference(Frozen(), policy, pairs)
     before = answers(logps, pairs)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -77,7 +79,7 @@ def test_what_is_cached_is_computed_once_and_read_as_the_same_bytes(tiny_llama, 
 
 
 def test_only_new_pairs_are_computed(tiny_llama, pairs, monkeypatch):
-    open_reference(Cached(), tiny_llama, pairs.subset(np.arange(30)))
+    open_reference(Cached(), tiny_llama, pairs, needed=range(30))
     asked = []
     compute = cache.ReferenceCache._compute
     monkeypatch.setattr(
@@ -98,7 +100,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(tiny_llama, pairs, empty_
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        Cached().open(load_policy(str(tiny_llama)), Accelerator(cpu=True), pairs, padded, 2000, stop_half_way)
+        open_reference(Cached(), tiny_llama, pairs, progress=stop_half_way)
     assert len(list((tmp_path / "other").rglob("*.arrow"))) == 2
     assert torch.equal(answers(open_reference(Cached(), tiny_llama, pairs), pairs), whole)
     assert sorted(path.name for path in (tmp_path / "other").rglob("*.arrow")) == written

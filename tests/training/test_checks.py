@@ -64,7 +64,7 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tmp_path, pairs_fi
 def ready(tmp_path, pairs_file, tokenizer, tiny_llama):
     pairs = prepare(pairs_file, tokenizer, tmp_path / "p")
     accelerator, policy = Accelerator(cpu=True), load_policy(str(tiny_llama))
-    reference = Frozen().open(policy, accelerator, pairs, padded, 1000, silent)
+    reference = Frozen().open(policy, accelerator, pairs, np.arange(len(pairs)), padded, 1000, silent)
     batch = padded(range(4), pairs[:4])
     return Scorer(policy), reference, batch, accelerator
 

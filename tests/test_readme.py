@@ -1,0 +1,72 @@
+"""Every command that the README and the pages under docs show runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, dpo_command, write_rows
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "CONTRIBUTING.md"]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+LAUNCHER = r"(?:torchrun [^\n]*? -m dpo_cli|accelerate launch [^\n]*? -m dpo_cli|dpo)"
+COMMANDS = sorted(
+    set(re.findall(rf"^    ({LAUNCHER} (?:prepare-data|train|eval|config)[^#\n]*?) *(?:#.*)?$", TEXT, re.M))
+)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tiny_llama, demo_rows) -> Path:
+    """A folder as the commands expect it, with a tiny model in place of the real one."""
+    folder = tmp_path_factory.mktemp("project")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    quickstart = folder / "configs" / "quickstart.yaml"
+    settings = yaml.safe_load(quickstart.read_text(encoding="utf-8"))
+    settings["model"] = str(tiny_llama)
+    settings["training"]["max_steps"] = 2
+    quickstart.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    write_rows(folder / "pairs.jsonl", demo_rows[:20])
+    (folder / "my.yaml").write_text(f"model: {tiny_llama}\ndata:\n  train: pairs.jsonl\n", encoding="utf-8")
+    return folder
+
+
+def test_there_are_commands_to_run():
+    assert {command.split()[0] for command in COMMANDS} == {"dpo", "torchrun", "accelerate"}
+    assert len(COMMANDS) >= 8
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS, key=lambda c: (" eval " in c, c)))
+def test_a_command_runs(project, command):
+    words = command.split()
+    if "train" in words and "--resume" not in words:
+        shutil.rmtree(project / "runs", ignore_errors=True)
+    if words[0] == "dpo":
+        words = dpo_command(*words[1:])
+    elif words[0] == "torchrun":
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+    else:
+        words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--main_process_port", "0", *words[2:]]
+    if "eval" in words and not (project / "runs" / "quickstart").exists():
+        subprocess.run(dpo_command("train", "--config", "configs/quickstart.yaml"), cwd=project, check=True)
+    done = subprocess.run(words, cwd=project, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_make_target_that_is_named_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", TEXT, re.M))
+    assert named
+    assert named <= targets
+
+
+def test_every_link_to_a_file_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
