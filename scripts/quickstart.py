@@ -63,7 +63,7 @@ def answers(model: str, prompts: list[str]) -> list[str]:
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
         with torch.no_grad():
-            out = policy.generate(**ids, max_new_tokens=80, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+            out = policy.generate(**ids, max_new_tokens=60, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         found.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip())
     return found
 
@@ -74,7 +74,7 @@ def show(before: dict[str, Any], after: dict[str, Any], model: str) -> None:
 
     console.print("\n[bold]What changed, on pairs that were not trained on[/bold]\n")
     console.print(figures_table({"before": before, "after": after}))
-    prompts = held_out_prompts()[:NUM_ANSWERS]
+    prompts = held_out_prompts()[2::4][:NUM_ANSWERS]
     table = Table(title="\nGreedy answers to held-out prompts", show_lines=True, title_justify="left")
     for column in ("prompt", "before", "after"):
         table.add_column(column, ratio=1, overflow="fold")

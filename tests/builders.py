@@ -17,7 +17,7 @@ from dpo_cli.modeling.batch import padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.preference.losses import DPO
-from dpo_cli.preference.reference import Frozen
+from dpo_cli.preference.reference import Frozen, ReferenceWork
 from dpo_cli.training.loop import train_steps
 from dpo_cli.training.optimizer import adamw, schedule
 
@@ -53,12 +53,12 @@ def train_in_process(
     accelerator = Accelerator(cpu=True)
     policy = load_policy(str(model)).to(dtype)
     loss = loss or DPO()
-    open_reference = (reference or Frozen()).open
-    logps = open_reference(policy, accelerator, pairs, np.arange(len(pairs)), padded, micro_batch_tokens, silent)
+    indices = np.arange(len(pairs))
+    work = ReferenceWork(policy, accelerator, pairs, indices, padded, micro_batch_tokens, silent)
+    logps = (reference or Frozen()).open(work)
     if checkpointing:
         recompute_activations(policy)
     optimizer = adamw(policy, learning_rate, 0.0)
-    indices = np.arange(len(pairs))
     plan = Plan(indices, pairs.lengths(), pairs_per_step, micro_batch_tokens, 1, max_steps, True, 0)
     rates = schedule(optimizer, "constant", 0.0, plan.num_steps)
     scorer, optimizer = accelerator.prepare(Scorer(policy), optimizer)

@@ -36,6 +36,7 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     from dpo_cli.modeling.batch import LAYOUTS
     from dpo_cli.modeling.loading import load_policy
     from dpo_cli.modeling.scorer import Scorer
+    from dpo_cli.preference.reference import ReferenceWork
 
     accelerator = setup.start_accelerator(config)
     with accelerator.main_process_first():
@@ -44,8 +45,10 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     layout, budget = LAYOUTS[setup.layout_name(config)], setup.micro_batch_tokens(config, accelerator)
     base = load_policy(config.model.name).to(accelerator.device)
     with console.progress("reference log-probabilities") as progress:
-        reference = config.reference.open(base, accelerator, pairs, held_out, layout, 2 * budget, progress)
-    del base
+        work = ReferenceWork(base, accelerator, pairs, held_out, layout, 2 * budget, progress)
+        reference = config.reference.open(work)
+    # A cached reference needs no model any more.
+    del base, work
     scorer = accelerator.prepare_model(Scorer(load_policy(scored)), evaluation_mode=True)
     lengths = {int(index): int(length) for index, length in zip(held_out, pairs.lengths()[held_out], strict=True)}
     with console.progress("evaluating") as progress:

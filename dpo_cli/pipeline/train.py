@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from dpo_cli.config import Config, resolved_yaml
 from dpo_cli.errors import FAILED, UserError, raise_all
 from dpo_cli.interrupts import Interrupted, StopSignals
 from dpo_cli.pipeline import setup
+from dpo_cli.pipeline.plan import header, make_plan, print_plan
 from dpo_cli.reporting.console import Console, clock
 from dpo_cli.training.run_folder import RunFolder, RunState
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from dpo_cli.preference.reference import ReferenceLogps
     from dpo_cli.reporting.trackers import MetricsLog
     from dpo_cli.training.checkpoints import TrainingParts
+    from dpo_cli.training.loop import StepResult
 
 
 @dataclass(frozen=True)
@@ -79,38 +82,17 @@ def train(
         tokenizer, tokenize = setup.load_tokenizer(config, config.model.name)
         data = setup.run_data(config, tokenize, console)
     budget = setup.micro_batch_tokens(config, accelerator)
-    plan = _plan(config, data, budget)
+    plan = make_plan(config, data, budget)
     if dry_run:
-        _print_plan(config, data, plan, budget, console)
+        print_plan(config, data, plan, budget, console)
         return
     policy = load_policy(config.model.name).to(accelerator.device)
-    console.facts(_header(config, folder, accelerator, data, plan, budget, policy))
+    console.facts(header(config, folder, accelerator, data, plan, budget, policy))
     run = _build(config, folder, console, signals, accelerator, data, plan, budget, policy, tokenizer)
     _check(run, tokenizer)
     done = _start_folder(run, resume=resume)
     _walk(run, done)
     accelerator.end_training()
-
-
-def _plan(config: Config, data: setup.RunData, budget: int) -> Plan:
-    from dpo_cli.data.schedule import Plan
-
-    training = config.training
-    plan = Plan(
-        indices=data.train,
-        lengths=data.pairs.lengths()[data.train],
-        pairs_per_step=training.pairs_per_step,
-        micro_batch_tokens=budget,
-        epochs=training.epochs,
-        max_steps=training.max_steps,
-        shuffle=training.shuffle,
-        seed=training.seed,
-    )
-    if training.max_steps and training.max_steps > plan.steps_by_epochs:
-        what = f"`training.max_steps` {training.max_steps} is never reached"
-        where = f"{training.epochs:g} epochs of {len(data.train)} pairs are {plan.steps_by_epochs} steps"
-        raise UserError(what, where, "raise `training.epochs`, or leave `training.max_steps` out")
-    return plan
 
 
 def _build(
@@ -133,6 +115,7 @@ def _build(
     from dpo_cli.modeling.batch import LAYOUTS
     from dpo_cli.modeling.loading import weights_digest
     from dpo_cli.modeling.scorer import Scorer, recompute_activations
+    from dpo_cli.preference.reference import ReferenceWork
     from dpo_cli.training.checkpoints import TrainingParts
     from dpo_cli.training.optimizer import adamw, schedule
 
@@ -141,7 +124,8 @@ def _build(
     stands_on = {"model": weights_digest(policy), "data": data.fingerprint}
     needed = np.union1d(plan.trained_on(), data.held_out)
     with console.progress("reference log-probabilities") as progress:
-        reference = config.reference.open(policy, accelerator, data.pairs, needed, layout, 2 * budget, progress)
+        work = ReferenceWork(policy, accelerator, data.pairs, needed, layout, 2 * budget, progress)
+        reference = config.reference.open(work)
     if training.gradient_checkpointing:
         recompute_activations(policy)
     optimizer = adamw(policy, training.learning_rate, training.weight_decay)
@@ -166,31 +150,6 @@ def _build(
         parts=TrainingParts(policy, tokenizer, optimizer, rates, accelerator, stands_on),
         end_tokens=end_tokens(tokenizer, policy.generation_config),
     )
-
-
-def _header(
-    config: Config,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    data: setup.RunData,
-    plan: Plan,
-    budget: int,
-    policy: PreTrainedModel,
-) -> dict[str, str]:
-    """Say what is about to run."""
-    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
-    return {
-        "model": f"{config.model.name} ({type(policy).__name__})",
-        "parameters": f"{sum(parameter.numel() for parameter in policy.parameters()):,}",
-        "pairs": f"{len(data.train):,} to train on, {len(data.held_out):,} held out",
-        "steps": f"{plan.num_steps:,} of {config.training.pairs_per_step} pairs",
-        "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
-        "layout": f"{setup.layout_name(config)}, at most {budget:,} tokens a forward pass",
-        "reference": f"{config.reference.type}, {config.reference.model or 'the policy before step 1'}",
-        "device": f"{accelerator.device}, {precision}{processes}",
-        "output": str(folder.path),
-    }
 
 
 def _check(run: _Run, tokenizer: Any) -> None:
@@ -232,8 +191,8 @@ def _start_folder(run: _Run, *, resume: bool) -> int:
         else:
             run.folder.clear()
         run.folder.path.mkdir(parents=True, exist_ok=True)
-        header = "# The configuration as resolved: `dpo train --config` runs it again.\n"
-        write_text(run.folder.config, header + resolved_yaml(run.config))
+        first_line = "# The configuration as resolved: `dpo train --config` runs it again.\n"
+        write_text(run.folder.config, first_line + resolved_yaml(run.config))
         described = json.dumps(environment(run.accelerator), indent=1, ensure_ascii=False)
         write_text(run.folder.environment, described + "\n")
     checkpoint = broadcast_object_list(found)[0]
@@ -248,54 +207,60 @@ def _start_folder(run: _Run, *, resume: bool) -> int:
 
 
 def _walk(run: _Run, done: int) -> None:
-    """Take the steps; log, evaluate and save when due; finish the run."""
+    """Take the steps, do after each what is due, and finish the run."""
     from dpo_cli.reporting.trackers import MetricsLog
-    from dpo_cli.training.checkpoints import save_checkpoint
     from dpo_cli.training.loop import NotFinite, train_steps
 
-    config, accelerator = run.config, run.accelerator
+    accelerator = run.accelerator
     log = MetricsLog(run.folder.metrics, done) if accelerator.is_main_process else None
-    started = before = time.monotonic()
     results = train_steps(
         run.scorer,
-        config.loss,
+        run.config.loss,
         run.reference,
         run.parts.optimizer,
         run.parts.schedule,
         run.plan.steps(done, accelerator.process_index, accelerator.num_processes),
         run.collate,
         accelerator,
-        config.training.max_grad_norm,
+        run.config.training.max_grad_norm,
         lambda: run.signals.received is not None,
     )
+    started = before = time.monotonic()
     try:
         with run.signals.deferred(), run.console.steps(done, run.plan.num_steps) as show:
             for result in results:
-                seconds = time.monotonic() - before
-                metrics = {"epoch": result.epoch, **result.metrics}
-                metrics["tokens_per_second"] = result.num_tokens / seconds
+                speed = result.num_tokens / (time.monotonic() - before)
+                metrics = {"epoch": result.epoch, **result.metrics, "tokens_per_second": speed}
                 _log(run, log, "train", result.number, metrics)
                 show(result.number, metrics)
-                last = result.number == run.plan.num_steps
-                if len(run.data.held_out) and (last or _due(result.number, config.evaluation.every_steps)):
-                    _log(run, log, "eval", result.number, {"epoch": result.epoch, **_evaluate(run)})
-                if result.stop or _due(result.number, config.checkpoints.every_steps):
-                    if log:
-                        log.sync()
-                    path = save_checkpoint(run.folder.checkpoints, result.number, run.parts, config.checkpoints.keep)
-                    if result.stop:
-                        run.console.notice(f"stopped after step {result.number}; saved {path}")
-                        raise Interrupted(run.signals.received or 15)
+                _after_step(run, log, result)
                 before = time.monotonic()
     except NotFinite as error:
         raise _explained(run, error) from None
-    figures = log.last("eval") if log else None
-    if accelerator.is_main_process:
+    if log:
+        figures = log.last("eval")
         _save_final(run, figures)
         _summary(run, figures, time.monotonic() - started)
-    accelerator.wait_for_everyone()
-    if log:
         log.close()
+    accelerator.wait_for_everyone()
+
+
+def _after_step(run: _Run, log: MetricsLog | None, result: StepResult) -> None:
+    """Evaluate and save when due, which depends on the step alone, and stop where any process was asked to."""
+    from dpo_cli.training.checkpoints import save_checkpoint
+
+    config, step = run.config, result.number
+    last = step == run.plan.num_steps
+    if len(run.data.held_out) and (last or _due(step, config.evaluation.every_steps)):
+        _log(run, log, "eval", step, {"epoch": result.epoch, **_evaluate(run)})
+    if not result.stop and not _due(step, config.checkpoints.every_steps):
+        return
+    if log:
+        log.sync()
+    path = save_checkpoint(run.folder.checkpoints, step, run.parts, config.checkpoints.keep)
+    if result.stop:
+        run.console.notice(f"stopped after step {step}; saved {path}")
+        raise Interrupted(run.signals.received or signal.SIGTERM)
 
 
 def _due(step: int, every: int | None) -> bool:
@@ -371,32 +336,3 @@ def _summary(run: _Run, figures: dict[str, Any] | None, seconds: float) -> None:
         run.console.result(figures_table({"after": figures}))
     run.console.result(f"model    {run.folder.final}")
     run.console.result(f"metrics  {run.folder.metrics}")
-
-
-def _print_plan(config: Config, data: setup.RunData, plan: Plan, budget: int, console: Console) -> None:
-    """Print what a run would do, and the memory that is known beforehand."""
-    from rich.table import Table
-
-    from dpo_cli.modeling.loading import count_parameters
-
-    parameters = count_parameters(config.model.name)
-    weights = 4 * parameters
-    copies = {"weights": weights, "gradients": weights, "AdamW's two moments": 2 * weights}
-    if config.reference.type == "frozen":
-        copies["frozen reference"] = weights
-    table = Table(box=None, pad_edge=False, show_header=False)
-    rows = {
-        "model": config.model.name,
-        "parameters": f"{parameters:,}",
-        "training pairs": f"{len(data.train):,}",
-        "held-out pairs": f"{len(data.held_out):,}",
-        "tokens of all pairs": f"{data.pairs.num_tokens():,}",
-        "optimizer steps": f"{plan.num_steps:,} of {config.training.pairs_per_step} pairs",
-        "tokens of a forward pass": f"at most {budget:,}, or one pair",
-        **{f"memory: {name}": f"{size / 2**30:.2f} GiB" for name, size in copies.items()},
-        "memory: in all": f"{sum(copies.values()) / 2**30:.2f} GiB, and activations of one forward pass",
-        "output folder": config.output_dir,
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.result(table)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dpo_cli.data.prepared import PreparedPairs
-    from dpo_cli.modeling.batch import Layout, PairBatch
+    from dpo_cli.modeling.batch import PairBatch
+    from dpo_cli.preference.reference import ReferenceLogps, ReferenceWork
 
 _VERSION = "1"
 """Raised whenever the same reference would answer with other numbers."""
@@ -68,30 +69,21 @@ class ReferenceCache:
             with pa.memory_map(str(path)) as source:
                 self._remember(pa.ipc.open_stream(source).read_all())
 
-    def complete(
-        self,
-        pairs: PreparedPairs,
-        needed: NDArray[np.int64],
-        score: Callable[[PairBatch], Tensor],
-        accelerator: Accelerator,
-        layout: Layout,
-        micro_batch_tokens: int,
-        progress: Callable[[int, int], None],
-    ) -> None:
+    def complete(self, work: ReferenceWork, score: ReferenceLogps) -> None:
         """Compute and write what is missing, block by block.
 
         What a block's numbers are depends on the block alone, not on where an earlier attempt was
         interrupted or on the number of ranks: a resumed run finds the same bytes.
         """
-        keys, indices = pairs.keys(), needed.tolist()
+        keys, indices = work.pairs.keys(), work.needed.tolist()
         if all(keys[i] in self._entries for i in indices):
             return
         for start in range(0, len(indices), _BLOCK_PAIRS):
             block = indices[start : start + _BLOCK_PAIRS]
             missing = list({keys[i]: i for i in block if keys[i] not in self._entries}.values())
             if missing:
-                self._compute(missing, pairs, keys, score, accelerator, layout, micro_batch_tokens)
-            progress(start + len(block), len(indices))
+                self._compute(missing, keys, work, score)
+            work.progress(start + len(block), len(indices))
 
     def lookup(self, pairs: PreparedPairs, device: torch.device) -> Callable[[PairBatch], Tensor]:
         """Return the function that answers for batches of these pairs."""
@@ -105,22 +97,16 @@ class ReferenceCache:
         return logps
 
     def _compute(
-        self,
-        missing: Sequence[int],
-        pairs: PreparedPairs,
-        keys: Sequence[bytes],
-        score: Callable[[PairBatch], Tensor],
-        accelerator: Accelerator,
-        layout: Layout,
-        micro_batch_tokens: int,
+        self, missing: Sequence[int], keys: Sequence[bytes], work: ReferenceWork, score: ReferenceLogps
     ) -> None:
         """Score one block, its micro-batches dealt to the ranks, and let the main process write it."""
+        pairs, accelerator = work.pairs, work.accelerator
         lengths = {i: int(length) for i, length in zip(missing, pairs.lengths()[list(missing)], strict=True)}
         by_length = sorted(missing, key=lambda i: (-lengths[i], i))
-        cuts = list(cut_by_tokens(by_length, lengths, micro_batch_tokens))
+        cuts = list(cut_by_tokens(by_length, lengths, work.micro_batch_tokens))
         mine: list[tuple[bytes, Entry]] = []
         for cut in cuts[accelerator.process_index :: accelerator.num_processes]:
-            batch = layout(cut, [pairs[i] for i in cut]).to(accelerator.device)
+            batch = work.layout(cut, [pairs[i] for i in cut]).to(accelerator.device)
             tokens = score(batch).cpu().split(list(batch.lengths))
             for place, index in enumerate(cut):
                 entry = tokens[place].numpy().copy(), tokens[len(cut) + place].numpy().copy()

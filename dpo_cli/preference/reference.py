@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -29,6 +30,29 @@ ReferenceLogps = Callable[["PairBatch"], "Tensor"]
 """Answers with the log-probability of each response token of a batch, `[N]`, in nats, without gradient."""
 
 
+@dataclass(frozen=True)
+class ReferenceWork:
+    """What a reference has to answer for, and what it may use.
+
+    Attributes:
+        policy: The policy before step 1.
+        accelerator: Decides device and precision, and shares the work between ranks.
+        pairs: The pairs of the run.
+        needed: Indices of those that will be asked for, ascending.
+        layout: How a batch is laid out.
+        micro_batch_tokens: The most tokens of one forward pass, padding included.
+        progress: Called with pairs done and pairs in all.
+    """
+
+    policy: PreTrainedModel
+    accelerator: Accelerator
+    pairs: PreparedPairs
+    needed: NDArray[np.int64]
+    layout: Layout
+    micro_batch_tokens: int
+    progress: Callable[[int, int], None]
+
+
 class Cached(Settings):
     """Compute the reference once, before step 1, and keep it on disk: no second model while training."""
 
@@ -37,34 +61,14 @@ class Cached(Settings):
     model: str | None = None
     """The reference model: a folder, a .gguf file or a Hub id; null: the policy before step 1."""
 
-    def open(
-        self,
-        policy: PreTrainedModel,
-        accelerator: Accelerator,
-        pairs: PreparedPairs,
-        needed: NDArray[np.int64],
-        layout: Layout,
-        micro_batch_tokens: int,
-        progress: Callable[[int, int], None],
-    ) -> ReferenceLogps:
-        """Look up what the cache has of the pairs, compute and keep the rest.
-
-        Args:
-            policy: The policy before step 1.
-            accelerator: Decides device and precision, and shares the work between ranks.
-            pairs: The pairs of the run.
-            needed: Indices of those that will be asked for, ascending.
-            layout: How a batch is laid out.
-            micro_batch_tokens: The most tokens of one forward pass, padding included.
-            progress: Called with pairs done and pairs in all.
-        """
+    def open(self, work: ReferenceWork) -> ReferenceLogps:
+        """Look up what the cache has of the pairs, compute and keep the rest."""
         from dpo_cli.preference.cache import ReferenceCache, reference_identity
 
-        model = _reference_model(self.model, policy)
-        identity = reference_identity(model, accelerator)
-        cache = ReferenceCache(identity)
-        cache.complete(pairs, needed, _scoring(model, accelerator), accelerator, layout, micro_batch_tokens, progress)
-        return cache.lookup(pairs, accelerator.device)
+        model = _reference_model(self.model, work.policy)
+        cache = ReferenceCache(reference_identity(model, work.accelerator))
+        cache.complete(work, _scoring(model, work.accelerator))
+        return cache.lookup(work.pairs, work.accelerator.device)
 
 
 class Frozen(Settings):
@@ -75,20 +79,11 @@ class Frozen(Settings):
     model: str | None = None
     """The reference model: a folder, a .gguf file or a Hub id; null: the policy before step 1."""
 
-    def open(
-        self,
-        policy: PreTrainedModel,
-        accelerator: Accelerator,
-        pairs: PreparedPairs,
-        needed: NDArray[np.int64],
-        layout: Layout,
-        micro_batch_tokens: int,
-        progress: Callable[[int, int], None],
-    ) -> ReferenceLogps:
-        """Clone the policy, or load the other model; the other arguments are for strategies that need them."""
-        model = _reference_model(self.model, policy)
-        clone = copy.deepcopy(model) if model is policy else model
-        return _scoring(clone.requires_grad_(False), accelerator)
+    def open(self, work: ReferenceWork) -> ReferenceLogps:
+        """Clone the policy, or load the other model."""
+        model = _reference_model(self.model, work.policy)
+        clone = copy.deepcopy(model) if model is work.policy else model
+        return _scoring(clone.requires_grad_(False), work.accelerator)
 
 
 def _reference_model(name: str | None, policy: PreTrainedModel) -> PreTrainedModel:

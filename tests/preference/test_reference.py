@@ -13,7 +13,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.preference import cache
-from dpo_cli.preference.reference import Cached, Frozen
+from dpo_cli.preference.reference import Cached, Frozen, ReferenceWork
 from tests.builders import prepare_pairs, silent, train_in_process
 from tests.conftest import build_llama
 
@@ -32,7 +32,7 @@ def pairs(tmp_path, pairs_file, tokenizer):
 def open_reference(strategy, model, pairs, needed=None, progress=silent):
     policy = model if isinstance(model, torch.nn.Module) else load_policy(str(model))
     indices = np.arange(len(pairs)) if needed is None else np.array(needed)
-    return strategy.open(policy, Accelerator(cpu=True), pairs, indices, padded, 2000, progress)
+    return strategy.open(ReferenceWork(policy, Accelerator(cpu=True), pairs, indices, padded, 2000, progress))
 
 
 def answers(logps, pairs, cut=5):

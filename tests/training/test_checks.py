@@ -14,7 +14,7 @@ from dpo_cli.modeling.batch import padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import DPO
-from dpo_cli.preference.reference import Frozen
+from dpo_cli.preference.reference import Frozen, ReferenceWork
 from dpo_cli.training.checks import check_model, check_tokens
 from tests.builders import silent
 from tests.conftest import CHATML
@@ -64,7 +64,8 @@ def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tmp_path, pairs_fi
 def ready(tmp_path, pairs_file, tokenizer, tiny_llama):
     pairs = prepare(pairs_file, tokenizer, tmp_path / "p")
     accelerator, policy = Accelerator(cpu=True), load_policy(str(tiny_llama))
-    reference = Frozen().open(policy, accelerator, pairs, np.arange(len(pairs)), padded, 1000, silent)
+    work = ReferenceWork(policy, accelerator, pairs, np.arange(len(pairs)), padded, 1000, silent)
+    reference = Frozen().open(work)
     batch = padded(range(4), pairs[:4])
     return Scorer(policy), reference, batch, accelerator
 

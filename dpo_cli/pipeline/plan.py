@@ -1,0 +1,97 @@
+"""What a run is going to do: the plan of its steps, the header, and the answer to `--dry-run`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dpo_cli.config import Config
+from dpo_cli.errors import UserError
+from dpo_cli.pipeline import setup
+from dpo_cli.reporting.console import Console
+from dpo_cli.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from dpo_cli.data.schedule import Plan
+
+
+def make_plan(config: Config, data: setup.RunData, budget: int) -> Plan:
+    """Lay out all steps of a run.
+
+    Raises:
+        UserError: `training.max_steps` lies behind what the epochs give, and so has no effect.
+    """
+    from dpo_cli.data.schedule import Plan
+
+    training = config.training
+    plan = Plan(
+        indices=data.train,
+        lengths=data.pairs.lengths()[data.train],
+        pairs_per_step=training.pairs_per_step,
+        micro_batch_tokens=budget,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+        shuffle=training.shuffle,
+        seed=training.seed,
+    )
+    if training.max_steps and training.max_steps > plan.steps_by_epochs:
+        what = f"`training.max_steps` {training.max_steps} is never reached"
+        where = f"{training.epochs:g} epochs of {len(data.train)} pairs are {plan.steps_by_epochs} steps"
+        raise UserError(what, where, "raise `training.epochs`, or leave `training.max_steps` out")
+    return plan
+
+
+def header(
+    config: Config,
+    folder: RunFolder,
+    accelerator: Accelerator,
+    data: setup.RunData,
+    plan: Plan,
+    budget: int,
+    policy: PreTrainedModel,
+) -> dict[str, str]:
+    """Say what is about to run."""
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
+    return {
+        "model": f"{config.model.name} ({type(policy).__name__})",
+        "parameters": f"{sum(parameter.numel() for parameter in policy.parameters()):,}",
+        "pairs": f"{len(data.train):,} to train on, {len(data.held_out):,} held out",
+        "steps": f"{plan.num_steps:,} of {config.training.pairs_per_step} pairs",
+        "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
+        "layout": f"{setup.layout_name(config)}, at most {budget:,} tokens a forward pass",
+        "reference": f"{config.reference.type}, {config.reference.model or 'the policy before step 1'}",
+        "device": f"{accelerator.device}, {precision}{processes}",
+        "output": str(folder.path),
+    }
+
+
+def print_plan(config: Config, data: setup.RunData, plan: Plan, budget: int, console: Console) -> None:
+    """Print what a run would do, and the memory that is known beforehand."""
+    from rich.table import Table
+
+    from dpo_cli.modeling.loading import count_parameters
+
+    parameters = count_parameters(config.model.name)
+    weights = 4 * parameters
+    copies = {"weights": weights, "gradients": weights, "AdamW's two moments": 2 * weights}
+    if config.reference.type == "frozen":
+        copies["frozen reference"] = weights
+    table = Table(box=None, pad_edge=False, show_header=False)
+    rows = {
+        "model": config.model.name,
+        "parameters": f"{parameters:,}",
+        "training pairs": f"{len(data.train):,}",
+        "held-out pairs": f"{len(data.held_out):,}",
+        "tokens of all pairs": f"{data.pairs.num_tokens():,}",
+        "optimizer steps": f"{plan.num_steps:,} of {config.training.pairs_per_step} pairs",
+        "tokens of a forward pass": f"at most {budget:,}, or one pair",
+        **{f"memory: {name}": f"{size / 2**30:.2f} GiB" for name, size in copies.items()},
+        "memory: in all": f"{sum(copies.values()) / 2**30:.2f} GiB, and activations of one forward pass",
+        "output folder": config.output_dir,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.result(table)
