@@ -7,6 +7,7 @@ found together travel as a standard `ExceptionGroup` of `UserError`.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterable
 
 USAGE, FAILED = 2, 1
@@ -61,7 +62,8 @@ def raise_all(errors: Iterable[UserError]) -> None:
 
 def from_os_error(error: OSError, doing: str, where: str | None = None, *, status: int = FAILED) -> UserError:
     """Turn an operating system's refusal into a `UserError`, with a hint for the known causes."""
-    reason = error.strerror or str(error) or type(error).__name__
+    # Libraries put words of their own around the system's.
+    reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
     place = where or (str(error.filename) if error.filename else None)
     hint = _OS_HINTS.get(error.errno or 0, "check that the path exists and may be read and written")
     return UserError(f"{doing} failed: {reason[0].lower()}{reason[1:]}", place, hint, status=status)

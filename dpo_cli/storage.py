@@ -140,9 +140,14 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def strays(parent: Path) -> set[Path]:
+    """Return what interrupted writers left in a folder."""
+    return set(parent.glob(f".*{_TEMPORARY}*"))
+
+
 def remove_strays(parent: Path) -> None:
     """Remove what interrupted writers left in a folder that only this process writes to."""
-    for stray in parent.glob(f".*{_TEMPORARY}*"):
+    for stray in strays(parent):
         if stray.is_dir():
             shutil.rmtree(stray, ignore_errors=True)
         else:

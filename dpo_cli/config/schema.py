@@ -21,6 +21,11 @@ def expand_short_form(group: str, value: Any) -> Any:
     return {SHORT_FORMS[group]: value} if group in SHORT_FORMS and isinstance(value, str) else value
 
 
+def _with_default_type(value: Any) -> Any:
+    """Add the type that a reference has by default, which pydantic wants said before it looks at the rest."""
+    return {"type": Cached().type, **value} if isinstance(value, dict) and "type" not in value else value
+
+
 def _short(group: str, schema: Any = str) -> BeforeValidator:
     return BeforeValidator(lambda value: expand_short_form(group, value), json_schema_input_type=schema)
 
@@ -109,7 +114,9 @@ class Config(Settings):
     """The preference pairs."""
     loss: Annotated[Loss, _short("loss", Literal["dpo"] | Loss)] = Loss()
     """The loss."""
-    reference: Annotated[Reference, _short("reference", Literal["cached", "frozen"] | Reference)] = Cached()
+    reference: Annotated[
+        Reference, BeforeValidator(_with_default_type), _short("reference", Literal["cached", "frozen"] | Reference)
+    ] = Cached()
     """What the policy is held against."""
     training: TrainingSettings = TrainingSettings()
     """The optimizer's steps."""

@@ -23,8 +23,8 @@ from dpo_cli.data.formats import FORMATS, Format
 from dpo_cli.data.records import BadRow, Pair, TokenizedPair
 from dpo_cli.data.sources import Row, read_rows, source_digest
 from dpo_cli.data.tokenize import PairTokenizer
-from dpo_cli.errors import UserError, raise_all
-from dpo_cli.storage import DamagedFolder, cache_root, sealed_folder, text_digest, verify
+from dpo_cli.errors import UserError, from_os_error, raise_all
+from dpo_cli.storage import MANIFEST, DamagedFolder, cache_root, sealed_folder, text_digest, verify
 
 _VERSION = "1"
 """Raised whenever the same data would become other tokens or another file."""
@@ -149,7 +149,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
 
 def is_prepared(source: str) -> bool:
     """Tell whether a source names a prepared folder rather than raw data."""
-    return (Path(source) / _PAIRS).is_file()
+    return any((Path(source) / name).is_file() for name in (_PAIRS, MANIFEST))
 
 
 def fingerprint(sources: Sequence[str], data_format: str, on_bad_row: BadRowRule, tokenize: PairTokenizer) -> str:
@@ -215,12 +215,28 @@ def prepare(
     """
     digest = fingerprint(sources, data_format, on_bad_row, tokenize)
     to_pair = FORMATS["instruction" if data_format == "auto" else data_format]
-    tally = _Tally()
     facts: dict[str, Any] = {
         "fingerprint": digest,
         "sources": list(sources),
         "tokenization": tokenize.settings,
     }
+    try:
+        _fill(folder, facts, sources, to_pair, on_bad_row, tokenize)
+    except OSError as error:
+        raise from_os_error(error, "preparing the data", str(folder)) from error
+    return PreparedPairs.open(folder)
+
+
+def _fill(
+    folder: Path,
+    facts: dict[str, Any],
+    sources: Sequence[str],
+    to_pair: Format,
+    on_bad_row: BadRowRule,
+    tokenize: PairTokenizer,
+) -> None:
+    """Write the sealed folder; what was found joins its manifest's facts."""
+    tally = _Tally()
     with sealed_folder(folder, facts) as temporary:
         with pa.OSFile(str(temporary / _PAIRS), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
             rows = itertools.chain.from_iterable(read_rows(source) for source in sources)
@@ -232,7 +248,6 @@ def prepare(
                     writer.write_batch(_record_batch(kept))
         tally.judge(on_bad_row, sources)
         facts["statistics"] = tally.statistics()
-    return PreparedPairs.open(folder)
 
 
 @dataclass
@@ -260,6 +275,10 @@ class _Tally:
                 hint = "mend the row, or set `data.on_bad_row: drop` to leave such rows out (counted)"
                 if bad.reason == "too long":
                     hint = "raise `data.max_length`, or set `data.on_too_long` to drop or truncate"
+                elif bad.reason == "template error":
+                    hint = "mend the template, or set `model.chat_template` to another one"
+                elif "not UTF-8" in bad.detail:
+                    hint = "save the file as UTF-8, or set `data.on_bad_row: drop` to leave such rows out (counted)"
                 self.broken_examples.append(UserError(bad.detail, origin, hint))
 
     def keep(self, pair: TokenizedPair) -> None:

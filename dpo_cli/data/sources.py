@@ -41,7 +41,8 @@ def check_source(source: str, where: str | None = None) -> UserError | None:
         known = ", ".join(READERS)
         hint = f"a data file ends in one of {known}"
         return UserError(f"`{source}` is not a kind of data file that can be read", where, hint)
-    if path.is_dir() or _HUB_ID.fullmatch(source):
+    # What ends like a data file is a path that was mistyped, though a Hub id may look the same.
+    if path.is_dir() or (_HUB_ID.fullmatch(source) and path.suffix.lower() not in READERS):
         return None
     folder = path.parent if path.parent.is_dir() else Path()
     near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
@@ -93,7 +94,7 @@ def _json(path: Path) -> Iterator[Row]:
     """Read a JSON list of objects, or one object per line where the file starts with an object."""
     text = _whole_text(path)
     start = _skip_space(text, 0)
-    if start < len(text) and text[start] == "{":
+    if start < len(text) and text[start] == "{" and not _is_one_object(text):
         yield from _json_lines(path)
         return
     if start == len(text) or text[start] != "[":
@@ -118,6 +119,15 @@ def _json(path: Path) -> Iterator[Row]:
     if position < len(text):
         line += text.count("\n", counted, position)
         raise _broken_json(ValueError("something follows the list's end"), path, line)
+
+
+def _is_one_object(text: str) -> bool:
+    """Tell whether a file is a single object over several lines, rather than an object a line."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return "\n" in text.strip()
 
 
 def _csv(path: Path) -> Iterator[Row]:

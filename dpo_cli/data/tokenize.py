@@ -169,11 +169,14 @@ def read_template(name: str | None) -> str | None:
     if name is None or name == PLAIN:
         return name
     try:
-        return Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UserError("the chat template is not UTF-8 text", name, "save the file as UTF-8") from None
     except OSError as error:
         raise from_os_error(error, "reading the chat template", name, status=2) from error
+    if not text.strip():
+        raise UserError("the chat template is empty", name, "name another, or null for the tokenizer's own")
+    return text
 
 
 def end_tokens(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:

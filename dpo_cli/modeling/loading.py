@@ -11,7 +11,9 @@ import contextlib
 import hashlib
 import io
 import logging
+import pickle
 import re
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,7 +57,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    return _load(name, "tokenizer", lambda folder: AutoTokenizer.from_pretrained(folder))
+    return _load(name, "tokenizer", lambda folder: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
 def load_policy(name: str) -> PreTrainedModel:
@@ -68,7 +70,9 @@ def load_policy(name: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     def load(folder: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
         return model, report
 
     model, report = _load(name, "model", load)
@@ -84,9 +88,9 @@ def count_parameters(name: str) -> int:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = _load(name, "model", lambda folder: AutoConfig.from_pretrained(folder))
+    config = _load(name, "model", lambda folder: AutoConfig.from_pretrained(folder, trust_remote_code=False))
     with torch.device("meta"):
-        model = _load(name, "model", lambda _: AutoModelForCausalLM.from_config(config))
+        model = _load(name, "model", lambda _: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -102,7 +106,8 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         model.load_state_dict(saved.state_dict())
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"the weights do not fit the model: {reason}", str(folder)) from None
+        hint = "the checkpoint is another model's: start again with `--overwrite`"
+        raise UserError(f"the weights do not fit the model: {reason}", str(folder), hint) from None
 
 
 @contextlib.contextmanager
@@ -156,16 +161,25 @@ def _explained(name: str, kind: str) -> Iterator[None]:
     from transformers.utils import logging as hf_logging
 
     # What they raise for a broken folder is of every kind, and none of it is ours: only their calls stand inside.
-    expected = (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, AttributeError)
+    expected = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, AttributeError, EOFError)
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
-    except (*expected, HFValidationError, TemplateError, SafetensorError) as error:
+    except pickle.UnpicklingError as error:
+        what = f"the {kind} cannot be loaded: its pickled weights hold more than tensors, or are damaged"
+        hint = "nothing pickled is executed: choose a model whose weights are in .safetensors files"
+        raise UserError(what, name, hint) from error
+    except (*expected, struct.error, HFValidationError, TemplateError, SafetensorError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if Path(name).exists():
+        if "custom code" in reason:
+            reason = "it brings code of its own"
+            hint = "such code is never run: choose a model of an architecture that transformers has"
+        elif reason.startswith("Unrecognized configuration class"):
+            hint = "it is no causal language model: choose one that continues text"
+        elif Path(name).exists():
             hint = "the model is incomplete or damaged: save or download it again"
         else:
             hint = "check the name; a Hub id needs the network, unless the model is in the Hub's cache already"
@@ -182,7 +196,10 @@ def _resolved(name: str) -> Path | str:
 
 def _converted(path: Path) -> Path:
     """Dequantize a GGUF file into a model folder in the cache, once for each content."""
-    folder = cache_root() / "models" / file_digest(path)[:32]
+    try:
+        folder = cache_root() / "models" / file_digest(path)[:32]
+    except OSError as error:
+        raise from_os_error(error, "reading the model", str(path), status=2) from error
     if folder.exists():
         try:
             verify(folder)

@@ -73,7 +73,8 @@ def recompute_activations(policy: PreTrainedModel) -> None:
     """
     if not policy.supports_gradient_checkpointing:
         name = type(policy).__name__
-        raise UserError(f"{name} does not support gradient checkpointing", "`training.gradient_checkpointing`")
+        what = f"{name} does not support gradient checkpointing"
+        raise UserError(what, "`training.gradient_checkpointing`", "set it to false")
     policy.activation_checkpointing_enable()
     for module in policy.modules():
         if getattr(module, "gradient_checkpointing", False):

@@ -37,6 +37,7 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     from dpo_cli.modeling.loading import load_policy
     from dpo_cli.modeling.scorer import Scorer
     from dpo_cli.preference.reference import ReferenceWork
+    from dpo_cli.training.checks import check_fits
 
     accelerator = setup.start_accelerator(config)
     with accelerator.main_process_first():
@@ -44,12 +45,15 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
         pairs, held_out, source = _held_out(config, data, tokenize, console)
     layout, budget = LAYOUTS[setup.layout_name(config)], setup.micro_batch_tokens(config, accelerator)
     base = load_policy(config.model.name).to(accelerator.device)
+    check_fits(pairs, base, "`model.name`")
     with console.progress("reference log-probabilities") as progress:
         work = ReferenceWork(base, accelerator, pairs, held_out, layout, 2 * budget, progress)
         reference = config.reference.open(work)
     # A cached reference needs no model any more.
     del base, work
-    scorer = accelerator.prepare_model(Scorer(load_policy(scored)), evaluation_mode=True)
+    policy = load_policy(scored)
+    check_fits(pairs, policy, scored)
+    scorer = accelerator.prepare_model(Scorer(policy), evaluation_mode=True)
     lengths = {int(index): int(length) for index, length in zip(held_out, pairs.lengths()[held_out], strict=True)}
     with console.progress("evaluating") as progress:
         collate = setup.Collate(pairs, layout, accelerator)
@@ -82,7 +86,9 @@ def _check(config: Config, scored: str, model: str | None, data: str | None, jso
     if data is None and config.data.eval is None:
         hint = "set `data.eval`, or name pairs with --data"
         problems.append(UserError("the configuration holds no pairs out", "`data.eval`", hint))
-    if json_file and not json_file.parent.is_dir():
+    if json_file and json_file.is_dir():
+        problems.append(UserError("the JSON file is a folder", f"--json {json_file}", "name a file in it"))
+    elif json_file and not json_file.parent.is_dir():
         problems.append(UserError("the folder of the JSON file does not exist", f"--json {json_file}", "create it"))
     return problems
 
@@ -106,7 +112,12 @@ def _held_out(config: Config, data: str | None, tokenize: Any, console: Console)
 def _write(file: Path, found: dict[str, Any]) -> None:
     from dpo_cli.storage import write_text
 
+    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
     try:
-        write_text(file, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        if file.exists() and not file.is_file():
+            # A pipe or a device is written into; a rename would put a file in its place.
+            file.write_text(text, encoding="utf-8")
+        else:
+            write_text(file.resolve(), text)
     except OSError as error:
         raise from_os_error(error, "writing the figures", str(file)) from error

@@ -35,9 +35,10 @@ def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]
     if config.reference.model is not None:
         problems.append(check_model(config.reference.model, "`reference.model`"))
     template = config.model.chat_template
-    if template not in (None, "plain") and not Path(str(template)).is_file():
+    if template is not None and template != "plain" and not _is_file(template):
         hint = "name a Jinja file, `plain`, or null for the tokenizer's own"
-        problems.append(UserError(f"there is no chat template `{template}`", "`model.chat_template`", hint))
+        shown = template if len(template) <= 60 else f"{template[:57]}…"
+        problems.append(UserError(f"there is no chat template `{shown}`", "`model.chat_template`", hint))
     if config.data.train is None and needs_train:
         hint = "name a data file: `data: {train: pairs.jsonl}`"
         problems.append(UserError("`data.train` is missing", "the configuration", hint))
@@ -47,6 +48,23 @@ def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]
             if not sources:
                 problems.append(UserError(f"`data.{setting}` is empty", None, "name at least one source"))
     return [problem for problem in problems if problem]
+
+
+def _is_file(name: str) -> bool:
+    """Tell whether there is such a file; a template's own text, say, is too long for a name."""
+    try:
+        return Path(name).is_file()
+    except OSError:
+        return False
+
+
+def named_inputs(config: Config) -> list[str]:
+    """Return what the configuration names as a model, a template or data."""
+    named = [config.model.name, config.model.chat_template, config.reference.model]
+    for sources in (config.data.train, config.data.eval):
+        if isinstance(sources, (str, list)):
+            named += as_list(sources)
+    return [name for name in named if name]
 
 
 def as_list(sources: str | Sequence[str]) -> list[str]:
@@ -140,6 +158,8 @@ def prepared_pairs(
             hint = "name one prepared folder alone, or the raw sources"
             raise UserError("a prepared folder cannot be mixed with other sources", ", ".join(sources), hint)
         return prepared.open_for(Path(sources[0]), tokenize)
+    if folder and (problem := _check_out(folder)):
+        raise problem
     data = config.data
     digest = prepared.fingerprint(sources, data.format, data.on_bad_row, tokenize)
     target = folder or prepared.default_folder(digest)
@@ -156,6 +176,19 @@ def prepared_pairs(
     pairs = prepared.prepare(sources, data.format, data.on_bad_row, tokenize, target)
     console.notice(f"prepared data written: {target}")
     return pairs
+
+
+def _check_out(folder: Path) -> UserError | None:
+    """Say why pairs cannot be kept in a folder, if so: what is there and is not prepared data stays."""
+    from dpo_cli.storage import MANIFEST
+
+    hint = "choose another folder with --out"
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        return UserError(f"`{above}` is a file, not a folder", f"--out {folder}", hint)
+    if above == folder and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        return UserError("the folder holds something else", f"--out {folder}", hint)
+    return None
 
 
 @dataclass(frozen=True)

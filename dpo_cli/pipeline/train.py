@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config, resolved_yaml
-from dpo_cli.errors import FAILED, UserError, raise_all
+from dpo_cli.errors import FAILED, UserError, from_os_error, raise_all
 from dpo_cli.interrupts import Interrupted, StopSignals
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.plan import header, make_plan, print_plan
 from dpo_cli.reporting.console import Console, clock
-from dpo_cli.training.run_folder import RunFolder, RunState
+from dpo_cli.training.run_folder import RESOLVED, RunFolder, RunState
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,15 +67,19 @@ def train(
         Interrupted: A signal came; what was done is saved.
     """
     folder = RunFolder(Path(config.output_dir))
-    unusable = folder.check(resume=resume, overwrite=overwrite)
+    unusable = folder.check(resume=resume, overwrite=overwrite) or (
+        folder.check_inputs(setup.named_inputs(config)) if overwrite else None
+    )
     raise_all([*setup.check_inputs(config), *([unusable] if unusable else [])])
     if resume:
         folder.check_unchanged(config.model_dump(mode="json"))
         if folder.state() is RunState.FINISHED:
+            folder.check_final()
             console.notice(f"the run in {folder.path} is finished: {folder.final}")
             return
     console.notice("loading …")
     from dpo_cli.modeling.loading import load_policy
+    from dpo_cli.training.checks import check_fits
 
     accelerator = setup.start_accelerator(config, project_dir=folder.trackers)
     with accelerator.main_process_first():
@@ -87,6 +91,7 @@ def train(
         print_plan(config, data, plan, budget, console)
         return
     policy = load_policy(config.model.name).to(accelerator.device)
+    check_fits(data.pairs, policy, "`model.name`")
     console.facts(header(config, folder, accelerator, data, plan, budget, policy))
     run = _build(config, folder, console, signals, accelerator, data, plan, budget, policy, tokenizer)
     _check(run, tokenizer)
@@ -157,10 +162,9 @@ def _check(run: _Run, tokenizer: Any) -> None:
     from dpo_cli.training.checks import check_model, check_tokens
 
     accelerator = run.accelerator
-    vocabulary = run.parts.policy.get_input_embeddings().weight.shape[0]
     first = next(run.plan.steps(0, accelerator.process_index, accelerator.num_processes))
     lines = [
-        *check_tokens(run.data.pairs, tokenizer, run.end_tokens, vocabulary),
+        *check_tokens(run.data.pairs, tokenizer, run.end_tokens),
         *check_model(
             run.scorer,
             run.inner,
@@ -179,31 +183,44 @@ def _start_folder(run: _Run, *, resume: bool) -> int:
     """Make the run's folder ready and restore the newest checkpoint; return the steps that were taken."""
     from accelerate.utils import broadcast_object_list
 
-    from dpo_cli.reporting.environment import environment
     from dpo_cli.reporting.trackers import start_trackers
-    from dpo_cli.storage import write_text
     from dpo_cli.training.checkpoints import load_checkpoint, newest_whole
 
     found: list[Path | None] = [None]
+    if resume and run.accelerator.is_main_process:
+        found = [newest_whole(run.folder.checkpoints)]
+    checkpoint = broadcast_object_list(found)[0]
+    # What stands there is kept until it is known that the run can go on from it.
+    done = load_checkpoint(checkpoint, run.parts) if checkpoint else 0
     if run.accelerator.is_main_process:
-        if resume:
-            found = [newest_whole(run.folder.checkpoints)]
-        else:
+        _describe(run, resume=resume)
+    start_trackers(run.accelerator, run.config.tracking, run.config.model_dump(mode="json"))
+    if checkpoint:
+        run.console.notice(f"resuming after step {done}: {checkpoint}")
+    elif resume:
+        run.console.notice("no checkpoint yet: starting from step 1")
+    return done
+
+
+def _describe(run: _Run, *, resume: bool) -> None:
+    """Clear the run's folder unless it goes on, and write down what runs and where.
+
+    Raises:
+        UserError: The disk refuses.
+    """
+    from dpo_cli.reporting.environment import environment
+    from dpo_cli.storage import remove_strays, write_text
+
+    described = json.dumps(environment(run.accelerator), indent=1, ensure_ascii=False)
+    try:
+        if not resume:
             run.folder.clear()
         run.folder.path.mkdir(parents=True, exist_ok=True)
-        first_line = "# The configuration as resolved: `dpo train --config` runs it again.\n"
-        write_text(run.folder.config, first_line + resolved_yaml(run.config))
-        described = json.dumps(environment(run.accelerator), indent=1, ensure_ascii=False)
+        remove_strays(run.folder.path)
+        write_text(run.folder.config, RESOLVED + resolved_yaml(run.config))
         write_text(run.folder.environment, described + "\n")
-    checkpoint = broadcast_object_list(found)[0]
-    start_trackers(run.accelerator, run.config.tracking, run.config.model_dump(mode="json"))
-    if checkpoint is None:
-        if resume:
-            run.console.notice("no checkpoint yet: starting from step 1")
-        return 0
-    done = load_checkpoint(checkpoint, run.parts)
-    run.console.notice(f"resuming after step {done}: {checkpoint}")
-    return done
+    except OSError as error:
+        raise from_os_error(error, "preparing the output folder", str(run.folder.path)) from error
 
 
 def _walk(run: _Run, done: int) -> None:
@@ -235,13 +252,15 @@ def _walk(run: _Run, done: int) -> None:
                 show(result.number, metrics)
                 _after_step(run, log, result)
                 before = time.monotonic()
+        if log:
+            figures = log.last("eval")
+            _save_final(run, figures)
+            _summary(run, figures, time.monotonic() - started)
     except NotFinite as error:
         raise _explained(run, error) from None
-    if log:
-        figures = log.last("eval")
-        _save_final(run, figures)
-        _summary(run, figures, time.monotonic() - started)
-        log.close()
+    finally:
+        if log:
+            log.close()
     accelerator.wait_for_everyone()
 
 
@@ -312,7 +331,6 @@ def _save_final(run: _Run, figures: dict[str, Any] | None) -> None:
     from dpo_cli.modeling.loading import saved_model
     from dpo_cli.reporting.card import model_card
     from dpo_cli.reporting.environment import versions
-    from dpo_cli.storage import remove_strays
 
     facts = {
         "training pairs": len(run.data.train),
@@ -323,7 +341,6 @@ def _save_final(run: _Run, figures: dict[str, Any] | None) -> None:
     }
     settings = run.config.model_dump(mode="json")
     card = model_card(run.folder.path.name, settings, facts, figures)
-    remove_strays(run.folder.path)
     with saved_model(run.folder.final, run.parts.policy, run.parts.tokenizer, "saving the trained model") as temporary:
         (temporary / "README.md").write_text(card, encoding="utf-8")
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.errors import UserError
+from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.storage import write_text
 
 if TYPE_CHECKING:
@@ -37,16 +38,20 @@ class MetricsLog:
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; a reader of the file sees it at once."""
-        self._file.write(_line(row))
-        self._file.flush()
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            raise from_os_error(error, "writing the metrics", str(self._path)) from error
 
     def sync(self) -> None:
         """Make sure that the rows outlive a power cut; called before a checkpoint that relies on them."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what a full disk refused before, it may refuse again."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def start_trackers(accelerator: Accelerator, names: Sequence[str], settings: dict[str, Any]) -> None:

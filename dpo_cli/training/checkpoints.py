@@ -98,13 +98,21 @@ def save_checkpoint(folder: Path, step: int, parts: TrainingParts, keep: int) ->
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose every byte is as it was saved; say which were passed over."""
-    for path in reversed(_checkpoints(folder)):
+    """Return the newest checkpoint whose every byte is as it was saved; say which were passed over.
+
+    Raises:
+        UserError: There are checkpoints and none is whole.
+    """
+    found = _checkpoints(folder)
+    for path in reversed(found):
         try:
             verify(path)
             return path
         except DamagedFolder as damage:
             _log.warning("passing over the damaged checkpoint %s: %s", path, damage)
+    if found:
+        hint = "bring one back from elsewhere, or start again with `--overwrite`"
+        raise UserError("every checkpoint is damaged: there is nothing to go on from", str(folder), hint)
     return None
 
 
@@ -117,8 +125,11 @@ def load_checkpoint(path: Path, parts: TrainingParts) -> int:
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         tensors, random_states = load_file(path / _OPTIMIZER), load_file(path / _RANDOM)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"not a checkpoint of a run: {error}", str(path), "start again with `--overwrite`") from error
+        if missing := {"step", "num_ranks", "stands_on", "optimizer", "schedule", "scaler"} - state.keys():
+            raise ValueError(f"{_STATE} lacks {', '.join(sorted(missing))}")
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        hint = "remove that folder to go on from an older checkpoint, or start again with `--overwrite`"
+        raise UserError(f"not a checkpoint of a run: {error}", str(path), hint) from error
     for name, digest in parts.stands_on.items():
         if state["stands_on"].get(name) != digest:
             hint = f"bring back the {name} that the run was started with, or start again with `--overwrite`"

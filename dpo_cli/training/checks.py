@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from dpo_cli.preference.scoring import score_pairs
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
+    from transformers import PreTrainedModel
 
     from dpo_cli.modeling.batch import PairBatch
     from dpo_cli.modeling.scorer import Scorer
@@ -29,14 +31,30 @@ _TAIL = 8
 """Tokens at a response's end among which its end token must stand."""
 
 
-def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int], vocabulary: int) -> Iterator[str]:
+def check_fits(pairs: PreparedPairs, model: PreTrainedModel, where: str) -> None:
+    """Refuse pairs for whose tokens or lengths a model has no embedding, before it is asked.
+
+    Raises:
+        UserError: The tokenizer is another model's, or a pair is longer than the model reads.
+    """
+    largest, vocabulary = pairs.largest_token(), model.get_input_embeddings().weight.shape[0]
+    if largest >= vocabulary:
+        what = f"the data has token {largest}, the model's vocabulary ends at {vocabulary - 1}"
+        raise UserError(what, where, "the tokenizer is another model's")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = int(pairs.lengths().max())
+    if positions and longest > positions:
+        what = f"the longest pair has {longest} tokens, the model has positions for {positions}"
+        raise UserError(what, where, f"set `data.max_length: {positions}`, or choose a model that reads more")
+
+
+def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int]) -> Iterator[str]:
     """Prove of every pair what its tokens must fulfil.
 
     Args:
         pairs: All pairs of the run.
         tokenizer: What they were tokenized with.
         end_tokens: The ids that may end a response.
-        vocabulary: Rows of the model's embedding.
 
     Yields:
         A line for each thing that holds.
@@ -44,10 +62,6 @@ def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int
     Raises:
         UserError: One does not hold; it names a pair.
     """
-    largest = pairs.largest_token()
-    if largest >= vocabulary:
-        what = f"the data has token {largest}, the model's vocabulary ends at {vocabulary - 1}"
-        raise UserError(what, "`model.name`", "the tokenizer is another model's")
     heads = pairs.heads("prompt", 2)
     _require(
         pairs,
@@ -99,6 +113,10 @@ def check_model(
     tolerance = _TOLERANCE[accelerator.mixed_precision]
     with accelerator.autocast():
         difference = inner.largest_difference(batch)
+    if not math.isfinite(difference):
+        what = "the model's log-probabilities are not finite before step 1"
+        hint = "its weights are damaged, or its precision is too low: download it again, or set `model.dtype: float32`"
+        raise UserError(what, type(inner.policy).__name__, hint)
     if not difference <= tolerance:
         what = f"log-probabilities differ from the model's own by {difference:.2g} nats a token"
         raise UserError(what, type(inner.policy).__name__, "this architecture treats its logits in its own way")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import enum
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dpo_cli.errors import UserError
-from dpo_cli.storage import MANIFEST
+from dpo_cli.errors import USAGE, UserError, from_os_error
+from dpo_cli.storage import MANIFEST, DamagedFolder, strays, verify
+
+RESOLVED = "# The configuration as resolved: `dpo train --config` runs it again.\n"
+"""The first line of a run's config.yaml, by which it is told from a configuration of the user's own."""
 
 
 class RunState(enum.Enum):
@@ -67,16 +70,24 @@ class RunFolder:
     def state(self) -> RunState:
         """Tell what the folder holds now."""
         if self.path.is_dir():
-            if (self.final / MANIFEST).is_file():
-                return RunState.FINISHED
-            if self.config.is_file():
-                return RunState.STARTED
-            return RunState.FOREIGN if any(self.path.iterdir()) else RunState.FREE
+            if self._is_a_run():
+                return RunState.FINISHED if (self.final / MANIFEST).is_file() else RunState.STARTED
+            return RunState.FOREIGN if set(self.path.iterdir()) - strays(self.path) else RunState.FREE
         return RunState.FOREIGN if self.path.exists() else RunState.FREE
 
     def check(self, *, resume: bool, overwrite: bool) -> UserError | None:
         """Say why a run may not write here, if so; nothing is changed."""
-        state, where = self.state(), str(self.path)
+        where = str(self.path)
+        if "\0" in where:
+            return UserError("the name of the output folder holds a NUL", repr(where), "choose another `output_dir`")
+        try:
+            state = self.state()
+            above = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        except OSError as error:
+            return from_os_error(error, "looking at the output folder", where, status=USAGE)
+        if state is RunState.FREE and not above.is_dir():
+            what = f"the output folder cannot be made: `{above}` is a file"
+            return UserError(what, where, "choose another `output_dir`: a folder cannot stand below a file")
         if state is RunState.FOREIGN:
             what = "the output folder holds something else" if self.path.is_dir() else "the output folder is a file"
             return UserError(what, where, "choose another `output_dir`; a run never writes among other files")
@@ -84,6 +95,35 @@ class RunFolder:
             hint = "go on with `--resume`, replace it with `--overwrite`, or choose another `output_dir`"
             return UserError("the output folder holds another run", where, hint)
         return None
+
+    def check_inputs(self, inputs: Sequence[str]) -> UserError | None:
+        """Say which input `clear` would remove, if one."""
+        doomed = [path.resolve() for path in (self.final, self.checkpoints, self.trackers)]
+        for name in inputs:
+            if any(Path(name).resolve().is_relative_to(path) for path in doomed):
+                what = f"`--overwrite` would remove `{name}`, which the run needs"
+                return UserError(what, str(self.path), "choose another `output_dir`")
+        return None
+
+    def check_final(self) -> None:
+        """Check that the trained model is as it was saved.
+
+        Raises:
+            UserError: It is not.
+        """
+        try:
+            verify(self.final)
+        except DamagedFolder as damage:
+            hint = f"remove {self.final} and `--resume` writes it again, or start again with `--overwrite`"
+            raise UserError(f"the trained model is damaged: {damage}", str(self.final), hint) from None
+
+    def _is_a_run(self) -> bool:
+        """Tell whether config.yaml is one that a run wrote, not the user's own of the same name."""
+        try:
+            with self.config.open("rb") as file:
+                return file.readline() == RESOLVED.encode()
+        except (FileNotFoundError, IsADirectoryError):
+            return False
 
     def clear(self) -> None:
         """Remove an older run's files, and only those."""

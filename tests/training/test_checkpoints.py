@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import shutil
 
+import pytest
+
+from dpo_cli.errors import UserError
 from dpo_cli.storage import sealed_folder
 from dpo_cli.training.checkpoints import _prune, newest_whole
 
@@ -25,7 +28,9 @@ def test_damaged_ones_are_passed_over_until_a_whole_one_is_found(tmp_path):
     (tmp_path / "step-000002" / "manifest.json").unlink()
     assert newest_whole(tmp_path).name == "step-000001"
     shutil.rmtree(tmp_path / "step-000001")
-    assert newest_whole(tmp_path) is None
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        newest_whole(tmp_path)
+    assert newest_whole(tmp_path / "nothing") is None
 
 
 def test_what_is_not_a_checkpoint_is_neither_taken_nor_pruned(tmp_path):

@@ -15,7 +15,7 @@ from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.reference import Frozen, ReferenceWork
-from dpo_cli.training.checks import check_model, check_tokens
+from dpo_cli.training.checks import check_fits, check_model, check_tokens
 from tests.builders import silent
 from tests.conftest import CHATML
 
@@ -25,8 +25,8 @@ def prepare(pairs_file, tokenizer, folder, template=None):
     return prepared.prepare([str(pairs_file)], "auto", "error", tokenize, folder)
 
 
-def lines(pairs, tokenizer, vocabulary=10_000):
-    return list(check_tokens(pairs, tokenizer, end_tokens(tokenizer), vocabulary))
+def lines(pairs, tokenizer):
+    return list(check_tokens(pairs, tokenizer, end_tokens(tokenizer)))
 
 
 def test_good_pairs_pass_with_a_line_for_each_proof(tmp_path, pairs_file, tokenizer):
@@ -55,9 +55,17 @@ def test_one_bos_and_text_that_mentions_an_end_token_inside_are_fine(tmp_path, p
     assert lines(prepare(pairs_file, tokenizer, tmp_path / "p", "<|endoftext|>" + CHATML), tokenizer)
 
 
-def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tmp_path, pairs_file, tokenizer):
-    with pytest.raises(UserError, match="vocabulary ends at 49"):
-        lines(prepare(pairs_file, tokenizer, tmp_path / "p"), tokenizer, vocabulary=50)
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [({"vocab_size": 50}, "vocabulary ends at 49"), ({"max_position_embeddings": 8}, "positions for 8")],
+)
+def test_pairs_that_a_model_has_no_embedding_for_are_refused(tmp_path, pairs_file, tokenizer, settings, what):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**{**small, "vocab_size": 1000, **settings}))
+    with pytest.raises(UserError, match=what):
+        check_fits(prepare(pairs_file, tokenizer, tmp_path / "p"), model, "`model.name`")
 
 
 @pytest.fixture
