@@ -46,7 +46,6 @@ class _Run:
     inner: Scorer
     reference: ReferenceLogps
     parts: TrainingParts
-    end_tokens: frozenset[int]
 
 
 def train(
@@ -78,8 +77,9 @@ def train(
             console.notice(f"the run in {folder.path} is finished: {folder.final}")
             return
     console.notice("loading …")
+    from dpo_cli.data.tokenize import end_tokens
     from dpo_cli.modeling.loading import load_policy
-    from dpo_cli.training.checks import check_fits
+    from dpo_cli.training.checks import check_fits, check_tokens
 
     accelerator = setup.start_accelerator(config, project_dir=folder.trackers)
     with accelerator.main_process_first():
@@ -93,8 +93,10 @@ def train(
     policy = load_policy(config.model.name).to(accelerator.device)
     check_fits(data.pairs, policy, "`model.name`")
     console.facts(header(config, folder, accelerator, data, plan, budget, policy))
+    for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
+        console.notice(f"checked: {proved}")
     run = _build(config, folder, console, signals, accelerator, data, plan, budget, policy, tokenizer)
-    _check(run, tokenizer)
+    _check_model(run)
     done = _start_folder(run, resume=resume)
     _walk(run, done)
     accelerator.end_training()
@@ -116,7 +118,6 @@ def _build(
     import numpy as np
     from torch.nn.parallel import DistributedDataParallel
 
-    from dpo_cli.data.tokenize import end_tokens
     from dpo_cli.modeling.batch import LAYOUTS
     from dpo_cli.modeling.loading import weights_digest
     from dpo_cli.modeling.scorer import Scorer, recompute_activations
@@ -153,30 +154,28 @@ def _build(
         inner=inner,
         reference=reference,
         parts=TrainingParts(policy, tokenizer, optimizer, rates, accelerator, stands_on),
-        end_tokens=end_tokens(tokenizer, policy.generation_config),
     )
 
 
-def _check(run: _Run, tokenizer: Any) -> None:
-    """Prove what can be proved before step 1, on the policy as it was loaded."""
-    from dpo_cli.training.checks import check_model, check_tokens
+def _check_model(run: _Run) -> None:
+    """Prove what can be proved of the model on a micro-batch of step 1, before anything has moved."""
+    from dpo_cli.data.schedule import MicroBatch
+    from dpo_cli.training.checks import check_model
 
-    accelerator = run.accelerator
+    accelerator, lengths = run.accelerator, run.data.pairs.lengths()
     first = next(run.plan.steps(0, accelerator.process_index, accelerator.num_processes))
-    lines = [
-        *check_tokens(run.data.pairs, tokenizer, run.end_tokens),
-        *check_model(
-            run.scorer,
-            run.inner,
-            run.config.loss,
-            run.reference,
-            run.collate(first.micro_batches[-1]),
-            accelerator,
-            separate_reference=run.config.reference.model is not None,
-        ),
-    ]
-    for line in lines:
-        run.console.notice(f"checked: {line}")
+    shortest = min(first.pairs, key=lambda index: (int(lengths[index]), index))
+    for proved in check_model(
+        run.scorer,
+        run.inner,
+        run.config.loss,
+        run.reference,
+        run.collate(MicroBatch((shortest,))),
+        run.collate(first.micro_batches[-1]),
+        accelerator,
+        separate_reference=run.config.reference.model is not None,
+    ):
+        run.console.notice(f"checked: {proved}")
 
 
 def _start_folder(run: _Run, *, resume: bool) -> int:

@@ -88,18 +88,20 @@ def check_model(
     inner: Scorer,
     loss: Loss,
     reference: ReferenceLogps,
+    shortest: PairBatch,
     batch: PairBatch,
     accelerator: Accelerator,
     *,
     separate_reference: bool,
 ) -> Iterator[str]:
-    """Prove of one micro-batch what the model must fulfil before step 1.
+    """Prove of the pairs of step 1 what the model must fulfil.
 
     Args:
         scorer: The prepared scorer, as the loop calls it.
         inner: The `Scorer` inside.
         loss: The loss.
         reference: The reference.
+        shortest: The shortest pair of step 1 alone: of this one, all logits are made.
         batch: A micro-batch of step 1.
         accelerator: Knows the precision.
         separate_reference: Whether the reference is another model than the policy before step 1.
@@ -112,7 +114,7 @@ def check_model(
     """
     tolerance = _TOLERANCE[accelerator.mixed_precision]
     with accelerator.autocast():
-        difference = inner.largest_difference(batch)
+        difference = inner.largest_difference(shortest)
     if not math.isfinite(difference):
         what = "the model's log-probabilities are not finite before step 1"
         hint = "its weights are damaged, or its precision is too low: download it again, or set `model.dtype: float32`"

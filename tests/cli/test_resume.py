@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -26,13 +25,13 @@ def uninterrupted(write_config, tmp_path):
     return file, tmp_path / "runs" / "whole"
 
 
-def start(file, *arguments):
+def start(file, *arguments, env=None):
     return subprocess.Popen(
         dpo_command("train", "--config", file, *arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
     )
 
 
@@ -62,19 +61,34 @@ def test_from_every_checkpoint_the_run_ends_bit_for_bit_the_same(uninterrupted, 
         assert_same_run(run, whole)
 
 
+# After which line, how many of its kind, and how many seconds later the process is killed; one after the other.
+MOMENTS = [
+    ("loading", 1, 0.5),
+    ("output", 1, 0.05),
+    ("step", 1, 0.0),
+    ("step", 4, 0.01),
+    ("step", 2, 0.03),
+    ("step", 5, 0),
+]
+
+
 def test_killed_at_any_moment_as_often_as_it_takes(uninterrupted, tmp_path):
+    """With a cache of its own, so that the reference pass is interrupted as well."""
     file, whole = uninterrupted
-    run, moments = tmp_path / "killed", random.Random(7)
-    for _ in range(5):
-        process = start(file, "--resume", f"output_dir={run}")
-        # Wait until there is something to interrupt, then strike somewhere within the steps.
+    run, env = tmp_path / "killed", {"DPO_CACHE_DIR": str(tmp_path / "cache")}
+    reached = []
+    for said, times, delay in MOMENTS:
+        process = start(file, "--resume", f"output_dir={run}", env=env)
         for line in process.stdout:
-            if line.startswith("step "):
+            times -= line.startswith(said)
+            if not times:
                 break
-        time.sleep(moments.uniform(0, 0.5))
+        time.sleep(delay)
         process.kill()
         process.communicate()
-    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
+        reached.append(process.returncode)
+    assert reached == [-signal.SIGKILL] * len(MOMENTS)
+    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}", env=env)
     assert result.returncode == 0, result.stderr
     assert_same_run(run, whole)
 

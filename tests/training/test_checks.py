@@ -80,7 +80,7 @@ def ready(tmp_path, pairs_file, tokenizer, tiny_llama):
 
 def test_a_policy_that_equals_its_reference_passes(ready):
     scorer, reference, batch, accelerator = ready
-    found = list(check_model(scorer, scorer, DPO(), reference, batch, accelerator, separate_reference=False))
+    found = list(check_model(scorer, scorer, DPO(), reference, batch, batch, accelerator, separate_reference=False))
     assert len(found) == 2
     assert "0.693147" in found[1]
 
@@ -90,7 +90,7 @@ def test_a_policy_that_has_moved_is_refused_unless_the_reference_is_another_mode
     with torch.no_grad():
         for parameter in scorer.policy.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    arguments = (scorer, scorer, DPO(), reference, batch, accelerator)
+    arguments = (scorer, scorer, DPO(), reference, batch, batch, accelerator)
     with pytest.raises(UserError, match="the policy is not its reference"):
         list(check_model(*arguments, separate_reference=False))
     assert len(list(check_model(*arguments, separate_reference=True))) == 1
@@ -101,4 +101,4 @@ def test_log_probabilities_gathered_on_the_wrong_positions_are_refused(ready):
     wrong = Scorer(scorer.policy)
     wrong.forward = lambda b: torch.from_numpy(np.zeros(len(b.targets), np.float32))
     with pytest.raises(UserError, match="differ from the model's own"):
-        list(check_model(wrong, wrong, DPO(), reference, batch, accelerator, separate_reference=True))
+        list(check_model(wrong, wrong, DPO(), reference, batch, batch, accelerator, separate_reference=True))
