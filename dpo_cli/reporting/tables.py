@@ -58,15 +58,21 @@ def figures_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
         "reward accuracy": lambda f: f"{100 * f['rewards/accuracies']:.1f} %",
         "  95 % interval": lambda f: "{:.1f} – {:.1f} %".format(*(100 * x for x in f["accuracy_interval"])),
         "  ties (counted half)": lambda f: f"{f['ties']}",
-        "reward margin": lambda f: f"{f['rewards/margins']:+.4f}",
-        "reward of chosen": lambda f: f"{f['rewards/chosen']:+.4f}",
-        "reward of rejected": lambda f: f"{f['rewards/rejected']:+.4f}",
+        "reward margin": lambda f: _signed(f["rewards/margins"]),
+        "reward of chosen": lambda f: _signed(f["rewards/chosen"]),
+        "reward of rejected": lambda f: _signed(f["rewards/rejected"]),
         "log-probability of chosen": lambda f: f"{f['logps/chosen']:.2f}",
         "log-probability of rejected": lambda f: f"{f['logps/rejected']:.2f}",
     }
     for name, show in rows.items():
         table.add_row(name, *(show(figures) for figures in columns.values()))
     return table
+
+
+def _signed(reward: float) -> str:
+    """Write a reward with its sign; what rounds to nothing has none."""
+    rounded = round(reward, 4)
+    return f"{rounded:+.4f}" if rounded else "0.0000"
 
 
 def marked_pair(origin: str, parts: Mapping[str, Sequence[str]], *, colour: bool) -> Text:
