@@ -13,6 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
+# Read when the Hub's library is imported, which test modules do while they are collected.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "true"
+
 ROOT = Path(__file__).parent.parent
 DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
 GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -25,10 +29,8 @@ CHATML = (
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep the user's cache out of the tests, and the network out of reach."""
+    """Keep the user's cache out of the tests."""
     os.environ["DPO_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "true"
     # Matrices this small are slower on two threads than on one.
     import torch
 

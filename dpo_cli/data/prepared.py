@@ -273,7 +273,9 @@ class _Tally:
             self.broken += 1
             if len(self.broken_examples) < _EXAMPLES:
                 hint = "mend the row, or set `data.on_bad_row: drop` to leave such rows out (counted)"
-                if bad.reason == "too long":
+                if bad.reason == "missing field":
+                    hint = f"a row needs text in `instruction`, `chosen` and `rejected`: {hint}"
+                elif bad.reason == "too long":
                     hint = "raise `data.max_length`, or set `data.on_too_long` to drop or truncate"
                 elif bad.reason == "template error":
                     hint = "mend the template, or set `model.chat_template` to another one"
