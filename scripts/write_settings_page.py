@@ -13,8 +13,9 @@ PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """# Settings
 
 A configuration is a YAML file; any setting can be overridden on the command line by its dotted path
-(`training.learning_rate=1e-5`). An unknown setting, a value out of range and a setting without effect are errors, all
-reported together. `model: NAME`, `loss: TYPE` and `reference: TYPE` are short for the setting named in them.
+(`training.learning_rate=1e-5`). An unknown setting and a value out of range are errors, and so is one that cannot have
+an effect (`evaluation.every_steps` without held-out pairs, a `training.max_steps` that is never reached). All errors of
+a file are reported together. `model: NAME`, `loss: TYPE` and `reference: TYPE` are short for the setting named in them.
 
 This page is written by `scripts/write_settings_page.py`.
 """

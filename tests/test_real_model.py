@@ -33,7 +33,9 @@ def test_the_gguf_file_becomes_an_ordinary_model_once_and_answers_with_sense():
 
     policy, tokenizer = loading.load_policy(str(GGUF)), loading.load_tokenizer(str(GGUF))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
-    assert sum(p.numel() for p in policy.parameters()) == loading.count_parameters(str(GGUF)) == 134_515_008
+    assert (
+        sum(p.numel() for p in policy.parameters()) == loading.empty_policy(str(GGUF)).num_parameters() == 134_515_008
+    )
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,

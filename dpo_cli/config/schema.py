@@ -61,7 +61,7 @@ class DataSettings(Settings):
 class TrainingSettings(Settings):
     """The optimizer's steps."""
 
-    epochs: float = Field(1, gt=0)
+    epochs: float = Field(1, gt=0, le=100_000)
     """Passes over the training pairs."""
     max_steps: int | None = Field(None, ge=1)
     """Where to stop earlier, in optimizer steps."""

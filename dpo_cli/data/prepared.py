@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from dpo_cli.data.formats import FORMATS, Format
 from dpo_cli.data.records import BadRow, Pair, TokenizedPair
 from dpo_cli.data.sources import Row, read_rows, source_digest
-from dpo_cli.data.tokenize import PairTokenizer
+from dpo_cli.data.tokenize import PairTokenizer, Tokenized
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.storage import MANIFEST, DamagedFolder, cache_root, sealed_folder, text_digest, verify
 
-_VERSION = "1"
+_VERSION = "2"
 """Raised whenever the same data would become other tokens or another file."""
 
 _PAIRS = "pairs.arrow"
@@ -108,6 +108,13 @@ class PreparedPairs(Sequence[TokenizedPair]):
     def tails(self, name: str, width: int) -> NDArray[np.int32]:
         """Return the last tokens of a column, `[pairs, width]`, −1 where it has fewer."""
         return self._window(name, np.arange(-width, 0))
+
+    def counts(self, name: str, tokens: Collection[int]) -> NDArray[np.int64]:
+        """Return how many of a column's tokens are among some ids, `[pairs]`."""
+        flat = pc.list_flatten(self._table.column(name)).to_numpy()
+        found = np.concatenate([[0], np.cumsum(np.isin(flat, list(tokens)))])
+        ends = np.cumsum(_lengths(self._table, name))
+        return np.asarray(found[ends] - found[ends - _lengths(self._table, name)], dtype=np.int64)
 
     def largest_token(self) -> int:
         """Return the largest token id."""
@@ -291,6 +298,10 @@ class _Tally:
     def judge(self, on_bad_row: BadRowRule, sources: Sequence[str]) -> None:
         """Stop where the data is broken, or nothing is left of it."""
         where = ", ".join(sources)
+        if self.num_read > _EXAMPLES and self.dropped == {"missing field": self.num_read}:
+            hint = "the rows have another shape: they need text in `instruction`, `chosen` and `rejected`"
+            what = f"none of {self.num_read} rows can be used: {self.examples['missing field'][0]}"
+            raise UserError(what, where, hint)
         if self.broken and on_bad_row == "error":
             counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
             summary = f"{self.broken} of {self.num_read} rows cannot be used (found: {counts})"
@@ -328,7 +339,7 @@ def _checked(rows: Iterable[Row], to_pair: Format, tally: _Tally) -> Iterator[Pa
             tally.drop(row.origin, bad)
 
 
-def _tokenized(pairs: Sequence[Pair], tokenize: PairTokenizer, tally: _Tally) -> Iterator[TokenizedPair]:
+def _tokenized(pairs: Sequence[Pair], tokenize: PairTokenizer, tally: _Tally) -> Iterator[Tokenized]:
     """Yield the pairs that tokenize within the length rule; count the others."""
     for pair, result in zip(pairs, tokenize(pairs), strict=True):
         if isinstance(result, BadRow):
@@ -341,17 +352,18 @@ def _tokenized(pairs: Sequence[Pair], tokenize: PairTokenizer, tally: _Tally) ->
         tally.truncated += result.truncated
         tally.joined += result.joined
         tally.keep(result.pair)
-        yield result.pair
+        yield result
 
 
-def _record_batch(pairs: Sequence[TokenizedPair]) -> pa.RecordBatch:
+def _record_batch(kept: Sequence[Tokenized]) -> pa.RecordBatch:
+    pairs = [result.pair for result in kept]
     columns: dict[str, list[Any]] = {
         "prompt": [pair.prompt for pair in pairs],
         "chosen": [pair.chosen for pair in pairs],
         "rejected": [pair.rejected for pair in pairs],
         "origin": [pair.origin for pair in pairs],
         "key": [_key(pair.prompt, pair.chosen, pair.rejected) for pair in pairs],
-        "prompt_key": [_key(pair.prompt) for pair in pairs],
+        "prompt_key": [_key(result.whole_prompt) for result in kept],
     }
     arrays = [pa.array(columns[name], _SCHEMA.field(name).type) for name in _SCHEMA.names]
     return pa.record_batch(arrays, schema=_SCHEMA)

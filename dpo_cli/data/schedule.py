@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +81,7 @@ class Plan:
     @property
     def steps_by_epochs(self) -> int:
         """Optimizer steps that `epochs` asks for, `max_steps` left aside."""
-        return math.ceil(self.epochs * self.steps_per_epoch)
+        return math.ceil(Fraction(str(self.epochs)) * self.steps_per_epoch)
 
     @property
     def num_steps(self) -> int:
@@ -104,7 +105,7 @@ class Plan:
             lengths = {int(self.indices[i]): int(self.lengths[i]) for i in chosen}
             yield Step(
                 number=number,
-                epoch=number / self.steps_per_epoch,
+                epoch=epoch + min((place + 1) * self.pairs_per_step, len(order)) / len(order),
                 num_pairs=len(chosen),
                 pairs=tuple(int(self.indices[i]) for i in chosen),
                 micro_batches=cut_for_rank(lengths, self.micro_batch_tokens, rank, num_ranks),

@@ -34,6 +34,8 @@ class Row:
 
 def check_source(source: str, where: str | None = None) -> UserError | None:
     """Say what is wrong with a source's name, without reading it."""
+    if not source.strip():
+        return UserError("the name of a source is empty", where, "name a data file, a folder or a Hub id")
     path = Path(source)
     if path.is_file():
         if path.suffix.lower() in READERS:

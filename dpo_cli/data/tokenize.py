@@ -36,6 +36,8 @@ class Tokenized:
     """A tokenized pair and what had to be done to it."""
 
     pair: TokenizedPair
+    whole_prompt: Tokens
+    """The prompt before any cut: what tells which pairs share one."""
     truncated: bool
     """Whether tokens of the prompt were cut away."""
     joined: bool
@@ -58,7 +60,7 @@ class PairTokenizer:
     def __init__(self, tokenizer: Any, *, template: str | None, max_length: int, on_too_long: LengthRule) -> None:
         self.tokenizer, self.max_length, self.on_too_long = tokenizer, max_length, on_too_long
         self.plain = template == PLAIN
-        self.template = None if self.plain else template or tokenizer.chat_template
+        self.template = None if self.plain else template or _own_template(tokenizer)
         if self.plain and tokenizer.eos_token is None:
             hint = "set `model.chat_template` to a template that closes its turns"
             raise UserError("the tokenizer has no end-of-sequence token", "`model.chat_template: plain`", hint)
@@ -145,7 +147,7 @@ class PairTokenizer:
         longest = max(len(pair.chosen), len(pair.rejected))
         length = len(pair.prompt) + longest
         if length <= self.max_length:
-            return Tokenized(pair, truncated=False, joined=joined)
+            return Tokenized(pair, pair.prompt, truncated=False, joined=joined)
         detail = f"has {length} tokens where `data.max_length` is {self.max_length}"
         if self.on_too_long != "truncate":
             return BadRow("too long", detail, structural=self.on_too_long == "error")
@@ -155,7 +157,7 @@ class PairTokenizer:
             return BadRow("response too long", f"{detail}; a response is never cut", structural=False)
         prompt = np.concatenate([pair.prompt[:opening], pair.prompt[-kept:]])
         cut = TokenizedPair(prompt, pair.chosen, pair.rejected, pair.origin)
-        return Tokenized(cut, truncated=True, joined=joined)
+        return Tokenized(cut, pair.prompt, truncated=True, joined=joined)
 
 
 def plain_prompt(message: Message) -> str:
@@ -184,6 +186,14 @@ def end_tokens(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:
     ids = getattr(generation_config, "eos_token_id", None)
     listed = ids if isinstance(ids, list) else [ids]
     return frozenset(i for i in (tokenizer.eos_token_id, *listed) if i is not None)
+
+
+def _own_template(tokenizer: Any) -> str | None:
+    """Return the tokenizer's template; of several named ones, the one called default."""
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:
+        return None
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import logging
 import pickle
 import re
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_NO_PART_OF_A_MODEL = {"transformers_version", "_name_or_path", "architectures", "dtype", "use_cache"}
+"""Settings that say where a model came from or how it is called, not what it answers."""
+
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -83,8 +87,8 @@ def load_policy(name: str) -> PreTrainedModel:
     return model.eval()
 
 
-def count_parameters(name: str) -> int:
-    """Count a model's parameters from its configuration alone; tied ones count once."""
+def empty_policy(name: str) -> PreTrainedModel:
+    """Build a model without its weights, which takes no time and no memory: its shapes and settings alone."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -92,7 +96,7 @@ def count_parameters(name: str) -> int:
     with torch.device("meta"):
         model = _load(name, "model", lambda _: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
         model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    return model
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -136,7 +140,8 @@ def weights_digest(model: PreTrainedModel) -> str:
     import torch
 
     whole = hashlib.blake2b(digest_size=32)
-    whole.update(model.config.to_json_string().encode())
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in _NO_PART_OF_A_MODEL}
+    whole.update(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in model.named_parameters():
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

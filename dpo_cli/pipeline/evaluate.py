@@ -11,6 +11,7 @@ from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.pipeline import setup
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import figures_table
+from dpo_cli.storage import MANIFEST, DamagedFolder, verify
 from dpo_cli.training.run_folder import RunFolder
 
 
@@ -32,7 +33,6 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     console.notice("loading …")
 
     from dpo_cli.evaluation.evaluate import evaluate as score
-    from dpo_cli.evaluation.statistics import figures
     from dpo_cli.modeling.batch import LAYOUTS
     from dpo_cli.modeling.loading import load_policy
     from dpo_cli.modeling.scorer import Scorer
@@ -59,7 +59,7 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
         collate = setup.Collate(pairs, layout, accelerator)
         results = score(scorer, config.loss, reference, lengths, budget, collate, accelerator, progress)
     found: dict[str, Any] = {
-        **figures(results),
+        **setup.finite_figures(results, pairs),
         "model": scored,
         "reference": config.reference.model or config.model.name,
         "data": source,
@@ -81,6 +81,12 @@ def _check(config: Config, scored: str, model: str | None, data: str | None, jso
         problems.append(UserError("the run has no trained model yet", scored, hint))
     elif problem := check_model(scored, "--model"):
         problems.append(problem)
+    elif (Path(scored) / MANIFEST).is_file():
+        try:
+            verify(Path(scored))
+        except DamagedFolder as damage:
+            hint = "score another checkpoint, or train again"
+            problems.append(UserError(f"the model is damaged: {damage}", scored, hint))
     if data is not None and (problem := check_source(data, "--data")):
         problems.append(problem)
     if data is None and config.data.eval is None:

@@ -59,7 +59,7 @@ def header(
         "model": f"{config.model.name} ({type(policy).__name__})",
         "parameters": f"{sum(parameter.numel() for parameter in policy.parameters()):,}",
         "pairs": f"{len(data.train):,} to train on, {len(data.held_out):,} held out",
-        "steps": f"{plan.num_steps:,} of {config.training.pairs_per_step} pairs",
+        "steps": f"{plan.num_steps:,} of {min(plan.pairs_per_step, len(plan.indices))} pairs",
         "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
         "layout": f"{setup.layout_name(config)}, at most {budget:,} tokens a forward pass",
         "reference": f"{config.reference.type}, {config.reference.model or 'the policy before step 1'}",
@@ -68,13 +68,10 @@ def header(
     }
 
 
-def print_plan(config: Config, data: setup.RunData, plan: Plan, budget: int, console: Console) -> None:
+def print_plan(config: Config, data: setup.RunData, plan: Plan, budget: int, parameters: int, console: Console) -> None:
     """Print what a run would do, and the memory that is known beforehand."""
     from rich.table import Table
 
-    from dpo_cli.modeling.loading import count_parameters
-
-    parameters = count_parameters(config.model.name)
     weights = 4 * parameters
     copies = {"weights": weights, "gradients": weights, "AdamW's two moments": 2 * weights}
     if config.reference.type == "frozen":
@@ -86,7 +83,7 @@ def print_plan(config: Config, data: setup.RunData, plan: Plan, budget: int, con
         "training pairs": f"{len(data.train):,}",
         "held-out pairs": f"{len(data.held_out):,}",
         "tokens of all pairs": f"{data.pairs.num_tokens():,}",
-        "optimizer steps": f"{plan.num_steps:,} of {config.training.pairs_per_step} pairs",
+        "optimizer steps": f"{plan.num_steps:,} of {min(plan.pairs_per_step, len(plan.indices))} pairs",
         "tokens of a forward pass": f"at most {budget:,}, or one pair",
         **{f"memory: {name}": f"{size / 2**30:.2f} GiB" for name, size in copies.items()},
         "memory: in all": f"{sum(copies.values()) / 2**30:.2f} GiB, and activations of one forward pass",

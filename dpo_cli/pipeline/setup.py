@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
 from dpo_cli.data.sources import check_source
-from dpo_cli.errors import UserError
+from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.loading import check_model
 from dpo_cli.reporting.console import Console
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dpo_cli.data.prepared import PreparedPairs
     from dpo_cli.data.schedule import MicroBatch
     from dpo_cli.data.tokenize import PairTokenizer
+    from dpo_cli.evaluation.evaluate import PairResult
     from dpo_cli.modeling.batch import Layout, PairBatch
 
 _MICRO_BATCH_TOKENS = {"cpu": 2048}
@@ -130,8 +132,9 @@ def load_tokenizer(config: Config, name: str) -> tuple[Any, PairTokenizer]:
         max_length=config.data.max_length,
         on_too_long=config.data.on_too_long,
     )
-    if template is not None and template != PLAIN:
-        tokenizer.chat_template = template
+    if template is not None:
+        # What is saved with the model is the template it was trained on, or none.
+        tokenizer.chat_template = None if template == PLAIN else template
     return tokenizer, tokenize
 
 
@@ -260,9 +263,26 @@ class Collate:
         return batch.to(self.accelerator.device)
 
 
-def is_launched() -> bool:
-    """Tell whether torchrun or accelerate started this process among others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+def finite_figures(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, Any]:
+    """Sum up what was found of held-out pairs.
+
+    Raises:
+        UserError: A pair's loss is NaN or infinite; it is named by file and line.
+    """
+    from dpo_cli.evaluation.statistics import figures
+
+    broken = [result.index for result in results if not math.isfinite(result.metrics["loss"])]
+    if broken:
+        what = f"the held-out loss is not finite; its pairs: {named_pairs(pairs, broken)}"
+        hint = "the weights are damaged, or `training.learning_rate` was too high; the last checkpoint is as it was"
+        raise UserError(what, None, hint, status=FAILED)
+    return figures(results)
+
+
+def named_pairs(pairs: PreparedPairs, indices: Sequence[int]) -> str:
+    """Name pairs by file and line, the first few of them."""
+    origins = [pairs[index].origin for index in indices]
+    return ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
 
 
 def is_main_process() -> bool:

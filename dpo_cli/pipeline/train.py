@@ -78,7 +78,7 @@ def train(
             return
     console.notice("loading …")
     from dpo_cli.data.tokenize import end_tokens
-    from dpo_cli.modeling.loading import load_policy
+    from dpo_cli.modeling.loading import empty_policy, load_policy
     from dpo_cli.training.checks import check_fits, check_tokens
 
     accelerator = setup.start_accelerator(config, project_dir=folder.trackers)
@@ -87,17 +87,17 @@ def train(
         data = setup.run_data(config, tokenize, console)
     budget = setup.micro_batch_tokens(config, accelerator)
     plan = make_plan(config, data, budget)
-    if dry_run:
-        print_plan(config, data, plan, budget, console)
-        return
-    policy = load_policy(config.model.name).to(accelerator.device)
-    check_fits(data.pairs, policy, "`model.name`")
+    policy = empty_policy(config.model.name) if dry_run else load_policy(config.model.name).to(accelerator.device)
     console.facts(header(config, folder, accelerator, data, plan, budget, policy))
+    check_fits(data.pairs, policy, "`model.name`")
     for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
         console.notice(f"checked: {proved}")
+    if dry_run:
+        print_plan(config, data, plan, budget, policy.num_parameters(), console)
+        return
     run = _build(config, folder, console, signals, accelerator, data, plan, budget, policy, tokenizer)
     _check_model(run)
-    done = _start_folder(run, resume=resume)
+    done = _start_folder(run, resume=resume, overwrite=overwrite)
     _walk(run, done)
     accelerator.end_training()
 
@@ -178,7 +178,7 @@ def _check_model(run: _Run) -> None:
         run.console.notice(f"checked: {proved}")
 
 
-def _start_folder(run: _Run, *, resume: bool) -> int:
+def _start_folder(run: _Run, *, resume: bool, overwrite: bool) -> int:
     """Make the run's folder ready and restore the newest checkpoint; return the steps that were taken."""
     from accelerate.utils import broadcast_object_list
 
@@ -192,8 +192,8 @@ def _start_folder(run: _Run, *, resume: bool) -> int:
     # What stands there is kept until it is known that the run can go on from it.
     done = load_checkpoint(checkpoint, run.parts) if checkpoint else 0
     if run.accelerator.is_main_process:
-        _describe(run, resume=resume)
-    start_trackers(run.accelerator, run.config.tracking, run.config.model_dump(mode="json"))
+        _describe(run, resume=resume, overwrite=overwrite)
+    start_trackers(run.accelerator, run.config.tracking, run.config.model_dump(mode="json"), done)
     if checkpoint:
         run.console.notice(f"resuming after step {done}: {checkpoint}")
     elif resume:
@@ -201,18 +201,20 @@ def _start_folder(run: _Run, *, resume: bool) -> int:
     return done
 
 
-def _describe(run: _Run, *, resume: bool) -> None:
-    """Clear the run's folder unless it goes on, and write down what runs and where.
+def _describe(run: _Run, *, resume: bool, overwrite: bool) -> None:
+    """Clear the run's folder if that was asked for, and write down what runs and where.
 
     Raises:
-        UserError: The disk refuses.
+        UserError: The disk refuses, or another run began in the folder meanwhile.
     """
     from dpo_cli.reporting.environment import environment
     from dpo_cli.storage import remove_strays, write_text
 
     described = json.dumps(environment(run.accelerator), indent=1, ensure_ascii=False)
     try:
-        if not resume:
+        if meanwhile := run.folder.check(resume=resume, overwrite=overwrite):
+            raise meanwhile
+        if overwrite:
             run.folder.clear()
         run.folder.path.mkdir(parents=True, exist_ok=True)
         remove_strays(run.folder.path)
@@ -265,18 +267,23 @@ def _walk(run: _Run, done: int) -> None:
 
 def _after_step(run: _Run, log: MetricsLog | None, result: StepResult) -> None:
     """Evaluate and save when due, which depends on the step alone, and stop where any process was asked to."""
+    from accelerate.utils import gather_object
+
     from dpo_cli.training.checkpoints import save_checkpoint
 
     config, step = run.config, result.number
     last = step == run.plan.num_steps
+    stop = result.stop
     if len(run.data.held_out) and (last or _due(step, config.evaluation.every_steps)):
         _log(run, log, "eval", step, {"epoch": result.epoch, **_evaluate(run)})
-    if not result.stop and not _due(step, config.checkpoints.every_steps):
+        # An evaluation may be long; who was asked to stop meanwhile does not take another step.
+        stop = any(gather_object([run.signals.received is not None])) or stop
+    if not stop and not _due(step, config.checkpoints.every_steps):
         return
     if log:
         log.sync()
     path = save_checkpoint(run.folder.checkpoints, step, run.parts, config.checkpoints.keep)
-    if result.stop:
+    if stop:
         run.console.notice(f"stopped after step {step}; saved {path}")
         raise Interrupted(run.signals.received or signal.SIGTERM)
 
@@ -297,7 +304,6 @@ def _log(run: _Run, log: MetricsLog | None, split: str, step: int, metrics: dict
 def _evaluate(run: _Run) -> dict[str, Any]:
     """Score the held-out pairs as they stand now."""
     from dpo_cli.evaluation.evaluate import evaluate
-    from dpo_cli.evaluation.statistics import figures
 
     lengths = run.data.pairs.lengths()
     held_out = {int(index): int(lengths[index]) for index in run.data.held_out}
@@ -312,15 +318,14 @@ def _evaluate(run: _Run) -> dict[str, Any]:
             run.accelerator,
             progress,
         )
-    return figures(results)
+    return setup.finite_figures(results, run.data.pairs)
 
 
 def _explained(run: _Run, error: Any) -> UserError:
     """Name the pairs of a step that was not taken, by file and line."""
-    origins = [run.data.pairs[index].origin for index in error.pairs]
-    shown = ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
     which = "its" if error.what == "loss" else "the step's"
-    what = f"the {error.what} of step {error.step} is not finite; {which} pairs: {shown}"
+    named = setup.named_pairs(run.data.pairs, error.pairs)
+    what = f"the {error.what} of step {error.step} is not finite; {which} pairs: {named}"
     hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is as it was"
     return UserError(what, str(run.folder.checkpoints), hint, status=FAILED)
 

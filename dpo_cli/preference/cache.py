@@ -64,7 +64,7 @@ class ReferenceCache:
         for path in sorted(self.folder.glob("*.arrow")):
             if file_digest(path) != path.stem:
                 _log.warning("%s of the reference cache is damaged; computing its pairs again", path.name)
-                path.unlink()
+                path.unlink(missing_ok=True)
                 continue
             with pa.memory_map(str(path)) as source:
                 self._remember(pa.ipc.open_stream(source).read_all())

@@ -34,6 +34,9 @@ class Console:
     def __init__(self, *, speaks: bool = True) -> None:
         self._err = RichConsole(stderr=True, quiet=not speaks, highlight=False, soft_wrap=True)
         self._out = RichConsole(quiet=not speaks, highlight=False, soft_wrap=True)
+        if not self._out.is_terminal:
+            # A pipe has no width that a table would have to fit into.
+            self._out.width = 10_000
 
     def notice(self, text: str) -> None:
         """Say what is going on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,10 +55,14 @@ class MetricsLog:
             self._file.close()
 
 
-def start_trackers(accelerator: Accelerator, names: Sequence[str], settings: dict[str, Any]) -> None:
-    """Start the trackers that the accelerator was made for, with the run's settings as flat values."""
+def start_trackers(accelerator: Accelerator, names: Sequence[str], settings: dict[str, Any], last_step: int) -> None:
+    """Start the trackers that the accelerator was made for, with the run's settings as flat values.
+
+    TensorBoard is told to forget the steps after `last_step`, since they run again.
+    """
     if names:
-        accelerator.init_trackers("dpo", config=dict(_flat(settings)))
+        kwargs = {"tensorboard": {"purge_step": last_step + 1}} if last_step and "tensorboard" in names else {}
+        accelerator.init_trackers("dpo", config=dict(_flat(settings)), init_kwargs=kwargs)
 
 
 def check_trackers(names: Sequence[str], where: str) -> list[UserError]:
@@ -77,7 +82,9 @@ def check_trackers(names: Sequence[str], where: str) -> list[UserError]:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"
+    """Write a row as JSON, which has no word for infinity: an overflowed gradient norm is null."""
+    known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    return json.dumps(known, allow_nan=False) + "\n"
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

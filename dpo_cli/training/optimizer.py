@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ def schedule(optimizer: torch.optim.Optimizer, kind: str, warmup_ratio: float, n
     zero, so that no step is wasted. Then it stays (`constant`), falls evenly (`linear`) or along half a
     cosine (`cosine`), and would be zero at the step after the last.
     """
-    warmup_steps = math.ceil(warmup_ratio * num_steps)
+    warmup_steps = math.ceil(Fraction(str(warmup_ratio)) * num_steps)
     after: Callable[[float], float] = {
         "constant": lambda progress: 1.0,
         "linear": lambda progress: 1.0 - progress,

@@ -136,7 +136,7 @@ class RunFolder:
     def check_unchanged(self, settings: dict[str, Any]) -> None:
         """Compare a run's settings with those it was started with, before it is resumed.
 
-        Checkpoints, evaluation, trackers and the folder's own name may differ: they change no weight.
+        What `_MAY_CHANGE` names may differ.
 
         Raises:
             UserError: Settings differ that would make it another run.
@@ -155,14 +155,23 @@ class RunFolder:
         changed = [
             f"`{name}` was {_shown(before.get(name))} and is {_shown(now.get(name))}"
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and name.split(".")[0] not in _MAY_CHANGE
+            if before.get(name) != now.get(name) and not name.startswith(_MAY_CHANGE)
         ]
         if changed:
             what = f"a run cannot be resumed under other settings: {'; '.join(changed)}"
             raise UserError(what, str(self.config), hint)
 
 
-_MAY_CHANGE = {"checkpoints", "evaluation", "tracking", "output_dir"}
+_MAY_CHANGE = (
+    "checkpoints.",
+    "evaluation.",
+    "tracking",
+    "output_dir",
+    "training.micro_batch_tokens",
+    "training.gradient_checkpointing",
+    "training.layout",
+)
+"""How a run is watched and cut into passes: none of it is part of what is computed, rounding aside."""
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

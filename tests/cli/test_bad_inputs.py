@@ -651,7 +651,11 @@ OUTPUT_CASES = {
 EVAL_CASES = {
     "nothing trained yet": Case(nothing, EVAL, 2, r"no trained model yet", r"train first"),
     "trained model damaged": Case(
-        finished(cut("runs/run/final/model.safetensors")), EVAL, 2, r"model cannot be loaded", r"damaged"
+        finished(cut("runs/run/final/model.safetensors")),
+        EVAL,
+        2,
+        r"the model is damaged: model.safetensors",
+        r"another",
     ),
     "no such model to score": Case(nothing, f"{EVAL} --model ./no", 2, r"no model folder `./no`", r"name a folder"),
     "scored model of another vocabulary": Case(

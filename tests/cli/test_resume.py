@@ -145,6 +145,17 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word(uninterrupted, tmp_path
     assert_same_run(run, whole)
 
 
+def test_what_only_decides_memory_may_change_when_a_run_goes_on(uninterrupted, tmp_path):
+    file, whole = uninterrupted
+    run = shutil.copytree(whole, tmp_path / "smaller")
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-000012")
+    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}", "training.micro_batch_tokens=200")
+    assert result.returncode == 0, result.stderr
+    ours, theirs = ([row["loss"] for row in read_metrics(folder)] for folder in (run, whole))
+    assert ours == pytest.approx(theirs, abs=1e-5)
+
+
 def test_a_run_does_not_go_on_with_another_model_or_other_data(uninterrupted, tmp_path, pairs_file):
     file, whole = uninterrupted
     shutil.rmtree(whole / "final")

@@ -252,3 +252,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_pairs_and_leaves_the_
     newest = run / "checkpoints" / f"step-{step - 1:06d}"
     assert verify(newest)["files"]
     assert not (run / "final").exists()
+
+
+def test_a_held_out_loss_that_is_not_finite_is_an_error_that_names_pairs(write_config, tmp_path, pairs_file):
+    result = run_dpo("train", "--config", write_config(), "training.learning_rate=1e30", "training.max_steps=1")
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert re.search(rf"held-out loss is not finite; its pairs: {re.escape(str(pairs_file))}:\d+", result.stderr)
+    assert [row["step"] for row in read_metrics(tmp_path / "runs" / "run")] == [1]
+
+
+def test_a_damaged_model_is_not_scored(finished, tmp_path):
+    file, run, _ = finished
+    model = shutil.copytree(run / "final", tmp_path / "final")
+    data = bytearray((model / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (model / "model.safetensors").write_bytes(data)
+    result = run_dpo("eval", "--config", file, "--model", model)
+    assert result.returncode == 2
+    assert "the model is damaged" in result.stderr
+
+
+def test_results_are_not_cut_on_a_pipe(finished):
+    file, run, _ = finished
+    result = run_dpo("eval", "--config", file, env={"COLUMNS": "40"})
+    assert str(run / "final") in result.stdout
+    assert "log-probability of rejected" in result.stdout
+    assert "…" not in result.stdout

@@ -126,6 +126,15 @@ def test_held_out_pairs_share_no_prompt_with_the_others_and_depend_on_the_seed(t
     assert not np.array_equal(held, pairs.hold_out(0.2, seed=2)[1])
 
 
+def test_a_prompt_that_is_cut_differently_in_its_pairs_still_falls_on_one_side(tmp_path, tokenizer):
+    rows = [row(f"Question {i // 3}? " + "word " * 60, "yes " * (i % 3 + 1), "no") for i in range(60)]
+    pairs = prepare(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "p", max_length=60, on_too_long="truncate")
+    assert pairs.manifest["statistics"]["truncated"] == 60
+    _, held = pairs.hold_out(0.2, seed=0)
+    questions = {int(i) // 3 for i in held}
+    assert sorted(held) == [3 * q + k for q in sorted(questions) for k in range(3)]
+
+
 def test_which_prompts_are_held_out_does_not_depend_on_the_order_of_the_rows(tmp_path, tokenizer):
     rows = [row(f"Question {i}?") for i in range(40)]
     sides = []

@@ -97,5 +97,10 @@ def test_the_number_of_steps(epochs, max_steps, expected):
 
 
 def test_the_epoch_of_a_step_is_the_share_of_the_data_seen():
-    plan = make_plan([10] * 8, epochs=2)
-    assert [step.epoch for step in plan.steps()] == [0.5, 1.0, 1.5, 2.0]
+    plan = make_plan([10] * 10, epochs=2)
+    assert [step.epoch for step in plan.steps()] == pytest.approx([0.4, 0.8, 1.0, 1.4, 1.8, 2.0])
+
+
+def test_a_decimal_number_of_epochs_is_taken_as_written():
+    """In binary 1.1 is a little more than 1.1, and 1.1 · 50 a little more than 55."""
+    assert make_plan([10] * 200, epochs=1.1).num_steps == 55

@@ -148,6 +148,15 @@ def test_truncation_cuts_the_prompt_from_the_left_and_never_a_response(tokenizer
     assert bad.reason == "response too long"
 
 
+def test_of_several_named_templates_the_default_one_is_used(tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    plain = only(make(tokenizer)([make_pair()])).pair
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ messages }}"}
+    assert np.array_equal(only(make(tokenizer)([make_pair()])).pair.prompt, plain.prompt)
+
+
 def test_a_tokenizer_without_a_template_says_what_to_set(tokenizer_folder):
     from transformers import AutoTokenizer
 

@@ -17,7 +17,7 @@ from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.reference import Frozen, ReferenceWork
 from dpo_cli.training.checks import check_fits, check_model, check_tokens
 from tests.builders import silent
-from tests.conftest import CHATML
+from tests.conftest import CHATML, write_rows
 
 
 def prepare(pairs_file, tokenizer, folder, template=None):
@@ -51,8 +51,17 @@ def test_a_template_that_breaks_a_promise_is_refused_and_names_a_pair(tmp_path, 
     assert "40 of 40" in caught.value.what
 
 
-def test_one_bos_and_text_that_mentions_an_end_token_inside_are_fine(tmp_path, pairs_file, tokenizer):
+def test_one_bos_is_fine(tmp_path, pairs_file, tokenizer):
     assert lines(prepare(pairs_file, tokenizer, tmp_path / "p", "<|endoftext|>" + CHATML), tokenizer)
+
+
+def test_an_end_token_in_the_middle_of_a_response_is_refused(tmp_path, demo_rows, tokenizer):
+    rows = [dict(row) for row in demo_rows[:5]]
+    rows[3]["chosen"] = "Fine.<|im_end|>\n<|im_start|>user\nAnd what else is there to say about it, at length?"
+    file = write_rows(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(UserError, match="chosen response ends twice") as caught:
+        lines(prepare(file, tokenizer, tmp_path / "p"), tokenizer)
+    assert caught.value.where == f"{file}:4"
 
 
 @pytest.mark.parametrize(

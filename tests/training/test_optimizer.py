@@ -25,6 +25,10 @@ def test_the_warm_up_rises_evenly_and_wastes_no_step():
     assert rates("constant", 0.4, 10) == pytest.approx([0.5, 1.0, 1.5, 2.0] + [2.0] * 6)
 
 
+def test_a_decimal_share_of_warm_up_is_taken_as_written():
+    assert rates("constant", 0.07, 100).index(2.0) == 6
+
+
 def test_linear_falls_evenly_to_zero_after_the_last_step():
     assert rates("linear", 0.0, 4) == pytest.approx([2.0, 1.5, 1.0, 0.5])
     assert rates("linear", 0.5, 4) == pytest.approx([1.0, 2.0, 2.0, 1.0])
