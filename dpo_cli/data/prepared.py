@@ -279,16 +279,7 @@ class _Tally:
         if bad.structural:
             self.broken += 1
             if len(self.broken_examples) < _EXAMPLES:
-                hint = "mend the row, or set `data.on_bad_row: drop` to leave such rows out (counted)"
-                if bad.reason == "missing field":
-                    hint = f"a row needs text in `instruction`, `chosen` and `rejected`: {hint}"
-                elif bad.reason == "too long":
-                    hint = "raise `data.max_length`, or set `data.on_too_long` to drop or truncate"
-                elif bad.reason == "template error":
-                    hint = "mend the template, or set `model.chat_template` to another one"
-                elif "not UTF-8" in bad.detail:
-                    hint = "save the file as UTF-8, or set `data.on_bad_row: drop` to leave such rows out (counted)"
-                self.broken_examples.append(UserError(bad.detail, origin, hint))
+                self.broken_examples.append(UserError(bad.detail, origin, _how_to_mend(bad)))
 
     def keep(self, pair: TokenizedPair) -> None:
         """Note the lengths of a pair that was kept."""
@@ -325,6 +316,20 @@ class _Tally:
             "joined_at_boundary": self.joined,
             "tokens": {name: _quantiles(lengths) for name, lengths in self.lengths.items()},
         }
+
+
+def _how_to_mend(bad: BadRow) -> str:
+    """Say what to do about a row that stops the reading."""
+    drop = "set `data.on_bad_row: drop` to leave such rows out (counted)"
+    if bad.reason == "too long":
+        return "raise `data.max_length`, or set `data.on_too_long` to drop or truncate"
+    if bad.reason == "template error":
+        return "mend the template, or set `model.chat_template` to another one"
+    if bad.reason == "missing field":
+        return f"a row needs text in `instruction`, `chosen` and `rejected`: mend the row, or {drop}"
+    if "not UTF-8" in bad.detail:
+        return f"save the file as UTF-8, or {drop}"
+    return f"mend the row, or {drop}"
 
 
 def _checked(rows: Iterable[Row], to_pair: Format, tally: _Tally) -> Iterator[Pair]:

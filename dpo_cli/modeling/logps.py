@@ -103,6 +103,7 @@ class _TokenLogps(torch.autograd.Function):
         softcap: float | None,
         chunk_bytes: int,
     ) -> Tensor:
+        """Compute the log-probabilities chunk by chunk, keeping no logits."""
         # Decided here because autocast is off again when the backward pass runs.
         compute = _compute_dtype(hidden)
         logps = []
@@ -116,6 +117,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute each chunk's logits again, and from them the gradients of hidden states, weight and bias."""
         (grad_logps,) = gradients
         hidden, positions, targets, weight, bias = ctx.saved_tensors
         scale, softcap, chunk_bytes, compute = ctx.settings
