@@ -133,6 +133,11 @@ class PreparedPairs(Sequence[TokenizedPair]):
         """Return the tokens of each pair's longer sequence, prompt included, `[pairs]`."""
         return self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
 
+    def lengths_of(self, indices: Iterable[int]) -> dict[int, int]:
+        """Return some pairs' indices, each with the tokens of its longer sequence."""
+        lengths = self.lengths()
+        return {int(index): int(lengths[index]) for index in indices}
+
     def num_tokens(self) -> int:
         """Return the tokens of all sequences, each prompt counted with both of its responses."""
         return int((2 * self.prompt_lengths + self.chosen_lengths + self.rejected_lengths).sum())

@@ -8,7 +8,7 @@ every pair by one over the pairs of its step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -121,7 +121,7 @@ class Plan:
 
 def cut_for_rank(lengths: dict[int, int], micro_batch_tokens: int, rank: int, num_ranks: int) -> tuple[MicroBatch, ...]:
     """Cut one rank's share of a step. A rank without a share gets a filler, since it must still take part."""
-    by_length = sorted(lengths, key=lambda index: (-lengths[index], index))
+    by_length = _longest_first(lengths)
     # Dealt out and back again (0 1 1 0 0 1 …), so that every rank has about as many tokens.
     share = [
         index
@@ -130,16 +130,25 @@ def cut_for_rank(lengths: dict[int, int], micro_batch_tokens: int, rank: int, nu
     ]
     if not share:
         return (MicroBatch((by_length[-1],), filler=True),)
-    return tuple(MicroBatch(tuple(cut)) for cut in cut_by_tokens(share, lengths, micro_batch_tokens))
+    return tuple(cut_by_tokens({index: lengths[index] for index in share}, micro_batch_tokens))
 
 
-def cut_by_tokens(by_length: Sequence[int], lengths: dict[int, int], micro_batch_tokens: int) -> Iterator[list[int]]:
-    """Cut indices, longest first, into runs whose padded size (two sequences a pair) stays in the budget."""
+def cut_by_tokens(lengths: dict[int, int], micro_batch_tokens: int) -> Iterator[MicroBatch]:
+    """Cut pairs, the longest first, so that their padded size (two sequences a pair) stays in the budget.
+
+    Args:
+        lengths: Their indices, and the tokens of each in its longer sequence.
+        micro_batch_tokens: The most tokens of one micro-batch; a pair that alone has more is one by itself.
+    """
     run: list[int] = []
-    for index in by_length:
+    for index in _longest_first(lengths):
         if run and 2 * lengths[run[0]] * (len(run) + 1) > micro_batch_tokens:
-            yield run
+            yield MicroBatch(tuple(run))
             run = []
         run.append(index)
     if run:
-        yield run
+        yield MicroBatch(tuple(run))
+
+
+def _longest_first(lengths: dict[int, int]) -> list[int]:
+    return sorted(lengths, key=lambda index: (-lengths[index], index))

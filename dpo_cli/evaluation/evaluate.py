@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,8 +56,7 @@ def evaluate(
         accelerator: Knows the ranks.
         progress: Called with micro-batches done and micro-batches in all, of this rank.
     """
-    by_length: Sequence[int] = sorted(lengths, key=lambda index: (-lengths[index], index))
-    cuts = [MicroBatch(tuple(cut)) for cut in cut_by_tokens(by_length, lengths, micro_batch_tokens)]
+    cuts = list(cut_by_tokens(lengths, micro_batch_tokens))
     mine = cuts[accelerator.process_index :: accelerator.num_processes]
     results: list[PairResult] = []
     for done, micro_batch in enumerate(mine, 1):

@@ -54,7 +54,7 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     policy = load_policy(scored)
     check_fits(pairs, policy, scored)
     scorer = accelerator.prepare_model(Scorer(policy), evaluation_mode=True)
-    lengths = {int(index): int(length) for index, length in zip(held_out, pairs.lengths()[held_out], strict=True)}
+    lengths = pairs.lengths_of(held_out)
     with console.progress("evaluating") as progress:
         collate = setup.Collate(pairs, layout, accelerator)
         results = score(scorer, config.loss, reference, lengths, budget, collate, accelerator, progress)

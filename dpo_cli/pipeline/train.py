@@ -305,8 +305,7 @@ def _evaluate(run: _Run) -> dict[str, Any]:
     """Score the held-out pairs as they stand now."""
     from dpo_cli.evaluation.evaluate import evaluate
 
-    lengths = run.data.pairs.lengths()
-    held_out = {int(index): int(lengths[index]) for index in run.data.held_out}
+    held_out = run.data.pairs.lengths_of(run.data.held_out)
     with run.console.progress("evaluating") as progress:
         results = evaluate(
             run.scorer,

@@ -101,15 +101,13 @@ class ReferenceCache:
     ) -> None:
         """Score one block, its micro-batches dealt to the ranks, and let the main process write it."""
         pairs, accelerator = work.pairs, work.accelerator
-        lengths = {i: int(length) for i, length in zip(missing, pairs.lengths()[list(missing)], strict=True)}
-        by_length = sorted(missing, key=lambda i: (-lengths[i], i))
-        cuts = list(cut_by_tokens(by_length, lengths, work.micro_batch_tokens))
+        cuts = list(cut_by_tokens(pairs.lengths_of(missing), work.micro_batch_tokens))
         mine: list[tuple[bytes, Entry]] = []
         for cut in cuts[accelerator.process_index :: accelerator.num_processes]:
-            batch = work.layout(cut, [pairs[i] for i in cut]).to(accelerator.device)
+            batch = work.layout(cut.pairs, [pairs[i] for i in cut.pairs]).to(accelerator.device)
             tokens = score(batch).cpu().split(list(batch.lengths))
-            for place, index in enumerate(cut):
-                entry = tokens[place].numpy().copy(), tokens[len(cut) + place].numpy().copy()
+            for place, index in enumerate(cut.pairs):
+                entry = tokens[place].numpy().copy(), tokens[len(cut.pairs) + place].numpy().copy()
                 mine.append((keys[index], entry))
         found: list[tuple[bytes, Entry]] = gather_object(mine)
         if accelerator.is_main_process:
