@@ -1,0 +1,234 @@
+"""What the benchmark needs of torch: the workloads, the arithmetic they cannot do without, the machine's speed.
+
+It runs in processes of its own (`prepare`, `matmul`) and answers in JSON on standard output: a process inherits the
+peak memory of the one that starts it, so the benchmark itself must stay small.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+MAX_LENGTH = 1024
+MATRIX = 2048
+MATRIX_PRODUCTS = 20
+FIELDS = ("instruction", "input", "chosen", "rejected")
+# Tokens of the joined texts alone; a chat template adds some thirty to the prompt and two to a response.
+LONG_TOKENS = {"instruction": 148, "chosen": 353, "rejected": 285}
+# More than one list takes, so that no two rows begin alike, and no divisor of the number of demo pairs.
+LONG_STRIDE = 29
+
+Row = dict[str, str]
+
+
+class NotCounted(Exception):
+    """The model multiplies matrices in modules whose arithmetic is not known here."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a pair, or of many together: prompt, chosen and rejected response."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a forward pass costs, in floating-point operations.
+
+    Attributes:
+        per_token: Matrix products of the model's body, for a token.
+        per_attended: Both products of attention in all layers, for a query and a key that it attends to.
+        per_response_token: The projection on the vocabulary, for a response token.
+    """
+
+    per_token: int
+    per_attended: int
+    per_response_token: int
+
+    def forward(self, pair: Lengths) -> int:
+        """Return the cost of a pair whose prompt is computed once and whose responses alone are projected."""
+        shared = pair.prompt + pair.chosen + pair.rejected
+        attended = _causal(pair.prompt) + sum(
+            response * pair.prompt + _causal(response) for response in (pair.chosen, pair.rejected)
+        )
+        responses = pair.chosen + pair.rejected
+        return self.per_token * shared + self.per_attended * attended + self.per_response_token * responses
+
+
+def _causal(tokens: int) -> int:
+    """Return how many pairs of positions a causal sequence attends to within itself."""
+    return tokens * (tokens + 1) // 2
+
+
+def arithmetic(model: Module) -> Arithmetic:
+    """Read off a causal language model's modules what a forward pass costs; weights are not needed.
+
+    Raises:
+        NotCounted: It has weights beyond linear layers and embeddings (mixtures of experts, convolutions), or no
+            attention that is recognised.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    model_: Any = model
+    head = model_.get_output_embeddings()
+    weights = 0
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            weights += 0 if module is head else module.weight.numel()
+        elif not isinstance(module, nn.Embedding) and any(p.ndim > 1 for p in module.parameters(recurse=False)):
+            raise NotCounted(f"`{name}` ({type(module).__name__}) is neither a linear layer nor an embedding")
+    layers = sum(type(module).__name__.endswith("Attention") for module in model.modules())
+    if not layers:
+        raise NotCounted("the model has no module whose class is named as attention")
+    config = model_.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return Arithmetic(2 * weights, 4 * width * layers, 2 * head.weight.numel())
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Read a JSON list or JSON lines; keep the fields of a pair."""
+    text = file.read_text(encoding="utf-8")
+    try:
+        rows = json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+    except json.JSONDecodeError as error:
+        sys.exit(f"error: {file.name} cannot be read: {error}")
+    return [{field: row[field] for field in FIELDS if row.get(field)} for row in rows]
+
+
+def long_rows(rows: Sequence[Row], count: Callable[[str], int]) -> Iterator[Row]:
+    """Join short pairs into long ones without end: a list of instructions, two lists of answers.
+
+    Args:
+        rows: The short pairs.
+        count: Returns the number of tokens of a text.
+    """
+    start = 0
+    while True:
+        yield {
+            field: _joined([row[field] for row in rows[start:] + rows[:start]], tokens, count)
+            for field, tokens in LONG_TOKENS.items()
+        }
+        start = (start + LONG_STRIDE) % len(rows)
+
+
+def _joined(texts: Sequence[str], tokens: int, count: Callable[[str], int]) -> str:
+    """Number texts and join them for as long as they have no more than so many tokens."""
+    joined = f"1. {texts[0]}"
+    for number, text in enumerate(texts[1:], 2):
+        longer = f"{joined}\n{number}. {text}"
+        if count(longer) > tokens:
+            break
+        joined = longer
+    return joined
+
+
+def workload_rows(source: Path, num_pairs: int, tokenizer: Any, *, join: bool) -> list[Row]:
+    """Return the first pairs of a file, or as many long ones made from all of its pairs."""
+    rows = read_rows(source)
+    if join:
+        made = long_rows(rows, lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        return [next(made) for _ in range(num_pairs)]
+    if len(rows) < num_pairs:
+        sys.exit(f"error: {source.name} has {len(rows)} pairs, but {num_pairs} are asked for")
+    return rows[:num_pairs]
+
+
+def token_lengths(rows: Sequence[Row], tokenizer: Any) -> list[Lengths]:
+    """Tokenize pairs as the program does and return how long they are; none may be dropped or cut."""
+    from dpo_cli.data.formats import instruction
+    from dpo_cli.data.records import BadRow
+    from dpo_cli.data.tokenize import PairTokenizer
+
+    tokenize = PairTokenizer(tokenizer, template=None, max_length=MAX_LENGTH, on_too_long="error")
+    try:
+        results = tokenize([instruction(row, f"pair {number}") for number, row in enumerate(rows, 1)])
+    except BadRow as bad:
+        sys.exit(f"error: a pair is of no use: {bad}")
+    for number, result in enumerate(results, 1):
+        if isinstance(result, BadRow):
+            sys.exit(f"error: pair {number} is of no use: {result}")
+    pairs = [result.pair for result in results if not isinstance(result, BadRow)]
+    return [Lengths(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
+
+
+def prepare(request: dict[str, Any]) -> dict[str, Any]:
+    """Make the model a folder, write the pairs of each workload and count what they cost.
+
+    Args:
+        request: `model`, `folder` to write to, and `workloads`: name → `file`, `pairs`, `join`.
+
+    Returns:
+        `model`, a folder; `not_counted`, why the arithmetic is not known, or None; and `workloads`: name → `file`,
+        the sums of tokens and `forward_flops`.
+    """
+    from dpo_cli.modeling import loading
+
+    folder = Path(request["folder"])
+    model, tokenizer = request["model"], loading.load_tokenizer(request["model"])
+    if Path(model).suffix.lower() == ".gguf":
+        target = folder / "model"
+        with loading.saved_model(target, loading.load_policy(model), tokenizer, "converting the model"):
+            model = str(target)
+    costs, not_counted = None, None
+    try:
+        costs = arithmetic(loading.empty_policy(model))
+    except NotCounted as reason:
+        not_counted = str(reason)
+    workloads = {}
+    for name, wanted in request["workloads"].items():
+        rows = workload_rows(Path(wanted["file"]), wanted["pairs"], tokenizer, join=wanted["join"])
+        file = folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        lengths = token_lengths(rows, tokenizer)
+        workloads[name] = {
+            "file": str(file),
+            "prompt_tokens": sum(pair.prompt for pair in lengths),
+            "chosen_tokens": sum(pair.chosen for pair in lengths),
+            "rejected_tokens": sum(pair.rejected for pair in lengths),
+            "forward_flops": sum(costs.forward(pair) for pair in lengths) if costs else None,
+        }
+    return {"model": model, "not_counted": not_counted, "workloads": workloads}
+
+
+def matrix_product_speed() -> dict[str, float]:
+    """Measure how fast this machine multiplies large float32 matrices, at its best."""
+    import torch
+
+    left, right, product = (torch.rand(MATRIX, MATRIX) for _ in range(3))
+    best = float("inf")
+    for _ in range(MATRIX_PRODUCTS):
+        started = time.perf_counter()
+        torch.matmul(left, right, out=product)
+        best = min(best, time.perf_counter() - started)
+    return {"gflops": 2 * MATRIX**3 / best / 1e9, "threads": torch.get_num_threads()}
+
+
+def main() -> None:
+    """Do what the first argument names and print the answer."""
+    if sys.argv[1] == "matmul":
+        answer: dict[str, Any] = matrix_product_speed()
+    else:
+        from dpo_cli.errors import UserError
+
+        try:
+            answer = prepare(json.loads(sys.argv[2]))
+        except UserError as error:
+            sys.exit(f"error: {error.what}; hint: {error.hint}")
+    sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    main()
