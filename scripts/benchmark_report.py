@@ -1,0 +1,293 @@
+"""What the benchmark measured, and how it is told: a Markdown page, a plot, the raw figures."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+TOLERANCE = 2e-4
+PAGE, PLOT, RAW = "README.md", "benchmark.png", "results.json"
+BLUE, GREY, DARK = "#2f6db5", "#b4b4b4", "#222222"
+
+
+class Disagreement(Exception):
+    """Two runs of the same work did not log the same losses."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Run(_Record):
+    """One run of one program, in a process of its own."""
+
+    training_seconds: float
+    """From the start of the reference pass, or of TRL's `train()`, to the end of the last step."""
+    command_seconds: float
+    """The whole process: imports, loading, tokenizing, training, saving."""
+    peak_bytes: int
+    losses: list[float]
+
+
+class Case(_Record):
+    """One workload at one number of epochs; run i of ours belongs to run i of theirs."""
+
+    workload: str
+    source: str
+    epochs: int
+    pairs: int
+    pairs_per_step: int
+    prompt_tokens: int
+    chosen_tokens: int
+    rejected_tokens: int
+    forward_flops: float | None
+    """One forward pass over all pairs, or None where the model's arithmetic is not known."""
+    ours: list[Run]
+    theirs: list[Run]
+
+    @property
+    def necessary_flops(self) -> float | None:
+        """The reference is one forward pass; a step's forward and backward cost as much as three."""
+        return None if self.forward_flops is None else (1 + 3 * self.epochs) * self.forward_flops
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as many pairs per second ours does, run by run."""
+        return [b.training_seconds / a.training_seconds for a, b in zip(self.ours, self.theirs, strict=True)]
+
+    def speeds(self, runs: list[Run]) -> list[float]:
+        """Return pairs per second of each run."""
+        return [self.pairs * self.epochs / run.training_seconds for run in runs]
+
+
+class Machine(_Record):
+    """What it ran on, without anything that names it."""
+
+    cpu: str
+    cpus: int
+    threads: int
+    memory_gb: float
+
+
+class Results(_Record):
+    """Everything that page and plot are made of."""
+
+    date: str
+    model: str
+    machine: Machine
+    versions: dict[str, str]
+    matmul_gflops: list[float]
+    """Measured before and after the workloads."""
+    not_counted: str | None
+    cases: list[Case]
+
+
+def check_losses(ours: Run, theirs: Run, what: str) -> float:
+    """Return the largest difference between the losses of two runs.
+
+    Raises:
+        Disagreement: It is larger than 2e-4, or one of the runs took more steps.
+    """
+    if len(ours.losses) != len(theirs.losses) or not ours.losses:
+        raise Disagreement(f"{what}: dpo logged {len(ours.losses)} losses, TRL {len(theirs.losses)}")
+    differences = [abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
+    for step, difference in enumerate(differences, 1):
+        # Not `>`: that would let a loss pass that is not a number.
+        if not difference <= TOLERANCE:
+            losses = f"dpo {ours.losses[step - 1]:.6f}, TRL {theirs.losses[step - 1]:.6f}"
+            raise Disagreement(f"{what}: the losses of step {step} differ by more than {TOLERANCE:.0e}: {losses}")
+    return max(differences)
+
+
+def largest_difference(results: Results) -> float:
+    """Return the largest difference between the losses of both sides, over all runs and steps.
+
+    Raises:
+        Disagreement: See `check_losses`.
+    """
+    return max(
+        check_losses(ours, theirs, f"{case.workload}, {_counted(case.epochs, 'epoch')}, run {number}")
+        for case in results.cases
+        for number, (ours, theirs) in enumerate(zip(case.ours, case.theirs, strict=True), 1)
+    )
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Write the page, the plot and the raw figures into a folder.
+
+    Raises:
+        Disagreement: The losses of both sides differ; nothing is written then.
+    """
+    text = page(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RAW).write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (folder / PAGE).write_text(text, encoding="utf-8")
+    plot(results, folder / PLOT)
+
+
+def page(results: Results) -> str:
+    """Return the Markdown page: the table, how to read it, what it was measured on.
+
+    Raises:
+        Disagreement: The losses of both sides differ.
+    """
+    difference = largest_difference(results)
+    machine, peer = results.machine, f"TRL {results.versions['trl']}"
+    versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
+    lines = [
+        f"# dpo beside {peer}",
+        "",
+        "This page is written by `make bench`; the figures of every run are in `results.json`.",
+        "",
+        *table(results),
+        "",
+        f"![Pairs per second and peak memory of dpo and {peer}]({PLOT})",
+        "",
+        *_workloads(results),
+        "",
+        f"**Same losses.** In every run the losses of both sides agree at every step; the largest difference is "
+        f"{difference:.0e}, and the benchmark fails above {TOLERANCE:.0e}.",
+        "",
+        *_notes(results),
+        "",
+        f"**Measured** on {results.date} on {machine.cpu}, {machine.cpus} logical CPUs, "
+        f"{_counted(machine.threads, 'thread')}, "
+        f"{machine.memory_gb:.0f} GB of memory; {results.model} in float32; {versions}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def table(results: Results) -> list[str]:
+    """Return the rows of the Markdown table: for each case ours, then theirs."""
+    lines = [
+        "| work | trainer | pairs/s | ratio | peak memory | share of matrix-product speed | whole command |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in results.cases:
+        sides = (("dpo", case.ours, f"**{_spread(case.ratios, '×')}**"), ("TRL", case.theirs, ""))
+        for name, runs, ratio in sides:
+            shares = _shares(case, runs, max(results.matmul_gflops))
+            cells = (
+                f"{case.workload}, {_counted(case.epochs, 'epoch')}" if name == "dpo" else "",
+                name,
+                _spread(case.speeds(runs)),
+                ratio,
+                f"{statistics.median(run.peak_bytes for run in runs) / 1e9:.1f} GB",
+                f"{100 * statistics.median(shares):.0f} %" if shares else "–",
+                f"{statistics.median(run.command_seconds for run in runs):.0f} s",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _shares(case: Case, runs: list[Run], gflops: float) -> list[float]:
+    """Return for each run which share of the machine's speed the necessary arithmetic reaches."""
+    flops = case.necessary_flops
+    return [] if flops is None else [flops / run.training_seconds / (gflops * 1e9) for run in runs]
+
+
+def _workloads(results: Results) -> list[str]:
+    """Return a table of what the work is."""
+    lines = [
+        "| work | pairs | pairs a step | tokens of a pair: prompt + chosen + rejected | necessary arithmetic |",
+        "|---|---|---|---|---|",
+    ]
+    for case in results.cases:
+        parts = (case.prompt_tokens, case.chosen_tokens, case.rejected_tokens)
+        tokens = " + ".join(f"{part / case.pairs:.0f}" for part in parts)
+        flops = "–" if case.necessary_flops is None else f"{case.necessary_flops / 1e9:,.0f} GFLOP"
+        name = f"{case.workload}, {_counted(case.epochs, 'epoch')} ({case.source})"
+        lines.append(f"| {name} | {case.pairs} | {case.pairs_per_step} | {tokens} | {flops} |")
+    return lines
+
+
+def _notes(results: Results) -> list[str]:
+    """Return how the figures are to be read."""
+    runs = len(results.cases[0].ours)
+    before, after = (f"{speed:.0f}" for speed in results.matmul_gflops)
+    notes = [
+        f"- Both programs ran in turn, {_counted(runs, 'time')} each, on the same model, pairs, order, "
+        "steps, data type and threads; every run is a process of its own. TRL has its defaults otherwise, gradient "
+        "checkpointing off.",
+        "- **pairs/s** is pairs × epochs by the time of training: for dpo from the beginning of the reference pass to "
+        "the end of the last step, for TRL the call of `train()`, which asks the reference in every step. Median "
+        "(least – most).",
+        "- **ratio** compares run i of dpo with run i of TRL. Median (least – most).",
+        "- **peak memory** is the largest resident memory of the process. Median.",
+        "- **whole command** is imports, loading, tokenizing, training and saving. Median.",
+    ]
+    if results.not_counted:
+        return [*notes, f"- The arithmetic of this model is not counted: {results.not_counted}."]
+    return [
+        *notes,
+        "- **necessary arithmetic** is (1 + 3 · epochs) forward passes over the shared tokens, the prompt of a pair "
+        "once: 2 operations for each weight of the body's linear layers and token; 4 · heads · head size for each "
+        "layer, query and key that it attends to; 2 · vocabulary · hidden size for each response token.",
+        "- **share of matrix-product speed**: necessary arithmetic by the time of training, as a share of the speed of "
+        "`torch.matmul` on float32 matrices of 2048 × 2048, the best of 20, same threads, measured before "
+        f"({before} GFLOP/s) and after ({after} GFLOP/s) the work; the larger counts. Median.",
+    ]
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def _spread(values: list[float], unit: str = "") -> str:
+    """Write median and range, with as many digits as the median needs for three figures."""
+    middle = statistics.median(values)
+    digits = 3 if middle < 1 else 2 if middle < 10 else 1
+    least, most = (f"{value:.{digits}f}{unit}" for value in (min(values), max(values)))
+    return f"{middle:.{digits}f}{unit}" + (f" ({least} – {most})" if len(values) > 1 else "")
+
+
+def plot(results: Results, file: Path) -> None:
+    """Draw pairs per second and peak memory of each workload: bars for medians, dots for runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    workloads = list(dict.fromkeys(case.workload for case in results.cases))
+    figure, rows = pyplot.subplots(len(workloads), 2, figsize=(8, 3.1 * len(workloads)), squeeze=False)
+    for (left, right), workload in zip(rows, workloads, strict=True):
+        cases = [case for case in results.cases if case.workload == workload]
+        first = cases[0]
+        tokens = (first.prompt_tokens + first.chosen_tokens + first.rejected_tokens) / first.pairs
+        labels = [_counted(case.epochs, "epoch") for case in cases]
+        left.set_title(f"{workload}: pairs per second", loc="left")
+        speeds = [(case.speeds(case.ours), case.speeds(case.theirs)) for case in cases]
+        _bars(left, labels, speeds)
+        right.set_title(f"{workload}: peak memory in GB", loc="left")
+        sides = [(case.ours, case.theirs) for case in cases]
+        _bars(right, labels, [tuple([run.peak_bytes / 1e9 for run in runs] for runs in side) for side in sides])
+        left.set_xlabel(f"{first.pairs} pairs of {tokens:.0f} tokens, {first.pairs_per_step} a step", color="#666666")
+    handles, names = rows[0][0].get_legend_handles_labels()
+    names = [name.replace("TRL", f"TRL {results.versions['trl']}") for name in names]
+    figure.legend(handles, names, loc="upper right", ncols=2, frameon=False)
+    figure.suptitle(
+        f"{results.model}, float32, {_counted(results.machine.threads, 'thread')}", x=0.02, ha="left", fontsize=11
+    )
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def _bars(axes: Any, labels: list[str], cases: list[Any]) -> None:
+    """Draw for each case ours beside theirs, with a dot for each run and the median above."""
+    width, highest = 0.36, max(value for sides in cases for values in sides for value in values)
+    for side, (name, colour) in enumerate((("dpo", BLUE), ("TRL", GREY))):
+        for number, sides in enumerate(cases):
+            values, centre = sides[side], number + (side - 0.5) * (width + 0.03)
+            middle = statistics.median(values)
+            axes.bar(centre, middle, width, color=colour, label=name if number == 0 else None)
+            places = [centre + (run - (len(values) - 1) / 2) * 0.07 for run in range(len(values))]
+            axes.plot(places, values, "o", color=DARK, markersize=3)
+            axes.text(centre, max(values) + 0.03 * highest, f"{middle:.3g}", ha="center", va="bottom", fontsize=9)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylim(0, 1.18 * highest)
+    axes.tick_params(axis="x", length=0)
