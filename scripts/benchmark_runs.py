@@ -1,0 +1,170 @@
+"""One run of this program, of TRL, or of a helper: each a process of its own, timed by what it says meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from benchmark_report import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ROOT / "scripts"
+LINES_OF_A_FAILURE = 20
+
+StampedLines = list[tuple[float, str]]
+
+
+class RunFailed(Exception):
+    """A process failed, or did not say what it was to say."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """By which lines on standard error one tells when training began and ended."""
+
+    begins: re.Pattern[str]
+    ends: re.Pattern[str]
+
+    def seconds(self, lines: StampedLines) -> float:
+        """Return the seconds from the first line that begins to the last one that ends.
+
+        Raises:
+            RunFailed: There is no such line.
+        """
+        begun = [stamp for stamp, line in lines if self.begins.match(line)]
+        ended = [stamp for stamp, line in lines if self.ends.match(line)]
+        if not begun or not ended:
+            raise RunFailed(f"no line says when training {'ended' if begun else 'began'}\n{_tail(lines)}")
+        return ended[-1] - begun[0]
+
+
+# A line of progress such as `32/64` comes when part of the reference pass is over: too late to start a clock.
+OUR_CLOCK = Clock(re.compile(r"reference log-probabilities(?!: \d+/\d+)"), re.compile(r"step (\d+)/\1\b"))
+THEIR_CLOCK = Clock(re.compile(r"benchmark: training begins"), re.compile(r"benchmark: training ended"))
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a process left."""
+
+    output: str
+    lines: StampedLines
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """The same work for both sides."""
+
+    model: str
+    pairs: str
+    pairs_per_step: int
+    epochs: int
+
+
+def run_process(command: list[str], environment: dict[str, str]) -> Ended:
+    """Run a command to its end, noting when each line of its standard error came.
+
+    Raises:
+        RunFailed: It ended with another status than 0.
+    """
+    lines: StampedLines = []
+    with tempfile.TemporaryFile() as output:
+        started = time.monotonic()
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, cwd=ROOT, env=environment)
+        try:
+            with child.stderr as stream:
+                for line in stream:
+                    lines.append((time.monotonic(), line.decode(errors="replace").rstrip().rsplit("\r")[-1]))
+            # Of this child alone; RUSAGE_CHILDREN would be the largest of all that ever ran.
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            if child.returncode is None:
+                child.kill()
+                child.wait()
+        seconds = time.monotonic() - started
+        output.seek(0)
+        printed = output.read().decode(errors="replace")
+    if child.returncode != 0:
+        program = next(Path(word).name for word in command[1:] if not word.startswith("-"))
+        raise RunFailed(f"`{program} …` ended with status {child.returncode}\n{_tail(lines)}")
+    return Ended(printed, lines, seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+
+
+def _tail(lines: StampedLines) -> str:
+    return "\n".join(f"  {line}" for _, line in lines[-LINES_OF_A_FAILURE:])
+
+
+def environment_of(threads: int | None, **more: str) -> dict[str, str]:
+    """Return the surroundings of a child: this checkout's package, no network, no accelerator, so many threads."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    fixed = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    if threads:
+        fixed |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    return {**os.environ, **fixed, **more}
+
+
+def ask(threads: int | None, *arguments: str) -> dict[str, Any]:
+    """Let a process of its own do what needs torch, and return its answer."""
+    ended = run_process([sys.executable, str(SCRIPTS / "benchmark_work.py"), *arguments], environment_of(threads))
+    answer: dict[str, Any] = json.loads(ended.output.splitlines()[-1])
+    return answer
+
+
+def run_ours(work: Work, threads: int | None) -> Run:
+    """Train with this program, in a cache of its own so that the reference pass is part of the run."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        settings = {
+            "model": {"name": work.model, "dtype": "float32"},
+            "data": {"train": work.pairs, "eval": None, "max_length": 1024},
+            "loss": {"type": "dpo", "beta": 0.1},
+            "training": {
+                "epochs": work.epochs,
+                "pairs_per_step": work.pairs_per_step,
+                "shuffle": False,
+                "learning_rate": 5e-6,
+                "schedule": "constant",
+                "warmup_ratio": 0,
+                "weight_decay": 0,
+                "max_grad_norm": 1.0,
+            },
+            "checkpoints": {"every_steps": 1_000_000},
+            "output_dir": str(folder / "run"),
+        }
+        config = folder / "benchmark.yaml"
+        config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        environment = environment_of(threads, DPO_CACHE_DIR=str(folder / "cache"))
+        ended = run_process([sys.executable, "-m", "dpo_cli", "train", "--config", str(config)], environment)
+        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if row["split"] == "train"]
+    return _run(ended, OUR_CLOCK, losses)
+
+
+def run_theirs(work: Work, threads: int | None) -> Run:
+    """Train with TRL."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = [work.model, work.pairs, str(work.pairs_per_step), str(work.epochs), folder]
+        command = [sys.executable, str(SCRIPTS / "benchmark_peer.py"), *arguments]
+        ended = run_process(command, environment_of(threads))
+    return _run(ended, THEIR_CLOCK, json.loads(ended.output.splitlines()[-1]))
+
+
+def _run(ended: Ended, clock: Clock, losses: list[float]) -> Run:
+    return Run(
+        training_seconds=clock.seconds(ended.lines),
+        command_seconds=ended.seconds,
+        peak_bytes=ended.peak_bytes,
+        losses=losses,
+    )
