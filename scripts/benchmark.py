@@ -1,0 +1,200 @@
+"""Run this program and TRL in turn on the same work and write a page that sets them side by side.
+
+    python scripts/benchmark.py                                      the demo model and pairs, about 100 minutes
+    python scripts/benchmark.py --repeats 1 --epochs 1               the same in 9 minutes
+    python scripts/benchmark.py --model DIR --short a.json --long b.jsonl
+    python scripts/benchmark.py --from docs/benchmark/results.json   page and plot again, without running
+
+Exit status 1 where the losses of both differ by more than 2e-4 at any step, or a run fails. `make bench` installs
+what is needed first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, write_report
+from benchmark_runs import ROOT, RunFailed, Work, ask, run_ours, run_theirs
+from pydantic import ValidationError
+
+DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
+PACKAGES = {"dpo": "dpo-cli", "trl": "trl", "torch": "torch", "transformers": "transformers"}
+WORKLOADS = ("short", "long")
+
+
+def say(text: str) -> None:
+    """Tell at once how far the benchmark is."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
+
+
+def run_in_turn(work: Work, what: str, repeats: int, threads: int | None) -> tuple[list[Run], list[Run]]:
+    """Run both sides several times, who goes first changing, and compare the losses at once.
+
+    Raises:
+        RunFailed: A run failed.
+        Disagreement: The losses differ.
+    """
+    ours: list[Run] = []
+    theirs: list[Run] = []
+    for number in range(1, repeats + 1):
+        sides = [("dpo", run_ours, ours), ("TRL", run_theirs, theirs)]
+        for name, side, runs in sides if number % 2 else reversed(sides):
+            run = side(work, threads)
+            runs.append(run)
+            say(f"{what}, run {number}/{repeats}: {name} {run.training_seconds:.1f} s, {run.peak_bytes / 1e9:.1f} GB")
+        difference = check_losses(ours[-1], theirs[-1], f"{what}, run {number}")
+        say(f"{what}, run {number}/{repeats}: the losses differ by {difference:.0e} at most")
+    return ours, theirs
+
+
+def measure(options: argparse.Namespace) -> Results:
+    """Do all the work and return what was measured.
+
+    Raises:
+        RunFailed: A run failed.
+        Disagreement: The losses differ.
+    """
+    threads = options.threads
+    with tempfile.TemporaryDirectory() as folder:
+        say("preparing model and pairs …")
+        workloads = {name: _wanted(options, name) for name in options.workloads}
+        request = {"model": str(options.model.resolve()), "folder": folder, "workloads": workloads}
+        prepared = ask(threads, "prepare", json.dumps(request))
+        before = ask(threads, "matmul")
+        say(f"matrix products: {before['gflops']:.0f} GFLOP/s on {before['threads']} threads")
+        cases = [
+            _measured_case(options, name, epochs, prepared["model"], dict(found))
+            for name, found in prepared["workloads"].items()
+            for epochs in options.epochs
+        ]
+        after = ask(threads, "matmul")
+    return Results(
+        date=datetime.date.today().isoformat(),
+        model=options.model.resolve().stem if options.model.suffix == ".gguf" else options.model.resolve().name,
+        machine=machine(before["threads"]),
+        versions={name: importlib.metadata.version(package) for name, package in PACKAGES.items()},
+        matmul_gflops=[before["gflops"], after["gflops"]],
+        not_counted=prepared["not_counted"],
+        cases=cases,
+    )
+
+
+def _wanted(options: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Say which pairs a workload is made of; where no file of long pairs is named, they are made from the demo's."""
+    file = getattr(options, name)
+    return {
+        "file": str((file or DEMO_PAIRS).resolve()),
+        "pairs": getattr(options, f"{name}_pairs"),
+        "join": name == "long" and file is None,
+    }
+
+
+def _measured_case(options: argparse.Namespace, name: str, epochs: int, model: str, found: dict[str, Any]) -> Case:
+    """Run both sides on a workload and set the runs beside what the workload is."""
+    per_step = getattr(options, f"{name}_per_step")
+    work = Work(model, found.pop("file"), per_step, epochs)
+    ours, theirs = run_in_turn(work, f"{name}, epochs {epochs}", options.repeats, options.threads)
+    file = getattr(options, name)
+    return Case(
+        workload=name,
+        source=file.name if file else "demo pairs" if name == "short" else "demo pairs, joined",
+        epochs=epochs,
+        pairs=getattr(options, f"{name}_pairs"),
+        pairs_per_step=per_step,
+        ours=ours,
+        theirs=theirs,
+        **found,
+    )
+
+
+def machine(threads: int) -> Machine:
+    """Describe processor and memory, and nothing that names this machine."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    cpu = names[0] if names else platform.processor() or platform.machine()
+    return Machine(cpu=cpu, cpus=os.cpu_count() or 1, threads=threads, memory_gb=round(memory, 1))
+
+
+def positive(text: str) -> int:
+    """Read a whole number from 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def read_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description="Set this program and TRL side by side on the same work.")
+    add = parser.add_argument
+    add("--model", type=Path, default=DEMO_MODEL, metavar="PATH", help="folder or .gguf file (default: the demo's)")
+    add("--short", type=Path, metavar="FILE", help=".json or .jsonl of pairs (default: the demo's)")
+    add("--long", type=Path, metavar="FILE", help="the same of long pairs (default: the demo's, joined)")
+    add("--short-pairs", type=positive, default=64, metavar="N", help="how many of them (default: %(default)s)")
+    add("--short-per-step", type=positive, default=8, metavar="N", help="pairs of a step (default: %(default)s)")
+    add("--long-pairs", type=positive, default=16, metavar="N", help="how many of them (default: %(default)s)")
+    add("--long-per-step", type=positive, default=2, metavar="N", help="pairs of a step (default: %(default)s)")
+    add("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS, help="which to run (default: both)")
+    add("--epochs", type=positive, nargs="+", default=[1, 3], metavar="N", help="(default: 1 3)")
+    add("--repeats", type=positive, default=3, metavar="N", help="runs of each side (default: %(default)s)")
+    add("--threads", type=positive, metavar="N", help="of every process (default: what torch takes by itself)")
+    add("--out", type=Path, default=ROOT / "docs" / "benchmark", metavar="DIR", help="(default: docs/benchmark)")
+    add("--from", type=Path, dest="source", metavar="FILE", help="make page and plot from results.json; run nothing")
+    return parser.parse_args()
+
+
+def missing(options: argparse.Namespace) -> str | None:
+    """Say what the benchmark lacks, before it has run for an hour."""
+    packages = ("matplotlib",) if options.source else ("matplotlib", "trl")
+    lacking = [name for name in packages if importlib.util.find_spec(name) is None]
+    if lacking:
+        return f"{' and '.join(lacking)} missing; hint: `make bench` installs the extra `bench`"
+    named = [options.source] if options.source else [options.model, options.short, options.long]
+    lost = [file for file in named if file is not None and not file.exists()]
+    return f"there is no `{lost[0]}`" + ("; hint: `make model`" * (lost[0] == DEMO_MODEL)) if lost else None
+
+
+def read_results(file: Path) -> Results:
+    """Read what an earlier run measured.
+
+    Raises:
+        RunFailed: The file holds something else.
+    """
+    try:
+        return Results.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise RunFailed(f"`{file}` holds no results of the benchmark: {error}") from error
+
+
+def main() -> int:
+    """Measure, or read what was measured; write the report; return the exit status."""
+    options = read_options()
+    if lack := missing(options):
+        say(f"error: {lack}")
+        return 2
+    try:
+        results = read_results(options.source) if options.source else measure(options)
+        write_report(results, options.out)
+    except (RunFailed, Disagreement) as error:
+        say(f"error: {error}")
+        return 1
+    say(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

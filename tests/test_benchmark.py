@@ -1,0 +1,184 @@
+"""What the benchmark claims: the arithmetic, the clock, the comparison of losses, the ratio run by run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import sys
+
+import pytest
+from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, page, plot, write_report
+from benchmark_runs import OUR_CLOCK, THEIR_CLOCK, RunFailed, run_process
+from benchmark_work import LONG_TOKENS, Lengths, NotCounted, arithmetic, long_rows
+
+from tests.conftest import ROOT
+
+
+def make_run(seconds=10.0, losses=(0.6931, 0.6), peak=2e9) -> Run:
+    return Run(training_seconds=seconds, command_seconds=seconds + 5, peak_bytes=int(peak), losses=list(losses))
+
+
+def make_case(ours, theirs, epochs=1, forward_flops: float | None = 1e12) -> Case:
+    tokens = {"prompt_tokens": 400, "chosen_tokens": 100, "rejected_tokens": 300}
+    work = {"workload": "short", "source": "pairs.jsonl", "epochs": epochs, "pairs": 10, "pairs_per_step": 5}
+    return Case(**work, **tokens, forward_flops=forward_flops, ours=ours, theirs=theirs)
+
+
+def make_results(*cases: Case, not_counted=None) -> Results:
+    return Results(
+        date="2026-01-02",
+        model="a-model",
+        machine=Machine(cpu="a processor", cpus=4, threads=2, memory_gb=16.0),
+        versions={"dpo": "1", "trl": "2", "torch": "3", "transformers": "4"},
+        matmul_gflops=[90.0, 100.0],
+        not_counted=not_counted,
+        cases=list(cases),
+    )
+
+
+@pytest.fixture(scope="module")
+def on_meta():
+    import torch
+    import transformers
+
+    def build(name, **settings):
+        config = getattr(transformers, f"{name}Config")(**settings)
+        with torch.device("meta"):
+            return getattr(transformers, f"{name}ForCausalLM" if name != "GPT2" else "GPT2LMHeadModel")(config)
+
+    return build
+
+
+def test_the_arithmetic_of_a_llama_is_that_counted_by_hand(on_meta):
+    """Two layers of width 8 with 2 heads of 4 that share one key and value head, an MLP of 16, 10 tokens known.
+
+    Weights of a layer: q 8·8, k and v 8·4 each, o 8·8, three of 8·16: 64 + 32 + 32 + 64 + 384 = 576.
+    A token: 2·2·576 = 2304. A query and a key: 4·(2·4)·2 layers = 64. A response token: 2·10·8 = 160.
+
+    A pair of 2 + 1 + 2 tokens has 5 shared tokens, 3 response tokens, and attends to
+    prompt 1 + 2 = 3; chosen 3; rejected 3 + 4 = 7: 13 in all. 5·2304 + 13·64 + 3·160 = 12832.
+    """
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    model = on_meta("Llama", vocab_size=10, **shape, **heads)
+    assert arithmetic(model).forward(Lengths(prompt=2, chosen=1, rejected=2)) == 12832
+
+
+def test_the_arithmetic_of_a_gpt2_is_that_counted_by_hand(on_meta):
+    """One layer of width 8, whose linear layers are `Conv1D` and whose head is the embedding.
+
+    Weights: 8·24 + 8·8 + 2·8·32 = 768; a token 1536; a query and a key 4·8 = 32; a response token 2·10·8 = 160.
+    1 + 1 + 1 tokens attend to 1 + 2 + 2: 3·1536 + 5·32 + 2·160 = 5088.
+    """
+    model = on_meta("GPT2", vocab_size=10, n_embd=8, n_head=2, n_layer=1, n_positions=16)
+    assert arithmetic(model).forward(Lengths(prompt=1, chosen=1, rejected=1)) == 5088
+
+
+def test_what_cannot_be_counted_is_not_guessed(on_meta):
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(NotCounted, match="neither a linear layer nor an embedding"):
+        arithmetic(on_meta("Mixtral", vocab_size=10, num_key_value_heads=1, num_local_experts=2, **shape))
+    case = make_case([make_run()], [make_run()], forward_flops=None)
+    text = page(make_results(case, not_counted="`a.b` is strange"))
+    assert "is not counted: `a.b` is strange" in text
+    assert "%" not in text
+
+
+@pytest.mark.parametrize(("epochs", "passes"), [(1, 4), (3, 10)])
+def test_the_reference_is_computed_once_and_every_epoch_costs_three_passes(epochs, passes):
+    assert make_case([make_run()], [make_run()], epochs).necessary_flops == passes * 1e12
+
+
+def test_the_share_is_of_the_faster_of_both_measurements():
+    """4·10¹² operations in 80 s are 50 GFLOP/s: half of 100, in 160 s a quarter."""
+    text = page(make_results(make_case([make_run(80)], [make_run(160)])))
+    assert "| 50 % | 85 s |" in text
+    assert "| 25 % | 165 s |" in text
+
+
+def test_the_ratio_is_that_of_each_run_with_its_partner():
+    """20/10, 60/20 and 50/10: the median is 3, while that of times alone would be 5."""
+    case = make_case([make_run(s) for s in (10, 20, 10)], [make_run(s) for s in (20, 60, 50)])
+    assert case.ratios == [2, 3, 5]
+    text = page(make_results(case))
+    assert "**3.00× (2.00× – 5.00×)**" in text
+    assert "| 1.00 (0.50 – 1.00) |" in text
+    assert "| 2.0 GB |" in text
+
+
+def test_losses_that_differ_are_refused(tmp_path):
+    good = make_run(losses=[0.6931, 0.6])
+    assert check_losses(good, make_run(losses=[0.6931, 0.6001]), "a run") == pytest.approx(1e-4)
+    for losses in ([0.6931, 0.6003], [0.6931, math.nan], [0.6931], []):
+        with pytest.raises(Disagreement, match="short, 1 epoch, run 1"):
+            write_report(make_results(make_case([good], [make_run(losses=losses)])), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_clock_runs_from_the_reference_pass_to_the_last_step():
+    lines = [
+        (1.0, "loading …"),
+        (3.0, "reference log-probabilities: 64 pairs"),
+        (5.0, "reference log-probabilities: 64/64 in 0:02"),
+        (6.0, "checked: policy and reference are equal"),
+        (7.0, "step 1/12  epoch 0.12  loss 0.6931"),
+        (9.5, "step 12/12  epoch 1.00  loss 0.6000"),
+        (11.0, "done in 0:04"),
+    ]
+    assert OUR_CLOCK.seconds(lines) == 6.5
+    for missing in (1, 5):
+        with pytest.raises(RunFailed, match="began" if missing == 1 else "ended"):
+            OUR_CLOCK.seconds(lines[:missing] + lines[missing + 1 :])
+
+
+def test_the_clock_of_the_peer_is_read_from_its_own_marks():
+    lines = [(1.0, "loading"), (2.0, "benchmark: training begins"), (9.0, "benchmark: training ended"), (9.5, "")]
+    assert THEIR_CLOCK.seconds(lines) == 7.0
+
+
+def test_peak_memory_is_that_of_the_very_process():
+    # A process counts what its starter held, so the starter must be smaller than pytest with torch.
+    program = """
+import os, sys
+from benchmark_runs import run_process
+for text in ("b'x' * 300_000_000", "b'x'"):
+    ended = run_process([sys.executable, "-c", f"print(len({text}))"], dict(os.environ))
+    print(ended.peak_bytes, ended.output.strip())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    printed = run_process([sys.executable, "-c", program], environment).output.split()
+    large, small = int(printed[0]), int(printed[2])
+    assert printed[1::2] == ["300000000", "1"]
+    assert large > 300e6
+    assert small < 150e6
+
+
+def test_a_process_that_fails_shows_what_it_said_last():
+    with pytest.raises(RunFailed, match=r"status 3\n  line 10\n(.*\n)+  line 29"):
+        run_process(
+            [sys.executable, "-c", "import sys; [print('line', i, file=sys.stderr) for i in range(30)]; sys.exit(3)"],
+            dict(os.environ),
+        )
+
+
+def test_long_rows_are_as_long_as_meant_and_the_same_every_time(demo_rows):
+    def count(text):
+        return len(text.split())
+
+    made = list(itertools.islice(long_rows(demo_rows, count), 16))
+    assert made == list(itertools.islice(long_rows(demo_rows, count), 16))
+    assert len({row["instruction"] for row in made}) == 16
+    for row in made:
+        for field, tokens in LONG_TOKENS.items():
+            assert tokens - 45 < count(row[field]) <= tokens
+
+
+def test_page_and_plot_can_be_made_again_from_the_raw_figures(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = make_results(make_case([make_run()], [make_run(30)]))
+    write_report(results, tmp_path)
+    assert Results.model_validate_json((tmp_path / "results.json").read_text()) == results
+    assert (tmp_path / "README.md").read_text() == page(results)
+    plot(results, tmp_path / "again.png")
+    assert (tmp_path / "again.png").read_bytes() == (tmp_path / "benchmark.png").read_bytes()
