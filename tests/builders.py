@@ -13,7 +13,7 @@ from dpo_cli.data import prepared
 from dpo_cli.data.prepared import PreparedPairs
 from dpo_cli.data.schedule import Plan
 from dpo_cli.data.tokenize import PairTokenizer
-from dpo_cli.modeling.batch import padded
+from dpo_cli.modeling.batch import LAYOUTS, Batches
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.preference.losses import DPO
@@ -48,26 +48,26 @@ def train_in_process(
     max_grad_norm: float | None = 1.0,
     checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
+    layout: str = "padded",
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Train and return the metrics of every step and the weights after the last."""
     accelerator = Accelerator(cpu=True)
     policy = load_policy(str(model)).to(dtype)
     loss = loss or DPO()
     indices = np.arange(len(pairs))
-    work = ReferenceWork(policy, accelerator, pairs, indices, padded, micro_batch_tokens, silent)
+    LAYOUTS[layout].prepare(policy)
+    batches = Batches(pairs, LAYOUTS[layout], micro_batch_tokens, accelerator.device)
+    work = ReferenceWork(policy, True, accelerator, indices, batches, silent)
     logps = (reference or Frozen()).open(work)
     if checkpointing:
         recompute_activations(policy)
     optimizer = adamw(policy, learning_rate, 0.0)
-    plan = Plan(indices, pairs.lengths(), pairs_per_step, micro_batch_tokens, 1, max_steps, True, 0)
+    plan = Plan(indices, pairs.sizes.longest, pairs_per_step, 1, max_steps, True, 0)
     rates = schedule(optimizer, "constant", 0.0, plan.num_steps)
     scorer, optimizer = accelerator.prepare(Scorer(policy), optimizer)
 
-    def collate(micro_batch):
-        return padded(micro_batch.pairs, [pairs[i] for i in micro_batch.pairs])
-
     results = train_steps(
-        scorer, loss, logps, optimizer, rates, plan.steps(), collate, accelerator, max_grad_norm, never
+        scorer, loss, logps, optimizer, rates, plan.steps(batches.cut), batches, accelerator, max_grad_norm, never
     )
     metrics = [result.metrics for result in results]
     return metrics, {name: tensor.clone() for name, tensor in policy.state_dict().items()}

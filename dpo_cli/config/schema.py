@@ -71,8 +71,8 @@ class TrainingSettings(Settings):
     """The most tokens of one forward pass, padding included; decides memory and speed, never the result."""
     shuffle: bool = True
     """Whether every epoch has an order of its own; else the order of the data."""
-    layout: Literal["auto", "padded"] = "auto"
-    """How pairs are laid out for the model."""
+    layout: Literal["auto", "padded", "packed"] = "auto"
+    """How pairs are laid out for the model; auto: packed where it proves exact, else padded."""
     learning_rate: float = Field(1.0e-6, gt=0)
     """The highest learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dpo_cli.data.formats import FORMATS, Format
 from dpo_cli.data.records import BadRow, Pair, TokenizedPair
+from dpo_cli.data.schedule import PairSizes
 from dpo_cli.data.sources import Row, read_rows, source_digest
 from dpo_cli.data.tokenize import PairTokenizer, Tokenized
 from dpo_cli.errors import UserError, from_os_error, raise_all
@@ -58,9 +59,9 @@ class PreparedPairs(Sequence[TokenizedPair]):
 
     def __init__(self, table: pa.Table, manifest: dict[str, Any]) -> None:
         self._table, self.manifest = table, manifest
-        self.prompt_lengths = _lengths(table, "prompt")
-        self.chosen_lengths = _lengths(table, "chosen")
-        self.rejected_lengths = _lengths(table, "rejected")
+        self.sizes = PairSizes(
+            _lengths(table, "prompt"), _lengths(table, "chosen"), _lengths(table, "rejected"), _prompt_ids(table)
+        )
 
     @classmethod
     def open(cls, folder: Path) -> PreparedPairs:
@@ -129,18 +130,9 @@ class PreparedPairs(Sequence[TokenizedPair]):
         flat = pc.list_flatten(self._table.column(name)).to_numpy()
         return np.where(inside, flat[np.clip(wanted, 0, len(flat) - 1)], -1).astype(np.int32)
 
-    def lengths(self) -> NDArray[np.int64]:
-        """Return the tokens of each pair's longer sequence, prompt included, `[pairs]`."""
-        return self.prompt_lengths + np.maximum(self.chosen_lengths, self.rejected_lengths)
-
-    def lengths_of(self, indices: Iterable[int]) -> dict[int, int]:
-        """Return some pairs' indices, each with the tokens of its longer sequence."""
-        lengths = self.lengths()
-        return {int(index): int(lengths[index]) for index in indices}
-
     def num_tokens(self) -> int:
         """Return the tokens of all sequences, each prompt counted with both of its responses."""
-        return int((2 * self.prompt_lengths + self.chosen_lengths + self.rejected_lengths).sum())
+        return int((2 * self.sizes.prompts + self.sizes.chosen + self.sizes.rejected).sum())
 
     def hold_out(self, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Split into training and held-out indices; all pairs of one prompt fall on the same side.
@@ -390,6 +382,12 @@ def _key(*sequences: NDArray[np.int32]) -> bytes:
 
 def _lengths(table: pa.Table, name: str) -> NDArray[np.int64]:
     return np.asarray(pc.list_value_length(table.column(name)).to_numpy(), dtype=np.int64)
+
+
+def _prompt_ids(table: pa.Table) -> NDArray[np.int64]:
+    """Number the prompts, equal ones alike, `[pairs]`."""
+    keys = table.column("prompt_key").combine_chunks()
+    return np.asarray(keys.dictionary_encode().indices.to_numpy(zero_copy_only=False), dtype=np.int64)
 
 
 def _quantiles(lengths: list[int]) -> dict[str, float]:

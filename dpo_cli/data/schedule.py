@@ -7,13 +7,36 @@ every pair by one over the pairs of its step.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class PairSizes:
+    """Tokens of each pair, and which pairs have a prompt in common.
+
+    Attributes:
+        prompts: Tokens of each prompt, `[pairs]`.
+        chosen: Tokens of each chosen response, `[pairs]`.
+        rejected: Tokens of each rejected response, `[pairs]`.
+        prompt_ids: `[pairs]`, equal where the prompts are.
+    """
+
+    prompts: NDArray[np.int64]
+    chosen: NDArray[np.int64]
+    rejected: NDArray[np.int64]
+    prompt_ids: NDArray[np.int64]
+
+    @property
+    def longest(self) -> NDArray[np.int64]:
+        """Tokens of each pair's longer sequence, prompt included, `[pairs]`."""
+        return self.prompts + np.maximum(self.chosen, self.rejected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +71,18 @@ class Step:
     micro_batches: tuple[MicroBatch, ...]
 
 
+Cut = Callable[[Sequence[int]], Sequence[MicroBatch]]
+"""Cuts pairs into micro-batches, each pair in one of them. It decides speed and memory, never the result."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """All optimizer steps of a run.
 
     Args:
         indices: The pairs to train on, as indices into the data.
-        lengths: Tokens of each of them in its longer sequence, `[pairs]`.
+        lengths: Tokens of all pairs of the data in their longer sequence, by which ranks share the work.
         pairs_per_step: Pairs of a step over all ranks; an epoch's last step may have fewer.
-        micro_batch_tokens: The most tokens of one forward pass, padding included; a pair that alone has
-            more makes up a micro-batch by itself.
         epochs: Passes over the data; a fraction ends within an epoch.
         max_steps: Where to stop earlier, or None.
         shuffle: Whether each epoch has an order of its own; else the order of the data.
@@ -67,7 +92,6 @@ class Plan:
     indices: NDArray[np.int64]
     lengths: NDArray[np.int64]
     pairs_per_step: int
-    micro_batch_tokens: int
     epochs: float
     max_steps: int | None
     shuffle: bool
@@ -94,22 +118,39 @@ class Plan:
             return np.sort(self.indices)
         return np.sort(self.indices[self._order(0)[: self.num_steps * self.pairs_per_step]])
 
-    def steps(self, after: int = 0, rank: int = 0, num_ranks: int = 1) -> Iterator[Step]:
-        """Yield the steps after step `after`, as one rank sees them."""
+    def first_pairs(self) -> tuple[int, ...]:
+        """Return the indices of the pairs of step 1."""
+        return tuple(int(self.indices[i]) for i in self._order(0)[: self.pairs_per_step])
+
+    def steps(self, cut: Cut, after: int = 0, rank: int = 0, num_ranks: int = 1) -> Iterator[Step]:
+        """Yield the steps after step `after`, as one rank sees them, each cut into micro-batches."""
         order, epoch_at_hand = np.empty(0, np.int64), -1
         for number in range(after + 1, self.num_steps + 1):
             epoch, place = divmod(number - 1, self.steps_per_epoch)
             if epoch != epoch_at_hand:
                 order, epoch_at_hand = self._order(epoch), epoch
             chosen = order[place * self.pairs_per_step : (place + 1) * self.pairs_per_step]
-            lengths = {int(self.indices[i]): int(self.lengths[i]) for i in chosen}
+            pairs = tuple(int(self.indices[i]) for i in chosen)
             yield Step(
                 number=number,
                 epoch=epoch + min((place + 1) * self.pairs_per_step, len(order)) / len(order),
                 num_pairs=len(chosen),
-                pairs=tuple(int(self.indices[i]) for i in chosen),
-                micro_batches=cut_for_rank(lengths, self.micro_batch_tokens, rank, num_ranks),
+                pairs=pairs,
+                micro_batches=self._share(pairs, cut, rank, num_ranks),
             )
+
+    def _share(self, pairs: Sequence[int], cut: Cut, rank: int, num_ranks: int) -> tuple[MicroBatch, ...]:
+        """Cut one rank's share of a step. A rank without a share gets a filler, since it must still take part."""
+        if num_ranks == 1:
+            return tuple(cut(pairs))
+        by_length = longest_first(pairs, self.lengths)
+        # Dealt out and back again (0 1 1 0 0 1 …), so that every rank has about as many tokens.
+        share = [
+            index
+            for place, index in enumerate(by_length)
+            if (place % num_ranks if (place // num_ranks) % 2 == 0 else num_ranks - 1 - place % num_ranks) == rank
+        ]
+        return tuple(cut(share)) if share else (MicroBatch((by_length[-1],), filler=True),)
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """Return the positions of one epoch. Raw generator output is the part of NumPy that never changes."""
@@ -119,36 +160,54 @@ class Plan:
         return np.argsort(draws, kind="stable")
 
 
-def cut_for_rank(lengths: dict[int, int], micro_batch_tokens: int, rank: int, num_ranks: int) -> tuple[MicroBatch, ...]:
-    """Cut one rank's share of a step. A rank without a share gets a filler, since it must still take part."""
-    by_length = _longest_first(lengths)
-    # Dealt out and back again (0 1 1 0 0 1 …), so that every rank has about as many tokens.
-    share = [
-        index
-        for place, index in enumerate(by_length)
-        if (place % num_ranks if (place // num_ranks) % 2 == 0 else num_ranks - 1 - place % num_ranks) == rank
-    ]
-    if not share:
-        return (MicroBatch((by_length[-1],), filler=True),)
-    return tuple(cut_by_tokens({index: lengths[index] for index in share}, micro_batch_tokens))
+def cut_padded(sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
+    """Cut pairs, the longest first, so that their padded size (two sequences a pair) stays in the budget."""
+    lengths = sizes.longest
+    cuts: list[list[int]] = []
+    for index in longest_first(indices, lengths):
+        if not cuts or 2 * lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) > micro_batch_tokens:
+            cuts.append([])
+        cuts[-1].append(index)
+    return [MicroBatch(tuple(cut)) for cut in cuts]
 
 
-def cut_by_tokens(lengths: dict[int, int], micro_batch_tokens: int) -> Iterator[MicroBatch]:
-    """Cut pairs, the longest first, so that their padded size (two sequences a pair) stays in the budget.
+def cut_packed(sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
+    """Cut pairs so that their tokens stay in the budget, pairs of one prompt side by side, cuts of about one size.
 
-    Args:
-        lengths: Their indices, and the tokens of each in its longer sequence.
-        micro_batch_tokens: The most tokens of one micro-batch; a pair that alone has more is one by itself.
+    A prompt is counted once a micro-batch.
     """
-    run: list[int] = []
-    for index in _longest_first(lengths):
-        if run and 2 * lengths[run[0]] * (len(run) + 1) > micro_batch_tokens:
-            yield MicroBatch(tuple(run))
-            run = []
-        run.append(index)
-    if run:
-        yield MicroBatch(tuple(run))
+    by_prompt: dict[int, list[int]] = {}
+    for index in indices:
+        by_prompt.setdefault(int(sizes.prompt_ids[index]), []).append(index)
+    ordered = list(itertools.chain.from_iterable(by_prompt.values()))
+    num_cuts = len(_filled(sizes, ordered, micro_batch_tokens, micro_batch_tokens))
+    total = sum(_added(sizes, index, before) for before, index in zip([None, *ordered], ordered, strict=False))
+    # Even cuts run faster than full ones and a remainder; where pairs are too uneven for that, full ones do.
+    even = _filled(sizes, ordered, micro_batch_tokens, total / max(1, num_cuts))
+    cuts = even if len(even) <= num_cuts else _filled(sizes, ordered, micro_batch_tokens, micro_batch_tokens)
+    return [MicroBatch(tuple(cut)) for cut in cuts]
 
 
-def _longest_first(lengths: dict[int, int]) -> list[int]:
-    return sorted(lengths, key=lambda index: (-lengths[index], index))
+def _filled(sizes: PairSizes, ordered: Sequence[int], limit: int, wanted: float) -> list[list[int]]:
+    """Fill cuts in order up to about the wanted number of tokens, and never beyond the limit."""
+    cuts: list[list[int]] = []
+    size = 0
+    for index in ordered:
+        more = _added(sizes, index, cuts[-1][-1] if cuts else None)
+        if not cuts or size + more > limit or size + more / 2 > wanted:
+            cuts.append([])
+            size, more = 0, _added(sizes, index, None)
+        cuts[-1].append(index)
+        size += more
+    return cuts
+
+
+def _added(sizes: PairSizes, index: int, before: int | None) -> int:
+    """Return the tokens that a pair adds to a micro-batch behind another pair, or as its first."""
+    shares = before is not None and sizes.prompt_ids[before] == sizes.prompt_ids[index]
+    return int(sizes.chosen[index] + sizes.rejected[index] + (0 if shares else sizes.prompts[index]))
+
+
+def longest_first(indices: Sequence[int], lengths: NDArray[np.int64]) -> list[int]:
+    """Sort pairs by length, the longest first, and those of one length by their index."""
+    return sorted(indices, key=lambda index: (-lengths[index], index))

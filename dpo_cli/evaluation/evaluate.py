@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
 
-from dpo_cli.data.schedule import MicroBatch, cut_by_tokens
-from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.modeling.batch import Batches
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.reference import ReferenceLogps
 from dpo_cli.preference.scoring import score_pairs
@@ -38,9 +37,8 @@ def evaluate(
     scorer: nn.Module,
     loss: Loss,
     reference: ReferenceLogps,
-    lengths: dict[int, int],
-    micro_batch_tokens: int,
-    collate: Callable[[MicroBatch], PairBatch],
+    indices: Sequence[int],
+    batches: Batches,
     accelerator: Accelerator,
     progress: Callable[[int, int], None],
 ) -> list[PairResult]:
@@ -50,18 +48,16 @@ def evaluate(
         scorer: The prepared scorer.
         loss: Loss and rewards of pairs.
         reference: Answers with the reference's token log-probabilities.
-        lengths: The pairs' indices, and the tokens of each in its longer sequence.
-        micro_batch_tokens: The most tokens of one forward pass, padding included.
-        collate: Makes a micro-batch into tensors on the device.
+        indices: The pairs' indices in the data.
+        batches: Cuts pairs into micro-batches and lays them out.
         accelerator: Knows the ranks.
         progress: Called with micro-batches done and micro-batches in all, of this rank.
     """
-    cuts = list(cut_by_tokens(lengths, micro_batch_tokens))
-    mine = cuts[accelerator.process_index :: accelerator.num_processes]
+    mine = batches.cut(indices)[accelerator.process_index :: accelerator.num_processes]
     results: list[PairResult] = []
     for done, micro_batch in enumerate(mine, 1):
         with torch.no_grad():
-            _, values = score_pairs(scorer, loss, reference, collate(micro_batch))
+            _, values = score_pairs(scorer, loss, reference, batches(micro_batch))
         for index, row in zip(micro_batch.pairs, values.tolist(), strict=True):
             results.append(PairResult(index, dict(zip(PAIR_METRICS, row, strict=True))))
         progress(done, len(mine))

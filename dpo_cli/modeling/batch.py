@@ -1,20 +1,30 @@
 """Pairs become one forward pass: a layout says where their tokens stand and which positions are judged.
 
-A layout is a function from tokenized pairs to a `PairBatch`; `LAYOUTS` at the end of this file lists them.
-All of them name the same response tokens in the same order (every pair's chosen response, then every
-pair's rejected one), so that nothing behind the batch knows which layout ran.
+A layout cuts a step's pairs into micro-batches under a token budget, and lays a micro-batch out as a `PairBatch`;
+`LAYOUTS` at the end of this file lists them. All of them name the same response tokens in the same order (every
+pair's chosen response, then every pair's rejected one), so that nothing behind the batch knows which layout ran.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_cli.data.records import TokenizedPair
+from dpo_cli.data.records import TokenizedPair, Tokens
+from dpo_cli.data.schedule import MicroBatch, PairSizes, cut_packed, cut_padded
+from dpo_cli.modeling.attention import TokenTree, attend_to_trees
+from dpo_cli.modeling.tree import grow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dpo_cli.data.prepared import PreparedPairs
 
 
 @dataclass(frozen=True)
@@ -24,17 +34,19 @@ class PairBatch:
     Attributes:
         pairs: The pairs' indices in the data, `B` of them.
         input_ids: `[R, T]`.
-        attention_mask: `[R, T]`, 1 where a token stands, 0 where there is padding.
-        positions: `[N]`, into the `R·T` hidden states: the one that predicts each response token. No
-            position occurs twice.
+        attention_mask: `[R, T]`, 1 where a token stands, 0 where there is padding; None where a tree says it.
+        tree: Which token sees which, where one row holds them all; else None.
+        positions: `[N]`, into the `R·T` hidden states: the one that predicts each response token.
         targets: `[N]`, the response tokens.
         lengths: Response tokens of each sequence, `2B` of them: the chosen ones, then the rejected ones.
-        num_tokens: Tokens without padding.
+        num_tokens: Tokens of all sequences without padding, each prompt counted with both of its responses: the
+            same under every layout.
     """
 
     pairs: tuple[int, ...]
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
+    tree: TokenTree | None
     positions: Tensor
     targets: Tensor
     lengths: tuple[int, ...]
@@ -42,52 +54,132 @@ class PairBatch:
 
     def to(self, device: torch.device) -> PairBatch:
         """Return the batch with its tensors on a device."""
-        return PairBatch(
-            self.pairs,
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.positions.to(device),
-            self.targets.to(device),
-            self.lengths,
-            self.num_tokens,
-        )
+        moved: dict[str, Any] = {
+            field.name: value.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(value := getattr(self, field.name), (Tensor, TokenTree))
+        }
+        return dataclasses.replace(self, **moved)
 
 
-Layout = Callable[[Sequence[int], Sequence[TokenizedPair]], PairBatch]
+@dataclass(frozen=True)
+class Padded:
+    """Chosen and rejected sequences as `2B` rows, padded on the right, the prompt in each. Works with every model."""
+
+    name = "padded"
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Leave the model as it is."""
+
+    def cut(self, sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
+        """Cut pairs so that their rows, padding included, stay in the budget."""
+        return cut_padded(sizes, indices, micro_batch_tokens)
+
+    def batch(self, indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
+        """Lay out B pairs.
+
+        Args:
+            indices: The pairs' indices in the data.
+            pairs: The pairs themselves.
+        """
+        sequences = _sequences(pairs)
+        width = max(len(prompt) + len(response) for prompt, response in sequences)
+        input_ids = np.zeros((len(sequences), width), np.int64)
+        attention_mask = np.zeros_like(input_ids)
+        places = []
+        for row, (prompt, response) in enumerate(sequences):
+            size = len(prompt) + len(response)
+            input_ids[row, :size] = np.concatenate([prompt, response])
+            attention_mask[row, :size] = 1
+            places.append(row * width + np.arange(size))
+        mask = torch.from_numpy(attention_mask)
+        return _batch(indices, sequences, torch.from_numpy(input_ids), mask, None, places)
 
 
-def padded(indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
-    """Stack chosen and rejected sequences as `2B` rows, padded on the right, the prompt in each.
+@dataclass(frozen=True)
+class Packed:
+    """All sequences as one row without padding, in which what they begin with in common stands once."""
 
-    Args:
-        indices: The pairs' indices in the data.
-        pairs: The pairs themselves, `B` of them.
+    name = "packed"
+
+    def prepare(self, model: PreTrainedModel) -> None:
+        """Give the model attention over prefix trees.
+
+        Raises:
+            CannotPack: Its architecture takes none.
+        """
+        attend_to_trees(model)
+
+    def cut(self, sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
+        """Cut pairs so that their tokens, a prompt that several have counted once, stay in the budget."""
+        return cut_packed(sizes, indices, micro_batch_tokens)
+
+    def batch(self, indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
+        """Lay out B pairs.
+
+        Args:
+            indices: The pairs' indices in the data.
+            pairs: The pairs themselves.
+        """
+        sequences = _sequences(pairs)
+        tree = grow([np.concatenate(sequence) for sequence in sequences])
+        return _batch(indices, sequences, torch.from_numpy(tree.tokens)[None], None, TokenTree.of(tree), tree.places)
+
+
+Layout = Padded | Packed
+LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (Padded(), Packed())}
+"""The closed union of all layouts."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Cuts pairs into micro-batches and makes a micro-batch into tensors on the device.
+
+    Attributes:
+        pairs: All pairs of the run.
+        layout: Where their tokens stand.
+        micro_batch_tokens: The most tokens of one forward pass; a pair that alone has more is one by itself.
+        device: Where the model is.
     """
-    sequences = [(pair.prompt, pair.chosen) for pair in pairs]
-    sequences += [(pair.prompt, pair.rejected) for pair in pairs]
-    width = max(len(prompt) + len(response) for prompt, response in sequences)
-    input_ids = np.zeros((len(sequences), width), np.int64)
-    attention_mask = np.zeros_like(input_ids)
-    positions, targets = [], []
-    for row, (prompt, response) in enumerate(sequences):
-        end = len(prompt) + len(response)
-        input_ids[row, : len(prompt)] = prompt
-        input_ids[row, len(prompt) : end] = response
-        attention_mask[row, :end] = 1
-        # A hidden state predicts the token after it.
-        positions.append(row * width + np.arange(len(prompt) - 1, end - 1))
-        targets.append(response)
+
+    pairs: PreparedPairs
+    layout: Layout
+    micro_batch_tokens: int
+    device: torch.device
+
+    def cut(self, indices: Sequence[int]) -> list[MicroBatch]:
+        """Cut some pairs, each in one micro-batch."""
+        return self.layout.cut(self.pairs.sizes, indices, self.micro_batch_tokens)
+
+    def __call__(self, micro_batch: MicroBatch) -> PairBatch:
+        """Read the pairs and lay them out."""
+        pairs = [self.pairs[index] for index in micro_batch.pairs]
+        return self.layout.batch(micro_batch.pairs, pairs).to(self.device)
+
+
+def _sequences(pairs: Sequence[TokenizedPair]) -> list[tuple[Tokens, Tokens]]:
+    """Return prompt and response of all chosen, then of all rejected sequences."""
+    return [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+
+
+def _batch(
+    indices: Sequence[int],
+    sequences: Sequence[tuple[Tokens, Tokens]],
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    tree: TokenTree | None,
+    places: Sequence[np.ndarray[tuple[int], np.dtype[np.int64]]],
+) -> PairBatch:
+    """Name the response tokens; `places` says where each sequence's tokens stand among the hidden states."""
+    # A hidden state predicts the token after it.
+    positions = [place[len(prompt) - 1 : -1] for (prompt, _), place in zip(sequences, places, strict=True)]
     return PairBatch(
         pairs=tuple(indices),
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        tree=tree,
         positions=torch.from_numpy(np.concatenate(positions)),
-        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        targets=torch.from_numpy(np.concatenate([response for _, response in sequences]).astype(np.int64)),
         lengths=tuple(len(response) for _, response in sequences),
-        num_tokens=int(attention_mask.sum()),
+        num_tokens=sum(len(prompt) + len(response) for prompt, response in sequences),
     )
-
-
-LAYOUTS: dict[str, Layout] = {
-    "padded": padded,
-}

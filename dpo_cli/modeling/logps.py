@@ -79,23 +79,31 @@ def token_logps(
 
     Args:
         hidden: `[M, H]`, hidden states of all positions.
-        positions: `[N]`, which of them are judged; no position twice.
+        positions: `[N]`, the one that predicts each target. Where several targets have one in common, as
+            behind a shared prompt, its logits are made once.
         targets: `[N]`, the token that follows each of them.
         head: The projection on the vocabulary.
-        chunk_bytes: The most memory that the logits of one chunk may take, in bytes.
+        chunk_bytes: The most memory that the logits of one chunk may take, in bytes. Logits that fit into one
+            chunk altogether are kept for the backward pass; else they are computed again.
     """
+    judged, rows = positions.unique(return_inverse=True)
     apply: Callable[..., Tensor] = _TokenLogps.apply
-    return apply(hidden, positions, targets, head.weight, head.bias, head.scale, head.softcap, chunk_bytes)
+    states = hidden.index_select(0, judged)
+    return apply(states, rows, targets, head.weight, head.bias, head.scale, head.softcap, chunk_bytes)
 
 
 class _TokenLogps(torch.autograd.Function):
-    """The chunked projection. With p the softmax of the logits z, d logp / d z = onehot(target) − p."""
+    """The chunked projection.
+
+    With p the softmax of a row's logits z, d logp / d z = onehot(target) − p. A row with several targets, each
+    with a gradient g of its own, so has d loss / d z = Σ g · onehot(target) − (Σ g) · p.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        positions: Tensor,
+        states: Tensor,
+        rows: Tensor,
         targets: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -103,75 +111,99 @@ class _TokenLogps(torch.autograd.Function):
         softcap: float | None,
         chunk_bytes: int,
     ) -> Tensor:
-        """Compute the log-probabilities chunk by chunk, keeping no logits."""
+        """Compute the log-probabilities chunk by chunk; keep no logits but those of an only chunk."""
         # Decided here because autocast is off again when the backward pass runs.
-        compute = _compute_dtype(hidden)
-        logps = []
-        for rows in _chunks(len(positions), weight, chunk_bytes):
-            logits, _ = _logits(hidden[positions[rows]], weight, bias, scale, softcap, compute)
-            chosen = logits.gather(-1, targets[rows, None]).squeeze(-1)
-            logps.append(chosen - logits.logsumexp(-1))
-        ctx.save_for_backward(hidden, positions, targets, weight, bias)
-        ctx.settings = scale, softcap, chunk_bytes, compute
-        return torch.cat(logps)
+        compute = _compute_dtype(states)
+        project = _Projection(weight, bias, scale, softcap, compute)
+        chunks = _chunks(rows, len(states), weight, chunk_bytes)
+        logps = torch.empty(len(targets), dtype=project.dtype, device=states.device)
+        all_logps = slope = None
+        for chunk, members in chunks:
+            all_logps, slope = project(states[chunk])
+            logps[members] = all_logps[rows[members] - chunk.start, targets[members]]
+        ctx.save_for_backward(states, rows, targets)
+        ctx.project, ctx.chunks = project, chunks
+        # No saved tensor, since the backward pass works in its memory; a second one computes it again.
+        ctx.kept = (all_logps, slope) if len(chunks) == 1 and any(ctx.needs_input_grad) else None
+        return logps
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute each chunk's logits again, and from them the gradients of hidden states, weight and bias."""
+        """Compute each chunk's probabilities again, and from them the gradients of states, weight and bias."""
         (grad_logps,) = gradients
-        hidden, positions, targets, weight, bias = ctx.saved_tensors
-        scale, softcap, chunk_bytes, compute = ctx.settings
-        wants_weight = ctx.needs_input_grad[3]
-        grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
+        states, rows, targets = ctx.saved_tensors
+        project: _Projection = ctx.project
+        kept, ctx.kept = ctx.kept, None
+        weight, bias = project.weight, project.bias
+        grad_states = torch.empty_like(states)
+        grad_weight = torch.zeros_like(weight, dtype=project.compute) if ctx.needs_input_grad[3] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[4] else None
-        for rows in _chunks(len(positions), weight, chunk_bytes):
-            states = hidden[positions[rows]]
-            logits, slope = _logits(states, weight, bias, scale, softcap, compute)
-            grad = logits.softmax(-1).neg_()
-            grad[torch.arange(len(grad), device=grad.device), targets[rows]] += 1
-            grad *= grad_logps[rows, None]
+        for chunk, members in ctx.chunks:
+            all_logps, slope = kept or project(states[chunk])
+            place = rows[members] - chunk.start
+            weights = grad_logps[members].to(project.dtype)
+            # d loss / d z, in the memory of the log-probabilities.
+            grad = all_logps.exp_()
+            grad *= -torch.zeros(len(grad), dtype=project.dtype, device=grad.device).index_add_(0, place, weights)[
+                :, None
+            ]
+            grad.index_put_((place, targets[members]), weights, accumulate=True)
             if slope is not None:
                 grad *= slope
-            grad *= scale
+            if project.scale != 1.0:
+                grad *= project.scale
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-            grad = grad.to(compute)
-            grad_hidden[positions[rows]] = (grad @ weight.to(compute)).to(hidden.dtype)
+            grad = grad.to(project.compute)
+            grad_states[chunk] = grad @ weight.to(project.compute)
             if grad_weight is not None:
-                grad_weight += (grad.T @ states.to(compute)).to(weight.dtype)
-        return grad_hidden, None, None, grad_weight, grad_bias, None, None, None
+                grad_weight.addmm_(grad.T, states[chunk].to(project.compute))
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_states, None, None, grad_weight, grad_bias, None, None, None
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
+@dataclass(frozen=True)
+class _Projection:
+    """From hidden states to log-probabilities of the whole vocabulary."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    compute: torch.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What log-probabilities are held in."""
+        return torch.promote_types(self.compute, torch.float32)
+
+    def __call__(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return `[n, V]` log-probabilities, and the soft cap's slope at the logits where there is a soft cap."""
+        with torch.autocast(states.device.type, enabled=False):
+            logits = (states.to(self.compute) @ self.weight.to(self.compute).T).to(self.dtype)
+        if self.bias is not None:
+            logits += self.bias
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is None:
+            return logits.log_softmax(-1), None
+        capped = torch.tanh(logits / self.softcap)
+        return (capped * self.softcap).log_softmax(-1), 1 - capped.square()
+
+
+def _compute_dtype(states: Tensor) -> torch.dtype:
     """Return what autocast would multiply in here, or the hidden states' own type."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
-def _logits(
-    states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    compute: torch.dtype,
-) -> tuple[Tensor, Tensor | None]:
-    """Return one chunk's logits, `[n, V]`, and the soft cap's slope at them where there is a soft cap."""
-    with torch.autocast(states.device.type, enabled=False):
-        product = states.to(compute) @ weight.to(compute).T
-    logits = product.to(torch.promote_types(compute, torch.float32))
-    if bias is not None:
-        logits = logits + bias
-    if scale != 1.0:
-        logits = logits * scale
-    if softcap is None:
-        return logits, None
-    capped = torch.tanh(logits / softcap)
-    return capped * softcap, 1 - capped.square()
-
-
-def _chunks(num_rows: int, weight: Tensor, chunk_bytes: int) -> list[slice]:
-    """Cut the judged positions so that one chunk's float32 logits fit into `chunk_bytes`."""
+def _chunks(rows: Tensor, num_rows: int, weight: Tensor, chunk_bytes: int) -> list[tuple[slice, Tensor]]:
+    """Cut the rows so that one chunk's float32 logits fit into `chunk_bytes`; name the tokens of each chunk."""
     size = max(1, chunk_bytes // (4 * weight.shape[0]))
-    return [slice(start, start + size) for start in range(0, num_rows, size)]
+    by_row = rows.argsort(stable=True)
+    starts = range(0, num_rows, size)
+    edges = torch.searchsorted(rows[by_row], rows.new_tensor([*starts, num_rows])).tolist()
+    return [
+        (slice(start, min(start + size, num_rows)), by_row[edges[place] : edges[place + 1]])
+        for place, start in enumerate(starts)
+    ]

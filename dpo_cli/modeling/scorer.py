@@ -6,12 +6,13 @@ gradients see everything the loss depends on.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.attention import reading
 from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.logps import Head, token_logps
 
@@ -38,9 +39,8 @@ class Scorer(nn.Module):
 
     def forward(self, batch: PairBatch) -> Tensor:
         """Return the log-probability of each response token of the batch, `[N]`, in nats."""
-        states = self.policy.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )[0]
+        with reading(batch.tree):
+            states = self.policy.base_model(**_inputs(batch))[0]
         return token_logps(states.flatten(0, 1), batch.positions, batch.targets, self.head())
 
     def head(self) -> Head:
@@ -56,10 +56,18 @@ class Scorer(nn.Module):
 
         Architectures may treat their logits in ways that `head` does not know; this shows whether one does.
         """
-        logits = self.policy(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        with reading(batch.tree):
+            logits = self.policy(**_inputs(batch)).logits
         logps = logits.flatten(0, 1)[batch.positions].float().log_softmax(-1)
         direct = logps.gather(-1, batch.targets[:, None]).squeeze(-1)
         return float((direct - self(batch)).abs().max())
+
+
+def _inputs(batch: PairBatch) -> dict[str, Any]:
+    """Return what a model of transformers is called with."""
+    if batch.tree is None:
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    return {"input_ids": batch.input_ids, "position_ids": batch.tree.depths[None], "use_cache": False}
 
 
 def recompute_activations(policy: PreTrainedModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from dpo_cli.config import Config
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.pipeline import setup
+from dpo_cli.pipeline.passes import choose_layout, micro_batch_tokens, without_gradient
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import figures_table
 from dpo_cli.storage import MANIFEST, DamagedFolder, verify
@@ -33,31 +35,36 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     console.notice("loading …")
 
     from dpo_cli.evaluation.evaluate import evaluate as score
-    from dpo_cli.modeling.batch import LAYOUTS
+    from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import load_policy
     from dpo_cli.modeling.scorer import Scorer
-    from dpo_cli.preference.reference import ReferenceWork
+    from dpo_cli.preference.reference import ReferenceWork, reference_model
     from dpo_cli.training.checks import check_fits
 
     accelerator = setup.start_accelerator(config)
     with accelerator.main_process_first():
         _, tokenize = setup.load_tokenizer(config, config.model.name)
         pairs, held_out, source = _held_out(config, data, tokenize, console)
-    layout, budget = LAYOUTS[setup.layout_name(config)], setup.micro_batch_tokens(config, accelerator)
     base = load_policy(config.model.name).to(accelerator.device)
     check_fits(pairs, base, "`model.name`")
-    with console.progress("reference log-probabilities") as progress:
-        work = ReferenceWork(base, accelerator, pairs, held_out, layout, 2 * budget, progress)
+    base = reference_model(config.reference.model, base)
+    layout = choose_layout(config, [base], pairs, held_out.tolist(), accelerator, console, trained=False)
+    batches = without_gradient(Batches(pairs, layout, micro_batch_tokens(config, accelerator), accelerator.device))
+    with console.progress("reference log-probabilities", len(held_out)) as progress:
+        work = ReferenceWork(base, False, accelerator, held_out, batches, progress)
         reference = config.reference.open(work)
     # A cached reference needs no model any more.
     del base, work
-    policy = load_policy(scored)
+    policy = load_policy(scored).to(accelerator.device)
     check_fits(pairs, policy, scored)
+    layout = choose_layout(config, [policy], pairs, held_out.tolist(), accelerator, console, trained=False)
+    if layout is not batches.layout and config.reference.type == "frozen":
+        hint = "set `training.layout=padded`, which both can read"
+        raise UserError("the model and its frozen reference can be packed only one of them", scored, hint)
+    batches = dataclasses.replace(batches, layout=layout)
     scorer = accelerator.prepare_model(Scorer(policy), evaluation_mode=True)
-    lengths = pairs.lengths_of(held_out)
-    with console.progress("evaluating") as progress:
-        collate = setup.Collate(pairs, layout, accelerator)
-        results = score(scorer, config.loss, reference, lengths, budget, collate, accelerator, progress)
+    with console.progress("evaluating", len(held_out)) as progress:
+        results = score(scorer, config.loss, reference, held_out.tolist(), batches, accelerator, progress)
     found: dict[str, Any] = {
         **setup.finite_figures(results, pairs),
         "model": scored,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dpo_cli.data.schedule import Plan
 
 
-def make_plan(config: Config, data: setup.RunData, budget: int) -> Plan:
+def make_plan(config: Config, data: setup.RunData) -> Plan:
     """Lay out all steps of a run.
 
     Raises:
@@ -28,9 +28,8 @@ def make_plan(config: Config, data: setup.RunData, budget: int) -> Plan:
     training = config.training
     plan = Plan(
         indices=data.train,
-        lengths=data.pairs.lengths()[data.train],
+        lengths=data.pairs.sizes.longest,
         pairs_per_step=training.pairs_per_step,
-        micro_batch_tokens=budget,
         epochs=training.epochs,
         max_steps=training.max_steps,
         shuffle=training.shuffle,
@@ -49,7 +48,6 @@ def header(
     accelerator: Accelerator,
     data: setup.RunData,
     plan: Plan,
-    budget: int,
     policy: PreTrainedModel,
 ) -> dict[str, str]:
     """Say what is about to run."""
@@ -61,14 +59,13 @@ def header(
         "pairs": f"{len(data.train):,} to train on, {len(data.held_out):,} held out",
         "steps": f"{plan.num_steps:,} of {min(plan.pairs_per_step, len(plan.indices))} pairs",
         "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
-        "layout": f"{setup.layout_name(config)}, at most {budget:,} tokens a forward pass",
         "reference": f"{config.reference.type}, {config.reference.model or 'the policy before step 1'}",
         "device": f"{accelerator.device}, {precision}{processes}",
         "output": str(folder.path),
     }
 
 
-def print_plan(config: Config, data: setup.RunData, plan: Plan, budget: int, parameters: int, console: Console) -> None:
+def print_plan(config: Config, data: setup.RunData, plan: Plan, parameters: int, console: Console) -> None:
     """Print what a run would do, and the memory that is known beforehand."""
     from rich.table import Table
 
@@ -84,7 +81,6 @@ def print_plan(config: Config, data: setup.RunData, plan: Plan, budget: int, par
         "held-out pairs": f"{len(data.held_out):,}",
         "tokens of all pairs": f"{data.pairs.num_tokens():,}",
         "optimizer steps": f"{plan.num_steps:,} of {min(plan.pairs_per_step, len(plan.indices))} pairs",
-        "tokens of a forward pass": f"at most {budget:,}, or one pair",
         **{f"memory: {name}": f"{size / 2**30:.2f} GiB" for name, size in copies.items()},
         "memory: in all": f"{sum(copies.values()) / 2**30:.2f} GiB, and activations of one forward pass",
         "output folder": config.output_dir,

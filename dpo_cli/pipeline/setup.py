@@ -21,14 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dpo_cli.data.prepared import PreparedPairs
-    from dpo_cli.data.schedule import MicroBatch
     from dpo_cli.data.tokenize import PairTokenizer
     from dpo_cli.evaluation.evaluate import PairResult
-    from dpo_cli.modeling.batch import Layout, PairBatch
-
-_MICRO_BATCH_TOKENS = {"cpu": 2048}
-_MICRO_BATCH_TOKENS_ELSEWHERE = 16384
-"""What `micro_batch_tokens: auto` stands for: more gains no speed on a CPU, and costs memory."""
 
 
 def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]:
@@ -234,33 +228,6 @@ def run_data(config: Config, tokenize: PairTokenizer, console: Console) -> RunDa
     indices = np.arange(len(both))
     digest = text_digest(digest, others.manifest["fingerprint"])
     return RunData(both, indices[: len(pairs)], indices[len(pairs) :], digest)
-
-
-def micro_batch_tokens(config: Config, accelerator: Accelerator) -> int:
-    """Return the token budget of a forward pass."""
-    chosen = config.training.micro_batch_tokens
-    if chosen != "auto":
-        return chosen
-    return _MICRO_BATCH_TOKENS.get(accelerator.device.type, _MICRO_BATCH_TOKENS_ELSEWHERE)
-
-
-def layout_name(config: Config) -> str:
-    """Return the layout that runs; `auto` is the padded one, which works with every model."""
-    return "padded" if config.training.layout == "auto" else config.training.layout
-
-
-@dataclass(frozen=True)
-class Collate:
-    """Makes micro-batches into tensors on the device."""
-
-    pairs: PreparedPairs
-    layout: Layout
-    accelerator: Accelerator
-
-    def __call__(self, micro_batch: MicroBatch) -> PairBatch:
-        """Read the pairs and lay them out."""
-        batch = self.layout(micro_batch.pairs, [self.pairs[index] for index in micro_batch.pairs])
-        return batch.to(self.accelerator.device)
 
 
 def finite_figures(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dpo_cli.config import Config, resolved_yaml
 from dpo_cli.errors import FAILED, UserError, from_os_error, raise_all
 from dpo_cli.interrupts import Interrupted, StopSignals
 from dpo_cli.pipeline import setup
+from dpo_cli.pipeline.passes import choose_layout, micro_batch_tokens, without_gradient
 from dpo_cli.pipeline.plan import header, make_plan, print_plan
 from dpo_cli.reporting.console import Console, clock
 from dpo_cli.training.run_folder import RESOLVED, RunFolder, RunState
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dpo_cli.data.schedule import Plan
+    from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.scorer import Scorer
     from dpo_cli.preference.reference import ReferenceLogps
     from dpo_cli.reporting.trackers import MetricsLog
@@ -40,8 +42,7 @@ class _Run:
     accelerator: Accelerator
     data: setup.RunData
     plan: Plan
-    budget: int
-    collate: setup.Collate
+    batches: Batches
     scorer: Any
     inner: Scorer
     reference: ReferenceLogps
@@ -85,17 +86,16 @@ def train(
     with accelerator.main_process_first():
         tokenizer, tokenize = setup.load_tokenizer(config, config.model.name)
         data = setup.run_data(config, tokenize, console)
-    budget = setup.micro_batch_tokens(config, accelerator)
-    plan = make_plan(config, data, budget)
+    plan = make_plan(config, data)
     policy = empty_policy(config.model.name) if dry_run else load_policy(config.model.name).to(accelerator.device)
-    console.facts(header(config, folder, accelerator, data, plan, budget, policy))
+    console.facts(header(config, folder, accelerator, data, plan, policy))
     check_fits(data.pairs, policy, "`model.name`")
     for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
         console.notice(f"checked: {proved}")
     if dry_run:
-        print_plan(config, data, plan, budget, policy.num_parameters(), console)
+        print_plan(config, data, plan, policy.num_parameters(), console)
         return
-    run = _build(config, folder, console, signals, accelerator, data, plan, budget, policy, tokenizer)
+    run = _build(config, folder, console, signals, accelerator, data, plan, policy, tokenizer)
     _check_model(run)
     done = _start_folder(run, resume=resume, overwrite=overwrite)
     _walk(run, done)
@@ -110,7 +110,6 @@ def _build(
     accelerator: Accelerator,
     data: setup.RunData,
     plan: Plan,
-    budget: int,
     policy: PreTrainedModel,
     tokenizer: Any,
 ) -> _Run:
@@ -118,20 +117,24 @@ def _build(
     import numpy as np
     from torch.nn.parallel import DistributedDataParallel
 
-    from dpo_cli.modeling.batch import LAYOUTS
+    from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import weights_digest
     from dpo_cli.modeling.scorer import Scorer, recompute_activations
-    from dpo_cli.preference.reference import ReferenceWork
+    from dpo_cli.preference.reference import ReferenceWork, reference_model
     from dpo_cli.training.checkpoints import TrainingParts
     from dpo_cli.training.optimizer import adamw, schedule
 
-    training, layout = config.training, LAYOUTS[setup.layout_name(config)]
-    inner = Scorer(policy)
+    training, inner = config.training, Scorer(policy)
     stands_on = {"model": weights_digest(policy), "data": data.fingerprint}
+    other = reference_model(config.reference.model, policy)
+    models = [policy] if other is policy else [policy, other]
+    layout = choose_layout(config, models, data.pairs, plan.first_pairs(), accelerator, console, trained=True)
+    batches = Batches(data.pairs, layout, micro_batch_tokens(config, accelerator), accelerator.device)
     needed = np.union1d(plan.trained_on(), data.held_out)
-    with console.progress("reference log-probabilities") as progress:
-        work = ReferenceWork(policy, accelerator, data.pairs, needed, layout, 2 * budget, progress)
+    with console.progress("reference log-probabilities", len(needed)) as progress:
+        work = ReferenceWork(other, other is policy, accelerator, needed, without_gradient(batches), progress)
         reference = config.reference.open(work)
+    del other, models, work
     if training.gradient_checkpointing:
         recompute_activations(policy)
     optimizer = adamw(policy, training.learning_rate, training.weight_decay)
@@ -148,8 +151,7 @@ def _build(
         accelerator=accelerator,
         data=data,
         plan=plan,
-        budget=budget,
-        collate=setup.Collate(data.pairs, layout, accelerator),
+        batches=batches,
         scorer=scorer,
         inner=inner,
         reference=reference,
@@ -162,16 +164,16 @@ def _check_model(run: _Run) -> None:
     from dpo_cli.data.schedule import MicroBatch
     from dpo_cli.training.checks import check_model
 
-    accelerator, lengths = run.accelerator, run.data.pairs.lengths()
-    first = next(run.plan.steps(0, accelerator.process_index, accelerator.num_processes))
+    accelerator, lengths = run.accelerator, run.data.pairs.sizes.longest
+    first = next(run.plan.steps(run.batches.cut, 0, accelerator.process_index, accelerator.num_processes))
     shortest = min(first.pairs, key=lambda index: (int(lengths[index]), index))
     for proved in check_model(
         run.scorer,
         run.inner,
         run.config.loss,
         run.reference,
-        run.collate(MicroBatch((shortest,))),
-        run.collate(first.micro_batches[-1]),
+        run.batches(MicroBatch((shortest,))),
+        run.batches(first.micro_batches[-1]),
         accelerator,
         separate_reference=run.config.reference.model is not None,
     ):
@@ -237,8 +239,8 @@ def _walk(run: _Run, done: int) -> None:
         run.reference,
         run.parts.optimizer,
         run.parts.schedule,
-        run.plan.steps(done, accelerator.process_index, accelerator.num_processes),
-        run.collate,
+        run.plan.steps(run.batches.cut, done, accelerator.process_index, accelerator.num_processes),
+        run.batches,
         accelerator,
         run.config.training.max_grad_norm,
         lambda: run.signals.received is not None,
@@ -305,15 +307,14 @@ def _evaluate(run: _Run) -> dict[str, Any]:
     """Score the held-out pairs as they stand now."""
     from dpo_cli.evaluation.evaluate import evaluate
 
-    held_out = run.data.pairs.lengths_of(run.data.held_out)
-    with run.console.progress("evaluating") as progress:
+    held_out = run.data.held_out.tolist()
+    with run.console.progress("evaluating", len(held_out)) as progress:
         results = evaluate(
             run.scorer,
             run.config.loss,
             run.reference,
             held_out,
-            run.budget,
-            run.collate,
+            without_gradient(run.batches),
             run.accelerator,
             progress,
         )

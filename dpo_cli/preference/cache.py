@@ -20,7 +20,6 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpo_cli.data.schedule import cut_by_tokens
 from dpo_cli.errors import from_os_error
 from dpo_cli.modeling.loading import weights_digest
 from dpo_cli.storage import cache_root, file_digest, text_digest
@@ -75,7 +74,7 @@ class ReferenceCache:
         What a block's numbers are depends on the block alone, not on where an earlier attempt was
         interrupted or on the number of ranks: a resumed run finds the same bytes.
         """
-        keys, indices = work.pairs.keys(), work.needed.tolist()
+        keys, indices = work.batches.pairs.keys(), work.needed.tolist()
         if all(keys[i] in self._entries for i in indices):
             return
         for start in range(0, len(indices), _BLOCK_PAIRS):
@@ -100,11 +99,11 @@ class ReferenceCache:
         self, missing: Sequence[int], keys: Sequence[bytes], work: ReferenceWork, score: ReferenceLogps
     ) -> None:
         """Score one block, its micro-batches dealt to the ranks, and let the main process write it."""
-        pairs, accelerator = work.pairs, work.accelerator
-        cuts = list(cut_by_tokens(pairs.lengths_of(missing), work.micro_batch_tokens))
+        accelerator = work.accelerator
+        cuts = work.batches.cut(missing)
         mine: list[tuple[bytes, Entry]] = []
         for cut in cuts[accelerator.process_index :: accelerator.num_processes]:
-            batch = work.layout(cut.pairs, [pairs[i] for i in cut.pairs]).to(accelerator.device)
+            batch = work.batches(cut)
             tokens = score(batch).cpu().split(list(batch.lengths))
             for place, index in enumerate(cut.pairs):
                 entry = tokens[place].numpy().copy(), tokens[len(cut.pairs) + place].numpy().copy()

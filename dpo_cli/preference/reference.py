@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from dpo_cli.data.prepared import PreparedPairs
-    from dpo_cli.modeling.batch import Layout, PairBatch
+    from dpo_cli.modeling.batch import Batches, PairBatch
 
 ReferenceLogps = Callable[["PairBatch"], "Tensor"]
 """Answers with the log-probability of each response token of a batch, `[N]`, in nats, without gradient."""
@@ -35,21 +34,19 @@ class ReferenceWork:
     """What a reference has to answer for, and what it may use.
 
     Attributes:
-        policy: The policy before step 1.
+        model: The reference, prepared for the layout of the batches.
+        trained: Whether it is the policy itself, which is going to move.
         accelerator: Decides device and precision, and shares the work between ranks.
-        pairs: The pairs of the run.
-        needed: Indices of those that will be asked for, ascending.
-        layout: How a batch is laid out.
-        micro_batch_tokens: The most tokens of one forward pass, padding included.
+        needed: Indices of the pairs that will be asked for, ascending.
+        batches: Cuts the run's pairs into micro-batches and lays them out.
         progress: Called with pairs done and pairs in all.
     """
 
-    policy: PreTrainedModel
+    model: PreTrainedModel
+    trained: bool
     accelerator: Accelerator
-    pairs: PreparedPairs
     needed: NDArray[np.int64]
-    layout: Layout
-    micro_batch_tokens: int
+    batches: Batches
     progress: Callable[[int, int], None]
 
 
@@ -65,10 +62,9 @@ class Cached(Settings):
         """Look up what the cache has of the pairs, compute and keep the rest."""
         from dpo_cli.preference.cache import ReferenceCache, reference_identity
 
-        model = _reference_model(self.model, work.policy)
-        cache = ReferenceCache(reference_identity(model, work.accelerator))
-        cache.complete(work, _scoring(model, work.accelerator))
-        return cache.lookup(work.pairs, work.accelerator.device)
+        cache = ReferenceCache(reference_identity(work.model, work.accelerator))
+        cache.complete(work, _scoring(work.model, work.accelerator))
+        return cache.lookup(work.batches.pairs, work.accelerator.device)
 
 
 class Frozen(Settings):
@@ -80,14 +76,17 @@ class Frozen(Settings):
     """The reference model: a folder, a .gguf file or a Hub id; null: the policy before step 1."""
 
     def open(self, work: ReferenceWork) -> ReferenceLogps:
-        """Clone the policy, or load the other model."""
-        model = _reference_model(self.model, work.policy)
-        clone = copy.deepcopy(model) if model is work.policy else model
-        return _scoring(clone.requires_grad_(False), work.accelerator)
+        """Clone the policy, or take the other model."""
+        model = copy.deepcopy(work.model) if work.trained else work.model
+        return _scoring(model.requires_grad_(False), work.accelerator)
 
 
-def _reference_model(name: str | None, policy: PreTrainedModel) -> PreTrainedModel:
-    """Return the policy itself, or the named model if it reads the same vocabulary."""
+def reference_model(name: str | None, policy: PreTrainedModel) -> PreTrainedModel:
+    """Return the policy itself, or the named model beside it.
+
+    Raises:
+        UserError: The named model reads another vocabulary.
+    """
     if name is None:
         return policy
     from dpo_cli.modeling.loading import load_policy
@@ -97,7 +96,7 @@ def _reference_model(name: str | None, policy: PreTrainedModel) -> PreTrainedMod
     if ours != theirs:
         what = f"the reference model has a vocabulary of {theirs}, the policy of {ours}"
         raise UserError(what, f"`reference.model: {name}`", "choose a reference with the same tokenizer")
-    return model
+    return model.to(policy.device)
 
 
 def _scoring(model: PreTrainedModel, accelerator: Accelerator) -> ReferenceLogps:
@@ -106,7 +105,7 @@ def _scoring(model: PreTrainedModel, accelerator: Accelerator) -> ReferenceLogps
 
     from dpo_cli.modeling.scorer import Scorer
 
-    scorer = Scorer(model.to(accelerator.device))
+    scorer = Scorer(model)
 
     def logps(batch: PairBatch) -> Tensor:
         with torch.no_grad(), accelerator.autocast():

@@ -78,8 +78,10 @@ class Console:
         return self._out.color_system is not None and not self._out.no_color
 
     @contextlib.contextmanager
-    def progress(self, what: str) -> Iterator[Advance]:
-        """Show how far a long job is: a bar, or on a pipe a line now and then."""
+    def progress(self, what: str, num_pairs: int) -> Iterator[Advance]:
+        """Show how far a long job on pairs is: a bar with the time left, or on a pipe a line now and then."""
+        if not self._err.is_terminal:
+            self.notice(f"{what}: {num_pairs} pairs")
         with self._bar(TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn()) as bar:
             task = bar.add_task(what, total=1)
             started = said = time.monotonic()

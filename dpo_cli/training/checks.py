@@ -42,7 +42,7 @@ def check_fits(pairs: PreparedPairs, model: PreTrainedModel, where: str) -> None
         what = f"the data has token {largest}, the model's vocabulary ends at {vocabulary - 1}"
         raise UserError(what, where, "the tokenizer is another model's")
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = int(pairs.lengths().max())
+    longest = int(pairs.sizes.longest.max())
     if positions and longest > positions:
         what = f"the longest pair has {longest} tokens, the model has positions for {positions}"
         raise UserError(what, where, f"set `data.max_length: {positions}`, or choose a model that reads more")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
-from dpo_cli.data.schedule import MicroBatch, Step
-from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.data.schedule import Step
+from dpo_cli.modeling.batch import Batches
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.reference import ReferenceLogps
 from dpo_cli.preference.scoring import score_pairs
@@ -64,7 +64,7 @@ def train_steps(
     optimizer: Any,
     schedule: LambdaLR,
     steps: Iterable[Step],
-    collate: Callable[[MicroBatch], PairBatch],
+    batches: Batches,
     accelerator: Accelerator,
     max_grad_norm: float | None,
     asked_to_stop: Callable[[], bool],
@@ -78,7 +78,7 @@ def train_steps(
         optimizer: What Accelerate prepared of an optimizer.
         schedule: The learning rate; not prepared, since a prepared one steps once per process.
         steps: The plan, from the step at hand on.
-        collate: Makes a micro-batch into tensors on the device.
+        batches: Makes a micro-batch into tensors on the device.
         accelerator: Synchronises ranks; its `gradient_accumulation_steps` must be 1.
         max_grad_norm: Where gradients are clipped, or None.
         asked_to_stop: Whether this process was asked to stop; looked at once a step.
@@ -92,7 +92,7 @@ def train_steps(
             last = place == len(step.micro_batches)
             # Ranks may have different numbers of micro-batches; gradients are exchanged once, on the last.
             with contextlib.nullcontext() if last else accelerator.no_sync(scorer):
-                batch = collate(micro_batch)
+                batch = batches(micro_batch)
                 pairs, values = score_pairs(scorer, loss, reference, batch)
                 # Gradients are averaged over ranks, so the step's sum is restored before it is divided.
                 weight = 0.0 if micro_batch.filler else accelerator.num_processes / step.num_pairs

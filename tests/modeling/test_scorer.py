@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.batch import padded
+from dpo_cli.modeling.batch import Padded
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 
 VOCABULARY = 97
@@ -71,7 +71,7 @@ def alone(model, prompt, response):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_log_probabilities_are_the_models_own_for_every_response_of_a_padded_batch(name, pairs):
     model = build(name)
-    batch = padded(range(len(pairs)), pairs)
+    batch = Padded().batch(range(len(pairs)), pairs)
     with torch.no_grad():
         found = Scorer(model)(batch).split(list(batch.lengths))
         expected = [alone(model, p.prompt, p.chosen) for p in pairs] + [
@@ -84,7 +84,7 @@ def test_log_probabilities_are_the_models_own_for_every_response_of_a_padded_bat
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_recomputed_activations_give_the_same_gradients_without_dropout(name, pairs):
-    batch = padded(range(len(pairs)), pairs)
+    batch = Padded().batch(range(len(pairs)), pairs)
     gradients = []
     for recompute in (False, True):
         model = build(name)
@@ -107,7 +107,7 @@ def test_a_model_that_treats_its_logits_in_a_way_of_its_own_is_noticed(pairs):
         return output
 
     model.forward = doubled
-    assert Scorer(model).largest_difference(padded(range(len(pairs)), pairs)) > 0.1
+    assert Scorer(model).largest_difference(Padded().batch(range(len(pairs)), pairs)) > 0.1
 
 
 def test_a_model_without_a_vocabulary_projection_is_refused():

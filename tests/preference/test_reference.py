@@ -10,10 +10,10 @@ import torch
 from accelerate import Accelerator
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.batch import padded
+from dpo_cli.modeling.batch import LAYOUTS, Batches, Padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.preference import cache
-from dpo_cli.preference.reference import Cached, Frozen, ReferenceWork
+from dpo_cli.preference.reference import Cached, Frozen, ReferenceWork, reference_model
 from tests.builders import prepare_pairs, silent, train_in_process
 from tests.conftest import build_llama
 
@@ -29,24 +29,29 @@ def pairs(tmp_path, pairs_file, tokenizer):
     return prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
 
 
-def open_reference(strategy, model, pairs, needed=None, progress=silent):
+def open_reference(strategy, model, pairs, needed=None, progress=silent, layout="padded"):
     policy = model if isinstance(model, torch.nn.Module) else load_policy(str(model))
     indices = np.arange(len(pairs)) if needed is None else np.array(needed)
-    return strategy.open(ReferenceWork(policy, Accelerator(cpu=True), pairs, indices, padded, 2000, progress))
+    reference = reference_model(strategy.model, policy)
+    LAYOUTS[layout].prepare(reference)
+    batches = Batches(pairs, LAYOUTS[layout], 2000, torch.device("cpu"))
+    return strategy.open(
+        ReferenceWork(reference, reference is policy, Accelerator(cpu=True), indices, batches, progress)
+    )
 
 
 def answers(logps, pairs, cut=5):
     parts = []
     for start in range(0, len(pairs), cut):
         indices = range(start, min(start + cut, len(pairs)))
-        parts.append(logps(padded(indices, [pairs[i] for i in indices])))
+        parts.append(logps(Padded().batch(indices, [pairs[i] for i in indices])))
     return torch.cat(parts)
 
 
 def test_cached_and_frozen_agree_to_a_ten_thousandth_of_a_nat_per_response(tiny_llama, pairs):
     frozen, cached = (open_reference(strategy, tiny_llama, pairs) for strategy in (Frozen(), Cached()))
     for index in range(len(pairs)):
-        batch = padded([index], [pairs[index]])
+        batch = Padded().batch([index], [pairs[index]])
         ours, theirs = (tokens(batch).split(list(batch.lengths)) for tokens in (cached, frozen))
         for one, other in zip(ours, theirs, strict=True):
             assert float(one.sum() - other.sum()) == pytest.approx(0, abs=1e-4)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from dpo_cli.data import prepared
 from dpo_cli.data.tokenize import PairTokenizer, end_tokens
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.batch import padded
+from dpo_cli.modeling.batch import Batches, Padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import DPO
@@ -81,9 +81,10 @@ def test_pairs_that_a_model_has_no_embedding_for_are_refused(tmp_path, pairs_fil
 def ready(tmp_path, pairs_file, tokenizer, tiny_llama):
     pairs = prepare(pairs_file, tokenizer, tmp_path / "p")
     accelerator, policy = Accelerator(cpu=True), load_policy(str(tiny_llama))
-    work = ReferenceWork(policy, accelerator, pairs, np.arange(len(pairs)), padded, 1000, silent)
+    batches = Batches(pairs, Padded(), 1000, accelerator.device)
+    work = ReferenceWork(policy, True, accelerator, np.arange(len(pairs)), batches, silent)
     reference = Frozen().open(work)
-    batch = padded(range(4), pairs[:4])
+    batch = Padded().batch(range(4), pairs[:4])
     return Scorer(policy), reference, batch, accelerator
 
 

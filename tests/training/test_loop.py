@@ -18,26 +18,33 @@ def pairs(tmp_path, pairs_file, tokenizer):
     return prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
 
 
-def assert_same(one, other, rtol=1e-9, atol=1e-11):
+def assert_same(one, other, rel=1e-7, rtol=1e-9, atol=1e-11):
     for ours, theirs in zip(one[0], other[0], strict=True):
         for name in ours:
             if name != "learning_rate":
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-7, abs=1e-9), name
+                assert ours[name] == pytest.approx(theirs[name], rel=rel, abs=1e-2 * rel), name
     for name, tensor in one[1].items():
         torch.testing.assert_close(tensor, other[1][name], rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("budget", [1, 150, 400, 700])
-def test_the_cut_into_micro_batches_changes_neither_metrics_nor_weights(tiny_llama, pairs, budget):
-    """In float64, so that what is left of rounding is far below any mistake; 40 pairs make uneven steps of 12."""
-    whole = train_in_process(tiny_llama, pairs, pairs_per_step=12, dtype=torch.float64)
-    cut = train_in_process(tiny_llama, pairs, pairs_per_step=12, micro_batch_tokens=budget, dtype=torch.float64)
-    assert_same(cut, whole)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("budget", [1, 400])
+def test_neither_the_cut_nor_the_layout_changes_metrics_or_weights(tiny_llama, pairs, layout, budget):
+    """In float64, so that what is left of rounding is far below any mistake; 40 pairs make uneven steps of 12.
+
+    Norms round to float32 inside the model whatever is asked, which another order of tokens brings to light.
+    """
+    settings = {"pairs_per_step": 12, "dtype": torch.float64}
+    whole = train_in_process(tiny_llama, pairs, **settings)
+    cut = train_in_process(tiny_llama, pairs, layout=layout, micro_batch_tokens=budget, **settings)
+    assert_same(cut, whole, **({} if layout == "padded" else {"rel": 1e-6, "rtol": 1e-5, "atol": 1e-6}))
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(tiny_llama, pairs):
-    kept = train_in_process(tiny_llama, pairs, max_steps=3, dtype=torch.float64)
-    recomputed = train_in_process(tiny_llama, pairs, max_steps=3, dtype=torch.float64, checkpointing=True)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny_llama, pairs, layout):
+    settings = {"max_steps": 3, "dtype": torch.float64, "layout": layout}
+    kept = train_in_process(tiny_llama, pairs, **settings)
+    recomputed = train_in_process(tiny_llama, pairs, checkpointing=True, **settings)
     assert_same(recomputed, kept)
 
 
@@ -80,10 +87,13 @@ def plain_training(model, pairs, steps, loss, learning_rate, max_grad_norm):
 def test_losses_and_weights_are_those_of_a_trainer_written_out_plainly(tiny_llama, pairs, loss):
     import numpy as np
 
-    from dpo_cli.data.schedule import Plan
+    from dpo_cli.data.schedule import MicroBatch, Plan
 
-    plan = Plan(np.arange(40), pairs.lengths(), 8, 10_000, 1, 4, True, 0)
-    expected, weights = plain_training(tiny_llama, pairs, [s.pairs for s in plan.steps()], loss, 1e-3, 1.0)
+    def one_by_one(indices):
+        return [MicroBatch((index,)) for index in indices]
+
+    plan = Plan(np.arange(40), pairs.sizes.longest, 8, 1, 4, True, 0)
+    expected, weights = plain_training(tiny_llama, pairs, [s.pairs for s in plan.steps(one_by_one)], loss, 1e-3, 1.0)
     metrics, found = train_in_process(
         tiny_llama, pairs, loss=loss, max_steps=4, micro_batch_tokens=500, dtype=torch.float64
     )
