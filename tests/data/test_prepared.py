@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from dpo_cli.data import prepare as preparing
 from dpo_cli.data import prepared
 from dpo_cli.data.prepared import PreparedPairs
 from dpo_cli.data.tokenize import PairTokenizer, Tokenized
@@ -19,7 +20,7 @@ def tokenizing(tokenizer, **settings):
 
 
 def prepare(source, tokenizer, folder, on_bad_row="error", **settings) -> PreparedPairs:
-    return prepared.prepare([str(source)], "auto", on_bad_row, tokenizing(tokenizer, **settings), folder)
+    return preparing.prepare([str(source)], "auto", on_bad_row, tokenizing(tokenizer, **settings), folder)
 
 
 def write(path, rows):
