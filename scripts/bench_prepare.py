@@ -5,8 +5,8 @@
 MODEL is a folder or Hub id whose tokenizer has a chat template. The rows are made from the demo pairs, joined until
 a pair has about 200 tokens, or taken from a file, over and over. Each count is prepared by a process of its own with
 an empty cache. The rate is that of the preparation: the time of the command less the time it takes for ten rows.
-The memory is what the process and its workers hold together, without what several of them share counted twice
-(Linux). Where `trl` can be imported, its preparation of the same rows, in memory, is measured beside it: before
+The memory is the resident set of the process and its workers together, libraries that they share counted for each
+of them (Linux). Where `trl` can be imported, its preparation of the same rows, in memory, is measured beside it: before
 and after, for a machine has better and worse minutes.
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 DEMO_PAIRS = Path(__file__).parent.parent / "configs" / "demo" / "pairs.jsonl"
-_MEMORY = re.compile(r"^Pss: +(\d+) kB", re.MULTILINE)
+_RESIDENT = re.compile(r"^VmRSS:\s+(\d+) kB", re.MULTILINE)
 
 
 def rows_like_dialogues() -> Iterator[dict[str, str]]:
@@ -52,10 +52,10 @@ def rows_of(pairs: Path | None) -> Iterator[dict[str, str]]:
 
 
 def held_bytes(process: int) -> int:
-    """Return the memory of a process and of all that it started; what is shared is divided among its users."""
+    """Return the resident memory of a process and of all that it started."""
     folder = Path("/proc") / str(process)
     try:
-        found = _MEMORY.search((folder / "smaps_rollup").read_text())
+        found = _RESIDENT.search((folder / "status").read_text())
         children = [int(child) for file in folder.glob("task/*/children") for child in file.read_text().split()]
     except OSError:  # It has just ended.
         return 0
