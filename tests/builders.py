@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from dpo_cli.data import prepared
+from dpo_cli.data.prepare import prepare
 from dpo_cli.data.prepared import PreparedPairs
 from dpo_cli.data.schedule import Plan
 from dpo_cli.data.tokenize import PairTokenizer
@@ -24,7 +24,7 @@ from dpo_cli.training.optimizer import adamw, schedule
 
 def prepare_pairs(source: Path, tokenizer: Any, folder: Path) -> PreparedPairs:
     tokenize = PairTokenizer(tokenizer, template=None, max_length=1000, on_too_long="drop")
-    return prepared.prepare([str(source)], "auto", "error", tokenize, folder)
+    return prepare([str(source)], "auto", "error", tokenize, folder)
 
 
 def silent(done: int, total: int) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,21 @@ def build_llama(folder: Path, tokenizer: Any, seed: int, **settings: Any) -> Pat
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def patient_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for worker processes to start, instead of doing the work here until they have."""
+    from dpo_cli.data.workers import _Workers
+
+    have_started = _Workers.have_started
+
+    def wait(workers: _Workers) -> bool:
+        while not have_started(workers):
+            time.sleep(0.01)
+        return True
+
+    monkeypatch.setattr(_Workers, "have_started", wait)
 
 
 @pytest.fixture

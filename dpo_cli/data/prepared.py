@@ -6,36 +6,29 @@ manifest.json    fingerprint, statistics, sizes and digests
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import itertools
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from dpo_cli.data.formats import FORMATS, Format
-from dpo_cli.data.records import BadRow, Pair, TokenizedPair
+from dpo_cli.data.records import TokenizedPair
 from dpo_cli.data.schedule import PairSizes
-from dpo_cli.data.sources import Row, read_rows, source_digest
-from dpo_cli.data.tokenize import PairTokenizer, Tokenized
-from dpo_cli.errors import UserError, from_os_error, raise_all
-from dpo_cli.storage import MANIFEST, DamagedFolder, cache_root, sealed_folder, text_digest, verify
+from dpo_cli.data.sources import source_digest
+from dpo_cli.data.tokenize import PairTokenizer
+from dpo_cli.errors import UserError
+from dpo_cli.storage import MANIFEST, DamagedFolder, cache_root, text_digest, verify
 
 _VERSION = "2"
 """Raised whenever the same data would become other tokens or another file."""
 
-_PAIRS = "pairs.arrow"
-_BATCH_ROWS = 1024
-_EXAMPLES = 5
-_QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+PAIRS = "pairs.arrow"
 
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     {
         "prompt": pa.list_(pa.int32()),
         "chosen": pa.list_(pa.int32()),
@@ -59,9 +52,12 @@ class PreparedPairs(Sequence[TokenizedPair]):
 
     def __init__(self, table: pa.Table, manifest: dict[str, Any]) -> None:
         self._table, self.manifest = table, manifest
-        self.sizes = PairSizes(
-            _lengths(table, "prompt"), _lengths(table, "chosen"), _lengths(table, "rejected"), _prompt_ids(table)
-        )
+
+    @functools.cached_property
+    def sizes(self) -> PairSizes:
+        """The tokens of each pair, and which pairs have a prompt in common."""
+        prompts, chosen, rejected = (self._lengths(name) for name in SCHEMA.names[:3])
+        return PairSizes(prompts, chosen, rejected, self._prompt_ids())
 
     @classmethod
     def open(cls, folder: Path) -> PreparedPairs:
@@ -71,14 +67,14 @@ class PreparedPairs(Sequence[TokenizedPair]):
             DamagedFolder: The folder is not whole.
         """
         manifest = verify(folder)
-        if _PAIRS not in manifest["files"] or not {"statistics", "tokenization", "fingerprint"} <= manifest.keys():
+        if PAIRS not in manifest["files"] or not {"statistics", "tokenization", "fingerprint"} <= manifest.keys():
             raise DamagedFolder("it does not hold prepared pairs")
         try:
-            table = pa.ipc.open_stream(pa.memory_map(str(folder / _PAIRS))).read_all()
+            table = pa.ipc.open_stream(pa.memory_map(str(folder / PAIRS))).read_all()
         except (pa.ArrowException, OSError) as error:
-            raise DamagedFolder(f"{_PAIRS} cannot be read: {error}") from None
-        if table.schema != _SCHEMA:
-            raise DamagedFolder(f"{_PAIRS} was written by another version of the program")
+            raise DamagedFolder(f"{PAIRS} cannot be read: {error}") from None
+        if table.schema != SCHEMA:
+            raise DamagedFolder(f"{PAIRS} was written by another version of the program")
         return cls(table, manifest)
 
     def __len__(self) -> int:
@@ -90,7 +86,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        row = [self._table.column(name)[int(index) % len(self)] for name in _SCHEMA.names[:4]]
+        row = [self._table.column(name)[int(index) % len(self)] for name in SCHEMA.names[:4]]
         prompt, chosen, rejected = (tokens.values.to_numpy() for tokens in row[:3])
         return TokenizedPair(prompt, chosen, rejected, row[3].as_py())
 
@@ -98,9 +94,9 @@ class PreparedPairs(Sequence[TokenizedPair]):
         """Return both one after the other, without copying; the manifest stays this one's."""
         return PreparedPairs(pa.concat_tables([self._table, other._table]), self.manifest)
 
-    def keys(self) -> list[bytes]:
-        """Return a digest of each pair's tokens."""
-        return list(self._table.column("key").to_pylist())
+    def keys(self) -> Sequence[bytes]:
+        """Return a digest of each pair's tokens; they stay on disk until one is asked for."""
+        return _Keys(self._table.column("key"))
 
     def heads(self, name: str, width: int) -> NDArray[np.int32]:
         """Return the first tokens of a column, `[pairs, width]`, −1 where it has fewer."""
@@ -112,23 +108,39 @@ class PreparedPairs(Sequence[TokenizedPair]):
 
     def counts(self, name: str, tokens: Collection[int]) -> NDArray[np.int64]:
         """Return how many of a column's tokens are among some ids, `[pairs]`."""
-        flat = pc.list_flatten(self._table.column(name)).to_numpy()
-        found = np.concatenate([[0], np.cumsum(np.isin(flat, list(tokens)))])
-        ends = np.cumsum(_lengths(self._table, name))
-        return np.asarray(found[ends] - found[ends - _lengths(self._table, name)], dtype=np.int64)
+        counts = []
+        for flat, ends in self._stretches(name):
+            found = np.concatenate([[0], np.cumsum(np.isin(flat, list(tokens)))])
+            counts.append(np.diff(found[ends]))
+        return np.concatenate(counts).astype(np.int64)
 
     def largest_token(self) -> int:
         """Return the largest token id."""
-        return max(int(pc.max(pc.list_flatten(self._table.column(n))).as_py()) for n in _SCHEMA.names[:3])
+        return max(int(flat.max(initial=0)) for name in SCHEMA.names[:3] for flat, _ in self._stretches(name))
 
     def _window(self, name: str, places: NDArray[np.int64]) -> NDArray[np.int32]:
         """Gather tokens at places from the start (≥ 0) or the end (< 0) of every list of a column."""
-        lengths = _lengths(self._table, name)
-        ends = np.cumsum(lengths)
-        wanted = np.where(places >= 0, (ends - lengths)[:, None] + places, ends[:, None] + places)
-        inside = (wanted >= (ends - lengths)[:, None]) & (wanted < ends[:, None])
-        flat = pc.list_flatten(self._table.column(name)).to_numpy()
-        return np.where(inside, flat[np.clip(wanted, 0, len(flat) - 1)], -1).astype(np.int32)
+        windows = []
+        for flat, ends in self._stretches(name):
+            first, end = ends[:-1, None], ends[1:, None]
+            wanted = np.where(places >= 0, first + places, end + places)
+            inside = (wanted >= first) & (wanted < end)
+            windows.append(np.append(flat, np.int32(-1))[np.where(inside, wanted, len(flat))])
+        return np.concatenate(windows)
+
+    def _lengths(self, name: str) -> NDArray[np.int64]:
+        return np.concatenate([np.diff(ends) for _, ends in self._stretches(name)])
+
+    def _prompt_ids(self) -> NDArray[np.int64]:
+        """Number the prompts, equal ones alike, `[pairs]`."""
+        keys = self._table.column("prompt_key").combine_chunks()
+        return np.asarray(keys.dictionary_encode().indices.to_numpy(zero_copy_only=False), dtype=np.int64)
+
+    def _stretches(self, name: str) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
+        """Yield a column a stretch of rows at a time: all their tokens, and where each row's end, 0 before them."""
+        for chunk in self._table.column(name).chunks:
+            lengths = chunk.value_lengths().to_numpy()
+            yield chunk.flatten().to_numpy(), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
     def num_tokens(self) -> int:
         """Return the tokens of all sequences, each prompt counted with both of its responses."""
@@ -139,21 +151,41 @@ class PreparedPairs(Sequence[TokenizedPair]):
 
         The split depends on the prompts' tokens, the fraction and the seed, not on the order of the rows.
         """
-        prompts = self._table.column("prompt_key").to_pylist()
+        ranks = np.fromiter(self._ranks(seed), np.dtype(">u8"), len(self))
+        order = np.argsort(ranks, kind="stable")
+        ends = np.append(np.flatnonzero(np.diff(ranks[order])) + 1, len(order))
+        wanted = round(fraction * len(order))
+        # Whole prompts, until there are enough.
+        held = int(ends[np.searchsorted(ends, wanted)]) if wanted else 0
+        return np.sort(order[held:]), np.sort(order[:held])
+
+    def _ranks(self, seed: int) -> Iterator[int]:
+        """Yield each pair's place in the order by which prompts are held out."""
         salt = str(seed).encode()
-        ranks = [hashlib.blake2b(key, key=salt, digest_size=8).digest() for key in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: (ranks[i], i))
-        wanted, held = round(fraction * len(order)), 0
-        for _, group in itertools.groupby(order, key=lambda i: ranks[i]):
-            if held >= wanted:
-                break
-            held += len(list(group))
-        return np.sort(np.array(order[held:], np.int64)), np.sort(np.array(order[:held], np.int64))
+        for chunk in self._table.column("prompt_key").chunks:
+            for key in chunk.to_pylist():
+                yield int.from_bytes(hashlib.blake2b(key, key=salt, digest_size=8).digest(), "big")
+
+
+class _Keys(Sequence[bytes]):
+    """A column of digests, read one at a time."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return the digest at an index, or those of a slice."""
+        if isinstance(index, slice):
+            return self._column[index].to_pylist()
+        return self._column[int(index)].as_py()
 
 
 def is_prepared(source: str) -> bool:
     """Tell whether a source names a prepared folder rather than raw data."""
-    return any((Path(source) / name).is_file() for name in (_PAIRS, MANIFEST))
+    return any((Path(source) / name).is_file() for name in (PAIRS, MANIFEST))
 
 
 def fingerprint(sources: Sequence[str], data_format: str, on_bad_row: BadRowRule, tokenize: PairTokenizer) -> str:
@@ -196,201 +228,3 @@ def open_for(folder: Path, tokenize: PairTokenizer) -> PreparedPairs:
         what = f"the prepared folder was made with another {', '.join(differing)}"
         raise UserError(what, str(folder), f"{hint}, or set the configuration to what it was then")
     return pairs
-
-
-def prepare(
-    sources: Sequence[str],
-    data_format: str,
-    on_bad_row: BadRowRule,
-    tokenize: PairTokenizer,
-    folder: Path,
-) -> PreparedPairs:
-    """Read, check and tokenize all rows of the sources into a folder, and open it.
-
-    Args:
-        sources: Data files, folders or Hub ids, in order.
-        data_format: A name of `FORMATS`, or `auto`.
-        on_bad_row: Whether structural errors stop, or their rows are dropped and counted.
-        tokenize: The template and the length rule.
-        folder: Where the prepared folder shall stand; an older one is replaced.
-
-    Raises:
-        UserError: A source cannot be read, rows are broken under `error`, or nothing is left.
-    """
-    digest = fingerprint(sources, data_format, on_bad_row, tokenize)
-    to_pair = FORMATS["instruction" if data_format == "auto" else data_format]
-    facts: dict[str, Any] = {
-        "fingerprint": digest,
-        "sources": list(sources),
-        "tokenization": tokenize.settings,
-    }
-    try:
-        _fill(folder, facts, sources, to_pair, on_bad_row, tokenize)
-    except OSError as error:
-        raise from_os_error(error, "preparing the data", str(folder)) from error
-    return PreparedPairs.open(folder)
-
-
-def _fill(
-    folder: Path,
-    facts: dict[str, Any],
-    sources: Sequence[str],
-    to_pair: Format,
-    on_bad_row: BadRowRule,
-    tokenize: PairTokenizer,
-) -> None:
-    """Write the sealed folder; what was found joins its manifest's facts."""
-    tally = _Tally()
-    with sealed_folder(folder, facts) as temporary:
-        with pa.OSFile(str(temporary / _PAIRS), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as writer:
-            rows = itertools.chain.from_iterable(read_rows(source) for source in sources)
-            while batch := list(itertools.islice(rows, _BATCH_ROWS)):
-                pairs = list(_checked(batch, to_pair, tally))
-                if tally.broken and on_bad_row == "error":
-                    continue
-                if kept := list(_tokenized(pairs, tokenize, tally)):
-                    writer.write_batch(_record_batch(kept))
-        tally.judge(on_bad_row, sources)
-        facts["statistics"] = tally.statistics()
-
-
-@dataclass
-class _Tally:
-    """What was found while reading: counts by reason, a few examples of each, lengths."""
-
-    num_read: int = 0
-    truncated: int = 0
-    joined: int = 0
-    broken: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    broken_examples: list[UserError] = field(default_factory=list)
-    lengths: dict[str, list[int]] = field(default_factory=lambda: {"prompt": [], "chosen": [], "rejected": []})
-
-    def drop(self, origin: str, bad: BadRow) -> None:
-        """Count a row that does not become a pair."""
-        self.dropped[bad.reason] += 1
-        shown = self.examples.setdefault(bad.reason, [])
-        if len(shown) < _EXAMPLES:
-            shown.append(f"{origin}: {bad.detail}")
-        if bad.structural:
-            self.broken += 1
-            if len(self.broken_examples) < _EXAMPLES:
-                self.broken_examples.append(UserError(bad.detail, origin, _how_to_mend(bad)))
-
-    def keep(self, pair: TokenizedPair) -> None:
-        """Note the lengths of a pair that was kept."""
-        for name, lengths in self.lengths.items():
-            lengths.append(len(getattr(pair, name)))
-
-    def judge(self, on_bad_row: BadRowRule, sources: Sequence[str]) -> None:
-        """Stop where the data is broken, or nothing is left of it."""
-        where = ", ".join(sources)
-        if self.num_read > _EXAMPLES and self.dropped == {"missing field": self.num_read}:
-            hint = "the rows have another shape: they need text in `instruction`, `chosen` and `rejected`"
-            what = f"none of {self.num_read} rows can be used: {self.examples['missing field'][0]}"
-            raise UserError(what, where, hint)
-        if self.broken and on_bad_row == "error":
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
-            summary = f"{self.broken} of {self.num_read} rows cannot be used (found: {counts})"
-            first = f"the first {len(self.broken_examples)} are named above" if self.broken > _EXAMPLES else None
-            raise_all([*self.broken_examples, UserError(summary, where, first)])
-        if not self.num_read:
-            raise UserError("there are no rows", where, "a data file holds at least one row")
-        if not self.lengths["prompt"]:
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
-            hint = f"see {next(iter(self.examples.values()))[0]}"
-            raise UserError(f"none of {self.num_read} rows is left: {counts}", where, hint)
-
-    def statistics(self) -> dict[str, Any]:
-        """Return what the manifest says of the reading."""
-        return {
-            "rows_read": self.num_read,
-            "pairs_kept": len(self.lengths["prompt"]),
-            "dropped": dict(self.dropped.most_common()),
-            "examples": self.examples,
-            "truncated": self.truncated,
-            "joined_at_boundary": self.joined,
-            "tokens": {name: _quantiles(lengths) for name, lengths in self.lengths.items()},
-        }
-
-
-def _how_to_mend(bad: BadRow) -> str:
-    """Say what to do about a row that stops the reading."""
-    drop = "set `data.on_bad_row: drop` to leave such rows out (counted)"
-    if bad.reason == "too long":
-        return "raise `data.max_length`, or set `data.on_too_long` to drop or truncate"
-    if bad.reason == "template error":
-        return "mend the template, or set `model.chat_template` to another one"
-    if bad.reason == "missing field":
-        return f"a row needs text in `instruction`, `chosen` and `rejected`: mend the row, or {drop}"
-    if "not UTF-8" in bad.detail:
-        return f"save the file as UTF-8, or {drop}"
-    return f"mend the row, or {drop}"
-
-
-def _checked(rows: Iterable[Row], to_pair: Format, tally: _Tally) -> Iterator[Pair]:
-    """Yield the rows that are pairs; count the others."""
-    for row in rows:
-        tally.num_read += 1
-        try:
-            if row.values is None:
-                raise BadRow("undecodable row", row.problem)
-            yield to_pair(row.values, row.origin)
-        except BadRow as bad:
-            tally.drop(row.origin, bad)
-
-
-def _tokenized(pairs: Sequence[Pair], tokenize: PairTokenizer, tally: _Tally) -> Iterator[Tokenized]:
-    """Yield the pairs that tokenize within the length rule; count the others."""
-    for pair, result in zip(pairs, tokenize(pairs), strict=True):
-        if isinstance(result, BadRow):
-            tally.drop(pair.origin, result)
-            continue
-        if np.array_equal(result.pair.chosen, result.pair.rejected):
-            same = BadRow("identical responses", "both responses become the same tokens", structural=False)
-            tally.drop(pair.origin, same)
-            continue
-        tally.truncated += result.truncated
-        tally.joined += result.joined
-        tally.keep(result.pair)
-        yield result
-
-
-def _record_batch(kept: Sequence[Tokenized]) -> pa.RecordBatch:
-    pairs = [result.pair for result in kept]
-    columns: dict[str, list[Any]] = {
-        "prompt": [pair.prompt for pair in pairs],
-        "chosen": [pair.chosen for pair in pairs],
-        "rejected": [pair.rejected for pair in pairs],
-        "origin": [pair.origin for pair in pairs],
-        "key": [_key(pair.prompt, pair.chosen, pair.rejected) for pair in pairs],
-        "prompt_key": [_key(result.whole_prompt) for result in kept],
-    }
-    arrays = [pa.array(columns[name], _SCHEMA.field(name).type) for name in _SCHEMA.names]
-    return pa.record_batch(arrays, schema=_SCHEMA)
-
-
-def _key(*sequences: NDArray[np.int32]) -> bytes:
-    """Digest token sequences; where one ends and the next begins matters."""
-    whole = hashlib.blake2b(digest_size=16)
-    for tokens in sequences:
-        whole.update(len(tokens).to_bytes(8, "little"))
-        whole.update(np.ascontiguousarray(tokens, dtype="<i4").tobytes())
-    return whole.digest()
-
-
-def _lengths(table: pa.Table, name: str) -> NDArray[np.int64]:
-    return np.asarray(pc.list_value_length(table.column(name)).to_numpy(), dtype=np.int64)
-
-
-def _prompt_ids(table: pa.Table) -> NDArray[np.int64]:
-    """Number the prompts, equal ones alike, `[pairs]`."""
-    keys = table.column("prompt_key").combine_chunks()
-    return np.asarray(keys.dictionary_encode().indices.to_numpy(zero_copy_only=False), dtype=np.int64)
-
-
-def _quantiles(lengths: list[int]) -> dict[str, float]:
-    values = np.array(lengths)
-    found = {name: int(np.quantile(values, q, method="nearest")) for name, q in _QUANTILES.items()}
-    return {**found, "mean": round(float(values.mean()), 1)}

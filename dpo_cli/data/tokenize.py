@@ -7,6 +7,7 @@ Its first token starts exactly where generation would start, after the prompt th
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dpo_cli.data.encode import TextEncoder
 from dpo_cli.data.records import BadRow, Message, Pair, TokenizedPair, Tokens
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.storage import text_digest
@@ -67,6 +69,7 @@ class PairTokenizer:
         if not self.plain and not self.template:
             hint = "set `model.chat_template` to `plain` or to the path of a Jinja template"
             raise UserError("the tokenizer has no chat template", "`model.chat_template`", hint)
+        self._encode = TextEncoder(tokenizer)
         self._bos = tokenizer.bos_token if self.plain and _adds_bos(tokenizer) else ""
 
     @functools.cached_property
@@ -83,62 +86,62 @@ class PairTokenizer:
         }
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Tokenized | BadRow]:
-        """Tokenize many pairs in one call, so that the tokenizer's own threads share the work."""
+        """Tokenize many pairs in one call."""
         results: list[Tokenized | BadRow] = []
-        rendered: list[Rendered | BadRow] = [self._render(pair) for pair in pairs]
-        texts = [
-            text
-            for item in rendered
-            if isinstance(item, Rendered)
-            for text in (item.prompt, item.chosen, item.rejected)
-        ]
-        ids = iter(self._encode(texts) if texts else [])
+        rendered = self._render(pairs)
+        texts = [text for item in rendered if isinstance(item, Rendered) for text in self._parts(item)]
+        tokens = iter(self._encode(texts))
         for pair, item in zip(pairs, rendered, strict=True):
             if isinstance(item, BadRow):
                 results.append(item)
                 continue
-            prompt, chosen, rejected = next(ids), next(ids), next(ids)
-            chosen, chosen_joined = self._response(item.prompt, item.chosen, prompt, chosen)
-            rejected, rejected_joined = self._response(item.prompt, item.rejected, prompt, rejected)
-            whole = TokenizedPair(prompt, chosen, rejected, pair.origin)
+            head, tail, chosen, rejected = itertools.islice(tokens, 4)
+            chosen, chosen_joined = self._response(item.prompt, item.chosen, tail, chosen)
+            rejected, rejected_joined = self._response(item.prompt, item.rejected, tail, rejected)
+            whole = TokenizedPair(np.concatenate([head, tail]), chosen, rejected, pair.origin)
             results.append(self._fit(whole, joined=chosen_joined or rejected_joined))
         return results
 
-    def _render(self, pair: Pair) -> Rendered | BadRow:
-        """Write a pair out as text, by the chat template or plainly."""
+    def _parts(self, item: Rendered) -> tuple[str, str, str, str]:
+        """Return the prompt up to its last cut, and what follows the cut: in the prompt, in both sequences."""
+        cut = self._encode.last_cut(item.prompt)
+        return item.prompt[:cut], item.prompt[cut:], item.chosen[cut:], item.rejected[cut:]
+
+    def _render(self, pairs: Sequence[Pair]) -> list[Rendered | BadRow]:
+        """Write pairs out as text, by the chat template or plainly."""
         if self.plain:
-            prompt = self._bos + plain_prompt(pair.prompt)
-            end = self.tokenizer.eos_token
-            return Rendered(prompt, prompt + pair.chosen.text + end, prompt + pair.rejected.text + end)
+            return [self._render_plainly(pair) for pair in pairs]
+        if not pairs:
+            return []
+        both = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
         try:
-            prompt = self._apply([pair.prompt], add_generation_prompt=True)
-            chosen = self._apply([pair.prompt, pair.chosen])
-            rejected = self._apply([pair.prompt, pair.rejected])
+            prompts = self._apply([(pair.prompt,) for pair in pairs], add_generation_prompt=True)
+            wholes = self._apply(both)
         except _template_errors() as error:
-            return BadRow("template error", f"the chat template fails: {error}")
-        for name, text in (("chosen", chosen), ("rejected", rejected)):
-            if not text.startswith(prompt) or len(text) == len(prompt):
-                detail = f"the chat template does not write the prompt, then `{name}`: their boundary is lost"
-                return BadRow("template error", detail)
-        return Rendered(prompt, chosen, rejected)
+            if len(pairs) > 1:  # One at a time tells which of them fail.
+                return [item for pair in pairs for item in self._render([pair])]
+            return [BadRow("template error", f"the chat template fails: {error}")]
+        return [_rendered(*texts) for texts in zip(prompts, wholes[::2], wholes[1::2], strict=True)]
 
-    def _apply(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(
-                [{"role": message.role, "content": message.text} for message in messages],
-                chat_template=self.template,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
+    def _render_plainly(self, pair: Pair) -> Rendered:
+        prompt = self._bos + plain_prompt(pair.prompt)
+        end = self.tokenizer.eos_token
+        return Rendered(prompt, prompt + pair.chosen.text + end, prompt + pair.rejected.text + end)
+
+    def _apply(self, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False) -> list[str]:
+        """Write conversations out by the chat template."""
+        listed = [[{"role": message.role, "content": message.text} for message in one] for one in conversations]
+        texts = self.tokenizer.apply_chat_template(
+            listed, chat_template=self.template, add_generation_prompt=add_generation_prompt, tokenize=False
         )
-
-    def _encode(self, texts: list[str]) -> list[Tokens]:
-        ids = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        return [np.asarray(tokens, dtype=np.int32) for tokens in ids]
+        return list(map(str, texts))
 
     def _response(self, prompt_text: str, text: str, prompt: Tokens, whole: Tokens) -> tuple[Tokens, bool]:
-        """Return the tokens after the prompt, and whether they had to be made apart from it."""
-        if len(whole) > len(prompt) and np.array_equal(whole[: len(prompt)], prompt):
+        """Return the tokens after the prompt, and whether they had to be made apart from it.
+
+        `prompt` and `whole` begin at the last cut before the boundary: up to there they are the same.
+        """
+        if len(whole) > len(prompt) and whole[: len(prompt)].tobytes() == prompt.tobytes():
             return whole[len(prompt) :], False
         return self._encode([text[len(prompt_text) :]])[0], True
 
@@ -158,6 +161,15 @@ class PairTokenizer:
         prompt = np.concatenate([pair.prompt[:opening], pair.prompt[-kept:]])
         cut = TokenizedPair(prompt, pair.chosen, pair.rejected, pair.origin)
         return Tokenized(cut, pair.prompt, truncated=True, joined=joined)
+
+
+def _rendered(prompt: str, chosen: str, rejected: str) -> Rendered | BadRow:
+    """Take a template's texts for a pair, if the prompt begins both sequences."""
+    for name, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text.startswith(prompt) or len(text) == len(prompt):
+            detail = f"the chat template does not write the prompt, then `{name}`: their boundary is lost"
+            return BadRow("template error", detail)
+    return Rendered(prompt, chosen, rejected)
 
 
 def plain_prompt(message: Message) -> str:

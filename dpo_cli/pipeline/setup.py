@@ -149,6 +149,7 @@ def prepared_pairs(
         folder: Where to keep them, or None for the cache.
     """
     from dpo_cli.data import prepared
+    from dpo_cli.data.prepare import prepare
 
     if any(prepared.is_prepared(source) for source in sources):
         if len(sources) > 1:
@@ -170,7 +171,7 @@ def prepared_pairs(
     if reason:
         console.warning(f"{reason}; preparing it again")
     console.notice(f"preparing {', '.join(sources)}")
-    pairs = prepared.prepare(sources, data.format, data.on_bad_row, tokenize, target)
+    pairs = prepare(sources, data.format, data.on_bad_row, tokenize, target)
     console.notice(f"prepared data written: {target}")
     return pairs
 

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from dpo_cli.data import prepared
+from dpo_cli.data import prepare as preparing
+from dpo_cli.data import prepared, workers
 from dpo_cli.data.prepared import PreparedPairs
 from dpo_cli.data.tokenize import PairTokenizer, Tokenized
 from dpo_cli.errors import UserError
@@ -19,7 +20,7 @@ def tokenizing(tokenizer, **settings):
 
 
 def prepare(source, tokenizer, folder, on_bad_row="error", **settings) -> PreparedPairs:
-    return prepared.prepare([str(source)], "auto", on_bad_row, tokenizing(tokenizer, **settings), folder)
+    return preparing.prepare([str(source)], "auto", on_bad_row, tokenizing(tokenizer, **settings), folder)
 
 
 def write(path, rows):
@@ -58,6 +59,50 @@ def test_the_statistics_count_every_row_once(tmp_path, tokenizer):
     prompts = [len(pair.prompt) for pair in PreparedPairs.open(tmp_path / "p")]
     found = statistics["tokens"]["prompt"]
     assert (found["min"], found["max"], found["mean"]) == (min(prompts), max(prompts), np.mean(prompts).round(1))
+
+
+def test_the_lengths_are_those_of_all_pairs_whatever_their_number(tmp_path, tokenizer):
+    rows = [row("word " * (i % 7 + i % 11 + 1), "yes " * (i % 13 + 1), "no") for i in range(300)]
+    pairs = prepare(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "p")
+    for name, found in pairs.manifest["statistics"]["tokens"].items():
+        lengths = [len(getattr(pair, name)) for pair in pairs]
+        quantiles = {"min": 0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1}
+        expected = {key: np.quantile(lengths, q, method="nearest") for key, q in quantiles.items()}
+        assert found == {**expected, "mean": round(float(np.mean(lengths)), 1)}
+
+
+def test_worker_processes_change_no_byte(tmp_path, tokenizer, demo_rows, monkeypatch, patient_workers):
+    monkeypatch.setattr(preparing, "_PORTION_ROWS", 50)
+    monkeypatch.setattr(preparing, "_PORTIONS_ALONE", 0)
+    rows = [*demo_rows, row(chosen=" "), {"instruction": "x"}, "{broken\n", row(rejected="word " * 2000)]
+    source = write(tmp_path / "a.jsonl", rows)
+    found, by_workers = [], []
+    for num_workers in (1, 2):
+        monkeypatch.setattr(preparing, "num_cores", lambda num_workers=num_workers: num_workers)
+        received = note_received(monkeypatch)
+        prepare(source, tokenizer, tmp_path / "p", "drop")
+        by_workers.append(len(received))
+        found.append({file.name: file.read_bytes() for file in (tmp_path / "p").iterdir()})
+    assert found[0] == found[1]
+    assert by_workers[0] == 0 < by_workers[1]
+
+
+def note_received(monkeypatch) -> list[bytes]:
+    """Note what comes back from worker processes."""
+    received, real = [], workers._received
+    monkeypatch.setattr(workers, "_received", lambda connection: received.append(b"") or real(connection))
+    return received
+
+
+def test_broken_rows_are_named_the_same_whoever_found_them(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(preparing, "_PORTION_ROWS", 10)
+    rows = [row("x " * (i % 30), "yes", "no") if i % 30 else {"instruction": i} for i in range(1, 100)]
+    source = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ExceptionGroup) as caught:
+        prepare(source, tokenizer, tmp_path / "p", max_length=20)
+    *named, summary = caught.value.exceptions
+    assert [error.where for error in named] == [f"{source}:{line}" for line in (30, 60, 90)]
+    assert "3 of 99 rows" in summary.what
 
 
 def test_structural_errors_stop_and_name_their_rows_and_leave_nothing_behind(tmp_path, tokenizer):
@@ -144,11 +189,19 @@ def test_which_prompts_are_held_out_does_not_depend_on_the_order_of_the_rows(tmp
     assert sides[0] == sides[1]
 
 
-def test_windows_of_tokens_are_those_of_the_pairs(tmp_path, pairs_file, tokenizer):
+def test_windows_of_tokens_are_those_of_the_pairs(tmp_path, pairs_file, tokenizer, monkeypatch):
+    monkeypatch.setattr(preparing, "_PORTION_ROWS", 15)
     pairs = prepare(pairs_file, tokenizer, tmp_path / "p")
     heads, tails = pairs.heads("prompt", 3), pairs.tails("chosen", 50)
     for place, pair in enumerate(pairs):
         assert heads[place].tolist() == pair.prompt[:3].tolist()
         short = [-1] * (50 - len(pair.chosen))
         assert tails[place].tolist() == short + pair.chosen.tolist()[-50:]
+    for name in ("prompt", "chosen", "rejected"):
+        wanted = {1, 5, 300}
+        assert pairs.counts(name, wanted).tolist() == [sum(t in wanted for t in getattr(p, name)) for p in pairs]
+    assert pairs.sizes.prompts.tolist() == [len(p.prompt) for p in pairs]
+    assert pairs.sizes.longest.tolist() == [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
+    ids = pairs.sizes.prompt_ids.tolist()
+    assert len(set(zip(ids, (p.prompt.tobytes() for p in pairs), strict=True))) == len(set(ids))
     assert pairs.largest_token() == max(max(p.prompt.max(), p.chosen.max(), p.rejected.max()) for p in pairs)

@@ -122,6 +122,74 @@ def test_many_at_once_are_each_as_alone(tokenizer, demo_rows):
             assert np.array_equal(getattr(alone, name), getattr(result.pair, name))
 
 
+BARE = (
+    "{% if add_generation_prompt %}{{ messages[0]['content'] }}"
+    "{% else %}{% for m in messages %}{{ m['content'] }}{% endfor %}<|im_end|>{% endif %}"
+)
+AWKWARD = [
+    ("t", "he cat", "he dog"),
+    ("two  spaces ", "  behind", " and  before "),
+    ("no\n\nend\n", "\nnew line", "\u00a0hard space"),
+    ("<|im_end|>", "<|im_start|>assistant\nI", "an <|im_end|> inside"),
+    ("<|im_", "start|>", "end|> and on"),
+    ("日本語 の 文", "中文没有空格", "cafe\u0301 👩‍👩‍👧"),
+    ("e", "\u0301 a mark that composes with what stands before it", "\u200d joiner"),
+    ("x" * 500, "y " * 200, "1" * 300),
+]
+
+
+def plainly(tokenizer, template, pair):
+    """What a pair becomes by definition: rendered, tokenized whole, cut behind the prompt; else apart and joined."""
+
+    def rendered(*messages, **settings):
+        listed = [{"role": message.role, "content": message.text} for message in messages]
+        return tokenizer.apply_chat_template(listed, chat_template=template, tokenize=False, **settings)
+
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    if template == "plain":
+        prompt = f"### Instruction:\n{pair.prompt.content}\n\n"
+        prompt += f"### Input:\n{pair.prompt.input}\n\n" if pair.prompt.input else ""
+        prompt += "### Response:\n"
+        has_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        prompt = tokenizer.bos_token + prompt if has_bos else prompt
+        wholes = [prompt + response.text + tokenizer.eos_token for response in (pair.chosen, pair.rejected)]
+    else:
+        prompt = rendered(pair.prompt, add_generation_prompt=True)
+        wholes = [rendered(pair.prompt, response) for response in (pair.chosen, pair.rejected)]
+    first, responses, joined = ids(prompt), [], False
+    for text in wholes:
+        found = ids(text)
+        merges = found[: len(first)] != first or len(found) == len(first)
+        responses.append(ids(text[len(prompt) :]) if merges else found[len(first) :])
+        joined |= merges
+    return first, *responses, joined
+
+
+@pytest.mark.parametrize("template", [None, "plain", BARE])
+@pytest.mark.parametrize("bos", [False, True])
+def test_tokens_are_those_of_the_plain_definition(tokenizer_folder, demo_rows, template, bos):
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    if bos:
+        special = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{special[0]} $A", special_tokens=[special]
+        )
+    rows = [(r["instruction"], r["chosen"], r["rejected"], r.get("input", "")) for r in demo_rows[::4]]
+    pairs = [make_pair(*row) for row in (*rows, *AWKWARD)]
+    any_joined = False
+    for pair, result in zip(pairs, make(tokenizer, template, max_length=10_000)(pairs), strict=True):
+        assert isinstance(result, Tokenized)
+        found = [getattr(result.pair, name).tolist() for name in ("prompt", "chosen", "rejected")]
+        assert (*found, result.joined) == plainly(tokenizer, template, pair)
+        any_joined |= result.joined
+    assert any_joined == (template == BARE)
+
+
 def lengths(tokenizer):
     pair = only(make(tokenizer)([make_pair()])).pair
     return len(pair.prompt), max(len(pair.chosen), len(pair.rejected))

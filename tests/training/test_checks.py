@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dpo_cli.data import prepared
+from dpo_cli.data import prepare as preparing
 from dpo_cli.data.tokenize import PairTokenizer, end_tokens
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches, Padded
@@ -22,7 +22,7 @@ from tests.conftest import CHATML, write_rows
 
 def prepare(pairs_file, tokenizer, folder, template=None):
     tokenize = PairTokenizer(tokenizer, template=template, max_length=1000, on_too_long="drop")
-    return prepared.prepare([str(pairs_file)], "auto", "error", tokenize, folder)
+    return preparing.prepare([str(pairs_file)], "auto", "error", tokenize, folder)
 
 
 def lines(pairs, tokenizer):

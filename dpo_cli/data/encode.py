@@ -1,0 +1,177 @@
+"""Texts become token ids: those of the tokenizer on the whole text, found piece by piece where that is the same.
+
+Most tokenizers of today cut a text before they look for tokens: at their added tokens, then by a pattern whose
+pieces never hold a space behind another visible character. What stands between two such places becomes the
+same tokens wherever it stands. Few of these pieces are new in a row of text, so that most rows are put
+together from pieces that were seen before. Of any other tokenizer, whole texts are asked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_cli.data.records import Tokens
+
+_MOST_PIECES = 2**17
+_LONGEST_PIECE = 32
+"""Characters of a piece that is remembered: a word or two. Longer ones hardly come again."""
+
+_TRIED_TEXTS = 64
+
+_PIECE = re.compile(r"(?s:.)[^ ]*(?:(?<![!-~]) [^ ]*)*")
+_LAST_CUT = re.compile(r"(?s:.*)(?<=[!-~])(?= )")
+"""Pieces end before a space that follows a visible ASCII character; `_LAST_CUT` ends at the last such place."""
+
+_PATTERNS = frozenset(
+    {
+        # Llama 3
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        # Qwen 2 and 3
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        # Qwen 3.5
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+        r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    }
+)
+"""Patterns of which no match goes from a visible character on to a space, and none looks back.
+
+The one that looks ahead, `\\s+(?!\\S)`, sees the character behind a run of white space; a piece ends visibly.
+"""
+
+
+class TextEncoder:
+    """Turn texts into token ids, without the special tokens that a tokenizer would put around them.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._known: dict[str, bytes] = {}
+        self._tried = False
+        added = _added_tokens(tokenizer) if _pieces_stand_alone(tokenizer) else None
+        # Of several that fit at one place the tokenizer takes the longest.
+        longest_first = sorted(added or (), key=len, reverse=True)
+        self._added = None if added is None else re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+    def __call__(self, texts: Sequence[str]) -> list[Tokens]:
+        """Return each text's tokens."""
+        if self._added is not None and not self._tried:
+            self._try(texts[:_TRIED_TEXTS])
+        return self._whole(texts) if self._added is None else self._by_pieces(texts)
+
+    def last_cut(self, text: str) -> int:
+        """Return the last place where a text falls apart, however it goes on behind its end.
+
+        For any continuation, the tokens up to this place and those from there on, tokenized apart, are the
+        tokens of the whole. Where that cannot be said of any place it is 0.
+        """
+        if self._added is None:
+            return 0
+        place = 0
+        for added in self._added.finditer(text):
+            place = added.end()
+        cut = _LAST_CUT.match(text, place)
+        return cut.end() if cut else place
+
+    def _whole(self, texts: Sequence[str]) -> list[Tokens]:
+        """Ask the tokenizer."""
+        if not texts:
+            return []
+        ids = self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return [np.asarray(tokens, dtype=np.int32) for tokens in ids]
+
+    def _by_pieces(self, texts: Sequence[str]) -> list[Tokens]:
+        """Ask the tokenizer for pieces that are new, and put the texts together."""
+        known, pieces = self._known, [self._pieces(text) for text in texts]
+        unseen = list(set(itertools.chain.from_iterable(pieces)).difference(known))
+        known.update(zip(unseen, map(_as_bytes, self._ids(unseen)), strict=True))
+        found = [np.frombuffer(b"".join(map(known.__getitem__, text)), np.int32) for text in pieces]
+        if len(known) > _MOST_PIECES:
+            known.clear()
+        for piece in unseen:
+            if len(piece) > _LONGEST_PIECE:
+                known.pop(piece, None)
+        return found
+
+    def _pieces(self, text: str) -> list[str]:
+        """Cut a text at its added tokens and before its words."""
+        assert self._added is not None
+        return list(itertools.chain.from_iterable(map(_PIECE.findall, self._added.split(text))))
+
+    def _ids(self, pieces: list[str]) -> Iterable[list[int]]:
+        """Ask the tokenizer's own engine, which need not tell where in the text each token was."""
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        return (encoding.ids for encoding in encodings)
+
+    def _try(self, texts: Sequence[str]) -> None:
+        """Ask for whole texts from now on if a tokenizer does something of its own beside its engine's work."""
+        self._tried = True
+        whole, by_pieces = self._whole(texts), self._by_pieces(texts)
+        if not all(map(np.array_equal, whole, by_pieces)):
+            self._added = None
+
+
+def _as_bytes(ids: list[int]) -> bytes:
+    return array("i", ids).tobytes()
+
+
+def _pieces_stand_alone(tokenizer: Any) -> bool:
+    """Tell whether a text's pieces become the same tokens by themselves as within the text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or tokenizer.split_special_tokens or backend.truncation or backend.padding:
+        return False
+    # With dropout, or merges beyond the pieces of the pattern, a piece's tokens are not its own.
+    if type(backend.model).__name__ != "BPE" or backend.model.dropout:
+        return False
+    # Composing characters (NFC) never reaches across a space.
+    return _settings(backend.normalizer).get("type", "NFC") == "NFC" and _cuts_words(_settings(backend.pre_tokenizer))
+
+
+def _cuts_words(pre_tokenizer: dict[str, Any]) -> bool:
+    """Tell whether a pre-tokenizer always cuts before a space behind a visible character, by that place alone."""
+    *steps, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
+    patterns = [step for step in (*steps, last) if step.get("type") == "Split"]
+    known = all(_pattern(step) in _PATTERNS for step in patterns)
+    # ByteLevel ends the row: behind it a space is no space any more.
+    local = all(step.get("type") in ("Split", "Digits") for step in steps)
+    if last.get("type") == "ByteLevel":
+        return known and local and not last["add_prefix_space"] and (bool(patterns) or bool(last["use_regex"]))
+    return known and local and bool(patterns) and last.get("type") in ("Split", "Digits")
+
+
+def _pattern(step: dict[str, Any]) -> str | None:
+    """Return the pattern by whose matches a step cuts, if that is how it cuts."""
+    isolates = step["behavior"] == "Isolated" and not step["invert"]
+    return step["pattern"].get("Regex") if isolates else None
+
+
+def _added_tokens(tokenizer: Any) -> list[str] | None:
+    """Return the added tokens at which a text is cut wherever they stand in it, or None where not all are such."""
+    backend = tokenizer.backend_tokenizer
+    added = list(backend.get_added_tokens_decoder().values())
+    contents = [token.content for token in added]
+    together = "\0".join(contents)
+    plain = all(not (token.lstrip or token.rstrip or token.single_word) for token in added)
+    # Otherwise some are looked for before the text is normalized, others after.
+    at_once = len({token.normalized for token in added}) <= 1 and not (
+        backend.normalizer and any(token.normalized for token in added)
+    )
+    # One within another might turn out to be the longer one, once the text goes on.
+    apart = all(" " not in content and together.count(content) == 1 for content in contents)
+    return contents if plain and at_once and apart else None
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    """Return what a part of a tokenizer is made of; of a part that is not there, nothing."""
+    return {} if part is None else dict(json.loads(part.__getstate__()))

@@ -1,0 +1,137 @@
+"""What is found while rows are read: counts by reason, a few examples of each, how often each length occurs.
+
+A tally has the same size after a thousand rows and after a million.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dpo_cli.data.records import BadRow, TokenizedPair
+from dpo_cli.errors import UserError, raise_all
+
+_EXAMPLES = 5
+_QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+
+
+@dataclass
+class Tally:
+    """What was found in some rows.
+
+    Attributes:
+        num_read: The rows.
+        num_kept: Those that became pairs.
+        truncated: Pairs whose prompt was cut.
+        joined: Pairs whose parts were tokenized apart.
+        broken: Rows that stop the reading, where structural errors do.
+        dropped: Rows that did not become pairs, by reason.
+        examples: The first of them, by reason.
+        broken_examples: The first broken ones, as they are reported.
+        lengths: How many pairs have how many tokens, by column.
+    """
+
+    num_read: int = 0
+    num_kept: int = 0
+    truncated: int = 0
+    joined: int = 0
+    broken: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    broken_examples: list[UserError] = field(default_factory=list)
+    lengths: dict[str, Counter[int]] = field(
+        default_factory=lambda: {"prompt": Counter(), "chosen": Counter(), "rejected": Counter()}
+    )
+
+    def drop(self, origin: str, bad: BadRow) -> None:
+        """Count a row that does not become a pair."""
+        self.dropped[bad.reason] += 1
+        shown = self.examples.setdefault(bad.reason, [])
+        if len(shown) < _EXAMPLES:
+            shown.append(f"{origin}: {bad.detail}")
+        if bad.structural:
+            self.broken += 1
+            if len(self.broken_examples) < _EXAMPLES:
+                self.broken_examples.append(UserError(bad.detail, origin, _how_to_mend(bad)))
+
+    def keep(self, pair: TokenizedPair) -> None:
+        """Count a pair that was kept."""
+        self.num_kept += 1
+        for name, lengths in self.lengths.items():
+            lengths[len(getattr(pair, name))] += 1
+
+    def add(self, later: Tally) -> None:
+        """Take in what was found in the rows that follow."""
+        self.num_read += later.num_read
+        self.num_kept += later.num_kept
+        self.truncated += later.truncated
+        self.joined += later.joined
+        self.broken += later.broken
+        self.dropped.update(later.dropped)
+        for reason, examples in later.examples.items():
+            shown = self.examples.setdefault(reason, [])
+            shown += examples[: _EXAMPLES - len(shown)]
+        self.broken_examples += later.broken_examples[: _EXAMPLES - len(self.broken_examples)]
+        for name, lengths in later.lengths.items():
+            self.lengths[name].update(lengths)
+
+    def judge(self, on_bad_row: str, sources: Sequence[str]) -> None:
+        """Stop where the data is broken, or nothing is left of it."""
+        where = ", ".join(sources)
+        if self.num_read > _EXAMPLES and self.dropped == {"missing field": self.num_read}:
+            hint = "the rows have another shape: they need text in `instruction`, `chosen` and `rejected`"
+            what = f"none of {self.num_read} rows can be used: {self.examples['missing field'][0]}"
+            raise UserError(what, where, hint)
+        if self.broken and on_bad_row == "error":
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+            summary = f"{self.broken} of {self.num_read} rows cannot be used (found: {counts})"
+            first = f"the first {len(self.broken_examples)} are named above" if self.broken > _EXAMPLES else None
+            raise_all([*self.broken_examples, UserError(summary, where, first)])
+        if not self.num_read:
+            raise UserError("there are no rows", where, "a data file holds at least one row")
+        if not self.num_kept:
+            counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
+            hint = f"see {next(iter(self.examples.values()))[0]}"
+            raise UserError(f"none of {self.num_read} rows is left: {counts}", where, hint)
+
+    def statistics(self) -> dict[str, Any]:
+        """Return what the manifest says of the reading."""
+        return {
+            "rows_read": self.num_read,
+            "pairs_kept": self.num_kept,
+            "dropped": dict(self.dropped.most_common()),
+            "examples": self.examples,
+            "truncated": self.truncated,
+            "joined_at_boundary": self.joined,
+            "tokens": {name: _quantiles(lengths) for name, lengths in self.lengths.items()},
+        }
+
+
+def _how_to_mend(bad: BadRow) -> str:
+    """Say what to do about a row that stops the reading."""
+    drop = "set `data.on_bad_row: drop` to leave such rows out (counted)"
+    if bad.reason == "too long":
+        return "raise `data.max_length`, or set `data.on_too_long` to drop or truncate"
+    if bad.reason == "template error":
+        return "mend the template, or set `model.chat_template` to another one"
+    if bad.reason == "missing field":
+        return f"a row needs text in `instruction`, `chosen` and `rejected`: mend the row, or {drop}"
+    if "not UTF-8" in bad.detail:
+        return f"save the file as UTF-8, or {drop}"
+    return f"mend the row, or {drop}"
+
+
+def _quantiles(counts: Counter[int]) -> dict[str, float]:
+    """Return what the quantiles of all lengths are (the nearest one of them), and their mean."""
+    lengths = np.array(sorted(counts))
+    places = np.cumsum([counts[length] for length in lengths.tolist()])
+    num = int(places[-1])
+    found = {
+        name: int(lengths[np.searchsorted(places, np.around(q * (num - 1)), side="right")])
+        for name, q in _QUANTILES.items()
+    }
+    return {**found, "mean": round(sum(length * count for length, count in counts.items()) / num, 1)}
