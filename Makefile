@@ -35,7 +35,7 @@ quickstart: install model
 	$(BIN)/python scripts/quickstart.py
 
 test: install model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 check: install
 	$(BIN)/ruff format --check .

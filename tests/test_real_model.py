@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import DEMO_PAIRS, GGUF, ROOT
+from tests.conftest import DEMO_PAIRS, GGUF, ROOT, dpo_command, make_config
 
 pytestmark = pytest.mark.real_model
 
@@ -49,3 +52,30 @@ def test_the_gguf_file_becomes_an_ordinary_model_once_and_answers_with_sense():
     before = (folder / "model.safetensors").stat().st_mtime_ns
     loading.load_policy(str(GGUF))
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
+
+
+def peak_bytes(command):
+    """Run a command and return the most memory that it held, with what it printed."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, printed
+    return usage.ru_maxrss * 1024, printed
+
+
+@pytest.mark.parametrize("pairs_per_step", [4, 16])
+def test_a_dry_run_tells_the_memory_of_the_run_within_15_percent(tmp_path, pairs_per_step):
+    """Four pairs make one forward pass a step; sixteen make several, so that gradients stand meanwhile."""
+    config = make_config(
+        tmp_path,
+        GGUF,
+        DEMO_PAIRS,
+        training={"pairs_per_step": pairs_per_step, "max_steps": 2},
+        data={"eval": None},
+        checkpoints={"every_steps": 100},
+    )
+    printed = peak_bytes(dpo_command("train", "--config", config, "--dry-run"))[1]
+    estimate = float(re.search(r"at the peak\s+([\d.]+) GiB", printed)[1]) * 2**30
+    measured, _ = peak_bytes(dpo_command("train", "--config", config))
+    assert estimate == pytest.approx(measured, rel=0.15)

@@ -57,7 +57,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
     def sizes(self) -> PairSizes:
         """The tokens of each pair, and which pairs have a prompt in common."""
         prompts, chosen, rejected = (self._lengths(name) for name in SCHEMA.names[:3])
-        return PairSizes(prompts, chosen, rejected, self._prompt_ids())
+        return PairSizes(prompts, chosen, rejected, self._prompt_ids(), self._opening(int(prompts.min())))
 
     @classmethod
     def open(cls, folder: Path) -> PreparedPairs:
@@ -135,6 +135,15 @@ class PreparedPairs(Sequence[TokenizedPair]):
         """Number the prompts, equal ones alike, `[pairs]`."""
         keys = self._table.column("prompt_key").combine_chunks()
         return np.asarray(keys.dictionary_encode().indices.to_numpy(zero_copy_only=False), dtype=np.int64)
+
+    def _opening(self, shortest: int) -> int:
+        """Count the tokens with which all prompts begin alike, up to the length of the shortest."""
+        first = self[0].prompt
+        for flat, ends in self._stretches("prompt"):
+            starts = ends[:-1]
+            differing = (place for place in range(shortest) if (flat[starts + place] != first[place]).any())
+            shortest = next(differing, shortest)
+        return shortest
 
     def _stretches(self, name: str) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
         """Yield a column a stretch of rows at a time: all their tokens, and where each row's end, 0 before them."""

@@ -26,12 +26,14 @@ class PairSizes:
         chosen: Tokens of each chosen response, `[pairs]`.
         rejected: Tokens of each rejected response, `[pairs]`.
         prompt_ids: `[pairs]`, equal where the prompts are.
+        opening: Tokens with which all prompts begin alike, the shortest prompt at most.
     """
 
     prompts: NDArray[np.int64]
     chosen: NDArray[np.int64]
     rejected: NDArray[np.int64]
     prompt_ids: NDArray[np.int64]
+    opening: int = 0
 
     @property
     def longest(self) -> NDArray[np.int64]:
@@ -174,18 +176,23 @@ def cut_padded(sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int
 def cut_packed(sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
     """Cut pairs so that their tokens stay in the budget, pairs of one prompt side by side, cuts of about one size.
 
-    A prompt is counted once a micro-batch.
+    Counted are the tokens that are certain to be shared once: prompts, and how all prompts begin.
     """
     by_prompt: dict[int, list[int]] = {}
     for index in indices:
         by_prompt.setdefault(int(sizes.prompt_ids[index]), []).append(index)
     ordered = list(itertools.chain.from_iterable(by_prompt.values()))
     num_cuts = len(_filled(sizes, ordered, micro_batch_tokens, micro_batch_tokens))
-    total = sum(_added(sizes, index, before) for before, index in zip([None, *ordered], ordered, strict=False))
+    total = packed_tokens(sizes, ordered)
     # Even cuts run faster than full ones and a remainder; where pairs are too uneven for that, full ones do.
     even = _filled(sizes, ordered, micro_batch_tokens, total / max(1, num_cuts))
     cuts = even if len(even) <= num_cuts else _filled(sizes, ordered, micro_batch_tokens, micro_batch_tokens)
     return [MicroBatch(tuple(cut)) for cut in cuts]
+
+
+def packed_tokens(sizes: PairSizes, ordered: Sequence[int]) -> int:
+    """Return the tokens of pairs in one row, those of one prompt side by side."""
+    return sum(_added(sizes, index, before) for before, index in zip([None, *ordered], ordered, strict=False))
 
 
 def _filled(sizes: PairSizes, ordered: Sequence[int], limit: int, wanted: float) -> list[list[int]]:
@@ -204,8 +211,10 @@ def _filled(sizes: PairSizes, ordered: Sequence[int], limit: int, wanted: float)
 
 def _added(sizes: PairSizes, index: int, before: int | None) -> int:
     """Return the tokens that a pair adds to a micro-batch behind another pair, or as its first."""
-    shares = before is not None and sizes.prompt_ids[before] == sizes.prompt_ids[index]
-    return int(sizes.chosen[index] + sizes.rejected[index] + (0 if shares else sizes.prompts[index]))
+    prompt = sizes.prompts[index]
+    if before is not None:
+        prompt = 0 if sizes.prompt_ids[before] == sizes.prompt_ids[index] else prompt - sizes.opening
+    return int(prompt + sizes.chosen[index] + sizes.rejected[index])
 
 
 def longest_first(indices: Sequence[int], lengths: NDArray[np.int64]) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.records import TokenizedPair, Tokens
-from dpo_cli.data.schedule import MicroBatch, PairSizes, cut_packed, cut_padded
+from dpo_cli.data.schedule import MicroBatch, PairSizes, cut_packed, cut_padded, packed_tokens
 from dpo_cli.modeling.attention import TokenTree, attend_to_trees
 from dpo_cli.modeling.tree import grow
 
@@ -75,6 +75,10 @@ class Padded:
         """Cut pairs so that their rows, padding included, stay in the budget."""
         return cut_padded(sizes, indices, micro_batch_tokens)
 
+    def tokens(self, sizes: PairSizes, indices: Sequence[int]) -> int:
+        """Return the tokens of a forward pass, padding included."""
+        return 2 * len(indices) * int(sizes.longest[list(indices)].max())
+
     def batch(self, indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
         """Lay out B pairs.
 
@@ -113,6 +117,10 @@ class Packed:
     def cut(self, sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
         """Cut pairs so that their tokens, a prompt that several have counted once, stay in the budget."""
         return cut_packed(sizes, indices, micro_batch_tokens)
+
+    def tokens(self, sizes: PairSizes, indices: Sequence[int]) -> int:
+        """Return the tokens of a forward pass, or a little more."""
+        return packed_tokens(sizes, indices)
 
     def batch(self, indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
         """Lay out B pairs.

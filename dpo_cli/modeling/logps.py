@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 256 * 2**20
 """Size of one chunk of float32 logits."""
 
 

@@ -26,7 +26,7 @@ precision that is computed in."""
 NORM_TOLERANCE = {"no": 1e-3, "bf16": 0.05, "fp16": 0.02}
 """The same of the gradient's norm, as a share of it."""
 
-_REFUSALS = (CannotPack, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
+REFUSALS = (CannotPack, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
 """What architectures that cannot be packed raise: they were never made for it, and say so in their own ways."""
 
 
@@ -76,7 +76,7 @@ def prove(
         packed.prepare(model)
         with autocast():
             found, norm = _answers(model, packed, seen), _gradient_norm(model, packed, trained)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         return Proof(refusal=_first_line(error))
     difference = float((found - expected).abs().max())
     return Proof(difference, abs(norm - expected_norm) / expected_norm if trained else 0.0)

@@ -40,7 +40,7 @@ class Scorer(nn.Module):
     def forward(self, batch: PairBatch) -> Tensor:
         """Return the log-probability of each response token of the batch, `[N]`, in nats."""
         with reading(batch.tree):
-            states = self.policy.base_model(**_inputs(batch))[0]
+            states = self.policy.base_model(**model_inputs(batch))[0]
         return token_logps(states.flatten(0, 1), batch.positions, batch.targets, self.head())
 
     def head(self) -> Head:
@@ -57,13 +57,13 @@ class Scorer(nn.Module):
         Architectures may treat their logits in ways that `head` does not know; this shows whether one does.
         """
         with reading(batch.tree):
-            logits = self.policy(**_inputs(batch)).logits
+            logits = self.policy(**model_inputs(batch)).logits
         logps = logits.flatten(0, 1)[batch.positions].float().log_softmax(-1)
         direct = logps.gather(-1, batch.targets[:, None]).squeeze(-1)
         return float((direct - self(batch)).abs().max())
 
 
-def _inputs(batch: PairBatch) -> dict[str, Any]:
+def model_inputs(batch: PairBatch) -> dict[str, Any]:
     """Return what a model of transformers is called with."""
     if batch.tree is None:
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}

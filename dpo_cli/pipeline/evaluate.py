@@ -10,7 +10,7 @@ from typing import Any
 from dpo_cli.config import Config
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.pipeline import setup
-from dpo_cli.pipeline.passes import choose_layout, micro_batch_tokens, without_gradient
+from dpo_cli.pipeline.passes import choose_layout, wanted_tokens, without_gradient
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import figures_table
 from dpo_cli.storage import MANIFEST, DamagedFolder, verify
@@ -49,7 +49,7 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     check_fits(pairs, base, "`model.name`")
     base = reference_model(config.reference.model, base)
     layout = choose_layout(config, [base], pairs, held_out.tolist(), accelerator, console, trained=False)
-    batches = without_gradient(Batches(pairs, layout, micro_batch_tokens(config, accelerator), accelerator.device))
+    batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, base, accelerator), accelerator.device))
     with console.progress("reference log-probabilities", len(held_out)) as progress:
         work = ReferenceWork(base, False, accelerator, held_out, batches, progress)
         reference = config.reference.open(work)

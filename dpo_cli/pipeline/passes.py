@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,20 @@ from dpo_cli.errors import UserError
 from dpo_cli.reporting.console import Console
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
     from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.data.schedule import Plan
     from dpo_cli.modeling.batch import Batches, Layout
+    from dpo_cli.modeling.memory import MemoryEstimate
+
+SHARE_OF_FREE = 0.8
+"""How much of the free memory `micro_batch_tokens: auto` lets a run take."""
+
+_FEWEST_TOKENS = 64
+_STEPS_LOOKED_AT = 500
 
 
 def choose_layout(
@@ -77,18 +87,131 @@ def choose_layout(
     return LAYOUTS["padded"]
 
 
-_ENOUGH_TOKENS = {"cpu": 1024}
-_ENOUGH_TOKENS_ELSEWHERE = 16384
+def expected_layout(config: Config, model: PreTrainedModel, pairs: PreparedPairs, accelerator: Accelerator) -> Layout:
+    """Return the layout that a run will take unless its proof fails, without the model's weights."""
+    from dpo_cli.modeling.batch import LAYOUTS
+    from dpo_cli.modeling.memory import activation_bytes
+    from dpo_cli.modeling.proof import REFUSALS
+
+    if config.training.layout != "auto":
+        return LAYOUTS[config.training.layout]
+    packed = LAYOUTS["packed"]
+    try:
+        activation_bytes(model, packed, packed.batch([0], [pairs[0]]), compute_dtype(accelerator), recomputed=False)
+    except REFUSALS:
+        return LAYOUTS["padded"]
+    return packed
 
 
-def micro_batch_tokens(config: Config, accelerator: Accelerator) -> int:
-    """Return the token budget of a forward pass."""
-    chosen = config.training.micro_batch_tokens
-    if chosen != "auto":
-        return chosen
-    return _ENOUGH_TOKENS.get(accelerator.device.type, _ENOUGH_TOKENS_ELSEWHERE)
+def settle_tokens(
+    config: Config,
+    model: PreTrainedModel,
+    batches: Batches,
+    plan: Plan,
+    accelerator: Accelerator,
+    program_bytes: int,
+    resumed: int | None = None,
+) -> tuple[Batches, MemoryEstimate]:
+    """Settle how many tokens a forward pass has, and tell what the run then takes in memory.
+
+    `auto` is as many as still gain speed on this machine, halved until the run fits into `SHARE_OF_FREE` of the
+    memory that is free.
+
+    Args:
+        config: Asks for a number, or for `auto`.
+        model: The policy; its weights may be missing.
+        batches: The run's pairs in their layout, their budget still open.
+        plan: The run's steps.
+        accelerator: Knows device and precision.
+        program_bytes: What the process held before the model was loaded.
+        resumed: The number that a run to be resumed began with, or None.
+
+    Returns:
+        The batches under that number, the same on all ranks, and the estimate.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    from dpo_cli.modeling.memory import free_bytes
+
+    def with_budget(num_tokens: int) -> tuple[Batches, MemoryEstimate]:
+        settled = dataclasses.replace(batches, micro_batch_tokens=num_tokens)
+        return settled, estimate(config, model, settled, plan, accelerator, program_bytes)
+
+    asked = config.training.micro_batch_tokens
+    if asked != "auto" or resumed:
+        return with_budget(resumed if asked == "auto" and resumed else int(asked))
+    num_tokens = wanted_tokens(config, model, accelerator)
+    free = free_bytes(batches.device) + sum(p.nbytes for p in model.parameters() if not p.is_meta)
+    while num_tokens > _FEWEST_TOKENS:
+        found = with_budget(num_tokens)[1]
+        if found.peak - found.program <= SHARE_OF_FREE * free:
+            break
+        num_tokens //= 2
+    return with_budget(broadcast_object_list([num_tokens])[0])
+
+
+def wanted_tokens(config: Config, model: PreTrainedModel, accelerator: Accelerator) -> int:
+    """Return the tokens of a forward pass that are asked for; `auto`: as many as still gain speed."""
+    from dpo_cli.modeling.speed import enough_tokens
+
+    asked = config.training.micro_batch_tokens
+    return asked if asked != "auto" else enough_tokens(model, compute_dtype(accelerator), accelerator.device)
+
+
+def estimate(
+    config: Config,
+    model: PreTrainedModel,
+    batches: Batches,
+    plan: Plan,
+    accelerator: Accelerator,
+    program_bytes: int,
+) -> MemoryEstimate:
+    """Estimate a run's memory by its largest micro-batch, found among its first steps and its longest pair."""
+    import torch
+
+    from dpo_cli.data.schedule import MicroBatch
+    from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
+    from dpo_cli.training.optimizer import state_bytes
+
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    steps = list(itertools.islice(plan.steps(batches.cut, 0, rank, num_ranks), _STEPS_LOOKED_AT))
+    cuts = [cut for step in steps for cut in step.micro_batches]
+    longest = max(plan.indices.tolist(), key=lambda index: int(batches.pairs.sizes.longest[index]))
+    cuts.append(MicroBatch((longest,)))
+    largest = max(cuts, key=lambda cut: batches.layout.tokens(batches.pairs.sizes, cut.pairs))
+    batch = dataclasses.replace(batches, device=torch.device("cpu"))(largest)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return MemoryEstimate(
+        program=program_bytes if batches.device.type == "cpu" else 0,
+        weights=weights,
+        reference=weights if config.reference.type == "frozen" else 0,
+        optimizer=state_bytes(model),
+        gradients=weights,
+        activations=activation_bytes(
+            model,
+            batches.layout,
+            batch,
+            compute_dtype(accelerator),
+            recomputed=config.training.gradient_checkpointing,
+        ),
+        logits=logits_bytes(model, batch),
+        several=any(len(step.micro_batches) > 1 for step in steps),
+    )
+
+
+def compute_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Return what is computed in."""
+    import torch
+
+    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
 
 
 def without_gradient(batches: Batches) -> Batches:
     """Return the same with twice the tokens, for passes that keep no activations."""
     return dataclasses.replace(batches, micro_batch_tokens=2 * batches.micro_batch_tokens)
+
+
+def with_tokens(config: Config, num_tokens: int) -> Config:
+    """Return a configuration in which the tokens of a forward pass are settled."""
+    training = config.training.model_copy(update={"micro_batch_tokens": num_tokens})
+    return config.model_copy(update={"training": training})

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dpo_cli.data.schedule import Plan
+    from dpo_cli.modeling.batch import Batches
+    from dpo_cli.modeling.memory import MemoryEstimate
 
 
 def make_plan(config: Config, data: setup.RunData) -> Plan:
@@ -65,26 +67,46 @@ def header(
     }
 
 
-def print_plan(config: Config, data: setup.RunData, plan: Plan, parameters: int, console: Console) -> None:
-    """Print what a run would do, and the memory that is known beforehand."""
+def passes_facts(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:
+    """Say how pairs go through the model, and what that takes in memory at the peak."""
+    return {
+        "layout": f"{batches.layout.name}, at most {batches.micro_batch_tokens:,} tokens a forward pass, or one pair",
+        "memory": f"about {_gib(memory.peak)} at the peak, {_gib(memory.activations)} of it activations",
+    }
+
+
+def print_plan(
+    config: Config,
+    data: setup.RunData,
+    plan: Plan,
+    batches: Batches,
+    memory: MemoryEstimate,
+    num_parameters: int,
+    console: Console,
+) -> None:
+    """Print what a run would do, and what it would take in memory, part by part."""
     from rich.table import Table
 
-    weights = 4 * parameters
-    copies = {"weights": weights, "gradients": weights, "AdamW's two moments": 2 * weights}
-    if config.reference.type == "frozen":
-        copies["frozen reference"] = weights
     table = Table(box=None, pad_edge=False, show_header=False)
+    asked = config.training.layout
+    proviso = ", if it proves exact" if asked == "auto" and batches.layout.name == "packed" else ""
     rows = {
         "model": config.model.name,
-        "parameters": f"{parameters:,}",
+        "parameters": f"{num_parameters:,}",
         "training pairs": f"{len(data.train):,}",
         "held-out pairs": f"{len(data.held_out):,}",
         "tokens of all pairs": f"{data.pairs.num_tokens():,}",
         "optimizer steps": f"{plan.num_steps:,} of {min(plan.pairs_per_step, len(plan.indices))} pairs",
-        **{f"memory: {name}": f"{size / 2**30:.2f} GiB" for name, size in copies.items()},
-        "memory: in all": f"{sum(copies.values()) / 2**30:.2f} GiB, and activations of one forward pass",
+        "layout": f"{batches.layout.name}{proviso}",
+        "tokens of a forward pass": f"at most {batches.micro_batch_tokens:,}, or one pair",
+        **{f"memory: {name}": _gib(size) for name, size in memory.parts().items() if size},
+        "memory: at the peak": f"{_gib(memory.peak)} (not all parts are there at once)",
         "output folder": config.output_dir,
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.result(table)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

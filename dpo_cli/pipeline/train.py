@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ from dpo_cli.config import Config, resolved_yaml
 from dpo_cli.errors import FAILED, UserError, from_os_error, raise_all
 from dpo_cli.interrupts import Interrupted, StopSignals
 from dpo_cli.pipeline import setup
-from dpo_cli.pipeline.passes import choose_layout, micro_batch_tokens, without_gradient
-from dpo_cli.pipeline.plan import header, make_plan, print_plan
+from dpo_cli.pipeline.passes import choose_layout, expected_layout, settle_tokens, with_tokens, without_gradient
+from dpo_cli.pipeline.plan import header, make_plan, passes_facts, print_plan
 from dpo_cli.reporting.console import Console, clock
 from dpo_cli.training.run_folder import RESOLVED, RunFolder, RunState
 
@@ -79,23 +80,44 @@ def train(
             return
     console.notice("loading …")
     from dpo_cli.data.tokenize import end_tokens
+    from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import empty_policy, load_policy
+    from dpo_cli.modeling.memory import resident_bytes, take_over_weights
+    from dpo_cli.preference.reference import reference_model
     from dpo_cli.training.checks import check_fits, check_tokens
 
     accelerator = setup.start_accelerator(config, project_dir=folder.trackers)
     with accelerator.main_process_first():
         tokenizer, tokenize = setup.load_tokenizer(config, config.model.name)
         data = setup.run_data(config, tokenize, console)
-    plan = make_plan(config, data)
+    plan, program_bytes = make_plan(config, data), resident_bytes()
     policy = empty_policy(config.model.name) if dry_run else load_policy(config.model.name).to(accelerator.device)
     console.facts(header(config, folder, accelerator, data, plan, policy))
     check_fits(data.pairs, policy, "`model.name`")
     for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
         console.notice(f"checked: {proved}")
     if dry_run:
-        print_plan(config, data, plan, policy.num_parameters(), console)
+        layout = expected_layout(config, policy, data.pairs, accelerator)
+        batches = Batches(data.pairs, layout, 0, accelerator.device)
+        batches, memory = settle_tokens(config, policy, batches, plan, accelerator, program_bytes)
+        print_plan(config, data, plan, batches, memory, policy.num_parameters(), console)
         return
-    run = _build(config, folder, console, signals, accelerator, data, plan, policy, tokenizer)
+    models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy)]))
+    layout = choose_layout(config, models, data.pairs, plan.first_pairs(), accelerator, console, trained=True)
+    batches, memory = settle_tokens(
+        config,
+        policy,
+        Batches(data.pairs, layout, 0, accelerator.device),
+        plan,
+        accelerator,
+        program_bytes,
+        folder.recorded("training.micro_batch_tokens") if resume else None,
+    )
+    config = with_tokens(config, batches.micro_batch_tokens)
+    console.facts(passes_facts(batches, memory))
+    if accelerator.device.type == "cpu":
+        take_over_weights(policy)
+    run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)
     _check_model(run)
     done = _start_folder(run, resume=resume, overwrite=overwrite)
     _walk(run, done)
@@ -110,31 +132,28 @@ def _build(
     accelerator: Accelerator,
     data: setup.RunData,
     plan: Plan,
-    policy: PreTrainedModel,
+    batches: Batches,
+    models: Sequence[PreTrainedModel],
     tokenizer: Any,
 ) -> _Run:
     """Open the reference before anything can change, then let Accelerate prepare the rest."""
     import numpy as np
     from torch.nn.parallel import DistributedDataParallel
 
-    from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import weights_digest
     from dpo_cli.modeling.scorer import Scorer, recompute_activations
-    from dpo_cli.preference.reference import ReferenceWork, reference_model
+    from dpo_cli.preference.reference import ReferenceWork
     from dpo_cli.training.checkpoints import TrainingParts
     from dpo_cli.training.optimizer import adamw, schedule
 
+    policy, other = models[0], models[-1]
     training, inner = config.training, Scorer(policy)
     stands_on = {"model": weights_digest(policy), "data": data.fingerprint}
-    other = reference_model(config.reference.model, policy)
-    models = [policy] if other is policy else [policy, other]
-    layout = choose_layout(config, models, data.pairs, plan.first_pairs(), accelerator, console, trained=True)
-    batches = Batches(data.pairs, layout, micro_batch_tokens(config, accelerator), accelerator.device)
     needed = np.union1d(plan.trained_on(), data.held_out)
     with console.progress("reference log-probabilities", len(needed)) as progress:
         work = ReferenceWork(other, other is policy, accelerator, needed, without_gradient(batches), progress)
         reference = config.reference.open(work)
-    del other, models, work
+    del work
     if training.gradient_checkpointing:
         recompute_activations(policy)
     optimizer = adamw(policy, training.learning_rate, training.weight_decay)

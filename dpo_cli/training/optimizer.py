@@ -26,6 +26,11 @@ def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
     return AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=fused)
 
 
+def state_bytes(model: nn.Module) -> int:
+    """Return what AdamW keeps of a model's parameters, in bytes: two moments of each."""
+    return 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+
 def schedule(optimizer: torch.optim.Optimizer, kind: str, warmup_ratio: float, num_steps: int) -> LambdaLR:
     """Return the schedule of the learning rate, to be stepped once after every optimizer step.
 

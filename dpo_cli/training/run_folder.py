@@ -133,6 +133,12 @@ class RunFolder:
         for file in (self.metrics, self.environment, self.config):
             file.unlink(missing_ok=True)
 
+    def recorded(self, name: str) -> Any:
+        """Return what a setting, by its dotted name, was when the run was started; None where there is no run."""
+        if not self._is_a_run():
+            return None
+        return dict(_leaves(yaml.safe_load(self.config.read_text(encoding="utf-8")))).get(name)
+
     def check_unchanged(self, settings: dict[str, Any]) -> None:
         """Compare a run's settings with those it was started with, before it is resumed.
 

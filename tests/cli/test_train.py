@@ -137,7 +137,7 @@ def test_a_dry_run_prints_the_plan_and_writes_no_run(write_config, tmp_path, tin
     from transformers import AutoModelForCausalLM
 
     parameters = AutoModelForCausalLM.from_pretrained(tiny_llama).num_parameters()
-    for part in ("32", "8 of 4 pairs", f"{parameters:,}", "memory: in all"):
+    for part in ("32", "8 of 4 pairs", f"{parameters:,}", "memory: activations", "memory: at the peak"):
         assert part in result.stdout
     assert not (tmp_path / "runs").exists()
 

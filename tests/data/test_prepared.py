@@ -202,6 +202,9 @@ def test_windows_of_tokens_are_those_of_the_pairs(tmp_path, pairs_file, tokenize
         assert pairs.counts(name, wanted).tolist() == [sum(t in wanted for t in getattr(p, name)) for p in pairs]
     assert pairs.sizes.prompts.tolist() == [len(p.prompt) for p in pairs]
     assert pairs.sizes.longest.tolist() == [len(p.prompt) + max(len(p.chosen), len(p.rejected)) for p in pairs]
+    opening = pairs.sizes.opening
+    assert len({pair.prompt[:opening].tobytes() for pair in pairs}) == 1
+    assert len({pair.prompt[: opening + 1].tobytes() for pair in pairs}) > 1
     ids = pairs.sizes.prompt_ids.tolist()
     assert len(set(zip(ids, (p.prompt.tobytes() for p in pairs), strict=True))) == len(set(ids))
     assert pairs.largest_token() == max(max(p.prompt.max(), p.chosen.max(), p.rejected.max()) for p in pairs)

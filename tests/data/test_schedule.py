@@ -14,12 +14,12 @@ from dpo_cli.data.schedule import PairSizes, Plan, cut_packed, cut_padded
 lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 
 
-def sizes_of(lengths, prompt_ids=None):
+def sizes_of(lengths, prompt_ids=None, opening=0):
     """Pairs whose longer sequences have these lengths; a third of each is prompt, the rejected response is short."""
     lengths = np.array(lengths)
     prompts = lengths // 3
     ids = np.arange(len(lengths)) if prompt_ids is None else np.array(prompt_ids)
-    return PairSizes(prompts, lengths - prompts, np.minimum(2, lengths - prompts), ids)
+    return PairSizes(prompts, lengths - prompts, np.minimum(2, lengths - prompts), ids, opening)
 
 
 def make_plan(lengths, **settings):
@@ -73,14 +73,14 @@ def test_a_padded_micro_batch_stays_in_the_budget_unless_one_pair_is_larger(leng
 
 
 def packed_tokens(sizes, pairs):
-    """Tokens of a micro-batch in which every distinct prompt stands once."""
-    prompts = {int(sizes.prompt_ids[i]): int(sizes.prompts[i]) for i in pairs}
-    return sum(prompts.values()) + sum(int(sizes.chosen[i] + sizes.rejected[i]) for i in pairs)
+    """Tokens of a micro-batch in which every distinct prompt stands once, and how all begin as well."""
+    prompts = {int(sizes.prompt_ids[i]): int(sizes.prompts[i]) - sizes.opening for i in pairs}
+    return sizes.opening + sum(prompts.values()) + sum(int(sizes.chosen[i] + sizes.rejected[i]) for i in pairs)
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 600))
-def test_a_packed_micro_batch_stays_in_the_budget_with_each_prompt_counted_once(prompt_ids, budget):
-    sizes = sizes_of([30 + 12 * i for i in prompt_ids], prompt_ids)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=60), st.integers(1, 600), st.integers(0, 10))
+def test_a_packed_micro_batch_stays_in_the_budget_with_each_prompt_counted_once(prompt_ids, budget, opening):
+    sizes = sizes_of([30 + 12 * i for i in prompt_ids], prompt_ids, opening)
     cuts = cut_packed(sizes, range(len(prompt_ids)), budget)
     assert sorted(i for cut in cuts for i in cut.pairs) == list(range(len(prompt_ids)))
     for cut in cuts:

@@ -1,0 +1,185 @@
+"""What training a model takes in memory, part by part, found without computing anything.
+
+Activations are counted on tensors that have shapes and no content: what the forward pass would keep for the
+backward pass is added up, storage by storage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from dpo_cli.modeling.attention import reading
+from dpo_cli.modeling.batch import Layout, PairBatch
+from dpo_cli.modeling.logps import CHUNK_BYTES
+from dpo_cli.modeling.scorer import model_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FLOAT_BYTES = 4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_INT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a run takes at its peak, in bytes.
+
+    Attributes:
+        program: The process before the model is loaded; nothing on a GPU.
+        weights: The policy in float32.
+        reference: A frozen reference beside it.
+        optimizer: What the optimizer keeps of each parameter.
+        gradients: One of each parameter.
+        activations: What the largest forward pass keeps for its backward pass.
+        logits: The chunk of logits at hand and the vocabulary projection's own gradient.
+        several: Whether a step has several forward passes, so that gradients stand while activations are made.
+    """
+
+    program: int
+    weights: int
+    reference: int
+    optimizer: int
+    gradients: int
+    activations: int
+    logits: int
+    several: bool
+
+    @property
+    def standing(self) -> int:
+        """What is there all the time."""
+        return self.program + self.weights + self.reference + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        """The most that is there at once.
+
+        The first forward pass of a step finds no gradients; they grow while its activations are let go.
+        """
+        passing = self.activations + self.logits + (self.gradients if self.several else 0)
+        return self.standing + max(passing, self.gradients)
+
+    def parts(self) -> dict[str, int]:
+        """Return the parts by the names they are shown under."""
+        return {
+            "program and libraries": self.program,
+            "weights": self.weights,
+            "frozen reference": self.reference,
+            "optimizer": self.optimizer,
+            "gradients": self.gradients,
+            "activations": self.activations,
+            "logits": self.logits,
+        }
+
+
+def activation_bytes(
+    model: PreTrainedModel,
+    layout: Layout,
+    batch: PairBatch,
+    dtype: torch.dtype,
+    *,
+    recomputed: bool,
+) -> int:
+    """Return what a forward pass keeps for the backward pass, in bytes, logits aside.
+
+    Args:
+        model: The model, of which the configuration alone is looked at.
+        layout: The batch's layout.
+        batch: Pairs, on the CPU.
+        dtype: What is computed in.
+        recomputed: Whether layers keep their inputs alone and compute the rest again (gradient checkpointing).
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        layout.prepare(empty)
+        lower = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+        with _kept() as kept, lower, reading(batch.tree):
+            states = empty.base_model(**model_inputs(batch))[0]
+    weights = {parameter.untyped_storage()._cdata for parameter in empty.parameters()}
+    size = sum(int(storage.nbytes()) for key, storage in kept.items() if key not in weights)
+    if not recomputed:
+        return size
+    num_layers = config.get_text_config().num_hidden_layers
+    return int(num_layers * states.numel() * states.element_size() + size // num_layers)
+
+
+def logits_bytes(model: PreTrainedModel, batch: PairBatch) -> int:
+    """Return what the vocabulary projection takes while it works, in bytes."""
+    weight = model.get_output_embeddings().weight
+    rows = len(torch.unique(batch.positions))
+    chunk = min(rows * weight.shape[0] * _FLOAT_BYTES, CHUNK_BYTES)
+    # Logits become log-probabilities; later these stand beside the gradient of the projection.
+    return int(chunk + max(chunk, weight.numel() * _FLOAT_BYTES))
+
+
+def resident_bytes() -> int:
+    """Return what this process holds in main memory now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return what may still be taken on a device: on the CPU the container's limit counts as well."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([int(psutil.virtual_memory().available), *_container_bytes()])
+
+
+def keep_freed_memory() -> None:
+    """Ask the C library to keep what is freed, since the next step takes the same amounts again.
+
+    Else each large tensor is handed back to the system and is asked for, and filled with zeros, anew: a tenth of
+    the time on a CPU. Nothing is done where the C library is another than glibc.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(_M_MMAP_THRESHOLD, _LARGEST_INT)
+            mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+
+
+def take_over_weights(model: PreTrainedModel) -> None:
+    """Copy weights that are pages of a mapped file into memory of their own, before the first step writes to them.
+
+    Else the system copies them page by page in the middle of that step, which takes ten times as long.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+@contextlib.contextmanager
+def _kept() -> Iterator[dict[int, Any]]:
+    """Note the storages of all tensors that are kept for a backward pass."""
+    kept: dict[int, Any] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield kept
+
+
+def _container_bytes() -> Sequence[int]:
+    """Return what the container may still take, where there is one with a limit."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):
+        return []
+    return [limit - used]

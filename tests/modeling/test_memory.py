@@ -1,0 +1,98 @@
+"""The estimate of memory: what is counted without computing is what a real pass keeps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_cli.data.records import TokenizedPair
+from dpo_cli.modeling import memory, speed
+from dpo_cli.modeling.batch import LAYOUTS
+from dpo_cli.modeling.loading import empty_policy, load_policy
+from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
+
+
+def batch_of(layout, num_pairs):
+    generator = np.random.default_rng(0)
+    pairs = [
+        TokenizedPair(*(generator.integers(3, 300, n).astype(np.int32) for n in (9, 14, 11)), origin=f"f:{i}")
+        for i in range(num_pairs)
+    ]
+    return LAYOUTS[layout].batch(range(num_pairs), pairs)
+
+
+def really_kept(model, batch):
+    """Bytes that a real forward pass through the body holds on to."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), memory.reading(batch.tree):
+        states = model.base_model(**memory.model_inputs(batch))[0]
+    assert states.requires_grad
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_activations_are_counted_as_a_real_pass_keeps_them_without_the_models_weights(tiny_llama, layout):
+    model = load_policy(str(tiny_llama))
+    LAYOUTS[layout].prepare(model)
+    for num_pairs in (1, 6):
+        batch = batch_of(layout, num_pairs)
+        empty = empty_policy(str(tiny_llama))
+        counted = activation_bytes(empty, LAYOUTS[layout], batch, torch.float32, recomputed=False)
+        assert counted == pytest.approx(really_kept(model, batch), rel=0.01)
+
+
+def test_recomputed_activations_take_less(tiny_llama):
+    model = load_policy(str(tiny_llama))
+    whole, recomputed = (
+        activation_bytes(model, LAYOUTS["packed"], batch_of("packed", 4), torch.float32, recomputed=answer)
+        for answer in (False, True)
+    )
+    assert recomputed < 0.7 * whole
+
+
+def test_logits_are_bounded_by_the_chunk_however_many_pairs_there_are(tiny_llama, monkeypatch):
+    model = load_policy(str(tiny_llama))
+    row = model.get_output_embeddings().weight.shape[0] * 4
+    monkeypatch.setattr(memory, "CHUNK_BYTES", 100 * row)
+    few, many, more = (logits_bytes(model, batch_of("packed", n)) for n in (1, 20, 40))
+    assert few < many == more
+
+
+def test_gradients_stand_beside_activations_only_where_a_step_has_several_passes():
+    parts = {"program": 1, "weights": 100, "reference": 0, "optimizer": 200, "gradients": 100}
+    one = MemoryEstimate(**parts, activations=70, logits=20, several=False)
+    assert one.peak == 1 + 100 + 200 + 100
+    assert MemoryEstimate(**parts, activations=70, logits=20, several=True).peak == 301 + 70 + 20 + 100
+    assert MemoryEstimate(**parts, activations=300, logits=20, several=False).peak == 301 + 320
+
+
+def test_how_many_tokens_are_enough_is_measured_once_and_then_known(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path))
+    model, cpu = empty_policy(str(tiny_llama)), torch.device("cpu")
+    found = speed.enough_tokens(model, torch.float32, cpu)
+    assert found in {2**power for power in range(9, 15)}
+    monkeypatch.setattr(speed, "_measure", None)
+    assert speed.enough_tokens(model, torch.float32, cpu) == found
+    for file in (tmp_path / "speed").iterdir():
+        file.write_text("{}")
+    with pytest.raises(TypeError):
+        speed.enough_tokens(model, torch.float32, cpu)
+
+
+@pytest.mark.parametrize(("adding", "expected"), [(0.0, 512), (700e-12, 2048), (1.0, 16384)])
+def test_the_more_adding_up_gradients_takes_the_more_tokens_a_pass_has(monkeypatch, adding, expected):
+    """With products at 10 ps a token and weight, 1 % of a pass is 0.3 ps a token: 700 ps are worth 2,333 tokens."""
+    buffer, weight = speed._BUFFER_BYTES // 4, torch.ones(8, 4)
+    times = iter([adding * buffer, 10e-12 * weight.numel() * speed._ROWS])
+    monkeypatch.setattr(speed, "_seconds", lambda work: next(times))
+    if adding == 0.0:
+        times = iter([1e-15, 1.0])
+    assert speed._measure(weight) == expected
