@@ -19,7 +19,8 @@ from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.reference import Frozen, ReferenceWork
 from dpo_cli.training.loop import train_steps
-from dpo_cli.training.optimizer import adamw, schedule
+from dpo_cli.training.optimizer import optimizer as build_optimizer
+from dpo_cli.training.optimizer import schedule
 
 
 def prepare_pairs(source: Path, tokenizer: Any, folder: Path) -> PreparedPairs:
@@ -61,7 +62,7 @@ def train_in_process(
     logps = (reference or Frozen()).open(work)
     if checkpointing:
         recompute_activations(policy)
-    optimizer = adamw(policy, learning_rate, 0.0)
+    optimizer = build_optimizer("adamw", policy, learning_rate, 0.0)
     plan = Plan(indices, pairs.sizes.longest, pairs_per_step, 1, max_steps, True, 0)
     rates = schedule(optimizer, "constant", 0.0, plan.num_steps)
     scorer, optimizer = accelerator.prepare(Scorer(policy), optimizer)

@@ -73,14 +73,16 @@ class TrainingSettings(Settings):
     """Whether every epoch has an order of its own; else the order of the data."""
     layout: Literal["auto", "padded", "packed"] = "auto"
     """How pairs are laid out for the model; auto: packed where it proves exact, else padded."""
+    optimizer: Literal["adamw", "adafactor", "rmsprop"] = "adamw"
+    """How gradients become steps; adafactor keeps next to nothing beside the weights, rmsprop half of AdamW's."""
     learning_rate: float = Field(1.0e-6, gt=0)
-    """The highest learning rate of AdamW."""
+    """The highest learning rate; adafactor scales it by the size of each matrix's weights."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """How the learning rate goes on after the warm-up."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises to its highest value."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of the matrices; biases and norms have none."""
+    """Weight decay of the matrices, decoupled from the gradient but for rmsprop; biases and norms have none."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients with a larger norm are scaled down to it; null: never."""
     gradient_checkpointing: bool = False

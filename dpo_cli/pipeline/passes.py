@@ -185,7 +185,7 @@ def estimate(
         program=program_bytes if batches.device.type == "cpu" else 0,
         weights=weights,
         reference=weights if config.reference.type == "frozen" else 0,
-        optimizer=state_bytes(model),
+        optimizer=state_bytes(config.training.optimizer, model),
         gradients=weights,
         activations=activation_bytes(
             model,

@@ -144,7 +144,8 @@ def _build(
     from dpo_cli.modeling.scorer import Scorer, recompute_activations
     from dpo_cli.preference.reference import ReferenceWork
     from dpo_cli.training.checkpoints import TrainingParts
-    from dpo_cli.training.optimizer import adamw, schedule
+    from dpo_cli.training.optimizer import optimizer as build_optimizer
+    from dpo_cli.training.optimizer import schedule
 
     policy, other = models[0], models[-1]
     training, inner = config.training, Scorer(policy)
@@ -156,7 +157,7 @@ def _build(
     del work
     if training.gradient_checkpointing:
         recompute_activations(policy)
-    optimizer = adamw(policy, training.learning_rate, training.weight_decay)
+    optimizer = build_optimizer(training.optimizer, policy, training.learning_rate, training.weight_decay)
     rates = schedule(optimizer, training.schedule, training.warmup_ratio, plan.num_steps)
     scorer, optimizer = accelerator.prepare(inner, optimizer)
     if isinstance(scorer, DistributedDataParallel):

@@ -2,7 +2,7 @@
 
     step-000100/
       config.json, model.safetensors, tokenizer.json …    a Hugging Face folder
-      optimizer.safetensors                               AdamW's moments
+      optimizer.safetensors                               the optimizer's state: AdamW's moments, say
       random_states.safetensors                           one for each rank
       training_state.json                                 step, schedule, scaler, what the run stands on
       manifest.json                                       sizes and digests of all of them

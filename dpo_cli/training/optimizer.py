@@ -1,37 +1,69 @@
-"""AdamW, its learning rate over the steps, and clipping."""
+"""The optimizers, and the learning rate over the steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
-import torch
-from torch import nn
-from torch.optim import AdamW
+from torch import Tensor, nn
+from torch.optim import Adafactor, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import LambdaLR
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 """Where torch has AdamW as a single kernel."""
 
 
-def adamw(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
-    """Return AdamW over a model's parameters; biases and norms are not decayed."""
+@dataclass(frozen=True)
+class OptimizerKind:
+    """One way to turn gradients into steps.
+
+    Attributes:
+        build: Makes it of groups of parameters and a learning rate.
+        state_numbers: How many numbers it keeps of a parameter.
+    """
+
+    build: Callable[[list[dict[str, Any]], float], Optimizer]
+    state_numbers: Callable[[Tensor], int]
+
+
+def _adamw(groups: list[dict[str, Any]], learning_rate: float) -> Optimizer:
+    fused = all(p.device.type in _FUSED_DEVICES for group in groups for p in group["params"])
+    return AdamW(groups, lr=learning_rate, fused=fused)
+
+
+OPTIMIZERS = {
+    # Loshchilov and Hutter 2017, arXiv 1711.05101.
+    "adamw": OptimizerKind(_adamw, lambda p: 2 * p.numel()),
+    # Shazeer and Stern 2018, arXiv 1804.04235: of a matrix only the means of rows and columns are kept.
+    "adafactor": OptimizerKind(
+        lambda groups, rate: Adafactor(groups, lr=rate),
+        lambda p: p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim >= 2 else p.numel(),
+    ),
+    # Hinton 2012, lecture 6e; what DPO was first trained with. Its weight decay is added to the gradient.
+    "rmsprop": OptimizerKind(lambda groups, rate: RMSprop(groups, lr=rate), lambda p: p.numel()),
+}
+
+
+def optimizer(kind: str, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
+    """Return one of `OPTIMIZERS` over a model's parameters; biases and norms are not decayed."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    fused = all(parameter.device.type in _FUSED_DEVICES for parameter in trained)
-    return AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=fused)
+    return OPTIMIZERS[kind].build([group for group in groups if group["params"]], learning_rate)
 
 
-def state_bytes(model: nn.Module) -> int:
-    """Return what AdamW keeps of a model's parameters, in bytes: two moments of each."""
-    return 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+def state_bytes(kind: str, model: nn.Module) -> int:
+    """Return what an optimizer keeps of a model's parameters, in bytes."""
+    numbers = OPTIMIZERS[kind].state_numbers
+    return sum(numbers(p) * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-def schedule(optimizer: torch.optim.Optimizer, kind: str, warmup_ratio: float, num_steps: int) -> LambdaLR:
+def schedule(optimizer: Optimizer, kind: str, warmup_ratio: float, num_steps: int) -> LambdaLR:
     """Return the schedule of the learning rate, to be stepped once after every optimizer step.
 
     Over the first `warmup_ratio` of the steps the rate rises evenly, from its first share and not from

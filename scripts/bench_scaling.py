@@ -1,0 +1,59 @@
+"""Show that time and memory grow with nothing but the work: training on more pairs, and with larger steps.
+
+    python scripts/bench_scaling.py                                   the demo model: 64, 256 and 1,024 pairs
+    python scripts/bench_scaling.py --model DIR --pairs 64 1024 --per-step 8 64
+
+Every run is a process of its own on the same distinct pairs, the reference pass included, and prints a row of the
+table: pairs, pairs a step, seconds a pair, peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmark_runs import ROOT, Run, Work, run_ours
+
+DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
+
+
+def distinct_pairs(num_pairs: int, target: Path) -> None:
+    """Write demo pairs, numbered so that no two have the same prompt however many there are."""
+    rows = [json.loads(line) for line in DEMO_PAIRS.read_text(encoding="utf-8").splitlines()]
+    with target.open("w", encoding="utf-8") as file:
+        for number, row in enumerate(itertools.islice(itertools.cycle(rows), num_pairs), 1):
+            file.write(json.dumps({**row, "instruction": f"{number}. {row['instruction']}"}) + "\n")
+
+
+def measure(model: str, num_pairs: int, per_step: int, threads: int | None) -> Run:
+    """Train on so many pairs for one epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = Path(folder) / "pairs.jsonl"
+        distinct_pairs(num_pairs, pairs)
+        return run_ours(Work(model, str(pairs), per_step, 1), threads)
+
+
+def main() -> int:
+    """Print a table of one row a run."""
+    parser = argparse.ArgumentParser(description="time and memory by the number of pairs")
+    parser.add_argument("--model", default=str(DEMO_MODEL), help="a model folder or a .gguf file")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--per-step", type=int, nargs="+", default=[8], help="pairs of an optimizer step")
+    parser.add_argument("--threads", type=int, default=None)
+    options = parser.parse_args()
+    sys.stdout.write("| pairs | pairs a step | seconds a pair | peak memory |\n|---|---|---|---|\n")
+    for num_pairs, per_step in itertools.product(options.pairs, options.per_step):
+        run = measure(options.model, num_pairs, per_step, options.threads)
+        seconds, peak = run.training_seconds / num_pairs, run.peak_bytes / 1e9
+        sys.stdout.write(f"| {num_pairs:,} | {per_step} | {seconds:.3f} | {peak:.2f} GB |\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
