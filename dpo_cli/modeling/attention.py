@@ -171,8 +171,9 @@ def tree_attention(
     for place, block in enumerate(mask.blocks):
         seen = [*mask.seen(block), place]
         k, v = (torch.cat([pieces[i] for i in seen], dim=2) if seen[1:] else pieces[place] for pieces in (keys, values))
-        attended.append(_attend(queries[place], k, v, mask, scaling, softcap))
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+        attended.append(_attend(queries[place], k, v, mask, scaling, softcap).transpose(1, 2))
+    # Turned before they are joined: the row is then contiguous, which some architectures rely on.
+    return torch.cat(attended, dim=1), None
 
 
 def _attend(
