@@ -51,6 +51,14 @@ class Kind:
     settings: Mapping[str, Any]
     without: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
+    @property
+    def features(self) -> list[str]:
+        """Name what goes beyond plain attention and one feed-forward layer."""
+        grouped = self.settings.get("num_key_value_heads", 4) < 4 or self.settings.get("multi_query", False)
+        experts = any("experts" in name for name in self.settings)
+        shared = (["grouped heads"] if grouped else []) + (["experts"] if experts else [])
+        return shared + [name.replace("_", " ") for name in self.without]
+
 
 def build(name: str, **changes: Any) -> PreTrainedModel:
     """Build one of `KINDS` in float32; the same name gives the same weights, whatever the changed settings."""
@@ -122,7 +130,7 @@ KINDS = {
         {"scaling": {"scale_attn_by_inverse_layer_idx": False}},
     ),
     "gpt_bigcode": Kind("GPTBigCodeConfig", {**_GPT, "multi_query": True}),
-    "gpt_neox": Kind("GPTNeoXConfig", SMALL),
+    "gpt_neox": Kind("GPTNeoXConfig", {name: SMALL[name] for name in SMALL if name != "num_key_value_heads"}),
     "opt": Kind(
         "OPTConfig",
         {**_COMMON, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from tiny_models import KINDS, build, example_pairs
 from transformers import AutoModelForCausalLM
+from write_layouts_page import PAGE, page
 
 from dpo_cli.config import Config
 from dpo_cli.data.schedule import PairSizes
@@ -26,7 +27,6 @@ from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.pipeline.passes import choose_layout
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.scoring import score_pairs
-from dpo_cli.training.optimizer import adamw
 from tests.conftest import make_config, read_metrics, run_dpo
 
 FALLING_BACK = {
@@ -153,7 +153,7 @@ def test_what_cannot_be_packed_says_why_falls_back_answers_as_before_and_trains(
     batch = chosen.batch(range(len(PAIRS)), PAIRS)
     with torch.no_grad():
         reference = Scorer(model)(batch)
-    optimizer, losses = adamw(model, 1e-3, 0.0), []
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-3), []
     for _ in range(5):
         optimizer.zero_grad()
         pairs, _ = score_pairs(Scorer(model), DPO(), lambda batch: reference, batch)
@@ -221,6 +221,10 @@ def test_packing_leaves_no_trace_in_what_is_saved_nor_in_the_digest(kind, tmp_pa
     with torch.no_grad():
         found = Scorer(loaded)(Padded().batch(range(len(PAIRS)), PAIRS))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+def test_the_page_on_layouts_is_what_the_proof_finds():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `make generated`"
 
 
 @pytest.fixture
