@@ -18,7 +18,7 @@ help:
 	@echo "make bench-prepare  speed of reading, checking and tokenizing pairs"
 	@echo "make bench-scaling  time and memory by the number of pairs (BENCH='--pairs 64 1024')"
 	@echo "make bench-startup  time of --help and of the report of a wrong configuration"
-	@echo "make generated      write the demo pairs, the schema and the settings page again"
+	@echo "make generated      write the demo pairs, the schema and the pages of settings and layouts again"
 
 install: $(INSTALLED)
 
@@ -55,6 +55,7 @@ generated: install
 	$(BIN)/python scripts/make_demo_pairs.py
 	$(BIN)/dpo config schema > configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py
+	$(BIN)/python scripts/write_layouts_page.py
 
 check-losses: install model
 	$(BIN)/python scripts/check_losses.py $(PAIRS)

@@ -32,6 +32,9 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 """What models hand to their attention and a tree has said already: the window comes with the mask."""
 
+_IN_WORDS = {"s_aux": "sinks", "position_bias": "a position bias", "is_causal": "both directions"}
+"""What else they may ask for, by its name in transformers."""
+
 
 class CannotPack(Exception):
     """A model asks for something that attention over a tree does not do."""
@@ -113,7 +116,7 @@ def attend_to_trees(model: PreTrainedModel) -> None:
         CannotPack: Its architecture takes no attention from outside.
     """
     if not model._supports_attention_backend:
-        raise CannotPack(f"{type(model).__name__} takes no attention from outside")
+        raise CannotPack("it takes no attention from outside")
     model.set_attn_implementation(TREE_ATTENTION)
 
 
@@ -121,16 +124,21 @@ def tree_mask(**arguments: Any) -> Any:
     """Answer a model that asks for its mask: a block mask for FlexAttention on CUDA, else a `TreeMask`.
 
     Raises:
-        CannotPack: No tree is being read.
+        CannotPack: No tree is being read, or each token is to see others than those before it, up to a window.
     """
     tree, window = _tree.get(), arguments.get("local_size")
     if tree is None:
         raise CannotPack("no prefix tree is being read")
+    if arguments.get("use_vmap") or "allow_is_bidirectional_skip" in arguments:
+        raise CannotPack("its attention mask has rules of its own")
+    # Chunks come under the same name as windows, and differ from them only in sequences longer than a chunk.
+    if window is not None and window != getattr(arguments["config"], "sliding_window", None):
+        raise CannotPack("its layers look back in chunks")
     return _flex_mask(tree, window) if tree.ends.is_cuda else TreeMask(tree.blocks, window)
 
 
 def tree_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """Attend over a tree.
 
@@ -139,7 +147,7 @@ def tree_attention(
         query: `[1, heads, T, d]`.
         key: `[1, key-value heads, T, d]`; fewer heads than the query has are shared by neighbouring ones.
         value: `[1, key-value heads, T, d']`.
-        mask: What `tree_mask` answered.
+        attention_mask: What `tree_mask` answered; some architectures hand it over by this name.
         options: `scaling` of the products, `softcap` on them, and what else the architecture hands over.
 
     Returns:
@@ -148,11 +156,13 @@ def tree_attention(
     Raises:
         CannotPack: The architecture asks for something else as well: sinks, a bias, attention both ways.
     """
-    scaling, softcap = options.pop("scaling", None), options.pop("softcap", None)
+    mask, scaling, softcap = attention_mask, options.pop("scaling", None), options.pop("softcap", None)
     _refuse_others(options)
     if not isinstance(mask, TreeMask):
         from transformers.integrations.flex_attention import flex_attention_forward
 
+        # Under autocast rotated queries and keys are float32 again, and FlexAttention wants one type.
+        query, key = query.to(value.dtype), key.to(value.dtype)
         return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
     sizes = [len(block) for block in mask.blocks]
     # Split once: each piece's gradient then has its own size, where slices would fill the whole row with zeros.
@@ -161,8 +171,9 @@ def tree_attention(
     for place, block in enumerate(mask.blocks):
         seen = [*mask.seen(block), place]
         k, v = (torch.cat([pieces[i] for i in seen], dim=2) if seen[1:] else pieces[place] for pieces in (keys, values))
-        attended.append(_attend(queries[place], k, v, mask, scaling, softcap))
-    return torch.cat(attended, dim=2).transpose(1, 2), None
+        attended.append(_attend(queries[place], k, v, mask, scaling, softcap).transpose(1, 2))
+    # Turned before they are joined: the row is then contiguous, which some architectures rely on.
+    return torch.cat(attended, dim=1), None
 
 
 def _attend(
@@ -211,7 +222,7 @@ def _refuse_others(options: dict[str, Any]) -> None:
     if options.get("is_causal", True) is False:
         refused.add("is_causal")
     if refused:
-        raise CannotPack(f"its attention takes {', '.join(sorted(refused))}")
+        raise CannotPack(f"its attention has {', '.join(sorted(_IN_WORDS.get(name, name) for name in refused))}")
 
 
 AttentionInterface.register(TREE_ATTENTION, tree_attention)

@@ -77,7 +77,9 @@ def prove(
         with autocast():
             found, norm = _answers(model, packed, seen), _gradient_norm(model, packed, trained)
     except REFUSALS as error:
-        return Proof(refusal=_first_line(error))
+        # A backward pass that broke off has left a part of its gradients behind.
+        model.zero_grad(set_to_none=True)
+        return Proof(refusal=_reason(error))
     difference = float((found - expected).abs().max())
     return Proof(difference, abs(norm - expected_norm) / expected_norm if trained else 0.0)
 
@@ -108,6 +110,7 @@ def _gradient_norm(model: PreTrainedModel, layout: Layout, pairs: Sequence[Token
     return float(torch.stack(norms).norm())
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    """Return what a refusal says; what a model was never made for it says in terms of its code."""
+    first = (str(error).splitlines() or [""])[0]
+    return first if isinstance(error, CannotPack) else f"it fails on packed pairs, {type(error).__name__}: {first}"

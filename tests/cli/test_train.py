@@ -54,7 +54,9 @@ def test_a_run_leaves_what_the_contract_says(finished, demo_rows):
 def test_the_trained_model_and_every_checkpoint_load_as_hugging_face_folders(finished, tiny_llama):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _, run, _ = finished
+    _, run, result = finished
+    assert "checked: packed is padded" in result.stderr
+    assert "dpo_prefix_tree" not in (run / "final" / "config.json").read_text()
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     last = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-000008")
     final = AutoModelForCausalLM.from_pretrained(run / "final")

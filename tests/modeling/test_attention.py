@@ -1,0 +1,217 @@
+"""Attention over a tree block by block, against one mask over the whole row, and against FlexAttention's own."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, MistralConfig
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
+
+from dpo_cli.modeling import tree as tree_module
+from dpo_cli.modeling.attention import (
+    TREE_ATTENTION,
+    CannotPack,
+    TokenTree,
+    TreeMask,
+    flex_rule,
+    reading,
+    tree_attention,
+    tree_mask,
+)
+from dpo_cli.modeling.tree import grow
+
+HEADS, WIDTH, VALUE_WIDTH = 4, 8, 6
+
+sequence_lists = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=24), min_size=1, max_size=6)
+"""Of two tokens only, so that sequences begin alike again and again."""
+
+windows = st.one_of(st.none(), st.integers(1, 9))
+
+
+def token_tree(lists):
+    return TokenTree.of(grow([np.array(sequence, np.int32) for sequence in lists]))
+
+
+def dense(tree, window):
+    """The rule that CUDA gets, asked of every two tokens."""
+    place = torch.arange(len(tree.ends))
+    return flex_rule(tree, window)(torch.tensor(0), torch.tensor(0), place[:, None], place[None, :])
+
+
+def drawn(num_tokens, key_heads, seed=0):
+    """Queries, keys and values, with gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((HEADS, WIDTH), (key_heads, WIDTH), (key_heads, VALUE_WIDTH))
+    return [
+        torch.randn(1, heads, num_tokens, width, generator=generator, dtype=torch.float64).requires_grad_()
+        for heads, width in shapes
+    ]
+
+
+def plain_attention(query, key, value, seen, scaling, softcap):
+    """The definition, with one mask over the whole row; `[1, T, heads, d']`."""
+    groups = query.shape[1] // key.shape[1]
+    attended = []
+    for head in range(query.shape[1]):
+        scores = query[0, head] @ key[0, head // groups].T * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        attended.append(scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value[0, head // groups])
+    return torch.stack(attended, dim=1)[None]
+
+
+def test_the_rule_of_a_small_tree_is_what_can_be_read_off_it():
+    """Prompt 1 1 1 1, then two sequences of two tokens each."""
+    tree = token_tree([[1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 3, 3]])
+    expected = [
+        "1.......", "11......", "111.....", "1111....",
+        "11111...", "111111..",
+        "1111..1.", "1111..11",
+    ]  # fmt: skip
+    rows = ["".join("1" if seen else "." for seen in row) for row in dense(tree, None).tolist()]
+    assert rows == expected
+    rows = ["".join("1" if seen else "." for seen in row) for row in dense(tree, 3).tolist()]
+    assert rows[5] == "...111.."
+    assert rows[6] == "..11..1."
+
+
+@given(sequence_lists, windows)
+def test_the_rule_lets_a_token_see_those_before_it_in_its_own_sequences(lists, window):
+    grown = grow([np.array(sequence, np.int32) for sequence in lists])
+    expected = torch.zeros(len(grown.tokens), len(grown.tokens), dtype=torch.bool)
+    for place in grown.places:
+        for at, i in enumerate(place):
+            expected[i, place[max(0, at + 1 - (window or len(place))) : at + 1]] = True
+    assert torch.equal(dense(TokenTree.of(grown), window), expected)
+
+
+@settings(deadline=None, max_examples=60)
+@given(sequence_lists, windows, st.sampled_from([None, 1.5]), st.sampled_from([None, 0.7]), st.sampled_from([1, 2, 4]))
+def test_attention_block_by_block_is_attention_under_the_whole_rule(lists, window, softcap, scaling, key_heads):
+    tree = token_tree(lists)
+    inputs = drawn(len(tree.ends), key_heads)
+    mask = TreeMask(tree.blocks, window)
+    found, weights = tree_attention(torch.nn.Module(), *inputs, mask, scaling=scaling, softcap=softcap)
+    expected = plain_attention(*inputs, dense(tree, window), scaling, softcap)
+    assert weights is None
+    assert found.is_contiguous()
+    # Capped scores go through softmax in float32, as the architectures that have them do it.
+    near = {"rtol": 1e-9, "atol": 1e-11} if softcap is None else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found, expected, **near)
+    upstream = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).reshape(found.shape)
+    gradients = (torch.autograd.grad(outcome, inputs, upstream) for outcome in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, **near)
+
+
+@pytest.mark.parametrize("window", [None, 3, 40])
+def test_long_stretches_are_cut_into_blocks_without_a_difference(window, monkeypatch):
+    monkeypatch.setattr(tree_module, "_BLOCK_TOKENS", 7)
+    tree = token_tree([[1] * 30 + [2] * 25, [1] * 30 + [3] * 12, [1] * 9 + [4] * 20])
+    assert len(tree.blocks) > 8
+    inputs = drawn(len(tree.ends), 2)
+    found, _ = tree_attention(torch.nn.Module(), *inputs, TreeMask(tree.blocks, window))
+    torch.testing.assert_close(found, plain_attention(*inputs, dense(tree, window), None, None), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    ("window", "softcap", "scaling", "key_heads"), [(None, None, None, 4), (5, None, 0.7, 2), (5, 1.5, None, 1)]
+)
+def test_flex_attention_with_the_rule_gives_the_same(window, softcap, scaling, key_heads, monkeypatch):
+    """What runs on CUDA, here without its compiler and without its backward pass, which a CPU does not have."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from transformers.integrations import flex_attention as theirs
+
+    monkeypatch.setattr(
+        theirs, "compile_friendly_flex_attention", lambda *a, training, **options: flex_attention(*a, **options)
+    )
+    tree = token_tree([[1] * 90 + [2] * 60, [1] * 90 + [3] * 70, [1] * 20 + [4] * 50, [5] * 30])
+    size = len(tree.ends)
+    block_mask = create_block_mask(flex_rule(tree, window), None, None, size, size, device="cpu")
+    query, key, value = (tensor.detach().float() for tensor in drawn(size, key_heads))
+    asked = {"scaling": scaling, "softcap": softcap}
+    found, _ = tree_attention(torch.nn.Module(), query, key, value, block_mask, **asked)
+    expected, _ = tree_attention(torch.nn.Module(), query, key, value, TreeMask(tree.blocks, window), **asked)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    # Under autocast a model's rotation hands over float32 queries and keys beside bfloat16 values.
+    mixed, _ = tree_attention(torch.nn.Module(), query, key, value.bfloat16(), block_mask, **asked)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.float(), expected, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"s_aux": torch.zeros(HEADS)}, "sinks"),
+        ({"position_bias": torch.zeros(1)}, "a position bias"),
+        ({"is_causal": False}, "both directions"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"dropout": 0.1}, "dropout"),
+        ({"something_new": 3, "s_aux": torch.zeros(HEADS)}, "sinks, something_new"),
+    ],
+)
+def test_what_attention_over_a_tree_does_not_do_is_refused(asked, said):
+    tree = token_tree([[1, 2, 3]])
+    with pytest.raises(CannotPack, match=f"its attention has {said}"):
+        tree_attention(torch.nn.Module(), *drawn(3, 4), TreeMask(tree.blocks, None), **asked)
+
+
+def test_what_is_without_effect_is_accepted():
+    tree = token_tree([[1, 2, 3]])
+    options = {"dropout": 0.0, "is_causal": True, "sliding_window": 2, "position_ids": torch.arange(3), "s_aux": None}
+    mask, inputs = TreeMask(tree.blocks, None), drawn(3, 4)
+    found, _ = tree_attention(torch.nn.Module(), *inputs, attention_mask=mask, **options)
+    assert torch.equal(found, tree_attention(torch.nn.Module(), *inputs, mask)[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "make", "said"),
+    [
+        (LlamaConfig(attention_chunk_size=8), create_chunked_causal_mask, "chunks"),
+        (LlamaConfig(), create_bidirectional_mask, "rules of its own"),
+        (
+            LlamaConfig(),
+            functools.partial(create_causal_mask, or_mask_function=lambda batch, head, q, k: k < 2),
+            "rules of its own",
+        ),
+    ],
+    ids=["chunks", "both directions", "a rule more"],
+)
+def test_masks_that_are_no_window_are_refused_when_the_model_asks_for_them(config, make, said):
+    config._attn_implementation = TREE_ATTENTION
+    tree = token_tree([[1, 2, 3]])
+    with reading(tree), pytest.raises(CannotPack, match=said):
+        make(config=config, inputs_embeds=torch.zeros(1, 3, 4), attention_mask=None, past_key_values=None)
+
+
+def test_masks_are_made_with_the_window_that_the_model_asks_for_and_only_while_a_tree_is_read():
+    config = MistralConfig(sliding_window=5)
+    config._attn_implementation = TREE_ATTENTION
+    tree = token_tree([[1, 2, 3]])
+    asked = {"config": config, "inputs_embeds": torch.zeros(1, 3, 4), "attention_mask": None, "past_key_values": None}
+    with reading(tree):
+        assert create_causal_mask(**asked) == TreeMask(tree.blocks, None)
+        assert create_sliding_window_causal_mask(**asked) == TreeMask(tree.blocks, 5)
+    with pytest.raises(CannotPack, match="no prefix tree"):
+        tree_mask(config=config)
+
+
+def test_a_block_looks_at_no_more_blocks_than_its_window_reaches(monkeypatch):
+    monkeypatch.setattr(tree_module, "_BLOCK_TOKENS", 4)
+    tree = token_tree([[1] * 16])
+    for window, place in itertools.product([1, 4, 5, 6, 20], range(4)):
+        first = 4 * place
+        oldest = max(0, first - window + 1)
+        assert TreeMask(tree.blocks, window).seen(tree.blocks[place]) == list(range(oldest // 4, place))
