@@ -120,10 +120,6 @@ class Plan:
             return np.sort(self.indices)
         return np.sort(self.indices[self._order(0)[: self.num_steps * self.pairs_per_step]])
 
-    def first_pairs(self) -> tuple[int, ...]:
-        """Return the indices of the pairs of step 1."""
-        return tuple(int(self.indices[i]) for i in self._order(0)[: self.pairs_per_step])
-
     def steps(self, cut: Cut, after: int = 0, rank: int = 0, num_ranks: int = 1) -> Iterator[Step]:
         """Yield the steps after step `after`, as one rank sees them, each cut into micro-batches."""
         order, epoch_at_hand = np.empty(0, np.int64), -1

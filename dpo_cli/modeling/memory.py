@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _FLOAT_BYTES = 4
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_INT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -137,28 +133,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min([int(psutil.virtual_memory().available), *_container_bytes()])
-
-
-def keep_freed_memory() -> None:
-    """Ask the C library to keep what is freed, since the next step takes the same amounts again.
-
-    Else each large tensor is handed back to the system and is asked for, and filled with zeros, anew: a tenth of
-    the time on a CPU. Nothing is done where the C library is another than glibc.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(_M_MMAP_THRESHOLD, _LARGEST_INT)
-            mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
-
-
-def take_over_weights(model: PreTrainedModel) -> None:
-    """Copy weights that are pages of a mapped file into memory of their own, before the first step writes to them.
-
-    Else the system copies them page by page in the middle of that step, which takes ten times as long.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
 
 
 @contextlib.contextmanager

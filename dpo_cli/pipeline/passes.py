@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -32,7 +33,7 @@ def choose_layout(
     config: Config,
     models: Sequence[PreTrainedModel],
     pairs: PreparedPairs,
-    first: Sequence[int],
+    indices: Sequence[int],
     accelerator: Accelerator,
     console: Console,
     *,
@@ -40,13 +41,14 @@ def choose_layout(
 ) -> Layout:
     """Prove the packed layout on pairs of the run, and take the padded one where that fails.
 
-    The longest and the shortest of the first pairs are compared token by token; the gradient on the shortest.
+    The longest and the two shortest are compared token by token; the gradient on the shortest, since nothing is
+    known of the memory yet.
 
     Args:
         config: Asks for a layout, or leaves the choice.
         models: All models that will read the pairs; they are left prepared for the layout.
         pairs: The pairs of the run.
-        first: Indices of some of them: those of step 1, say.
+        indices: Which of them are trained on, or scored.
         accelerator: Knows precision and ranks.
         console: Is told what was found.
         trained: Whether gradients matter.
@@ -62,9 +64,10 @@ def choose_layout(
     wanted = config.training.layout
     if wanted == "padded":
         return LAYOUTS[wanted]
-    by_length = sorted(first, key=lambda index: (int(pairs.sizes.longest[index]), index))
-    seen = [pairs[index] for index in dict.fromkeys([by_length[-1], *by_length[:2]])]
-    learnt = [pairs[index] for index in by_length[:2]] if trained else []
+    lengths = pairs.sizes.longest
+    longest, *shortest = max(indices, key=lambda i: lengths[i]), *heapq.nsmallest(2, indices, key=lambda i: lengths[i])
+    seen = [pairs[index] for index in dict.fromkeys([longest, *shortest])]
+    learnt = [pairs[index] for index in shortest] if trained else []
     before = [model.config._attn_implementation for model in models]
     found = ""
     for model in models:

@@ -81,14 +81,14 @@ def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Acc
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     from dpo_cli.errors import raise_all
-    from dpo_cli.modeling.memory import keep_freed_memory
+    from dpo_cli.modeling.allocator import return_freed_memory
     from dpo_cli.reporting.trackers import check_trackers
 
     if project_dir:
         raise_all(check_trackers(config.tracking, "`tracking`"))
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
-        keep_freed_memory()
+        return_freed_memory()
     torch.manual_seed(config.training.seed)
     accelerator = Accelerator(
         cpu=on_cpu,

@@ -80,9 +80,10 @@ def train(
             return
     console.notice("loading …")
     from dpo_cli.data.tokenize import end_tokens
+    from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import empty_policy, load_policy
-    from dpo_cli.modeling.memory import resident_bytes, take_over_weights
+    from dpo_cli.modeling.memory import resident_bytes
     from dpo_cli.preference.reference import reference_model
     from dpo_cli.training.checks import check_fits, check_tokens
 
@@ -103,7 +104,7 @@ def train(
         print_plan(config, data, plan, batches, memory, policy.num_parameters(), console)
         return
     models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy)]))
-    layout = choose_layout(config, models, data.pairs, plan.first_pairs(), accelerator, console, trained=True)
+    layout = choose_layout(config, models, data.pairs, data.train.tolist(), accelerator, console, trained=True)
     batches, memory = settle_tokens(
         config,
         policy,
@@ -117,6 +118,9 @@ def train(
     console.facts(passes_facts(batches, memory))
     if accelerator.device.type == "cpu":
         take_over_weights(policy)
+        if memory.activations > memory.weights + memory.optimizer:
+            # Then gaps of the size of the gradients are a small price for the time.
+            keep_freed_memory()
     run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)
     _check_model(run)
     done = _start_folder(run, resume=resume, overwrite=overwrite)
