@@ -6,13 +6,14 @@ INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.installed-bench
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install model quickstart test check format generated check-losses bench bench-prepare bench-scaling bench-startup clean
+.PHONY: help install model quickstart test check format generated check-layouts check-losses bench bench-prepare bench-scaling bench-startup clean
 
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
 	@echo "make test           every test"
 	@echo "make check          formatting, lint, types, floors, generated files"
 	@echo "make format         format the code"
+	@echo "make check-layouts  losses of 50 steps of the real model, packed against padded"
 	@echo "make check-losses   losses of a real run against an independent trainer's (PAIRS=file)"
 	@echo "make bench          speed and memory beside TRL 1.16 on the same work, about 100 minutes (BENCH='--repeats 1')"
 	@echo "make bench-prepare  speed of reading, checking and tokenizing pairs"
@@ -56,6 +57,9 @@ generated: install
 	$(BIN)/dpo config schema > configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py
 	$(BIN)/python scripts/write_layouts_page.py
+
+check-layouts: install model
+	$(BIN)/python scripts/check_layouts.py
 
 check-losses: install model
 	$(BIN)/python scripts/check_losses.py $(PAIRS)

@@ -26,8 +26,8 @@ EXPECTED = {
 }
 
 
-def trained_losses(rows: list[dict[str, str]], folder: Path) -> list[float]:
-    """Train on the rows in their order and return the loss of every step."""
+def trained_losses(rows: list[dict[str, str]], folder: Path, *overrides: str) -> list[float]:
+    """Train on the rows in their order, under further settings, and return the loss of every step."""
     pairs = folder / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = folder / "check.yaml"
@@ -39,7 +39,7 @@ def trained_losses(rows: list[dict[str, str]], folder: Path) -> list[float]:
         f"output_dir: {folder / 'run'}\n",
         encoding="utf-8",
     )
-    subprocess.run([sys.executable, "-m", "dpo_cli", "train", "--config", str(config)], check=True)
+    subprocess.run([sys.executable, "-m", "dpo_cli", "train", "--config", str(config), *overrides], check=True)
     lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["loss"] for line in lines]
 

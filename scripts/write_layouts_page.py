@@ -42,10 +42,10 @@ architecture asks of its attention (sinks, biases, chunks, masks of its own) is 
 ## The proof
 
 Nothing about a model is taken on trust. Before step 1 the program computes pairs of the run under both layouts: the
-longest of step 1 and the two shortest, of which it compares the log-probability of every response token, and the two
+longest and the two shortest, of which it compares the log-probability of every response token, and the two
 shortest again, of which it compares the gradient's norm. It says what it found in one line:
 
-    checked: packed is padded, up to 2e-06 nats a token; its gradient's norm by 2e-08
+    checked: packed gives what padded gives, up to 2e-06 nats a token; its gradient's norm by 2e-08
 
 Where a difference is larger than rounding explains, or the model refuses, `auto` says why in one line and takes the
 padded layout; `training.layout: packed` ends the run instead. A model that fell back is as it was before.

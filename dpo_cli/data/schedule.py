@@ -25,7 +25,7 @@ class PairSizes:
         prompts: Tokens of each prompt, `[pairs]`.
         chosen: Tokens of each chosen response, `[pairs]`.
         rejected: Tokens of each rejected response, `[pairs]`.
-        prompt_ids: `[pairs]`, equal where the prompts are.
+        prompt_ids: `[pairs]`, equal where the prompts are, before any cut.
         opening: Tokens with which all prompts begin alike, the shortest prompt at most.
     """
 
@@ -174,9 +174,9 @@ def cut_packed(sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int
 
     Counted are the tokens that are certain to be shared once: prompts, and how all prompts begin.
     """
-    by_prompt: dict[int, list[int]] = {}
+    by_prompt: dict[tuple[int, int], list[int]] = {}
     for index in indices:
-        by_prompt.setdefault(int(sizes.prompt_ids[index]), []).append(index)
+        by_prompt.setdefault((int(sizes.prompt_ids[index]), int(sizes.prompts[index])), []).append(index)
     ordered = list(itertools.chain.from_iterable(by_prompt.values()))
     num_cuts = len(_filled(sizes, ordered, micro_batch_tokens, micro_batch_tokens))
     total = packed_tokens(sizes, ordered)
@@ -209,7 +209,9 @@ def _added(sizes: PairSizes, index: int, before: int | None) -> int:
     """Return the tokens that a pair adds to a micro-batch behind another pair, or as its first."""
     prompt = sizes.prompts[index]
     if before is not None:
-        prompt = 0 if sizes.prompt_ids[before] == sizes.prompt_ids[index] else prompt - sizes.opening
+        # Of one prompt that had to be cut, pairs with longer responses keep less, and share it with none.
+        same = sizes.prompt_ids[before] == sizes.prompt_ids[index] and sizes.prompts[before] == prompt
+        prompt = 0 if same else prompt - sizes.opening
     return int(prompt + sizes.chosen[index] + sizes.rejected[index])
 
 

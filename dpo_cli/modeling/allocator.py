@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_INT = 2**31 - 1
-_LARGE_BYTES = 2**18
+_LARGE_BYTES = 3 * 2**18
 
 
 def keep_freed_memory() -> None:
     """Keep what is freed, since the next step takes about the same again.
 
-    A sixth less time: the system fills nothing with zeros anew. What it costs are gaps between tensors that
-    nothing fits into, about as large as the gradients.
+    The system then fills nothing with zeros anew. What it costs are gaps between tensors that nothing fits into,
+    about as large as the gradients.
     """
-    _settle(_LARGEST_INT, _LARGEST_INT)
+    _settle(_LARGEST_INT)
 
 
 def return_freed_memory() -> None:
-    """Hand every large tensor back to the system as soon as it is freed, so that there are no gaps."""
-    _settle(_LARGE_BYTES, _LARGE_BYTES)
+    """Hand tensors above `_LARGE_BYTES` back to the system as soon as they are freed, so that gaps stay small."""
+    _settle(_LARGE_BYTES)
 
 
 def take_over_weights(model: PreTrainedModel) -> None:
@@ -40,9 +40,9 @@ def take_over_weights(model: PreTrainedModel) -> None:
         parameter.data = parameter.data.clone()
 
 
-def _settle(mapped_from: int, trimmed_from: int) -> None:
-    """Tell the C library from which size on tensors get pages of their own, and how much may lie free."""
+def _settle(mapped_from: int) -> None:
+    """Tell the C library from which size on tensors get pages of their own; what smaller ones leave is kept."""
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, mapped_from)
-        library.mallopt(_M_TRIM_THRESHOLD, trimmed_from)
+        library.mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)

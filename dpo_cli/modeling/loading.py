@@ -94,7 +94,7 @@ def empty_policy(name: str) -> PreTrainedModel:
 
     config = _load(name, "model", lambda folder: AutoConfig.from_pretrained(folder, trust_remote_code=False))
     with torch.device("meta"):
-        model = _load(name, "model", lambda _: AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        model = _load(name, "model", lambda _: AutoModelForCausalLM.from_config(config, dtype=torch.float32))
         model.tie_weights()
     return model
 

@@ -40,6 +40,7 @@ class MemoryEstimate:
         gradients: One of each parameter.
         activations: What the largest forward pass keeps for its backward pass.
         logits: The chunk of logits at hand and the vocabulary projection's own gradient.
+        counted: Whether the activations could be counted: not where what a model computes depends on the values.
         several: Whether a step has several forward passes, so that gradients stand while activations are made.
     """
 
@@ -50,6 +51,7 @@ class MemoryEstimate:
     gradients: int
     activations: int
     logits: int
+    counted: bool
     several: bool
 
     @property
@@ -154,6 +156,8 @@ def _container_bytes() -> Sequence[int]:
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):
+        facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # What files were read into is given up when it is needed.
+        return [limit - used + int(facts["inactive_file"])]
+    except (OSError, ValueError, KeyError):
         return []
-    return [limit - used]

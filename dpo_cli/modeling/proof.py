@@ -72,10 +72,16 @@ def prove(
     padded, packed = Padded(), Packed()
     with autocast():
         expected, expected_norm = _answers(model, padded, seen), _gradient_norm(model, padded, trained)
+    if not torch.isfinite(expected).all():
+        # A model that is broken under both layouts; the checks that follow say so.
+        packed.prepare(model)
+        return Proof(0.0, 0.0)
     try:
         packed.prepare(model)
         with autocast():
             found, norm = _answers(model, packed, seen), _gradient_norm(model, packed, trained)
+    except torch.OutOfMemoryError:
+        raise
     except REFUSALS as error:
         # A backward pass that broke off has left a part of its gradients behind.
         model.zero_grad(set_to_none=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -50,8 +51,10 @@ def enough_tokens(model: PreTrainedModel, dtype: torch.dtype, device: torch.devi
     except (OSError, ValueError, KeyError, TypeError):
         pass
     found = _measure(torch.ones(shape, dtype=dtype, device=device))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps({"enough_tokens": found, "about": list(map(str, about))}) + "\n")
+    # Where it cannot be kept it is measured again.
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps({"enough_tokens": found, "about": list(map(str, about))}) + "\n")
     return found
 
 

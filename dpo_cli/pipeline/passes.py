@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import itertools
@@ -78,31 +79,43 @@ def choose_layout(
             found = f"{type(model).__name__}: {found}"
             break
         nats, share = f"{proof.difference:.1g} nats a token", f"; its gradient's norm by {proof.norm_difference:.1g}"
-        console.notice(f"checked: packed is padded, up to {nats}{share if learnt else ''}")
+        console.notice(f"checked: packed gives what padded gives, up to {nats}{share if learnt else ''}")
     if not found:
         return LAYOUTS["packed"]
     for model, attention in zip(models, before, strict=True):
         model.set_attn_implementation(attention)
     if wanted == "packed":
-        hint = "set `training.layout: auto` or `padded`"
-        raise UserError(f"the packed layout is not exact with this model ({found})", "`training.layout: packed`", hint)
+        raise _inexact(found)
     console.warning(f"using the padded layout, since the packed one is not exact with this model ({found})")
     return LAYOUTS["padded"]
 
 
+def _inexact(found: str) -> UserError:
+    what = f"the packed layout is not exact with this model ({found})"
+    return UserError(what, "`training.layout: packed`", "set `training.layout: auto` or `padded`")
+
+
 def expected_layout(config: Config, model: PreTrainedModel, pairs: PreparedPairs, accelerator: Accelerator) -> Layout:
-    """Return the layout that a run will take unless its proof fails, without the model's weights."""
+    """Return the layout that a run will take unless its proof fails, without the model's weights.
+
+    Raises:
+        UserError: The packed layout was asked for by name and the model refuses it.
+    """
+    from dpo_cli.modeling.attention import CannotPack
     from dpo_cli.modeling.batch import LAYOUTS
     from dpo_cli.modeling.memory import activation_bytes
     from dpo_cli.modeling.proof import REFUSALS
 
-    if config.training.layout != "auto":
-        return LAYOUTS[config.training.layout]
-    packed = LAYOUTS["packed"]
-    try:
-        activation_bytes(model, packed, packed.batch([0], [pairs[0]]), compute_dtype(accelerator), recomputed=False)
-    except REFUSALS:
-        return LAYOUTS["padded"]
+    wanted, packed = config.training.layout, LAYOUTS["packed"]
+    if wanted == "padded":
+        return LAYOUTS[wanted]
+    with contextlib.suppress(*(kind for kind in REFUSALS if kind is not CannotPack)):
+        try:
+            activation_bytes(model, packed, packed.batch([0], [pairs[0]]), compute_dtype(accelerator), recomputed=False)
+        except CannotPack as refusal:
+            if wanted == "packed":
+                raise _inexact(f"{type(model).__name__}: {refusal}") from None
+            return LAYOUTS["padded"]
     return packed
 
 
@@ -113,6 +126,7 @@ def settle_tokens(
     plan: Plan,
     accelerator: Accelerator,
     program_bytes: int,
+    console: Console,
     resumed: int | None = None,
 ) -> tuple[Batches, MemoryEstimate]:
     """Settle how many tokens a forward pass has, and tell what the run then takes in memory.
@@ -127,12 +141,13 @@ def settle_tokens(
         plan: The run's steps.
         accelerator: Knows device and precision.
         program_bytes: What the process held before the model was loaded.
+        console: Is told where the memory will not do.
         resumed: The number that a run to be resumed began with, or None.
 
     Returns:
         The batches under that number, the same on all ranks, and the estimate.
     """
-    from accelerate.utils import broadcast_object_list
+    from accelerate.utils import gather_object
 
     from dpo_cli.modeling.memory import free_bytes
 
@@ -145,20 +160,32 @@ def settle_tokens(
         return with_budget(resumed if asked == "auto" and resumed else int(asked))
     num_tokens = wanted_tokens(config, model, accelerator)
     free = free_bytes(batches.device) + sum(p.nbytes for p in model.parameters() if not p.is_meta)
-    while num_tokens > _FEWEST_TOKENS:
-        found = with_budget(num_tokens)[1]
-        if found.peak - found.program <= SHARE_OF_FREE * free:
+    if batches.device.type == "cpu":
+        free //= accelerator.num_processes
+    found = with_budget(num_tokens)[1]
+    while found.peak - found.program > SHARE_OF_FREE * free and num_tokens > _FEWEST_TOKENS:
+        smaller = with_budget(num_tokens // 2)[1]
+        if smaller.peak >= found.peak:
             break
-        num_tokens //= 2
-    return with_budget(broadcast_object_list([num_tokens])[0])
+        num_tokens, found = num_tokens // 2, smaller
+    if found.peak - found.program > free:
+        hint = "try `training.gradient_checkpointing: true`, `training.optimizer: adafactor`, a lower `data.max_length`"
+        console.warning(f"the run takes about {found.peak / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; {hint}")
+    return with_budget(min(gather_object([num_tokens])))
 
 
 def wanted_tokens(config: Config, model: PreTrainedModel, accelerator: Accelerator) -> int:
     """Return the tokens of a forward pass that are asked for; `auto`: as many as still gain speed."""
+    from accelerate.utils import broadcast_object_list
+
     from dpo_cli.modeling.speed import enough_tokens
 
     asked = config.training.micro_batch_tokens
-    return asked if asked != "auto" else enough_tokens(model, compute_dtype(accelerator), accelerator.device)
+    if asked != "auto":
+        return asked
+    # Measured by each rank and taken from one, so that all cut alike.
+    found = enough_tokens(model, compute_dtype(accelerator), accelerator.device)
+    return int(broadcast_object_list([found])[0])
 
 
 def estimate(
@@ -174,6 +201,7 @@ def estimate(
 
     from dpo_cli.data.schedule import MicroBatch
     from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
+    from dpo_cli.modeling.proof import REFUSALS
     from dpo_cli.training.optimizer import state_bytes
 
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
@@ -184,19 +212,20 @@ def estimate(
     largest = max(cuts, key=lambda cut: batches.layout.tokens(batches.pairs.sizes, cut.pairs))
     batch = dataclasses.replace(batches, device=torch.device("cpu"))(largest)
     weights = sum(parameter.nbytes for parameter in model.parameters())
+    recomputed, dtype = config.training.gradient_checkpointing, compute_dtype(accelerator)
+    try:
+        activations = activation_bytes(model, batches.layout, batch, dtype, recomputed=recomputed)
+    except REFUSALS:
+        # What this model computes depends on the values, which are not there.
+        activations = None
     return MemoryEstimate(
         program=program_bytes if batches.device.type == "cpu" else 0,
         weights=weights,
         reference=weights if config.reference.type == "frozen" else 0,
         optimizer=state_bytes(config.training.optimizer, model),
         gradients=weights,
-        activations=activation_bytes(
-            model,
-            batches.layout,
-            batch,
-            compute_dtype(accelerator),
-            recomputed=config.training.gradient_checkpointing,
-        ),
+        activations=activations or 0,
+        counted=activations is not None,
         logits=logits_bytes(model, batch),
         several=any(len(step.micro_batches) > 1 for step in steps),
     )

@@ -69,9 +69,12 @@ def header(
 
 def passes_facts(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:
     """Say how pairs go through the model, and what that takes in memory at the peak."""
+    activations = f"{_gib(memory.activations)} of it activations"
+    if not memory.counted:
+        activations = "and activations, which could not be counted beforehand"
     return {
         "layout": f"{batches.layout.name}, at most {batches.micro_batch_tokens:,} tokens a forward pass, or one pair",
-        "memory": f"about {_gib(memory.peak)} at the peak, {_gib(memory.activations)} of it activations",
+        "memory": f"about {_gib(memory.peak)} at the peak, {activations}",
     }
 
 
@@ -90,6 +93,7 @@ def print_plan(
     table = Table(box=None, pad_edge=False, show_header=False)
     asked = config.training.layout
     proviso = ", if it proves exact" if asked == "auto" and batches.layout.name == "packed" else ""
+    proviso_of_peak = "not all parts are there at once" if memory.counted else "and activations, not counted"
     rows = {
         "model": config.model.name,
         "parameters": f"{num_parameters:,}",
@@ -100,7 +104,7 @@ def print_plan(
         "layout": f"{batches.layout.name}{proviso}",
         "tokens of a forward pass": f"at most {batches.micro_batch_tokens:,}, or one pair",
         **{f"memory: {name}": _gib(size) for name, size in memory.parts().items() if size},
-        "memory: at the peak": f"{_gib(memory.peak)} (not all parts are there at once)",
+        "memory: at the peak": f"{_gib(memory.peak)} ({proviso_of_peak})",
         "output folder": config.output_dir,
     }
     for name, value in rows.items():

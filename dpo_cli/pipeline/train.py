@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,11 +99,15 @@ def train(
     if dry_run:
         layout = expected_layout(config, policy, data.pairs, accelerator)
         batches = Batches(data.pairs, layout, 0, accelerator.device)
-        batches, memory = settle_tokens(config, policy, batches, plan, accelerator, program_bytes)
+        batches, memory = settle_tokens(config, policy, batches, plan, accelerator, program_bytes, console)
         print_plan(config, data, plan, batches, memory, policy.num_parameters(), console)
         return
+    if accelerator.device.type == "cpu":
+        take_over_weights(policy)
     models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy)]))
-    layout = choose_layout(config, models, data.pairs, data.train.tolist(), accelerator, console, trained=True)
+    layout = choose_layout(
+        config, models, data.pairs, [*data.train.tolist(), *data.held_out.tolist()], accelerator, console, trained=True
+    )
     batches, memory = settle_tokens(
         config,
         policy,
@@ -112,15 +115,14 @@ def train(
         plan,
         accelerator,
         program_bytes,
+        console,
         folder.recorded("training.micro_batch_tokens") if resume else None,
     )
     config = with_tokens(config, batches.micro_batch_tokens)
     console.facts(passes_facts(batches, memory))
-    if accelerator.device.type == "cpu":
-        take_over_weights(policy)
-        if memory.activations > memory.weights + memory.optimizer:
-            # Then gaps of the size of the gradients are a small price for the time.
-            keep_freed_memory()
+    if accelerator.device.type == "cpu" and memory.activations > memory.weights + memory.optimizer:
+        # Then gaps of the size of the gradients are a small price for the time.
+        keep_freed_memory()
     run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)
     _check_model(run)
     done = _start_folder(run, resume=resume, overwrite=overwrite)
@@ -137,7 +139,7 @@ def _build(
     data: setup.RunData,
     plan: Plan,
     batches: Batches,
-    models: Sequence[PreTrainedModel],
+    models: list[PreTrainedModel],
     tokenizer: Any,
 ) -> _Run:
     """Open the reference before anything can change, then let Accelerate prepare the rest."""
@@ -158,7 +160,8 @@ def _build(
     with console.progress("reference log-probabilities", len(needed)) as progress:
         work = ReferenceWork(other, other is policy, accelerator, needed, without_gradient(batches), progress)
         reference = config.reference.open(work)
-    del work
+    # A cached reference needs its model no more.
+    del other, work, models[1:]
     if training.gradient_checkpointing:
         recompute_activations(policy)
     optimizer = build_optimizer(training.optimizer, policy, training.learning_rate, training.weight_decay)

@@ -55,7 +55,7 @@ def test_the_trained_model_and_every_checkpoint_load_as_hugging_face_folders(fin
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, run, result = finished
-    assert "checked: packed is padded" in result.stderr
+    assert "checked: packed gives what padded gives" in result.stderr
     assert "dpo_prefix_tree" not in (run / "final" / "config.json").read_text()
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     last = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-000008")

@@ -176,7 +176,7 @@ def test_what_can_be_packed_is_packed_and_the_proof_says_how_near_it_is(kind):
     chosen, said, warned = choose(build(kind), "auto")
     assert isinstance(chosen, Packed)
     assert not warned
-    assert said[0].startswith("checked: packed is padded")
+    assert said[0].startswith("checked: packed gives what padded gives")
 
 
 def test_a_proof_fails_on_what_is_not_a_number_and_on_a_gradient_alone():
