@@ -144,10 +144,10 @@ class _TokenLogps(torch.autograd.Function):
             weights = grad_logps[members].to(project.dtype)
             # d loss / d z, in the memory of the log-probabilities.
             grad = all_logps.exp_()
-            grad *= -torch.zeros(len(grad), dtype=project.dtype, device=grad.device).index_add_(0, place, weights)[
-                :, None
-            ]
-            grad.index_put_((place, targets[members]), weights, accumulate=True)
+            totals = torch.zeros(len(grad), dtype=project.dtype, device=grad.device).index_add_(0, place, weights)
+            grad *= -totals[:, None]
+            # On one axis the additions have an order, whatever the threads; a row may have one target twice.
+            grad.view(-1).index_add_(0, place * grad.shape[1] + targets[members], weights)
             if slope is not None:
                 grad *= slope
             if project.scale != 1.0:

@@ -79,7 +79,6 @@ def train(
             return
     console.notice("loading …")
     from dpo_cli.data.tokenize import end_tokens
-    from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import empty_policy, load_policy
     from dpo_cli.modeling.memory import resident_bytes
@@ -102,32 +101,43 @@ def train(
         batches, memory = settle_tokens(config, policy, batches, plan, accelerator, program_bytes, console)
         print_plan(config, data, plan, batches, memory, policy.num_parameters(), console)
         return
-    if accelerator.device.type == "cpu":
-        take_over_weights(policy)
     models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy)]))
-    layout = choose_layout(
-        config, models, data.pairs, [*data.train.tolist(), *data.held_out.tolist()], accelerator, console, trained=True
-    )
-    batches, memory = settle_tokens(
-        config,
-        policy,
-        Batches(data.pairs, layout, 0, accelerator.device),
-        plan,
-        accelerator,
-        program_bytes,
-        console,
-        folder.recorded("training.micro_batch_tokens") if resume else None,
-    )
-    config = with_tokens(config, batches.micro_batch_tokens)
-    console.facts(passes_facts(batches, memory))
-    if accelerator.device.type == "cpu" and memory.activations > memory.weights + memory.optimizer:
-        # Then gaps of the size of the gradients are a small price for the time.
-        keep_freed_memory()
+    config, batches = _settle_passes(config, folder, console, accelerator, data, plan, models, program_bytes, resume)
     run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)
     _check_model(run)
     done = _start_folder(run, resume=resume, overwrite=overwrite)
     _walk(run, done)
     accelerator.end_training()
+
+
+def _settle_passes(
+    config: Config,
+    folder: RunFolder,
+    console: Console,
+    accelerator: Accelerator,
+    data: setup.RunData,
+    plan: Plan,
+    models: list[PreTrainedModel],
+    program_bytes: int,
+    resume: bool,
+) -> tuple[Config, Batches]:
+    """Settle layout, tokens and memory of a forward pass; return the configuration that says so, and the batches."""
+    from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
+    from dpo_cli.modeling.batch import Batches
+
+    on_cpu, policy = accelerator.device.type == "cpu", models[0]
+    if on_cpu:
+        take_over_weights(policy)
+    scored = [*data.train.tolist(), *data.held_out.tolist()]
+    layout = choose_layout(config, models, data.pairs, scored, accelerator, console, trained=True)
+    unsettled = Batches(data.pairs, layout, 0, accelerator.device)
+    resumed = folder.recorded("training.micro_batch_tokens") if resume else None
+    batches, memory = settle_tokens(config, policy, unsettled, plan, accelerator, program_bytes, console, resumed)
+    console.facts(passes_facts(batches, memory))
+    if on_cpu and memory.activations > memory.weights + memory.optimizer:
+        # Then gaps of the size of the gradients are a small price for the time.
+        keep_freed_memory()
+    return with_tokens(config, batches.micro_batch_tokens), batches
 
 
 def _build(

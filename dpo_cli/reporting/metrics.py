@@ -21,7 +21,7 @@ PAIR_METRICS = (
 )
 """What is known of every pair; a metric of this name is its mean over pairs."""
 
-TIE = 1e-5
+TIE = 1e-4
 """Rewards this near are equal: a policy that equals its reference scores as much by rounding alone."""
 
 
