@@ -47,6 +47,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path):
             "micro_batch_tokens": "auto",
             "shuffle": True,
             "layout": "auto",
+            "optimizer": "adamw",
             "learning_rate": 1.0e-6,
             "schedule": "linear",
             "warmup_ratio": 0.1,

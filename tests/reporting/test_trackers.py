@@ -52,6 +52,6 @@ def test_pair_values_are_columns_in_the_order_of_their_names_and_a_tie_is_half()
     values = pair_values(torch.zeros(3), chosen, rejected, torch.ones(3), -torch.ones(3))
     column = {name: values[:, place].tolist() for place, name in enumerate(PAIR_METRICS)}
     assert column["rewards/accuracies"] == [1.0, 0.5, 0.0]
-    assert column["rewards/margins"] == pytest.approx([1.0, 0.0, -2.0], abs=1e-5)
+    assert column["rewards/margins"] == pytest.approx([1.0, 0.0, -2.0], abs=TIE)
     assert column["logps/rejected"] == [-1.0] * 3
     assert values.dtype == torch.float64
