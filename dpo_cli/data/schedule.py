@@ -7,6 +7,7 @@ every pair by one over the pairs of its step.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ class PairSizes:
     prompt_ids: NDArray[np.int64]
     opening: int = 0
 
-    @property
+    @functools.cached_property
     def longest(self) -> NDArray[np.int64]:
         """Tokens of each pair's longer sequence, prompt included, `[pairs]`."""
         return self.prompts + np.maximum(self.chosen, self.rejected)
@@ -178,12 +179,10 @@ def cut_packed(sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int
     for index in indices:
         by_prompt.setdefault((int(sizes.prompt_ids[index]), int(sizes.prompts[index])), []).append(index)
     ordered = list(itertools.chain.from_iterable(by_prompt.values()))
-    num_cuts = len(_filled(sizes, ordered, micro_batch_tokens, micro_batch_tokens))
-    total = packed_tokens(sizes, ordered)
+    full = _filled(sizes, ordered, micro_batch_tokens, micro_batch_tokens)
     # Even cuts run faster than full ones and a remainder; where pairs are too uneven for that, full ones do.
-    even = _filled(sizes, ordered, micro_batch_tokens, total / max(1, num_cuts))
-    cuts = even if len(even) <= num_cuts else _filled(sizes, ordered, micro_batch_tokens, micro_batch_tokens)
-    return [MicroBatch(tuple(cut)) for cut in cuts]
+    even = _filled(sizes, ordered, micro_batch_tokens, packed_tokens(sizes, ordered) / max(1, len(full)))
+    return [MicroBatch(tuple(cut)) for cut in (even if len(even) <= len(full) else full)]
 
 
 def packed_tokens(sizes: PairSizes, ordered: Sequence[int]) -> int:

@@ -26,7 +26,7 @@ precision that is computed in."""
 NORM_TOLERANCE = {"no": 1e-3, "bf16": 0.05, "fp16": 0.02}
 """The same of the gradient's norm, as a share of it."""
 
-REFUSALS = (CannotPack, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, NotImplementedError)
+REFUSALS = (CannotPack, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 """What architectures that cannot be packed raise: they were never made for it, and say so in their own ways."""
 
 

@@ -48,7 +48,7 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     base = load_policy(config.model.name).to(accelerator.device)
     check_fits(pairs, base, "`model.name`")
     base = reference_model(config.reference.model, base)
-    layout = choose_layout(config, [base], pairs, held_out.tolist(), accelerator, console, trained=False)
+    layout = choose_layout(config, [base], pairs, held_out, accelerator, console, trained=False)
     batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, base, accelerator), accelerator.device))
     with console.progress("reference log-probabilities", len(held_out)) as progress:
         work = ReferenceWork(base, False, accelerator, held_out, batches, progress)
@@ -57,7 +57,7 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     del base, work
     policy = load_policy(scored).to(accelerator.device)
     check_fits(pairs, policy, scored)
-    layout = choose_layout(config, [policy], pairs, held_out.tolist(), accelerator, console, trained=False)
+    layout = choose_layout(config, [policy], pairs, held_out, accelerator, console, trained=False)
     if layout is not batches.layout and config.reference.type == "frozen":
         hint = "set `training.layout=padded`, which both can read"
         raise UserError("the model and its frozen reference can be packed only one of them", scored, hint)

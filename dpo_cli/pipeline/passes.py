@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import heapq
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,8 +13,10 @@ from dpo_cli.errors import UserError
 from dpo_cli.reporting.console import Console
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from accelerate import Accelerator
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
     from dpo_cli.data.prepared import PreparedPairs
@@ -34,7 +35,7 @@ def choose_layout(
     config: Config,
     models: Sequence[PreTrainedModel],
     pairs: PreparedPairs,
-    indices: Sequence[int],
+    indices: NDArray[np.int64],
     accelerator: Accelerator,
     console: Console,
     *,
@@ -65,8 +66,8 @@ def choose_layout(
     wanted = config.training.layout
     if wanted == "padded":
         return LAYOUTS[wanted]
-    lengths = pairs.sizes.longest
-    longest, *shortest = max(indices, key=lambda i: lengths[i]), *heapq.nsmallest(2, indices, key=lambda i: lengths[i])
+    lengths = pairs.sizes.longest[indices]
+    longest, shortest = indices[lengths.argmax()], indices[lengths.argsort(kind="stable")[:2]]
     seen = [pairs[index] for index in dict.fromkeys([longest, *shortest])]
     learnt = [pairs[index] for index in shortest] if trained else []
     before = [model.config._attn_implementation for model in models]
@@ -122,7 +123,8 @@ def expected_layout(config: Config, model: PreTrainedModel, pairs: PreparedPairs
 def settle_tokens(
     config: Config,
     model: PreTrainedModel,
-    batches: Batches,
+    pairs: PreparedPairs,
+    layout: Layout,
     plan: Plan,
     accelerator: Accelerator,
     program_bytes: int,
@@ -137,7 +139,8 @@ def settle_tokens(
     Args:
         config: Asks for a number, or for `auto`.
         model: The policy; its weights may be missing.
-        batches: The run's pairs in their layout, their budget still open.
+        pairs: The run's pairs.
+        layout: How they are laid out.
         plan: The run's steps.
         accelerator: Knows device and precision.
         program_bytes: What the process held before the model was loaded.
@@ -149,29 +152,33 @@ def settle_tokens(
     """
     from accelerate.utils import gather_object
 
+    from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.memory import free_bytes
 
-    def with_budget(num_tokens: int) -> tuple[Batches, MemoryEstimate]:
-        settled = dataclasses.replace(batches, micro_batch_tokens=num_tokens)
-        return settled, estimate(config, model, settled, plan, accelerator, program_bytes)
+    device = accelerator.device
 
-    asked = config.training.micro_batch_tokens
-    if asked != "auto" or resumed:
-        return with_budget(resumed if asked == "auto" and resumed else int(asked))
-    num_tokens = wanted_tokens(config, model, accelerator)
-    free = free_bytes(batches.device) + sum(p.nbytes for p in model.parameters() if not p.is_meta)
-    if batches.device.type == "cpu":
+    def with_budget(num_tokens: int) -> tuple[Batches, MemoryEstimate]:
+        batches = Batches(pairs, layout, num_tokens, device)
+        return batches, estimate(config, model, batches, plan, accelerator, program_bytes)
+
+    if config.training.micro_batch_tokens != "auto":
+        return with_budget(config.training.micro_batch_tokens)
+    if resumed:
+        return with_budget(resumed)
+    batches, found = with_budget(wanted_tokens(config, model, accelerator))
+    free = free_bytes(device) + sum(p.nbytes for p in model.parameters() if not p.is_meta)
+    if device.type == "cpu":
         free //= accelerator.num_processes
-    found = with_budget(num_tokens)[1]
-    while found.peak - found.program > SHARE_OF_FREE * free and num_tokens > _FEWEST_TOKENS:
-        smaller = with_budget(num_tokens // 2)[1]
+    while found.peak - found.program > SHARE_OF_FREE * free and batches.micro_batch_tokens > _FEWEST_TOKENS:
+        fewer, smaller = with_budget(batches.micro_batch_tokens // 2)
         if smaller.peak >= found.peak:
             break
-        num_tokens, found = num_tokens // 2, smaller
+        batches, found = fewer, smaller
     if found.peak - found.program > free:
         hint = "try `training.gradient_checkpointing: true`, `training.optimizer: adafactor`, a lower `data.max_length`"
         console.warning(f"the run takes about {found.peak / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; {hint}")
-    return with_budget(min(gather_object([num_tokens])))
+    fewest = min(gather_object([batches.micro_batch_tokens]))
+    return (batches, found) if fewest == batches.micro_batch_tokens else with_budget(fewest)
 
 
 def wanted_tokens(config: Config, model: PreTrainedModel, accelerator: Accelerator) -> int:
@@ -207,9 +214,9 @@ def estimate(
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     steps = list(itertools.islice(plan.steps(batches.cut, 0, rank, num_ranks), _STEPS_LOOKED_AT))
     cuts = [cut for step in steps for cut in step.micro_batches]
-    longest = max(plan.indices.tolist(), key=lambda index: int(batches.pairs.sizes.longest[index]))
-    cuts.append(MicroBatch((longest,)))
-    largest = max(cuts, key=lambda cut: batches.layout.tokens(batches.pairs.sizes, cut.pairs))
+    sizes = batches.pairs.sizes
+    cuts.append(MicroBatch((int(plan.indices[sizes.longest[plan.indices].argmax()]),)))
+    largest = max(cuts, key=lambda cut: batches.layout.tokens(sizes, cut.pairs))
     batch = dataclasses.replace(batches, device=torch.device("cpu"))(largest)
     weights = sum(parameter.nbytes for parameter in model.parameters())
     recomputed, dtype = config.training.gradient_checkpointing, compute_dtype(accelerator)

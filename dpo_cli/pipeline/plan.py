@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from dpo_cli.config import Config
 from dpo_cli.errors import UserError
 from dpo_cli.pipeline import setup
+from dpo_cli.pipeline.passes import compute_dtype
 from dpo_cli.reporting.console import Console
 from dpo_cli.training.run_folder import RunFolder
 
@@ -54,7 +55,7 @@ def header(
 ) -> dict[str, str]:
     """Say what is about to run."""
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}[accelerator.mixed_precision]
+    precision = str(compute_dtype(accelerator)).removeprefix("torch.")
     return {
         "model": f"{config.model.name} ({type(policy).__name__})",
         "parameters": f"{sum(parameter.numel() for parameter in policy.parameters()):,}",

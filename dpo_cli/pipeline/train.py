@@ -79,7 +79,6 @@ def train(
             return
     console.notice("loading …")
     from dpo_cli.data.tokenize import end_tokens
-    from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import empty_policy, load_policy
     from dpo_cli.modeling.memory import resident_bytes
     from dpo_cli.preference.reference import reference_model
@@ -97,8 +96,7 @@ def train(
         console.notice(f"checked: {proved}")
     if dry_run:
         layout = expected_layout(config, policy, data.pairs, accelerator)
-        batches = Batches(data.pairs, layout, 0, accelerator.device)
-        batches, memory = settle_tokens(config, policy, batches, plan, accelerator, program_bytes, console)
+        batches, memory = settle_tokens(config, policy, data.pairs, layout, plan, accelerator, program_bytes, console)
         print_plan(config, data, plan, batches, memory, policy.num_parameters(), console)
         return
     models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy)]))
@@ -122,17 +120,19 @@ def _settle_passes(
     resume: bool,
 ) -> tuple[Config, Batches]:
     """Settle layout, tokens and memory of a forward pass; return the configuration that says so, and the batches."""
+    import numpy as np
+
     from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
-    from dpo_cli.modeling.batch import Batches
 
     on_cpu, policy = accelerator.device.type == "cpu", models[0]
     if on_cpu:
         take_over_weights(policy)
-    scored = [*data.train.tolist(), *data.held_out.tolist()]
+    scored = np.concatenate([data.train, data.held_out])
     layout = choose_layout(config, models, data.pairs, scored, accelerator, console, trained=True)
-    unsettled = Batches(data.pairs, layout, 0, accelerator.device)
     resumed = folder.recorded("training.micro_batch_tokens") if resume else None
-    batches, memory = settle_tokens(config, policy, unsettled, plan, accelerator, program_bytes, console, resumed)
+    batches, memory = settle_tokens(
+        config, policy, data.pairs, layout, plan, accelerator, program_bytes, console, resumed
+    )
     console.facts(passes_facts(batches, memory))
     if on_cpu and memory.activations > memory.weights + memory.optimizer:
         # Then gaps of the size of the gradients are a small price for the time.

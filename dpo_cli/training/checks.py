@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dpo_cli.data.prepared import PreparedPairs
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.proof import TOKEN_TOLERANCE
 from dpo_cli.preference.scoring import score_pairs
 
 if TYPE_CHECKING:
@@ -23,9 +24,6 @@ if TYPE_CHECKING:
     from dpo_cli.modeling.scorer import Scorer
     from dpo_cli.preference.losses import Loss
     from dpo_cli.preference.reference import ReferenceLogps
-
-_TOLERANCE = {"no": 1e-4, "bf16": 0.3, "fp16": 0.05}
-"""Largest difference, in nats a token, that rounding explains, by Accelerate's name of the precision."""
 
 _TAIL = 8
 """Tokens at a response's end among which its end token must stand."""
@@ -113,7 +111,7 @@ def check_model(
     Raises:
         UserError: One does not hold.
     """
-    tolerance = _TOLERANCE[accelerator.mixed_precision]
+    tolerance = TOKEN_TOLERANCE[accelerator.mixed_precision]
     with accelerator.autocast():
         difference = inner.largest_difference(shortest)
     if not math.isfinite(difference):

@@ -131,7 +131,7 @@ def choose(model, layout):
     console = SimpleNamespace(notice=said.append, warning=warned.append)
     config = Config(model="m", training={"layout": layout})
     accelerator = Accelerator(cpu=True)
-    chosen = choose_layout(config, [model], Held(PAIRS), range(len(PAIRS)), accelerator, console, trained=True)
+    chosen = choose_layout(config, [model], Held(PAIRS), np.arange(len(PAIRS)), accelerator, console, trained=True)
     return chosen, said, warned
 
 
