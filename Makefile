@@ -71,8 +71,8 @@ $(BENCH_INSTALLED): $(INSTALLED)
 bench: $(BENCH_INSTALLED) model
 	$(BIN)/python scripts/benchmark.py $(BENCH)
 
-bench-prepare: install
-	$(BIN)/python scripts/bench_prepare.py
+bench-prepare: install model
+	$(BIN)/python scripts/bench_prepare.py $(BENCH)
 
 bench-scaling: install model
 	$(BIN)/python scripts/bench_scaling.py $(BENCH)

@@ -1,10 +1,11 @@
 """Measure `dpo prepare-data`: rows per second, and the peak memory of the program and its workers.
 
-    python scripts/bench_prepare.py MODEL [--pairs FILE.jsonl] [--rows 10000 100000 1000000] [--trl-rows 4000]
+    python scripts/bench_prepare.py [--model MODEL] [--pairs FILE.jsonl] [--rows 10000 100000 1000000] [--trl-rows 4000]
 
-MODEL is a folder or Hub id whose tokenizer has a chat template. The rows are made from the demo pairs, joined until
-a pair has about 200 tokens, or taken from a file, over and over. Each count is prepared by a process of its own with
-an empty cache. The rate is that of the preparation: the time of the command less the time it takes for ten rows.
+MODEL is a folder, a .gguf file or a Hub id whose tokenizer has a chat template; by default the demo model. The rows
+are made from the demo pairs, joined until a pair has about 200 tokens, or taken from a file, over and over. Each
+count is prepared by a process of its own with an empty cache. The rate is that of the preparation: the time of the
+command less the time it takes for ten rows.
 The memory is the resident set of the process and its workers together, libraries that they share counted for each
 of them (Linux). Where `trl` can be imported, its preparation of the same rows, in memory, is measured beside it: before
 and after, for a machine has better and worse minutes.
@@ -27,7 +28,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-DEMO_PAIRS = Path(__file__).parent.parent / "configs" / "demo" / "pairs.jsonl"
+from benchmark_runs import DEMO_MODEL, DEMO_PAIRS
+from benchmark_work import model_folder
+
 _RESIDENT = re.compile(r"^VmRSS:\s+(\d+) kB", re.MULTILINE)
 
 
@@ -105,28 +108,30 @@ def trl_rate(model: str, rows: list[dict[str, str]]) -> float:
 def main() -> None:
     """Measure every count of rows and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
+    parser.add_argument("--model", default=str(DEMO_MODEL))
     parser.add_argument("--pairs", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--trl-rows", type=int, default=4_000)
     options = parser.parse_args()
     compares = options.trl_rows and importlib.util.find_spec("trl")
     some = list(itertools.islice(rows_of(options.pairs), options.trl_rows))
-    trl = [trl_rate(options.model, some)] if compares else []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        model = model_folder(options.model, folder)
+        trl = [trl_rate(model, some)] if compares else []
         source, start_seconds = folder / "rows.jsonl", 0.0
         for count in (10, *options.rows):
             with source.open("w", encoding="utf-8") as file:
                 for row in itertools.islice(rows_of(options.pairs), count):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            seconds, megabytes = prepare(options.model, source, folder)
+            seconds, megabytes = prepare(model, source, folder)
             start_seconds = start_seconds or seconds
             rate = f"{count / (seconds - start_seconds):8,.0f} rows/s" if seconds > start_seconds else " " * 15
             sys.stdout.write(f"{count:>10,} rows {seconds:8.1f} s {rate} {megabytes:8.0f} MB at most\n")
             sys.stdout.flush()
+        if compares:
+            trl.append(trl_rate(model, some))
     if compares:
-        trl.append(trl_rate(options.model, some))
         sys.stdout.write(f"TRL, {len(some):,} rows: {trl[0]:,.0f} and {trl[1]:,.0f} rows/s\n")
 
 

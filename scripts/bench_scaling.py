@@ -16,10 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark_runs import ROOT, Run, Work, run_ours
-
-DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
+from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, Run, Work, run_ours
 
 
 def distinct_pairs(num_pairs: int, target: Path) -> None:

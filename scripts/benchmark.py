@@ -24,11 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, write_report
-from benchmark_runs import ROOT, RunFailed, Work, ask, run_ours, run_theirs
+from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, ROOT, RunFailed, Work, ask, run_ours, run_theirs
 from pydantic import ValidationError
 
-DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
 PACKAGES = {"dpo": "dpo-cli", "trl": "trl", "torch": "torch", "transformers": "transformers"}
 WORKLOADS = ("short", "long")
 

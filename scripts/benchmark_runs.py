@@ -17,6 +17,8 @@ import yaml
 from benchmark_report import Run
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
 SCRIPTS = ROOT / "scripts"
 LINES_OF_A_FAILURE = 20
 

@@ -164,6 +164,18 @@ def token_lengths(rows: Sequence[Row], tokenizer: Any) -> list[Lengths]:
     return [Lengths(len(pair.prompt), len(pair.chosen), len(pair.rejected)) for pair in pairs]
 
 
+def model_folder(model: str, folder: Path) -> str:
+    """Return a model's folder or Hub id; a .gguf file becomes a folder first, which every trainer can read."""
+    from dpo_cli.modeling import loading
+
+    if Path(model).suffix.lower() != ".gguf":
+        return model
+    target = folder / "model"
+    tokenizer = loading.load_tokenizer(model)
+    with loading.saved_model(target, loading.load_policy(model), tokenizer, "converting the model"):
+        return str(target)
+
+
 def prepare(request: dict[str, Any]) -> dict[str, Any]:
     """Make the model a folder, write the pairs of each workload and count what they cost.
 
@@ -177,11 +189,8 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
     from dpo_cli.modeling import loading
 
     folder = Path(request["folder"])
-    model, tokenizer = request["model"], loading.load_tokenizer(request["model"])
-    if Path(model).suffix.lower() == ".gguf":
-        target = folder / "model"
-        with loading.saved_model(target, loading.load_policy(model), tokenizer, "converting the model"):
-            model = str(target)
+    model = model_folder(request["model"], folder)
+    tokenizer = loading.load_tokenizer(model)
     costs, not_counted = None, None
     try:
         costs = arithmetic(loading.empty_policy(model))
