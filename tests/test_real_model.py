@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import check_losses
 import pytest
+from benchmark_runs import run_process
 
-from tests.conftest import DEMO_PAIRS, GGUF, ROOT, dpo_command, make_config
+from tests.conftest import DEMO_PAIRS, GGUF, dpo_command, make_config
 
 pytestmark = pytest.mark.real_model
 
 
-@pytest.fixture(scope="module")
-def check_losses():
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import check_losses
-    finally:
-        sys.path.pop(0)
-    return check_losses
-
-
-def test_a_few_steps_log_the_losses_of_an_independent_trainer(check_losses, tmp_path):
+def test_a_few_steps_log_the_losses_of_an_independent_trainer(tmp_path):
     assert check_losses.largest_difference("demo", DEMO_PAIRS, tmp_path) <= check_losses.TOLERANCE
 
 
@@ -54,16 +44,6 @@ def test_the_gguf_file_becomes_an_ordinary_model_once_and_answers_with_sense():
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
 
 
-def peak_bytes(command):
-    """Run a command and return the most memory that it held, with what it printed."""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        printed = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, printed
-    return usage.ru_maxrss * 1024, printed
-
-
 @pytest.mark.parametrize("pairs_per_step", [4, 16])
 def test_a_dry_run_tells_the_memory_of_the_run_within_15_percent(tmp_path, pairs_per_step):
     """Four pairs make one forward pass a step; sixteen make several, so that gradients stand meanwhile."""
@@ -75,7 +55,7 @@ def test_a_dry_run_tells_the_memory_of_the_run_within_15_percent(tmp_path, pairs
         data={"eval": None},
         checkpoints={"every_steps": 100},
     )
-    printed = peak_bytes(dpo_command("train", "--config", config, "--dry-run"))[1]
+    printed = run_process(dpo_command("train", "--config", config, "--dry-run"), dict(os.environ)).output
     estimate = float(re.search(r"at the peak\s+([\d.]+) GiB", printed)[1]) * 2**30
-    measured, _ = peak_bytes(dpo_command("train", "--config", config))
+    measured = run_process(dpo_command("train", "--config", config), dict(os.environ)).peak_bytes
     assert estimate == pytest.approx(measured, rel=0.15)
