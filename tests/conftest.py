@@ -17,6 +17,8 @@ import yaml
 # Read when the Hub's library is imported, which test modules do while they are collected.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
+# As many test processes run as there are cores; threads of each would wait for each other's.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
 DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
@@ -32,10 +34,6 @@ CHATML = (
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep the user's cache out of the tests."""
     os.environ["DPO_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
-    # Matrices this small are slower on two threads than on one.
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
