@@ -65,13 +65,13 @@ def prove(
 
     Args:
         model: The model; its gradients are cleared.
-        seen: Pairs whose response tokens are all compared.
-        trained: Pairs for which the gradient is compared; none: the gradient is not looked at.
+        seen: Pairs whose response tokens are all compared, without a gradient.
+        trained: Further pairs, for which the gradient is compared as well; none: it is not looked at.
         autocast: Opens the precision that the run computes in.
     """
     padded, packed = Padded(), Packed()
     with autocast():
-        expected, expected_norm = _answers(model, padded, seen), _gradient_norm(model, padded, trained)
+        expected, expected_norm = _answers(model, padded, seen, trained)
     if not torch.isfinite(expected).all():
         # A model that is broken under both layouts; the checks that follow say so.
         packed.prepare(model)
@@ -79,7 +79,7 @@ def prove(
     try:
         packed.prepare(model)
         with autocast():
-            found, norm = _answers(model, packed, seen), _gradient_norm(model, packed, trained)
+            found, norm = _answers(model, packed, seen, trained)
     except torch.OutOfMemoryError:
         raise
     except REFUSALS as error:
@@ -90,30 +90,38 @@ def prove(
     return Proof(difference, abs(norm - expected_norm) / expected_norm if trained else 0.0)
 
 
-@torch.no_grad()
-def _answers(model: PreTrainedModel, layout: Layout, pairs: Sequence[TokenizedPair]) -> Tensor:
-    """Return the log-probabilities of all response tokens; of each pair alone, then of all of them together."""
-    scorer = Scorer(model)
-    cuts = [[pair] for pair in pairs] if isinstance(layout, Padded) else [list(pairs)]
-    by_cut = []
-    for cut in cuts:
-        batch = layout.batch(range(len(cut)), cut).to(model.device)
-        tokens = scorer(batch).split(list(batch.lengths))
-        by_cut.append((tokens[: len(cut)], tokens[len(cut) :]))
-    return torch.cat([t for chosen, _ in by_cut for t in chosen] + [t for _, rejected in by_cut for t in rejected])
+def _answers(
+    model: PreTrainedModel, layout: Layout, seen: Sequence[TokenizedPair], trained: Sequence[TokenizedPair]
+) -> tuple[Tensor, float]:
+    """Return the log-probabilities of all response tokens, pair by pair, and the norm of a gradient.
+
+    It is the gradient of what pulls the chosen responses of `trained` up and the rejected ones down, half as hard.
+    """
+    score = Scorer(model)
+    answers, norm = [], 0.0
+    with torch.no_grad():
+        # What is padded goes through alone, what is packed together with all others.
+        for cut in [[pair] for pair in seen] if isinstance(layout, Padded) else [list(seen)] if seen else []:
+            batch = layout.batch(range(len(cut)), cut).to(model.device)
+            answers += _by_pair(score(batch), batch.lengths)
+    if trained:
+        batch = layout.batch(range(len(trained)), trained).to(model.device)
+        tokens = score(batch)
+        num_chosen = sum(batch.lengths[: len(trained)])
+        (tokens[:num_chosen].sum() - tokens[num_chosen:].sum() / 2).backward()
+        norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
+        norm = float(torch.stack(norms).norm())
+        model.zero_grad(set_to_none=True)
+        answers += _by_pair(tokens.detach(), batch.lengths)
+    return torch.cat(answers), norm
 
 
-def _gradient_norm(model: PreTrainedModel, layout: Layout, pairs: Sequence[TokenizedPair]) -> float:
-    """Return the norm of the gradient of what pulls chosen responses up and rejected ones down, half as hard."""
-    if not pairs:
-        return 0.0
-    batch = layout.batch(range(len(pairs)), pairs).to(model.device)
-    tokens = Scorer(model)(batch)
-    num_chosen = sum(batch.lengths[: len(pairs)])
-    (tokens[:num_chosen].sum() - tokens[num_chosen:].sum() / 2).backward()
-    norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
-    model.zero_grad(set_to_none=True)
-    return float(torch.stack(norms).norm())
+def _by_pair(tokens: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Return the tokens of each pair's chosen and rejected response, pair by pair."""
+    responses = tokens.split(list(lengths))
+    return [
+        torch.cat(pair) for pair in zip(responses[: len(responses) // 2], responses[len(responses) // 2 :], strict=True)
+    ]
 
 
 def _reason(error: Exception) -> str:

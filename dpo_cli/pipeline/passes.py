@@ -68,12 +68,12 @@ def choose_layout(
         return LAYOUTS[wanted]
     lengths = pairs.sizes.longest[indices]
     longest, shortest = indices[lengths.argmax()], indices[lengths.argsort(kind="stable")[:2]]
-    seen = [pairs[index] for index in dict.fromkeys([longest, *shortest])]
-    learnt = [pairs[index] for index in shortest] if trained else []
+    learnt = list(shortest) if trained else []
+    seen = [index for index in dict.fromkeys([longest, *shortest]) if index not in learnt]
     before = [model.config._attn_implementation for model in models]
     found = ""
     for model in models:
-        proof = prove(model, seen, learnt, accelerator.autocast)
+        proof = prove(model, [pairs[i] for i in seen], [pairs[i] for i in learnt], accelerator.autocast)
         # All ranks take the same layout, so the one that fails decides.
         found = next(filter(None, gather_object([proof.fails(accelerator.mixed_precision)])), "")
         if found:

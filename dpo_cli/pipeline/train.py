@@ -101,8 +101,10 @@ def train(
         return
     models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy)]))
     config, batches = _settle_passes(config, folder, console, accelerator, data, plan, models, program_bytes, resume)
+    _check_logps(policy, plan, batches, accelerator, console)
     run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)
-    _check_model(run)
+    if config.reference.model is None:
+        _check_reference(run)
     done = _start_folder(run, resume=resume, overwrite=overwrite)
     _walk(run, done)
     accelerator.end_training()
@@ -138,6 +140,18 @@ def _settle_passes(
         # Then gaps of the size of the gradients are a small price for the time.
         keep_freed_memory()
     return with_tokens(config, batches.micro_batch_tokens), batches
+
+
+def _check_logps(
+    policy: PreTrainedModel, plan: Plan, batches: Batches, accelerator: Accelerator, console: Console
+) -> None:
+    """Prove on the shortest pair, before hours go into a reference, that log-probabilities are the model's own."""
+    from dpo_cli.data.schedule import MicroBatch
+    from dpo_cli.modeling.scorer import Scorer
+    from dpo_cli.training.checks import check_logps
+
+    shortest = int(plan.indices[batches.pairs.sizes.longest[plan.indices].argmin()])
+    console.notice(f"checked: {check_logps(Scorer(policy), batches(MicroBatch((shortest,))), accelerator)}")
 
 
 def _build(
@@ -196,25 +210,15 @@ def _build(
     )
 
 
-def _check_model(run: _Run) -> None:
-    """Prove what can be proved of the model on a micro-batch of step 1, before anything has moved."""
-    from dpo_cli.data.schedule import MicroBatch
-    from dpo_cli.training.checks import check_model
+def _check_reference(run: _Run) -> None:
+    """Prove on pairs of step 1, before anything has moved, that training starts where the reference stands."""
+    from dpo_cli.training.checks import check_reference
 
-    accelerator, lengths = run.accelerator, run.data.pairs.sizes.longest
+    accelerator = run.accelerator
     first = next(run.plan.steps(run.batches.cut, 0, accelerator.process_index, accelerator.num_processes))
-    shortest = min(first.pairs, key=lambda index: (int(lengths[index]), index))
-    for proved in check_model(
-        run.scorer,
-        run.inner,
-        run.config.loss,
-        run.reference,
-        run.batches(MicroBatch((shortest,))),
-        run.batches(first.micro_batches[-1]),
-        accelerator,
-        separate_reference=run.config.reference.model is not None,
-    ):
-        run.console.notice(f"checked: {proved}")
+    batch = run.batches(first.micro_batches[-1])
+    proved = check_reference(run.scorer, run.config.loss, run.reference, batch, accelerator)
+    run.console.notice(f"checked: {proved}")
 
 
 def _start_folder(run: _Run, *, resume: bool, overwrite: bool) -> int:

@@ -82,57 +82,53 @@ def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int
     yield f"the prompt's tokens are a true prefix of both sequences in every pair{apart}"
 
 
-def check_model(
-    scorer: nn.Module,
-    inner: Scorer,
-    loss: Loss,
-    reference: ReferenceLogps,
-    shortest: PairBatch,
-    batch: PairBatch,
-    accelerator: Accelerator,
-    *,
-    separate_reference: bool,
-) -> Iterator[str]:
-    """Prove of the pairs of step 1 what the model must fulfil.
+def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -> str:
+    """Prove that log-probabilities are those of the model's own logits; return a line that says so.
 
     Args:
-        scorer: The prepared scorer, as the loop calls it.
-        inner: The `Scorer` inside.
-        loss: The loss.
-        reference: The reference.
-        shortest: The shortest pair of step 1 alone: of this one, all logits are made.
-        batch: A micro-batch of step 1.
+        scorer: The policy's.
+        shortest: One short pair: of this one, all logits are made.
         accelerator: Knows the precision.
-        separate_reference: Whether the reference is another model than the policy before step 1.
-
-    Yields:
-        A line for each thing that holds.
 
     Raises:
-        UserError: One does not hold.
+        UserError: They are not, or not finite.
     """
-    tolerance = TOKEN_TOLERANCE[accelerator.mixed_precision]
     with accelerator.autocast():
-        difference = inner.largest_difference(shortest)
+        difference = scorer.largest_difference(shortest)
     if not math.isfinite(difference):
         what = "the model's log-probabilities are not finite before step 1"
         hint = "its weights are damaged, or its precision is too low: download it again, or set `model.dtype: float32`"
-        raise UserError(what, type(inner.policy).__name__, hint)
-    if not difference <= tolerance:
+        raise UserError(what, type(scorer.policy).__name__, hint)
+    if not difference <= TOKEN_TOLERANCE[accelerator.mixed_precision]:
         what = f"log-probabilities differ from the model's own by {difference:.2g} nats a token"
-        raise UserError(what, type(inner.policy).__name__, "this architecture treats its logits in its own way")
-    yield f"log-probabilities are the model's own (largest difference {difference:.1g} nats a token)"
-    if separate_reference:
-        return
+        raise UserError(what, type(scorer.policy).__name__, "this architecture treats its logits in its own way")
+    return f"log-probabilities are the model's own (largest difference {difference:.1g} nats a token)"
+
+
+def check_reference(
+    scorer: nn.Module, loss: Loss, reference: ReferenceLogps, batch: PairBatch, accelerator: Accelerator
+) -> str:
+    """Prove that the policy equals its reference before step 1; return a line that says so.
+
+    Args:
+        scorer: The prepared scorer, as the loop calls it.
+        loss: The loss.
+        reference: The reference, which is the policy before step 1.
+        batch: Pairs of step 1.
+        accelerator: Knows the precision.
+
+    Raises:
+        UserError: The loss is another than that of two equal models.
+    """
     with torch.no_grad():
         pairs, values = score_pairs(scorer, loss, reference, batch)
     expected, found = loss.at_reference(), float(pairs.losses.mean())
     # A loss moves with β times the sum of its tokens' differences, at most.
-    allowed = tolerance * max(batch.lengths) * loss.beta
+    allowed = TOKEN_TOLERANCE[accelerator.mixed_precision] * max(batch.lengths) * loss.beta
     if not abs(found - expected) <= allowed:
         what = f"the loss before step 1 is {found:.6f} instead of {expected:.6f}: the policy is not its reference"
         raise UserError(what, f"the pairs of step 1 ({values.shape[0]} of them)", "a defect: please report it")
-    yield f"the policy equals its reference: the loss is {found:.6f}"
+    return f"the policy equals its reference: the loss is {found:.6f}"
 
 
 def _require(pairs: PreparedPairs, holds: NDArray[np.bool_] | None, what: str, hint: str) -> None:

@@ -15,7 +15,7 @@ from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.reference import Frozen, ReferenceWork
-from dpo_cli.training.checks import check_fits, check_model, check_tokens
+from dpo_cli.training.checks import check_fits, check_logps, check_reference, check_tokens
 from tests.builders import silent
 from tests.conftest import CHATML, write_rows
 
@@ -90,25 +90,23 @@ def ready(tmp_path, pairs_file, tokenizer, tiny_llama):
 
 def test_a_policy_that_equals_its_reference_passes(ready):
     scorer, reference, batch, accelerator = ready
-    found = list(check_model(scorer, scorer, DPO(), reference, batch, batch, accelerator, separate_reference=False))
-    assert len(found) == 2
-    assert "0.693147" in found[1]
+    assert check_logps(scorer, batch, accelerator).startswith("log-probabilities are the model's own")
+    assert "0.693147" in check_reference(scorer, DPO(), reference, batch, accelerator)
 
 
-def test_a_policy_that_has_moved_is_refused_unless_the_reference_is_another_model(ready):
+def test_a_policy_that_has_moved_is_refused(ready):
     scorer, reference, batch, accelerator = ready
     with torch.no_grad():
         for parameter in scorer.policy.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    arguments = (scorer, scorer, DPO(), reference, batch, batch, accelerator)
+    check_logps(scorer, batch, accelerator)
     with pytest.raises(UserError, match="the policy is not its reference"):
-        list(check_model(*arguments, separate_reference=False))
-    assert len(list(check_model(*arguments, separate_reference=True))) == 1
+        check_reference(scorer, DPO(), reference, batch, accelerator)
 
 
 def test_log_probabilities_gathered_on_the_wrong_positions_are_refused(ready):
-    scorer, reference, batch, accelerator = ready
+    scorer, _, batch, accelerator = ready
     wrong = Scorer(scorer.policy)
     wrong.forward = lambda b: torch.from_numpy(np.zeros(len(b.targets), np.float32))
     with pytest.raises(UserError, match="differ from the model's own"):
-        list(check_model(wrong, wrong, DPO(), reference, batch, batch, accelerator, separate_reference=True))
+        check_logps(wrong, batch, accelerator)
