@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, Run, Work, run_ours
+from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, Timed, Work, run_ours
 
 
 def distinct_pairs(num_pairs: int, target: Path) -> None:
@@ -27,7 +27,7 @@ def distinct_pairs(num_pairs: int, target: Path) -> None:
             file.write(json.dumps({**row, "instruction": f"{number}. {row['instruction']}"}) + "\n")
 
 
-def measure(model: str, num_pairs: int, per_step: int, threads: int | None) -> Run:
+def measure(model: str, num_pairs: int, per_step: int, threads: int | None) -> Timed:
     """Train on so many pairs for one epoch."""
     with tempfile.TemporaryDirectory() as folder:
         pairs = Path(folder) / "pairs.jsonl"

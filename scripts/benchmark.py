@@ -46,12 +46,16 @@ def run_in_turn(work: Work, what: str, repeats: int, threads: int | None) -> tup
     """
     ours: list[Run] = []
     theirs: list[Run] = []
+    speeds = [ask(threads, "matmul")["gflops"]]
     for number in range(1, repeats + 1):
         sides = [("dpo", run_ours, ours), ("TRL", run_theirs, theirs)]
         for name, side, runs in sides if number % 2 else reversed(sides):
-            run = side(work, threads)
+            timed = side(work, threads)
+            speeds.append(ask(threads, "matmul")["gflops"])
+            run = Run(**timed.model_dump(), matmul_gflops=(speeds[-2], speeds[-1]))
             runs.append(run)
-            say(f"{what}, run {number}/{repeats}: {name} {run.training_seconds:.1f} s, {run.peak_bytes / 1e9:.1f} GB")
+            facts = f"{run.training_seconds:.1f} s, {run.peak_bytes / 1e9:.1f} GB, {max(run.matmul_gflops):.0f} GFLOP/s"
+            say(f"{what}, run {number}/{repeats}: {name} {facts}")
         difference = check_losses(ours[-1], theirs[-1], f"{what}, run {number}")
         say(f"{what}, run {number}/{repeats}: the losses differ by {difference:.0e} at most")
     return ours, theirs
@@ -70,20 +74,16 @@ def measure(options: argparse.Namespace) -> Results:
         workloads = {name: _wanted(options, name) for name in options.workloads}
         request = {"model": str(options.model.resolve()), "folder": folder, "workloads": workloads}
         prepared = ask(threads, "prepare", json.dumps(request))
-        before = ask(threads, "matmul")
-        say(f"matrix products: {before['gflops']:.0f} GFLOP/s on {before['threads']} threads")
         cases = [
             _measured_case(options, name, epochs, prepared["model"], dict(found))
             for name, found in prepared["workloads"].items()
             for epochs in options.epochs
         ]
-        after = ask(threads, "matmul")
     return Results(
         date=datetime.date.today().isoformat(),
         model=options.model.resolve().stem if options.model.suffix == ".gguf" else options.model.resolve().name,
-        machine=machine(before["threads"]),
+        machine=machine(prepared["threads"]),
         versions={name: importlib.metadata.version(package) for name, package in PACKAGES.items()},
-        matmul_gflops=[before["gflops"], after["gflops"]],
         not_counted=prepared["not_counted"],
         cases=cases,
     )

@@ -21,7 +21,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Run(_Record):
+class Timed(_Record):
     """One run of one program, in a process of its own."""
 
     training_seconds: float
@@ -30,6 +30,13 @@ class Run(_Record):
     """The whole process: imports, loading, tokenizing, training, saving."""
     peak_bytes: int
     losses: list[float]
+
+
+class Run(Timed):
+    """A run, and how fast the machine was."""
+
+    matmul_gflops: tuple[float, float]
+    """Matrix products right before and right after."""
 
 
 class Case(_Record):
@@ -79,8 +86,6 @@ class Results(_Record):
     model: str
     machine: Machine
     versions: dict[str, str]
-    matmul_gflops: list[float]
-    """Measured before and after the workloads."""
     not_counted: str | None
     cases: list[Case]
 
@@ -169,7 +174,7 @@ def table(results: Results) -> list[str]:
     for case in results.cases:
         sides = (("dpo", case.ours, f"**{_spread(case.ratios, '×')}**"), ("TRL", case.theirs, ""))
         for name, runs, ratio in sides:
-            shares = _shares(case, runs, max(results.matmul_gflops))
+            shares = _shares(case, runs)
             cells = (
                 f"{case.workload}, {_counted(case.epochs, 'epoch')}" if name == "dpo" else "",
                 name,
@@ -183,10 +188,12 @@ def table(results: Results) -> list[str]:
     return lines
 
 
-def _shares(case: Case, runs: list[Run], gflops: float) -> list[float]:
+def _shares(case: Case, runs: list[Run]) -> list[float]:
     """Return for each run which share of the machine's speed the necessary arithmetic reaches."""
     flops = case.necessary_flops
-    return [] if flops is None else [flops / run.training_seconds / (gflops * 1e9) for run in runs]
+    if flops is None:
+        return []
+    return [flops / run.training_seconds / (max(run.matmul_gflops) * 1e9) for run in runs]
 
 
 def _workloads(results: Results) -> list[str]:
@@ -207,7 +214,7 @@ def _workloads(results: Results) -> list[str]:
 def _notes(results: Results) -> list[str]:
     """Return how the figures are to be read."""
     runs = len(results.cases[0].ours)
-    before, after = (f"{speed:.0f}" for speed in results.matmul_gflops)
+    speeds = [max(run.matmul_gflops) for case in results.cases for run in case.ours + case.theirs]
     notes = [
         f"- Both programs ran in turn, {_counted(runs, 'time')} each, on the same model, pairs, order, "
         "steps, data type and threads; every run is a process of its own. TRL has its defaults otherwise, gradient "
@@ -227,8 +234,8 @@ def _notes(results: Results) -> list[str]:
         "once: 2 operations for each weight of the body's linear layers and token; 4 · heads · head size for each "
         "layer, query and key that it attends to; 2 · vocabulary · hidden size for each response token.",
         "- **share of matrix-product speed**: necessary arithmetic by the time of training, as a share of the speed of "
-        "`torch.matmul` on float32 matrices of 2048 × 2048, the best of 20, same threads, measured before "
-        f"({before} GFLOP/s) and after ({after} GFLOP/s) the work; the larger counts. Median.",
+        "`torch.matmul` on float32 matrices of 2048 × 2048, the best of 20, same threads, measured right "
+        f"before and right after each run; the larger counts ({min(speeds):.0f} – {max(speeds):.0f} GFLOP/s). Median.",
     ]
 
 

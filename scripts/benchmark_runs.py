@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmark_report import Run
+from benchmark_report import Timed
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -124,7 +124,7 @@ def ask(threads: int | None, *arguments: str) -> dict[str, Any]:
     return answer
 
 
-def run_ours(work: Work, threads: int | None) -> Run:
+def run_ours(work: Work, threads: int | None) -> Timed:
     """Train with this program, in a cache of its own so that the reference pass is part of the run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -154,7 +154,7 @@ def run_ours(work: Work, threads: int | None) -> Run:
     return _run(ended, OUR_CLOCK, losses)
 
 
-def run_theirs(work: Work, threads: int | None) -> Run:
+def run_theirs(work: Work, threads: int | None) -> Timed:
     """Train with TRL."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [work.model, work.pairs, str(work.pairs_per_step), str(work.epochs), folder]
@@ -163,8 +163,8 @@ def run_theirs(work: Work, threads: int | None) -> Run:
     return _run(ended, THEIR_CLOCK, json.loads(ended.output.splitlines()[-1]))
 
 
-def _run(ended: Ended, clock: Clock, losses: list[float]) -> Run:
-    return Run(
+def _run(ended: Ended, clock: Clock, losses: list[float]) -> Timed:
+    return Timed(
         training_seconds=clock.seconds(ended.lines),
         command_seconds=ended.seconds,
         peak_bytes=ended.peak_bytes,

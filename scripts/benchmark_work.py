@@ -183,9 +183,11 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
         request: `model`, `folder` to write to, and `workloads`: name → `file`, `pairs`, `join`.
 
     Returns:
-        `model`, a folder; `not_counted`, why the arithmetic is not known, or None; and `workloads`: name → `file`,
-        the sums of tokens and `forward_flops`.
+        `model`, a folder; `threads`, how many there are; `not_counted`, why the arithmetic is not known, or None; and
+        `workloads`: name → `file`, the sums of tokens and `forward_flops`.
     """
+    import torch
+
     from dpo_cli.modeling import loading
 
     folder = Path(request["folder"])
@@ -209,7 +211,7 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
             "rejected_tokens": sum(pair.rejected for pair in lengths),
             "forward_flops": sum(costs.forward(pair) for pair in lengths) if costs else None,
         }
-    return {"model": model, "not_counted": not_counted, "workloads": workloads}
+    return {"model": model, "threads": torch.get_num_threads(), "not_counted": not_counted, "workloads": workloads}
 
 
 def matrix_product_speed() -> dict[str, float]:
@@ -222,7 +224,7 @@ def matrix_product_speed() -> dict[str, float]:
         started = time.perf_counter()
         torch.matmul(left, right, out=product)
         best = min(best, time.perf_counter() - started)
-    return {"gflops": 2 * MATRIX**3 / best / 1e9, "threads": torch.get_num_threads()}
+    return {"gflops": 2 * MATRIX**3 / best / 1e9}
 
 
 def main() -> None:
