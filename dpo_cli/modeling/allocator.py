@@ -12,18 +12,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_INT = 2**31 - 1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NEVER = -1, -3, -1
 _LARGE_BYTES = 3 * 2**18
+_LARGE_PAGE, _MADV_HUGEPAGE = 2**21, 14
 
 
-def keep_freed_memory() -> None:
-    """Keep what is freed, since the next step takes about the same again.
+def keep_freed_memory(num_bytes: int) -> None:
+    """Keep what is freed, since the next step takes about the same again, and take it in large pages.
 
-    The system then fills nothing with zeros anew. What it costs are gaps between tensors that nothing fits into,
-    about as large as the gradients.
+    The system then fills nothing with zeros anew, and has fewer places to look up. What it costs are gaps between
+    tensors that nothing fits into, about as large as the gradients.
+
+    Args:
+        num_bytes: What the run is going to take from here on; what comes on top of it is had in small pages.
     """
-    _settle(_LARGEST_INT)
+    _settle(_NEVER)
+    with contextlib.suppress(AttributeError, OSError):
+        library = ctypes.CDLL(None)
+        library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        library.free.argtypes = [ctypes.c_void_p]
+        library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        # Nothing is filled by this: the heap grows, is marked, and is free again.
+        if block := library.malloc(num_bytes):
+            start, stop = -(-block // _LARGE_PAGE) * _LARGE_PAGE, (block + num_bytes) // _LARGE_PAGE * _LARGE_PAGE
+            if start < stop:
+                library.madvise(start, stop - start, _MADV_HUGEPAGE)
+            library.free(block)
 
 
 def return_freed_memory() -> None:
@@ -45,4 +59,4 @@ def _settle(mapped_from: int) -> None:
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)
         library.mallopt(_M_MMAP_THRESHOLD, mapped_from)
-        library.mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT)
+        library.mallopt(_M_TRIM_THRESHOLD, _NEVER)

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dpo_cli.data.schedule import Plan
-    from dpo_cli.modeling.batch import Batches
+    from dpo_cli.modeling.batch import Batches, Layout
+    from dpo_cli.modeling.memory import MemoryEstimate
     from dpo_cli.modeling.scorer import Scorer
     from dpo_cli.preference.reference import ReferenceLogps
     from dpo_cli.reporting.trackers import MetricsLog
@@ -126,19 +127,24 @@ def _settle_passes(
 
     from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
 
-    on_cpu, policy = accelerator.device.type == "cpu", models[0]
-    if on_cpu:
+    policy = models[0]
+    resumed = folder.recorded("training.micro_batch_tokens") if resume else None
+
+    def settle(layout: Layout) -> tuple[Batches, MemoryEstimate]:
+        return settle_tokens(config, policy, data.pairs, layout, plan, accelerator, program_bytes, console, resumed)
+
+    likely = expected_layout(config, policy, data.pairs, accelerator)
+    batches, memory = settle(likely)
+    if accelerator.device.type == "cpu":
+        if memory.activations > memory.weights + memory.optimizer:
+            # Then gaps of the size of the gradients are a small price for the time.
+            keep_freed_memory(memory.peak - memory.program)
         take_over_weights(policy)
     scored = np.concatenate([data.train, data.held_out])
     layout = choose_layout(config, models, data.pairs, scored, accelerator, console, trained=True)
-    resumed = folder.recorded("training.micro_batch_tokens") if resume else None
-    batches, memory = settle_tokens(
-        config, policy, data.pairs, layout, plan, accelerator, program_bytes, console, resumed
-    )
+    if layout is not likely:
+        batches, memory = settle(layout)
     console.facts(passes_facts(batches, memory))
-    if on_cpu and memory.activations > memory.weights + memory.optimizer:
-        # Then gaps of the size of the gradients are a small price for the time.
-        keep_freed_memory()
     return with_tokens(config, batches.micro_batch_tokens), batches
 
 
@@ -216,7 +222,8 @@ def _check_reference(run: _Run) -> None:
 
     accelerator = run.accelerator
     first = next(run.plan.steps(run.batches.cut, 0, accelerator.process_index, accelerator.num_processes))
-    batch = run.batches(first.micro_batches[-1])
+    lengths = run.data.pairs.sizes.longest
+    batch = run.batches(min(first.micro_batches, key=lambda cut: int(lengths[list(cut.pairs)].sum())))
     proved = check_reference(run.scorer, run.config.loss, run.reference, batch, accelerator)
     run.console.notice(f"checked: {proved}")
 
