@@ -29,6 +29,11 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+ROW_OF = {
+    "instruction": {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"},
+}
+"""A good row of every shape."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import struct
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from dpo_cli.data.records import BadRow, Message, Pair
+from dpo_cli.data.records import NUMBERS, BadRow, Message, Pair
 
 Format = Callable[[Mapping[str, object], str], Pair]
+
+_FLOAT32 = struct.Struct("f")
+
+
+def read_pair(shape: Format, row: Mapping[str, object], origin: str) -> Pair:
+    """Read a row of a shape, and the `weight` and the `margin` that a row of any shape may have.
+
+    Raises:
+        BadRow: As the shape does; or one of the two is not a finite number, or the weight is negative.
+    """
+    pair = shape(row, origin)
+    numbers: dict[str, Any] = {name: _number(row, name) for name in NUMBERS if row.get(name) is not None}
+    if numbers.get("weight", 0.0) < 0:
+        raise BadRow("number out of range", "`weight` is negative")
+    return dataclasses.replace(pair, **numbers) if numbers else pair
 
 
 def instruction(row: Mapping[str, object], origin: str) -> Pair:
@@ -48,8 +67,24 @@ def _text(row: Mapping[str, object], name: str) -> str:
     return value
 
 
+def _number(row: Mapping[str, object], name: str) -> float:
+    """Return a field that must be a number, rounded to the 32 bits in which it is kept."""
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRow("wrong type", f"`{name}` is {_kind(value)} instead of a number")
+    try:
+        number = float(_FLOAT32.unpack(_FLOAT32.pack(float(value)))[0])
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadRow("number out of range", f"`{name}` is not finite as a number of 32 bits")
+    return number
+
+
 def _kind(value: object) -> str:
     """Name a JSON value's type in words."""
+    if isinstance(value, str):
+        return "text"
     if isinstance(value, bool):
         return "true or false"
     if isinstance(value, (int, float)):

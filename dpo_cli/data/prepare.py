@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dpo_cli.data.formats import FORMATS, Format
+from dpo_cli.data.formats import FORMATS, Format, read_pair
 from dpo_cli.data.prepared import PAIRS, SCHEMA, BadRowRule, PreparedPairs, fingerprint
 from dpo_cli.data.records import BadRow, Pair, Tokens
 from dpo_cli.data.sources import Row, read_rows
@@ -56,13 +56,13 @@ def prepare(
     Raises:
         UserError: A source cannot be read, rows are broken under `error`, or nothing is left.
     """
-    to_pair = FORMATS["instruction" if data_format == "auto" else data_format]
+    shape = FORMATS["instruction" if data_format == "auto" else data_format]
     facts: dict[str, Any] = {
         "fingerprint": fingerprint(sources, data_format, on_bad_row, tokenize),
         "sources": list(sources),
         "tokenization": tokenize.settings,
     }
-    make = _MakePortion(to_pair, tokenize, stops=on_bad_row == "error")
+    make = _MakePortion(shape, tokenize, stops=on_bad_row == "error")
     try:
         _fill(folder, facts, sources, make, on_bad_row)
     except OSError as error:
@@ -89,7 +89,7 @@ class _Portion:
 class _MakePortion:
     """Makes a portion of rows: in this process or, pickled, in a worker."""
 
-    to_pair: Format
+    shape: Format
     tokenize: PairTokenizer
     stops: bool
 
@@ -98,7 +98,7 @@ class _MakePortion:
         checked, tokenized = Tally(), Tally()
         kept: list[Tokenized] = []
         for start in range(0, len(rows), _RUN_ROWS):
-            pairs = list(_checked(rows[start : start + _RUN_ROWS], self.to_pair, checked))
+            pairs = list(_checked(rows[start : start + _RUN_ROWS], self.shape, checked))
             if not (self.stops and checked.broken):
                 kept += _tokenized(pairs, self.tokenize, tokenized)
         return _Portion(checked, tokenized, _record_batch(kept) if kept else None)
@@ -134,14 +134,14 @@ def _num_workers(tokenize: PairTokenizer) -> int:
     return num_cores() if getattr(tokenize.tokenizer, "backend_tokenizer", None) else 1
 
 
-def _checked(rows: Iterable[Row], to_pair: Format, tally: Tally) -> Iterator[Pair]:
+def _checked(rows: Iterable[Row], shape: Format, tally: Tally) -> Iterator[Pair]:
     """Yield the rows that are pairs; count the others."""
     for row in rows:
         tally.num_read += 1
         try:
             if row.values is None:
                 raise BadRow("undecodable row", row.problem)
-            yield to_pair(row.values, row.origin)
+            yield read_pair(shape, row.values, row.origin)
         except BadRow as bad:
             tally.drop(row.origin, bad)
 
@@ -169,6 +169,8 @@ def _record_batch(kept: Sequence[Tokenized]) -> pa.RecordBatch:
         _token_lists([pair.chosen for pair in pairs]),
         _token_lists([pair.rejected for pair in pairs]),
         pa.array([pair.origin for pair in pairs], SCHEMA.field("origin").type),
+        pa.array([pair.weight for pair in pairs], SCHEMA.field("weight").type),
+        pa.array([pair.margin for pair in pairs], SCHEMA.field("margin").type),
         pa.array([_key(pair.prompt, pair.chosen, pair.rejected) for pair in pairs], SCHEMA.field("key").type),
         pa.array([_key(result.whole_prompt) for result in kept], SCHEMA.field("prompt_key").type),
     ]

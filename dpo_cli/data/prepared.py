@@ -1,6 +1,6 @@
 """The prepared folder: token ids in Arrow, memory-mapped, with a manifest that says how they came to be.
 
-pairs.arrow      prompt, chosen, rejected (token ids), origin, key, prompt_key
+pairs.arrow      prompt, chosen, rejected (token ids), origin, weight, margin, key, prompt_key
 manifest.json    fingerprint, statistics, sizes and digests
 """
 
@@ -23,7 +23,7 @@ from dpo_cli.data.tokenize import PairTokenizer
 from dpo_cli.errors import UserError
 from dpo_cli.storage import MANIFEST, DamagedFolder, cache_root, text_digest, verify
 
-_VERSION = "2"
+_VERSION = "3"
 """Raised whenever the same data would become other tokens or another file."""
 
 PAIRS = "pairs.arrow"
@@ -34,6 +34,8 @@ SCHEMA = pa.schema(
         "chosen": pa.list_(pa.int32()),
         "rejected": pa.list_(pa.int32()),
         "origin": pa.string(),
+        "weight": pa.float32(),
+        "margin": pa.float32(),
         "key": pa.binary(16),
         "prompt_key": pa.binary(16),
     }
@@ -58,6 +60,16 @@ class PreparedPairs(Sequence[TokenizedPair]):
         """The tokens of each pair, and which pairs have a prompt in common."""
         prompts, chosen, rejected = (self._lengths(name) for name in SCHEMA.names[:3])
         return PairSizes(prompts, chosen, rejected, self._prompt_ids(), self._opening(int(prompts.min())))
+
+    @functools.cached_property
+    def weights(self) -> NDArray[np.float32]:
+        """What the loss of each pair is multiplied by, `[pairs]`."""
+        return self._numbers("weight")
+
+    @functools.cached_property
+    def margins(self) -> NDArray[np.float32]:
+        """The target margin of each pair, `[pairs]`."""
+        return self._numbers("margin")
 
     @classmethod
     def open(cls, folder: Path) -> PreparedPairs:
@@ -86,16 +98,16 @@ class PreparedPairs(Sequence[TokenizedPair]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        row = [self._table.column(name)[int(index) % len(self)] for name in SCHEMA.names[:4]]
+        row = [self._table.column(name)[int(index) % len(self)] for name in SCHEMA.names[:6]]
         prompt, chosen, rejected = (tokens.values.to_numpy() for tokens in row[:3])
-        return TokenizedPair(prompt, chosen, rejected, row[3].as_py())
+        return TokenizedPair(prompt, chosen, rejected, *(value.as_py() for value in row[3:]))
 
     def followed_by(self, other: PreparedPairs) -> PreparedPairs:
         """Return both one after the other, without copying; the manifest stays this one's."""
         return PreparedPairs(pa.concat_tables([self._table, other._table]), self.manifest)
 
     def keys(self) -> Sequence[bytes]:
-        """Return a digest of each pair's tokens; they stay on disk until one is asked for."""
+        """Return a digest of each pair's tokens and of nothing else; they stay on disk until one is asked for."""
         return _Keys(self._table.column("key"))
 
     def heads(self, name: str, width: int) -> NDArray[np.int32]:
@@ -130,6 +142,9 @@ class PreparedPairs(Sequence[TokenizedPair]):
 
     def _lengths(self, name: str) -> NDArray[np.int64]:
         return np.concatenate([np.diff(ends) for _, ends in self._stretches(name)])
+
+    def _numbers(self, name: str) -> NDArray[np.float32]:
+        return np.asarray(self._table.column(name).to_numpy(), dtype=np.float32)
 
     def _prompt_ids(self) -> NDArray[np.int64]:
         """Number the prompts, equal ones alike, `[pairs]`."""

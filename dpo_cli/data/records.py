@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 Tokens: TypeAlias = "NDArray[np.int32]"
 """Token ids of one text, `[T]`."""
 
+NUMBERS = ("weight", "margin")
+"""What a row may say of its pair beside the texts: the fields of that name, in a row and in a pair."""
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -36,6 +39,10 @@ class Pair:
     rejected: Message
     origin: str
     """Where it was read: `pairs.jsonl:17`."""
+    weight: float = 1.0
+    """What the pair's loss is multiplied by, ≥ 0; of 32 bits, as it is kept."""
+    margin: float = 0.0
+    """By how much the chosen answer is better: a target that a loss may use; of 32 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +53,8 @@ class TokenizedPair:
     chosen: Tokens
     rejected: Tokens
     origin: str
+    weight: float = 1.0
+    margin: float = 0.0
 
 
 class BadRow(Exception):

@@ -28,6 +28,8 @@ class Tally:
         num_kept: Those that became pairs.
         truncated: Pairs whose prompt was cut.
         joined: Pairs whose parts were tokenized apart.
+        weighted: Pairs with a weight other than 1.
+        with_margin: Pairs with a margin other than 0.
         broken: Rows that stop the reading, where structural errors do.
         dropped: Rows that did not become pairs, by reason.
         examples: The first of them, by reason.
@@ -39,6 +41,8 @@ class Tally:
     num_kept: int = 0
     truncated: int = 0
     joined: int = 0
+    weighted: int = 0
+    with_margin: int = 0
     broken: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -61,6 +65,8 @@ class Tally:
     def keep(self, pair: TokenizedPair) -> None:
         """Count a pair that was kept."""
         self.num_kept += 1
+        self.weighted += pair.weight != 1
+        self.with_margin += pair.margin != 0
         for name, lengths in self.lengths.items():
             lengths[len(getattr(pair, name))] += 1
 
@@ -70,6 +76,8 @@ class Tally:
         self.num_kept += later.num_kept
         self.truncated += later.truncated
         self.joined += later.joined
+        self.weighted += later.weighted
+        self.with_margin += later.with_margin
         self.broken += later.broken
         self.dropped.update(later.dropped)
         for reason, examples in later.examples.items():
@@ -107,6 +115,8 @@ class Tally:
             "examples": self.examples,
             "truncated": self.truncated,
             "joined_at_boundary": self.joined,
+            "weighted": self.weighted,
+            "with_margin": self.with_margin,
             "tokens": {name: _quantiles(lengths) for name, lengths in self.lengths.items()},
         }
 

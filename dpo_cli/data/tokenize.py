@@ -6,6 +6,7 @@ Its first token starts exactly where generation would start, after the prompt th
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -98,7 +99,8 @@ class PairTokenizer:
             head, tail, chosen, rejected = itertools.islice(tokens, 4)
             chosen, chosen_joined = self._response(item.prompt, item.chosen, tail, chosen)
             rejected, rejected_joined = self._response(item.prompt, item.rejected, tail, rejected)
-            whole = TokenizedPair(np.concatenate([head, tail]), chosen, rejected, pair.origin)
+            prompt = np.concatenate([head, tail])
+            whole = TokenizedPair(prompt, chosen, rejected, pair.origin, pair.weight, pair.margin)
             results.append(self._fit(whole, joined=chosen_joined or rejected_joined))
         return results
 
@@ -159,8 +161,7 @@ class PairTokenizer:
         if kept < 1:
             return BadRow("response too long", f"{detail}; a response is never cut", structural=False)
         prompt = np.concatenate([pair.prompt[:opening], pair.prompt[-kept:]])
-        cut = TokenizedPair(prompt, pair.chosen, pair.rejected, pair.origin)
-        return Tokenized(cut, pair.prompt, truncated=True, joined=joined)
+        return Tokenized(dataclasses.replace(pair, prompt=prompt), pair.prompt, truncated=True, joined=joined)
 
 
 def _rendered(prompt: str, chosen: str, rejected: str) -> Rendered | BadRow:

@@ -21,6 +21,9 @@ def statistics_table(statistics: Mapping[str, Any]) -> Table:
     for reason, count in statistics["dropped"].items():
         table.add_row(f"dropped: {reason}", f"{count:,}")
     table.add_row("prompt truncated", f"{statistics['truncated']:,}")
+    for name, what in (("weighted", "weight other than 1"), ("with_margin", "margin other than 0")):
+        if count := statistics[name]:
+            table.add_row(what, f"{count:,}")
     return table
 
 

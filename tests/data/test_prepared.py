@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from dpo_cli.data import prepare as preparing
@@ -12,7 +13,7 @@ from dpo_cli.data import prepared, workers
 from dpo_cli.data.prepared import PreparedPairs
 from dpo_cli.data.tokenize import PairTokenizer, Tokenized
 from dpo_cli.errors import UserError
-from dpo_cli.storage import MANIFEST
+from dpo_cli.storage import MANIFEST, sealed_folder
 
 
 def tokenizing(tokenizer, **settings):
@@ -28,8 +29,8 @@ def write(path, rows):
     return path
 
 
-def row(instruction="Add.", chosen="3", rejected="4"):
-    return {"instruction": instruction, "chosen": chosen, "rejected": rejected}
+def row(instruction="Add.", chosen="3", rejected="4", **numbers):
+    return {"instruction": instruction, "chosen": chosen, "rejected": rejected, **numbers}
 
 
 def test_a_round_trip_loses_nothing(tmp_path, pairs_file, demo_rows, tokenizer):
@@ -43,6 +44,63 @@ def test_a_round_trip_loses_nothing(tmp_path, pairs_file, demo_rows, tokenizer):
         for name in ("prompt", "chosen", "rejected"):
             assert np.array_equal(getattr(found, name), getattr(expected.pair, name))
         assert found.origin == f"{pairs_file}:{number}"
+
+
+def test_weights_and_margins_come_back_whether_or_not_the_prompt_is_cut(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(preparing, "_PORTION_ROWS", 2)
+    numbers = [{}, {"weight": 0.1, "margin": -2}, {"weight": None}, {"weight": 0}, {"margin": 1e-3}]
+    source = write(tmp_path / "a.jsonl", [row("word " * 60 * (i % 2) + "Add.", **n) for i, n in enumerate(numbers)])
+    pairs = prepare(source, tokenizer, tmp_path / "p", max_length=50, on_too_long="truncate")
+    statistics = pairs.manifest["statistics"]
+    assert (statistics["truncated"], statistics["weighted"], statistics["with_margin"]) == (2, 2, 2)
+    for found, one_by_one, expected in (
+        (pairs.weights, [pair.weight for pair in pairs], np.float32([1, 0.1, 1, 0, 1])),
+        (pairs.margins, [pair.margin for pair in pairs], np.float32([0, -2, 0, 0, 1e-3])),
+    ):
+        assert found.dtype == np.float32
+        assert found.tolist() == one_by_one == expected.tolist()
+    twice = pairs.followed_by(pairs)
+    assert twice.weights.tolist() == [*pairs.weights, *pairs.weights]
+
+
+def test_rows_that_differ_in_weight_or_margin_alone_are_different_rows_with_one_reference(tmp_path, tokenizer):
+    rows = [row(), row(weight=2), row(margin=0.5)]
+    pairs = prepare(write(tmp_path / "a.jsonl", rows), tokenizer, tmp_path / "p")
+    assert len(pairs) == 3
+    assert len(set(pairs.keys())) == 1
+    digests = {
+        prepare(write(tmp_path / "b.jsonl", [one]), tokenizer, tmp_path / "q").manifest["fingerprint"] for one in rows
+    }
+    assert len(digests) == 3
+
+
+def test_a_bad_weight_or_margin_is_named_with_its_line(tmp_path, tokenizer):
+    rows = [row(), row(weight=-1), row("x", margin=float("nan")), row("y", weight="2")]
+    source = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ExceptionGroup) as caught:
+        prepare(source, tokenizer, tmp_path / "p")
+    *named, _ = caught.value.exceptions
+    expected = ["`weight` is negative", "`margin` is not finite as a number of 32 bits", "`weight` is text"]
+    for line, (error, what) in enumerate(zip(named, expected, strict=True), 2):
+        assert error.where == f"{source}:{line}"
+        assert error.what.startswith(what)
+    statistics = prepare(source, tokenizer, tmp_path / "p", "drop").manifest["statistics"]
+    assert statistics["dropped"] == {"number out of range": 2, "wrong type": 1}
+    assert statistics["examples"]["number out of range"][0] == f"{source}:2: `weight` is negative"
+
+
+def test_a_folder_of_an_older_version_is_prepared_again_or_refused(tmp_path, pairs_file, tokenizer):
+    folder = tmp_path / "p"
+    pairs = prepare(pairs_file, tokenizer, folder)
+    table = pa.ipc.open_stream((folder / prepared.PAIRS).read_bytes()).read_all().drop_columns(["weight", "margin"])
+    facts = {name: pairs.manifest[name] for name in ("fingerprint", "statistics", "tokenization")}
+    with sealed_folder(folder, facts) as older, pa.ipc.new_stream(older / prepared.PAIRS, table.schema) as writer:
+        writer.write_table(table)
+    found, reason = prepared.find(folder, pairs.manifest["fingerprint"])
+    assert found is None
+    assert "written by another version" in reason
+    with pytest.raises(UserError, match="written by another version"):
+        prepared.open_for(folder, tokenizing(tokenizer))
 
 
 def test_the_statistics_count_every_row_once(tmp_path, tokenizer):

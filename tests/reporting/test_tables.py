@@ -8,13 +8,25 @@ import pytest
 from rich.console import Console
 
 from dpo_cli.reporting.console import clock
-from dpo_cli.reporting.tables import figures_table, marked_pair, visible
+from dpo_cli.reporting.tables import figures_table, marked_pair, statistics_table, visible
 
 
 def text(renderable) -> str:
     console = Console(file=io.StringIO(), width=100, no_color=True)
     console.print(renderable)
     return console.file.getvalue()
+
+
+def test_weights_and_margins_are_counted_where_there_are_any():
+    statistics = {"rows_read": 9, "pairs_kept": 9, "dropped": {}, "truncated": 0, "weighted": 0, "with_margin": 0}
+    plain = text(statistics_table(statistics))
+    assert "weight" not in plain
+    assert "margin" not in plain
+    lines = text(statistics_table(statistics | {"weighted": 1234, "with_margin": 5})).splitlines()
+    assert [line.split() for line in lines[-2:]] == [
+        ["weight", "other", "than", "1", "1,234"],
+        ["margin", "other", "than", "0", "5"],
+    ]
 
 
 def test_figures_stand_beside_each_other_and_nothing_is_minus_zero():
