@@ -38,6 +38,8 @@ class PairBatch:
         tree: Which token sees which, where one row holds them all; else None.
         positions: `[N]`, into the `R·T` hidden states: the one that predicts each response token.
         targets: `[N]`, the response tokens.
+        weights: `[B]`, float32: what each pair's loss is multiplied by.
+        margins: `[B]`, float32: each pair's target margin.
         lengths: Response tokens of each sequence, `2B` of them: the chosen ones, then the rejected ones.
         num_tokens: Tokens of all sequences without padding, each prompt counted with both of its responses: the
             same under every layout.
@@ -49,6 +51,8 @@ class PairBatch:
     tree: TokenTree | None
     positions: Tensor
     targets: Tensor
+    weights: Tensor
+    margins: Tensor
     lengths: tuple[int, ...]
     num_tokens: int
 
@@ -97,7 +101,7 @@ class Padded:
             attention_mask[row, :size] = 1
             places.append(row * width + np.arange(size))
         mask = torch.from_numpy(attention_mask)
-        return _batch(indices, sequences, torch.from_numpy(input_ids), mask, None, places)
+        return _batch(indices, pairs, torch.from_numpy(input_ids), mask, None, places)
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,8 @@ class Packed:
             indices: The pairs' indices in the data.
             pairs: The pairs themselves.
         """
-        sequences = _sequences(pairs)
-        tree = grow([np.concatenate(sequence) for sequence in sequences])
-        return _batch(indices, sequences, torch.from_numpy(tree.tokens)[None], None, TokenTree.of(tree), tree.places)
+        tree = grow([np.concatenate(sequence) for sequence in _sequences(pairs)])
+        return _batch(indices, pairs, torch.from_numpy(tree.tokens)[None], None, TokenTree.of(tree), tree.places)
 
 
 Layout = Padded | Packed
@@ -172,13 +175,14 @@ def _sequences(pairs: Sequence[TokenizedPair]) -> list[tuple[Tokens, Tokens]]:
 
 def _batch(
     indices: Sequence[int],
-    sequences: Sequence[tuple[Tokens, Tokens]],
+    pairs: Sequence[TokenizedPair],
     input_ids: Tensor,
     attention_mask: Tensor | None,
     tree: TokenTree | None,
     places: Sequence[np.ndarray[tuple[int], np.dtype[np.int64]]],
 ) -> PairBatch:
     """Name the response tokens; `places` says where each sequence's tokens stand among the hidden states."""
+    sequences = _sequences(pairs)
     # A hidden state predicts the token after it.
     positions = [place[len(prompt) - 1 : -1] for (prompt, _), place in zip(sequences, places, strict=True)]
     return PairBatch(
@@ -188,6 +192,8 @@ def _batch(
         tree=tree,
         positions=torch.from_numpy(np.concatenate(positions)),
         targets=torch.from_numpy(np.concatenate([response for _, response in sequences]).astype(np.int64)),
+        weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+        margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
         lengths=tuple(len(response) for _, response in sequences),
         num_tokens=sum(len(prompt) + len(response) for prompt, response in sequences),
     )

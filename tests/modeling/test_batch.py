@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.config.schema import TrainingSettings
+from dpo_cli.data.formats import FORMATS
+from dpo_cli.data.prepare import prepare
 from dpo_cli.data.records import TokenizedPair
-from dpo_cli.modeling.batch import LAYOUTS
+from dpo_cli.data.schedule import MicroBatch
+from dpo_cli.data.tokenize import PairTokenizer
+from dpo_cli.modeling.batch import LAYOUTS, Batches
+from tests.conftest import ROW_OF, write_rows
 
 tokens = st.lists(st.integers(1, 2), min_size=1, max_size=9)
 """Of two kinds only, so that sequences begin alike again and again."""
@@ -58,3 +64,18 @@ def test_what_a_packed_response_token_sees_is_its_own_sequence_in_order(lists):
             seen = [j for j in range(i + 1) if ends[j] > i]
             assert ids[seen].tolist() == [*prompt, *response][:length]
             assert depths[seen].tolist() == list(range(length))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", FORMATS)
+def test_weights_and_margins_of_the_rows_reach_the_batch(tmp_path, tokenizer, shape, layout):
+    numbers = [{}, {"weight": 3, "margin": 0.1}, {"weight": 0}, {"margin": -2}]
+    source = write_rows(tmp_path / "a.jsonl", [ROW_OF[shape] | given for given in numbers])
+    tokenize = PairTokenizer(tokenizer, template=None, max_length=1000, on_too_long="drop")
+    pairs = prepare([str(source)], shape, "error", tokenize, tmp_path / "p")
+    batch = Batches(pairs, LAYOUTS[layout], 1000, torch.device("cpu"))(MicroBatch((3, 1, 0, 2)))
+    assert torch.equal(batch.weights, torch.tensor([1.0, 3.0, 1.0, 0.0]))
+    assert torch.equal(batch.margins, torch.tensor([-2.0, 0.1, 0.0, 0.0]))
+    moved = batch.to(torch.device("meta"))
+    assert moved.weights.is_meta
+    assert moved.margins.is_meta
