@@ -6,6 +6,7 @@ problems of a source are found in one pass. What makes the rest of a file unread
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import io
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.data.records import NUMBERS
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.storage import file_digest, text_digest
 
@@ -153,7 +155,16 @@ def _csv(path: Path) -> Iterator[Row]:
         elif len(fields) != len(columns):
             yield Row(origin, None, f"has {len(fields)} fields where the header has {len(columns)}")
         else:
-            yield Row(origin, dict(zip(columns, fields, strict=True)))
+            yield Row(origin, _with_numbers(dict(zip(columns, fields, strict=True))))
+
+
+def _with_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    """Read the columns that hold numbers, which CSV has as text; what is no number stays text."""
+    for name in NUMBERS:
+        if (text := values.get(name)) is not None:
+            with contextlib.suppress(ValueError):
+                values[name] = float(text) if text.strip() else None
+    return values
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 
 import pyarrow as pa
@@ -128,6 +129,16 @@ def test_what_makes_the_rest_of_a_file_unreadable_is_one_error_with_its_line(tmp
         list(read_rows(str(path)))
     assert caught.value.where == f"{path}:{line}"
     assert caught.value.hint
+
+
+def test_numbers_in_csv_are_numbers_where_a_column_holds_them(tmp_path):
+    path = tmp_path / "pairs.csv"
+    path.write_text("instruction,weight,margin\n7,2,-0.5\n7,, \n7,two,nan\n", encoding="utf-8")
+    first, second, third = (row.values for row in read_rows(str(path)))
+    assert first == {"instruction": "7", "weight": 2.0, "margin": -0.5}
+    assert second == {"instruction": "7", "weight": None, "margin": None}
+    assert third["weight"] == "two"
+    assert math.isnan(third["margin"])
 
 
 def test_a_csv_row_of_another_width_is_found_and_the_others_are_read(tmp_path):
