@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from written_page import write_or_check
+
 from dpo_cli.config import json_schema
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
@@ -22,7 +24,9 @@ This page is written by `scripts/write_settings_page.py`.
 
 
 def shown(value: Any) -> str:
-    """Write a value as YAML would."""
+    """Write a value as YAML would; a group of which only the type is said, as that type."""
+    if isinstance(value, dict) and list(value) == ["type"]:
+        return str(value["type"])
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)
@@ -32,6 +36,10 @@ def allowed(schema: dict[str, Any]) -> str:
     """Say in a few words what a setting accepts."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(allowed(option) for option in schema["anyOf"]))
+    if "discriminator" in schema:
+        return ", ".join(f"`{kind}`" for kind in schema["discriminator"]["mapping"])
+    if "$ref" in schema:
+        return "a group"
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     kind = {"number": "number", "integer": "whole number", "string": "text", "boolean": "true, false",
@@ -85,16 +93,5 @@ def page() -> str:
     return "".join(parts)
 
 
-def main() -> int:
-    """Write the page, or compare it."""
-    if "--check" in sys.argv[1:]:
-        if PAGE.exists() and PAGE.read_text(encoding="utf-8") == page():
-            return 0
-        sys.stdout.write("docs/settings.md is not current: run `make generated`\n")
-        return 1
-    PAGE.write_text(page(), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, page()))

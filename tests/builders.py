@@ -17,7 +17,8 @@ from dpo_cli.modeling.batch import LAYOUTS, Batches
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.preference.losses import DPO
-from dpo_cli.preference.reference import Frozen, ReferenceWork
+from dpo_cli.preference.objective import Objective
+from dpo_cli.preference.reference import Frozen, NoReference, ReferenceWork
 from dpo_cli.training.loop import train_steps
 from dpo_cli.training.optimizer import optimizer as build_optimizer
 from dpo_cli.training.optimizer import schedule
@@ -43,7 +44,7 @@ def train_in_process(
     micro_batch_tokens: int = 10_000,
     pairs_per_step: int = 8,
     max_steps: int | None = None,
-    loss: DPO | None = None,
+    loss: Any = None,
     reference: Any = None,
     learning_rate: float = 1e-3,
     max_grad_norm: float | None = 1.0,
@@ -54,21 +55,31 @@ def train_in_process(
     """Train and return the metrics of every step and the weights after the last."""
     accelerator = Accelerator(cpu=True)
     policy = load_policy(str(model)).to(dtype)
-    loss = loss or DPO()
+    objective = Objective.of(loss or DPO())
     indices = np.arange(len(pairs))
     LAYOUTS[layout].prepare(policy)
     batches = Batches(pairs, LAYOUTS[layout], micro_batch_tokens, accelerator.device)
-    work = ReferenceWork(policy, True, accelerator, indices, batches, silent)
-    logps = (reference or Frozen()).open(work)
+    work = ReferenceWork(policy, policy, accelerator, indices, batches, silent)
+    opened = (reference or (Frozen() if objective.needs_reference else NoReference())).open(work)
     if checkpointing:
         recompute_activations(policy)
     optimizer = build_optimizer("adamw", policy, learning_rate, 0.0)
     plan = Plan(indices, pairs.sizes.longest, pairs_per_step, 1, max_steps, True, 0)
     rates = schedule(optimizer, "constant", 0.0, plan.num_steps)
-    scorer, optimizer = accelerator.prepare(Scorer(policy), optimizer)
+    scorer, optimizer = accelerator.prepare(Scorer(policy, collisions=objective.wpo), optimizer)
 
     results = train_steps(
-        scorer, loss, logps, optimizer, rates, plan.steps(batches.cut), batches, accelerator, max_grad_norm, never
+        scorer,
+        objective,
+        opened,
+        optimizer,
+        rates,
+        plan.steps(batches.cut, 0, accelerator.process_index, accelerator.num_processes),
+        batches,
+        accelerator,
+        max_grad_norm,
+        {},
+        never,
     )
     metrics = [result.metrics for result in results]
     return metrics, {name: tensor.clone() for name, tensor in policy.state_dict().items()}

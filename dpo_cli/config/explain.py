@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from dpo_cli.config.schema import Config
+from dpo_cli.config.schema import ONE, SEVERAL, Config
 from dpo_cli.config.tree import Tree
 from dpo_cli.errors import UserError
 
@@ -41,13 +41,34 @@ def unfounded(tree: Tree) -> list[UserError]:
     return problems
 
 
+def contradictions(config: Config, tree: Tree) -> list[UserError]:
+    """Find settings that are right by themselves and do not go together."""
+    objective, problems = config.objective, []
+    names = ", ".join(f"`{loss.type}`" for loss in objective.losses)
+    given = "reference" in config.model_fields_set
+    if given and objective.needs_reference and config.reference.type == "none":
+        what = f"the loss {names} needs a reference, and `reference` is none"
+        hint = "leave `reference` out, or choose a loss without a reference, such as `simpo`"
+        problems.append(UserError(what, tree.place(("reference",)), hint))
+    if given and not objective.needs_reference and config.reference.type != "none":
+        what = f"the loss {names} has no use for a reference, and `reference` is {config.reference.type}"
+        problems.append(UserError(what, tree.place(("reference",)), "leave `reference` out"))
+    remembering = [loss.type for loss in objective.losses if loss.remembers]
+    if len(remembering) > 1:
+        what = f"of several losses only one may follow the rewards of a run, and {' and '.join(remembering)} all do"
+        hint = "set `running_mean: false` for bco, or leave `adaptive_beta` out"
+        problems.append(UserError(what, tree.place(("loss",)), hint))
+    return problems
+
+
 def _path(location: Sequence[int | str], values: Any) -> tuple[str, ...]:
     """Keep the parts of pydantic's location that the user wrote; drop the names of union members."""
     path: list[str] = []
     for part in location:
+        if part in (ONE, SEVERAL):
+            continue
         if isinstance(values, dict):
-            is_tag = part not in values and part == values.get("type")
-            if is_tag:
+            if part not in values and part in _TAGS:
                 continue
             path.append(str(part))
             values = values.get(part)
@@ -59,9 +80,13 @@ def _path(location: Sequence[int | str], values: Any) -> tuple[str, ...]:
 
 def _explain_one(path: tuple[str, ...], details: list[Any], tree: Tree) -> UserError:
     dotted, detail = ".".join(path), details[0]
-    description, hint = _SETTINGS.get(dotted), None
+    description, hint = _SETTINGS.get(_name(path)), None
     if detail["type"] == "extra_forbidden":
+        if kind := next((str(part) for part in reversed(detail["loc"][:-1]) if part in _TAGS), None):
+            return UserError(f"`{dotted}` is not a setting of `{kind}`", tree.place(path), _known_to(path, kind))
         return UserError(f"`{dotted}` is not a setting", tree.place(path), _did_you_mean(path))
+    if detail["type"] == "value_error":
+        return UserError(f"`{dotted}` contradicts itself: {detail['ctx']['error']}", tree.place(path), "change either")
     if detail["type"] == "missing":
         hint = f"add it: {description}" if description else "add it"
         return UserError(f"`{dotted}` is missing", tree.place(path), hint)
@@ -69,7 +94,7 @@ def _explain_one(path: tuple[str, ...], details: list[Any], tree: Tree) -> UserE
     given = detail["input"]
     if detail["type"].startswith("union_tag"):
         given = given.get("type", "nothing") if isinstance(given, dict) else given
-        wanted = f"one of {', '.join(f'`{tag}`' for tag in _tags(path[0]))}"
+        wanted = f"one of {', '.join(f'`{tag}`' for tag in _tags(path))}"
     if description:
         hint = f"{dotted}: {description}"
     return UserError(f"`{dotted}` should be {wanted}, but is {_show(given)}", tree.place(path), hint)
@@ -90,6 +115,21 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}…"
 
 
+def _name(path: Sequence[str]) -> str:
+    """Return a path as the settings know it, without places in lists."""
+    return ".".join(part for part in path if not part.isdigit())
+
+
+def _known_to(path: tuple[str, ...], kind: str) -> str:
+    """Suggest a setting of one member of a union: a near name, or all that it has."""
+    members = _UNIONS.get(_name(path[:-1]), [])
+    known = [name for model in members if model.model_fields["type"].default == kind for name in model.model_fields]
+    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.7)
+    if near:
+        return f"did you mean `{'.'.join([*path[:-1], near[0]])}`?"
+    return f"known here: {', '.join(f'`{name}`' for name in known)}"
+
+
 def _did_you_mean(path: tuple[str, ...]) -> str:
     """Suggest the nearest known setting: a near name in the same group, or the same name in another."""
     group = ".".join(path[:-1])
@@ -104,15 +144,17 @@ def _did_you_mean(path: tuple[str, ...]) -> str:
     return f"known here: {known}"
 
 
-def _tags(group: str) -> list[str]:
-    """Return the `type`s that a group's union has."""
-    annotation = Config.model_fields[group].annotation if group in Config.model_fields else None
-    members = get_args(annotation) or (annotation,)
-    return [
-        str(member.model_fields["type"].default)
-        for member in members
-        if isinstance(member, type) and issubclass(member, BaseModel)
-    ]
+def _tags(path: Sequence[str]) -> list[str]:
+    """Return the `type`s that may stand at a path."""
+    return [str(model.model_fields["type"].default) for model in _UNIONS[_name(path[:-1])]]
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the groups of settings that an annotation speaks of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models(inner)
 
 
 def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -120,9 +162,20 @@ def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]
     for name, info in model.model_fields.items():
         path = f"{prefix}{name}"
         yield path, info.description or ""
-        for member in get_args(info.annotation) or (info.annotation,):
-            if isinstance(member, type) and issubclass(member, BaseModel):
-                yield from _walk(member, f"{path}.")
+        for member in _models(info.annotation):
+            yield from _walk(member, f"{path}.")
+
+
+def _unions(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list[type[BaseModel]]]]:
+    """Yield every dotted path at which there is a choice of groups by type, with the groups."""
+    for name, info in model.model_fields.items():
+        members = list(dict.fromkeys(_models(info.annotation)))
+        if any("type" in member.model_fields for member in members):
+            yield f"{prefix}{name}", members
+        for member in members:
+            yield from _unions(member, f"{prefix}{name}.")
 
 
 _SETTINGS = dict(_walk(Config))
+_UNIONS = dict(_unions(Config))
+_TAGS = {str(model.model_fields["type"].default) for models in _UNIONS.values() for model in models}

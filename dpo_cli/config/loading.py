@@ -7,8 +7,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from dpo_cli.config.explain import explain, unfounded
-from dpo_cli.config.schema import Config
+from dpo_cli.config.explain import contradictions, explain, unfounded
+from dpo_cli.config.schema import Config, without_needless_reference
 from dpo_cli.config.tree import override, read_tree
 from dpo_cli.errors import raise_all
 
@@ -32,5 +32,5 @@ def load_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as error:
         raise_all([*problems, *explain(error, tree)])
         raise
-    raise_all(problems)
-    return config
+    raise_all([*problems, *contradictions(config, tree)])
+    return without_needless_reference(config)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from dpo_cli.data.formats import FORMATS
-from dpo_cli.preference.losses import Loss
-from dpo_cli.preference.reference import Cached, Reference
+from dpo_cli.preference.losses import DPO, Loss
+from dpo_cli.preference.objective import Objective
+from dpo_cli.preference.reference import Cached, NoReference, Reference
 from dpo_cli.settings import Settings
 
 SHORT_FORMS = {"model": "name", "loss": "type", "reference": "type"}
@@ -21,13 +22,23 @@ def expand_short_form(group: str, value: Any) -> Any:
     return {SHORT_FORMS[group]: value} if group in SHORT_FORMS and isinstance(value, str) else value
 
 
-def _with_default_type(value: Any) -> Any:
-    """Add the type that a reference has by default, which pydantic wants said before it looks at the rest."""
-    return {"type": Cached().type, **value} if isinstance(value, dict) and "type" not in value else value
+def _typed(default: str) -> BeforeValidator:
+    """Add the type that a group has by default, which pydantic wants said before it looks at the rest."""
+
+    def with_type(value: Any) -> Any:
+        return {"type": default, **value} if isinstance(value, dict) and "type" not in value else value
+
+    return BeforeValidator(with_type)
 
 
 def _short(group: str, schema: Any = str) -> BeforeValidator:
     return BeforeValidator(lambda value: expand_short_form(group, value), json_schema_input_type=schema)
+
+
+LossTypes = Literal[tuple(member.model_fields["type"].default for member in get_args(get_args(Loss)[0]))]  # type: ignore[valid-type]
+OneLoss = Annotated[Loss, _typed(DPO().type), _short("loss", LossTypes | Loss)]
+ONE, SEVERAL = "a loss", "a list of losses"
+"""What pydantic calls the two ways to write the losses; in no path of a setting."""
 
 
 class ModelSettings(Settings):
@@ -114,12 +125,15 @@ class Config(Settings):
     """The model that is trained."""
     data: DataSettings = DataSettings()
     """The preference pairs."""
-    loss: Annotated[Loss, _short("loss", Literal["dpo"] | Loss)] = Loss()
-    """The loss."""
+    loss: Annotated[
+        Annotated[OneLoss, Tag(ONE)] | Annotated[list[OneLoss], Tag(SEVERAL), Field(min_length=1)],
+        Discriminator(lambda value: SEVERAL if isinstance(value, (list, tuple)) else ONE),
+    ] = DPO()
+    """The loss, or a list of losses that are added up by their weights."""
     reference: Annotated[
-        Reference, BeforeValidator(_with_default_type), _short("reference", Literal["cached", "frozen"] | Reference)
+        Reference, _typed(Cached().type), _short("reference", Literal["cached", "frozen", "synced", "none"] | Reference)
     ] = Cached()
-    """What the policy is held against."""
+    """What the policy is held against; none, and only that, where no loss needs it."""
     training: TrainingSettings = TrainingSettings()
     """The optimizer's steps."""
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -130,6 +144,18 @@ class Config(Settings):
     """Trackers beside metrics.jsonl, by Accelerate's names: tensorboard, wandb, mlflow, …"""
     output_dir: str = Field("", json_schema_extra={"default": "runs/NAME"})
     """The run's folder; by default `runs/` and the name of the configuration file."""
+
+    @property
+    def objective(self) -> Objective:
+        """What the run minimises."""
+        return Objective.of(self.loss)
+
+
+def without_needless_reference(config: Config) -> Config:
+    """Return the configuration with `reference: none` where none was named and no loss needs one."""
+    if "reference" in config.model_fields_set or config.objective.needs_reference:
+        return config
+    return config.model_copy(update={"reference": NoReference()})
 
 
 def json_schema() -> dict[str, Any]:

@@ -10,9 +10,9 @@ import torch
 from accelerate.utils import gather_object
 
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.preference.losses import Loss
+from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import ReferenceLogps
-from dpo_cli.preference.scoring import score_pairs
+from dpo_cli.preference.scoring import judge_step, score_pairs, step_facts
 from dpo_cli.reporting.metrics import PAIR_METRICS
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class PairResult:
 
 def evaluate(
     scorer: nn.Module,
-    loss: Loss,
+    objective: Objective,
     reference: ReferenceLogps,
     indices: Sequence[int],
     batches: Batches,
@@ -46,7 +46,7 @@ def evaluate(
 
     Args:
         scorer: The prepared scorer.
-        loss: Loss and rewards of pairs.
+        objective: Loss and rewards of pairs; it is told of all of them as of one step.
         reference: Answers with the reference's token log-probabilities.
         indices: The pairs' indices in the data.
         batches: Cuts pairs into micro-batches and lays them out.
@@ -54,10 +54,18 @@ def evaluate(
         progress: Called with micro-batches done and micro-batches in all, of this rank.
     """
     mine = batches.cut(indices)[accelerator.process_index :: accelerator.num_processes]
+    # Nothing is remembered here, so that a model is judged the same by the run that made it and later.
+    step = step_facts(batches.pairs.sizes, indices, {})
+    judged = None
+    if objective.looks_at_step:
+        judged = judge_step(scorer, objective, reference, batches, mine, step, accelerator)
     results: list[PairResult] = []
     for done, micro_batch in enumerate(mine, 1):
-        with torch.no_grad():
-            _, values = score_pairs(scorer, loss, reference, batches(micro_batch))
+        if judged is not None:
+            values = judged[done - 1].values
+        else:
+            with torch.no_grad():
+                _, values = score_pairs(scorer, objective, reference, batches(micro_batch), step)
         for index, row in zip(micro_batch.pairs, values.tolist(), strict=True):
             results.append(PairResult(index, dict(zip(PAIR_METRICS, row, strict=True))))
         progress(done, len(mine))

@@ -41,10 +41,17 @@ class SequenceLogps:
     Attributes:
         tokens: `[N]`, every chosen response's tokens, then every rejected one's.
         lengths: Tokens of each response, `2B` of them, in the same order.
+        log_collisions: `[N]`, log Σ π² over the vocabulary at each of those tokens, without gradient; or None.
     """
 
     tokens: Tensor
     lengths: tuple[int, ...]
+    log_collisions: Tensor | None = None
+
+    @classmethod
+    def of(cls, answer: Tensor, lengths: tuple[int, ...]) -> SequenceLogps:
+        """Take what a `Scorer` answers: `[N]`, or `[2, N]` with the collisions."""
+        return cls(answer, lengths) if answer.ndim == 1 else cls(answer[0], lengths, answer[1].detach())
 
     @property
     def chosen(self) -> Tensor:
@@ -66,12 +73,27 @@ class SequenceLogps:
         """Tokens of each rejected response, `[B]`."""
         return self.tokens.new_tensor(self.lengths[len(self.lengths) // 2 :])
 
+    def desensitized(self, alpha: float) -> SequenceLogps:
+        """Return the same with tokens beyond the length of the pair's shorter response multiplied by `alpha`."""
+        num_pairs = len(self.lengths) // 2
+        shorter = list(map(min, self.lengths[:num_pairs], self.lengths[num_pairs:])) * 2
+        factors = torch.ones_like(self.tokens)
+        for part, shared in zip(factors.split(list(self.lengths)), shorter, strict=True):
+            part[shared:] = alpha
+        return SequenceLogps(self.tokens * factors, self.lengths)
+
     def _sums(self) -> Tensor:
         return torch.stack([tokens.sum() for tokens in self.tokens.split(list(self.lengths))])
 
 
 def token_logps(
-    hidden: Tensor, positions: Tensor, targets: Tensor, head: Head, chunk_bytes: int = CHUNK_BYTES
+    hidden: Tensor,
+    positions: Tensor,
+    targets: Tensor,
+    head: Head,
+    chunk_bytes: int = CHUNK_BYTES,
+    *,
+    collisions: bool = False,
 ) -> Tensor:
     """Return the log-probability of each target token, `[N]`, in nats and at least float32.
 
@@ -85,11 +107,14 @@ def token_logps(
         head: The projection on the vocabulary.
         chunk_bytes: The most memory that the logits of one chunk may take, in bytes. Logits that fit into one
             chunk altogether are kept for the backward pass; else they are computed again.
+        collisions: Whether to return `[2, N]`, in the second row log Σ π² over the vocabulary where each token
+            stands; this row has no gradient.
     """
     judged, rows = positions.unique(return_inverse=True)
     apply: Callable[..., Tensor] = _TokenLogps.apply
     states = hidden.index_select(0, judged)
-    return apply(states, rows, targets, head.weight, head.bias, head.scale, head.softcap, chunk_bytes)
+    found = apply(states, rows, targets, head.weight, head.bias, head.scale, head.softcap, chunk_bytes, collisions)
+    return found if collisions else found[0]
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -110,27 +135,31 @@ class _TokenLogps(torch.autograd.Function):
         scale: float,
         softcap: float | None,
         chunk_bytes: int,
+        collisions: bool,
     ) -> Tensor:
         """Compute the log-probabilities chunk by chunk; keep no logits but those of an only chunk."""
         # Decided here because autocast is off again when the backward pass runs.
         compute = _compute_dtype(states)
         project = _Projection(weight, bias, scale, softcap, compute)
         chunks = _chunks(rows, len(states), weight, chunk_bytes)
-        logps = torch.empty(len(targets), dtype=project.dtype, device=states.device)
+        found = torch.empty((1 + collisions, len(targets)), dtype=project.dtype, device=states.device)
         all_logps = slope = None
         for chunk, members in chunks:
             all_logps, slope = project(states[chunk])
-            logps[members] = all_logps[rows[members] - chunk.start, targets[members]]
+            place = rows[members] - chunk.start
+            found[0, members] = all_logps[place, targets[members]]
+            if collisions:
+                found[1, members] = (2 * all_logps).logsumexp(-1)[place]
         ctx.save_for_backward(states, rows, targets)
         ctx.project, ctx.chunks = project, chunks
         # No saved tensor, since the backward pass works in its memory; a second one computes it again.
         ctx.kept = (all_logps, slope) if len(chunks) == 1 and any(ctx.needs_input_grad) else None
-        return logps
+        return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Compute each chunk's probabilities again, and from them the gradients of states, weight and bias."""
-        (grad_logps,) = gradients
+        grad_logps = gradients[0][0]
         states, rows, targets = ctx.saved_tensors
         project: _Projection = ctx.project
         kept, ctx.kept = ctx.kept, None
@@ -159,7 +188,7 @@ class _TokenLogps(torch.autograd.Function):
             if grad_weight is not None:
                 grad_weight.addmm_(grad.T, states[chunk].to(project.compute))
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_states, None, None, grad_weight, grad_bias, None, None, None
+        return grad_states, None, None, grad_weight, grad_bias, None, None, None, None
 
 
 @dataclass(frozen=True)

@@ -25,23 +25,30 @@ class Scorer(nn.Module):
 
     Args:
         policy: A causal language model of transformers.
+        collisions: Whether to answer as well how sure the policy is at each token, as WPO asks.
 
     Raises:
         UserError: The model has no vocabulary projection that could be found.
     """
 
-    def __init__(self, policy: PreTrainedModel) -> None:
+    def __init__(self, policy: PreTrainedModel, *, collisions: bool = False) -> None:
         super().__init__()
         if not isinstance(policy.get_output_embeddings(), nn.Linear):
             name = type(policy).__name__
             raise UserError(f"{name} has no plain vocabulary projection", None, "choose another architecture")
         self.policy = policy
+        self.collisions = collisions
 
     def forward(self, batch: PairBatch) -> Tensor:
-        """Return the log-probability of each response token of the batch, `[N]`, in nats."""
+        """Return the log-probability of each response token of the batch, `[N]`, in nats.
+
+        With `collisions` `[2, N]`, as `token_logps` does.
+        """
         with reading(batch.tree):
             states = self.policy.base_model(**model_inputs(batch))[0]
-        return token_logps(states.flatten(0, 1), batch.positions, batch.targets, self.head())
+        return token_logps(
+            states.flatten(0, 1), batch.positions, batch.targets, self.head(), collisions=self.collisions
+        )
 
     def head(self) -> Head:
         """Return the projection on the vocabulary, with what the architecture does to its logits."""

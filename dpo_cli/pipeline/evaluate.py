@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
 from dpo_cli.errors import UserError, from_os_error, raise_all
@@ -15,6 +14,15 @@ from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import figures_table
 from dpo_cli.storage import MANIFEST, DamagedFolder, verify
 from dpo_cli.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import numpy as np
+    from accelerate import Accelerator
+    from numpy.typing import NDArray
+
+    from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.modeling.batch import Layout
+    from dpo_cli.preference.reference import OpenReference
 
 
 def evaluate(config: Config, console: Console, *, model: str | None, data: str | None, json_file: Path | None) -> None:
@@ -38,37 +46,28 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import load_policy
     from dpo_cli.modeling.scorer import Scorer
-    from dpo_cli.preference.reference import ReferenceWork, reference_model
     from dpo_cli.training.checks import check_fits
 
     accelerator = setup.start_accelerator(config)
     with accelerator.main_process_first():
         _, tokenize = setup.load_tokenizer(config, config.model.name)
         pairs, held_out, source = _held_out(config, data, tokenize, console)
-    base = load_policy(config.model.name).to(accelerator.device)
-    check_fits(pairs, base, "`model.name`")
-    base = reference_model(config.reference.model, base)
-    layout = choose_layout(config, [base], pairs, held_out, accelerator, console, trained=False)
-    batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, base, accelerator), accelerator.device))
-    with console.progress("reference log-probabilities", len(held_out)) as progress:
-        work = ReferenceWork(base, False, accelerator, held_out, batches, progress)
-        reference = config.reference.open(work)
-    # A cached reference needs no model any more.
-    del base, work
+    reference, asked = _open_reference(config, pairs, held_out, accelerator, console)
     policy = load_policy(scored).to(accelerator.device)
     check_fits(pairs, policy, scored)
     layout = choose_layout(config, [policy], pairs, held_out, accelerator, console, trained=False)
-    if layout is not batches.layout and config.reference.type == "frozen":
+    if asked is not None and layout is not asked:
         hint = "set `training.layout=padded`, which both can read"
         raise UserError("the model and its frozen reference can be packed only one of them", scored, hint)
-    batches = dataclasses.replace(batches, layout=layout)
-    scorer = accelerator.prepare_model(Scorer(policy), evaluation_mode=True)
+    batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, policy, accelerator), accelerator.device))
+    scorer = Scorer(policy, collisions=config.objective.wpo)
+    scorer = accelerator.prepare_model(scorer, evaluation_mode=True)
     with console.progress("evaluating", len(held_out)) as progress:
-        results = score(scorer, config.loss, reference, held_out.tolist(), batches, accelerator, progress)
+        results = score(scorer, config.objective, reference, held_out.tolist(), batches, accelerator, progress)
     found: dict[str, Any] = {
         **setup.finite_figures(results, pairs),
         "model": scored,
-        "reference": config.reference.model or config.model.name,
+        "reference": None if config.reference.type == "none" else config.reference.model or config.model.name,
         "data": source,
     }
     console.result(figures_table({scored: found}))
@@ -104,6 +103,27 @@ def _check(config: Config, scored: str, model: str | None, data: str | None, jso
     elif json_file and not json_file.parent.is_dir():
         problems.append(UserError("the folder of the JSON file does not exist", f"--json {json_file}", "create it"))
     return problems
+
+
+def _open_reference(
+    config: Config, pairs: PreparedPairs, held_out: NDArray[np.int64], accelerator: Accelerator, console: Console
+) -> tuple[OpenReference, Layout | None]:
+    """Open the reference that the run began with; return it, and the layout of a model that is asked batch by batch."""
+    from dpo_cli.modeling.batch import Batches
+    from dpo_cli.modeling.loading import load_policy
+    from dpo_cli.preference.reference import NoReference, ReferenceWork, reference_model
+    from dpo_cli.training.checks import check_fits
+
+    if isinstance(config.reference, NoReference):
+        return config.reference.open(), None
+    base = load_policy(config.model.name).to(accelerator.device)
+    check_fits(pairs, base, "`model.name`")
+    base = reference_model(config.reference.model, base)
+    layout = choose_layout(config, [base], pairs, held_out, accelerator, console, trained=False)
+    batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, base, accelerator), accelerator.device))
+    with console.progress("reference log-probabilities", len(held_out)) as progress:
+        work = ReferenceWork(base, None, accelerator, held_out, batches, progress)
+        return config.reference.open(work), layout if config.reference.holds_model else None
 
 
 def _held_out(config: Config, data: str | None, tokenize: Any, console: Console) -> tuple[Any, Any, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dpo_cli.config import Config
 from dpo_cli.errors import UserError
-from dpo_cli.reporting.console import Console
+from dpo_cli.reporting.console import Console, gib
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,12 +23,63 @@ if TYPE_CHECKING:
     from dpo_cli.data.schedule import Plan
     from dpo_cli.modeling.batch import Batches, Layout
     from dpo_cli.modeling.memory import MemoryEstimate
+    from dpo_cli.pipeline.setup import RunData
 
 SHARE_OF_FREE = 0.8
 """How much of the free memory `micro_batch_tokens: auto` lets a run take."""
 
 _FEWEST_TOKENS = 64
 _STEPS_LOOKED_AT = 500
+
+
+def settle_passes(
+    config: Config,
+    models: Sequence[PreTrainedModel],
+    data: RunData,
+    plan: Plan,
+    accelerator: Accelerator,
+    program_bytes: int,
+    console: Console,
+    resumed: int | None,
+) -> tuple[Config, Batches]:
+    """Settle layout, tokens and memory of the forward passes of a run.
+
+    Args:
+        config: Asks for them, or leaves the choice.
+        models: The policy, and the reference where it is another model; they are left prepared.
+        data: The run's pairs.
+        plan: The run's steps.
+        accelerator: Knows device, precision and ranks.
+        program_bytes: What the process held before the model was loaded.
+        console: Is told what was found.
+        resumed: The tokens of a pass that a run to be resumed began with, or None.
+
+    Returns:
+        The configuration in which the tokens are settled, and the batches.
+    """
+    import numpy as np
+
+    from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
+
+    policy = models[0]
+
+    def settle(layout: Layout) -> tuple[Batches, MemoryEstimate]:
+        return settle_tokens(config, policy, data.pairs, layout, plan, accelerator, program_bytes, console, resumed)
+
+    # Memory is settled before the proof, which is the first to take much of it.
+    likely = expected_layout(config, policy, data.pairs, accelerator)
+    batches, memory = settle(likely)
+    if accelerator.device.type == "cpu":
+        if memory.activations > memory.weights + memory.optimizer:
+            # Then gaps of the size of the gradients are a small price for the time.
+            keep_freed_memory(memory.peak - memory.program)
+        take_over_weights(policy)
+    scored = np.concatenate([data.train, data.held_out])
+    layout = choose_layout(config, models, data.pairs, scored, accelerator, console, trained=True)
+    if layout is not likely:
+        batches, memory = settle(layout)
+    console.facts(_facts(batches, memory))
+    return with_tokens(config, batches.micro_batch_tokens), batches
 
 
 def choose_layout(
@@ -228,7 +279,7 @@ def estimate(
     return MemoryEstimate(
         program=program_bytes if batches.device.type == "cpu" else 0,
         weights=weights,
-        reference=weights if config.reference.type == "frozen" else 0,
+        reference=weights if config.reference.holds_model else 0,
         optimizer=state_bytes(config.training.optimizer, model),
         gradients=weights,
         activations=activations or 0,
@@ -236,6 +287,17 @@ def estimate(
         logits=logits_bytes(model, batch),
         several=any(len(step.micro_batches) > 1 for step in steps),
     )
+
+
+def _facts(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:
+    """Say how pairs go through the model, and what that takes in memory at the peak."""
+    activations = f"{gib(memory.activations)} of it activations"
+    if not memory.counted:
+        activations = "and activations, which could not be counted beforehand"
+    return {
+        "layout": f"{batches.layout.name}, at most {batches.micro_batch_tokens:,} tokens a forward pass, or one pair",
+        "memory": f"about {gib(memory.peak)} at the peak, {activations}",
+    }
 
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -8,7 +8,7 @@ from dpo_cli.config import Config
 from dpo_cli.errors import UserError
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import compute_dtype
-from dpo_cli.reporting.console import Console
+from dpo_cli.reporting.console import Console, gib
 from dpo_cli.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -61,22 +61,17 @@ def header(
         "parameters": f"{sum(parameter.numel() for parameter in policy.parameters()):,}",
         "pairs": f"{len(data.train):,} to train on, {len(data.held_out):,} held out",
         "steps": f"{plan.num_steps:,} of {min(plan.pairs_per_step, len(plan.indices))} pairs",
-        "loss": f"{config.loss.type}, beta {config.loss.beta:g}",
-        "reference": f"{config.reference.type}, {config.reference.model or 'the policy before step 1'}",
+        "loss": str(config.objective),
+        "reference": _reference(config),
         "device": f"{accelerator.device}, {precision}{processes}",
         "output": str(folder.path),
     }
 
 
-def passes_facts(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:
-    """Say how pairs go through the model, and what that takes in memory at the peak."""
-    activations = f"{_gib(memory.activations)} of it activations"
-    if not memory.counted:
-        activations = "and activations, which could not be counted beforehand"
-    return {
-        "layout": f"{batches.layout.name}, at most {batches.micro_batch_tokens:,} tokens a forward pass, or one pair",
-        "memory": f"about {_gib(memory.peak)} at the peak, {activations}",
-    }
+def _reference(config: Config) -> str:
+    if config.reference.type == "none":
+        return "none, and none is needed"
+    return f"{config.reference.type}, {config.reference.model or 'the policy before step 1'}"
 
 
 def print_plan(
@@ -104,14 +99,10 @@ def print_plan(
         "optimizer steps": f"{plan.num_steps:,} of {min(plan.pairs_per_step, len(plan.indices))} pairs",
         "layout": f"{batches.layout.name}{proviso}",
         "tokens of a forward pass": f"at most {batches.micro_batch_tokens:,}, or one pair",
-        **{f"memory: {name}": _gib(size) for name, size in memory.parts().items() if size},
-        "memory: at the peak": f"{_gib(memory.peak)} ({proviso_of_peak})",
+        **{f"memory: {name}": gib(size) for name, size in memory.parts().items() if size},
+        "memory: at the peak": f"{gib(memory.peak)} ({proviso_of_peak})",
         "output folder": config.output_dir,
     }
     for name, value in rows.items():
         table.add_row(name, value)
     console.result(table)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"

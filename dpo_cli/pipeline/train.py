@@ -13,8 +13,8 @@ from dpo_cli.config import Config, resolved_yaml
 from dpo_cli.errors import FAILED, UserError, from_os_error, raise_all
 from dpo_cli.interrupts import Interrupted, StopSignals
 from dpo_cli.pipeline import setup
-from dpo_cli.pipeline.passes import choose_layout, expected_layout, settle_tokens, with_tokens, without_gradient
-from dpo_cli.pipeline.plan import header, make_plan, passes_facts, print_plan
+from dpo_cli.pipeline.passes import expected_layout, settle_passes, settle_tokens, without_gradient
+from dpo_cli.pipeline.plan import header, make_plan, print_plan
 from dpo_cli.reporting.console import Console, clock
 from dpo_cli.training.run_folder import RESOLVED, RunFolder, RunState
 
@@ -23,10 +23,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dpo_cli.data.schedule import Plan
-    from dpo_cli.modeling.batch import Batches, Layout
-    from dpo_cli.modeling.memory import MemoryEstimate
+    from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.scorer import Scorer
-    from dpo_cli.preference.reference import ReferenceLogps
+    from dpo_cli.preference.reference import OpenReference
     from dpo_cli.reporting.trackers import MetricsLog
     from dpo_cli.training.checkpoints import TrainingParts
     from dpo_cli.training.loop import StepResult
@@ -46,7 +45,7 @@ class _Run:
     batches: Batches
     scorer: Any
     inner: Scorer
-    reference: ReferenceLogps
+    reference: OpenReference
     parts: TrainingParts
 
 
@@ -95,57 +94,23 @@ def train(
     check_fits(data.pairs, policy, "`model.name`")
     for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
         console.notice(f"checked: {proved}")
+    if not config.objective.uses_margins and (ignored := int((data.pairs.margins != 0).sum())):
+        console.warning(f"{ignored} pairs have a margin, of which the loss {config.objective} makes no use")
     if dry_run:
         layout = expected_layout(config, policy, data.pairs, accelerator)
         batches, memory = settle_tokens(config, policy, data.pairs, layout, plan, accelerator, program_bytes, console)
         print_plan(config, data, plan, batches, memory, policy.num_parameters(), console)
         return
     models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy)]))
-    config, batches = _settle_passes(config, folder, console, accelerator, data, plan, models, program_bytes, resume)
+    resumed = folder.recorded("training.micro_batch_tokens") if resume else None
+    config, batches = settle_passes(config, models, data, plan, accelerator, program_bytes, console, resumed)
     _check_logps(policy, plan, batches, accelerator, console)
     run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)
-    if config.reference.model is None:
+    if config.reference.model is None and config.reference.type != "none":
         _check_reference(run)
     done = _start_folder(run, resume=resume, overwrite=overwrite)
     _walk(run, done)
     accelerator.end_training()
-
-
-def _settle_passes(
-    config: Config,
-    folder: RunFolder,
-    console: Console,
-    accelerator: Accelerator,
-    data: setup.RunData,
-    plan: Plan,
-    models: list[PreTrainedModel],
-    program_bytes: int,
-    resume: bool,
-) -> tuple[Config, Batches]:
-    """Settle layout, tokens and memory of a forward pass; return the configuration that says so, and the batches."""
-    import numpy as np
-
-    from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
-
-    policy = models[0]
-    resumed = folder.recorded("training.micro_batch_tokens") if resume else None
-
-    def settle(layout: Layout) -> tuple[Batches, MemoryEstimate]:
-        return settle_tokens(config, policy, data.pairs, layout, plan, accelerator, program_bytes, console, resumed)
-
-    likely = expected_layout(config, policy, data.pairs, accelerator)
-    batches, memory = settle(likely)
-    if accelerator.device.type == "cpu":
-        if memory.activations > memory.weights + memory.optimizer:
-            # Then gaps of the size of the gradients are a small price for the time.
-            keep_freed_memory(memory.peak - memory.program)
-        take_over_weights(policy)
-    scored = np.concatenate([data.train, data.held_out])
-    layout = choose_layout(config, models, data.pairs, scored, accelerator, console, trained=True)
-    if layout is not likely:
-        batches, memory = settle(layout)
-    console.facts(passes_facts(batches, memory))
-    return with_tokens(config, batches.micro_batch_tokens), batches
 
 
 def _check_logps(
@@ -184,11 +149,11 @@ def _build(
     from dpo_cli.training.optimizer import schedule
 
     policy, other = models[0], models[-1]
-    training, inner = config.training, Scorer(policy)
+    training, inner = config.training, Scorer(policy, collisions=config.objective.wpo)
     stands_on = {"model": weights_digest(policy), "data": data.fingerprint}
     needed = np.union1d(plan.trained_on(), data.held_out)
     with console.progress("reference log-probabilities", len(needed)) as progress:
-        work = ReferenceWork(other, other is policy, accelerator, needed, without_gradient(batches), progress)
+        work = ReferenceWork(other, policy, accelerator, needed, without_gradient(batches), progress)
         reference = config.reference.open(work)
     # A cached reference needs its model no more.
     del other, work, models[1:]
@@ -212,7 +177,7 @@ def _build(
         scorer=scorer,
         inner=inner,
         reference=reference,
-        parts=TrainingParts(policy, tokenizer, optimizer, rates, accelerator, stands_on),
+        parts=TrainingParts(policy, tokenizer, optimizer, rates, accelerator, reference.moving, {}, stands_on),
     )
 
 
@@ -224,7 +189,7 @@ def _check_reference(run: _Run) -> None:
     first = next(run.plan.steps(run.batches.cut, 0, accelerator.process_index, accelerator.num_processes))
     lengths = run.data.pairs.sizes.longest
     batch = run.batches(min(first.micro_batches, key=lambda cut: int(lengths[list(cut.pairs)].sum())))
-    proved = check_reference(run.scorer, run.config.loss, run.reference, batch, accelerator)
+    proved = check_reference(run.scorer, run.config.objective, run.reference, batch, accelerator)
     run.console.notice(f"checked: {proved}")
 
 
@@ -283,7 +248,7 @@ def _walk(run: _Run, done: int) -> None:
     log = MetricsLog(run.folder.metrics, done) if accelerator.is_main_process else None
     results = train_steps(
         run.scorer,
-        run.config.loss,
+        run.config.objective,
         run.reference,
         run.parts.optimizer,
         run.parts.schedule,
@@ -291,6 +256,7 @@ def _walk(run: _Run, done: int) -> None:
         run.batches,
         accelerator,
         run.config.training.max_grad_norm,
+        run.parts.memory,
         lambda: run.signals.received is not None,
     )
     started = before = time.monotonic()
@@ -359,7 +325,7 @@ def _evaluate(run: _Run) -> dict[str, Any]:
     with run.console.progress("evaluating", len(held_out)) as progress:
         results = evaluate(
             run.scorer,
-            run.config.loss,
+            run.config.objective,
             run.reference,
             held_out,
             without_gradient(run.batches),
@@ -388,7 +354,7 @@ def _save_final(run: _Run, figures: dict[str, Any] | None) -> None:
         "training pairs": len(run.data.train),
         "optimizer steps": run.plan.num_steps,
         "data": ", ".join(setup.as_list(run.config.data.train or [])),
-        "loss": run.config.loss.type,
+        "loss": str(run.config.objective),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     settings = run.config.model_dump(mode="json")

@@ -1,7 +1,7 @@
 """Where the reference log-probabilities come from; `Reference` at the end lists the ways.
 
 The reference is the policy as it stands when `open` is called, which is before step 1 in every run, resumed
-ones included; or another model, named by `reference.model`.
+ones included; or another model, named by `reference.model`. One that moves is saved with every checkpoint.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,12 +30,31 @@ ReferenceLogps = Callable[["PairBatch"], "Tensor"]
 
 
 @dataclass(frozen=True)
+class OpenReference:
+    """A reference at work.
+
+    Attributes:
+        logps: Answers with log-probabilities.
+        moving: The model that is going to move, to be saved and restored, or None.
+        after_step: To be called with the number of every step that was taken.
+    """
+
+    logps: ReferenceLogps
+    moving: PreTrainedModel | None = None
+    after_step: Callable[[int], None] = lambda step: None
+
+    def __call__(self, batch: PairBatch) -> Tensor:
+        """Return the log-probability of each response token of a batch, `[N]`, in nats, without gradient."""
+        return self.logps(batch)
+
+
+@dataclass(frozen=True)
 class ReferenceWork:
     """What a reference has to answer for, and what it may use.
 
     Attributes:
         model: The reference, prepared for the layout of the batches.
-        trained: Whether it is the policy itself, which is going to move.
+        policy: What is trained, maybe the same model; None: nothing is.
         accelerator: Decides device and precision, and shares the work between ranks.
         needed: Indices of the pairs that will be asked for, ascending.
         batches: Cuts the run's pairs into micro-batches and lays them out.
@@ -43,7 +62,7 @@ class ReferenceWork:
     """
 
     model: PreTrainedModel
-    trained: bool
+    policy: PreTrainedModel | None
     accelerator: Accelerator
     needed: NDArray[np.int64]
     batches: Batches
@@ -58,13 +77,15 @@ class Cached(Settings):
     model: str | None = None
     """The reference model: a folder, a .gguf file or a Hub id; null: the policy before step 1."""
 
-    def open(self, work: ReferenceWork) -> ReferenceLogps:
+    holds_model: ClassVar[bool] = False
+
+    def open(self, work: ReferenceWork) -> OpenReference:
         """Look up what the cache has of the pairs, compute and keep the rest."""
         from dpo_cli.preference.cache import ReferenceCache, reference_identity
 
         cache = ReferenceCache(reference_identity(work.model, work.accelerator))
         cache.complete(work, _scoring(work.model, work.accelerator))
-        return cache.lookup(work.batches.pairs, work.accelerator.device)
+        return OpenReference(cache.lookup(work.batches.pairs, work.accelerator.device))
 
 
 class Frozen(Settings):
@@ -75,10 +96,71 @@ class Frozen(Settings):
     model: str | None = None
     """The reference model: a folder, a .gguf file or a Hub id; null: the policy before step 1."""
 
-    def open(self, work: ReferenceWork) -> ReferenceLogps:
+    holds_model: ClassVar[bool] = True
+
+    def open(self, work: ReferenceWork) -> OpenReference:
         """Clone the policy, or take the other model."""
-        model = copy.deepcopy(work.model) if work.trained else work.model
-        return _scoring(model.requires_grad_(False), work.accelerator)
+        return OpenReference(_scoring(_beside(work), work.accelerator))
+
+
+class Synced(Settings):
+    """Hold a model beside the policy that follows it: every so many steps it moves a share of the way (TR-DPO).
+
+    Source: Gorbatovski et al. 2024, arXiv 2404.09656; α = 1 is their hard update. `dpo eval` compares with the
+    model before step 1.
+    """
+
+    type: Literal["synced"] = "synced"
+    """Where the reference log-probabilities come from."""
+    model: str | None = None
+    """The reference model before step 1: a folder, a .gguf file or a Hub id; null: the policy."""
+    every_steps: int = Field(512, ge=1)
+    """Optimizer steps between two moves."""
+    alpha: float = Field(0.6, gt=0, le=1)
+    """α: the share of the way to the policy that it moves; 1: it becomes the policy."""
+
+    holds_model: ClassVar[bool] = True
+
+    def open(self, work: ReferenceWork) -> OpenReference:
+        """Clone the policy, or take the other model, and let it follow."""
+        import torch
+
+        model, policy = _beside(work), work.policy
+        logps = _scoring(model, work.accelerator)
+        if policy is None:
+            return OpenReference(logps)
+
+        @torch.no_grad()
+        def after_step(step: int) -> None:
+            if step % self.every_steps == 0:
+                # θ_ref ← α·θ + (1−α)·θ_ref
+                for ours, theirs in zip(model.parameters(), policy.parameters(), strict=True):
+                    ours.lerp_(theirs, self.alpha)
+
+        return OpenReference(logps, model, after_step)
+
+
+class NoReference(Settings):
+    """Compare with nothing, for objectives that have no use for a reference: every log π_ref is 0."""
+
+    type: Literal["none"] = "none"
+    """Where the reference log-probabilities come from."""
+
+    model: ClassVar[None] = None
+    holds_model: ClassVar[bool] = False
+
+    def open(self, work: ReferenceWork | None = None) -> OpenReference:
+        """Answer with zeros."""
+        import torch
+
+        return OpenReference(lambda batch: torch.zeros(len(batch.targets), device=batch.targets.device))
+
+
+def _beside(work: ReferenceWork) -> PreTrainedModel:
+    """Return the reference as a model of its own that takes no gradient."""
+    model: PreTrainedModel = copy.deepcopy(work.model) if work.model is work.policy else work.model
+    model.requires_grad_(False)
+    return model
 
 
 def reference_model(name: str | None, policy: PreTrainedModel) -> PreTrainedModel:
@@ -115,5 +197,5 @@ def _scoring(model: PreTrainedModel, accelerator: Accelerator) -> ReferenceLogps
     return logps
 
 
-Reference = Annotated[Cached | Frozen, Field(discriminator="type")]
+Reference = Annotated[Cached | Frozen | Synced | NoReference, Field(discriminator="type")]
 """The closed union of all reference strategies, told apart by `type`."""

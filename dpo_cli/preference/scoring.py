@@ -1,31 +1,167 @@
-"""Policy, reference and loss together over one batch: what training and evaluation share."""
+"""Policy, reference and objective together over pairs: what training and evaluation share."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.data.schedule import MicroBatch
+from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.logps import SequenceLogps
-from dpo_cli.preference.losses import Loss, PairLosses
+from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import ReferenceLogps
+from dpo_cli.preference.terms import Memory, PairLosses, StepFacts
 from dpo_cli.reporting.metrics import pair_values
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dpo_cli.data.schedule import PairSizes
+
+
+def step_facts(sizes: PairSizes, pairs: Sequence[int], memory: Memory) -> StepFacts:
+    """Return what a loss may know of a step of these pairs."""
+    return StepFacts(len(pairs), int(sizes.chosen[list(pairs)].sum()), memory=memory)
 
 
 def score_pairs(
-    scorer: nn.Module, loss: Loss, reference: ReferenceLogps, batch: PairBatch
+    scorer: nn.Module, objective: Objective, reference: ReferenceLogps, batch: PairBatch, step: StepFacts
 ) -> tuple[PairLosses, Tensor]:
-    """Ask policy and reference and apply the loss.
+    """Ask policy and reference and apply the objective.
 
     Args:
         scorer: A `Scorer`, or what Accelerate prepared of one.
-        loss: Loss and rewards of pairs.
+        objective: Loss and rewards of pairs.
         reference: Answers with the reference's token log-probabilities.
         batch: B pairs.
+        step: The step that they belong to.
 
     Returns:
-        What the loss says, and the `pair_values`, `[B, 7]`.
+        What the objective says, and the `pair_values`, `[B, 7]`.
     """
-    policy = SequenceLogps(scorer(batch), batch.lengths)
-    pairs = loss(policy, SequenceLogps(reference(batch), batch.lengths))
+    policy, answers = SequenceLogps.of(scorer(batch), batch.lengths), SequenceLogps(reference(batch), batch.lengths)
+    return _judge(objective, policy, answers, step, batch.weights, batch.margins)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What an objective that looks at a whole step says of one micro-batch of it.
+
+    Attributes:
+        losses: `[B]`, without gradient.
+        values: The `pair_values`, `[B, 7]`.
+        slopes: The gradient of the sum of the step's losses by what the scorer answers, of the same shape.
+    """
+
+    losses: Tensor
+    values: Tensor
+    slopes: Tensor
+
+
+def judge_step(
+    scorer: nn.Module,
+    objective: Objective,
+    reference: ReferenceLogps,
+    batches: Batches,
+    micro_batches: Sequence[MicroBatch],
+    step: StepFacts,
+    accelerator: Accelerator,
+) -> list[Judged]:
+    """Apply an objective to all pairs of a step at once, those of other ranks included.
+
+    The log-probabilities of all micro-batches are computed without gradient and put together, since the losses of
+    one depend on the others'. By the chain rule the loss's slopes are then all that a second pass over a
+    micro-batch needs for its share of the gradient.
+
+    Args:
+        scorer: A `Scorer`, or what Accelerate prepared of one.
+        objective: Loss and rewards of pairs.
+        reference: Answers with the reference's token log-probabilities.
+        batches: Makes micro-batches into tensors.
+        micro_batches: This rank's share of the step.
+        step: The step.
+        accelerator: Knows the ranks.
+
+    Returns:
+        An answer for each of this rank's micro-batches that is no filler.
+    """
+    mine = []
+    for micro_batch in micro_batches:
+        if not micro_batch.filler:
+            batch = batches(micro_batch)
+            with torch.no_grad():
+                parts = (scorer(batch), reference(batch), batch.weights, batch.margins)
+            mine.append(_Scored(accelerator.process_index, batch.lengths, *(part.cpu() for part in parts)))
+    scored: list[_Scored] = gather_object(mine)
+    lengths = tuple(
+        length for side in zip(*(part.halves() for part in scored), strict=True) for half in side for length in half
+    )
+    policy, answers = (_joined([getattr(part, name) for part in scored], scored) for name in ("policy", "reference"))
+    policy.requires_grad_()
+    weights, margins = (torch.cat([getattr(part, name) for part in scored]) for name in ("weights", "margins"))
+    pairs, values = _judge(
+        objective, SequenceLogps.of(policy, lengths), SequenceLogps(answers, lengths), step, weights, margins
+    )
+    (slopes,) = torch.autograd.grad(pairs.losses.sum(), policy)
+    shares = zip(
+        _parted(slopes, scored),
+        *(t.split([len(p.weights) for p in scored]) for t in (pairs.losses.detach(), values)),
+        strict=True,
+    )
+    return [
+        Judged(losses.to(accelerator.device), rows.to(accelerator.device), slopes.to(accelerator.device))
+        for part, (slopes, losses, rows) in zip(scored, shares, strict=True)
+        if part.rank == accelerator.process_index
+    ]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What is known of a micro-batch, on its way to the other ranks; tensors as in `PairBatch` and from a `Scorer`."""
+
+    rank: int
+    lengths: tuple[int, ...]
+    policy: Tensor
+    reference: Tensor
+    weights: Tensor
+    margins: Tensor
+
+    def halves(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the lengths of the chosen and those of the rejected responses."""
+        return self.lengths[: len(self.weights)], self.lengths[len(self.weights) :]
+
+
+def _joined(answers: Sequence[Tensor], scored: Sequence[_Scored]) -> Tensor:
+    """Join `[…, N]` of several micro-batches: all of their chosen responses, then all of their rejected ones."""
+    halves = [
+        answer.split([sum(half) for half in part.halves()], -1) for answer, part in zip(answers, scored, strict=True)
+    ]
+    return torch.cat([half for side in zip(*halves, strict=True) for half in side], -1)
+
+
+def _parted(joined: Tensor, scored: Sequence[_Scored]) -> list[Tensor]:
+    """Undo `_joined`."""
+    sizes = [sum(half) for side in zip(*(part.halves() for part in scored), strict=True) for half in side]
+    pieces = joined.split(sizes, -1)
+    return [torch.cat(sides, -1) for sides in zip(pieces[: len(scored)], pieces[len(scored) :], strict=True)]
+
+
+def _judge(
+    objective: Objective,
+    policy: SequenceLogps,
+    reference: SequenceLogps,
+    step: StepFacts,
+    weights: Tensor,
+    margins: Tensor,
+) -> tuple[PairLosses, Tensor]:
+    """Apply the objective and the pairs' own weights."""
+    pairs = objective(policy, reference, dataclasses.replace(step, margins=margins))
+    pairs = dataclasses.replace(pairs, losses=weights * pairs.losses)
     values = pair_values(pairs.losses, pairs.chosen_rewards, pairs.rejected_rewards, policy.chosen, policy.rejected)
     return pairs, values

@@ -141,6 +141,11 @@ class _Handler(logging.Handler):
         self._console.warning(record.getMessage())
 
 
+def gib(num_bytes: int) -> str:
+    """Write a number of bytes as a person reads it."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
 def clock(seconds: float) -> str:
     """Write a duration as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -4,6 +4,7 @@
       config.json, model.safetensors, tokenizer.json …    a Hugging Face folder
       optimizer.safetensors                               the optimizer's state: AdamW's moments, say
       random_states.safetensors                           one for each rank
+      reference.safetensors                               the reference's weights, where it moves
       training_state.json                                 step, schedule, scaler, what the run stands on
       manifest.json                                       sizes and digests of all of them
 
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dpo_cli.preference.terms import Memory
+
 _STATE, _OPTIMIZER, _RANDOM = "training_state.json", "optimizer.safetensors", "random_states.safetensors"
+_REFERENCE = "reference.safetensors"
 _log = logging.getLogger(__name__)
 
 
@@ -48,6 +52,8 @@ class TrainingParts:
         optimizer: The prepared optimizer.
         schedule: The learning rate's schedule.
         accelerator: Knows the ranks and the gradient scaler.
+        reference: The reference, where it moves, or None.
+        memory: What the objective keeps from step to step; changed in place.
         stands_on: Digests of what a resumed run must find unchanged: the model before step 1, the data.
     """
 
@@ -56,6 +62,8 @@ class TrainingParts:
     optimizer: Any
     schedule: LambdaLR
     accelerator: Accelerator
+    reference: PreTrainedModel | None
+    memory: Memory
     stands_on: dict[str, str]
 
 
@@ -82,11 +90,14 @@ def save_checkpoint(folder: Path, step: int, parts: TrainingParts, keep: int) ->
         with saved_model(target, parts.policy, parts.tokenizer, "saving a checkpoint") as temporary:
             tensors, settings = _optimizer_to_tensors(parts.optimizer.state_dict())
             save_file(tensors, temporary / _OPTIMIZER)
+            if parts.reference is not None:
+                save_file(_weights(parts.reference), temporary / _REFERENCE)
             save_file({k: v for states in random_states for k, v in states.items()}, temporary / _RANDOM)
             state = {
                 "step": step,
                 "num_ranks": accelerator.num_processes,
                 "stands_on": parts.stands_on,
+                "memory": parts.memory,
                 "optimizer": settings,
                 "schedule": {"last_epoch": parts.schedule.last_epoch},
                 "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -125,7 +136,8 @@ def load_checkpoint(path: Path, parts: TrainingParts) -> int:
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
         tensors, random_states = load_file(path / _OPTIMIZER), load_file(path / _RANDOM)
-        if missing := {"step", "num_ranks", "stands_on", "optimizer", "schedule", "scaler"} - state.keys():
+        reference = load_file(path / _REFERENCE) if parts.reference is not None else {}
+        if missing := {"step", "num_ranks", "stands_on", "memory", "optimizer", "schedule", "scaler"} - state.keys():
             raise ValueError(f"{_STATE} lacks {', '.join(sorted(missing))}")
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         hint = "remove that folder to go on from an older checkpoint, or start again with `--overwrite`"
@@ -135,6 +147,10 @@ def load_checkpoint(path: Path, parts: TrainingParts) -> int:
             hint = f"bring back the {name} that the run was started with, or start again with `--overwrite`"
             raise UserError(f"the {name} is not the one that the run was started with", str(path), hint)
     load_weights(parts.policy, path)
+    if parts.reference is not None:
+        for name, weights in _weights(parts.reference).items():
+            weights.copy_(reference[name])
+    parts.memory.update(state["memory"])
     parts.optimizer.load_state_dict(_optimizer_from_tensors(tensors, state["optimizer"]))
     # The schedule is a function of the step; its rate stands in the optimizer's groups already.
     parts.schedule.last_epoch = state["schedule"]["last_epoch"]
@@ -180,6 +196,11 @@ def _optimizer_from_tensors(tensors: dict[str, Tensor], groups: list[dict[str, A
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": groups}
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return a model's parameters by name, tied ones once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def _random_states(rank: int) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from dpo_cli.data.prepared import PreparedPairs
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.proof import TOKEN_TOLERANCE
-from dpo_cli.preference.scoring import score_pairs
+from dpo_cli.preference.terms import StepFacts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from dpo_cli.modeling.batch import PairBatch
     from dpo_cli.modeling.scorer import Scorer
-    from dpo_cli.preference.losses import Loss
+    from dpo_cli.preference.objective import Objective
     from dpo_cli.preference.reference import ReferenceLogps
 
 _TAIL = 8
@@ -106,29 +107,32 @@ def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -
 
 
 def check_reference(
-    scorer: nn.Module, loss: Loss, reference: ReferenceLogps, batch: PairBatch, accelerator: Accelerator
+    scorer: nn.Module, objective: Objective, reference: ReferenceLogps, batch: PairBatch, accelerator: Accelerator
 ) -> str:
     """Prove that the policy equals its reference before step 1; return a line that says so.
 
     Args:
         scorer: The prepared scorer, as the loop calls it.
-        loss: The loss.
+        objective: What the line tells the loss of.
         reference: The reference, which is the policy before step 1.
         batch: Pairs of step 1.
         accelerator: Knows the precision.
 
     Raises:
-        UserError: The loss is another than that of two equal models.
+        UserError: They differ in a token's log-probability.
     """
     with torch.no_grad():
-        pairs, values = score_pairs(scorer, loss, reference, batch)
-    expected, found = loss.at_reference(), float(pairs.losses.mean())
-    # A loss moves with β times the sum of its tokens' differences, at most.
-    allowed = TOKEN_TOLERANCE[accelerator.mixed_precision] * max(batch.lengths) * loss.beta
-    if not abs(found - expected) <= allowed:
-        what = f"the loss before step 1 is {found:.6f} instead of {expected:.6f}: the policy is not its reference"
-        raise UserError(what, f"the pairs of step 1 ({values.shape[0]} of them)", "a defect: please report it")
-    return f"the policy equals its reference: the loss is {found:.6f}"
+        policy = SequenceLogps.of(scorer(batch), batch.lengths)
+        answers = SequenceLogps(reference(batch), batch.lengths)
+    difference = float((policy.tokens - answers.tokens).abs().max())
+    if not difference <= TOKEN_TOLERANCE[accelerator.mixed_precision]:
+        what = (
+            f"the policy is not its reference before step 1: a token's log-probability differs by {difference:.2g} nats"
+        )
+        raise UserError(what, f"the pairs of step 1 ({len(batch.pairs)} of them)", "a defect: please report it")
+    step = StepFacts(len(batch.pairs), sum(batch.lengths[: len(batch.pairs)]))
+    losses = objective(policy, answers, step).losses
+    return f"the policy equals its reference: the loss is {float(losses.mean()):.6f}"
 
 
 def _require(pairs: PreparedPairs, holds: NDArray[np.bool_] | None, what: str, hint: str) -> None:

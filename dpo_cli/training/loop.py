@@ -13,9 +13,10 @@ from accelerate.utils import gather_object
 
 from dpo_cli.data.schedule import Step
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.preference.losses import Loss
-from dpo_cli.preference.reference import ReferenceLogps
-from dpo_cli.preference.scoring import score_pairs
+from dpo_cli.preference.objective import Objective
+from dpo_cli.preference.reference import OpenReference
+from dpo_cli.preference.scoring import judge_step, score_pairs, step_facts
+from dpo_cli.preference.terms import Memory
 from dpo_cli.reporting.metrics import StepSums
 
 if TYPE_CHECKING:
@@ -59,21 +60,22 @@ class NotFinite(Exception):
 
 def train_steps(
     scorer: nn.Module,
-    loss: Loss,
-    reference: ReferenceLogps,
+    objective: Objective,
+    reference: OpenReference,
     optimizer: Any,
     schedule: LambdaLR,
     steps: Iterable[Step],
     batches: Batches,
     accelerator: Accelerator,
     max_grad_norm: float | None,
+    memory: Memory,
     asked_to_stop: Callable[[], bool],
 ) -> Iterator[StepResult]:
     """Take optimizer steps, yielding a result after each.
 
     Args:
         scorer: What Accelerate prepared of a `Scorer`.
-        loss: Loss and rewards of pairs.
+        objective: Loss and rewards of pairs.
         reference: Answers with the reference's token log-probabilities.
         optimizer: What Accelerate prepared of an optimizer.
         schedule: The learning rate; not prepared, since a prepared one steps once per process.
@@ -81,6 +83,7 @@ def train_steps(
         batches: Makes a micro-batch into tensors on the device.
         accelerator: Synchronises ranks; its `gradient_accumulation_steps` must be 1.
         max_grad_norm: Where gradients are clipped, or None.
+        memory: What the objective keeps from step to step; changed in place.
         asked_to_stop: Whether this process was asked to stop; looked at once a step.
 
     Raises:
@@ -88,18 +91,27 @@ def train_steps(
     """
     for step in steps:
         sums, not_finite = StepSums(accelerator.device), []
+        facts = step_facts(batches.pairs.sizes, step.pairs, memory)
+        judged = None
+        if objective.looks_at_step and (len(step.micro_batches) > 1 or accelerator.num_processes > 1):
+            judged = iter(judge_step(scorer, objective, reference, batches, step.micro_batches, facts, accelerator))
         for place, micro_batch in enumerate(step.micro_batches, 1):
             last = place == len(step.micro_batches)
             # Ranks may have different numbers of micro-batches; gradients are exchanged once, on the last.
             with contextlib.nullcontext() if last else accelerator.no_sync(scorer):
                 batch = batches(micro_batch)
-                pairs, values = score_pairs(scorer, loss, reference, batch)
+                if judged is None or micro_batch.filler:
+                    pairs, values = score_pairs(scorer, objective, reference, batch, facts)
+                    losses, pull = pairs.losses, pairs.losses.sum()
+                else:
+                    found = next(judged)
+                    losses, values, pull = found.losses, found.values, (found.slopes * scorer(batch)).sum()
                 # Gradients are averaged over ranks, so the step's sum is restored before it is divided.
                 weight = 0.0 if micro_batch.filler else accelerator.num_processes / step.num_pairs
-                accelerator.backward(pairs.losses.sum() * weight)
+                accelerator.backward(pull * weight)
             if not micro_batch.filler:
                 sums.add(values, batch.num_tokens)
-                not_finite += _not_finite(batch.pairs, pairs.losses)
+                not_finite += _not_finite(batch.pairs, losses)
         if asked_to_stop():
             sums.ask_to_stop()
         metrics, num_tokens, stop = sums.reduce(accelerator)
@@ -113,6 +125,8 @@ def train_steps(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        memory.update(objective.after_step(memory, metrics))
+        reference.after_step(step.number)
         metrics |= {"grad_norm": norm, "learning_rate": learning_rate}
         yield StepResult(step.number, step.epoch, metrics, num_tokens, stop)
 

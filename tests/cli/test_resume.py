@@ -65,6 +65,28 @@ def test_from_every_checkpoint_the_run_ends_bit_for_bit_the_same(uninterrupted, 
         assert_same_run(run, whole)
 
 
+def test_what_a_loss_remembers_and_a_reference_that_moves_are_resumed(write_config, tmp_path):
+    """The reference moves after steps 2 and 4; the running mean of bco and the β of a step stand on all before."""
+    training = {"epochs": 2, "pairs_per_step": 5, "micro_batch_tokens": 300, "max_steps": 7}
+    settings = {
+        "training": training,
+        "checkpoints": {"every_steps": 3, "keep": 100},
+        "loss": ["aot", "bco"],
+        "reference": {"type": "synced", "every_steps": 2, "alpha": 0.5},
+    }
+    file = write_config("whole", **settings)
+    result = run_dpo("train", "--config", file)
+    assert result.returncode == 0, result.stderr
+    whole, run = tmp_path / "runs" / "whole", tmp_path / "resumed"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
+    assert result.returncode == 0, result.stderr
+    assert "resuming after step 3" in result.stderr
+    assert_same_run(run, whole)
+
+
 # After which line, how many of its kind, and how many seconds later the process is killed; one after the other.
 MOMENTS = [
     ("loading", 1, 0.5),

@@ -49,6 +49,16 @@ def test_metrics_and_weights_are_those_of_one_process(write_config, tmp_path, re
     assert_same(tmp_path / "runs" / "two", tmp_path / "runs" / "one")
 
 
+def test_losses_that_look_at_the_whole_step_see_the_other_ranks_pairs(write_config, tmp_path):
+    loss = ["aot", {"type": "bco", "beta": 0.3}, {"type": "sft", "weight": 0.1}]
+    settings = {"training": {"pairs_per_step": 13, "micro_batch_tokens": 300}, "loss": loss}
+    one = run_dpo("train", "--config", write_config("one", **settings))
+    assert one.returncode == 0, one.stderr
+    two = torchrun("train", "--config", write_config("two", **settings))
+    assert two.returncode == 0, two.stderr
+    assert_same(tmp_path / "runs" / "two", tmp_path / "runs" / "one")
+
+
 def test_a_step_with_fewer_pairs_than_processes_and_a_resume(write_config, tmp_path):
     """32 pairs in steps of 31 leave one pair for two processes."""
     settings = {"training": {"pairs_per_step": 31, "epochs": 2}, "checkpoints": {"every_steps": 3}}

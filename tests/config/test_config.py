@@ -38,7 +38,16 @@ def test_the_defaults_are_those_of_the_contract(tmp_path):
             "max_length": 1024,
             "on_too_long": "drop",
         },
-        "loss": {"type": "dpo", "beta": 0.1, "label_smoothing": 0.0, "logps": "sum"},
+        "loss": {
+            "weight": 1.0,
+            "wpo": False,
+            "type": "dpo",
+            "beta": 0.1,
+            "label_smoothing": 0.0,
+            "logps": "sum",
+            "divergence": {"type": "reverse_kl"},
+            "adaptive_beta": None,
+        },
         "reference": {"type": "cached", "model": None},
         "training": {
             "epochs": 1,
@@ -73,6 +82,50 @@ def test_one_word_stands_for_a_group(tmp_path):
     config = load_config(write(tmp_path, "model: a/b\nloss: dpo\nreference: frozen\n"), ["model.dtype=float32"])
     assert (config.model.name, config.model.dtype) == ("a/b", "float32")
     assert (config.loss.type, config.reference.type) == ("dpo", "frozen")
+
+
+def test_losses_are_one_or_a_list(tmp_path):
+    text = MINIMAL + "loss:\n  - dpo\n  - {type: sft, weight: 0.5}\n  - {beta: 0.3}\n"
+    losses = load_config(write(tmp_path, text)).objective.losses
+    assert [(loss.type, loss.weight) for loss in losses] == [("dpo", 1.0), ("sft", 0.5), ("dpo", 1.0)]
+    assert losses[2].beta == 0.3
+    again = load_config(write(tmp_path, resolved_yaml(load_config(write(tmp_path, text))), "again.yaml"))
+    assert again.objective.losses == losses
+
+
+@pytest.mark.parametrize(
+    ("loss", "reference"),
+    [("simpo", "none"), ("[cpo, sft]", "none"), ("dpo", "cached"), ("[sft, dpo]", "cached"), ("orpo", "none")],
+)
+def test_a_reference_is_had_where_a_loss_needs_one_and_only_there(tmp_path, loss, reference):
+    assert load_config(write(tmp_path, MINIMAL + f"loss: {loss}\n")).reference.type == reference
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("loss: simpo\nreference: cached\n", "no use for a reference"),
+        ("loss: [sft, dpo]\nreference: none\n", "needs a reference"),
+        ("loss: [bco, {type: dpo, adaptive_beta: {alpha: 0.5}}]\n", "bco and dpo all do"),
+        ("loss: {type: dpo, logps: mean, divergence: js}\n", "only the divergence reverse_kl is defined"),
+        ("loss: {type: ipo, divergence: js}\n", "`loss.divergence` is not a setting of `ipo`"),
+        ("loss: {type: hinge, label_smoothing: 0.1}\n", "`loss.label_smoothing` is not a setting of `hinge`"),
+        ("loss: [dpo, {type: simpo, gama: 1}]\n", "`loss.1.gama` is not a setting of `simpo`"),
+        ("loss: {type: aot, wpo: true}\n", "compares the pairs of a step with each other"),
+        ("loss: {type: dpo, divergence: {type: alpha, alpha: 1.0}}\n", "`loss.divergence.alpha` should be less than 1"),
+        ("loss: {type: dpo, divergence: hellinger}\n", "`loss.divergence.type` should be one of `reverse_kl`"),
+        ("loss: {type: exo, label_smoothing: 0}\n", "`loss.label_smoothing` should be greater"),
+        ("loss: {type: dpo, beta: 101}\n", "`loss.beta` should be less than or equal to 100"),
+        ("loss: [{type: dpo, weight: 0}]\n", "`loss.0.weight` should be greater than 0"),
+        ("loss: []\n", "`loss`"),
+        ("loss: {type: kto}\n", "`loss.type` should be one of `dpo`"),
+    ],
+)
+def test_losses_and_references_that_do_not_go_together_are_errors_with_a_line(tmp_path, text, what):
+    (error,) = problems(write(tmp_path, MINIMAL + text))
+    assert what in error.what
+    assert "line 4" in error.where or "line 5" in error.where
+    assert error.hint
 
 
 def test_overrides_reach_every_setting_and_are_parsed_as_yaml(tmp_path):

@@ -26,7 +26,9 @@ from dpo_cli.modeling.proof import Proof, prove
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.pipeline.passes import choose_layout
 from dpo_cli.preference.losses import DPO
+from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.scoring import score_pairs
+from dpo_cli.preference.terms import StepFacts
 from tests.conftest import make_config, read_metrics, run_dpo
 
 FALLING_BACK = {
@@ -41,6 +43,7 @@ FALLING_BACK = {
 }
 PACKED = [name for name in KINDS if name not in FALLING_BACK]
 PAIRS = example_pairs()
+FACTS = StepFacts(len(PAIRS), sum(len(pair.chosen) for pair in PAIRS))
 
 
 def fixed_reference(batch):
@@ -53,7 +56,7 @@ def answers(model, layout):
     batch = LAYOUTS[layout].batch(range(len(PAIRS)), PAIRS)
     with torch.no_grad():
         tokens = Scorer(model)(batch)
-    pairs, values = score_pairs(Scorer(model), DPO(), fixed_reference, batch)
+    pairs, values = score_pairs(Scorer(model), Objective.of(DPO()), fixed_reference, batch, FACTS)
     model.zero_grad(set_to_none=True)
     pairs.losses.mean().backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -156,7 +159,7 @@ def test_what_cannot_be_packed_says_why_falls_back_answers_as_before_and_trains(
     optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-3), []
     for _ in range(5):
         optimizer.zero_grad()
-        pairs, _ = score_pairs(Scorer(model), DPO(), lambda batch: reference, batch)
+        pairs, _ = score_pairs(Scorer(model), Objective.of(DPO()), lambda batch: reference, batch, FACTS)
         pairs.losses.mean().backward()
         optimizer.step()
         losses.append(float(pairs.losses.detach().mean()))

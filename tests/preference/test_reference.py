@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import LAYOUTS, Batches, Padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.preference import cache
-from dpo_cli.preference.reference import Cached, Frozen, ReferenceWork, reference_model
+from dpo_cli.preference.losses import CPO
+from dpo_cli.preference.reference import Cached, Frozen, ReferenceWork, Synced, reference_model
 from tests.builders import prepare_pairs, silent, train_in_process
 from tests.conftest import build_llama
 
@@ -35,9 +37,7 @@ def open_reference(strategy, model, pairs, needed=None, progress=silent, layout=
     reference = reference_model(strategy.model, policy)
     LAYOUTS[layout].prepare(reference)
     batches = Batches(pairs, LAYOUTS[layout], 2000, torch.device("cpu"))
-    return strategy.open(
-        ReferenceWork(reference, reference is policy, Accelerator(cpu=True), indices, batches, progress)
-    )
+    return strategy.open(ReferenceWork(reference, policy, Accelerator(cpu=True), indices, batches, progress))
 
 
 def answers(logps, pairs, cut=5):
@@ -61,6 +61,33 @@ def test_both_train_to_the_same_losses(tiny_llama, pairs):
     frozen, _ = train_in_process(tiny_llama, pairs, reference=Frozen())
     cached, _ = train_in_process(tiny_llama, pairs, reference=Cached())
     assert [m["loss"] for m in cached] == pytest.approx([m["loss"] for m in frozen], abs=1e-5)
+
+
+def test_a_synced_reference_moves_its_share_of_the_way_every_so_many_steps(tiny_llama, pairs):
+    """θ_ref ← 0.25·(θ + 1) + 0.75·θ = θ + 0.25, after the second step and not after the first."""
+    policy = load_policy(str(tiny_llama))
+    reference = open_reference(Synced(every_steps=2, alpha=0.25), policy, pairs)
+    before = {name: weights.detach().clone() for name, weights in policy.named_parameters()}
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 1
+    reference.after_step(1)
+    for name, weights in reference.moving.named_parameters():
+        assert torch.equal(weights, before[name])
+    reference.after_step(2)
+    for name, weights in reference.moving.named_parameters():
+        torch.testing.assert_close(weights, before[name] + 0.25)
+
+
+def test_training_against_a_reference_that_becomes_the_policy_starts_anew_each_step(tiny_llama, pairs):
+    """With α = 1 after every step the policy is its reference at every step, and so the loss is ln 2."""
+    metrics, _ = train_in_process(tiny_llama, pairs, reference=Synced(every_steps=1, alpha=1.0))
+    assert [m["loss"] for m in metrics] == pytest.approx([math.log(2)] * len(metrics), abs=1e-5)
+
+
+def test_without_a_reference_rewards_are_those_of_the_policy_alone(tiny_llama, pairs):
+    metrics, _ = train_in_process(tiny_llama, pairs, loss=CPO(beta=0.3), max_steps=1)
+    assert metrics[0]["rewards/chosen"] == pytest.approx(0.3 * metrics[0]["logps/chosen"], rel=1e-5)
 
 
 def test_a_frozen_reference_stays_where_it_was_while_the_policy_moves(tiny_llama, pairs):

@@ -14,6 +14,7 @@ from dpo_cli.modeling.batch import Batches, Padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import DPO
+from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Frozen, ReferenceWork
 from dpo_cli.training.checks import check_fits, check_logps, check_reference, check_tokens
 from tests.builders import silent
@@ -82,7 +83,7 @@ def ready(tmp_path, pairs_file, tokenizer, tiny_llama):
     pairs = prepare(pairs_file, tokenizer, tmp_path / "p")
     accelerator, policy = Accelerator(cpu=True), load_policy(str(tiny_llama))
     batches = Batches(pairs, Padded(), 1000, accelerator.device)
-    work = ReferenceWork(policy, True, accelerator, np.arange(len(pairs)), batches, silent)
+    work = ReferenceWork(policy, policy, accelerator, np.arange(len(pairs)), batches, silent)
     reference = Frozen().open(work)
     batch = Padded().batch(range(4), pairs[:4])
     return Scorer(policy), reference, batch, accelerator
@@ -91,7 +92,7 @@ def ready(tmp_path, pairs_file, tokenizer, tiny_llama):
 def test_a_policy_that_equals_its_reference_passes(ready):
     scorer, reference, batch, accelerator = ready
     assert check_logps(scorer, batch, accelerator).startswith("log-probabilities are the model's own")
-    assert "0.693147" in check_reference(scorer, DPO(), reference, batch, accelerator)
+    assert "0.693147" in check_reference(scorer, Objective.of(DPO()), reference, batch, accelerator)
 
 
 def test_a_policy_that_has_moved_is_refused(ready):
@@ -101,7 +102,7 @@ def test_a_policy_that_has_moved_is_refused(ready):
             parameter += 0.1 * torch.randn_like(parameter)
     check_logps(scorer, batch, accelerator)
     with pytest.raises(UserError, match="the policy is not its reference"):
-        check_reference(scorer, DPO(), reference, batch, accelerator)
+        check_reference(scorer, Objective.of(DPO()), reference, batch, accelerator)
 
 
 def test_log_probabilities_gathered_on_the_wrong_positions_are_refused(ready):

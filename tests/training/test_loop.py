@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from typing import get_args
 
 import pytest
 import torch
 
 from dpo_cli.modeling.loading import load_policy
-from dpo_cli.preference.losses import DPO
+from dpo_cli.preference.losses import AOT, BCO, DPO, SFT, AdaptiveBeta, Loss, SimPO
+from dpo_cli.preference.objective import Objective
 from dpo_cli.training.loop import NotFinite
 from tests.builders import prepare_pairs, train_in_process
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -38,6 +43,36 @@ def test_neither_the_cut_nor_the_layout_changes_metrics_or_weights(tiny_llama, p
     whole = train_in_process(tiny_llama, pairs, **settings)
     cut = train_in_process(tiny_llama, pairs, layout=layout, micro_batch_tokens=budget, **settings)
     assert_same(cut, whole, **({} if layout == "padded" else {"rel": 1e-6, "rtol": 1e-5, "atol": 1e-6}))
+
+
+EVERY_LOSS = [
+    *(kind() for kind in get_args(get_args(Loss)[0])),
+    DPO(adaptive_beta=AdaptiveBeta(alpha=5.0)),
+    SimPO(wpo=True),
+    [DPO(wpo=True), AOT(weight=0.5), BCO(), SFT(weight=0.2)],
+]
+
+
+@pytest.mark.parametrize("loss", EVERY_LOSS, ids=lambda loss: str(Objective.of(loss)))
+def test_no_loss_depends_on_how_a_step_is_cut(tiny_llama, pairs, loss):
+    """One pass for all 8 pairs, one for each, and uneven ones; two steps, since some losses remember the first."""
+    settings = {"loss": loss, "max_steps": 2, "dtype": torch.float64}
+    whole = train_in_process(tiny_llama, pairs, **settings)
+    for budget in (1, 700):
+        assert_same(train_in_process(tiny_llama, pairs, micro_batch_tokens=budget, **settings), whole)
+
+
+def test_no_loss_depends_on_how_many_ranks_share_a_step(tiny_llama, pairs, tmp_path):
+    """Steps of five pairs, so that one rank has more of them than the other."""
+    from tests.training.ranks import SETTINGS
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "tests.training.ranks", tiny_llama, tmp_path / "prepared", tmp_path / "found.pt"]
+    ended = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    by_ranks = torch.load(tmp_path / "found.pt", weights_only=True)
+    for loss, found in zip(EVERY_LOSS, by_ranks, strict=True):
+        assert_same(found, train_in_process(tiny_llama, pairs, loss=loss, **SETTINGS))
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -126,7 +161,7 @@ def test_the_logged_norm_is_that_before_clipping(tiny_llama, pairs):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_pairs(tiny_llama, pairs):
-    from dpo_cli.preference.reference import Frozen
+    from dpo_cli.preference.reference import Frozen, OpenReference
 
     class Spoilt:
         """A reference that answers NaN for pair 5."""
@@ -141,7 +176,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_its_pairs(tin
                     parts[batch.pairs.index(5)].fill_(math.nan)
                 return tokens
 
-            return answer
+            return OpenReference(answer)
 
     with pytest.raises(NotFinite) as caught:
         train_in_process(tiny_llama, pairs, reference=Spoilt(), micro_batch_tokens=300)

@@ -1,0 +1,81 @@
+"""What holds the policy to its reference: f-divergences other than the reverse KL of plain DPO.
+
+Each turns x = log π − log π_ref of a response into f′(π / π_ref), of which chosen and rejected are then compared.
+Source: Wang et al. 2023, arXiv 2309.16240.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from dpo_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_LARGEST_EXPONENT = 40.0
+"""Beyond it an exponential is held: its square, as a gradient's norm takes it, is then a float32 still."""
+
+
+class ReverseKL(Settings):
+    """KL(π ‖ π_ref), the divergence of plain DPO."""
+
+    type: Literal["reverse_kl"] = "reverse_kl"
+    """Which divergence."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+
+class ForwardKL(Settings):
+    """KL(π_ref ‖ π): covers what the reference does instead of seeking its best mode."""
+
+    type: Literal["forward_kl"] = "forward_kl"
+    """Which divergence."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return 1 − e^(−x)."""
+        return 1 - (-x).clamp(max=_LARGEST_EXPONENT).exp()
+
+
+class JensenShannon(Settings):
+    """The Jensen–Shannon divergence, between both directions of KL."""
+
+    type: Literal["js"] = "js"
+    """Which divergence."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return log 2 + log σ(x)."""
+        from torch.nn.functional import logsigmoid
+
+        return math.log(2) + logsigmoid(x)
+
+
+class Alpha(Settings):
+    """The α-divergences, which lead from forward KL (α → 0) to reverse KL (α → 1)."""
+
+    type: Literal["alpha"] = "alpha"
+    """Which divergence."""
+    alpha: float = Field(0.5, gt=0, lt=1)
+    """Where between forward KL, 0, and reverse KL, 1."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return (e^((α−1)x) − 1) / (α−1)."""
+        power = self.alpha - 1
+        return (power * x).clamp(max=_LARGEST_EXPONENT).expm1() / power
+
+
+def _named(value: Any) -> Any:
+    return {"type": value} if isinstance(value, str) else value
+
+
+_Divergence = Annotated[ReverseKL | ForwardKL | JensenShannon | Alpha, Field(discriminator="type")]
+Divergence = Annotated[
+    _Divergence,
+    BeforeValidator(_named, json_schema_input_type=Literal["reverse_kl", "forward_kl", "js", "alpha"] | _Divergence),
+]
+"""The closed union of all divergences, told apart by `type`; a word alone is a type."""

@@ -1,0 +1,90 @@
+"""What a run minimises: one loss, or several added up by their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dpo_cli.preference.losses import Loss
+from dpo_cli.preference.terms import Memory, PairLosses, StepFacts
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpo_cli.modeling.logps import SequenceLogps
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Losses and their sum.
+
+    Attributes:
+        losses: One at least; one of them at most keeps a memory.
+    """
+
+    losses: tuple[Loss, ...]
+
+    @classmethod
+    def of(cls, losses: Loss | Sequence[Loss]) -> Objective:
+        """Take one loss or several."""
+        return cls(tuple(losses) if isinstance(losses, Sequence) else (losses,))
+
+    @property
+    def rewarding(self) -> Loss:
+        """The loss whose rewards are reported: that with a memory, else the first with a reference, else the first."""
+        return max(self.losses, key=lambda loss: (loss.remembers, loss.needs_reference))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of them does."""
+        return any(loss.needs_reference for loss in self.losses)
+
+    @property
+    def looks_at_step(self) -> bool:
+        """Whether any of them has to see all pairs of a step at once."""
+        return any(loss.looks_at_step for loss in self.losses)
+
+    @property
+    def wpo(self) -> bool:
+        """Whether any of them weighs pairs by the policy's own probabilities."""
+        return any(loss.wpo for loss in self.losses)
+
+    @property
+    def uses_margins(self) -> bool:
+        """Whether any of them looks at the margins in the data."""
+        return any(loss.uses_margins for loss in self.losses)
+
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+        """Return the weighted sum of the losses of each pair, and the rewards of one of them."""
+        answers = [loss(policy, reference, step) for loss in self.losses]
+        factors = [loss.weight * (_wpo_weights(policy) if loss.wpo else 1.0) for loss in self.losses]
+        losses = [factor * answer.losses for factor, answer in zip(factors, answers, strict=True)]
+        rewards = answers[self.losses.index(self.rewarding)]
+        return PairLosses(sum(losses[1:], losses[0]), rewards.chosen_rewards, rewards.rejected_rewards)
+
+    def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
+        """Return what to keep of a step, given what was kept before and the means of its metrics."""
+        return self.rewarding.after_step(memory, means)
+
+    def __str__(self) -> str:
+        """Name them, with weights where there are several."""
+        if len(self.losses) == 1 and math.isclose(self.losses[0].weight, 1):
+            return self.losses[0].type
+        return " + ".join(f"{loss.weight:g} · {loss.type}" for loss in self.losses)
+
+
+def _wpo_weights(policy: SequenceLogps) -> Tensor:
+    """Return the weight of each pair, `[B]`, without gradient: that of its chosen times that of its rejected response.
+
+    A response's is exp(mean over its tokens of log π(token) − log Σ π²): 1 where the policy says it as likely as what
+    it says by itself.
+
+    Source: WPO, Zhou et al. 2024, arXiv 2406.11827, equation 2.
+    """
+    from dpo_cli.modeling.logps import SequenceLogps
+
+    assert policy.log_collisions is not None, "the scorer was not asked for collisions"
+    aligned = SequenceLogps(policy.tokens.detach() - policy.log_collisions, policy.lengths)
+    return (aligned.chosen / aligned.chosen_lengths + aligned.rejected / aligned.rejected_lengths).exp()

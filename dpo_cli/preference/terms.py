@@ -1,0 +1,117 @@
+"""The words that all losses share: what they are told of a step, what they answer, how they average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+
+from pydantic import Field, model_validator
+
+from dpo_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpo_cli.modeling.logps import SequenceLogps
+
+Memory = dict[str, float]
+"""What a loss keeps from step to step, by name; empty before step 1 and in evaluations."""
+
+Beta = Annotated[float, Field(ge=1e-4, le=100)]
+"""The range in which no loss overflows, whatever the log-ratios."""
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """What a loss says of B pairs.
+
+    Attributes:
+        losses: `[B]`, with gradient.
+        chosen_rewards: `[B]`, β · (policy − reference) of the chosen responses, without gradient; β · policy where
+            the loss needs no reference; of means over the tokens where the loss takes means.
+        rejected_rewards: `[B]`, the same of the rejected ones.
+    """
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What a loss knows of a step beyond the pairs at hand, so that it does not matter how the step is cut.
+
+    Attributes:
+        num_pairs: Pairs of the whole step, over all ranks.
+        chosen_tokens: Tokens of their chosen responses.
+        margins: `[B]`, by how much chosen shall exceed rejected in each pair at hand, or 0.
+        memory: What the loss kept of the steps before.
+    """
+
+    num_pairs: int
+    chosen_tokens: int
+    margins: Tensor | float = 0.0
+    memory: Memory = field(default_factory=dict)
+
+
+class LossSettings(Settings):
+    """What a configuration may say of every loss, and what a run has to know of it."""
+
+    weight: float = Field(1.0, gt=0)
+    """Factor on this loss where several are added up."""
+    wpo: bool = False
+    """Whether a pair counts by how likely the policy itself is to say its responses (WPO)."""
+
+    needs_reference: ClassVar[bool] = True
+    uses_margins: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _check_wpo(self) -> Self:
+        if self.wpo and self.looks_at_step:
+            raise ValueError(
+                "`wpo` weighs pairs one by one, and this loss compares the pairs of a step with each other"
+            )
+        return self
+
+    @property
+    def looks_at_step(self) -> bool:
+        """Whether it compares the pairs of a step with each other, and so has to see all of them at once."""
+        return False
+
+    @property
+    def remembers(self) -> bool:
+        """Whether `after_step` keeps something."""
+        return False
+
+    def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
+        """Return what to keep of a step, given what was kept before and the means of its metrics."""
+        return memory
+
+
+def log_ratios(policy: SequenceLogps, reference: SequenceLogps, logps: str = "sum") -> tuple[Tensor, Tensor]:
+    """Return c and r of each pair, `[B]`, as sums or as means over the response tokens."""
+    c, r = policy.chosen - reference.chosen, policy.rejected - reference.rejected
+    if logps == "mean":
+        return c / policy.chosen_lengths, r / policy.rejected_lengths
+    return c, r
+
+
+def chosen_nll(policy: SequenceLogps, step: StepFacts) -> Tensor:
+    """Return each pair's share, `[B]`, of the chosen responses' negative log-likelihood as a mean over tokens.
+
+    The mean of all shares over the step's pairs is the mean over the step's tokens.
+    """
+    return -policy.chosen * (step.num_pairs / step.chosen_tokens)
+
+
+def ls(x: Tensor) -> Tensor:
+    """Return log σ(x), without overflow at either end."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
+
+
+def rewards(losses: Tensor, beta: float, c: Tensor, r: Tensor) -> PairLosses:
+    """Put losses beside the rewards β · c and β · r."""
+    return PairLosses(losses, (beta * c).detach(), (beta * r).detach())

@@ -1,0 +1,30 @@
+"""Run under torchrun by `test_loop`: train with every loss on all ranks and write down what came of it.
+
+torchrun --nproc-per-node 2 -m tests.training.ranks MODEL PREPARED OUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from dpo_cli.data.prepared import PreparedPairs
+from tests.builders import train_in_process
+from tests.training.test_loop import EVERY_LOSS
+
+SETTINGS = {"max_steps": 2, "dtype": torch.float64, "pairs_per_step": 5}
+
+
+def main(model: str, prepared: str, out: str) -> None:
+    pairs = PreparedPairs.open(Path(prepared))
+    found = [train_in_process(Path(model), pairs, loss=loss, micro_batch_tokens=400, **SETTINGS) for loss in EVERY_LOSS]
+    if PartialState().is_main_process:
+        torch.save(found, out)
+    PartialState().destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
