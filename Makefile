@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.installed-bench
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install model quickstart test check format generated check-layouts check-losses bench bench-prepare bench-scaling bench-startup clean
+.PHONY: help install model quickstart test check format generated plots check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-startup clean
 
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
@@ -15,17 +15,19 @@ help:
 	@echo "make format         format the code"
 	@echo "make check-layouts  losses of 50 steps of the real model, packed against padded"
 	@echo "make check-losses   losses of a real run against an independent trainer's (PAIRS=file)"
+	@echo "make compare-losses  20 steps of the real model with every loss, side by side (COMPARE='--losses dpo ipo')"
 	@echo "make bench          speed and memory beside TRL 1.16 on the same work, about 100 minutes (BENCH='--repeats 1')"
 	@echo "make bench-prepare  speed of reading, checking and tokenizing pairs"
 	@echo "make bench-scaling  time and memory by the number of pairs (BENCH='--pairs 64 1024')"
 	@echo "make bench-startup  time of --help and of the report of a wrong configuration"
-	@echo "make generated      write the demo pairs, the schema and the pages of settings and layouts again"
+	@echo "make generated      write the demo pairs, the schema and the pages of settings, losses and layouts again"
+	@echo "make plots          draw the losses again"
 
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,oracle,check]'
 	touch $@
 
 model: $(MODEL)
@@ -47,6 +49,7 @@ check: install
 	$(BIN)/python scripts/make_demo_pairs.py --check
 	$(BIN)/dpo config schema | diff - configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py --check
+	$(BIN)/python scripts/write_losses_page.py --check
 
 format: install
 	$(BIN)/ruff format .
@@ -56,6 +59,7 @@ generated: install
 	$(BIN)/python scripts/make_demo_pairs.py
 	$(BIN)/dpo config schema > configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py
+	$(BIN)/python scripts/write_losses_page.py
 	$(BIN)/python scripts/write_layouts_page.py
 
 check-layouts: install model
@@ -64,9 +68,15 @@ check-layouts: install model
 check-losses: install model
 	$(BIN)/python scripts/check_losses.py $(PAIRS)
 
+compare-losses: install model
+	$(BIN)/python scripts/compare_losses.py $(COMPARE)
+
 $(BENCH_INSTALLED): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	touch $@
+
+plots: $(BENCH_INSTALLED)
+	$(BIN)/python scripts/plot_losses.py
 
 bench: $(BENCH_INSTALLED) model
 	$(BIN)/python scripts/benchmark.py $(BENCH)
