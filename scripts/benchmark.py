@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, write_report
-from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, ROOT, RunFailed, Work, ask, run_ours, run_theirs
+from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, ROOT, RunFailed, Work, ask, positive, run_ours, run_theirs
 from pydantic import ValidationError
 
 PACKAGES = {"dpo": "dpo-cli", "trl": "trl", "torch": "torch", "transformers": "transformers"}
@@ -125,14 +125,6 @@ def machine(threads: int) -> Machine:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     cpu = names[0] if names else platform.processor() or platform.machine()
     return Machine(cpu=cpu, cpus=os.cpu_count() or 1, threads=threads, memory_gb=round(memory, 1))
-
-
-def positive(text: str) -> int:
-    """Read a whole number from 1, for argparse."""
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 def read_options() -> argparse.Namespace:

@@ -170,3 +170,11 @@ def _run(ended: Ended, clock: Clock, losses: list[float]) -> Timed:
         peak_bytes=ended.peak_bytes,
         losses=losses,
     )
+
+
+def positive(text: str) -> int:
+    """Read a whole number from 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number

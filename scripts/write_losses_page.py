@@ -1,0 +1,261 @@
+"""Write docs/losses.md from the losses themselves; with `--check` say whether it is current.
+
+What the page says of a loss stands beside it: the equation is the docstring of its `__call__`; the lines of the
+class's docstring from `Use:`, `Watch:`, `Takes:` and `Source:` on say when it is good, what to look out for, which
+figures of a response it is computed from, and where it comes from.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from write_settings_page import allowed, shown
+from written_page import write_or_check
+
+from dpo_cli.preference.divergences import Divergence
+from dpo_cli.preference.losses import AdaptiveBeta, Loss
+from dpo_cli.preference.reference import Reference
+
+PAGE = Path(__file__).parent.parent / "docs" / "losses.md"
+HEAD = """# Losses
+
+A loss turns the log-probabilities of a pair into the number that training lowers. One is chosen by its type, with
+`loss: ipo`, or with settings:
+
+    loss:
+      type: ipo
+      beta: 0.5
+
+Every setting has a default. `configs/losses` has a runnable example of every loss, with β and a learning rate that
+suit it.
+
+## Words
+
+| | |
+|---|---|
+| log π(y) | log-probability of a response in nats, a sum over its tokens; of *means*, that divided by their number |
+| c | log π(chosen) − log π_ref(chosen) |
+| r | log π(rejected) − log π_ref(rejected) |
+| Δ | c − r |
+| σ, ls | σ(x) = 1 / (1 + e^(−x)); ls = log σ |
+| y_c, y_r, \\|y\\| | the chosen and the rejected response; the number of a response's tokens |
+| NLL of chosen | −log π(y_c), as a mean over all chosen tokens of the step |
+
+The loss of a step is the mean over its pairs, however they are cut into forward passes. Rewards are βc and βr. A β that
+suits sums (0.01 to 0.5) is too small for means (2 to 10).
+
+![Every loss and its slope against the reward margin](losses.png)
+
+Left the loss of one pair, right its slope, against the reward margin βΔ, along c = Δ/2 and r = −Δ/2: chosen gains what
+rejected loses. Responses are one token long, so that sums and means are the same, and `dpo`, `aot`, `aot_unpaired`,
+`r_dpo` and `ld_dpo` as well. Each loss has its defaults, but for `orpo` and `cpo`, which have β = 1: at 0.1 one would
+see the likelihood of chosen alone. `ipo` and `sppo` are multiplied by β², since they would leave the picture otherwise.
+Losses without a reference begin at a log-probability of −2.5. `sft` knows no margin. `make plots` draws it.
+
+## Which one
+
+| loss | | reference | takes |
+|---|---|---|---|
+"""
+SEVERAL = """
+## Several at once
+
+A list of losses is added up, each times its `weight`, 1 by default. This is RPO
+([Pang et al. 2024](https://arxiv.org/abs/2404.19733)), which keeps the chosen response likely:
+
+    loss:
+      - dpo
+      - type: sft
+        weight: 1.0
+
+and this MPO ([Wang et al. 2024](https://arxiv.org/abs/2411.10442)), with the weights of its authors:
+
+    loss:
+      - type: dpo
+        weight: 0.8
+      - type: bco
+        weight: 0.2
+      - type: sft
+
+Rewards are reported of one of them: of that which follows the rewards of the run (`bco`, adaptive β), of which there
+may be one; else of the first that needs a reference; else of the first.
+"""
+DATA = """
+## Columns of the data
+
+| column | |
+|---|---|
+| `weight` | multiplies the pair's loss, whatever the loss |
+| `margin` | m, by how much chosen shall exceed rejected, in units of the reward; taken by {takers} |
+
+Both are optional: [data](data.md).
+"""
+REFERENCES = """
+## The reference
+
+| `reference` | | settings |
+|---|---|---|
+"""
+NO_REFERENCE = """
+Where no loss needs a reference, `none` is chosen by itself, and any other is an error; so is `none` where one is
+needed. Then log π_ref is 0, and rewards are β · log-probability: of sums or of means, as the loss takes them. An
+accuracy says how often the policy finds chosen likelier than rejected, before training too, where with a reference
+every pair is a tie.
+"""
+DIVERGENCES = """
+## Divergences
+
+What holds the policy to its reference. x is c or r; {takers} put f(c) − f(r) in the place of Δ.
+
+| `divergence` | f(x) | |
+|---|---|---|
+"""
+TABLE = "\n| setting | default | accepts | |\n|---|---|---|---|\n"
+TAIL = "\nThis page is written by `scripts/write_losses_page.py`.\n"
+PARTS = ("Use", "Watch", "Takes", "Source")
+ELSEWHERE = {"divergence": "[a divergence](#divergences)", "adaptive_beta": "[a group](#adaptive-β) or null"}
+"""Settings that are groups, and what they accept."""
+
+
+def members(union: Any) -> tuple[type[Any], ...]:
+    """Return the classes of a closed union."""
+    return get_args(get_args(union)[0])
+
+
+def kind(model: type[Any]) -> str:
+    """Return the type by which a class is chosen."""
+    return str(model.model_fields["type"].default)
+
+
+def named(models: list[type[Any]]) -> str:
+    """Name classes by their types."""
+    *others, last = [f"`{kind(model)}`" for model in models]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def described(model: type[Any]) -> dict[str, str]:
+    """Return what a class's docstring says: "" is the text before the parts that have a name."""
+    text, *rest = re.split(rf"^({'|'.join(PARTS)}): ", inspect.getdoc(model) or "", flags=re.MULTILINE)
+    paragraphs = [" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n")]
+    parts = {name: " ".join(part.split()) for name, part in zip(rest[::2], rest[1::2], strict=True)}
+    return {"": "\n\n".join(paragraphs), **parts}
+
+
+def equation(model: type[Any]) -> str:
+    """Return what the docstring of `__call__` says."""
+    text = " ".join((inspect.getdoc(model.__call__) or "").split())
+    return text.removeprefix("Return ").removesuffix(".")
+
+
+def settings(model: type[Any]) -> str:
+    """Return the table of a class's settings."""
+    rows = []
+    for name, facts in model.model_json_schema()["properties"].items():
+        if name not in ("type", "weight"):
+            accepts = ELSEWHERE.get(name) or allowed(facts)
+            rows.append(f"| `{name}` | `{shown(facts['default'])}` | {accepts} | {facts['description']} |\n")
+    return TABLE + "".join(rows) if rows else ""
+
+
+def needs(model: type[Any], takes: str) -> str:
+    """Say in one line what a loss has to be given."""
+    loss = model()
+    words = ["a reference" if loss.needs_reference else "no reference", takes]
+    if loss.looks_at_step:
+        words.append("all pairs of a step at once")
+    if loss.remembers:
+        words.append("the mean reward of the steps before")
+    if "adaptive_beta" in model.model_fields:
+        words.append("under `adaptive_beta` all pairs of a step at once, and the steps before")
+    if loss.uses_margins:
+        words.append("the pairs' margins, where the data has them")
+    return "; ".join(words)
+
+
+def section(model: type[Any]) -> str:
+    """Return everything about one loss."""
+    parts = described(model)
+    if lacking := [name for name in PARTS if name not in parts]:
+        raise ValueError(f"the docstring of {model.__name__} has no line that begins with `{lacking[0]}: `")
+    lines = [
+        f"\n## {kind(model)}\n",
+        parts[""],
+        f"\n    {equation(model)}\n",
+        f"- **Use:** {parts['Use']}",
+        f"- **Watch:** {parts['Watch']}",
+        f"- **Needs:** {needs(model, parts['Takes'])}.",
+        f"- **Source:** {linked(parts['Source'])}",
+    ]
+    return "\n".join(lines) + "\n" + settings(model)
+
+
+def linked(text: str) -> str:
+    """Make links of arXiv's numbers."""
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def overview(losses: tuple[type[Any], ...]) -> Iterator[str]:
+    """Yield a row of the overview for each loss."""
+    for model in losses:
+        parts, name = described(model), kind(model)
+        reference = "yes" if model.needs_reference else "no"
+        yield f"| [{name}](#{name}) | {parts['Use']} | {reference} | {parts['Takes']} |\n"
+
+
+def references() -> Iterator[str]:
+    """Yield a row for each reference strategy."""
+    for model in members(Reference):
+        parts = described(model)
+        about = " ".join(filter(None, (parts[""], linked(parts.get("Source", "")))))
+        fields = model.model_json_schema()["properties"].items()
+        given = ", ".join(f"`{name}: {shown(facts['default'])}`" for name, facts in fields if name != "type")
+        yield f"| `{kind(model)}` | {about} | {given} |\n"
+
+
+def divergences() -> Iterator[str]:
+    """Yield a row for each divergence."""
+    for model in members(Divergence):
+        yield f"| `{kind(model)}` | {equation(model)} | {described(model)['']} |\n"
+
+
+def adaptive_beta() -> str:
+    """Return the section about β-DPO."""
+    parts = described(AdaptiveBeta)
+    lines = [
+        "\n## Adaptive β\n",
+        parts[""],
+        f"\n- **Use:** {parts['Use']}",
+        f"- **Watch:** {parts['Watch']}",
+        f"- **Source:** {linked(parts['Source'])}",
+    ]
+    return "\n".join(lines) + "\n" + settings(AdaptiveBeta)
+
+
+def page() -> str:
+    """Return the whole page."""
+    losses = members(Loss)
+    diverging = [model for model in losses if "divergence" in model.model_fields]
+    pieces = [
+        HEAD,
+        *overview(losses),
+        SEVERAL,
+        REFERENCES,
+        *references(),
+        NO_REFERENCE,
+        DATA.format(takers=named([model for model in losses if model.uses_margins])),
+        DIVERGENCES.format(takers=named(diverging)),
+        *divergences(),
+        adaptive_beta(),
+        *map(section, losses),
+        TAIL,
+    ]
+    return "".join(pieces)
+
+
+if __name__ == "__main__":
+    sys.exit(write_or_check(PAGE, page()))
