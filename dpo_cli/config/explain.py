@@ -82,7 +82,8 @@ def _explain_one(path: tuple[str, ...], details: list[Any], tree: Tree) -> UserE
     dotted, detail = ".".join(path), details[0]
     description, hint = _SETTINGS.get(_name(path)), None
     if detail["type"] == "extra_forbidden":
-        if kind := next((str(part) for part in reversed(detail["loc"][:-1]) if part in _TAGS), None):
+        kind = next((str(part) for part in reversed(detail["loc"][:-1]) if part in _TAGS), None)
+        if kind and _name(path[:-1]) in _UNIONS:
             return UserError(f"`{dotted}` is not a setting of `{kind}`", tree.place(path), _known_to(path, kind))
         return UserError(f"`{dotted}` is not a setting", tree.place(path), _did_you_mean(path))
     if detail["type"] == "value_error":
@@ -95,7 +96,9 @@ def _explain_one(path: tuple[str, ...], details: list[Any], tree: Tree) -> UserE
     if detail["type"].startswith("union_tag"):
         given = given.get("type", "nothing") if isinstance(given, dict) else given
         wanted = f"one of {', '.join(f'`{tag}`' for tag in _tags(path))}"
-    if description:
+        if near := difflib.get_close_matches(str(given), _tags(path), n=1):
+            hint = f"did you mean `{near[0]}`?"
+    if description and not hint:
         hint = f"{dotted}: {description}"
     return UserError(f"`{dotted}` should be {wanted}, but is {_show(given)}", tree.place(path), hint)
 
@@ -103,6 +106,8 @@ def _explain_one(path: tuple[str, ...], details: list[Any], tree: Tree) -> UserE
 def _wanted(detail: Any) -> str:
     """Word what was expected: `a valid number`, `greater than 0`, `'dpo' or 'ipo'`."""
     message = str(detail["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
+    if detail["type"] == "too_short":
+        return "a list of one at least"
     if detail["type"] in ("model_type", "dict_type", "model_attributes_type"):
         return "a group of settings"
     if detail["type"] in ("string_type", "int_type", "float_type", "bool_type", "list_type"):
@@ -132,7 +137,7 @@ def _known_to(path: tuple[str, ...], kind: str) -> str:
 
 def _did_you_mean(path: tuple[str, ...]) -> str:
     """Suggest the nearest known setting: a near name in the same group, or the same name in another."""
-    group = ".".join(path[:-1])
+    group = _name(path[:-1])
     prefix = f"{group}." if group else ""
     siblings = [name for name in _SETTINGS if name.rpartition(".")[0] == group]
     leaves = [name.rpartition(".")[2] for name in siblings]

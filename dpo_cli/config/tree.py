@@ -134,18 +134,30 @@ def override(tree: Tree, text: str) -> UserError | None:
         parsed = yaml.load(value, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return UserError(f"the value of `{key}` is not valid YAML", where, "quote it for YAML and for the shell")
-    group = tree.values
+    group: Any = tree.values
     for depth, name in enumerate(path[:-1]):
-        inner = group.get(name)
-        if depth == 0 and name in SHORT_FORMS:
-            inner = expand_short_form(name, inner)
-        if not isinstance(inner, Mapping):
-            inner = {}
-        group[name] = dict(inner)
-        group = group[name]
-    group[path[-1]] = parsed
+        if (problem := _misplaced(group, name, path[:depth], where)) is not None:
+            return problem
+        place = int(name) if isinstance(group, list) else name
+        inner = group.get(name) if isinstance(group, dict) else group[place]
+        if path[0] in SHORT_FORMS and (depth == 0 or isinstance(group, list)):
+            inner = expand_short_form(path[0], inner)
+        group[place] = list(inner) if isinstance(inner, list) else dict(inner) if isinstance(inner, Mapping) else {}
+        group = group[place]
+    if (problem := _misplaced(group, path[-1], path[:-1], where)) is not None:
+        return problem
+    group[int(path[-1]) if isinstance(group, list) else path[-1]] = parsed
     tree.places[tuple(path)] = where
     return None
+
+
+def _misplaced(group: Any, name: str, path: Sequence[str], where: str) -> UserError | None:
+    """Say what is wrong with an override that names a member of a list."""
+    if not isinstance(group, list) or (name.isdecimal() and int(name) < len(group)):
+        return None
+    dotted = ".".join(path)
+    what = f"`{dotted}` is a list of {len(group)}, and `{name}` is none of its places"
+    return UserError(what, where, f"name a place, such as `{dotted}.0`, or set `{dotted}` as a whole")
 
 
 def _siblings(file: Path) -> list[Path]:

@@ -73,7 +73,7 @@ class MemoryEstimate:
         return {
             "program and libraries": self.program,
             "weights": self.weights,
-            "frozen reference": self.reference,
+            "reference model": self.reference,
             "optimizer": self.optimizer,
             "gradients": self.gradients,
             "activations": self.activations,
@@ -116,13 +116,13 @@ def activation_bytes(
     return int(num_layers * states.numel() * states.element_size() + size // num_layers)
 
 
-def logits_bytes(model: PreTrainedModel, batch: PairBatch) -> int:
-    """Return what the vocabulary projection takes while it works, in bytes."""
+def logits_bytes(model: PreTrainedModel, batch: PairBatch, *, collisions: bool = False) -> int:
+    """Return what the vocabulary projection takes while it works, in bytes; `collisions` as in `token_logps`."""
     weight = model.get_output_embeddings().weight
     rows = len(torch.unique(batch.positions))
     chunk = min(rows * weight.shape[0] * _FLOAT_BYTES, CHUNK_BYTES)
     # Logits become log-probabilities; later these stand beside the gradient of the projection.
-    return int(chunk + max(chunk, weight.numel() * _FLOAT_BYTES))
+    return int(chunk + max((1 + collisions) * chunk, weight.numel() * _FLOAT_BYTES))
 
 
 def resident_bytes() -> int:

@@ -46,12 +46,13 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import load_policy
     from dpo_cli.modeling.scorer import Scorer
-    from dpo_cli.training.checks import check_fits
+    from dpo_cli.training.checks import check_columns, check_fits
 
     accelerator = setup.start_accelerator(config)
     with accelerator.main_process_first():
         _, tokenize = setup.load_tokenizer(config, config.model.name)
         pairs, held_out, source = _held_out(config, data, tokenize, console)
+    check_columns(pairs, config.objective)
     reference, asked = _open_reference(config, pairs, held_out, accelerator, console)
     policy = load_policy(scored).to(accelerator.device)
     check_fits(pairs, policy, scored)

@@ -284,7 +284,7 @@ def estimate(
         gradients=weights,
         activations=activations or 0,
         counted=activations is not None,
-        logits=logits_bytes(model, batch),
+        logits=logits_bytes(model, batch, collisions=config.objective.wpo),
         several=any(len(step.micro_batches) > 1 for step in steps),
     )
 

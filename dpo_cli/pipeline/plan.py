@@ -24,7 +24,8 @@ def make_plan(config: Config, data: setup.RunData) -> Plan:
     """Lay out all steps of a run.
 
     Raises:
-        UserError: `training.max_steps` lies behind what the epochs give, and so has no effect.
+        UserError: `training.max_steps`, or the first move of a reference, lies behind what the epochs give, and so
+            has no effect.
     """
     from dpo_cli.data.schedule import Plan
 
@@ -42,6 +43,10 @@ def make_plan(config: Config, data: setup.RunData) -> Plan:
         what = f"`training.max_steps` {training.max_steps} is never reached"
         where = f"{training.epochs:g} epochs of {len(data.train)} pairs are {plan.steps_by_epochs} steps"
         raise UserError(what, where, "raise `training.epochs`, or leave `training.max_steps` out")
+    reference = config.reference
+    if reference.type == "synced" and reference.every_steps > plan.num_steps:
+        what = f"the reference never moves: `reference.every_steps` is {reference.every_steps}"
+        raise UserError(what, f"the run has {plan.num_steps} steps", "lower `reference.every_steps`")
     return plan
 
 

@@ -82,7 +82,7 @@ def train(
     from dpo_cli.modeling.loading import empty_policy, load_policy
     from dpo_cli.modeling.memory import resident_bytes
     from dpo_cli.preference.reference import reference_model
-    from dpo_cli.training.checks import check_fits, check_tokens
+    from dpo_cli.training.checks import check_columns, check_fits, check_tokens
 
     accelerator = setup.start_accelerator(config, project_dir=folder.trackers)
     with accelerator.main_process_first():
@@ -94,8 +94,8 @@ def train(
     check_fits(data.pairs, policy, "`model.name`")
     for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
         console.notice(f"checked: {proved}")
-    if not config.objective.uses_margins and (ignored := int((data.pairs.margins != 0).sum())):
-        console.warning(f"{ignored} pairs have a margin, of which the loss {config.objective} makes no use")
+    if ignored := check_columns(data.pairs, config.objective):
+        console.warning(ignored)
     if dry_run:
         layout = expected_layout(config, policy, data.pairs, accelerator)
         batches, memory = settle_tokens(config, policy, data.pairs, layout, plan, accelerator, program_bytes, console)
@@ -151,9 +151,12 @@ def _build(
     policy, other = models[0], models[-1]
     training, inner = config.training, Scorer(policy, collisions=config.objective.wpo)
     stands_on = {"model": weights_digest(policy), "data": data.fingerprint}
+    if other is not policy:
+        stands_on["reference"] = weights_digest(other)
     needed = np.union1d(plan.trained_on(), data.held_out)
     with console.progress("reference log-probabilities", len(needed)) as progress:
-        work = ReferenceWork(other, policy, accelerator, needed, without_gradient(batches), progress)
+        passes = without_gradient(batches)
+        work = ReferenceWork(other, policy, accelerator, needed, passes, progress, data.held_out)
         reference = config.reference.open(work)
     # A cached reference needs its model no more.
     del other, work, models[1:]
@@ -326,7 +329,7 @@ def _evaluate(run: _Run) -> dict[str, Any]:
         results = evaluate(
             run.scorer,
             run.config.objective,
-            run.reference,
+            run.reference.beginning or run.reference,
             held_out,
             without_gradient(run.batches),
             run.accelerator,

@@ -56,7 +56,7 @@ class JensenShannon(Settings):
 
 
 class Alpha(Settings):
-    """The α-divergences, which lead from forward KL (α → 0) to reverse KL (α → 1)."""
+    """The α-divergences, which lead from forward KL (α → 0) to reverse KL (α → 1); the paper's α is 1 − α here."""
 
     type: Literal["alpha"] = "alpha"
     """Which divergence."""

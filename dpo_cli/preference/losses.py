@@ -40,7 +40,8 @@ Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
 class AdaptiveBeta(Settings):
     """A β for each step, larger where its pairs are told apart more clearly than those before.
 
-    β of a step = β · (1 + α · (mean reward margin of its pairs − M₀)), M₀ a moving average of those means.
+    β of a step = β · (1 + α · (mean reward margin of its pairs − M₀)), M₀ a moving average of those means, held
+    between β / 1,000 and 100. Step 1 and evaluations take β itself.
 
     Use: pairs of mixed quality, some told apart at a glance and some hardly.
     Watch: the mean of a few pairs is noisy: it wants steps of many.
@@ -107,7 +108,7 @@ class DPO(LossSettings):
             return self.beta
         excess = self.beta * float(delta.detach().mean()) - step.memory["margin"]
         # A step of bad pairs may not turn the loss round.
-        return self.beta * max(1 + self.adaptive_beta.alpha * excess, 1e-3)
+        return min(self.beta * max(1 + self.adaptive_beta.alpha * excess, 1e-3), 100.0)
 
     def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
         """M₀ ← m·M₀ + (1−m)·mean reward margin; the first step's margin begins it."""
@@ -240,7 +241,7 @@ class NCA(LossSettings):
 class BCO(LossSettings):
     """Binary Classifier Optimization: tells chosen responses from rejected ones, each by itself.
 
-    δ is the mean reward of all responses in the steps before; evaluations take 0.
+    δ is the mean reward of a response, averaged over the steps before; evaluations take 0.
 
     Use: responses that are good or bad by themselves, such as thumbs up and down, rather than better than another.
     Watch: δ moves, so the loss of one step is not quite comparable with that of another: follow the margins. It begins
@@ -351,6 +352,8 @@ class AOTUnpaired(LossSettings):
     """How hard the policy is held to the reference."""
     label_smoothing: Smoothing = 0.0
     """ε: the share of wrong labels."""
+
+    takes_weights: ClassVar[bool] = False
 
     @property
     def looks_at_step(self) -> bool:

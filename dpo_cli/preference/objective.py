@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,13 +53,22 @@ class Objective:
         return any(loss.wpo for loss in self.losses)
 
     @property
+    def indivisible(self) -> str:
+        """The type of a loss that cannot be told apart by pairs, and so not be weighed by pairs; empty: none."""
+        return next((loss.type for loss in self.losses if not loss.takes_weights), "")
+
+    @property
     def uses_margins(self) -> bool:
         """Whether any of them looks at the margins in the data."""
         return any(loss.uses_margins for loss in self.losses)
 
     def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
         """Return the weighted sum of the losses of each pair, and the rewards of one of them."""
-        answers = [loss(policy, reference, step) for loss in self.losses]
+        import torch
+
+        # In a list, too, a loss that needs no reference is told of none.
+        none = dataclasses.replace(reference, tokens=torch.zeros_like(reference.tokens))
+        answers = [loss(policy, reference if loss.needs_reference else none, step) for loss in self.losses]
         factors = [loss.weight * (_wpo_weights(policy) if loss.wpo else 1.0) for loss in self.losses]
         losses = [factor * answer.losses for factor, answer in zip(factors, answers, strict=True)]
         rewards = answers[self.losses.index(self.rewarding)]

@@ -7,6 +7,7 @@ ones included; or another model, named by `reference.model`. One that moves is s
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -37,11 +38,13 @@ class OpenReference:
         logps: Answers with log-probabilities.
         moving: The model that is going to move, to be saved and restored, or None.
         after_step: To be called with the number of every step that was taken.
+        beginning: Answers for held-out pairs as the reference did before step 1, where it moves; or None.
     """
 
     logps: ReferenceLogps
     moving: PreTrainedModel | None = None
     after_step: Callable[[int], None] = lambda step: None
+    beginning: ReferenceLogps | None = None
 
     def __call__(self, batch: PairBatch) -> Tensor:
         """Return the log-probability of each response token of a batch, `[N]`, in nats, without gradient."""
@@ -59,6 +62,7 @@ class ReferenceWork:
         needed: Indices of the pairs that will be asked for, ascending.
         batches: Cuts the run's pairs into micro-batches and lays them out.
         progress: Called with pairs done and pairs in all.
+        held_out: Indices of the pairs that evaluations will ask for, ascending.
     """
 
     model: PreTrainedModel
@@ -67,6 +71,7 @@ class ReferenceWork:
     needed: NDArray[np.int64]
     batches: Batches
     progress: Callable[[int, int], None]
+    held_out: NDArray[np.int64] | None = None
 
 
 class Cached(Settings):
@@ -106,8 +111,9 @@ class Frozen(Settings):
 class Synced(Settings):
     """Hold a model beside the policy that follows it: every so many steps it moves a share of the way (TR-DPO).
 
-    Source: Gorbatovski et al. 2024, arXiv 2404.09656; α = 1 is their hard update. `dpo eval` compares with the
-    model before step 1.
+    Evaluations compare with it as it was before step 1, so that they can be compared with each other.
+
+    Source: Gorbatovski et al. 2024, arXiv 2404.09656; α = 1 is their hard update.
     """
 
     type: Literal["synced"] = "synced"
@@ -125,10 +131,18 @@ class Synced(Settings):
         """Clone the policy, or take the other model, and let it follow."""
         import torch
 
+        from dpo_cli.preference.cache import ReferenceCache, reference_identity
+
         model, policy = _beside(work), work.policy
         logps = _scoring(model, work.accelerator)
         if policy is None:
             return OpenReference(logps)
+        _refuse_other_shapes(model, policy)
+        beginning = None
+        if work.held_out is not None and len(work.held_out):
+            cache = ReferenceCache(reference_identity(model, work.accelerator))
+            cache.complete(dataclasses.replace(work, needed=work.held_out), logps)
+            beginning = cache.lookup(work.batches.pairs, work.accelerator.device)
 
         @torch.no_grad()
         def after_step(step: int) -> None:
@@ -137,7 +151,7 @@ class Synced(Settings):
                 for ours, theirs in zip(model.parameters(), policy.parameters(), strict=True):
                     ours.lerp_(theirs, self.alpha)
 
-        return OpenReference(logps, model, after_step)
+        return OpenReference(logps, model, after_step, beginning)
 
 
 class NoReference(Settings):
@@ -154,6 +168,18 @@ class NoReference(Settings):
         import torch
 
         return OpenReference(lambda batch: torch.zeros(len(batch.targets), device=batch.targets.device))
+
+
+def _refuse_other_shapes(model: PreTrainedModel, policy: PreTrainedModel) -> None:
+    """Refuse a reference that cannot move towards the policy.
+
+    Raises:
+        UserError: Their weights differ in name or shape.
+    """
+    ours, theirs = ({name: p.shape for name, p in m.named_parameters()} for m in (policy, model))
+    if ours != theirs:
+        what = "the reference has weights of other names or shapes than the policy, and cannot move towards it"
+        raise UserError(what, "`reference.model`", "choose a model of the same architecture, or `reference: frozen`")
 
 
 def _beside(work: ReferenceWork) -> PreTrainedModel:

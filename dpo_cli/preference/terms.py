@@ -61,10 +61,11 @@ class LossSettings(Settings):
     weight: float = Field(1.0, gt=0)
     """Factor on this loss where several are added up."""
     wpo: bool = False
-    """Whether a pair counts by how likely the policy itself is to say its responses (WPO)."""
+    """Whether a pair counts by how likely the policy itself is to say its responses (WPO); there is no upper bound."""
 
     needs_reference: ClassVar[bool] = True
     uses_margins: ClassVar[bool] = False
+    takes_weights: ClassVar[bool] = True
 
     @model_validator(mode="after")
     def _check_wpo(self) -> Self:

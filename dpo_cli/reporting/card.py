@@ -29,7 +29,7 @@ def model_card(
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {name}",
-        f"Fine-tuned from `{base}` with Direct Preference Optimization by dpo {__version__}.",
+        f"Fine-tuned from `{base}` on preference pairs by dpo {__version__}.",
         "## Data and steps",
         _table(facts),
     ]

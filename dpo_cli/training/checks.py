@@ -47,6 +47,21 @@ def check_fits(pairs: PreparedPairs, model: PreTrainedModel, where: str) -> None
         raise UserError(what, where, f"set `data.max_length: {positions}`, or choose a model that reads more")
 
 
+def check_columns(pairs: PreparedPairs, objective: Objective) -> str:
+    """Compare what the data says of its pairs with what the objective makes of it; return a warning, or nothing.
+
+    Raises:
+        UserError: Pairs have weights, and a loss does not know pairs.
+    """
+    weighted, with_margin = int((pairs.weights != 1).sum()), int((pairs.margins != 0).sum())
+    if weighted and objective.indivisible:
+        what = f"{weighted} pairs have a weight, and {objective.indivisible} compares responses of different pairs"
+        raise UserError(what, "`loss`", "take the column `weight` out of the data, or choose another loss")
+    if with_margin and not objective.uses_margins:
+        return f"{with_margin} pairs have a margin, of which the loss {objective} makes no use"
+    return ""
+
+
 def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int]) -> Iterator[str]:
     """Prove of every pair what its tokens must fulfil.
 

@@ -354,7 +354,7 @@ CONFIG_CASES = {
     ),
     "no model": Case(config("data: {train: pairs.jsonl}\n"), TRAIN, 2, r"`model` is missing", r"add it"),
     "unknown format": Case(settings(data={"format": "chat"}), TRAIN, 2, r"`data.format` should be 'auto' or", r"rows"),
-    "unknown loss": Case(settings(loss="dpoo"), TRAIN, 2, r"`loss(.type)?` should be 'dpo'", r"."),
+    "unknown loss": Case(settings(loss="dpoo"), TRAIN, 2, r"`loss.type` should be one of `dpo`", r"did you mean `dpo`"),
     "unknown reference": Case(
         settings(reference="frozn"), TRAIN, 2, r"`reference.type` should be one of `cached`, `frozen`", r"."
     ),

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.conftest import dpo_command, read_metrics, run_dpo, without_clock
+from tests.conftest import build_llama, dpo_command, read_metrics, run_dpo, without_clock
 
 WEIGHTS = "final/model.safetensors"
 
@@ -85,6 +85,19 @@ def test_what_a_loss_remembers_and_a_reference_that_moves_are_resumed(write_conf
     assert result.returncode == 0, result.stderr
     assert "resuming after step 3" in result.stderr
     assert_same_run(run, whole)
+
+
+def test_a_run_does_not_go_on_with_another_reference(write_config, tmp_path, tokenizer):
+    other = build_llama(tmp_path / "other", tokenizer, seed=1)
+    reference = {"type": "frozen", "model": str(other)}
+    file = write_config("whole", reference=reference, training={"max_steps": 3}, data={"eval": None})
+    result = run_dpo("train", "--config", file)
+    assert result.returncode == 0, result.stderr
+    shutil.rmtree(tmp_path / "runs" / "whole" / "final")
+    build_llama(other, tokenizer, seed=2)
+    result = run_dpo("train", "--config", file, "--resume")
+    assert result.returncode == 2
+    assert "the reference is not the one that the run was started with" in result.stderr
 
 
 # After which line, how many of its kind, and how many seconds later the process is killed; one after the other.

@@ -209,6 +209,28 @@ def test_tensorboard_gets_the_metrics_of_the_log(write_config, tmp_path):
     assert len(board.Scalars("eval/rewards/accuracies")) == 1
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reference": {"type": "synced", "every_steps": 1, "alpha": 1.0}},
+        {"loss": [{"type": "orpo"}, {"type": "simpo", "wpo": True}]},
+        {"loss": ["bco", "aot"]},
+    ],
+    ids=["a reference that moves", "no reference", "losses that remember and compare"],
+)
+def test_dpo_eval_judges_as_the_run_did(write_config, tmp_path, settings):
+    """A synced reference that has become the policy would make every evaluation of the run a tie."""
+    file = write_config(training={"max_steps": 3, "pairs_per_step": 4, "learning_rate": 1e-3}, **settings)
+    trained = run_dpo("train", "--config", file)
+    assert trained.returncode == 0, trained.stderr
+    result = run_dpo("eval", "--config", file, "--json", tmp_path / "figures.json")
+    assert result.returncode == 0, result.stderr
+    found, (row,) = json.loads((tmp_path / "figures.json").read_text()), read_metrics(tmp_path / "runs" / "run", "eval")
+    assert abs(row["rewards/margins"]) > 1e-3
+    for name in set(row) - {"split", "step", "epoch"}:
+        assert found[name] == pytest.approx(row[name], abs=1e-5), name
+
+
 def test_reference_strategies_train_to_the_same_losses(write_config, tmp_path):
     losses = {}
     for name in ("cached", "frozen"):

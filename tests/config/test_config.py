@@ -93,6 +93,16 @@ def test_losses_are_one_or_a_list(tmp_path):
     assert again.objective.losses == losses
 
 
+def test_overrides_reach_into_a_list_of_losses_and_never_throw_it_away(tmp_path):
+    file = write(tmp_path, MINIMAL + "loss: [dpo, {type: sft, weight: 0.5}]\n")
+    losses = load_config(file, ["loss.0.beta=0.3", "loss.1=bco"]).objective.losses
+    assert [(loss.type, getattr(loss, "beta", None)) for loss in losses] == [("dpo", 0.3), ("bco", 0.1)]
+    for override in ("loss.beta=0.3", "loss.2.beta=0.3", "loss.-1.weight=2"):
+        (error,) = problems(file, override)
+        assert "`loss` is a list of 2" in error.what
+        assert error.where == f"the command line: {override}"
+
+
 @pytest.mark.parametrize(
     ("loss", "reference"),
     [("simpo", "none"), ("[cpo, sft]", "none"), ("dpo", "cached"), ("[sft, dpo]", "cached"), ("orpo", "none")],
@@ -117,7 +127,8 @@ def test_a_reference_is_had_where_a_loss_needs_one_and_only_there(tmp_path, loss
         ("loss: {type: exo, label_smoothing: 0}\n", "`loss.label_smoothing` should be greater"),
         ("loss: {type: dpo, beta: 101}\n", "`loss.beta` should be less than or equal to 100"),
         ("loss: [{type: dpo, weight: 0}]\n", "`loss.0.weight` should be greater than 0"),
-        ("loss: []\n", "`loss`"),
+        ("loss: []\n", "`loss` should be a list of one at least"),
+        ("loss: {adaptive_beta: {alhpa: 1}}\n", "`loss.adaptive_beta.alhpa` is not a setting"),
         ("loss: {type: kto}\n", "`loss.type` should be one of `dpo`"),
     ],
 )

@@ -9,7 +9,7 @@ from dpo_cli.modeling.batch import Padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.scorer import Scorer
-from dpo_cli.preference.losses import BCO, DPO, IPO, SFT, SimPO
+from dpo_cli.preference.losses import BCO, CPO, DPO, IPO, ORPO, SFT, SimPO
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.terms import StepFacts
 from tests.builders import prepare_pairs, train_in_process
@@ -28,6 +28,15 @@ def sequences():
 def test_a_list_is_the_weighted_sum_of_its_losses(sequences):
     found = Objective((DPO(weight=2.0), SFT(weight=0.5)))(*sequences, STEP).losses
     expected = 2 * DPO()(*sequences, STEP).losses + SFT()(*sequences, STEP).losses / 2
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("loss", [SimPO(), ORPO(), CPO()])
+def test_a_loss_without_a_reference_is_the_same_beside_one_that_needs_it(sequences, loss):
+    policy, reference = sequences
+    none = SequenceLogps(torch.zeros_like(reference.tokens), LENGTHS)
+    found = Objective((DPO(), loss))(policy, reference, STEP).losses
+    expected = DPO()(policy, reference, STEP).losses + loss(policy, none, STEP).losses
     torch.testing.assert_close(found, expected)
 
 

@@ -79,6 +79,12 @@ def test_a_synced_reference_moves_its_share_of_the_way_every_so_many_steps(tiny_
         torch.testing.assert_close(weights, before[name] + 0.25)
 
 
+def test_a_reference_of_another_shape_cannot_follow_the_policy(tiny_llama, pairs, tmp_path, tokenizer):
+    other = build_llama(tmp_path / "other", tokenizer, seed=1, tie_word_embeddings=True)
+    with pytest.raises(UserError, match="cannot move towards it"):
+        open_reference(Synced(model=str(other)), tiny_llama, pairs)
+
+
 def test_training_against_a_reference_that_becomes_the_policy_starts_anew_each_step(tiny_llama, pairs):
     """With α = 1 after every step the policy is its reference at every step, and so the loss is ln 2."""
     metrics, _ = train_in_process(tiny_llama, pairs, reference=Synced(every_steps=1, alpha=1.0))

@@ -13,10 +13,10 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches, Padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer
-from dpo_cli.preference.losses import DPO
+from dpo_cli.preference.losses import DPO, IPO, AOTUnpaired
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Frozen, ReferenceWork
-from dpo_cli.training.checks import check_fits, check_logps, check_reference, check_tokens
+from dpo_cli.training.checks import check_columns, check_fits, check_logps, check_reference, check_tokens
 from tests.builders import silent
 from tests.conftest import CHATML, write_rows
 
@@ -76,6 +76,17 @@ def test_pairs_that_a_model_has_no_embedding_for_are_refused(tmp_path, pairs_fil
     model = LlamaForCausalLM(LlamaConfig(**{**small, "vocab_size": 1000, **settings}))
     with pytest.raises(UserError, match=what):
         check_fits(prepare(pairs_file, tokenizer, tmp_path / "p"), model, "`model.name`")
+
+
+def test_weights_are_refused_where_a_loss_knows_no_pairs_and_margins_without_use_are_told(
+    tmp_path, demo_rows, tokenizer
+):
+    rows = [{**row, "weight": 2.0, "margin": 1.0} for row in demo_rows[:4]]
+    pairs = prepare(write_rows(tmp_path / "pairs.jsonl", rows), tokenizer, tmp_path / "p")
+    assert check_columns(pairs, Objective.of(DPO())) == ""
+    assert "4 pairs have a margin" in check_columns(pairs, Objective.of(IPO()))
+    with pytest.raises(UserError, match="4 pairs have a weight, and aot_unpaired"):
+        check_columns(pairs, Objective.of([DPO(), AOTUnpaired()]))
 
 
 @pytest.fixture
