@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from dpo_cli.data.schedule import Plan
     from dpo_cli.modeling.batch import Batches
-    from dpo_cli.modeling.scorer import Scorer
     from dpo_cli.preference.reference import OpenReference
     from dpo_cli.reporting.trackers import MetricsLog
     from dpo_cli.training.checkpoints import TrainingParts
@@ -44,7 +43,6 @@ class _Run:
     plan: Plan
     batches: Batches
     scorer: Any
-    inner: Scorer
     reference: OpenReference
     parts: TrainingParts
 
@@ -149,7 +147,7 @@ def _build(
     from dpo_cli.training.optimizer import schedule
 
     policy, other = models[0], models[-1]
-    training, inner = config.training, Scorer(policy, collisions=config.objective.wpo)
+    training = config.training
     stands_on = {"model": weights_digest(policy), "data": data.fingerprint}
     if other is not policy:
         stands_on["reference"] = weights_digest(other)
@@ -164,7 +162,7 @@ def _build(
         recompute_activations(policy)
     optimizer = build_optimizer(training.optimizer, policy, training.learning_rate, training.weight_decay)
     rates = schedule(optimizer, training.schedule, training.warmup_ratio, plan.num_steps)
-    scorer, optimizer = accelerator.prepare(inner, optimizer)
+    scorer, optimizer = accelerator.prepare(Scorer(policy, collisions=config.objective.wpo), optimizer)
     if isinstance(scorer, DistributedDataParallel):
         # A model's buffers are constants; sending them around would tie ranks to the same number of passes.
         scorer.broadcast_buffers = False
@@ -178,7 +176,6 @@ def _build(
         plan=plan,
         batches=batches,
         scorer=scorer,
-        inner=inner,
         reference=reference,
         parts=TrainingParts(policy, tokenizer, optimizer, rates, accelerator, reference.moving, {}, stands_on),
     )
