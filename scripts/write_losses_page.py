@@ -93,7 +93,8 @@ DATA = """
 | `weight` | multiplies the pair's loss, whatever the loss |
 | `margin` | m, by how much chosen shall exceed rejected, in units of the reward; taken by {takers} |
 
-Both are optional: [data](data.md).
+Both are optional: [data](data.md). The loss of a step or of an evaluation is the sum over its pairs divided by their
+number, not by their weights.
 """
 REFERENCES = """
 ## The reference

@@ -45,9 +45,10 @@ def contradictions(config: Config, tree: Tree) -> list[UserError]:
     """Find settings that are right by themselves and do not go together."""
     objective, problems = config.objective, []
     names = ", ".join(f"`{loss.type}`" for loss in objective.losses)
+    needing = ", ".join(f"`{loss.type}`" for loss in objective.losses if loss.needs_reference)
     given = "reference" in config.model_fields_set
     if given and objective.needs_reference and config.reference.type == "none":
-        what = f"the loss {names} needs a reference, and `reference` is none"
+        what = f"the loss {needing} needs a reference, and `reference` is none"
         hint = "leave `reference` out, or choose a loss without a reference, such as `simpo`"
         problems.append(UserError(what, tree.place(("reference",)), hint))
     if given and not objective.needs_reference and config.reference.type != "none":
@@ -94,7 +95,10 @@ def _explain_one(path: tuple[str, ...], details: list[Any], tree: Tree) -> UserE
     wanted = " or ".join(dict.fromkeys(_wanted(d) for d in details))
     given = detail["input"]
     if detail["type"].startswith("union_tag"):
-        given = given.get("type", "nothing") if isinstance(given, dict) else given
+        if isinstance(given, dict) and "type" not in given:
+            hint = f"name one of {', '.join(f'`{tag}`' for tag in _tags(path))}"
+            return UserError(f"`{dotted}` is missing", tree.place(path), hint)
+        given = given["type"] if isinstance(given, dict) else given
         wanted = f"one of {', '.join(f'`{tag}`' for tag in _tags(path))}"
         if near := difflib.get_close_matches(str(given), _tags(path), n=1):
             hint = f"did you mean `{near[0]}`?"

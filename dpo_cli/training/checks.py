@@ -51,12 +51,15 @@ def check_columns(pairs: PreparedPairs, objective: Objective) -> str:
     """Compare what the data says of its pairs with what the objective makes of it; return a warning, or nothing.
 
     Raises:
-        UserError: Pairs have weights, and a loss does not know pairs.
+        UserError: Pairs have weights, and a loss does not know pairs; or all weights are 0.
     """
     weighted, with_margin = int((pairs.weights != 1).sum()), int((pairs.margins != 0).sum())
     if weighted and objective.indivisible:
         what = f"{weighted} pairs have a weight, and {objective.indivisible} compares responses of different pairs"
         raise UserError(what, "`loss`", "take the column `weight` out of the data, or choose another loss")
+    if not (pairs.weights > 0).any():
+        what = f"all {len(pairs)} pairs have weight 0, so that there is nothing to learn"
+        raise UserError(what, "the column `weight`", "give weights above 0 (with 32 bits the least is about 1e-45)")
     if with_margin and not objective.uses_margins:
         return f"{with_margin} pairs have a margin, of which the loss {objective} makes no use"
     return ""

@@ -115,7 +115,7 @@ def test_a_reference_is_had_where_a_loss_needs_one_and_only_there(tmp_path, loss
     ("text", "what"),
     [
         ("loss: simpo\nreference: cached\n", "no use for a reference"),
-        ("loss: [sft, dpo]\nreference: none\n", "needs a reference"),
+        ("loss: [sft, dpo]\nreference: none\n", "the loss `dpo` needs a reference"),
         ("loss: [bco, {type: dpo, adaptive_beta: {alpha: 0.5}}]\n", "bco and dpo all do"),
         ("loss: {type: dpo, logps: mean, divergence: js}\n", "only the divergence reverse_kl is defined"),
         ("loss: {type: ipo, divergence: js}\n", "`loss.divergence` is not a setting of `ipo`"),
@@ -124,6 +124,7 @@ def test_a_reference_is_had_where_a_loss_needs_one_and_only_there(tmp_path, loss
         ("loss: {type: aot, wpo: true}\n", "compares the pairs of a step with each other"),
         ("loss: {type: dpo, divergence: {type: alpha, alpha: 1.0}}\n", "`loss.divergence.alpha` should be less than 1"),
         ("loss: {type: dpo, divergence: hellinger}\n", "`loss.divergence.type` should be one of `reverse_kl`"),
+        ("loss: {divergence: {alpha: 0.3}}\n", "`loss.divergence.type` is missing"),
         ("loss: {type: exo, label_smoothing: 0}\n", "`loss.label_smoothing` should be greater"),
         ("loss: {type: dpo, beta: 101}\n", "`loss.beta` should be less than or equal to 100"),
         ("loss: [{type: dpo, weight: 0}]\n", "`loss.0.weight` should be greater than 0"),
