@@ -20,7 +20,7 @@ help:
 	@echo "make bench-prepare  speed of reading, checking and tokenizing pairs"
 	@echo "make bench-scaling  time and memory by the number of pairs (BENCH='--pairs 64 1024')"
 	@echo "make bench-startup  time of --help and of the report of a wrong configuration"
-	@echo "make generated      write the demo pairs, the schema and the pages of settings, losses and layouts again"
+	@echo "make generated      write the demo pairs, the schema and the pages of settings, losses, shapes and layouts again"
 	@echo "make plots          draw the losses again"
 
 install: $(INSTALLED)
@@ -50,6 +50,7 @@ check: install
 	$(BIN)/dpo config schema | diff - configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py --check
 	$(BIN)/python scripts/write_losses_page.py --check
+	$(BIN)/python scripts/write_shapes_page.py --check
 
 format: install
 	$(BIN)/ruff format .
@@ -60,6 +61,7 @@ generated: install
 	$(BIN)/dpo config schema > configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py
 	$(BIN)/python scripts/write_losses_page.py
+	$(BIN)/python scripts/write_shapes_page.py
 	$(BIN)/python scripts/write_layouts_page.py
 
 check-layouts: install model

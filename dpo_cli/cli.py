@@ -44,6 +44,10 @@ def prepare_data(
     config: ConfigFile,
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to keep the prepared pairs.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to keep the report; by default beside the pairs.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with status 2 if the check finds warnings.")] = False,
     show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N pairs token by token.")] = 0,
 ) -> None:
     """Read, check and tokenize the preference pairs, and print what was found."""
@@ -51,7 +55,7 @@ def prepare_data(
     from dpo_cli.pipeline import prepare
 
     with _job() as (console, _):
-        prepare(load_config(config, overrides or ()), console, out=out, show=show)
+        prepare(load_config(config, overrides or ()), console, out=out, report=report, strict=strict, show=show)
 
 
 @app.command()

@@ -13,12 +13,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
+_DAY_SECONDS = 24 * 60 * 60
 
 
 class DamagedFolder(Exception):
@@ -147,11 +149,21 @@ def strays(parent: Path) -> set[Path]:
 
 def remove_strays(parent: Path) -> None:
     """Remove what interrupted writers left in a folder that only this process writes to."""
-    for stray in strays(parent):
-        if stray.is_dir():
-            shutil.rmtree(stray, ignore_errors=True)
+    _remove(strays(parent))
+
+
+def remove_old_strays(parent: Path) -> None:
+    """Remove what was left in a folder to which others may be writing: what nobody has touched for a day."""
+    old = time.time() - _DAY_SECONDS
+    _remove(stray for stray in strays(parent) if all(path.stat().st_mtime < old for path in (stray, *stray.rglob("*"))))
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            stray.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:

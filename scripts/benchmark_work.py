@@ -148,13 +148,15 @@ def workload_rows(source: Path, num_pairs: int, tokenizer: Any, *, join: bool) -
 
 def token_lengths(rows: Sequence[Row], tokenizer: Any) -> list[Lengths]:
     """Tokenize pairs as the program does and return how long they are; none may be dropped or cut."""
-    from dpo_cli.data.formats import instruction
+    from dpo_cli.data.formats import FORMATS
     from dpo_cli.data.records import BadRow
     from dpo_cli.data.tokenize import PairTokenizer
 
     tokenize = PairTokenizer(tokenizer, template=None, max_length=MAX_LENGTH, on_too_long="error")
     try:
-        results = tokenize([instruction(row, f"pair {number}") for number, row in enumerate(rows, 1)])
+        results = tokenize(
+            [FORMATS["instruction"].read(row, f"pair {number}", "extremes")[0] for number, row in enumerate(rows, 1)]
+        )
     except BadRow as bad:
         sys.exit(f"error: a pair is of no use: {bad}")
     for number, result in enumerate(results, 1):

@@ -34,10 +34,10 @@ def shown(value: Any) -> str:
 
 def allowed(schema: dict[str, Any]) -> str:
     """Say in a few words what a setting accepts."""
-    if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(allowed(option) for option in schema["anyOf"]))
     if "discriminator" in schema:
         return ", ".join(f"`{kind}`" for kind in schema["discriminator"]["mapping"])
+    if options := schema.get("anyOf") or schema.get("oneOf"):
+        return " or ".join(dict.fromkeys(allowed(option) for option in options))
     if "$ref" in schema:
         return "a group"
     if "enum" in schema or "const" in schema:
@@ -49,24 +49,44 @@ def allowed(schema: dict[str, Any]) -> str:
     return " ".join([kind, *limits])
 
 
+def references(node: Any) -> Iterator[str]:
+    """Yield the names of the groups that a part of the schema speaks of."""
+    if isinstance(node, dict):
+        if "$ref" in node:
+            yield node["$ref"].rpartition("/")[2]
+        for name, inner in node.items():
+            if name != "discriminator":
+                yield from references(inner)
+    elif isinstance(node, list):
+        for inner in node:
+            yield from references(inner)
+
+
 def groups(schema: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield the groups of settings, each with the types it may have."""
-    definitions = schema["$defs"]
-
-    def references(node: Any) -> Iterator[str]:
-        if isinstance(node, dict):
-            if "$ref" in node:
-                yield node["$ref"].rpartition("/")[2]
-            for name, inner in node.items():
-                if name != "discriminator":
-                    yield from references(inner)
-        elif isinstance(node, list):
-            for inner in node:
-                yield from references(inner)
-
     for name, group in schema["properties"].items():
         if found := list(dict.fromkeys(references(group))):
-            yield name, [definitions[definition] for definition in found]
+            yield name, [schema["$defs"][definition] for definition in found]
+
+
+def groups_within(name: str, member: dict[str, Any], schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the groups that settings of a group may be, each with the names of those settings."""
+    users: dict[str, list[str]] = {}
+    for setting, facts in member["properties"].items():
+        for definition in dict.fromkeys(references(facts)):
+            users.setdefault(definition, []).append(f"{name}.{setting}")
+    for definition, settings in users.items():
+        yield ", ".join(settings), schema["$defs"][definition]
+
+
+def table(member: dict[str, Any], prefix: str = "") -> str:
+    """Describe a group and its settings."""
+    lines = [f"\n{member['description'].splitlines()[0]}\n", "\n| setting | default | accepts | |\n|---|---|---|---|\n"]
+    for setting, facts in member["properties"].items():
+        default = f"`{shown(facts['default'])}`" if "default" in facts else "required"
+        row = (f"`{prefix}{setting}`", default, allowed(facts), facts.get("description", ""))
+        lines.append("| " + " | ".join(cell.replace("\n", " ") for cell in row) + " |\n")
+    return "".join(lines)
 
 
 def page() -> str:
@@ -79,12 +99,10 @@ def page() -> str:
         for member in members:
             if len(members) > 1:
                 parts.append(f"\n### {name}: {member['properties']['type']['const']}\n")
-            parts.append(f"\n{member['description'].splitlines()[0]}\n")
-            parts.append("\n| setting | default | accepts | |\n|---|---|---|---|\n")
-            for setting, facts in member["properties"].items():
-                default = f"`{shown(facts['default'])}`" if "default" in facts else "required"
-                row = (f"`{name}.{setting}`", default, allowed(facts), facts.get("description", ""))
-                parts.append("| " + " | ".join(cell.replace("\n", " ") for cell in row) + " |\n")
+            parts.append(table(member, f"{name}."))
+        if len(members) == 1:
+            for settings, group in groups_within(name, members[0], schema):
+                parts.append(f"\n### {settings} as a group\n{table(group)}")
     parts.append("\n## Others\n\n| setting | default | accepts | |\n|---|---|---|---|\n")
     for name, facts in schema["properties"].items():
         if name not in grouped:

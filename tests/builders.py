@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from dpo_cli.data.formats import RankedRule
 from dpo_cli.data.prepare import prepare
-from dpo_cli.data.prepared import PreparedPairs
+from dpo_cli.data.prepared import BadRowRule, PreparedPairs, Reading
 from dpo_cli.data.schedule import Plan
+from dpo_cli.data.sources import Source
 from dpo_cli.data.tokenize import PairTokenizer
 from dpo_cli.modeling.batch import LAYOUTS, Batches
 from dpo_cli.modeling.loading import load_policy
@@ -24,9 +26,20 @@ from dpo_cli.training.optimizer import optimizer as build_optimizer
 from dpo_cli.training.optimizer import schedule
 
 
-def prepare_pairs(source: Path, tokenizer: Any, folder: Path) -> PreparedPairs:
-    tokenize = PairTokenizer(tokenizer, template=None, max_length=1000, on_too_long="drop")
-    return prepare([str(source)], "auto", "error", tokenize, folder)
+def prepare_pairs(
+    source: Path,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    data_format: str = "auto",
+    on_bad_row: BadRowRule = "error",
+    ranked: RankedRule = "extremes",
+    **settings: Any,
+) -> PreparedPairs:
+    """Prepare one source; settings are those of the tokenization."""
+    length = {"max_length": 1000, "on_too_long": "drop"}
+    tokenize = PairTokenizer(tokenizer, **{"template": None, **length, **settings})
+    return prepare([Source(path=str(source))], Reading(data_format, on_bad_row, ranked), tokenize, folder)
 
 
 def silent(done: int, total: int) -> None:

@@ -31,6 +31,32 @@ CHATML = (
 
 ROW_OF = {
     "instruction": {"instruction": "Add.", "input": "1 2", "chosen": "3", "rejected": "4"},
+    "text": {"prompt": "Add 1 and 2.", "chosen": "3", "rejected": "4"},
+    "messages": {
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Add 1 and 2."}],
+        "chosen": [{"role": "assistant", "content": "3"}],
+        "rejected": [{"role": "assistant", "content": "4"}],
+    },
+    "repeated": {
+        "prompt": "Add 1 and 2.",
+        "chosen": [{"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "3"}],
+        "rejected": [{"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "4"}],
+    },
+    "conversations": {
+        "chosen": [{"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "3"}],
+        "rejected": [{"role": "user", "content": "Add 1 and 2."}, {"role": "assistant", "content": "4"}],
+    },
+    "hh": {
+        "chosen": "\n\nHuman: Add 1 and 2.\n\nAssistant: 3",
+        "rejected": "\n\nHuman: Add 1 and 2.\n\nAssistant: 4",
+    },
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "Add 1 and 2."}],
+        "chosen": {"from": "gpt", "value": "3"},
+        "rejected": {"from": "gpt", "value": "4"},
+    },
+    "ranked": {"prompt": "Add 1 and 2.", "responses": ["4", "3", "5"], "scores": [0.5, 2.0, -1.0]},
+    "unpaired": {"prompt": "Add 1 and 2.", "completion": "3", "label": True},
 }
 """A good row of every shape."""
 

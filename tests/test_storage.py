@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 
 import pytest
 
-from dpo_cli.storage import DamagedFolder, remove_strays, sealed_folder, verify, write_text
+from dpo_cli.storage import DamagedFolder, remove_old_strays, remove_strays, sealed_folder, verify, write_text
 
 
 def seal(target, content="one", facts=None):
@@ -110,3 +111,16 @@ def test_strays_are_removed_and_nothing_else(tmp_path):
     (tmp_path / ".hidden").write_text("kept")
     remove_strays(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "x"]
+
+
+def test_what_another_may_still_be_writing_stays_for_a_day(tmp_path):
+    for name, hours in ((".x.tmp-1", 25), (".y.tmp-2", 23), ("z", 99)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("")
+        for path in (tmp_path / name / "part", tmp_path / name):
+            os.utime(path, (then := time.time() - hours * 3600, then))
+    (tmp_path / ".w.tmp-3").mkdir()
+    (tmp_path / ".w.tmp-3" / "part").write_text("new")
+    os.utime(tmp_path / ".w.tmp-3", (0, 0))
+    remove_old_strays(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".w.tmp-3", ".y.tmp-2", "z"]

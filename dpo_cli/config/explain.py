@@ -8,9 +8,13 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from dpo_cli.config.schema import ONE, SEVERAL, Config
+from dpo_cli.config.schema import APART, ONE, SEVERAL, SHARE, Config
 from dpo_cli.config.tree import Tree
+from dpo_cli.data import sources
 from dpo_cli.errors import UserError
+
+_WAYS = {ONE, SEVERAL, SHARE, APART, sources.NAME, sources.GROUP, sources.SEVERAL}
+"""What pydantic puts into a path where a setting may be written in several ways."""
 
 
 def explain(error: ValidationError, tree: Tree) -> list[UserError]:
@@ -66,7 +70,7 @@ def _path(location: Sequence[int | str], values: Any) -> tuple[str, ...]:
     """Keep the parts of pydantic's location that the user wrote; drop the names of union members."""
     path: list[str] = []
     for part in location:
-        if part in (ONE, SEVERAL):
+        if part in _WAYS:
             continue
         if isinstance(values, dict):
             if part not in values and part in _TAGS:
@@ -142,15 +146,18 @@ def _known_to(path: tuple[str, ...], kind: str) -> str:
 def _did_you_mean(path: tuple[str, ...]) -> str:
     """Suggest the nearest known setting: a near name in the same group, or the same name in another."""
     group = _name(path[:-1])
-    prefix = f"{group}." if group else ""
     siblings = [name for name in _SETTINGS if name.rpartition(".")[0] == group]
     leaves = [name.rpartition(".")[2] for name in siblings]
-    near = [f"{prefix}{leaf}" for leaf in difflib.get_close_matches(path[-1], leaves, n=1, cutoff=0.7)]
-    elsewhere = [name for name in _SETTINGS if name.rpartition(".")[2] == path[-1]]
+    near = [".".join([*path[:-1], leaf]) for leaf in difflib.get_close_matches(path[-1], leaves, n=1, cutoff=0.7)]
+    elsewhere = sorted((name for name in _SETTINGS if name.rpartition(".")[2] == path[-1]), key=_depth)
     if found := near + elsewhere:
         return f"did you mean `{found[0]}`?"
     known = ", ".join(f"`{name}`" for name in siblings) or "see `dpo config schema`"
     return f"known here: {known}"
+
+
+def _depth(name: str) -> int:
+    return name.count(".")
 
 
 def _tags(path: Sequence[str]) -> list[str]:

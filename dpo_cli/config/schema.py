@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from dpo_cli.data.formats import FORMATS
+from dpo_cli.data.formats import FORMATS, RankedRule
+from dpo_cli.data.kinds import Droppable
+from dpo_cli.data.sources import Sources
 from dpo_cli.preference.losses import DPO, Loss
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Cached, NoReference, Reference
 from dpo_cli.settings import Settings
 
-SHORT_FORMS = {"model": "name", "loss": "type", "reference": "type"}
+SHORT_FORMS = {"model": "name", "loss": "type", "reference": "type", "data.train": "path", "data.eval": "path"}
 """Groups that may be written as one word, and the setting that the word stands for."""
 
 
@@ -40,6 +42,13 @@ OneLoss = Annotated[Loss, _typed(DPO().type), _short("loss", LossTypes | Loss)]
 ONE, SEVERAL = "a loss", "a list of losses"
 """What pydantic calls the two ways to write the losses; in no path of a setting."""
 
+SHARE, APART = "a fraction", "pairs of their own"
+"""What it calls the two ways to hold pairs out."""
+HeldOut = Annotated[
+    Annotated[float, Tag(SHARE), Field(gt=0, lt=1)] | Annotated[Sources, Tag(APART)],
+    Discriminator(lambda value: SHARE if isinstance(value, (float, int)) else APART),
+]
+
 
 class ModelSettings(Settings):
     """The model that is trained."""
@@ -55,9 +64,9 @@ class ModelSettings(Settings):
 class DataSettings(Settings):
     """The preference pairs."""
 
-    train: str | list[str] | None = None
-    """A data file, a prepared folder, a folder of data files, a Hub id, or a list of such sources."""
-    eval: Annotated[float, Field(gt=0, lt=1)] | str | list[str] | None = 0.1
+    train: Sources | None = None
+    """A data file, a glob, a folder, a prepared folder or a Hub id, with or without settings; or a list of such."""
+    eval: HeldOut | None = 0.1
     """The held-out pairs: a fraction of `train`, chosen by `training.seed`; a source or a list; or null."""
     format: Literal[("auto", *FORMATS)] = "auto"  # type: ignore[valid-type]
     """The shape of the rows."""
@@ -66,7 +75,23 @@ class DataSettings(Settings):
     max_length: int = Field(1024, ge=2)
     """The most tokens of prompt and response together."""
     on_too_long: Literal["drop", "truncate", "error"] = "drop"
-    """What becomes of longer pairs; truncate cuts the prompt from the left, never a response."""
+    """What becomes of longer pairs; truncate cuts the prompt from the left, whole turns first."""
+    min_response: int | None = Field(None, ge=1)
+    """With truncate, the fewest tokens to which a response may be cut from the right; null: it is never cut."""
+    turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns in a response of several turns are judged."""
+    ranked: RankedRule = "extremes"
+    """Which pairs a list of ranked responses becomes: the best against the worst, or all that differ."""
+    drop: list[Droppable] = Field(default_factory=list)
+    """Which findings of the check leave pairs out of the run: duplicates, conflicts, leakage, near_identical, …"""
+
+    @model_validator(mode="after")
+    def _check_min_response(self) -> Self:
+        if self.min_response is not None and self.on_too_long != "truncate":
+            raise ValueError("`min_response` has no effect unless `on_too_long` is truncate")
+        if self.min_response is not None and self.min_response >= self.max_length:
+            raise ValueError("`min_response` leaves no room for a prompt below `max_length`")
+        return self
 
 
 class TrainingSettings(Settings):

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from dpo_cli.config.schema import SHORT_FORMS, expand_short_form
+from dpo_cli.config.schema import expand_short_form
 from dpo_cli.errors import UserError, from_os_error
 
 _MAX_NODES = 10_000
@@ -105,13 +105,20 @@ class _Builder:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
-            return [self._value(item, (*path, str(place))) for place, item in enumerate(node.value)]
+            return [self._member(item, (*path, str(place))) for place, item in enumerate(node.value)]
         return self.loader.construct_object(node)
+
+    def _member(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
+        self.tree.places[path] = self._place(node)
+        return self._value(node, path)
+
+    def _place(self, node: yaml.Node) -> str:
+        return f"{self.file}, line {node.start_mark.line + 1}"
 
     def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
-            where = f"{self.file}, line {key_node.start_mark.line + 1}"
+            where = self._place(key_node)
             key = self.loader.construct_object(key_node)
             if not isinstance(key, str):
                 raise UserError(f"`{key_node.value}` is not the name of a setting", where, "names are text")
@@ -140,8 +147,7 @@ def override(tree: Tree, text: str) -> UserError | None:
             return problem
         place = int(name) if isinstance(group, list) else name
         inner = group.get(name) if isinstance(group, dict) else group[place]
-        if path[0] in SHORT_FORMS and (depth == 0 or isinstance(group, list)):
-            inner = expand_short_form(path[0], inner)
+        inner = expand_short_form(".".join(part for part in path[: depth + 1] if not part.isdecimal()), inner)
         group[place] = list(inner) if isinstance(inner, list) else dict(inner) if isinstance(inner, Mapping) else {}
         group = group[place]
     if (problem := _misplaced(group, path[-1], path[:-1], where)) is not None:

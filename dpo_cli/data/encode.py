@@ -4,6 +4,9 @@ Most tokenizers of today cut a text before they look for tokens: at their added 
 pieces never hold a space behind another visible character. What stands between two such places becomes the
 same tokens wherever it stands. Few of these pieces are new in a row of text, so that most rows are put
 together from pieces that were seen before. Of any other tokenizer, whole texts are asked.
+
+A text may spell out a control token that is meant as text: between two marks, it is tokenized as if the tokenizer
+had no added tokens.
 """
 
 from __future__ import annotations
@@ -12,12 +15,16 @@ import itertools
 import json
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from dpo_cli.data.literals import LITERAL_END, LITERAL_START
 from dpo_cli.data.records import Tokens
+
+_LITERAL = re.compile(f"{LITERAL_START}([^{LITERAL_START}{LITERAL_END}]*){LITERAL_END}")
+_MARKS = str.maketrans("", "", LITERAL_START + LITERAL_END)
 
 _MOST_PIECES = 2**17
 _LONGEST_PIECE = 32
@@ -66,6 +73,8 @@ class TextEncoder:
 
     def __call__(self, texts: Sequence[str]) -> list[Tokens]:
         """Return each text's tokens."""
+        if any(LITERAL_START in text for text in texts):
+            return [self._with_literals(text) if LITERAL_START in text else self([text])[0] for text in texts]
         if self._added is not None and not self._tried:
             self._try(texts[:_TRIED_TEXTS])
         return self._whole(texts) if self._added is None else self._by_pieces(texts)
@@ -76,13 +85,51 @@ class TextEncoder:
         For any continuation, the tokens up to this place and those from there on, tokenized apart, are the
         tokens of the whole. Where that cannot be said of any place it is 0.
         """
-        if self._added is None:
+        if self._added is None or LITERAL_START in text:
             return 0
         place = 0
         for added in self._added.finditer(text):
             place = added.end()
         cut = _LAST_CUT.match(text, place)
         return cut.end() if cut else place
+
+    def _with_literals(self, text: str) -> Tokens:
+        """Return the tokens of a text that spells out control tokens: each of them, and what is between them, apart."""
+        first, *rest = _LITERAL.split(text)
+        begins = self._whole([first.translate(_MARKS)]) if first else []
+        return np.concatenate([*begins, *self._parts_within(rest, is_text=True)])
+
+    def continuation(self, text: str) -> Tokens:
+        """Return the tokens of a text that does not begin its sequence, whatever stands before it."""
+        return np.concatenate([np.empty(0, np.int32), *self._parts_within(_LITERAL.split(text), is_text=False)])
+
+    def _parts_within(self, parts: Sequence[str], *, is_text: bool) -> Iterator[Tokens]:
+        """Yield the tokens of parts that are by turns a control token meant as text, and what the template wrote."""
+        for part in parts:
+            # Marks that a template has torn apart mark nothing any more.
+            if plain := part.translate(_MARKS):
+                yield self._within(plain, self._as_text if is_text else self._as_it_is)
+            is_text = not is_text
+
+    def _within(self, part: str, encode: Callable[[str], list[int]]) -> Tokens:
+        """Return the tokens of a part that does not begin a text: some tokenizers put a space before what does."""
+        for before in ("\n", "a"):  # A newline may merge with the part's own.
+            first, whole = encode(before), encode(before + part)
+            if whole[: len(first)] == first:
+                return np.asarray(whole[len(first) :], np.int32)
+        return np.asarray(encode(part), np.int32)
+
+    def _as_it_is(self, part: str) -> list[int]:
+        return list(self.tokenizer(part, add_special_tokens=False)["input_ids"])
+
+    def _as_text(self, part: str) -> list[int]:
+        """Return the tokens that a part would have without added tokens."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return list(self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        text = backend.normalizer.normalize_str(part) if backend.normalizer else part
+        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
+        return [token.id for word in words for token in backend.model.tokenize(word)]
 
     def _whole(self, texts: Sequence[str]) -> list[Tokens]:
         """Ask the tokenizer."""
@@ -120,6 +167,13 @@ class TextEncoder:
         whole, by_pieces = self._whole(texts), self._by_pieces(texts)
         if not all(map(np.array_equal, whole, by_pieces)):
             self._added = None
+
+
+def common_beginning(one: Tokens, other: Tokens) -> int:
+    """Count the tokens with which two sequences begin alike."""
+    width = min(len(one), len(other))
+    differing = np.flatnonzero(one[:width] != other[:width])
+    return int(differing[0]) if len(differing) else width
 
 
 def _as_bytes(ids: list[int]) -> bytes:

@@ -1,99 +1,362 @@
-"""One function per dataset shape: a row becomes a `Pair`, or a `BadRow` that says why not."""
+"""One function per dataset shape: a row becomes pairs, or a `BadRow` that says why not."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import struct
-from collections.abc import Callable, Mapping
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
-from dpo_cli.data.records import NUMBERS, BadRow, Message, Pair
+from dpo_cli.data import fields
+from dpo_cli.data.columns import read_columns
+from dpo_cli.data.conversations import (
+    Messages,
+    after,
+    is_hh,
+    is_message,
+    is_messages,
+    preference,
+    read_hh,
+    read_messages,
+    read_prompt,
+    read_question,
+    read_system,
+    read_turns,
+    read_user,
+)
+from dpo_cli.data.pairing import gather
+from dpo_cli.data.ranking import RANKINGS, read_response, read_scores
+from dpo_cli.data.records import BadRow, Message, Pair, Row
 
-Format = Callable[[Mapping[str, object], str], Pair]
+RankedRule = Literal["extremes", "all"]
+"""Which pairs a ranked list makes: the best against the worst, or every two whose scores differ."""
 
-_FLOAT32 = struct.Struct("f")
+_BOTH = ("chosen", "rejected")
+_SHAREGPT_TURNS = ("conversations", "conversation")
 
 
-def read_pair(shape: Format, row: Mapping[str, object], origin: str) -> Pair:
-    """Read a row of a shape, and the `weight` and the `margin` that a row of any shape may have.
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """A shape that rows may have.
+
+    Attributes:
+        read: Makes pairs of a row's columns; it is told where the row was read, and the rule for ranked lists.
+        fits: Tells whether one row looks like the shape, by its columns and the kinds of their values.
+        looks_at: What `fits` looks at, as a sentence.
+        example: A row.
+        gather: Where it takes several rows to make a pair: makes rows that are one pair each of all rows of a
+            source; it is given an empty folder to work in.
+    """
+
+    read: Callable[[Mapping[str, object], str, RankedRule], Sequence[Pair]]
+    fits: Callable[[Mapping[str, object]], bool]
+    looks_at: str
+    example: Mapping[str, object]
+    gather: Callable[[Iterator[Row], Path], Iterator[Row]] | None = None
+
+
+def read_pairs(shape: Shape, row: Row, ranked: RankedRule = "extremes") -> Sequence[Pair]:
+    """Read a row of a shape, and what a row of any shape may say of its pair beside the texts.
 
     Raises:
-        BadRow: As the shape does; or one of the two is not a finite number, or the weight is negative.
+        BadRow: The row could not be read; or as the shape does, or `read_columns`.
     """
-    pair = shape(row, origin)
-    numbers: dict[str, Any] = {name: _number(row, name) for name in NUMBERS if row.get(name) is not None}
-    if numbers.get("weight", 0.0) < 0:
-        raise BadRow("number out of range", "`weight` is negative")
-    return dataclasses.replace(pair, **numbers) if numbers else pair
+    if row.values is None:
+        raise BadRow(row.reason, row.problem, structural=row.structural)
+    pairs = shape.read(row.values, row.origin, ranked)
+    columns = read_columns(row.values)
+    return [_with_columns(pair, row.values, columns) for pair in pairs]
 
 
-def instruction(row: Mapping[str, object], origin: str) -> Pair:
-    """Read `{"instruction", "input" (optional), "chosen", "rejected"}`, all of them text.
+def instruction(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
+    """Read `{"instruction", "chosen", "rejected"}`, all of them text.
 
-    Raises:
-        BadRow: A field is missing, empty or not text, or the two responses are the same.
+    Optional are `input`, text that the instruction works on, and `history`, what was said before.
     """
-    prompt = _text(row, "instruction")
-    given = _text(row, "input") if row.get("input") is not None else ""
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
-    if not prompt.strip():
-        raise BadRow("empty field", "`instruction` is empty")
-    for name, response in (("chosen", chosen), ("rejected", rejected)):
-        if not response.strip():
-            raise BadRow("empty response", f"`{name}` is empty", structural=False)
-    if chosen == rejected:
-        raise BadRow("identical responses", "`chosen` and `rejected` are the same text", structural=False)
-    return Pair(
-        prompt=Message("user", prompt, given if given.strip() else ""),
-        chosen=Message("assistant", chosen),
-        rejected=Message("assistant", rejected),
-        origin=origin,
+    return [_of_texts(read_question(row, "instruction"), row, origin)]
+
+
+def text(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
+    """Read `{"prompt", "chosen", "rejected"}`, all of them text.
+
+    The prompt is a user's turn. Optional are `input` and `history`. An answer that happens to be JSON stays text.
+    """
+    return [_of_texts(read_question(row, "prompt"), row, origin)]
+
+
+def messages(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
+    """Read `{"prompt", "chosen", "rejected"}`, all of them message lists.
+
+    The prompt ends with a turn that is not the assistant's. `chosen` and `rejected` begin with the assistant's, or
+    repeat the prompt as a whole.
+    """
+    prompt = read_messages(fields.field(row, "prompt"), "prompt")
+    chosen, rejected = (after(prompt, _messages(row, name), name) for name in _BOTH)
+    return [preference(chosen, rejected, origin)]
+
+
+def repeated(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
+    """Read `{"prompt", "chosen", "rejected"}`, a text and two message lists that repeat it.
+
+    The user's first turn in both must be the text of `prompt`, but for white space around it. The lists say
+    everything; UltraFeedback's binarized pairs are of this shape. Where no user says anything in either list, and both
+    begin with the assistant, they are answers to `prompt`.
+    """
+    prompt = read_user(row, "prompt").content
+    chosen, rejected = (_messages(row, name) for name in _BOTH)
+    if chosen[0].role == rejected[0].role == "assistant" and not any(m.role == "user" for m in chosen + rejected):
+        asked = read_question(row, "prompt")
+        return [preference(asked + chosen, asked + rejected, origin)]
+    for name, conversation in zip(_BOTH, (chosen, rejected), strict=True):
+        said = next((message.content for message in conversation if message.role == "user"), "")
+        if said.strip() != prompt.strip():
+            raise BadRow("prompt not repeated", f"the user's first turn in `{name}` is not the text of `prompt`")
+    return [preference(chosen, rejected, origin)]
+
+
+def conversations(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
+    """Read `{"chosen", "rejected"}`, two message lists with a shared beginning: the prompt.
+
+    There may be any number of turns before the two part and after.
+    """
+    chosen, rejected = (_messages(row, name) for name in _BOTH)
+    return [preference(chosen, rejected, origin)]
+
+
+def hh(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
+    r"""Read `{"chosen", "rejected"}`, two texts whose turns begin with `\n\nHuman:` and `\n\nAssistant:`.
+
+    The first turn is the human's. White space around a turn belongs to the format and not to what is said. Where two
+    texts part earlier than at the last answer, everything from there on is the response.
+    """
+    chosen, rejected = (read_hh(fields.field(row, name), name) for name in _BOTH)
+    return [preference(chosen, rejected, origin)]
+
+
+def sharegpt(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
+    """Read `{"conversations", "chosen", "rejected"}`: a list of `{"from", "value"}`, and two such messages.
+
+    The list may be called `conversation`; an answer may be a text or a list of messages.
+    """
+    name = next((name for name in _SHAREGPT_TURNS if row.get(name) is not None), _SHAREGPT_TURNS[0])
+    return [_of_turns(_messages(row, name), row, origin)]
+
+
+def ranked(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
+    """Read `{"prompt", "responses", "scores"}`: answers, and a number for each, the best answer's being the highest.
+
+    In the place of `scores` there may be `ranks`, of which the lowest is the best. The prompt is text or a message
+    list. An answer is a text, an object with the text in `text`, `content` or `response`, a message or a message list.
+
+    `data.ranked: extremes` makes one pair of the best and the worst, `all` one of every two whose scores differ.
+    A pair's margin is the difference of its scores or ranks, unless a column `margin` says otherwise. A pair of which
+    an answer is empty, or both are the same, is left out, which is not counted; a row that is left without pairs is
+    dropped and counted.
+    """
+    prompt = read_prompt(row)
+    listed = fields.items(fields.field(row, "responses"), "responses", "answers")
+    if not listed:
+        raise BadRow("empty field", "`responses` is an empty list")
+    places = [f"responses[{number}]" for number in range(len(listed))]
+    answers = [after(prompt, read_response(*one), one[1]) for one in zip(listed, places, strict=True)]
+    scores = read_scores(row, len(listed))
+    best_first = sorted(range(len(scores)), key=lambda number: -scores[number])
+    if scores[best_first[0]] == scores[best_first[-1]]:
+        raise BadRow("no preference", f"none of {len(scores)} responses is better than another", structural=False)
+    if rule == "extremes":
+        best_first = [best_first[0], best_first[-1]]
+    pairs, refusals = [], []
+    for better, worse in itertools.combinations(best_first, 2):
+        if scores[better] > scores[worse]:
+            try:
+                pair = preference(answers[better], answers[worse], origin, (places[better], places[worse]))
+            except BadRow as bad:
+                if bad.structural:
+                    raise
+                refusals.append(bad)
+            else:
+                margin = fields.number(scores[better] - scores[worse], "difference of scores")
+                pairs.append(dataclasses.replace(pair, margin=margin))
+    if not pairs:
+        raise refusals[0]
+    return pairs
+
+
+def unpaired(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
+    """Read `{"prompt", "completion", "label"}`, one answer and whether it is good; two rows, paired, become a pair.
+
+    Of one prompt, the k-th good answer is paired with the k-th bad one, wherever in the source they stand; what is
+    left over is dropped and counted. Prompts are the same if the model is given the same: the system's turn, tools and
+    other arguments of the template included. The label is true or false, 1 or 0. The prompt is text or a message list;
+    the answer a text, a message or a message list.
+
+    A pair is named after both rows, the good one first (`pairs.jsonl:3+pairs.jsonl:9`). Its weight is the mean of
+    theirs; `margin`, `source` and `category` are those of the good one.
+    """
+    return [_of_turns(read_prompt(row), row, origin)]
+
+
+def _of_texts(prompt: Messages, row: Mapping[str, object], origin: str) -> Pair:
+    """Make a pair of a prompt and two answers that must be text."""
+    texts = [fields.text(fields.field(row, name), name) for name in _BOTH]
+    chosen, rejected = ((*prompt, Message("assistant", said)) for said in texts)
+    return preference(chosen, rejected, origin)
+
+
+def _of_turns(prompt: Messages, row: Mapping[str, object], origin: str) -> Pair:
+    """Make a pair of a prompt and two answers: each a text, a message or a list of messages."""
+    chosen, rejected = (after(prompt, read_turns(fields.field(row, name), name), name) for name in _BOTH)
+    return preference(chosen, rejected, origin)
+
+
+def _with_columns(pair: Pair, row: Mapping[str, object], columns: Mapping[str, Any]) -> Pair:
+    """Return a pair with what its row says beside the texts, and the system's turn, if that is in a column."""
+    system = read_system(row, pair.prompt + pair.chosen + pair.rejected)
+    return dataclasses.replace(pair, prompt=system + pair.prompt, **columns) if system or columns else pair
+
+
+def _messages(row: Mapping[str, object], name: str) -> Messages:
+    return read_messages(fields.field(row, name), name)
+
+
+def _like_instruction(row: Mapping[str, object]) -> bool:
+    return _are(_is_text, row, "instruction", *_BOTH)
+
+
+def _like_text(row: Mapping[str, object]) -> bool:
+    return _are(_is_text, row, "prompt", *_BOTH)
+
+
+def _like_messages(row: Mapping[str, object]) -> bool:
+    return _are(is_messages, row, "prompt", *_BOTH)
+
+
+def _like_repeated(row: Mapping[str, object]) -> bool:
+    return _are(_is_text, row, "prompt") and _are(is_messages, row, *_BOTH)
+
+
+def _like_conversations(row: Mapping[str, object]) -> bool:
+    return _are(is_messages, row, *_BOTH) and not _has_any(row, "prompt", *_SHAREGPT_TURNS)
+
+
+def _like_hh(row: Mapping[str, object]) -> bool:
+    return _are(is_hh, row, *_BOTH) and not _has_any(row, "prompt", "instruction")
+
+
+def _like_sharegpt(row: Mapping[str, object]) -> bool:
+    turns = any(is_messages(row.get(name)) for name in _SHAREGPT_TURNS)
+    return turns and _are(_is_answer, row, *_BOTH) and not _has_any(row, "prompt")
+
+
+def _like_ranked(row: Mapping[str, object]) -> bool:
+    return (
+        _are(_is_prompt, row, "prompt")
+        and _are(_is_list, row, "responses")
+        and any(_is_list(row.get(name)) for name in RANKINGS)
     )
 
 
-def _text(row: Mapping[str, object], name: str) -> str:
-    """Return a field that must be text which can be written as UTF-8."""
-    value = row.get(name)
-    if value is None:
-        known = ", ".join(f"`{column}`" for column in list(row)[:12]) or "nothing"
-        raise BadRow("missing field", f"`{name}` is {'null' if name in row else f'missing; the row has {known}'}")
-    if not isinstance(value, str):
-        raise BadRow("wrong type", f"`{name}` is {_kind(value)} instead of text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow("undecodable text", f"`{name}` holds half of a surrogate pair") from None
-    return value
+def _like_unpaired(row: Mapping[str, object]) -> bool:
+    return _are(_is_prompt, row, "prompt") and _are(_is_answer, row, "completion") and _has_any(row, "label")
 
 
-def _number(row: Mapping[str, object], name: str) -> float:
-    """Return a field that must be a number, rounded to the 32 bits in which it is kept."""
-    value = row[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BadRow("wrong type", f"`{name}` is {_kind(value)} instead of a number")
-    try:
-        number = float(_FLOAT32.unpack(_FLOAT32.pack(float(value)))[0])
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise BadRow("number out of range", f"`{name}` is not finite as a number of 32 bits")
-    return number
+def _are(looks: Callable[[object], bool], row: Mapping[str, object], *names: str) -> bool:
+    """Tell whether all of some columns look like something."""
+    return all(looks(row.get(name)) for name in names)
 
 
-def _kind(value: object) -> str:
-    """Name a JSON value's type in words."""
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, (int, float)):
-        return "a number"
-    if isinstance(value, list):
-        return "a list"
-    return "an object" if isinstance(value, dict) else f"of type {type(value).__name__}"
+def _has_any(row: Mapping[str, object], *names: str) -> bool:
+    """Tell whether there is anything in one of some columns."""
+    return any(row.get(name) not in (None, "") for name in names)
 
 
-FORMATS: dict[str, Format] = {
-    "instruction": instruction,
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not is_messages(value)
+
+
+def _is_prompt(value: object) -> bool:
+    return isinstance(value, str) or is_messages(value)
+
+
+def _is_answer(value: object) -> bool:
+    return isinstance(value, str) or is_message(value) or is_messages(value)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+
+
+_ASKED = "Name three primes above 20."
+_TURN = {"role": "user", "content": _ASKED}
+_GOOD = {"role": "assistant", "content": "23, 29 and 31."}
+_BAD = {"role": "assistant", "content": "21, 23 and 25."}
+
+FORMATS: dict[str, Shape] = {
+    "instruction": Shape(
+        instruction,
+        _like_instruction,
+        "`instruction`, `chosen` and `rejected` are text.",
+        {"instruction": "Sort these numbers.", "input": "3, 1, 2", "chosen": "1, 2, 3", "rejected": "3, 2, 1"},
+    ),
+    "text": Shape(
+        text,
+        _like_text,
+        "`prompt`, `chosen` and `rejected` are text.",
+        {"prompt": _ASKED, "chosen": _GOOD["content"], "rejected": _BAD["content"]},
+    ),
+    "messages": Shape(
+        messages,
+        _like_messages,
+        "`prompt`, `chosen` and `rejected` are lists of messages.",
+        {"prompt": [_TURN], "chosen": [_GOOD], "rejected": [_BAD]},
+    ),
+    "repeated": Shape(
+        repeated,
+        _like_repeated,
+        "`prompt` is text, `chosen` and `rejected` are lists of messages.",
+        {"prompt": _ASKED, "chosen": [_TURN, _GOOD], "rejected": [_TURN, _BAD]},
+    ),
+    "conversations": Shape(
+        conversations,
+        _like_conversations,
+        "`chosen` and `rejected` are lists of messages, and there is no `prompt`.",
+        {"chosen": [_TURN, _GOOD], "rejected": [_TURN, _BAD]},
+    ),
+    "hh": Shape(
+        hh,
+        _like_hh,
+        "`chosen` and `rejected` are texts that begin with `Human:`, and there is no `prompt` or `instruction`.",
+        {
+            "chosen": "\n\nHuman: Name three primes above 20.\n\nAssistant: 23, 29 and 31.",
+            "rejected": "\n\nHuman: Name three primes above 20.\n\nAssistant: 21, 23 and 25.",
+        },
+    ),
+    "sharegpt": Shape(
+        sharegpt,
+        _like_sharegpt,
+        "`conversations` is a list of messages, `chosen` and `rejected` are messages, and there is no `prompt`.",
+        {
+            "conversations": [{"from": "human", "value": _ASKED}],
+            "chosen": {"from": "gpt", "value": _GOOD["content"]},
+            "rejected": {"from": "gpt", "value": _BAD["content"]},
+        },
+    ),
+    "ranked": Shape(
+        ranked,
+        _like_ranked,
+        "`prompt` is text or a list of messages, `responses` is a list, and so is `scores` or `ranks`.",
+        {
+            "prompt": _ASKED,
+            "responses": ["21, 23 and 25.", "23, 29 and 31.", "23 and 29."],
+            "scores": [1.0, 9.5, 6.0],
+        },
+    ),
+    "unpaired": Shape(
+        unpaired,
+        _like_unpaired,
+        "`prompt` and `completion` are text or lists of messages, and there is a `label`.",
+        {"prompt": _ASKED, "completion": _GOOD["content"], "label": True},
+        gather,
+    ),
 }

@@ -8,24 +8,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import json
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dpo_cli.data.formats import FORMATS, Format, read_pair
-from dpo_cli.data.prepared import PAIRS, SCHEMA, BadRowRule, PreparedPairs, fingerprint
-from dpo_cli.data.records import BadRow, Pair, Tokens
-from dpo_cli.data.sources import Row, read_rows
-from dpo_cli.data.tally import Tally
+from dpo_cli.data.detection import DETECTION_ROWS, detect
+from dpo_cli.data.formats import FORMATS, read_pairs
+from dpo_cli.data.inspection import inspect
+from dpo_cli.data.prepared import FACTS, PAIRS, SCHEMA, PreparedPairs, Reading, fingerprint
+from dpo_cli.data.records import LABELS, NUMBERS, BadRow, Gaps, Pair, Row, TokenizedPair, Tokens
+from dpo_cli.data.sources import Source, describe, read_rows, weighted
+from dpo_cli.data.tally import COUNTED, Tally
 from dpo_cli.data.tokenize import PairTokenizer, Tokenized
 from dpo_cli.data.workers import in_order, num_cores
-from dpo_cli.errors import from_os_error
-from dpo_cli.storage import sealed_folder
+from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.storage import remove_old_strays, sealed_folder
 
 _PORTION_ROWS = 1024
 """Rows that are checked, tokenized and written together: a record batch of the file."""
@@ -37,37 +41,44 @@ _PORTIONS_ALONE = 8
 """Portions that are made before worker processes are started: as long as it takes to start them."""
 
 
-def prepare(
-    sources: Sequence[str],
-    data_format: str,
-    on_bad_row: BadRowRule,
-    tokenize: PairTokenizer,
-    folder: Path,
-) -> PreparedPairs:
+_SCRATCH = ".scratch"
+"""Where rows wait within the folder that is being written; it is gone before the folder is whole."""
+
+_NO_GAPS = np.empty(0, np.int32)
+
+
+def prepare(sources: Sequence[Source], reading: Reading, tokenize: PairTokenizer, folder: Path) -> PreparedPairs:
     """Read, check and tokenize all rows of the sources into a folder, and open it.
 
     Args:
-        sources: Data files, folders or Hub ids, in order.
-        data_format: A name of `FORMATS`, or `auto`.
-        on_bad_row: Whether structural errors stop, or their rows are dropped and counted.
+        sources: Where rows come from, in order.
+        reading: How rows become pairs.
         tokenize: The template and the length rule.
         folder: Where the prepared folder shall stand; an older one is replaced.
 
     Raises:
-        UserError: A source cannot be read, rows are broken under `error`, or nothing is left.
+        UserError: A source cannot be read, or has no shape that is known; rows are broken under `error`, or nothing
+            is left.
     """
-    shape = FORMATS["instruction" if data_format == "auto" else data_format]
     facts: dict[str, Any] = {
-        "fingerprint": fingerprint(sources, data_format, on_bad_row, tokenize),
-        "sources": list(sources),
-        "tokenization": tokenize.settings,
+        "fingerprint": fingerprint(sources, reading, tokenize),
+        "sources": [describe([source]) for source in sources],
+        "settings": reading.settings | tokenize.settings,
     }
-    make = _MakePortion(shape, tokenize, stops=on_bad_row == "error")
     try:
-        _fill(folder, facts, sources, make, on_bad_row)
+        remove_old_strays(folder.parent)
+        _fill(folder, facts, sources, reading, tokenize)
     except OSError as error:
         raise from_os_error(error, "preparing the data", str(folder)) from error
     return PreparedPairs.open(folder)
+
+
+class _Rows(NamedTuple):
+    """Some rows of one source."""
+
+    source: int
+    shape: str
+    rows: list[Row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +86,13 @@ class _Portion:
     """What some rows came to.
 
     Attributes:
+        source: The number of the source that they are of.
         checked: What was found before tokenizing.
         tokenized: What was found by tokenizing.
         batch: The pairs that are kept, or None where there are none.
     """
 
+    source: int
     checked: Tally
     tokenized: Tally
     batch: pa.RecordBatch | None
@@ -89,30 +102,37 @@ class _Portion:
 class _MakePortion:
     """Makes a portion of rows: in this process or, pickled, in a worker."""
 
-    shape: Format
+    reading: Reading
     tokenize: PairTokenizer
-    stops: bool
 
-    def __call__(self, rows: Sequence[Row]) -> _Portion:
+    @property
+    def stops(self) -> bool:
+        """Whether a broken row stops the reading."""
+        return self.reading.on_bad_row == "error"
+
+    def __call__(self, some: _Rows) -> _Portion:
         """Check and tokenize; broken rows that stop the reading are reason enough not to tokenize what follows."""
         checked, tokenized = Tally(), Tally()
-        kept: list[Tokenized] = []
-        for start in range(0, len(rows), _RUN_ROWS):
-            pairs = list(_checked(rows[start : start + _RUN_ROWS], self.shape, checked))
+        kept: list[_Kept] = []
+        for start in range(0, len(some.rows), _RUN_ROWS):
+            pairs = list(_checked(some, start, self.reading, checked))
             if not (self.stops and checked.broken):
                 kept += _tokenized(pairs, self.tokenize, tokenized)
-        return _Portion(checked, tokenized, _record_batch(kept) if kept else None)
+        return _Portion(some.source, checked, tokenized, _record_batch(kept) if kept else None)
 
 
 def _fill(
-    folder: Path, facts: dict[str, Any], sources: Sequence[str], make: _MakePortion, on_bad_row: BadRowRule
+    folder: Path, facts: dict[str, Any], sources: Sequence[Source], reading: Reading, tokenize: PairTokenizer
 ) -> None:
     """Write the sealed folder; what was found joins its manifest's facts."""
-    tally = Tally()
-    rows = itertools.chain.from_iterable(read_rows(source) for source in sources)
-    runs = iter(lambda: list(itertools.islice(rows, _PORTION_ROWS)), [])
-    portions = in_order(make, runs, num_workers=_num_workers(make.tokenize), num_alone=_PORTIONS_ALONE)
+    tally, all_tokens = Tally(), hashlib.sha256()
+    read: list[dict[str, Any]] = [
+        {"source": describe([source]), "shape": "", "rows": 0, "pairs": 0} for source in sources
+    ]
+    make = _MakePortion(reading, tokenize)
     with sealed_folder(folder, facts) as temporary:
+        runs = _runs(sources, reading, read, temporary / _SCRATCH)
+        portions = in_order(make, runs, num_workers=_num_workers(tokenize), num_alone=_PORTIONS_ALONE)
         with (
             contextlib.closing(portions),
             pa.OSFile(str(temporary / PAIRS), "wb") as sink,
@@ -120,13 +140,38 @@ def _fill(
         ):
             for portion in portions:
                 tally.add(portion.checked)
+                read[portion.source]["rows"] += portion.checked.num_read
                 if make.stops and tally.broken:
                     continue
                 tally.add(portion.tokenized)
+                read[portion.source]["pairs"] += portion.tokenized.num_kept
                 if portion.batch is not None:
                     writer.write_batch(portion.batch)
-        tally.judge(on_bad_row, sources)
-        facts["statistics"] = tally.statistics()
+                    all_tokens.update(b"".join(portion.batch.column("key").to_pylist()))
+        tally.judge(reading.on_bad_row, describe(sources))
+        shutil.rmtree(temporary / _SCRATCH, ignore_errors=True)
+        facts["statistics"] = {"sources": read, **tally.statistics()}
+        # Of the same pairs in the same order, whatever files and shapes they came from, this is the same.
+        facts["tokens"] = all_tokens.hexdigest()
+
+
+def _runs(sources: Sequence[Source], reading: Reading, read: list[dict[str, Any]], scratch: Path) -> Iterator[_Rows]:
+    """Yield the rows of all sources, some at a time; the shape that each has is put into `read`."""
+    for number, source in enumerate(sources):
+        rows = read_rows(source)
+        first = list(itertools.islice(rows, DETECTION_ROWS))
+        if not first:
+            raise UserError("there are no rows", source.path, "a source holds at least one row")
+        asked = source.format if source.format != "auto" else reading.format
+        name = read[number]["shape"] = detect(first, source.path) if asked == "auto" else asked
+        rows = itertools.chain(first, rows)
+        if gather := FORMATS[name].gather:
+            folder = scratch / str(number)
+            folder.mkdir(parents=True)
+            rows = gather(rows, folder)
+        rows = weighted(rows, source.weight)
+        while run := list(itertools.islice(rows, _PORTION_ROWS)):
+            yield _Rows(number, name, run)
 
 
 def _num_workers(tokenize: PairTokenizer) -> int:
@@ -134,19 +179,25 @@ def _num_workers(tokenize: PairTokenizer) -> int:
     return num_cores() if getattr(tokenize.tokenizer, "backend_tokenizer", None) else 1
 
 
-def _checked(rows: Iterable[Row], shape: Format, tally: Tally) -> Iterator[Pair]:
-    """Yield the rows that are pairs; count the others."""
-    for row in rows:
-        tally.num_read += 1
+def _checked(some: _Rows, start: int, reading: Reading, tally: Tally) -> Iterator[Pair]:
+    """Yield the pairs of a run of rows; count the rows that are none."""
+    for row in some.rows[start : start + _RUN_ROWS]:
+        tally.num_read += row.num_rows
         try:
-            if row.values is None:
-                raise BadRow("undecodable row", row.problem)
-            yield read_pair(shape, row.values, row.origin)
+            yield from read_pairs(FORMATS[some.shape], row, reading.ranked)
         except BadRow as bad:
             tally.drop(row.origin, bad)
 
 
-def _tokenized(pairs: Sequence[Pair], tokenize: PairTokenizer, tally: Tally) -> Iterator[Tokenized]:
+class _Kept(NamedTuple):
+    """A pair that is kept, what was noticed of it, and a digest of what was said before its responses."""
+
+    result: Tokenized
+    flags: int
+    prompt_key: bytes
+
+
+def _tokenized(pairs: Sequence[Pair], tokenize: PairTokenizer, tally: Tally) -> Iterator[_Kept]:
     """Yield the pairs that tokenize within the length rule; count the others."""
     for pair, result in zip(pairs, tokenize(pairs), strict=True):
         if isinstance(result, BadRow):
@@ -156,31 +207,61 @@ def _tokenized(pairs: Sequence[Pair], tokenize: PairTokenizer, tally: Tally) -> 
             same = BadRow("identical responses", "both responses become the same tokens", structural=False)
             tally.drop(pair.origin, same)
             continue
-        tally.truncated += result.truncated
-        tally.joined += result.joined
-        tally.keep(result.pair)
-        yield result
+        tally.keep(result)
+        yield _Kept(
+            result, inspect(pair) | sum(bit for name, bit in FACTS.items() if COUNTED[name](result)), _prompt_key(pair)
+        )
 
 
-def _record_batch(kept: Sequence[Tokenized]) -> pa.RecordBatch:
-    pairs = [result.pair for result in kept]
-    columns = [
-        _token_lists([pair.prompt for pair in pairs]),
-        _token_lists([pair.chosen for pair in pairs]),
-        _token_lists([pair.rejected for pair in pairs]),
-        pa.array([pair.origin for pair in pairs], SCHEMA.field("origin").type),
-        pa.array([pair.weight for pair in pairs], SCHEMA.field("weight").type),
-        pa.array([pair.margin for pair in pairs], SCHEMA.field("margin").type),
-        pa.array([_key(pair.prompt, pair.chosen, pair.rejected) for pair in pairs], SCHEMA.field("key").type),
-        pa.array([_key(result.whole_prompt) for result in kept], SCHEMA.field("prompt_key").type),
-    ]
-    return pa.record_batch(columns, schema=SCHEMA)
+def _record_batch(kept: Sequence[_Kept]) -> pa.RecordBatch:
+    pairs = [one.result.pair for one in kept]
+    columns: dict[str, pa.Array | list[Any]] = {
+        "prompt": _token_lists([pair.prompt for pair in pairs]),
+        "chosen": _token_lists([pair.chosen for pair in pairs]),
+        "rejected": _token_lists([pair.rejected for pair in pairs]),
+        **{name: [getattr(pair, name) for pair in pairs] for name in ("origin", *NUMBERS, *LABELS)},
+        "chosen_gaps": _token_lists([_or_none(pair.chosen_gaps) for pair in pairs]),
+        "rejected_gaps": _token_lists([_or_none(pair.rejected_gaps) for pair in pairs]),
+        "flags": [one.flags for one in kept],
+        "key": [_pair_key(pair) for pair in pairs],
+        "prompt_key": [one.prompt_key for one in kept],
+        "either_key": [_either_key(pair) for pair in pairs],
+    }
+    return pa.record_batch(
+        [
+            column if isinstance(column, pa.Array) else pa.array(column, SCHEMA.field(name).type)
+            for name, column in columns.items()
+        ],
+        schema=SCHEMA,
+    )
+
+
+def _or_none(gaps: Gaps | None) -> Gaps:
+    return _NO_GAPS if gaps is None else gaps
+
+
+def _prompt_key(pair: Pair) -> bytes:
+    """Digest what a prompt says: that is the same whatever a template makes of it, and on whatever day."""
+    said = [[message.role, message.text, message.extras] for message in pair.prompt]
+    text = json.dumps([said, pair.arguments], sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _pair_key(pair: TokenizedPair) -> bytes:
+    """Digest what a model sees of a pair and what is judged of it."""
+    gaps = _or_none(pair.chosen_gaps), _or_none(pair.rejected_gaps)
+    return _key(pair.prompt, pair.chosen, pair.rejected, *gaps)
+
+
+def _either_key(pair: TokenizedPair) -> bytes:
+    """Digest a pair's tokens so that it does not matter which response is the better one."""
+    return _key(pair.prompt, *sorted((pair.chosen, pair.rejected), key=lambda tokens: tokens.tobytes()))
 
 
 def _token_lists(tokens: Sequence[Tokens]) -> pa.Array:
     """Put token sequences into one Arrow column."""
     ends = np.cumsum([0, *map(len, tokens)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(tokens)))
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(np.concatenate(tokens).astype(np.int32, copy=False)))
 
 
 def _key(*sequences: NDArray[np.int32]) -> bytes:

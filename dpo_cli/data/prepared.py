@@ -1,7 +1,12 @@
 """The prepared folder: token ids in Arrow, memory-mapped, with a manifest that says how they came to be.
 
-pairs.arrow      prompt, chosen, rejected (token ids), origin, weight, margin, key, prompt_key
+pairs.arrow      a row for each pair: `SCHEMA`
 manifest.json    fingerprint, statistics, sizes and digests
+
+Of each pair there are the token ids of prompt, chosen and rejected, and which tokens of the responses are not
+judged (`gaps`); where it was read; weight, margin, source and category; what was noticed of its texts (`flags`); and
+digests by which pairs are compared: of all its tokens (`key`), of its prompt (`prompt_key`), and of its tokens
+whichever response is the better one (`either_key`).
 """
 
 from __future__ import annotations
@@ -9,21 +14,24 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from dpo_cli.data.formats import RankedRule
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.data.schedule import PairSizes
-from dpo_cli.data.sources import source_digest
+from dpo_cli.data.sources import Source, source_digest
 from dpo_cli.data.tokenize import PairTokenizer
 from dpo_cli.errors import UserError
 from dpo_cli.storage import MANIFEST, DamagedFolder, cache_root, text_digest, verify
 
-_VERSION = "3"
+_VERSION = "5"
 """Raised whenever the same data would become other tokens or another file."""
 
 PAIRS = "pairs.arrow"
@@ -36,12 +44,55 @@ SCHEMA = pa.schema(
         "origin": pa.string(),
         "weight": pa.float32(),
         "margin": pa.float32(),
+        "source": pa.string(),
+        "category": pa.string(),
+        "chosen_gaps": pa.list_(pa.int32()),
+        "rejected_gaps": pa.list_(pa.int32()),
+        "flags": pa.uint32(),
         "key": pa.binary(16),
         "prompt_key": pa.binary(16),
+        "either_key": pa.binary(16),
     }
 )
 
+FACTS = {
+    "responses_cut": 1 << 31,
+    "truncated": 1 << 30,
+    "joined_at_boundary": 1 << 29,
+    "control_tokens_as_text": 1 << 28,
+    "context_differs": 1 << 27,
+    "prompt_differs": 1 << 26,
+    "rewritten": 1 << 25,
+}
+"""The bits of `flags` that say what was done to a pair, beside what was noticed of its texts."""
+
+RESPONSE_CUT = FACTS["responses_cut"]
+"""A response that was cut does not end."""
+
+_OF_A_PAIR = [*SCHEMA.names[: SCHEMA.names.index("flags")]]
+"""The columns of which a `TokenizedPair` is made, in its order."""
+
 BadRowRule = Literal["error", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How rows become pairs.
+
+    Attributes:
+        format: A name of `FORMATS`, or `auto`: found out for each source.
+        on_bad_row: Whether structural errors stop, or their rows are dropped and counted.
+        ranked: Which pairs a ranked list becomes.
+    """
+
+    format: str = "auto"
+    on_bad_row: BadRowRule = "error"
+    ranked: RankedRule = "extremes"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What was set, by the names that users know."""
+        return {"data.format": self.format, "data.on_bad_row": self.on_bad_row, "data.ranked": self.ranked}
 
 
 class PreparedPairs(Sequence[TokenizedPair]):
@@ -59,7 +110,8 @@ class PreparedPairs(Sequence[TokenizedPair]):
     def sizes(self) -> PairSizes:
         """The tokens of each pair, and which pairs have a prompt in common."""
         prompts, chosen, rejected = (self._lengths(name) for name in SCHEMA.names[:3])
-        return PairSizes(prompts, chosen, rejected, self._prompt_ids(), self._opening(int(prompts.min())))
+        judged = chosen - self._in_gaps("chosen_gaps")
+        return PairSizes(prompts, chosen, rejected, judged, self._prompt_ids(), self._opening(int(prompts.min())))
 
     @functools.cached_property
     def weights(self) -> NDArray[np.float32]:
@@ -71,6 +123,36 @@ class PreparedPairs(Sequence[TokenizedPair]):
         """The target margin of each pair, `[pairs]`."""
         return self._numbers("margin")
 
+    @functools.cached_property
+    def flags(self) -> NDArray[np.uint32]:
+        """What was noticed of each pair's texts, `[pairs]`: a bit for each entry of `inspection.NOTICED`."""
+        return np.asarray(self._table.column("flags").to_numpy())
+
+    def has_gaps(self, name: str) -> NDArray[np.bool_]:
+        """Tell which pairs' responses, chosen or rejected, hold tokens that are not judged, `[pairs]`."""
+        return self._lengths(f"{name}_gaps") > 0
+
+    def label(self, name: str, index: int) -> str:
+        """Return what a pair is called in one of `LABELS`, or nothing."""
+        return str(self._table.column(name)[int(index)].as_py())
+
+    def origin(self, index: int) -> str:
+        """Return where a pair was read."""
+        return str(self._table.column("origin")[int(index)].as_py())
+
+    def origin_runs(self) -> NDArray[np.int64]:
+        """Number the runs of neighbours that were read at the same place, `[pairs]`."""
+        origins = self._table.column("origin")
+        new = pc.not_equal(origins.slice(1), origins.slice(0, len(self) - 1)).to_numpy()
+        return np.concatenate([[0], np.cumsum(new, dtype=np.int64)])
+
+    def key_numbers(self, name: str) -> NDArray[np.uint64]:
+        """Return the first 64 bits of a column of digests, `[pairs]`: enough to find those that are equal."""
+        chunks = self._table.column(name).chunks
+        flat = [np.frombuffer(chunk.buffers()[1], "V16", len(chunk), 16 * chunk.offset) for chunk in chunks]
+        whole = np.concatenate(flat) if flat else np.empty(0, "V16")
+        return np.ascontiguousarray(whole.view(np.uint64).reshape(-1, 2)[:, 0])
+
     @classmethod
     def open(cls, folder: Path) -> PreparedPairs:
         """Map a prepared folder into memory after checking its digests.
@@ -79,7 +161,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
             DamagedFolder: The folder is not whole.
         """
         manifest = verify(folder)
-        if PAIRS not in manifest["files"] or not {"statistics", "tokenization", "fingerprint"} <= manifest.keys():
+        if PAIRS not in manifest["files"] or not {"statistics", "settings", "fingerprint"} <= manifest.keys():
             raise DamagedFolder("it does not hold prepared pairs")
         try:
             table = pa.ipc.open_stream(pa.memory_map(str(folder / PAIRS))).read_all()
@@ -98,9 +180,10 @@ class PreparedPairs(Sequence[TokenizedPair]):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):
             raise IndexError(index)
-        row = [self._table.column(name)[int(index) % len(self)] for name in SCHEMA.names[:6]]
-        prompt, chosen, rejected = (tokens.values.to_numpy() for tokens in row[:3])
-        return TokenizedPair(prompt, chosen, rejected, *(value.as_py() for value in row[3:]))
+        row = [self._table.column(name)[int(index) % len(self)] for name in _OF_A_PAIR]
+        tokens = [part.values.to_numpy() for part in row[:3]]
+        gaps = [part.values.to_numpy() if len(part) else None for part in row[-2:]]
+        return TokenizedPair(*tokens, *(value.as_py() for value in row[3:-2]), *gaps)
 
     def followed_by(self, other: PreparedPairs) -> PreparedPairs:
         """Return both one after the other, without copying; the manifest stays this one's."""
@@ -143,6 +226,14 @@ class PreparedPairs(Sequence[TokenizedPair]):
     def _lengths(self, name: str) -> NDArray[np.int64]:
         return np.concatenate([np.diff(ends) for _, ends in self._stretches(name)])
 
+    def _in_gaps(self, name: str) -> NDArray[np.int64]:
+        """Count the tokens of each response that are not judged, `[pairs]`."""
+        counts = []
+        for flat, ends in self._stretches(name):
+            signed = np.where(np.arange(len(flat)) % 2, flat, -flat)
+            counts.append(np.diff(np.concatenate([[0], np.cumsum(signed)])[ends]))
+        return np.concatenate(counts).astype(np.int64)
+
     def _numbers(self, name: str) -> NDArray[np.float32]:
         return np.asarray(self._table.column(name).to_numpy(), dtype=np.float32)
 
@@ -173,7 +264,8 @@ class PreparedPairs(Sequence[TokenizedPair]):
     def hold_out(self, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Split into training and held-out indices; all pairs of one prompt fall on the same side.
 
-        The split depends on the prompts' tokens, the fraction and the seed, not on the order of the rows.
+        The split depends on what the prompts say, the fraction and the seed: not on the order of the rows, nor on the
+        template.
         """
         ranks = np.fromiter(self._ranks(seed), np.dtype(">u8"), len(self))
         order = np.argsort(ranks, kind="stable")
@@ -212,10 +304,10 @@ def is_prepared(source: str) -> bool:
     return any((Path(source) / name).is_file() for name in (PAIRS, MANIFEST))
 
 
-def fingerprint(sources: Sequence[str], data_format: str, on_bad_row: BadRowRule, tokenize: PairTokenizer) -> str:
+def fingerprint(sources: Sequence[Source], reading: Reading, tokenize: PairTokenizer) -> str:
     """Return a digest of everything that decides what a prepared folder holds."""
-    content = [f"{source} {source_digest(source)}" for source in sources]
-    return text_digest(_VERSION, data_format, on_bad_row, repr(tokenize.settings), *content)
+    content = [f"{source.path} {source_digest(source)}" for source in sources]
+    return text_digest(_VERSION, repr(reading.settings), repr(tokenize.settings), *content)
 
 
 def default_folder(digest: str) -> Path:
@@ -236,8 +328,8 @@ def find(folder: Path, digest: str) -> tuple[PreparedPairs | None, str]:
     return pairs, ""
 
 
-def open_for(folder: Path, tokenize: PairTokenizer) -> PreparedPairs:
-    """Open a prepared folder that the user named, if it was made with this tokenizer, template and rule.
+def open_for(folder: Path, reading: Reading, tokenize: PairTokenizer) -> PreparedPairs:
+    """Open a prepared folder that the user named, if it was made with this tokenizer, template and rules.
 
     Raises:
         UserError: It is damaged, or was made otherwise.
@@ -247,7 +339,7 @@ def open_for(folder: Path, tokenize: PairTokenizer) -> PreparedPairs:
         pairs = PreparedPairs.open(folder)
     except DamagedFolder as damage:
         raise UserError(f"the prepared folder is damaged: {damage}", str(folder), hint) from None
-    made, wanted = pairs.manifest["tokenization"], tokenize.settings
+    made, wanted = pairs.manifest["settings"], reading.settings | tokenize.settings
     if differing := [name for name in wanted if made.get(name) != wanted[name]]:
         what = f"the prepared folder was made with another {', '.join(differing)}"
         raise UserError(what, str(folder), f"{hint}, or set the configuration to what it was then")

@@ -1,9 +1,10 @@
-"""What walks the road: a message, a pair of messages, a pair of token sequences."""
+"""What walks the road: a row, a message, a pair of conversations, a pair of token sequences."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -12,17 +13,55 @@ if TYPE_CHECKING:
 Tokens: TypeAlias = "NDArray[np.int32]"
 """Token ids of one text, `[T]`."""
 
+Gaps: TypeAlias = "NDArray[np.int32]"
+"""Which tokens of a response are not judged: start, stop, start, stop, …, ascending; empty where all are."""
+
+Role = Literal["system", "user", "assistant", "tool"]
+
 NUMBERS = ("weight", "margin")
 """What a row may say of its pair beside the texts: the fields of that name, in a row and in a pair."""
+
+LABELS = ("source", "category")
+"""What a row may call its pair: carried along, so that an evaluation can be broken down by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a source: its values, or the problem that kept it from being read.
+
+    Attributes:
+        origin: Where it was read: `pairs.jsonl:17`.
+        values: Its columns, or None.
+        problem: Why there are no values.
+        reason: A few words by which such problems are counted.
+        structural: Whether such a problem means that the data is broken.
+        num_rows: The rows of the source that it stands for, where several make up one.
+    """
+
+    origin: str
+    values: Mapping[str, object] | None
+    problem: str = ""
+    reason: str = "undecodable row"
+    structural: bool = True
+    num_rows: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation. `input` is what an instruction works on, where the data keeps it apart."""
+    """One turn of a conversation.
 
-    role: Literal["user", "assistant"]
+    Attributes:
+        role: Who speaks.
+        content: What is said.
+        input: What an instruction works on, where the data keeps it apart.
+        extras: What else a chat template may ask of a message: `tool_calls`, `name`, `tool_call_id`,
+            `reasoning_content`; plain JSON values.
+    """
+
+    role: Role
     content: str
     input: str = ""
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
@@ -32,22 +71,48 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One preference: to `prompt`, `chosen` is the better answer and `rejected` the worse."""
+    """One preference: in a conversation that goes `prompt`, `chosen` is a better way on and `rejected` a worse one.
 
-    prompt: Message
-    chosen: Message
-    rejected: Message
+    Attributes:
+        prompt: What was said before; at least one message, the last of them not the assistant's.
+        chosen: The better answer. It begins and ends with a turn of the assistant; between them there may be
+            others' turns and what tools returned, which are context and not judged.
+        rejected: The worse answer, likewise.
+        origin: Where it was read: `pairs.jsonl:17`.
+        weight: What the pair's loss is multiplied by, ≥ 0; of 32 bits, as it is kept.
+        margin: By how much the chosen answer is better: a target that a loss may use; of 32 bits.
+        source: What the data calls the pair's source, or nothing.
+        category: What the data calls its category, or nothing.
+        arguments: What the chat template is given beside the messages: `tools`, `enable_thinking`, …
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
     origin: str
-    """Where it was read: `pairs.jsonl:17`."""
     weight: float = 1.0
-    """What the pair's loss is multiplied by, ≥ 0; of 32 bits, as it is kept."""
     margin: float = 0.0
-    """By how much the chosen answer is better: a target that a loss may use; of 32 bits."""
+    source: str = ""
+    category: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedPair:
-    """A pair as token ids; `prompt + chosen` and `prompt + rejected` are what the model sees."""
+    """A pair as token ids; `prompt + chosen` and `prompt + rejected` are what the model sees.
+
+    Attributes:
+        prompt: The tokens of the prompt.
+        chosen: The tokens of the chosen response, what is not judged within it included.
+        rejected: The tokens of the rejected response.
+        origin: Where the pair was read.
+        weight: As in `Pair`.
+        margin: As in `Pair`.
+        source: As in `Pair`.
+        category: As in `Pair`.
+        chosen_gaps: Which tokens of the chosen response are not judged; None where all are.
+        rejected_gaps: Which tokens of the rejected response are not judged.
+    """
 
     prompt: Tokens
     chosen: Tokens
@@ -55,6 +120,10 @@ class TokenizedPair:
     origin: str
     weight: float = 1.0
     margin: float = 0.0
+    source: str = ""
+    category: str = ""
+    chosen_gaps: Gaps | None = None
+    rejected_gaps: Gaps | None = None
 
 
 class BadRow(Exception):

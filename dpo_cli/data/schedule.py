@@ -26,6 +26,7 @@ class PairSizes:
         prompts: Tokens of each prompt, `[pairs]`.
         chosen: Tokens of each chosen response, `[pairs]`.
         rejected: Tokens of each rejected response, `[pairs]`.
+        chosen_judged: Tokens of each chosen response that are judged, `[pairs]`.
         prompt_ids: `[pairs]`, equal where the prompts are, before any cut.
         opening: Tokens with which all prompts begin alike, the shortest prompt at most.
     """
@@ -33,6 +34,7 @@ class PairSizes:
     prompts: NDArray[np.int64]
     chosen: NDArray[np.int64]
     rejected: NDArray[np.int64]
+    chosen_judged: NDArray[np.int64]
     prompt_ids: NDArray[np.int64]
     opening: int = 0
 

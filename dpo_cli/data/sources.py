@@ -1,262 +1,201 @@
-"""Files, folders and Hub ids become rows, each with the place it came from.
+"""Sources, as the settings name them, become rows: files, globs, folders and Hub ids, weighed and limited.
 
-A row that cannot be read does not end the reading: it travels on as a row with a problem, so that all
-problems of a source are found in one pass. What makes the rest of a file unreadable is a `UserError`.
+Reading a source says nothing of the sources beside it: which of its rows are used, and how often, depends on itself
+alone.
 """
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import difflib
-import io
+import hashlib
+import itertools
 import json
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from dpo_cli.data.records import NUMBERS
+from pydantic import Discriminator, Field, Tag
+
+from dpo_cli.data.files import BATCH_ROWS, reader_of, rows_of_columns
+from dpo_cli.data.formats import FORMATS
+from dpo_cli.data.places import SPLITS, files_at
+from dpo_cli.data.records import Row
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.storage import file_digest, text_digest
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a source: its values, or the problem that kept it from being read."""
-
-    origin: str
-    values: Mapping[str, object] | None
-    problem: str = ""
+from dpo_cli.settings import Settings
+from dpo_cli.storage import MANIFEST, file_digest, text_digest
 
 
-def check_source(source: str, where: str | None = None) -> UserError | None:
-    """Say what is wrong with a source's name, without reading it."""
-    if not source.strip():
-        return UserError("the name of a source is empty", where, "name a data file, a folder or a Hub id")
-    path = Path(source)
-    if path.is_file():
-        if path.suffix.lower() in READERS:
-            return None
-        known = ", ".join(READERS)
-        hint = f"a data file ends in one of {known}"
-        return UserError(f"`{source}` is not a kind of data file that can be read", where, hint)
-    # What ends like a data file is a path that was mistyped, though a Hub id may look the same.
-    if path.is_dir() or (_HUB_ID.fullmatch(source) and path.suffix.lower() not in READERS):
-        return None
-    folder = path.parent if path.parent.is_dir() else Path()
-    near = difflib.get_close_matches(path.name, [p.name for p in folder.iterdir()], n=1)
-    hint = f"did you mean `{folder / near[0]}`?" if near else "name a data file, a folder or a Hub id"
-    return UserError(f"there is no file or folder `{source}`", where, hint)
+class Source(Settings):
+    """Rows of one place, and how they are used."""
+
+    path: str
+    """A data file, a glob, a folder of data files or one that `datasets` or `dpo prepare-data` wrote, or a Hub id."""
+    config: str | None = None
+    """Which configuration of a Hub dataset."""
+    split: str = "train"
+    """Which split of a Hub dataset, or of a folder of several that `datasets` wrote."""
+    format: Literal[("auto", *FORMATS)] = "auto"  # type: ignore[valid-type]
+    """The shape of these rows; auto: as `data.format` says."""
+    weight: float = Field(1.0, gt=0, le=1000)
+    """How often a row is used: 2 twice, 0.5 every second row, drawn by its number in the source."""
+    limit: int | None = Field(None, ge=1)
+    """How many rows are read, from the first on; null: all."""
 
 
-def read_rows(source: str) -> Iterator[Row]:
-    """Yield the rows of a data file, of a folder of data files, or of the training split of a Hub dataset.
+NAME, GROUP, SEVERAL = "a path", "a source", "a list of sources"
+"""What pydantic calls the ways to write sources; in no path of a setting."""
+
+
+def _way(value: object) -> str | None:
+    """Tell in which way one source, or several, are written."""
+    if isinstance(value, str):
+        return NAME
+    if isinstance(value, (dict, Source)):
+        return GROUP
+    return SEVERAL if isinstance(value, (list, tuple)) else None
+
+
+def _way_of_one(value: object) -> str | None:
+    return None if isinstance(value, (list, tuple)) else _way(value)
+
+
+OneSource = Annotated[
+    Annotated[str, Tag(NAME)] | Annotated[Source, Tag(GROUP)],
+    Discriminator(_way_of_one, "source", "Input should be a path or a group of settings"),
+]
+Sources = Annotated[
+    Annotated[str, Tag(NAME)] | Annotated[Source, Tag(GROUP)] | Annotated[list[OneSource], Tag(SEVERAL)],
+    Discriminator(_way, "sources", "Input should be a path, a group of settings, or a list of them"),
+]
+"""What a setting that names data accepts."""
+
+
+def as_sources(named: str | Source | Sequence[str | Source] | None) -> list[Source]:
+    """Return what a setting names as a list; a path by itself is a source with nothing else said of it."""
+    several = [] if named is None else [named] if isinstance(named, (str, Source)) else named
+    return [Source(path=one) if isinstance(one, str) else one for one in several]
+
+
+def describe(sources: Iterable[Source]) -> str:
+    """Name sources, with what was said of them: `pairs.jsonl, others.csv (weight 2.0)`."""
+    return ", ".join(_described(source) for source in sources)
+
+
+def _described(source: Source) -> str:
+    said = ", ".join(f"{name} {value}" for name, value in _settings(source).items())
+    return f"{source.path} ({said})" if said else source.path
+
+
+def _settings(source: Source) -> dict[str, Any]:
+    """Return what is said of a source beside its path and is not the default."""
+    return source.model_dump(exclude={"path"}, exclude_defaults=True)
+
+
+def check_source(source: Source, where: str | None = None) -> UserError | None:
+    """Say what is wrong with a source, without reading any of its rows."""
+    try:
+        effective = _effective(source)
+    except UserError as error:
+        return UserError(error.what, where, error.hint)
+    except OSError as error:
+        return from_os_error(error, "looking for the data", f"{source.path[:60]}", status=2)
+    if idle := sorted(_settings(source).keys() - effective):
+        hint = f"leave it out; what has an effect here: {', '.join(sorted(effective)) or 'the path alone'}"
+        return UserError(f"`{idle[0]}` has no effect on `{source.path}`", where, hint)
+    return None
+
+
+def _effective(source: Source) -> set[str]:
+    """Return the settings that have an effect on what a source names, which must be there."""
+    files, path = files_at(source.path, source.split), Path(source.path)
+    settings = Source.model_fields.keys() - {"path"}
+    if (path / MANIFEST).is_file():
+        return set()
+    if (path / SPLITS).is_file():
+        return settings - {"config"}
+    return settings if files is None else settings - {"config", "split"}
+
+
+def paths_of(source: Source) -> list[str]:
+    """Return the name of a source, and the files behind it, if there are any."""
+    try:
+        files = files_at(source.path, source.split) or []
+    except (UserError, OSError):
+        files = []
+    return [source.path, *map(str, files)]
+
+
+def read_rows(source: Source) -> Iterator[Row]:
+    """Yield the rows of a source, up to its limit.
 
     Raises:
         UserError: The source does not exist, or cannot be read beyond some point.
     """
     if problem := check_source(source):
         raise problem
-    path = Path(source)
     try:
-        yield from READERS[path.suffix.lower()](path) if path.is_file() else _dataset_rows(source)
+        yield from itertools.islice(_all_rows(source), source.limit)
     except OSError as error:
-        raise from_os_error(error, "reading the data", source, status=2) from error
+        raise from_os_error(error, "reading the data", source.path, status=2) from error
 
 
-def source_digest(source: str) -> str:
-    """Return a digest that changes whenever the content of a source does."""
+def weighted(rows: Iterable[Row], weight: float) -> Iterator[Row]:
+    """Yield each row as often as a weight says, copies one after the other.
+
+    Args:
+        rows: The rows of a source, each of which is as good as any other: those that are pairs together, put together.
+        weight: How often a row is used, on average.
+    """
+    for number, row in enumerate(rows):
+        # What is broken is told of once, whatever the weight.
+        yield from itertools.repeat(row, _times(number, weight) if row.values is not None else 1)
+
+
+def source_digest(source: Source) -> str:
+    """Return a digest that changes whenever other rows would be read: of the content and of what is said of it."""
     if problem := check_source(source):
         raise problem
-    path = Path(source)
+    said = json.dumps(_settings(source), sort_keys=True)
+    files = files_at(source.path, source.split)
     try:
-        if path.is_file():
-            return file_digest(path)
-        if path.is_dir():
-            files = [p for p in sorted(path.rglob("*")) if p.is_file()]
-            return text_digest(*(f"{p.relative_to(path)} {file_digest(p)}" for p in files))
+        if files is None:
+            return text_digest(said, str(_load_dataset(source)._fingerprint))
+        if len(files) == 1:
+            return text_digest(said, file_digest(files[0]))
+        return text_digest(said, *(f"{file} {file_digest(file)}" for file in files))
     except OSError as error:
-        raise from_os_error(error, "reading the data", source, status=2) from error
-    return str(_load_dataset(source)._fingerprint)
+        raise from_os_error(error, "reading the data", source.path, status=2) from error
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
-    """Read one JSON object per line; blank lines are passed over."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            text = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).strip()
-            if text:
-                yield _decoded(text, f"{path}:{number}")
-
-
-def _json(path: Path) -> Iterator[Row]:
-    """Read a JSON list of objects, or one object per line where the file starts with an object."""
-    text = _whole_text(path)
-    start = _skip_space(text, 0)
-    if start < len(text) and text[start] == "{" and not _is_one_object(text):
-        yield from _json_lines(path)
+def _all_rows(source: Source) -> Iterator[Row]:
+    """Yield every row of a source once."""
+    files = files_at(source.path, source.split)
+    if files is None:
+        name = "/".join(part for part in (source.path, source.config, source.split) if part)
+        batches = _load_dataset(source).with_format("arrow").iter(batch_size=BATCH_ROWS)
+        yield from rows_of_columns(name, "dataset", batches)
         return
-    if start == len(text) or text[start] != "[":
-        raise UserError("the file is not a JSON list", f"{path}:1", "a .json file holds a list of objects")
-    decoder, line, counted = json.JSONDecoder(), 1, 0
-    position = _skip_space(text, start + 1)
-    while text[position : position + 1] != "]":
-        line, counted = line + text.count("\n", counted, position), position
-        origin = f"{path}:{line}"
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            raise _broken_json(error, path, line) from None
-        yield _as_row(value, origin)
-        position = _skip_space(text, position)
-        if text[position : position + 1] == ",":
-            position = _skip_space(text, position + 1)
-        elif text[position : position + 1] != "]":
-            line += text.count("\n", counted, position)
-            raise _broken_json(ValueError("expected a comma or the list's end"), path, line)
-    position = _skip_space(text, position + 1)
-    if position < len(text):
-        line += text.count("\n", counted, position)
-        raise _broken_json(ValueError("something follows the list's end"), path, line)
+    for file in files:
+        if reader := reader_of(file):
+            yield from reader(file)
 
 
-def _is_one_object(text: str) -> bool:
-    """Tell whether a file is a single object over several lines, rather than an object a line."""
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return "\n" in text.strip()
+def _times(number: int, weight: float) -> int:
+    """Return how often a row is used, by its number in the source; on average `weight` times."""
+    whole, share = divmod(weight, 1)
+    if not share:
+        return int(whole)
+    drawn = hashlib.blake2b(str(number).encode(), digest_size=8).digest()
+    return int(whole) + (int.from_bytes(drawn, "big") < share * 2**64)
 
 
-def _csv(path: Path) -> Iterator[Row]:
-    """Read comma-separated values whose first line names the columns."""
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(_whole_text(path), newline=""), strict=True)
-    columns: list[str] | None = None
-    while True:
-        origin = f"{path}:{reader.line_num + 1}"
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Row(origin, None, f"is not valid CSV: {error}")
-            continue
-        if not fields:
-            continue
-        if columns is None:
-            columns = fields
-        elif len(fields) != len(columns):
-            yield Row(origin, None, f"has {len(fields)} fields where the header has {len(columns)}")
-        else:
-            yield Row(origin, _with_numbers(dict(zip(columns, fields, strict=True))))
-
-
-def _with_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """Read the columns that hold numbers, which CSV has as text; what is no number stays text."""
-    for name in NUMBERS:
-        if (text := values.get(name)) is not None:
-            with contextlib.suppress(ValueError):
-                values[name] = float(text) if text.strip() else None
-    return values
-
-
-def _parquet(path: Path) -> Iterator[Row]:
-    """Read a Parquet file batch by batch."""
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}:row {number}", values)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        hint = "the file is damaged or is not Parquet: write it again"
-        raise UserError(f"the Parquet file cannot be read: {reason}", f"{path}:row {number + 1}", hint) from None
-
-
-def _dataset_rows(source: str) -> Iterator[Row]:
-    """Read a folder of data files, or a Hub dataset, through the `datasets` library."""
-    for number, values in enumerate(_load_dataset(source), 1):
-        yield Row(f"{source}:row {number}", values)
-
-
-def _load_dataset(source: str) -> Any:
-    """Load the training split, rendering what the library says when it cannot."""
+def _load_dataset(source: Source) -> Any:
+    """Load a split of a Hub dataset, which stays on disk; render what the library says when it cannot."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(source, split="train")
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        return datasets.load_dataset(source.path, source.config, split=source.split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        hint = "check the name; a Hub dataset needs the network, a folder needs data files of one kind"
-        raise UserError(f"`{source}` cannot be loaded: {reason}", source, hint) from error
-
-
-def _whole_text(path: Path) -> str:
-    """Read a file as UTF-8, with or without a byte-order mark; name the line of a byte that is not."""
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        hint = "save the file as UTF-8"
-        raise UserError(f"byte {data[error.start]:#04x} is not UTF-8", f"{path}:{line}", hint) from None
-
-
-def _decoded(line: bytes, origin: str) -> Row:
-    """Decode one line of JSON."""
-    try:
-        return _as_row(json.loads(line.decode("utf-8")), origin)
-    except UnicodeDecodeError as error:
-        return Row(origin, None, f"is not UTF-8: byte {line[error.start]:#04x}")
-    except json.JSONDecodeError as error:
-        return Row(origin, None, f"is not valid JSON: {error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return Row(origin, None, f"is not valid JSON: {_short(error)}")
-
-
-def _as_row(value: object, origin: str) -> Row:
-    """Accept an object, refuse any other JSON value."""
-    return Row(origin, value) if isinstance(value, dict) else Row(origin, None, "is not a JSON object")
-
-
-def _broken_json(error: Exception, path: Path, line: int) -> UserError:
-    """Say on which line a JSON list breaks; what follows cannot be read."""
-    if isinstance(error, json.JSONDecodeError):
-        line = error.lineno
-    reason = error.msg if isinstance(error, json.JSONDecodeError) else _short(error)
-    hint = "mend that line; the rest of a JSON list cannot be read past it (JSON lines can)"
-    return UserError(f"the file is not valid JSON: {reason}", f"{path}:{line}", hint)
-
-
-def _short(error: Exception) -> str:
-    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _skip_space(text: str, position: int) -> int:
-    """Return the first position at or after `position` that is not white space."""
-    match = _SPACE.match(text, position)
-    return match.end() if match else position
-
-
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".json": _json,
-    ".jsonl": _json_lines,
-    ".csv": _csv,
-    ".parquet": _parquet,
-}
+        hint = "check its name, configuration and split; a Hub dataset needs the network, unless it was loaded before"
+        raise UserError(f"`{source.path}` cannot be loaded: {reason}", source.path, hint) from error

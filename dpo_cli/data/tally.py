@@ -6,16 +6,30 @@ A tally has the same size after a thousand rows and after a million.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from dpo_cli.data.records import BadRow, TokenizedPair
+from dpo_cli.data.records import BadRow
+from dpo_cli.data.tokenize import Tokenized
 from dpo_cli.errors import UserError, raise_all
 
-_EXAMPLES = 5
+_EXAMPLES = 3
+COUNTED: dict[str, Callable[[Tokenized], bool]] = {
+    "truncated": lambda result: result.truncated,
+    "responses_cut": lambda result: result.responses_cut > 0,
+    "joined_at_boundary": lambda result: result.joined,
+    "control_tokens_as_text": lambda result: result.literals > 0,
+    "context_differs": lambda result: result.context_differs,
+    "prompt_differs": lambda result: result.prompt_differs,
+    "rewritten": lambda result: result.rewritten,
+    "weighted": lambda result: result.pair.weight != 1,
+    "with_margin": lambda result: result.pair.margin != 0,
+}
+"""What is counted of the pairs that are kept, under the name that the manifest has for it."""
+
 _QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -26,10 +40,7 @@ class Tally:
     Attributes:
         num_read: The rows.
         num_kept: Those that became pairs.
-        truncated: Pairs whose prompt was cut.
-        joined: Pairs whose parts were tokenized apart.
-        weighted: Pairs with a weight other than 1.
-        with_margin: Pairs with a margin other than 0.
+        counts: Pairs with something particular about them: a number for each of `COUNTED`.
         broken: Rows that stop the reading, where structural errors do.
         dropped: Rows that did not become pairs, by reason.
         examples: The first of them, by reason.
@@ -39,11 +50,8 @@ class Tally:
 
     num_read: int = 0
     num_kept: int = 0
-    truncated: int = 0
-    joined: int = 0
-    weighted: int = 0
-    with_margin: int = 0
     broken: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
     broken_examples: list[UserError] = field(default_factory=list)
@@ -62,22 +70,19 @@ class Tally:
             if len(self.broken_examples) < _EXAMPLES:
                 self.broken_examples.append(UserError(bad.detail, origin, _how_to_mend(bad)))
 
-    def keep(self, pair: TokenizedPair) -> None:
+    def keep(self, result: Tokenized) -> None:
         """Count a pair that was kept."""
         self.num_kept += 1
-        self.weighted += pair.weight != 1
-        self.with_margin += pair.margin != 0
+        for name, holds in COUNTED.items():
+            self.counts[name] += holds(result)
         for name, lengths in self.lengths.items():
-            lengths[len(getattr(pair, name))] += 1
+            lengths[len(getattr(result.pair, name))] += 1
 
     def add(self, later: Tally) -> None:
         """Take in what was found in the rows that follow."""
         self.num_read += later.num_read
         self.num_kept += later.num_kept
-        self.truncated += later.truncated
-        self.joined += later.joined
-        self.weighted += later.weighted
-        self.with_margin += later.with_margin
+        self.counts.update(later.counts)
         self.broken += later.broken
         self.dropped.update(later.dropped)
         for reason, examples in later.examples.items():
@@ -87,20 +92,13 @@ class Tally:
         for name, lengths in later.lengths.items():
             self.lengths[name].update(lengths)
 
-    def judge(self, on_bad_row: str, sources: Sequence[str]) -> None:
+    def judge(self, on_bad_row: str, where: str) -> None:
         """Stop where the data is broken, or nothing is left of it."""
-        where = ", ".join(sources)
-        if self.num_read > _EXAMPLES and self.dropped == {"missing field": self.num_read}:
-            hint = "the rows have another shape: they need text in `instruction`, `chosen` and `rejected`"
-            what = f"none of {self.num_read} rows can be used: {self.examples['missing field'][0]}"
-            raise UserError(what, where, hint)
         if self.broken and on_bad_row == "error":
             counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
             summary = f"{self.broken} of {self.num_read} rows cannot be used (found: {counts})"
             first = f"the first {len(self.broken_examples)} are named above" if self.broken > _EXAMPLES else None
             raise_all([*self.broken_examples, UserError(summary, where, first)])
-        if not self.num_read:
-            raise UserError("there are no rows", where, "a data file holds at least one row")
         if not self.num_kept:
             counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
             hint = f"see {next(iter(self.examples.values()))[0]}"
@@ -113,10 +111,7 @@ class Tally:
             "pairs_kept": self.num_kept,
             "dropped": dict(self.dropped.most_common()),
             "examples": self.examples,
-            "truncated": self.truncated,
-            "joined_at_boundary": self.joined,
-            "weighted": self.weighted,
-            "with_margin": self.with_margin,
+            **{name: self.counts[name] for name in COUNTED},
             "tokens": {name: _quantiles(lengths) for name, lengths in self.lengths.items()},
         }
 
@@ -129,7 +124,7 @@ def _how_to_mend(bad: BadRow) -> str:
     if bad.reason == "template error":
         return "mend the template, or set `model.chat_template` to another one"
     if bad.reason == "missing field":
-        return f"a row needs text in `instruction`, `chosen` and `rejected`: mend the row, or {drop}"
+        return f"mend the row, {drop}, or name another shape in `data.format`"
     if "not UTF-8" in bad.detail:
         return f"save the file as UTF-8, or {drop}"
     return f"mend the row, or {drop}"

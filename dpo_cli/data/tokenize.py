@@ -1,4 +1,4 @@
-"""A `Pair` becomes token ids: the template, the boundary between prompt and response, the length rule.
+"""A `Pair` becomes token ids: the boundary between prompt and response, what is judged, the length rule.
 
 The response is what the model is judged on: its text and whatever the template writes to close the turn.
 Its first token starts exactly where generation would start, after the prompt that inference sends.
@@ -9,42 +9,45 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from dpo_cli.data.encode import TextEncoder
-from dpo_cli.data.records import BadRow, Message, Pair, TokenizedPair, Tokens
+from dpo_cli.data.encode import TextEncoder, common_beginning
+from dpo_cli.data.records import BadRow, Gaps, Pair, TokenizedPair, Tokens
+from dpo_cli.data.rendering import PLAIN, Rendered, Renderer, TurnRule, Written
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.storage import text_digest
 
-PLAIN = "plain"
 LengthRule = Literal["drop", "truncate", "error"]
 
 
 @dataclass(frozen=True, slots=True)
-class Rendered:
-    """A pair as text: the prompt as inference sends it, and the two whole sequences."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-@dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A tokenized pair and what had to be done to it."""
+    """A tokenized pair and what had to be done to it.
+
+    Attributes:
+        pair: The pair.
+        joined: Whether the tokenizer would have merged across the boundary, so that the parts were tokenized apart.
+        literals: Control tokens that the messages spell out, and that became text.
+        prompt_differs: Whether what inference sends does not stand in the conversations as it is.
+        context_differs: Whether inference would send something else before a later turn that is judged.
+        rewritten: Whether the template writes something that the assistant says in another way.
+        truncated: Whether some of the prompt was cut away.
+        responses_cut: How many of the two responses were cut.
+    """
 
     pair: TokenizedPair
-    whole_prompt: Tokens
-    """The prompt before any cut: what tells which pairs share one."""
-    truncated: bool
-    """Whether tokens of the prompt were cut away."""
-    joined: bool
-    """Whether the tokenizer would have merged across the boundary, so that the parts were tokenized apart."""
+    joined: bool = False
+    literals: int = 0
+    prompt_differs: bool = False
+    context_differs: bool = False
+    rewritten: bool = False
+    truncated: bool = False
+    responses_cut: int = 0
 
 
 class PairTokenizer:
@@ -55,128 +58,217 @@ class PairTokenizer:
         template: A chat template's text, `plain`, or None for the tokenizer's own template.
         max_length: The most tokens that prompt and response may have together.
         on_too_long: What becomes of longer ones.
+        turns: Which of a response's turns are judged.
+        min_response: The fewest tokens to which a response may be cut, or None where it is never cut.
 
     Raises:
         UserError: The tokenizer has no template, or no end-of-sequence token where one is needed.
     """
 
-    def __init__(self, tokenizer: Any, *, template: str | None, max_length: int, on_too_long: LengthRule) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        template: str | None,
+        max_length: int,
+        on_too_long: LengthRule,
+        turns: TurnRule = "all",
+        min_response: int | None = None,
+    ) -> None:
         self.tokenizer, self.max_length, self.on_too_long = tokenizer, max_length, on_too_long
-        self.plain = template == PLAIN
-        self.template = None if self.plain else template or _own_template(tokenizer)
-        if self.plain and tokenizer.eos_token is None:
-            hint = "set `model.chat_template` to a template that closes its turns"
-            raise UserError("the tokenizer has no end-of-sequence token", "`model.chat_template: plain`", hint)
-        if not self.plain and not self.template:
+        self.turns, self.min_response = turns, min_response
+        found = template or _own_template(tokenizer)
+        if not found:
             hint = "set `model.chat_template` to `plain` or to the path of a Jinja template"
             raise UserError("the tokenizer has no chat template", "`model.chat_template`", hint)
+        if found == PLAIN and tokenizer.eos_token is None:
+            hint = "set `model.chat_template` to a template that closes its turns"
+            raise UserError("the tokenizer has no end-of-sequence token", "`model.chat_template: plain`", hint)
+        self.template = found
         self._encode = TextEncoder(tokenizer)
-        self._bos = tokenizer.bos_token if self.plain and _adds_bos(tokenizer) else ""
+        self._render = Renderer(tokenizer, found, turns, self._encode)
 
     @functools.cached_property
-    def settings(self) -> dict[str, str | int]:
+    def settings(self) -> dict[str, str | int | None]:
         """Everything that decides which tokens a pair becomes; tokenizer and template as digests."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend else repr(sorted(self.tokenizer.get_vocab().items()))
         special = repr(sorted(self.tokenizer.special_tokens_map.items()))
         return {
             "tokenizer": text_digest(vocabulary, special),
-            "chat template": PLAIN if self.plain else text_digest(str(self.template)),
+            "chat template": PLAIN if self.template == PLAIN else text_digest(self.template),
             "data.max_length": self.max_length,
             "data.on_too_long": self.on_too_long,
+            "data.turns": self.turns,
+            "data.min_response": self.min_response,
         }
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Tokenized | BadRow]:
         """Tokenize many pairs in one call."""
-        results: list[Tokenized | BadRow] = []
+        found = self._tokenize(pairs)
+        return [
+            item if isinstance(item, BadRow) else self._fit(pair, item) for pair, item in zip(pairs, found, strict=True)
+        ]
+
+    def _tokenize(self, pairs: Sequence[Pair]) -> list[Tokenized | BadRow]:
+        """Tokenize pairs, however long they are."""
         rendered = self._render(pairs)
         texts = [text for item in rendered if isinstance(item, Rendered) for text in self._parts(item)]
         tokens = iter(self._encode(texts))
-        for pair, item in zip(pairs, rendered, strict=True):
-            if isinstance(item, BadRow):
-                results.append(item)
-                continue
-            head, tail, chosen, rejected = itertools.islice(tokens, 4)
-            chosen, chosen_joined = self._response(item.prompt, item.chosen, tail, chosen)
-            rejected, rejected_joined = self._response(item.prompt, item.rejected, tail, rejected)
-            prompt = np.concatenate([head, tail])
-            whole = TokenizedPair(prompt, chosen, rejected, pair.origin, pair.weight, pair.margin)
-            results.append(self._fit(whole, joined=chosen_joined or rejected_joined))
-        return results
+        return [
+            item if isinstance(item, BadRow) else self._assembled(pair, item, *itertools.islice(tokens, 4))
+            for pair, item in zip(pairs, rendered, strict=True)
+        ]
 
     def _parts(self, item: Rendered) -> tuple[str, str, str, str]:
         """Return the prompt up to its last cut, and what follows the cut: in the prompt, in both sequences."""
         cut = self._encode.last_cut(item.prompt)
-        return item.prompt[:cut], item.prompt[cut:], item.chosen[cut:], item.rejected[cut:]
+        return item.prompt[:cut], item.prompt[cut:], item.chosen.text[cut:], item.rejected.text[cut:]
 
-    def _render(self, pairs: Sequence[Pair]) -> list[Rendered | BadRow]:
-        """Write pairs out as text, by the chat template or plainly."""
-        if self.plain:
-            return [self._render_plainly(pair) for pair in pairs]
-        if not pairs:
-            return []
-        both = [(pair.prompt, response) for pair in pairs for response in (pair.chosen, pair.rejected)]
-        try:
-            prompts = self._apply([(pair.prompt,) for pair in pairs], add_generation_prompt=True)
-            wholes = self._apply(both)
-        except _template_errors() as error:
-            if len(pairs) > 1:  # One at a time tells which of them fail.
-                return [item for pair in pairs for item in self._render([pair])]
-            return [BadRow("template error", f"the chat template fails: {error}")]
-        return [_rendered(*texts) for texts in zip(prompts, wholes[::2], wholes[1::2], strict=True)]
-
-    def _render_plainly(self, pair: Pair) -> Rendered:
-        prompt = self._bos + plain_prompt(pair.prompt)
-        end = self.tokenizer.eos_token
-        return Rendered(prompt, prompt + pair.chosen.text + end, prompt + pair.rejected.text + end)
-
-    def _apply(self, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False) -> list[str]:
-        """Write conversations out by the chat template."""
-        listed = [[{"role": message.role, "content": message.text} for message in one] for one in conversations]
-        texts = self.tokenizer.apply_chat_template(
-            listed, chat_template=self.template, add_generation_prompt=add_generation_prompt, tokenize=False
+    def _assembled(
+        self, pair: Pair, item: Rendered, head: Tokens, tail: Tokens, chosen: Tokens, rejected: Tokens
+    ) -> Tokenized:
+        """Put a pair together from the tokens of its parts."""
+        prompt = np.concatenate([head, tail])
+        sides = [
+            self._response(item.prompt, written, prompt, len(head), tokens)
+            for written, tokens in ((item.chosen, chosen), (item.rejected, rejected))
+        ]
+        (chosen, chosen_gaps, chosen_joined), (rejected, rejected_gaps, rejected_joined) = sides
+        tokenized = TokenizedPair(
+            prompt,
+            chosen,
+            rejected,
+            pair.origin,
+            pair.weight,
+            pair.margin,
+            pair.source,
+            pair.category,
+            chosen_gaps,
+            rejected_gaps,
         )
-        return list(map(str, texts))
+        joined = chosen_joined or rejected_joined
+        return Tokenized(tokenized, joined, item.literals, item.prompt_differs, item.context_differs, item.rewritten)
 
-    def _response(self, prompt_text: str, text: str, prompt: Tokens, whole: Tokens) -> tuple[Tokens, bool]:
-        """Return the tokens after the prompt, and whether they had to be made apart from it.
+    def _response(
+        self, prompt_text: str, written: Written, prompt: Tokens, cut: int, rest: Tokens
+    ) -> tuple[Tokens, Gaps | None, bool]:
+        """Return the tokens after the prompt, which of them are not judged, and whether they were made apart from it.
 
-        `prompt` and `whole` begin at the last cut before the boundary: up to there they are the same.
+        Args:
+            prompt_text: The prompt.
+            written: The whole conversation.
+            prompt: The prompt's tokens.
+            cut: How many of them stand before the last cut; up to there the conversation's are the same.
+            rest: The conversation's tokens from there on.
         """
-        if len(whole) > len(prompt) and whole[: len(prompt)].tobytes() == prompt.tobytes():
-            return whole[len(prompt) :], False
-        return self._encode([text[len(prompt_text) :]])[0], True
+        tail = prompt[cut:]
+        joined = len(rest) <= len(tail) or rest[: len(tail)].tobytes() != tail.tobytes()
+        response = self._encode.continuation(written.text[len(prompt_text) :]) if joined else rest[len(tail) :]
+        if written.judged == ((len(prompt_text), len(written.text)),):
+            return response, None, joined
+        return response, self._gaps(prompt_text, written, prompt, response, joined=joined), joined
 
-    def _fit(self, pair: TokenizedPair, *, joined: bool) -> Tokenized | BadRow:
-        """Apply the length rule. A response is never cut: where it alone is too long, the pair goes."""
-        longest = max(len(pair.chosen), len(pair.rejected))
-        length = len(pair.prompt) + longest
-        if length <= self.max_length:
-            return Tokenized(pair, pair.prompt, truncated=False, joined=joined)
-        detail = f"has {length} tokens where `data.max_length` is {self.max_length}"
+    def _gaps(self, prompt_text: str, written: Written, prompt: Tokens, response: Tokens, *, joined: bool) -> Gaps:
+        """Return which tokens of a response lie outside the turns that are judged.
+
+        A token that reaches across the border of a turn belongs to what comes behind the border.
+        """
+        start = len(prompt_text) if joined else 0
+        before = len(prompt) if not joined else 0
+        whole = response if joined else np.concatenate([prompt, response])
+        edges = [edge for span in written.judged for edge in span if edge < len(written.text)]
+        texts = [written.text[start:edge] for edge in edges]
+        upto = list(map(self._encode.continuation, texts)) if joined else self._encode(texts)
+        places = [max(0, common_beginning(tokens, whole) - before) for tokens in upto]
+        # What is judged ends with the conversation, so that its edges without that end bound the gaps.
+        return np.asarray([0, *places] if places[0] else places[1:], np.int32)
+
+    def _fit(self, pair: Pair, whole: Tokenized) -> Tokenized | BadRow:
+        """Apply the length rule: turns of the prompt go first, then its tokens, then, if at all, those of responses."""
+        if _length(whole.pair) <= self.max_length:
+            return whole
+        detail = f"has {_length(whole.pair)} tokens where `data.max_length` is {self.max_length}"
         if self.on_too_long != "truncate":
             return BadRow("too long", detail, structural=self.on_too_long == "error")
-        opening = int(pair.prompt[0] == self.tokenizer.bos_token_id)
-        kept = self.max_length - longest - opening
-        if kept < 1:
-            return BadRow("response too long", f"{detail}; a response is never cut", structural=False)
-        prompt = np.concatenate([pair.prompt[:opening], pair.prompt[-kept:]])
-        return Tokenized(dataclasses.replace(pair, prompt=prompt), pair.prompt, truncated=True, joined=joined)
+        beginnings = list(_later_beginnings(pair))
+        tried = zip(beginnings, self._tokenize(beginnings), strict=True)
+        shorter = [(later, found) for later, found in tried if isinstance(found, Tokenized)]
+        for _, found in shorter:
+            if _length(found.pair) <= self.max_length:
+                return dataclasses.replace(whole, pair=found.pair, joined=found.joined, truncated=True)
+        last, found = [(pair, whole), *shorter][-1]
+        return self._cut(last, dataclasses.replace(whole, pair=found.pair, truncated=bool(shorter)), detail)
+
+    def _cut(self, pair: Pair, whole: Tokenized, detail: str) -> Tokenized | BadRow:
+        """Cut what is said last in the prompt from its left and, only where that is not enough, the responses.
+
+        What the template writes around it stays, and so do system messages: a prompt keeps its form.
+        """
+        tokens = whole.pair
+        try:
+            head, tail = self._room_around_last(pair, tokens.prompt)
+        except BadRow as bad:
+            return bad
+        room = self.max_length - head - tail - 1
+        longest = max(len(tokens.chosen), len(tokens.rejected))
+        if longest > room and self.min_response is not None:
+            longest = max(room, self.min_response)
+        first_judged = max(int(gaps[1]) if gaps is not None and not gaps[0] else 0 for gaps in _gaps_of(tokens))
+        if longest > room or longest <= first_judged:
+            allowed = "a response is never cut" if self.min_response is None else "`data.min_response` leaves no room"
+            return BadRow("response too long", f"{detail}; {allowed}", structural=False)
+        kept = self.max_length - longest - tail
+        prompt = tokens.prompt
+        if kept + tail < len(prompt):
+            whole = dataclasses.replace(whole, truncated=True)
+            prompt = np.concatenate([prompt[:head], prompt[len(prompt) - tail - (kept - head) :]])
+        cut = dataclasses.replace(
+            tokens,
+            prompt=prompt,
+            chosen=tokens.chosen[:longest],
+            rejected=tokens.rejected[:longest],
+            chosen_gaps=_cut_gaps(tokens.chosen_gaps, longest),
+            rejected_gaps=_cut_gaps(tokens.rejected_gaps, longest),
+        )
+        responses_cut = (len(tokens.chosen) > longest) + (len(tokens.rejected) > longest)
+        return dataclasses.replace(whole, pair=cut, responses_cut=responses_cut)
+
+    def _room_around_last(self, pair: Pair, prompt: Tokens) -> tuple[int, int]:
+        """Count the tokens of a prompt before what is said last in it, and those behind."""
+        head_text, tail_text = self._render.around_last(pair)
+        head, tail = self._encode([head_text])[0], self._encode.continuation(tail_text)
+        before = common_beginning(head, prompt)
+        rest = prompt[before:]
+        # Of a generation prompt that parts from the conversations, the prompt has no more than the beginning.
+        ends = (size for size in range(len(tail), 0, -1) if np.array_equal(rest[-size:], tail[:size]))
+        return before, common_beginning(tail[::-1], rest[::-1]) or next(ends, 0)
 
 
-def _rendered(prompt: str, chosen: str, rejected: str) -> Rendered | BadRow:
-    """Take a template's texts for a pair, if the prompt begins both sequences."""
-    for name, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.startswith(prompt) or len(text) == len(prompt):
-            detail = f"the chat template does not write the prompt, then `{name}`: their boundary is lost"
-            return BadRow("template error", detail)
-    return Rendered(prompt, chosen, rejected)
+def _length(pair: TokenizedPair) -> int:
+    """Return the tokens of a pair's longer sequence."""
+    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
 
 
-def plain_prompt(message: Message) -> str:
-    """Write a prompt for a model without a chat template: headed sections, the input's only where there is one."""
-    given = f"### Input:\n{message.input}\n\n" if message.input else ""
-    return f"### Instruction:\n{message.content}\n\n{given}### Response:\n"
+def _later_beginnings(pair: Pair) -> Iterator[Pair]:
+    """Yield the pair with ever fewer turns of its prompt, each time from a user's turn on; system messages stay."""
+    opening = list(itertools.takewhile(lambda message: message.role == "system", pair.prompt))
+    for place in range(len(opening) + 1, len(pair.prompt)):
+        if pair.prompt[place].role == "user":
+            yield dataclasses.replace(pair, prompt=(*opening, *pair.prompt[place:]))
+
+
+def _gaps_of(pair: TokenizedPair) -> tuple[Gaps | None, Gaps | None]:
+    return pair.chosen_gaps, pair.rejected_gaps
+
+
+def _cut_gaps(gaps: Gaps | None, length: int) -> Gaps | None:
+    """Return the gaps of a response's first tokens."""
+    if gaps is None:
+        return None
+    kept = np.minimum(gaps.reshape(-1, 2), length)
+    kept = kept[kept[:, 0] < kept[:, 1]].reshape(-1)
+    return kept if len(kept) else None
 
 
 def read_template(name: str | None) -> str | None:
@@ -207,16 +299,3 @@ def _own_template(tokenizer: Any) -> str | None:
         return str(tokenizer.get_chat_template())
     except ValueError:
         return None
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    """Tell whether the model's own convention is to start a text with BOS."""
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-
-
-def _template_errors() -> tuple[type[Exception], ...]:
-    """Name what rendering a template may raise; importing Jinja waits until a template is at hand."""
-    from jinja2 import TemplateError
-
-    return TemplateError, TypeError, ValueError, KeyError, AttributeError

@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dpo_cli.data.intervals import wilson_interval
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.reporting.metrics import PAIR_METRICS
-
-_Z95 = 1.959963984540054
-"""The normal distribution's 97.5 % quantile."""
 
 
 def figures(results: Sequence[PairResult]) -> dict[str, Any]:
@@ -22,17 +20,17 @@ def figures(results: Sequence[PairResult]) -> dict[str, Any]:
     return {"pairs": len(results), "ties": ties, **means, "accuracy_interval": list(interval)}
 
 
-def wilson_interval(share: float, trials: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share.
+def figures_by(results: Sequence[PairResult], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the figures of each group of results, in the order of the groups' names.
 
     Args:
-        share: Successes per trial, 0 to 1; a tie is half a success.
-        trials: How many there were, at least 1.
+        results: At least one.
+        labels: The name of each result's group; empty where it is in none.
 
-    Source: Wilson 1927, Journal of the American Statistical Association 22, 209-212.
+    Returns:
+        Nothing where the results are of one group, which says no more than all of them together.
     """
-    square = _Z95**2
-    center = share + square / (2 * trials)
-    spread = _Z95 * math.sqrt(share * (1 - share) / trials + square / (4 * trials**2))
-    scale = 1 + square / trials
-    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
+    groups: dict[str, list[PairResult]] = {}
+    for result, label in zip(results, labels, strict=True):
+        groups.setdefault(label, []).append(result)
+    return {label: figures(groups[label]) for label in sorted(groups)} if len(groups) > 1 else {}

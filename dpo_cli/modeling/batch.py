@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_cli.data.records import TokenizedPair, Tokens
+from dpo_cli.data.records import Gaps, TokenizedPair, Tokens
 from dpo_cli.data.schedule import MicroBatch, PairSizes, cut_packed, cut_padded, packed_tokens
 from dpo_cli.modeling.attention import TokenTree, attend_to_trees
 from dpo_cli.modeling.tree import grow
@@ -36,11 +36,11 @@ class PairBatch:
         input_ids: `[R, T]`.
         attention_mask: `[R, T]`, 1 where a token stands, 0 where there is padding; None where a tree says it.
         tree: Which token sees which, where one row holds them all; else None.
-        positions: `[N]`, into the `R·T` hidden states: the one that predicts each response token.
-        targets: `[N]`, the response tokens.
+        positions: `[N]`, into the `R·T` hidden states: the one that predicts each response token that is judged.
+        targets: `[N]`, the response tokens that are judged.
         weights: `[B]`, float32: what each pair's loss is multiplied by.
         margins: `[B]`, float32: each pair's target margin.
-        lengths: Response tokens of each sequence, `2B` of them: the chosen ones, then the rejected ones.
+        lengths: Judged response tokens of each sequence, `2B` of them: the chosen ones, then the rejected ones.
         num_tokens: Tokens of all sequences without padding, each prompt counted with both of its responses: the
             same under every layout.
     """
@@ -183,17 +183,32 @@ def _batch(
 ) -> PairBatch:
     """Name the response tokens; `places` says where each sequence's tokens stand among the hidden states."""
     sequences = _sequences(pairs)
-    # A hidden state predicts the token after it.
-    positions = [place[len(prompt) - 1 : -1] for (prompt, _), place in zip(sequences, places, strict=True)]
+    judged = [_judged(len(pair.chosen), pair.chosen_gaps) for pair in pairs]
+    judged += [_judged(len(pair.rejected), pair.rejected_gaps) for pair in pairs]
+    positions, targets = [], []
+    for (prompt, response), place, which in zip(sequences, places, judged, strict=True):
+        # A hidden state predicts the token after it.
+        positions.append(place[len(prompt) - 1 : -1][which])
+        targets.append(response[which])
     return PairBatch(
         pairs=tuple(indices),
         input_ids=input_ids,
         attention_mask=attention_mask,
         tree=tree,
         positions=torch.from_numpy(np.concatenate(positions)),
-        targets=torch.from_numpy(np.concatenate([response for _, response in sequences]).astype(np.int64)),
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
         margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
-        lengths=tuple(len(response) for _, response in sequences),
+        lengths=tuple(map(len, targets)),
         num_tokens=sum(len(prompt) + len(response) for prompt, response in sequences),
     )
+
+
+def _judged(length: int, gaps: Gaps | None) -> slice | np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Return which tokens of a response are judged: all, or those outside its gaps."""
+    if gaps is None:
+        return slice(None)
+    judged = np.ones(length, np.bool_)
+    for start, stop in gaps.reshape(-1, 2).tolist():
+        judged[start:stop] = False
+    return judged

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_cli.data.encode import common_beginning
+
 _BRANCH_TOKENS = 4
 """The fewest tokens that are worth a branch of their own: each branch costs every layer one more piece of attention."""
 
@@ -67,7 +69,7 @@ def grow(sequences: Sequence[NDArray[np.int32]]) -> PrefixTree:
     before, place, branches = np.empty(0, np.int32), np.empty(0, np.int64), [0]
     for i in order:
         sequence = sequences[i]
-        shared = _worth_sharing(_common_beginning(before, sequence), branches)
+        shared = _worth_sharing(common_beginning(before, sequence), branches)
         ends[place[shared:]] = size
         place = np.concatenate([place[:shared], np.arange(size, size + len(sequence) - shared)])
         tokens.append(sequence[shared:])
@@ -91,13 +93,6 @@ def blocks(tree: PrefixTree) -> tuple[Block, ...]:
             found.append(Block(first, min(first + _BLOCK_TOKENS, stop), int(depths[first]), tuple(path)))
             path.append(len(found) - 1)
     return tuple(found)
-
-
-def _common_beginning(one: NDArray[np.int32], other: NDArray[np.int32]) -> int:
-    """Count the tokens with which two sequences begin alike."""
-    width = min(len(one), len(other))
-    differing = np.flatnonzero(one[:width] != other[:width])
-    return int(differing[0]) if len(differing) else width
 
 
 def _worth_sharing(shared: int, branches: list[int]) -> int:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
+from dpo_cli.data.records import LABELS
+from dpo_cli.data.sources import Source, as_sources, check_source, describe
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import choose_layout, wanted_tokens, without_gradient
 from dpo_cli.reporting.console import Console
-from dpo_cli.reporting.tables import figures_table
+from dpo_cli.reporting.tables import figures_table, groups_table
 from dpo_cli.storage import MANIFEST, DamagedFolder, verify
 from dpo_cli.training.run_folder import RunFolder
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.evaluation.evaluate import PairResult
     from dpo_cli.modeling.batch import Layout
     from dpo_cli.preference.reference import OpenReference
 
@@ -67,11 +71,16 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
         results = score(scorer, config.objective, reference, held_out.tolist(), batches, accelerator, progress)
     found: dict[str, Any] = {
         **setup.finite_figures(results, pairs),
+        **_by_label(results, pairs),
         "model": scored,
         "reference": None if config.reference.type == "none" else config.reference.model or config.model.name,
         "data": source,
     }
     console.result(figures_table({scored: found}))
+    for label in LABELS:
+        if groups := found.get(f"by_{label}"):
+            console.result("")
+            console.result(groups_table(label, groups))
     if json_file and accelerator.is_main_process:
         _write(json_file, found)
         console.notice(f"figures written: {json_file}")
@@ -79,7 +88,6 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
 
 def _check(config: Config, scored: str, model: str | None, data: str | None, json_file: Path | None) -> list[UserError]:
     """Find what is missing before anything slow is imported."""
-    from dpo_cli.data.sources import check_source
     from dpo_cli.modeling.loading import check_model
 
     problems = setup.check_inputs(config, needs_train=data is None)
@@ -94,7 +102,7 @@ def _check(config: Config, scored: str, model: str | None, data: str | None, jso
         except DamagedFolder as damage:
             hint = "score another checkpoint, or train again"
             problems.append(UserError(f"the model is damaged: {damage}", scored, hint))
-    if data is not None and (problem := check_source(data, "--data")):
+    if data is not None and (problem := check_source(Source(path=data), "--data")):
         problems.append(problem)
     if data is None and config.data.eval is None:
         hint = "set `data.eval`, or name pairs with --data"
@@ -132,15 +140,25 @@ def _held_out(config: Config, data: str | None, tokenize: Any, console: Console)
     import numpy as np
 
     if data is not None:
-        pairs = setup.prepared_pairs(config, [data], tokenize, console)
+        pairs = setup.prepared_pairs(config, as_sources(data), tokenize, console)
         return pairs, np.arange(len(pairs)), data
     split = setup.run_data(config, tokenize, console)
     held_out = config.data.eval
     if isinstance(held_out, float):
-        name = f"{held_out:g} of {', '.join(setup.as_list(config.data.train or []))}"
+        name = f"{held_out:g} of {describe(as_sources(config.data.train))}"
     else:
-        name = ", ".join(setup.as_list(held_out or []))
+        name = describe(as_sources(held_out))
     return split.pairs, split.held_out, name
+
+
+def _by_label(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, Any]:
+    """Return the figures of the pairs of each source and of each category, where the data tells several."""
+    from dpo_cli.evaluation.statistics import figures_by
+
+    found = {
+        f"by_{name}": figures_by(results, [pairs.label(name, result.index) for result in results]) for name in LABELS
+    }
+    return {name: groups for name, groups in found.items() if groups}
 
 
 def _write(file: Path, found: dict[str, Any]) -> None:

@@ -65,6 +65,7 @@ def header(
         "model": f"{config.model.name} ({type(policy).__name__})",
         "parameters": f"{sum(parameter.numel() for parameter in policy.parameters()):,}",
         "pairs": f"{len(data.train):,} to train on, {len(data.held_out):,} held out",
+        **_left_out(data),
         "steps": f"{plan.num_steps:,} of {min(plan.pairs_per_step, len(plan.indices))} pairs",
         "loss": str(config.objective),
         "reference": _reference(config),
@@ -77,6 +78,11 @@ def _reference(config: Config) -> str:
     if config.reference.type == "none":
         return "none, and none is needed"
     return f"{config.reference.type}, {config.reference.model or 'the policy before step 1'}"
+
+
+def _left_out(data: setup.RunData) -> dict[str, str]:
+    """Say what `data.drop` leaves out, where it names anything."""
+    return {"left out": setup.shown_counts(data.left_out)} if data.left_out else {}
 
 
 def print_plan(
@@ -100,6 +106,7 @@ def print_plan(
         "parameters": f"{num_parameters:,}",
         "training pairs": f"{len(data.train):,}",
         "held-out pairs": f"{len(data.held_out):,}",
+        **_left_out(data),
         "tokens of all pairs": f"{data.pairs.num_tokens():,}",
         "optimizer steps": f"{plan.num_steps:,} of {min(plan.pairs_per_step, len(plan.indices))} pairs",
         "layout": f"{batches.layout.name}{proviso}",

@@ -1,4 +1,4 @@
-"""`dpo prepare-data`: read, check and tokenize the pairs, and show what was found."""
+"""`dpo prepare-data`: read, check and tokenize the pairs, and show and write down what was found."""
 
 from __future__ import annotations
 
@@ -6,38 +6,63 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
+from dpo_cli.data.sources import as_sources
 from dpo_cli.errors import raise_all
-from dpo_cli.pipeline.setup import as_list, check_inputs, load_tokenizer, prepared_pairs
+from dpo_cli.pipeline.check import (
+    PAGE,
+    check,
+    check_report_folder,
+    default_report_folder,
+    refuse_grave,
+    show_check,
+    write_check,
+)
+from dpo_cli.pipeline.setup import check_inputs, held_out_sources, load_tokenizer, prepared_pairs, split
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import dropped_examples, marked_pair, statistics_table, tokens_table
 
 if TYPE_CHECKING:
     from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.data.records import Gaps
 
 
-def prepare(config: Config, console: Console, *, out: Path | None, show: int) -> None:
-    """Prepare the training pairs and, where they have a source of their own, the held-out pairs.
+def prepare(
+    config: Config, console: Console, *, out: Path | None, report: Path | None, strict: bool, show: int
+) -> None:
+    """Prepare the training pairs and, where they have a source of their own, the held-out pairs; check them all.
 
     Args:
-        config: What to prepare.
+        config: What to prepare, and how it is split.
         console: Where the tables go.
         out: Where to keep the training pairs, or None for the cache.
+        report: Where to keep the report, or None for a folder beside the training pairs.
+        strict: Whether warnings are errors, after everything was printed and written.
         show: How many pairs to print token by token.
+
+    Raises:
+        UserError: Something is wrong that the user can mend.
     """
-    raise_all(check_inputs(config))
+    raise_all([*check_inputs(config), *check_report_folder(report)])
     tokenizer, tokenize = load_tokenizer(config, config.model.name)
     assert config.data.train is not None
-    parts = [("train", as_list(config.data.train), out)]
-    if isinstance(config.data.eval, (str, list)):
-        parts.append(("eval", as_list(config.data.eval), None))
-    for name, sources, folder in parts:
-        pairs = prepared_pairs(config, sources, tokenize, console, folder)
-        _report(name, pairs, console)
-        if name == "train":
-            _show(pairs, tokenizer, show, console)
+    pairs = prepared_pairs(config, as_sources(config.data.train), tokenize, console, out)
+    _tell("train", pairs, console)
+    _show(pairs, tokenizer, show, console)
+    others = None
+    if sources := held_out_sources(config):
+        others = prepared_pairs(config, sources, tokenize, console)
+        _tell("eval", others, console)
+    found = check(config, split(config, pairs, others), tokenizer)
+    show_check(found, console)
+    folder = report or default_report_folder(config, pairs, out)
+    write_check(found, folder)
+    console.result(f"report: {folder / PAGE}")
+    if strict:
+        refuse_grave(found, str(folder))
 
 
-def _report(name: str, pairs: PreparedPairs, console: Console) -> None:
+def _tell(name: str, pairs: PreparedPairs, console: Console) -> None:
+    """Print what was found while rows were read."""
     statistics = pairs.manifest["statistics"]
     console.result(f"data.{name}")
     console.result(statistics_table(statistics))
@@ -55,4 +80,11 @@ def _show(pairs: PreparedPairs, tokenizer: Any, count: int, console: Console) ->
             for name in ("prompt", "chosen", "rejected")
         }
         console.result("")
-        console.result(marked_pair(pair.origin, parts, colour=console.has_colour))
+        gaps = {"chosen": pair.chosen_gaps, "rejected": pair.rejected_gaps}
+        context = {name: _places(found) for name, found in gaps.items() if found is not None}
+        console.result(marked_pair(pair.origin, parts, context, colour=console.has_colour))
+
+
+def _places(gaps: Gaps) -> set[int]:
+    """Return every place within some gaps."""
+    return {place for start, stop in gaps.reshape(-1, 2).tolist() for place in range(start, stop)}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
-from dpo_cli.data.sources import check_source
+from dpo_cli.data.sources import as_sources, check_source, describe, paths_of
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.loading import check_model
 from dpo_cli.reporting.console import Console
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.data.sources import Source
     from dpo_cli.data.tokenize import PairTokenizer
     from dpo_cli.evaluation.evaluate import PairResult
 
@@ -38,10 +39,10 @@ def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]
     if config.data.train is None and needs_train:
         hint = "name a data file: `data: {train: pairs.jsonl}`"
         problems.append(UserError("`data.train` is missing", "the configuration", hint))
-    for setting, sources in (("train", config.data.train), ("eval", config.data.eval)):
-        if isinstance(sources, (str, list)):
-            problems += [check_source(source, f"`data.{setting}`") for source in as_list(sources)]
-            if not sources:
+    for setting, named in (("train", config.data.train), ("eval", config.data.eval)):
+        if named is not None and not isinstance(named, float):
+            problems += [check_source(source, f"`data.{setting}`") for source in as_sources(named)]
+            if not as_sources(named):
                 problems.append(UserError(f"`data.{setting}` is empty", None, "name at least one source"))
     return [problem for problem in problems if problem]
 
@@ -54,18 +55,17 @@ def _is_file(name: str) -> bool:
         return False
 
 
+def held_out_sources(config: Config) -> list[Source]:
+    """Return where the held-out pairs come from, if they have sources of their own."""
+    return [] if isinstance(config.data.eval, float) else as_sources(config.data.eval)
+
+
 def named_inputs(config: Config) -> list[str]:
     """Return what the configuration names as a model, a template or data."""
     named = [config.model.name, config.model.chat_template, config.reference.model]
-    for sources in (config.data.train, config.data.eval):
-        if isinstance(sources, (str, list)):
-            named += as_list(sources)
+    for source in (*as_sources(config.data.train), *held_out_sources(config)):
+        named += paths_of(source)
     return [name for name in named if name]
-
-
-def as_list(sources: str | Sequence[str]) -> list[str]:
-    """Return a source, or several, as a list."""
-    return [sources] if isinstance(sources, str) else list(sources)
 
 
 def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Accelerator:
@@ -118,7 +118,8 @@ def _precision(dtype: str, *, on_cpu: bool) -> str:
 
 def load_tokenizer(config: Config, name: str) -> tuple[Any, PairTokenizer]:
     """Load a model's tokenizer and fit it with template and length rule."""
-    from dpo_cli.data.tokenize import PLAIN, PairTokenizer, read_template
+    from dpo_cli.data.rendering import PLAIN
+    from dpo_cli.data.tokenize import PairTokenizer, read_template
     from dpo_cli.modeling import loading
 
     tokenizer = loading.load_tokenizer(name)
@@ -128,6 +129,8 @@ def load_tokenizer(config: Config, name: str) -> tuple[Any, PairTokenizer]:
         template=template,
         max_length=config.data.max_length,
         on_too_long=config.data.on_too_long,
+        turns=config.data.turns,
+        min_response=config.data.min_response,
     )
     if template is not None:
         # What is saved with the model is the template it was trained on, or none.
@@ -137,7 +140,7 @@ def load_tokenizer(config: Config, name: str) -> tuple[Any, PairTokenizer]:
 
 def prepared_pairs(
     config: Config,
-    sources: Sequence[str],
+    sources: Sequence[Source],
     tokenize: PairTokenizer,
     console: Console,
     folder: Path | None = None,
@@ -146,7 +149,7 @@ def prepared_pairs(
 
     Args:
         config: Decides how rows are read.
-        sources: Data files, folders, Hub ids, or one prepared folder.
+        sources: Where rows come from, or one prepared folder.
         tokenize: Template and length rule.
         console: Says what is done.
         folder: Where to keep them, or None for the cache.
@@ -154,15 +157,16 @@ def prepared_pairs(
     from dpo_cli.data import prepared
     from dpo_cli.data.prepare import prepare
 
-    if any(prepared.is_prepared(source) for source in sources):
+    names = describe(sources)
+    reading = prepared.Reading(config.data.format, config.data.on_bad_row, config.data.ranked)
+    if any(prepared.is_prepared(source.path) for source in sources):
         if len(sources) > 1:
             hint = "name one prepared folder alone, or the raw sources"
-            raise UserError("a prepared folder cannot be mixed with other sources", ", ".join(sources), hint)
-        return prepared.open_for(Path(sources[0]), tokenize)
+            raise UserError("a prepared folder cannot be mixed with other sources", names, hint)
+        return prepared.open_for(Path(sources[0].path), reading, tokenize)
     if folder and (problem := _check_out(folder)):
         raise problem
-    data = config.data
-    digest = prepared.fingerprint(sources, data.format, data.on_bad_row, tokenize)
+    digest = prepared.fingerprint(sources, reading, tokenize)
     target = folder or prepared.default_folder(digest)
     found, reason = prepared.find(target, digest)
     if found is not None:
@@ -173,8 +177,8 @@ def prepared_pairs(
         raise UserError(reason or "the folder exists", str(target), hint)
     if reason:
         console.warning(f"{reason}; preparing it again")
-    console.notice(f"preparing {', '.join(sources)}")
-    pairs = prepare(sources, data.format, data.on_bad_row, tokenize, target)
+    console.notice(f"preparing {names}")
+    pairs = prepare(sources, reading, tokenize, target)
     console.notice(f"prepared data written: {target}")
     return pairs
 
@@ -201,37 +205,106 @@ class RunData:
         train: Indices of the training pairs.
         held_out: Indices of the held-out pairs; empty where there are none.
         fingerprint: A digest of all of it.
+        read: What was found while rows were read, by setting.
+        left_out: How many pairs `data.drop` leaves out of both sides, by the finding they are left out for.
     """
 
     pairs: PreparedPairs
     train: NDArray[np.int64]
     held_out: NDArray[np.int64]
     fingerprint: str
+    read: Mapping[str, Mapping[str, Any]]
+    left_out: Mapping[str, int]
 
 
 def run_data(config: Config, tokenize: PairTokenizer, console: Console) -> RunData:
     """Prepare or find the training pairs and the held-out pairs."""
+    assert config.data.train is not None
+    pairs = prepared_pairs(config, as_sources(config.data.train), tokenize, console)
+    sources = held_out_sources(config)
+    others = prepared_pairs(config, sources, tokenize, console) if sources else None
+    for name, part in (("train", pairs), ("eval", others)):
+        if part is not None:
+            _tell(f"data.{name}", part, console)
+    data = split(config, pairs, others)
+    if not len(data.train) or (config.data.eval is not None and not len(data.held_out)):
+        what = f"holding out {config.data.eval} of {len(pairs)} pairs leaves one side empty"
+        hint = "change `data.eval`, name a source of held-out pairs, or set it to null"
+        raise UserError(what, "`data.eval`", hint)
+    return data
+
+
+def _tell(name: str, pairs: PreparedPairs, console: Console) -> None:
+    """Say in a line what was understood of some sources, and what was dropped."""
+    statistics = pairs.manifest["statistics"]
+    shapes = ", ".join(dict.fromkeys(source["shape"] for source in statistics["sources"]))
+    line = f"{name}: {statistics['rows_read']:,} rows of the shape {shapes}, {statistics['pairs_kept']:,} pairs"
+    if dropped := statistics["dropped"]:
+        console.warning(f"{line}; dropped: {shown_counts(dropped)} (`dpo prepare-data` names them)")
+    else:
+        console.notice(line)
+
+
+def split(config: Config, pairs: PreparedPairs, others: PreparedPairs | None) -> RunData:
+    """Settle which pairs are trained on, which are held out, and which are left out of both.
+
+    Args:
+        config: Says what is held out and what is left out.
+        pairs: What `data.train` names.
+        others: What `data.eval` names, where it is a source of its own.
+
+    Raises:
+        UserError: `data.drop` leaves a side empty, or names what cannot be found.
+    """
     import numpy as np
 
+    from dpo_cli.data.comparison import without_copies
     from dpo_cli.storage import text_digest
 
-    assert config.data.train is not None
-    pairs = prepared_pairs(config, as_list(config.data.train), tokenize, console)
-    digest, held_out = pairs.manifest["fingerprint"], config.data.eval
-    if held_out is None:
-        return RunData(pairs, np.arange(len(pairs)), np.empty(0, np.int64), digest)
-    if isinstance(held_out, float):
-        train, held = pairs.hold_out(held_out, config.training.seed)
-        if not len(train) or not len(held):
-            what = f"holding out {held_out} of {len(pairs)} pairs leaves one side empty"
-            hint = "change `data.eval`, name a source of held-out pairs, or set it to null"
-            raise UserError(what, "`data.eval`", hint)
-        return RunData(pairs, train, held, digest)
-    others = prepared_pairs(config, as_list(held_out), tokenize, console)
-    both = pairs.followed_by(others)
-    indices = np.arange(len(both))
-    digest = text_digest(digest, others.manifest["fingerprint"])
-    return RunData(both, indices[: len(pairs)], indices[len(pairs) :], digest)
+    digest, fraction = pairs.manifest["fingerprint"], config.data.eval
+    read = {"data.train": pairs.manifest["statistics"]}
+    if others is not None:
+        read["data.eval"] = others.manifest["statistics"]
+        digest = text_digest(digest, others.manifest["fingerprint"])
+        train, held_out = np.split(np.arange(len(pairs) + len(others)), [len(pairs)])
+        pairs = pairs.followed_by(others)
+    elif isinstance(fraction, float):
+        train, held_out = pairs.hold_out(fraction, config.training.seed)
+    else:
+        train, held_out = np.arange(len(pairs)), np.empty(0, np.int64)
+    # A row that is trained on twice is no second trial.
+    held_out = without_copies(pairs, held_out)
+    return _without_dropped(config, RunData(pairs, train, held_out, digest, read, {}))
+
+
+def _without_dropped(config: Config, data: RunData) -> RunData:
+    """Leave out what `data.drop` names."""
+    import numpy as np
+
+    from dpo_cli.data.comparison import drops
+    from dpo_cli.storage import text_digest
+
+    names = config.data.drop
+    if not names:
+        return data
+    if "leakage" in names and not held_out_sources(config):
+        what = "`leakage` has no effect: a prompt stands on one side unless `data.eval` is a source of its own"
+        raise UserError(what, "`data.drop`", "take it out of the list")
+    left_out = drops(data.pairs, data.train, data.held_out, names)
+    gone = np.concatenate(list(left_out.values()))
+    train, held_out = np.setdiff1d(data.train, gone), np.setdiff1d(data.held_out, gone)
+    counts = {name: len(indices) for name, indices in left_out.items()}
+    for side, before, after in (("training", data.train, train), ("held-out", data.held_out, held_out)):
+        if len(before) and not len(after):
+            what = f"no {side} pairs are left: {shown_counts(counts)} left out"
+            raise UserError(what, "`data.drop`", "name fewer findings, or mend the data")
+    fingerprint = text_digest(data.fingerprint, *sorted(left_out))
+    return replace(data, train=train, held_out=held_out, fingerprint=fingerprint, left_out=counts)
+
+
+def shown_counts(counts: Mapping[str, int]) -> str:
+    """Write counts with their names: `3 duplicates, 1,024 conflicts`."""
+    return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
 def finite_figures(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, Any]:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config, resolved_yaml
+from dpo_cli.data.sources import as_sources, describe
 from dpo_cli.errors import FAILED, UserError, from_os_error, raise_all
 from dpo_cli.interrupts import Interrupted, StopSignals
 from dpo_cli.pipeline import setup
+from dpo_cli.pipeline.check import check, show_check
 from dpo_cli.pipeline.passes import expected_layout, settle_passes, settle_tokens, without_gradient
 from dpo_cli.pipeline.plan import header, make_plan, print_plan
 from dpo_cli.reporting.console import Console, clock
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dpo_cli.data.schedule import Plan
-    from dpo_cli.modeling.batch import Batches
+    from dpo_cli.modeling.batch import Batches, PairBatch
     from dpo_cli.preference.reference import OpenReference
     from dpo_cli.reporting.trackers import MetricsLog
     from dpo_cli.training.checkpoints import TrainingParts
@@ -98,6 +100,7 @@ def train(
         layout = expected_layout(config, policy, data.pairs, accelerator)
         batches, memory = settle_tokens(config, policy, data.pairs, layout, plan, accelerator, program_bytes, console)
         print_plan(config, data, plan, batches, memory, policy.num_parameters(), console)
+        show_check(check(config, data, tokenizer), console)
         return
     models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy)]))
     resumed = folder.recorded("training.micro_batch_tokens") if resume else None
@@ -115,12 +118,18 @@ def _check_logps(
     policy: PreTrainedModel, plan: Plan, batches: Batches, accelerator: Accelerator, console: Console
 ) -> None:
     """Prove on the shortest pair, before hours go into a reference, that log-probabilities are the model's own."""
-    from dpo_cli.data.schedule import MicroBatch
     from dpo_cli.modeling.scorer import Scorer
     from dpo_cli.training.checks import check_logps
 
-    shortest = int(plan.indices[batches.pairs.sizes.longest[plan.indices].argmin()])
-    console.notice(f"checked: {check_logps(Scorer(policy), batches(MicroBatch((shortest,))), accelerator)}")
+    console.notice(f"checked: {check_logps(Scorer(policy), _shortest_pair(plan, batches), accelerator)}")
+
+
+def _shortest_pair(plan: Plan, batches: Batches) -> PairBatch:
+    """Return the shortest pair that is trained on: what holds of all pairs is proved on it in the least time."""
+    from dpo_cli.data.schedule import MicroBatch
+
+    trained_on = plan.trained_on()
+    return batches(MicroBatch((int(trained_on[batches.pairs.sizes.longest[trained_on].argmin()]),)))
 
 
 def _build(
@@ -182,14 +191,11 @@ def _build(
 
 
 def _check_reference(run: _Run) -> None:
-    """Prove on pairs of step 1, before anything has moved, that training starts where the reference stands."""
+    """Prove, before anything has moved, that training starts where the reference stands."""
     from dpo_cli.training.checks import check_reference
 
-    accelerator = run.accelerator
-    first = next(run.plan.steps(run.batches.cut, 0, accelerator.process_index, accelerator.num_processes))
-    lengths = run.data.pairs.sizes.longest
-    batch = run.batches(min(first.micro_batches, key=lambda cut: int(lengths[list(cut.pairs)].sum())))
-    proved = check_reference(run.scorer, run.config.objective, run.reference, batch, accelerator)
+    shortest = _shortest_pair(run.plan, run.batches)
+    proved = check_reference(run.scorer, run.config.objective, run.reference, shortest, run.accelerator)
     run.console.notice(f"checked: {proved}")
 
 
@@ -353,7 +359,7 @@ def _save_final(run: _Run, figures: dict[str, Any] | None) -> None:
     facts = {
         "training pairs": len(run.data.train),
         "optimizer steps": run.plan.num_steps,
-        "data": ", ".join(setup.as_list(run.config.data.train or [])),
+        "data": describe(as_sources(run.config.data.train)),
         "loss": str(run.config.objective),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def step_facts(sizes: PairSizes, pairs: Sequence[int], memory: Memory) -> StepFacts:
     """Return what a loss may know of a step of these pairs."""
-    return StepFacts(len(pairs), int(sizes.chosen[list(pairs)].sum()), memory=memory)
+    return StepFacts(len(pairs), int(sizes.chosen_judged[list(pairs)].sum()), memory=memory)
 
 
 def score_pairs(

@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.data.report import EXAMPLES, Example, Finding, LengthBias
+
 _PART_STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
+_GROUPS = 20
+"""Groups of held-out pairs that a table has, at most."""
+
+_SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
 def statistics_table(statistics: Mapping[str, Any]) -> Table:
-    """Show what was read, kept and dropped, and how long it is in tokens."""
+    """Show what was read, kept and dropped, in all and of each source."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
+    sources = statistics["sources"]
+    if len(sources) == 1:
+        table.add_row("shape", Text(visible(sources[0]["shape"])))
     table.add_row("rows read", f"{statistics['rows_read']:,}")
     table.add_row("pairs kept", f"{statistics['pairs_kept']:,}")
     for reason, count in statistics["dropped"].items():
-        table.add_row(f"dropped: {reason}", f"{count:,}")
+        table.add_row(Text(f"dropped: {visible(reason)}"), f"{count:,}")
     table.add_row("prompt truncated", f"{statistics['truncated']:,}")
     for name, what in (("weighted", "weight other than 1"), ("with_margin", "margin other than 0")):
         if count := statistics[name]:
             table.add_row(what, f"{count:,}")
+    if len(sources) == 1:
+        return table
+    both = Table.grid()
+    both.add_row(table)
+    both.add_row("")
+    both.add_row(_sources_table(sources))
+    return both
+
+
+def _sources_table(sources: Sequence[Mapping[str, Any]]) -> Table:
+    """Show what was read of each source."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("source", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("rows", justify="right", no_wrap=True)
+    table.add_column("pairs", justify="right", no_wrap=True)
+    for source in sources:
+        names = (Text(visible(source[name])) for name in ("source", "shape"))
+        table.add_row(*names, f"{source['rows']:,}", f"{source['pairs']:,}")
     return table
 
 
@@ -43,10 +71,58 @@ def dropped_examples(statistics: Mapping[str, Any]) -> list[str]:
     """Say of each reason which rows were dropped for it, a few of them."""
     lines = []
     for reason, examples in statistics["examples"].items():
-        rest = statistics["dropped"][reason] - len(examples)
+        shown = examples[:EXAMPLES]
+        rest = statistics["dropped"][reason] - len(shown)
         more = [f"and {rest:,} more"] if rest else []
-        lines += [f"dropped ({reason}): {text}" for text in [*examples, *more]]
+        lines += [visible(f"dropped ({reason}): {text}") for text in [*shown, *more]]
     return lines
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """Show what the check of the data found, the gravest first."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("severity", no_wrap=True)
+    table.add_column("finding", no_wrap=True)
+    table.add_column("count", justify="right", no_wrap=True)
+    table.add_column("share", justify="right", no_wrap=True)
+    table.add_column("what it means, what to do")
+    for finding in findings:
+        doubt = "By a rule of thumb: " if finding.heuristic else ""
+        table.add_row(
+            Text(finding.severity, _SEVERITY_STYLES[finding.severity]),
+            finding.name,
+            f"{finding.count:,}",
+            percent(finding.share),
+            Text(f"{doubt}{finding.meaning} {finding.advice}"),
+        )
+    return table
+
+
+def finding_examples(findings: Sequence[Finding]) -> list[str]:
+    """Say of each finding where it is, a few examples."""
+    return [f"{finding.name}: {_example(example)}" for finding in findings for example in finding.examples]
+
+
+def _example(example: Example) -> str:
+    """Name a pair, and the other one that it stands against, with what they say."""
+    texts = "".join(f"  {name}: {visible(text)}" for name, text in example.texts.items())
+    beside = f" (beside {visible(example.other)})" if example.other else ""
+    return f"{visible(example.origin)}{beside}{texts}"
+
+
+def length_bias_line(bias: LengthBias) -> str:
+    """Say how often the longer response is the chosen one."""
+    low, high = (100 * bound for bound in bias.interval)
+    share = f"{100 * bias.accuracy:.1f} % of pairs (ties half; 95 % interval {low:.1f} – {high:.1f} %)"
+    return f"the longer response is the chosen one in {share}"
+
+
+def percent(share: float) -> str:
+    """Write a share so that a few among many do not become none, nor all but a few all."""
+    shown = f"{100 * share:.1f} %"
+    if shown == "0.0 %" and share > 0:
+        return "< 0.1 %"
+    return "> 99.9 %" if shown == "100.0 %" and share < 1 else shown
 
 
 def figures_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -72,26 +148,62 @@ def figures_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
+def groups_table(label: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Show held-out figures of groups of pairs, a row for each of the largest, in the order given."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(label, no_wrap=True)
+    for name in ("pairs", "loss", "reward accuracy", "95 % interval", "reward margin"):
+        table.add_column(name, justify="right", no_wrap=True)
+    largest = sorted(groups, key=lambda group: (-groups[group]["pairs"], group))[:_GROUPS]
+    for group in (group for group in groups if group in largest):
+        figures = groups[group]
+        low, high = figures["accuracy_interval"]
+        table.add_row(
+            Text(visible(group) or "(none)"),
+            f"{figures['pairs']:,}",
+            f"{figures['loss']:.4f}",
+            f"{100 * figures['rewards/accuracies']:.1f} %",
+            f"{100 * low:.1f} – {100 * high:.1f} %",
+            _signed(figures["rewards/margins"]),
+        )
+    if rest := len(groups) - len(largest):
+        table.add_row(f"and {rest:,} more, in the JSON")
+    return table
+
+
 def _signed(reward: float) -> str:
     """Write a reward with its sign; what rounds to nothing has none."""
     rounded = round(reward, 4)
     return f"{rounded:+.4f}" if rounded else "0.0000"
 
 
-def marked_pair(origin: str, parts: Mapping[str, Sequence[str]], *, colour: bool) -> Text:
+def marked_pair(
+    origin: str,
+    parts: Mapping[str, Sequence[str]],
+    context: Mapping[str, Collection[int]],
+    *,
+    colour: bool,
+) -> Text:
     """Show a pair token by token, its parts told apart by colour, and by their names in any case.
 
     Args:
         origin: Where the pair was read.
         parts: The decoded tokens of prompt, chosen and rejected.
+        context: Places of tokens within the responses that are not judged.
         colour: Whether colours are seen; without them a bar stands between tokens.
     """
-    text = Text.assemble((f"{origin}\n", "bold" if colour else ""))
+    text = Text.assemble((f"{visible(origin)}\n", "bold" if colour else ""))
     for name, tokens in parts.items():
-        text.append(f"{name} ({len(tokens)} tokens)\n", style="dim" if colour else "")
+        unjudged = context.get(name, ())
+        about = f", {len(unjudged)} of them context: in ⟨ ⟩" if unjudged else ""
+        text.append(f"{name} ({len(tokens)} tokens{about})\n", style="dim" if colour else "")
         for place, token in enumerate(tokens):
-            style = f"{_PART_STYLES[name]}{' reverse' if place % 2 else ''}" if colour else ""
-            text.append(visible(token), style=style)
+            style = _PART_STYLES["prompt" if place in unjudged else name] if colour else ""
+            if place in unjudged and place - 1 not in unjudged:
+                text.append("⟨")
+            text.append(visible(token), style=f"{style}{' reverse' if colour and place % 2 else ''}")
+            if place in unjudged and place + 1 not in unjudged:
+                text.append("⟩")
             if not colour and place + 1 < len(tokens):
                 text.append("|")
         text.append("\n")

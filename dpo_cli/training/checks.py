@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpo_cli.data.prepared import PreparedPairs
+from dpo_cli.data.prepared import RESPONSE_CUT, PreparedPairs
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.proof import TOKEN_TOLERANCE
@@ -88,14 +88,16 @@ def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int
     )
     yield "one BOS at most in every prompt"
     ends = end_tokens | (set(tokenizer.all_special_ids) - {tokenizer.bos_token_id})
+    cut = pairs.flags & RESPONSE_CUT > 0
     for name in ("chosen", "rejected"):
         num_ends = _ends(pairs.tails(name, _TAIL), tokenizer, ends)
         hint = "use a chat template that closes the assistant's turn"
-        _require(pairs, num_ends >= 1, f"the {name} response has no end token", hint)
-        hint = "the text of the response holds an end token of its own: remove it from the data"
-        once = (num_ends <= 1) & (pairs.counts(name, end_tokens) <= 1)
+        _require(pairs, (num_ends >= 1) | cut, f"the {name} response has no end token", hint)
+        hint = "the chat template writes one that the turn has already"
+        # Of several turns, each ends.
+        once = (num_ends <= 1) & ((pairs.counts(name, end_tokens) <= 1) | pairs.has_gaps(name))
         _require(pairs, once, f"the {name} response ends twice", hint)
-    yield "every response ends, once"
+    yield f"every response ends, once{f' ({cut.sum()} pairs were cut and may not end)' if cut.any() else ''}"
     joined = pairs.manifest["statistics"]["joined_at_boundary"]
     apart = f" ({joined} tokenized apart, where the tokenizer would have merged)" if joined else ""
     yield f"the prompt's tokens are a true prefix of both sequences in every pair{apart}"
@@ -133,7 +135,7 @@ def check_reference(
         scorer: The prepared scorer, as the loop calls it.
         objective: What the line tells the loss of.
         reference: The reference, which is the policy before step 1.
-        batch: Pairs of step 1.
+        batch: Some pairs of the run.
         accelerator: Knows the precision.
 
     Raises:
@@ -147,7 +149,7 @@ def check_reference(
         what = (
             f"the policy is not its reference before step 1: a token's log-probability differs by {difference:.2g} nats"
         )
-        raise UserError(what, f"the pairs of step 1 ({len(batch.pairs)} of them)", "a defect: please report it")
+        raise UserError(what, f"{len(batch.pairs)} of the run's pairs", "a defect: please report it")
     step = StepFacts(len(batch.pairs), sum(batch.lengths[: len(batch.pairs)]))
     losses = objective(policy, answers, step).losses
     return f"the policy equals its reference: the loss is {float(losses.mean()):.6f}"

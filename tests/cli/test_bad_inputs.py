@@ -353,7 +353,9 @@ CONFIG_CASES = {
         settings(training={"learning_rate": float("nan")}), TRAIN, 2, r"should be a finite number", r"learning rate"
     ),
     "no model": Case(config("data: {train: pairs.jsonl}\n"), TRAIN, 2, r"`model` is missing", r"add it"),
-    "unknown format": Case(settings(data={"format": "chat"}), TRAIN, 2, r"`data.format` should be 'auto' or", r"rows"),
+    "unknown format": Case(
+        settings(data={"format": "chat"}), TRAIN, 2, r"`data.format` should be 'auto', 'ins", r"rows"
+    ),
     "unknown loss": Case(settings(loss="dpoo"), TRAIN, 2, r"`loss.type` should be one of `dpo`", r"did you mean `dpo`"),
     "unknown reference": Case(
         settings(reference="frozn"), TRAIN, 2, r"`reference.type` should be one of `cached`, `frozen`", r"."
@@ -406,7 +408,8 @@ DATA_CASES = {
     "list for a text": Case(data({**PAIR, "rejected": []}), PREPARE, 2, r"a list instead of text", r"mend the row"),
     "half a surrogate pair": Case(data({**PAIR, "chosen": "\ud800"}), PREPARE, 2, r"surrogate", r"mend the row"),
     "column missing": Case(
-        data({"prompt": "a", "chosen": "b", "rejected": "c"}), PREPARE, 2, r"`instruction` is missing.*`prompt`", r"."
+        data({"question": "a", "chosen": "b", "rejected": "c"}), PREPARE, 2,
+        r"no known shape.*`question` \(text\)", r"prompt",
     ),
     "instruction empty": Case(data({**PAIR, "instruction": " "}), PREPARE, 2, r"`instruction` is empty", r"mend"),
     "broken rows dropped until none is left": Case(
@@ -420,9 +423,9 @@ DATA_CASES = {
     "too long as an error": Case(
         nothing, f"{PREPARE} data.max_length=4 data.on_too_long=error", 2, r"has \d+ tokens", r"raise `data.max_length`"
     ),
-    "response that ends itself": Case(
-        data(*[{**PAIR, "instruction": f"Say {n}.", "chosen": "Hi.<|im_end|>"} for n in range(9)]),
-        TRAIN, 2, r"chosen response ends twice", r"remove it from the data",
+    "chat template that ends turns twice": Case(
+        file("template.jinja", CHATML.replace("<|im_end|>", "<|im_end|><|im_end|>")),
+        f"{TRAIN} {JINJA}", 2, r"chosen response ends twice", r"chat template writes",
     ),
     "JSON list cut off": Case(
         data('[{"instruction": ', name="a.json"), f"{PREPARE} data.train=a.json", 2, r"not valid JSON", r"mend that"
@@ -450,7 +453,8 @@ DATA_CASES = {
         data("text", name="a.parquet"), f"{PREPARE} data.train=a.parquet", 2, r"Parquet file cannot", r"write it"
     ),
     "Parquet without a column": Case(
-        parquet("instruction", "chosen"), f"{PREPARE} data.train=pairs.parquet", 2, r"`rejected` is missing", r"mend"
+        parquet("instruction", "chosen"), f"{PREPARE} data.train=pairs.parquet", 2,
+        r"they have `instruction` \(text\)", r"rejected",
     ),
     "too few pairs to hold out": Case(
         nothing, f"{TRAIN} data.eval=0.001", 2, r"holding out 0.001 of 40 pairs leaves one side", r"change `data.eval`"
@@ -558,7 +562,7 @@ MODEL_CASES = {
         file("template.jinja", LOUD), f"{PREPARE} {JINJA}", 2, r"chat template fails.*shout", r"model.chat_template"
     ),
     "chat template that loses the prompt": Case(
-        file("template.jinja", LAST_ONLY), f"{PREPARE} {JINJA}", 2, r"boundary is lost", r"model.chat_template"
+        file("template.jinja", LAST_ONLY), f"{PREPARE} {JINJA}", 2, r"where the prompt ends", r"model.chat_template"
     ),
     "chat template that ends no turn": Case(
         file("template.jinja", NO_END), f"{TRAIN} {JINJA}", 2, r"has no end token", r"closes the assistant"

@@ -103,6 +103,54 @@ def test_dpo_eval_of_the_base_model_is_all_ties(finished, tmp_path, tiny_llama, 
     assert found["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_dpo_eval_tells_the_groups_that_the_data_names(finished, tmp_path, tiny_llama, demo_rows):
+    file, run, _ = finished
+    kinds = ["maths", "maths", "[red]letters"]
+    rows = [{**row, "category": kind, "source": "one"} for row, kind in zip(demo_rows[40:52], kinds * 4, strict=True)]
+    figures = {}
+    for name in ("all", "maths", "[red]letters"):
+        some = [row for row in rows if name in ("all", row["category"])]
+        pairs, found = write_rows(tmp_path / "some.jsonl", some), tmp_path / "figures.json"
+        result = run_dpo("eval", "--config", file, "--model", run / "final", "--data", pairs, "--json", found)
+        assert result.returncode == 0, result.stderr
+        figures[name] = json.loads(found.read_text())
+        assert ("category" in result.stdout) == (name == "all")
+    groups = figures["all"].pop("by_category")
+    assert "by_source" not in figures["all"]
+    assert {name: group["pairs"] for name, group in groups.items()} == {"[red]letters": 4, "maths": 8}
+    for name, group in groups.items():
+        for figure in ("rewards/margins", "rewards/accuracies", "logps/chosen"):
+            assert group[figure] == pytest.approx(figures[name][figure], abs=1e-4)
+
+
+def talk(number, side):
+    """A conversation of several turns, with a tool; what it returns differs between the sides and is not judged."""
+    answer = number + (2 if side == "chosen" else 5)
+    return [
+        {"role": "user", "content": f"Add 2 to {number}."},
+        {"role": "assistant", "content": "Let me see." if side == "chosen" else "Well, well."},
+        {"role": "tool", "content": f"{number} + 2 = {answer}"},
+        {"role": "assistant", "content": f"It is {answer}."},
+    ]
+
+
+def test_conversations_train_alike_under_both_layouts_and_their_context_is_not_judged(write_config, tmp_path):
+    rows = [{side: talk(number, side) for side in ("chosen", "rejected")} for number in range(12)]
+    pairs = str(write_rows(tmp_path / "talks.jsonl", rows))
+    losses = {}
+    for name, data in {"padded": {}, "packed": {}, "last": {"turns": "last"}}.items():
+        layout = "padded" if name == "last" else name
+        file = write_config(
+            name, data={"train": pairs, "eval": None, **data}, training={"layout": layout, "pairs_per_step": 4}
+        )
+        result = run_dpo("train", "--config", file)
+        assert result.returncode == 0, result.stderr
+        losses[name] = [row["logps/chosen"] for row in read_metrics(tmp_path / "runs" / name)]
+    assert losses["packed"] == pytest.approx(losses["padded"], abs=1e-3)
+    # Of two turns that are judged, the last alone is less of a surprise than both.
+    assert all(last > both for last, both in zip(losses["last"], losses["padded"], strict=True))
+
+
 def test_the_resolved_configuration_runs_again_to_the_same_result(finished, tmp_path):
     _, run, _ = finished
     result = run_dpo("train", "--config", run / "config.yaml", f"output_dir={tmp_path / 'again'}")

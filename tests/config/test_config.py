@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.config import Config, json_schema, load_config, resolved_yaml
+from dpo_cli.data.sources import Source, as_sources
 from dpo_cli.errors import UserError
 from tests.conftest import ROOT
 
@@ -37,6 +38,10 @@ def test_the_defaults_are_those_of_the_contract(tmp_path):
             "on_bad_row": "error",
             "max_length": 1024,
             "on_too_long": "drop",
+            "min_response": None,
+            "turns": "all",
+            "ranked": "extremes",
+            "drop": [],
         },
         "loss": {
             "weight": 1.0,
@@ -101,6 +106,102 @@ def test_overrides_reach_into_a_list_of_losses_and_never_throw_it_away(tmp_path)
         (error,) = problems(file, override)
         assert "`loss` is a list of 2" in error.what
         assert error.where == f"the command line: {override}"
+
+
+SOURCES = "model: some/name\ndata:\n  train:\n    - a.jsonl\n    - path: b/c\n      split: test\n      weight: 2\n"
+
+
+@pytest.mark.parametrize(
+    ("train", "paths"),
+    [
+        ("a.jsonl", ["a.jsonl"]),
+        ("{path: a.jsonl, limit: 3}", ["a.jsonl"]),
+        ("[a.jsonl]", ["a.jsonl"]),
+        (
+            "[a.jsonl, {path: b/c, config: d, split: test, format: instruction, weight: 0.5, limit: 3}]",
+            ["a.jsonl", "b/c"],
+        ),
+        ("[]", []),
+        ("null", []),
+    ],
+)
+@pytest.mark.parametrize("setting", ["train", "eval"])
+def test_sources_are_a_path_a_group_or_a_list_of_them(tmp_path, setting, train, paths):
+    config = load_config(write(tmp_path, f"model: some/name\ndata:\n  {setting}: {train}\n"))
+    sources = as_sources(getattr(config.data, setting))
+    assert [source.path for source in sources] == paths
+    again = load_config(write(tmp_path, resolved_yaml(config), "again.yaml"))
+    assert as_sources(getattr(again.data, setting)) == sources
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.train=c.jsonl", [Source(path="c.jsonl")]),
+        ("data.train.0=c.jsonl", [Source(path="c.jsonl"), Source(path="b/c", split="test", weight=2)]),
+        ("data.train.0.weight=3", [Source(path="a.jsonl", weight=3), Source(path="b/c", split="test", weight=2)]),
+        ("data.train.1.weight=3", [Source(path="a.jsonl"), Source(path="b/c", split="test", weight=3)]),
+        ("data.train=[{path: c, limit: 1}]", [Source(path="c", limit=1)]),
+    ],
+)
+def test_overrides_reach_into_sources(tmp_path, override, expected):
+    assert as_sources(load_config(write(tmp_path, SOURCES), [override]).data.train) == expected
+
+
+def test_a_setting_joins_a_source_that_was_named_by_its_path(tmp_path):
+    config = load_config(
+        write(tmp_path, MINIMAL + "  eval: held.jsonl\n"), ["data.train.weight=2", "data.eval.limit=9"]
+    )
+    assert as_sources(config.data.train) == [Source(path="pairs.jsonl", weight=2)]
+    assert as_sources(config.data.eval) == [Source(path="held.jsonl", limit=9)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "line", "what", "hint"),
+    [
+        ("a.jsonl", "5", 4, "`data.train.0` should be a path or a group of settings, but is 5", "A data file"),
+        ("a.jsonl", "[a.jsonl]", 4, "`data.train.0` should be a path or a group", "A data file"),
+        ("weight: 2", "wieght: 2", 7, "`data.train.1.wieght` is not a setting", "did you mean `data.train.1.weight`?"),
+        ("weight: 2", "wheat: 2", 7, "`data.train.1.wheat` is not a setting", "known here: `data.train.path`"),
+        ("weight: 2", "weight: 0", 7, "`data.train.1.weight` should be greater than 0, but is 0", "How often"),
+        ("weight: 2", "weight: .inf", 7, "`data.train.1.weight` should be", "How often"),
+        ("weight: 2", "weight: twice", 7, "`data.train.1.weight` should be a number, but is 'twice'", "How often"),
+        ("weight: 2", "limit: 0", 7, "`data.train.1.limit` should be greater than or equal to 1", "How many rows"),
+        (
+            "weight: 2",
+            "format: chat",
+            7,
+            "`data.train.1.format` should be 'auto', 'instruction'",
+            "shape of these rows",
+        ),
+        ("path: b/c", "config: b/c", 5, "`data.train.1.path` is missing", "add it: A data file"),
+        ("split: test", "split: 1", 6, "`data.train.1.split` should be text, but is 1", "Which split"),
+    ],
+)
+def test_a_mistake_in_a_source_is_named_with_its_line(tmp_path, before, after, line, what, hint):
+    text = SOURCES.replace(before, after)
+    (error,) = problems(write(tmp_path, text))
+    assert error.what.startswith(what)
+    assert error.where.endswith(f"line {line}")
+    assert hint in error.hint
+
+
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [
+        ("train: 5", "`data.train` should be a path, a group of settings, or a list of them, but is 5"),
+        ("train: {path: a, wieght: 1}", "`data.train.wieght` is not a setting"),
+        ("eval: 1.5", "`data.eval` should be less than 1, but is 1.5"),
+        ("eval: true", "`data.eval` should be a number, but is true"),
+        ("eval: [a, 0.5]", "`data.eval.1` should be a path or a group of settings, but is 0.5"),
+        ("eval: {path: a, weight: -1}", "`data.eval.weight` should be greater than 0, but is -1"),
+    ],
+)
+def test_a_mistake_in_what_names_the_data_is_explained(tmp_path, setting, what):
+    (error,) = problems(write(tmp_path, f"model: a/b\ndata:\n  {setting}\n"))
+    assert error.what == what
+    assert error.where.endswith("line 3")
+    assert error.hint
 
 
 @pytest.mark.parametrize(
@@ -181,6 +282,7 @@ def test_all_errors_come_together_each_with_its_line(tmp_path):
         ("learning_rate: 1.0", "training.learning_rate"),
         ("training: {beta: 1.0}", "loss.beta"),
         ("data: {max_lenght: 5}", "data.max_length"),
+        ("format: instruction", "data.format"),
         ("loss: {type: dpo, label_smooth: 0.1}", "loss.label_smoothing"),
     ],
 )

@@ -10,10 +10,15 @@ import pytest
 
 from dpo_cli.data import prepare as preparing
 from dpo_cli.data import prepared, workers
-from dpo_cli.data.prepared import PreparedPairs
+from dpo_cli.data.formats import FORMATS, read_pairs
+from dpo_cli.data.prepared import PreparedPairs, Reading
+from dpo_cli.data.records import Row
+from dpo_cli.data.sources import Source
 from dpo_cli.data.tokenize import PairTokenizer, Tokenized
 from dpo_cli.errors import UserError
 from dpo_cli.storage import MANIFEST, sealed_folder
+
+SHAPE = FORMATS["instruction"]
 
 
 def tokenizing(tokenizer, **settings):
@@ -21,7 +26,8 @@ def tokenizing(tokenizer, **settings):
 
 
 def prepare(source, tokenizer, folder, on_bad_row="error", **settings) -> PreparedPairs:
-    return preparing.prepare([str(source)], "auto", on_bad_row, tokenizing(tokenizer, **settings), folder)
+    reading = Reading(on_bad_row=on_bad_row)
+    return preparing.prepare([Source(path=str(source))], reading, tokenizing(tokenizer, **settings), folder)
 
 
 def write(path, rows):
@@ -35,9 +41,9 @@ def row(instruction="Add.", chosen="3", rejected="4", **numbers):
 
 def test_a_round_trip_loses_nothing(tmp_path, pairs_file, demo_rows, tokenizer):
     pairs = prepare(pairs_file, tokenizer, tmp_path / "prepared")
-    from dpo_cli.data.formats import instruction
-
-    direct = tokenizing(tokenizer)([instruction(r, "x") for r in demo_rows[:40]])
+    direct = tokenizing(tokenizer)(
+        [pair for r in demo_rows[:40] for pair in read_pairs(SHAPE, Row("x", r), "extremes")]
+    )
     assert len(pairs) == 40
     for number, (found, expected) in enumerate(zip(pairs, direct, strict=True), 1):
         assert isinstance(expected, Tokenized)
@@ -93,14 +99,14 @@ def test_a_folder_of_an_older_version_is_prepared_again_or_refused(tmp_path, pai
     folder = tmp_path / "p"
     pairs = prepare(pairs_file, tokenizer, folder)
     table = pa.ipc.open_stream((folder / prepared.PAIRS).read_bytes()).read_all().drop_columns(["weight", "margin"])
-    facts = {name: pairs.manifest[name] for name in ("fingerprint", "statistics", "tokenization")}
+    facts = {name: pairs.manifest[name] for name in ("fingerprint", "statistics", "settings")}
     with sealed_folder(folder, facts) as older, pa.ipc.new_stream(older / prepared.PAIRS, table.schema) as writer:
         writer.write_table(table)
     found, reason = prepared.find(folder, pairs.manifest["fingerprint"])
     assert found is None
     assert "written by another version" in reason
     with pytest.raises(UserError, match="written by another version"):
-        prepared.open_for(folder, tokenizing(tokenizer))
+        prepared.open_for(folder, Reading(), tokenizing(tokenizer))
 
 
 def test_the_statistics_count_every_row_once(tmp_path, tokenizer):
@@ -182,7 +188,7 @@ def test_the_fingerprint_changes_with_every_ingredient_and_with_nothing_else(tmp
     source = write(tmp_path / "a.jsonl", [row()])
 
     def digest(**settings):
-        return prepared.fingerprint([str(source)], "auto", "error", tokenizing(tokenizer, **settings))
+        return prepared.fingerprint([Source(path=str(source))], Reading(), tokenizing(tokenizer, **settings))
 
     first = digest()
     assert digest() == first
@@ -191,7 +197,12 @@ def test_the_fingerprint_changes_with_every_ingredient_and_with_nothing_else(tmp
         digest(on_too_long="truncate"),
         digest(template="plain"),
         digest(template=tokenizer.chat_template + " "),
-        prepared.fingerprint([str(source)], "auto", "drop", tokenizing(tokenizer)),
+        digest(turns="last"),
+        digest(on_too_long="truncate", min_response=5),
+        *(
+            prepared.fingerprint([Source(path=str(source))], reading, tokenizing(tokenizer))
+            for reading in (Reading(on_bad_row="drop"), Reading("instruction"), Reading(ranked="all"))
+        ),
     ]
     write(source, [row(chosen="3!")])
     changed.append(digest())
@@ -266,3 +277,82 @@ def test_windows_of_tokens_are_those_of_the_pairs(tmp_path, pairs_file, tokenize
     ids = pairs.sizes.prompt_ids.tolist()
     assert len(set(zip(ids, (p.prompt.tobytes() for p in pairs), strict=True))) == len(set(ids))
     assert pairs.largest_token() == max(max(p.prompt.max(), p.chosen.max(), p.rejected.max()) for p in pairs)
+
+
+OPENING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_pairs_of_one_prompt_stand_on_one_side_whatever_the_boundary(tmp_path, tokenizer):
+    """Where inference opens a thought, the boundary depends on whether the answers begin with one."""
+    answers = [("<think>\nyes", "<think>\nno"), ("Yes.", "No.")]
+    rows = [row(f"Is {n} even?", *texts) for texts in answers for n in range(30)]
+    source = write(tmp_path / "a.jsonl", rows)
+    pairs = prepare(source, tokenizer, tmp_path / "p", template=OPENING)
+    assert pairs.manifest["statistics"]["prompt_differs"] > 0
+    assert len({len(pairs[i].prompt) - len(pairs[i + 30].prompt) for i in range(30)} - {0}) > 0
+    for seed in range(5):
+        train, held_out = pairs.hold_out(0.3, seed)
+        assert not {i % 30 for i in train} & {i % 30 for i in held_out}
+    assert len(set(pairs.sizes.prompt_ids.tolist())) == 30
+
+
+def test_the_same_prompts_are_held_out_under_every_template(tmp_path, pairs_file, tokenizer):
+    splits = [
+        prepare(pairs_file, tokenizer, tmp_path / str(i), template=template).hold_out(0.3, 1)[1].tolist()
+        for i, template in enumerate((None, "plain", OPENING))
+    ]
+    assert splits[0] == splits[1] == splits[2]
+
+
+def test_each_source_says_what_it_gave(tmp_path, tokenizer):
+    pairs = [row(f"Add {i}.") for i in range(4)]
+    unpaired = [
+        {"prompt": f"Q{i}", "completion": f"{c} answer", "label": c == "good"}
+        for i in range(20)
+        for c in ("good", "bad")
+    ]
+    one, two = write(tmp_path / "a.jsonl", [*pairs, row(chosen="")]), write(tmp_path / "b.jsonl", unpaired)
+    sources = [Source(path=str(one), weight=2.0), Source(path=str(two), weight=0.5), Source(path=str(one), limit=1)]
+    found = preparing.prepare(sources, Reading(on_bad_row="drop"), tokenizing(tokenizer), tmp_path / "p")
+    statistics = found.manifest["statistics"]
+    first, second, third = statistics["sources"]
+    assert (first["shape"], first["rows"], first["pairs"]) == ("instruction", 10, 8)
+    assert (third["shape"], third["rows"], third["pairs"]) == ("instruction", 1, 1)
+    # Good and bad answers are put together before any are left out: none loses its counterpart.
+    assert (second["shape"], second["rows"]) == ("unpaired", 2 * second["pairs"])
+    assert 4 <= second["pairs"] <= 16
+    assert statistics["dropped"] == {"empty response": 2}
+    assert statistics["pairs_kept"] == len(found) == sum(one["pairs"] for one in statistics["sources"])
+
+
+def test_a_source_without_rows_is_an_error_among_others(tmp_path, pairs_file, tokenizer):
+    empty = write(tmp_path / "empty.jsonl", [])
+    sources = [Source(path=str(pairs_file)), Source(path=str(empty))]
+    with pytest.raises(UserError, match="there are no rows") as caught:
+        preparing.prepare(sources, Reading(), tokenizing(tokenizer), tmp_path / "p")
+    assert caught.value.where == str(empty)
+
+
+@pytest.mark.parametrize("reading", [Reading("instruction"), Reading(on_bad_row="drop"), Reading(ranked="all")])
+def test_a_prepared_folder_is_refused_where_rows_would_be_read_otherwise(tmp_path, pairs_file, tokenizer, reading):
+    prepare(pairs_file, tokenizer, tmp_path / "p")
+    assert prepared.open_for(tmp_path / "p", Reading(), tokenizing(tokenizer))
+    with pytest.raises(UserError, match=r"made with another data\."):
+        prepared.open_for(tmp_path / "p", reading, tokenizing(tokenizer))
+
+
+def test_what_was_done_to_a_pair_is_kept_with_it(tmp_path, tokenizer):
+    rows = [row(), row("Why? " * 60), row("What is <|im_end|>?"), row(chosen="3 " * 120)]
+    source = write(tmp_path / "a.jsonl", rows)
+    rule = {"max_length": 100, "on_too_long": "truncate", "min_response": 10}
+    pairs = prepare(source, tokenizer, tmp_path / "p", **rule)
+    for name, expected in (
+        ("truncated", [False, True, False, True]),
+        ("responses_cut", [False, False, False, True]),
+        ("control_tokens_as_text", [False, False, True, False]),
+    ):
+        assert (pairs.flags & prepared.FACTS[name] > 0).tolist() == expected, name
+        assert pairs.manifest["statistics"][name] == sum(expected)

@@ -19,7 +19,8 @@ def sizes_of(lengths, prompt_ids=None, opening=0):
     lengths = np.array(lengths)
     prompts = lengths // 3
     ids = np.arange(len(lengths)) if prompt_ids is None else np.array(prompt_ids)
-    return PairSizes(prompts, lengths - prompts, np.minimum(2, lengths - prompts), ids, opening)
+    responses = lengths - prompts
+    return PairSizes(prompts, responses, np.minimum(2, responses), responses, ids, opening)
 
 
 def make_plan(lengths, **settings):

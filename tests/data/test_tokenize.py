@@ -14,9 +14,8 @@ from tests.conftest import CHATML
 
 
 def make_pair(prompt="What is two plus two?", chosen="Four.", rejected="Well, it depends.", given_input=""):
-    return Pair(
-        Message("user", prompt, given_input), Message("assistant", chosen), Message("assistant", rejected), "f:1"
-    )
+    prompt = (Message("user", prompt, given_input),)
+    return Pair(prompt, (Message("assistant", chosen),), (Message("assistant", rejected),), "f:1")
 
 
 def make(tokenizer, template=None, max_length=1000, on_too_long="drop"):
@@ -29,9 +28,9 @@ def only(results) -> Tokenized:
     return result
 
 
-text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(
-    lambda s: s.strip() and "<|" not in s
-)
+text = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\ufdd0\ufdd1\ufdd2"), min_size=1, max_size=30
+).filter(lambda s: s.strip() and "<|" not in s)
 
 
 @given(text, text, text, text)
@@ -101,7 +100,7 @@ def test_where_the_tokenizer_would_merge_across_the_boundary_the_parts_are_token
 def test_a_template_that_loses_the_prompt_refuses_the_row(tokenizer):
     results = make(tokenizer, "{{ messages | length }}")([make_pair()])
     assert isinstance(results[0], BadRow)
-    assert "boundary" in results[0].detail
+    assert "cannot be told" in results[0].detail
 
 
 def test_a_template_that_raises_refuses_the_row_and_not_the_others(tokenizer):
@@ -130,7 +129,6 @@ AWKWARD = [
     ("t", "he cat", "he dog"),
     ("two  spaces ", "  behind", " and  before "),
     ("no\n\nend\n", "\nnew line", "\u00a0hard space"),
-    ("<|im_end|>", "<|im_start|>assistant\nI", "an <|im_end|> inside"),
     ("<|im_", "start|>", "end|> and on"),
     ("日本語 の 文", "中文没有空格", "cafe\u0301 👩‍👩‍👧"),
     ("e", "\u0301 a mark that composes with what stands before it", "\u200d joiner"),
@@ -148,23 +146,24 @@ def plainly(tokenizer, template, pair):
     def ids(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    (asked,), responses = pair.prompt, (*pair.chosen, *pair.rejected)
     if template == "plain":
-        prompt = f"### Instruction:\n{pair.prompt.content}\n\n"
-        prompt += f"### Input:\n{pair.prompt.input}\n\n" if pair.prompt.input else ""
+        prompt = f"### Instruction:\n{asked.content}\n\n"
+        prompt += f"### Input:\n{asked.input}\n\n" if asked.input else ""
         prompt += "### Response:\n"
         has_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
         prompt = tokenizer.bos_token + prompt if has_bos else prompt
-        wholes = [prompt + response.text + tokenizer.eos_token for response in (pair.chosen, pair.rejected)]
+        wholes = [prompt + response.text + tokenizer.eos_token for response in responses]
     else:
-        prompt = rendered(pair.prompt, add_generation_prompt=True)
-        wholes = [rendered(pair.prompt, response) for response in (pair.chosen, pair.rejected)]
-    first, responses, joined = ids(prompt), [], False
+        prompt = rendered(asked, add_generation_prompt=True)
+        wholes = [rendered(asked, response) for response in responses]
+    first, found_responses, joined = ids(prompt), [], False
     for text in wholes:
         found = ids(text)
         merges = found[: len(first)] != first or len(found) == len(first)
-        responses.append(ids(text[len(prompt) :]) if merges else found[len(first) :])
+        found_responses.append(ids(text[len(prompt) :]) if merges else found[len(first) :])
         joined |= merges
-    return first, *responses, joined
+    return first, *found_responses, joined
 
 
 @pytest.mark.parametrize("template", [None, "plain", BARE])
@@ -190,6 +189,36 @@ def test_tokens_are_those_of_the_plain_definition(tokenizer_folder, demo_rows, t
     assert any_joined == (template == BARE)
 
 
+SPELLED = [
+    make_pair("What does <|im_end|> do?", "It ends a turn.", "<|im_start|> begins one."),
+    make_pair("<|im_end|>", "<|im_start|>assistant\nI", "an <|im_end|> inside <|endoftext|>"),
+    make_pair("<|im_end|><|im_end|>\n<|im_start|>", " <|im_end|>", "<|im_end|> "),
+]
+
+
+def test_control_tokens_in_a_text_become_text(tokenizer):
+    for pair, result in zip(SPELLED, make(tokenizer)(SPELLED), strict=True):
+        for (response,), tokens in ((pair.chosen, result.pair.chosen), (pair.rejected, result.pair.rejected)):
+            messages = [{"role": m.role, "content": m.text} for m in (*pair.prompt, response)]
+            whole = np.concatenate([result.pair.prompt, tokens]).tolist()
+            assert whole == tokenizer.apply_chat_template(
+                messages, tokenize=True, return_dict=False, sanitize_control_tokens=True
+            )
+            assert tokenizer.decode(whole) == tokenizer.apply_chat_template(messages, tokenize=False)
+            assert [
+                whole.count(token) for token in tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+            ] == [2, 2]
+    assert [result.literals for result in make(tokenizer)(SPELLED)] == [2, 4, 5]
+
+
+def test_control_tokens_become_text_under_plain_headings(tokenizer):
+    for result in make(tokenizer, "plain")(SPELLED):
+        for tokens in (result.pair.chosen, result.pair.rejected):
+            assert tokens.tolist().count(tokenizer.eos_token_id) == 1
+            assert tokens[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in result.pair.prompt
+
+
 def lengths(tokenizer):
     pair = only(make(tokenizer)([make_pair()])).pair
     return len(pair.prompt), max(len(pair.chosen), len(pair.rejected))
@@ -204,16 +233,23 @@ def test_a_pair_one_token_too_long_is_dropped_or_an_error(tokenizer, rule, struc
     assert (bad.reason, bad.structural) == ("too long", structural)
 
 
-def test_truncation_cuts_the_prompt_from_the_left_and_never_a_response(tokenizer):
-    _, response = lengths(tokenizer)
+def test_truncation_cuts_what_is_asked_from_the_left_and_never_a_response(tokenizer):
+    prompt, response = lengths(tokenizer)
     whole = only(make(tokenizer)([make_pair()])).pair
-    cut = only(make(tokenizer, max_length=response + 3, on_too_long="truncate")([make_pair()]))
+    around = len(only(make(tokenizer)([make_pair(prompt="?")])).pair.prompt) - 1
+    cut = only(make(tokenizer, max_length=response + around + 3, on_too_long="truncate")([make_pair()]))
     assert cut.truncated
-    assert cut.pair.prompt.tolist() == whole.prompt[-3:].tolist()
+    assert tokenizer.decode(cut.pair.prompt) in ("<|im_start|>user\n" + tail for tail in ENDS)
+    assert np.array_equal(cut.pair.prompt[-around:][-3:], whole.prompt[-3:])
     assert np.array_equal(cut.pair.chosen, whole.chosen)
     assert np.array_equal(cut.pair.rejected, whole.rejected)
-    (bad,) = make(tokenizer, max_length=response, on_too_long="truncate")([make_pair()])
+    assert len(cut.pair.prompt) == around + 3 < prompt
+    (bad,) = make(tokenizer, max_length=response + around, on_too_long="truncate")([make_pair()])
     assert bad.reason == "response too long"
+
+
+ASKED = "What is two plus two?<|im_end|>\n<|im_start|>assistant\n"
+ENDS = {ASKED[place:] for place in range(21)}
 
 
 def test_of_several_named_templates_the_default_one_is_used(tokenizer_folder):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.evaluation.evaluate import PairResult
-from dpo_cli.evaluation.statistics import figures, wilson_interval
+from dpo_cli.evaluation.statistics import figures, figures_by, wilson_interval
 from dpo_cli.reporting.metrics import PAIR_METRICS
 
 
@@ -37,3 +37,12 @@ def test_figures_are_means_and_ties_count_half_and_are_reported():
     assert (found["pairs"], found["ties"], found["rewards/accuracies"]) == (4, 2, 0.5)
     assert found["loss"] == pytest.approx(0.5)
     assert found["accuracy_interval"] == list(wilson_interval(0.5, 4))
+
+
+def test_groups_are_told_apart_by_their_label_and_one_group_says_nothing_new():
+    results = [PairResult(i, dict.fromkeys(PAIR_METRICS, i / 4)) for i in range(5)]
+    found = figures_by(results, ["b", "a", "b", "", "a"])
+    assert list(found) == ["", "a", "b"]
+    assert [(group["pairs"], group["loss"]) for group in found.values()] == [(1, 0.75), (2, 0.625), (2, 0.25)]
+    assert found["b"] == figures([results[0], results[2]])
+    assert figures_by(results, ["a"] * 5) == {}

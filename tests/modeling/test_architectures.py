@@ -121,7 +121,7 @@ class Held:
 
     def __init__(self, pairs):
         self.pairs = pairs
-        counts = [[len(part) for part in (pair.prompt, pair.chosen, pair.rejected)] for pair in pairs]
+        counts = [[len(part) for part in (pair.prompt, pair.chosen, pair.rejected, pair.chosen)] for pair in pairs]
         self.sizes = PairSizes(*np.array(counts).T, np.arange(len(pairs)))
 
     def __getitem__(self, index):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.config.schema import TrainingSettings
-from dpo_cli.data.formats import FORMATS
-from dpo_cli.data.prepare import prepare
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.data.schedule import MicroBatch
-from dpo_cli.data.tokenize import PairTokenizer
 from dpo_cli.modeling.batch import LAYOUTS, Batches
+from tests.builders import prepare_pairs
 from tests.conftest import ROW_OF, write_rows
 
 tokens = st.lists(st.integers(1, 2), min_size=1, max_size=9)
@@ -66,13 +66,47 @@ def test_what_a_packed_response_token_sees_is_its_own_sequence_in_order(lists):
             assert depths[seen].tolist() == list(range(length))
 
 
+@st.composite
+def lists_with_gaps(draw):
+    """Pairs of which each response has a few tokens that are not judged, and at least one that is."""
+    lists = draw(pair_lists)
+    return lists, [
+        [draw(st.lists(st.booleans(), min_size=len(r), max_size=len(r)).filter(any)) for r in three[1:]]
+        for three in lists
+    ]
+
+
+def gaps_of(judged):
+    """Write down which tokens are not judged: start, stop, start, stop, and so on."""
+    edges = np.flatnonzero(np.diff(np.array([True, *judged, True], np.int8)))
+    return edges.astype(np.int32) if len(edges) else None
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@given(lists_with_gaps())
+def test_tokens_that_are_not_judged_are_read_and_not_asked_for(name, drawn):
+    lists, judged = drawn
+    pairs, _ = sequences_of(lists)
+    whole = LAYOUTS[name].batch(range(len(pairs)), pairs)
+    pairs = [
+        dataclasses.replace(pair, chosen_gaps=gaps_of(chosen), rejected_gaps=gaps_of(rejected))
+        for pair, (chosen, rejected) in zip(pairs, judged, strict=True)
+    ]
+    batch = LAYOUTS[name].batch(range(len(pairs)), pairs)
+    which = [chosen for chosen, _ in judged] + [rejected for _, rejected in judged]
+    flat = torch.tensor([keep for one in which for keep in one])
+    assert torch.equal(batch.input_ids, whole.input_ids)
+    assert torch.equal(batch.positions, whole.positions[flat])
+    assert torch.equal(batch.targets, whole.targets[flat])
+    assert batch.lengths == tuple(map(sum, which))
+    assert batch.num_tokens == whole.num_tokens
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", FORMATS)
-def test_weights_and_margins_of_the_rows_reach_the_batch(tmp_path, tokenizer, shape, layout):
+def test_weights_and_margins_of_the_rows_reach_the_batch(tmp_path, tokenizer, layout):
     numbers = [{}, {"weight": 3, "margin": 0.1}, {"weight": 0}, {"margin": -2}]
-    source = write_rows(tmp_path / "a.jsonl", [ROW_OF[shape] | given for given in numbers])
-    tokenize = PairTokenizer(tokenizer, template=None, max_length=1000, on_too_long="drop")
-    pairs = prepare([str(source)], shape, "error", tokenize, tmp_path / "p")
+    source = write_rows(tmp_path / "a.jsonl", [ROW_OF["instruction"] | given for given in numbers])
+    pairs = prepare_pairs(source, tokenizer, tmp_path / "p")
     batch = Batches(pairs, LAYOUTS[layout], 1000, torch.device("cpu"))(MicroBatch((3, 1, 0, 2)))
     assert torch.equal(batch.weights, torch.tensor([1.0, 3.0, 1.0, 0.0]))
     assert torch.equal(batch.margins, torch.tensor([-2.0, 0.1, 0.0, 0.0]))

@@ -7,8 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dpo_cli.data import prepare as preparing
-from dpo_cli.data.tokenize import PairTokenizer, end_tokens
+from dpo_cli.data.tokenize import end_tokens
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches, Padded
 from dpo_cli.modeling.loading import load_policy
@@ -17,13 +16,12 @@ from dpo_cli.preference.losses import DPO, IPO, AOTUnpaired
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Frozen, ReferenceWork
 from dpo_cli.training.checks import check_columns, check_fits, check_logps, check_reference, check_tokens
-from tests.builders import silent
+from tests.builders import prepare_pairs, silent
 from tests.conftest import CHATML, write_rows
 
 
 def prepare(pairs_file, tokenizer, folder, template=None):
-    tokenize = PairTokenizer(tokenizer, template=template, max_length=1000, on_too_long="drop")
-    return preparing.prepare([str(pairs_file)], "auto", "error", tokenize, folder)
+    return prepare_pairs(pairs_file, tokenizer, folder, template=template)
 
 
 def lines(pairs, tokenizer):
@@ -56,13 +54,29 @@ def test_one_bos_is_fine(tmp_path, pairs_file, tokenizer):
     assert lines(prepare(pairs_file, tokenizer, tmp_path / "p", "<|endoftext|>" + CHATML), tokenizer)
 
 
-def test_an_end_token_in_the_middle_of_a_response_is_refused(tmp_path, demo_rows, tokenizer):
+def test_an_end_token_that_a_text_spells_out_ends_nothing(tmp_path, demo_rows, tokenizer):
     rows = [dict(row) for row in demo_rows[:5]]
-    rows[3]["chosen"] = "Fine.<|im_end|>\n<|im_start|>user\nAnd what else is there to say about it, at length?"
+    rows[3]["chosen"] = (
+        "Fine.<|im_end|>\n<|im_start|>user\nAnd what else is there to say about it, at length?<|im_end|>"
+    )
+    assert lines(prepare(write_rows(tmp_path / "pairs.jsonl", rows), tokenizer, tmp_path / "p"), tokenizer)
+
+
+def test_a_response_that_was_cut_need_not_end(tmp_path, demo_rows, tokenizer):
+    rows = [{**row, "chosen": row["chosen"] + " and on" * 20} for row in demo_rows[:5]]
     file = write_rows(tmp_path / "pairs.jsonl", rows)
-    with pytest.raises(UserError, match="chosen response ends twice") as caught:
-        lines(prepare(file, tokenizer, tmp_path / "p"), tokenizer)
-    assert caught.value.where == f"{file}:4"
+    pairs = prepare_pairs(file, tokenizer, tmp_path / "p", max_length=60, on_too_long="truncate", min_response=20)
+    assert "were cut and may not end" in lines(pairs, tokenizer)[1]
+
+
+def test_of_several_turns_each_may_end(tmp_path, tokenizer):
+    shared = [{"role": "user", "content": "Add 1 and 2."}]
+    more = [{"role": "user", "content": "And 3?"}, {"role": "assistant", "content": "6."}]
+    rows = [{side: [*shared, {"role": "assistant", "content": first}, *more] for side, first in SIDES.items()}]
+    assert lines(prepare(write_rows(tmp_path / "pairs.jsonl", rows), tokenizer, tmp_path / "p"), tokenizer)
+
+
+SIDES = {"chosen": "3.", "rejected": "Four."}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,334 @@
+"""Conversations, however a row spells them, and the pair that two of them are: what they share, and where they part."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_cli.data import fields
+from dpo_cli.data.records import BadRow, Message, Pair, Role
+
+Messages = tuple[Message, ...]
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "ipython": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    "function_response": "tool",
+}
+"""Who speaks, by the names that data has for it, in lower case."""
+
+CALLERS = ("function_call", "tool_call")
+"""Names under which the assistant says nothing but calls: one or a list of them, as JSON."""
+
+_SPEAKER = ("role", "from")
+_SAID = ("content", "value")
+_PLAIN = frozenset((*_SPEAKER, *_SAID))
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXT_EXTRAS = ("name", "tool_call_id")
+
+_HH_TURN = re.compile(r"\n\r?\n(Human|Assistant):")
+_LIKE_MESSAGES = re.compile(r"""\s*(\[?)\s*\{\s*["'](role|from|content|value)["']\s*:""")
+"""How the JSON text of a message begins, or of a list of them; and Python's text of one, which is refused as such."""
+
+
+def read_prompt(row: Mapping[str, object]) -> Messages:
+    """Read the column `prompt`: a text, as `read_question` does, or a list of messages.
+
+    Raises:
+        BadRow: It is neither, or no user says anything in it.
+    """
+    value = fields.field(row, "prompt")
+    if is_messages(value) or not isinstance(value, str):
+        return read_messages(value, "prompt")
+    return read_question(row, "prompt")
+
+
+def read_question(row: Mapping[str, object], name: str) -> Messages:
+    """Read a column that is text as a user's turn, with what it works on, `input`, and what was said before, `history`.
+
+    Raises:
+        BadRow: It is empty, or one of them is of another form.
+    """
+    user = dataclasses.replace(read_user(row, name), input=fields.optional_text(row, "input"))
+    return (*_history(row), user)
+
+
+def read_user(row: Mapping[str, object], name: str) -> Message:
+    """Read a column that is text as a user's turn; it must not be empty."""
+    said = fields.text(fields.field(row, name), name)
+    if not said.strip():
+        raise BadRow("empty field", f"`{name}` is empty")
+    return Message("user", said)
+
+
+def read_system(row: Mapping[str, object], conversation: Messages) -> Messages:
+    """Read the column `system` as the turn before all others of a conversation, unless it begins with that turn.
+
+    Raises:
+        BadRow: The system has another turn in the conversation.
+    """
+    said = fields.optional_text(row, "system")
+    if said and conversation[:1] == (Message("system", said),):
+        return ()
+    if said and any(message.role == "system" for message in conversation):
+        raise BadRow("two system prompts", "the conversation has one, and the column `system` is another")
+    return (Message("system", said),) if said else ()
+
+
+def read_messages(value: object, place: str) -> Messages:
+    """Read a list of messages, or the JSON text of one.
+
+    Raises:
+        BadRow: It is not a list of messages, or it is empty.
+    """
+    listed = fields.items(value, place, "messages")
+    if not listed:
+        raise BadRow("empty field", f"`{place}` is an empty list")
+    return tuple(read_message(one, f"{place}[{number}]") for number, one in enumerate(listed))
+
+
+def read_message(value: object, place: str) -> Message:
+    """Read `{"role", "content"}`, or `{"from", "value"}` as ShareGPT spells it.
+
+    Raises:
+        BadRow: It is no such object, nobody known speaks, or what is said is not text.
+    """
+    message = fields.mapping(value, place)
+    extras = _extras(message, place)
+    name = _speaker(message, place)
+    content = _content(message, place, extras)
+    if name in CALLERS:
+        return Message("assistant", "", extras={**extras, "tool_calls": _calls(content, place)})
+    return Message(ROLES[name], content, extras=extras)
+
+
+def read_turns(value: object, place: str) -> Messages:
+    """Read an answer: a text, one message, or a list of messages."""
+    if isinstance(value, list) or is_messages(value):
+        return read_messages(value, place)
+    if isinstance(value, str) and not is_message(value):
+        return (Message("assistant", fields.text(value, place)),)
+    return (read_message(value, place),)
+
+
+def read_hh(value: object, place: str) -> Messages:
+    r"""Read a text whose turns begin with `\n\nHuman:` and `\n\nAssistant:`; space around a turn is not part of it.
+
+    Raises:
+        BadRow: It does not begin with a turn of the human's.
+    """
+    before, *parts = _HH_TURN.split("\n\n" + fields.text(value, place).lstrip())
+    if before or not parts or parts[0] != "Human":
+        raise BadRow("no human turn", f"`{place}` does not begin with `Human:`")
+    speakers: list[Role] = ["user" if speaker == "Human" else "assistant" for speaker in parts[::2]]
+    return tuple(Message(role, said.strip()) for role, said in zip(speakers, parts[1::2], strict=True))
+
+
+def is_message(value: object) -> bool:
+    """Tell whether a value looks like a message: an object in which somebody speaks, or the JSON text of one."""
+    if isinstance(value, str):
+        return (like := _LIKE_MESSAGES.match(value)) is not None and not like[1]
+    return isinstance(value, Mapping) and any(name in value for name in _SPEAKER)
+
+
+def is_messages(value: object) -> bool:
+    """Tell whether a value looks like a list of messages, or the JSON text of one."""
+    if isinstance(value, str):
+        return (like := _LIKE_MESSAGES.match(value)) is not None and bool(like[1])
+    return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
+def is_hh(value: object) -> bool:
+    """Tell whether a value looks like a text of `Human:` and `Assistant:`, beginning with the human."""
+    return isinstance(value, str) and value.lstrip().startswith("Human:")
+
+
+def after(prompt: Messages, response: Messages, place: str) -> Messages:
+    """Return a prompt and its response as one conversation; the response may begin by repeating the prompt.
+
+    Raises:
+        BadRow: The prompt ends with an answer, or the response begins with a turn that is neither the
+            assistant's nor the prompt's first.
+    """
+    if prompt[-1].role == "assistant":
+        raise BadRow("prompt ends with an answer", "the prompt's last turn is the assistant's")
+    if response[0].role == "assistant":
+        return prompt + response
+    if response[: len(prompt)] != prompt:
+        said = f"`{place}` begins with a turn of the {response[0].role} and does not repeat the prompt"
+        raise BadRow("prompt not repeated", said)
+    return response
+
+
+def check_end(conversation: Messages, place: str) -> None:
+    """Refuse a conversation that does not end with an answer."""
+    if (last := conversation[-1].role) != "assistant":
+        raise BadRow("no answer", f"`{place}` ends with a turn of the {last}, not with the assistant's")
+
+
+def check_answers(conversation: Messages, start: int, place: str) -> None:
+    """Refuse a conversation of which an answer, from a turn on, is empty, or before which no user says anything."""
+    for number, message in enumerate(conversation[start:], start + 1):
+        if not _says_something(message):
+            which = f" in turn {number}" if len(conversation) > start + 1 else ""
+            raise BadRow("empty response", f"`{place}` is empty{which}", structural=False)
+    if not any(message.role == "user" and message.text.strip() for message in conversation[:start]):
+        raise BadRow("empty field", f"no user says anything before the answer of `{place}`")
+
+
+def preference(
+    chosen: Messages, rejected: Messages, origin: str, places: tuple[str, str] = ("chosen", "rejected")
+) -> Pair:
+    """Make a pair of two whole conversations: the prompt is what they share.
+
+    The responses begin at the first turn of the assistant in which the two differ. Turns of the assistant that
+    follow each other are one answer and stay together.
+
+    Args:
+        chosen: The better conversation, from its beginning.
+        rejected: The worse one.
+        origin: Where they were read.
+        places: What the two are called where one of them is wrong.
+
+    Raises:
+        BadRow: As `check_end` and `check_answers` do; or the two are the same, or part at a turn that is not the
+            assistant's.
+    """
+    check_end(chosen, places[0])
+    check_end(rejected, places[1])
+    if chosen == rejected:
+        check_answers(chosen, len(chosen) - 1, places[0])
+        raise BadRow("identical responses", "`{}` and `{}` are the same text".format(*places), structural=False)
+    start = _parting(chosen, rejected, places)
+    check_answers(chosen, start, places[0])
+    check_answers(rejected, start, places[1])
+    return Pair(chosen[:start], chosen[start:], rejected[start:], origin)
+
+
+def _history(row: Mapping[str, object]) -> Messages:
+    """Read the turns before a question: a list of exchanges."""
+    if (value := row.get("history")) in (None, ""):
+        return ()
+    turns: list[Message] = []
+    for number, exchange in enumerate(fields.items(value, "history", "exchanges")):
+        said = fields.items(exchange, f"history[{number}]", "two texts")
+        if len(said) != 2:
+            raise BadRow("wrong length", f"`history[{number}]` has {len(said)} texts instead of two")
+        user, assistant = (fields.text(one, f"history[{number}][{place}]") for place, one in enumerate(said))
+        turns += [Message("user", user), Message("assistant", assistant)]
+    return tuple(turns)
+
+
+def _parting(chosen: Messages, rejected: Messages, places: tuple[str, str]) -> int:
+    """Return where the responses of two conversations begin."""
+    both = enumerate(zip(chosen, rejected, strict=False))
+    differing = next((place for place, (one, other) in both if one != other), min(len(chosen), len(rejected)))
+    start = differing
+    while start and chosen[start - 1].role == "assistant":
+        start -= 1
+    answers = [_is_answer(chosen, differing), _is_answer(rejected, differing)]
+    # Where the answers agree up to here, one of them has to go on for them to differ.
+    if not (all(answers) or (start < differing and any(answers))):
+        said = "`{}` and `{}` part at turn {}, which is not the assistant's in both".format(*places, differing + 1)
+        raise BadRow("different contexts", said, structural=False)
+    return start
+
+
+def _is_answer(conversation: Messages, place: int) -> bool:
+    return place < len(conversation) and conversation[place].role == "assistant"
+
+
+def _says_something(message: Message) -> bool:
+    """Tell whether a turn may be judged: it is another's, or it has visible text or calls a tool."""
+    return message.role != "assistant" or bool(message.content.strip() or message.extras.get("tool_calls"))
+
+
+def _speaker(message: Mapping[str, object], place: str) -> str:
+    """Return one of the names in `ROLES`."""
+    name = _present(message, _SPEAKER)
+    if name is None:
+        raise BadRow("missing field", f"`{place}` has no `{_SPEAKER[0]}`")
+    said = fields.text(message[name], f"{place}.{name}")
+    if (known := said.strip().lower()) not in ROLES:
+        raise BadRow(
+            "wrong role", f"`{place}.{name}` is `{fields.printable(said)}`, not system, user, assistant or tool"
+        )
+    return known
+
+
+def _calls(content: str, place: str) -> list[dict[str, Any]]:
+    """Read what a turn says that is nothing but calls of tools."""
+    found = fields.from_json(content, place)
+    calls = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+        raise BadRow("wrong type", f"`{place}` does not say, as JSON, which function it calls by `name`")
+    return [{"type": "function", "function": fields.plain_json(call, place)} for call in calls]
+
+
+def _content(message: Mapping[str, object], place: str, extras: Mapping[str, Any]) -> str:
+    """Return what is said; a turn that calls tools need not say anything."""
+    name = _present(message, _SAID)
+    if name is None:
+        if "tool_calls" in extras:
+            return ""
+        known = next((name for name in _SAID if name in message), None)
+        raise BadRow("missing field", f"`{place}.{known}` is null" if known else f"`{place}` has no `{_SAID[0]}`")
+    content = message[name]
+    if isinstance(content, list):
+        return "".join(_part(part, f"{place}.{name}[{number}]") for number, part in enumerate(content))
+    return fields.text(content, f"{place}.{name}")
+
+
+def _part(value: object, place: str) -> str:
+    """Return the text of one part of a content that is a list."""
+    part = fields.mapping(value, place)
+    if part.get("type") != "text":
+        raise BadRow("wrong type", f"`{place}` is a part of type `{fields.printable(part.get('type'))}`, not `text`")
+    return fields.text(part.get("text"), f"{place}.text")
+
+
+def _extras(message: Mapping[str, object], place: str) -> dict[str, Any]:
+    """Return what a chat template may ask of a message beside its role and content."""
+    extras: dict[str, Any] = {}
+    if message.keys() <= _PLAIN:
+        return extras
+    if calls := message.get("tool_calls"):
+        listed = fields.items(calls, f"{place}.tool_calls", "calls")
+        for number, call in enumerate(listed):
+            fields.mapping(call, f"{place}.tool_calls[{number}]")
+        if listed:
+            extras["tool_calls"] = fields.plain_json(listed, f"{place}.tool_calls")
+    for name in _TEXT_EXTRAS:
+        if (value := message.get(name)) not in (None, ""):
+            extras[name] = fields.text(value, f"{place}.{name}")
+    if (spelled := _present(message, _REASONING)) and message[spelled] != "":
+        extras["reasoning_content"] = fields.text(message[spelled], f"{place}.{spelled}")
+    return extras
+
+
+def _present(message: Mapping[str, object], names: Sequence[str]) -> str | None:
+    """Return the first of some names under which there is something."""
+    for name in names:
+        if message.get(name) is not None:
+            return name
+    return None

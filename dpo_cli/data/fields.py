@@ -1,0 +1,138 @@
+"""The columns of a row, and what is nested in them, as the types that they must have; or a `BadRow` that says where.
+
+A place is how a value is named to a user: `chosen`, `chosen[2].content`. Where a list or an object belongs, its
+JSON text will do: a CSV file has no other way to hold one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from dpo_cli.data.records import BadRow
+
+_FLOAT32 = struct.Struct("f")
+_COLUMNS_NAMED = 12
+
+_LIKE_PYTHON = re.compile(r"[\[{\s]*('|True\b|False\b|None\b)")
+"""How lists and objects begin that Python wrote and not JSON: with a text in single quotes, or a word of its own."""
+
+
+def field(row: Mapping[str, object], name: str) -> object:
+    """Return a column that must be there and not null."""
+    value = row.get(name)
+    if value is None:
+        known = ", ".join(f"`{printable(column)}`" for column in list(row)[:_COLUMNS_NAMED]) or "nothing"
+        raise BadRow("missing field", f"`{name}` is {'null' if name in row else f'missing; the row has {known}'}")
+    return value
+
+
+def text(value: object, place: str) -> str:
+    """Return a value that must be text which can be written as UTF-8."""
+    if not isinstance(value, str):
+        raise BadRow("wrong type", f"`{place}` is {kind(value)} instead of text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow("undecodable text", f"`{place}` holds half of a surrogate pair") from None
+    return value
+
+
+def optional_text(row: Mapping[str, object], name: str) -> str:
+    """Return a column that is text, or the empty text where it is missing, null or white space."""
+    value = row.get(name)
+    found = "" if value is None else text(value, name)
+    return found if found.strip() else ""
+
+
+def items(value: object, place: str, of: str = "values") -> Sequence[object]:
+    """Return a value that must be a list, or the JSON text of one.
+
+    Args:
+        value: What is there.
+        place: Where that is.
+        of: What the list is made of, in words.
+    """
+    found = from_json(value, place)
+    if not isinstance(found, list):
+        raise BadRow("wrong type", f"`{place}` is {kind(found)} instead of a list of {of}")
+    return found
+
+
+def mapping(value: object, place: str) -> Mapping[str, object]:
+    """Return a value that must be an object, or the JSON text of one."""
+    found = from_json(value, place)
+    if not isinstance(found, Mapping):
+        raise BadRow("wrong type", f"`{place}` is {kind(found)} instead of an object")
+    return found
+
+
+def number(value: object, place: str) -> float:
+    """Return a value that must be a finite number, rounded to the 32 bits in which it is kept."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise BadRow("wrong type", f"`{place}` is {kind(value)} instead of a number")
+    try:
+        found = float(_FLOAT32.unpack(_FLOAT32.pack(float(value)))[0])
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise BadRow("number out of range", f"`{place}` is not finite as a number of 32 bits")
+    return found
+
+
+def plain_json(value: Any, place: str) -> Any:
+    """Return a value that must be plain JSON through and through, all its texts writable as UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow("undecodable text", f"`{place}` holds half of a surrogate pair") from None
+    except RecursionError:
+        raise BadRow("wrong type", f"`{place}` is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise BadRow("wrong type", f"`{place}` is not plain JSON: {error}") from None
+    return value
+
+
+def from_json(value: object, place: str) -> object:
+    """Read a text that begins like a JSON list or object as what it says; any other value stays as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        return cast(object, json.loads(value))
+    except RecursionError:
+        raise BadRow("wrong type", f"`{place}` is nested too deeply") from None
+    except ValueError as error:
+        if _LIKE_PYTHON.match(value):
+            raise BadRow("wrong type", f"`{place}` is written as a Python literal and must be JSON") from None
+        raise BadRow("wrong type", f"`{place}` is text that is not valid JSON: {error}") from None
+
+
+def printable(value: object, most: int = 40) -> str:
+    r"""Return what data says as it can be shown: on one line, controlling no terminal, writable as UTF-8.
+
+    Args:
+        value: Mostly a text: a name, a key, a role.
+        most: The characters of it that are shown. What cannot be is written as in Python: `\x1b`.
+    """
+    shown = str(value)
+    cut = "…" if len(shown) > most else ""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown[:most]) + cut
+
+
+def kind(value: object) -> str:
+    """Name a JSON value's type in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, list):
+        return "a list"
+    return "an object" if isinstance(value, dict) else f"of type {type(value).__name__}"

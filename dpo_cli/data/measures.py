@@ -1,0 +1,132 @@
+"""What is measured of prepared pairs as a whole: their lengths, what these give away, how prompts and responses end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_cli.data.comparison import Indices
+from dpo_cli.data.intervals import wilson_interval
+from dpo_cli.data.prepared import FACTS, PreparedPairs
+from dpo_cli.data.report import Boundary, Cut, LengthBias, Lengths
+
+Statistics = Mapping[str, Any]
+"""What the manifest of a prepared folder says of the reading."""
+
+PARTS = ("prompt", "chosen", "rejected")
+
+_BINS, _PLANE_BINS = 40, 24
+"""How many bins the longest text or response is to be cut into, at most."""
+
+_LENGTHS_TRIED = (512, 1024, 2048)
+
+_ENDING_TOKENS, _ENDINGS = 6, 3
+"""Tokens among which the template's are looked for at an end, and how many endings are shown."""
+
+_END_WITHIN = 8
+"""Tokens at the end of a response among which its end token must stand."""
+
+
+def length_bias(pairs: PreparedPairs, indices: Indices) -> LengthBias:
+    """Measure how often the chosen response is the longer one."""
+    difference = pairs.sizes.chosen[indices] - pairs.sizes.rejected[indices]
+    longer, shorter = int((difference > 0).sum()), int((difference < 0).sum())
+    equal = len(indices) - longer - shorter
+    accuracy = (longer + equal / 2) / len(indices)
+    return LengthBias(longer, equal, shorter, accuracy, wilson_interval(accuracy, len(indices)))
+
+
+def lengths(pairs: PreparedPairs, indices: Indices, read: Iterable[Statistics], max_length: int) -> Lengths:
+    """Measure how long the pairs are, and what another length rule would cut."""
+    sizes = pairs.sizes
+    columns = {
+        "prompt": sizes.prompts[indices],
+        "chosen": sizes.chosen[indices],
+        "rejected": sizes.rejected[indices],
+        "longest": sizes.longest[indices],
+    }
+    width = _round_width(int(columns["longest"].max()), _BINS)
+    num_bins = int(columns["longest"].max()) // width + 1
+    histograms = {
+        name: tuple(np.bincount(column // width, minlength=num_bins).tolist()) for name, column in columns.items()
+    }
+    truncated = int((pairs.flags[indices] & np.uint32(FACTS["truncated"]) > 0).sum())
+    plane_width, plane = _plane(columns["chosen"], columns["rejected"])
+    return Lengths(width, histograms, plane_width, plane, _cuts(columns["longest"], truncated, read, max_length))
+
+
+def boundary(pairs: PreparedPairs, indices: Indices, tokenizer: Any) -> Boundary:
+    """Count the template's tokens at the ends of prompts and responses.
+
+    Args:
+        pairs: All pairs.
+        indices: Those that are looked at.
+        tokenizer: Knows which token begins a text and which one ends it, and how tokens are written.
+    """
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    heads = pairs.heads("prompt", 2)[indices]
+    with_bos = (heads == bos) if bos is not None else np.zeros_like(heads, bool)
+    without_eos = {
+        name: int((pairs.tails(name, _END_WITHIN)[indices] != eos).all(axis=1).sum())
+        for name in ("chosen", "rejected")
+        if eos is not None
+    }
+    return Boundary(
+        bos=tokenizer.bos_token or "",
+        starting_with_bos=int(with_bos[:, 0].sum()),
+        starting_with_two=int(with_bos.all(axis=1).sum()),
+        eos=tokenizer.eos_token or "",
+        without_eos=without_eos,
+        endings={name: _endings(pairs.tails(name, _ENDING_TOKENS)[indices], tokenizer) for name in PARTS},
+    )
+
+
+def _endings(tails: NDArray[np.int32], tokenizer: Any) -> tuple[tuple[str, int], ...]:
+    """Return the most frequent endings from their first special token on, as text, and how many there are of each."""
+    special = np.isin(tails, tokenizer.all_special_ids)
+    # Without any it is the last token that is shown.
+    special[:, -1] = True
+    tails = np.where(np.logical_or.accumulate(special, axis=1), tails, np.int32(-1))
+    # A number for each row: those of different rows are equal but by a freak of chance.
+    numbers = np.zeros(len(tails), np.uint64)
+    for column in tails.T:
+        numbers = numbers * np.uint64(0x9E3779B97F4A7C15) + column.astype(np.uint64)
+    _, first, counts = np.unique(numbers, return_index=True, return_counts=True)
+    most = np.lexsort((first, -counts))[:_ENDINGS]
+    return tuple(
+        (str(tokenizer.decode([token for token in tails[first[i]].tolist() if token >= 0])), int(counts[i]))
+        for i in most
+    )
+
+
+def _plane(chosen: Indices, rejected: Indices) -> tuple[int, tuple[tuple[int, int, int], ...]]:
+    """Count pairs by the bins of both responses' lengths; return the width of a bin, and the bins that have pairs."""
+    longest = int(max(chosen.max(), rejected.max()))
+    width = _round_width(longest, _PLANE_BINS)
+    side = longest // width + 1
+    cells, counts = np.unique(chosen // width * side + rejected // width, return_counts=True)
+    return width, tuple(zip((cells // side).tolist(), (cells % side).tolist(), counts.tolist(), strict=True))
+
+
+def _round_width(longest: int, most: int) -> int:
+    """Return the smallest of 1, 2, 5, 10, 20, 50, … by which a length is cut into so many bins at most."""
+    unit = 1
+    while True:
+        for width in (unit, 2 * unit, 5 * unit):
+            if longest // width < most:
+                return width
+        unit *= 10
+
+
+def _cuts(longest: Indices, truncated: int, read: Iterable[Statistics], max_length: int) -> tuple[Cut, ...]:
+    """Count what some lengths would cut; of what was dropped it is known only that it is longer than `max_length`."""
+    dropped = sum(count for part in read for reason, count in part["dropped"].items() if "too long" in reason)
+    cuts = []
+    for tried in sorted({*_LENGTHS_TRIED, max_length}):
+        # Prompts that were cut are as long as was allowed, or a little shorter.
+        kept = int((longest > tried).sum()) if tried < max_length else truncated
+        cuts.append(Cut(tried, kept + dropped, at_most=tried > max_length and kept + dropped > 0))
+    return tuple(cuts)

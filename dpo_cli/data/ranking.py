@@ -1,0 +1,38 @@
+"""Several answers to one prompt, and how good each of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from dpo_cli.data import fields
+from dpo_cli.data.conversations import Messages, is_message, read_turns
+from dpo_cli.data.records import BadRow, Message
+
+RANKINGS = ("scores", "ranks")
+"""The columns that say how good the answers are."""
+
+_TEXT = ("text", "content", "response")
+
+
+def read_response(value: object, place: str) -> Messages:
+    """Read one of several answers: as `read_turns` does, or an object that holds its text."""
+    if not isinstance(value, Mapping) or is_message(value):
+        return read_turns(value, place)
+    name = next((name for name in _TEXT if value.get(name) is not None), None)
+    if name is None:
+        raise BadRow("missing field", f"`{place}` has no `text`, `content` or `response`")
+    return (Message("assistant", fields.text(value[name], f"{place}.{name}")),)
+
+
+def read_scores(row: Mapping[str, object], count: int) -> list[float]:
+    """Read how good each of some answers is, the best being the highest; of ranks the lowest is the best."""
+    name = next((name for name in RANKINGS if row.get(name) is not None), RANKINGS[0])
+    listed = fields.items(fields.field(row, name), name, "numbers")
+    if len(listed) != count:
+        raise BadRow("wrong length", f"`{name}` has {len(listed)} numbers for {count} responses")
+    for number, value in enumerate(listed):
+        fields.number(value, f"{name}[{number}]")
+    sign = 1.0 if name == "scores" else -1.0
+    # Their difference is what is kept with 32 bits, not they.
+    return [sign * float(cast("float", value)) for value in listed]

@@ -1,0 +1,351 @@
+"""A `Pair` becomes text: the prompt as inference sends it, both whole conversations, and where their turns stand.
+
+Where a turn of the assistant begins and ends is never guessed from the template's source: the conversation is
+written up to that place as well, and compared with the whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dpo_cli.data.encode import TextEncoder
+from dpo_cli.data.literals import LITERAL_START, STAND_IN, STAND_IN_TURN, Literals
+from dpo_cli.data.records import BadRow, Message, Pair
+
+TurnRule = Literal["all", "last"]
+Span = tuple[int, int]
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A whole conversation as text.
+
+    Attributes:
+        text: The text; control tokens that a message spells out are marked (`literals.LITERAL_START`).
+        judged: Where the turns that are judged stand in it, in characters; ascending.
+    """
+
+    text: str
+    judged: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A pair as text.
+
+    Attributes:
+        prompt: What both conversations begin with: what inference sends, or as much of it as stands in them.
+        chosen: The prompt and the chosen response.
+        rejected: The prompt and the rejected response.
+        literals: Control tokens that messages spell out.
+        prompt_differs: Whether what inference sends does not stand in the conversations as it is.
+        context_differs: Whether inference would send something else before a later turn that is judged.
+        rewritten: Whether something that the assistant says does not stand in them as it was said.
+    """
+
+    prompt: str
+    chosen: Written
+    rejected: Written
+    literals: int
+    prompt_differs: bool
+    context_differs: bool
+    rewritten: bool
+
+
+class Renderer:
+    """Write pairs out as text.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer; it renders chat templates in a sandbox.
+        template: A chat template's text, or `plain`.
+        turns: Which of a response's turns are judged.
+        encode: Makes token ids of texts.
+    """
+
+    def __init__(self, tokenizer: Any, template: str, turns: TurnRule, encode: TextEncoder) -> None:
+        self.tokenizer, self.template, self.turns, self.encode = tokenizer, template, turns, encode
+        bos = tokenizer.bos_token if template == PLAIN and _adds_bos(tokenizer) else ""
+        self._plain = functools.partial(_written_plainly, bos=bos, end=tokenizer.eos_token)
+        self._literals = Literals(tokenizer, template)
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[Rendered | BadRow]:
+        """Write many pairs, those without arguments of their own together."""
+        together = [pair for pair in pairs if not pair.arguments]
+        written = iter(self._write_all(together))
+        return [next(written) if not pair.arguments else self._write_all([pair])[0] for pair in pairs]
+
+    def _write_all(self, pairs: Sequence[Pair]) -> list[Rendered | BadRow]:
+        """Write pairs that have the same arguments."""
+        if not pairs:
+            return []
+        arguments = pairs[0].arguments
+        both = [pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected)]
+        try:
+            prompts = self._write([pair.prompt for pair in pairs], arguments, add_generation_prompt=True)
+            wholes = self._write(both, arguments)
+            found = zip(pairs, prompts, wholes[::2], wholes[1::2], strict=True)
+            return [self._located(pair, *texts) for pair, *texts in found]
+        except BadRow as bad:
+            return [bad] if len(pairs) == 1 else self._one_by_one(pairs)
+        except _template_errors() as error:
+            if len(pairs) > 1:
+                return self._one_by_one(pairs)
+            return [BadRow("template error", f"the chat template fails: {_reason(error)}")]
+
+    def _one_by_one(self, pairs: Sequence[Pair]) -> list[Rendered | BadRow]:
+        """Find out which of several pairs cannot be written."""
+        return [item for pair in pairs for item in self._write_all([pair])]
+
+    def _located(self, pair: Pair, prompt: str, chosen: str, rejected: str) -> Rendered:
+        """Find the end of the prompt in both conversations, and the turns behind it."""
+        literals = self._literals.count(pair) if LITERAL_START in chosen or LITERAL_START in rejected else 0
+        whole = chosen.startswith(prompt) and rejected.startswith(prompt)
+        boundary = len(prompt) if whole else self._boundary(pair, prompt, chosen, rejected)
+        for name, text in (("chosen", chosen), ("rejected", rejected)):
+            if len(text) <= boundary:
+                raise BadRow("template error", f"the chat template writes nothing for `{name}`")
+        sides = ((pair.chosen, chosen), (pair.rejected, rejected))
+        found = [self._turns(pair, response, text, boundary) for response, text in sides]
+        written = [Written(text, spans) for (_, text), (spans, _) in zip(sides, found, strict=True)]
+        return Rendered(
+            chosen[:boundary],
+            written[0],
+            written[1],
+            literals,
+            prompt_differs=not whole,
+            context_differs=any(differs for _, differs in found),
+            rewritten=not all(itertools.starmap(self._stands_in, sides)),
+        )
+
+    def _stands_in(self, response: Sequence[Message], text: str) -> bool:
+        """Tell whether all that the assistant says in a response stands in the text as it was said."""
+        said = (self._literals.marked(message).text for message in response if message.role == "assistant")
+        return all(words.strip() in text for words in said)
+
+    def _turns(
+        self, pair: Pair, response: Sequence[Message], text: str, boundary: int
+    ) -> tuple[tuple[Span, ...], bool]:
+        """Return where the turns that are judged stand, and whether inference would see another context at one."""
+        if len(response) == 1:
+            return ((boundary, len(text)),), False
+        spans, differs = _Turns(self, pair, response, text).spans(boundary)
+        return (spans if self.turns == "all" else spans[-1:]), differs
+
+    def _boundary(self, pair: Pair, prompt: str, chosen: str, rejected: str) -> int:
+        """Return where the prompt that inference sends parts from what stands in the whole conversations."""
+        sides = [_Turns(self, pair, *side) for side in ((pair.chosen, chosen), (pair.rejected, rejected))]
+        boundary = min(turns.start(0, prompt) for turns in sides)
+        if chosen[:boundary] != rejected[:boundary]:
+            raise _lost("the prompt")
+        return boundary
+
+    def around_last(self, pair: Pair) -> tuple[str, str]:
+        """Write a prompt as inference sends it, what is said last left out; return what stands before it and behind.
+
+        Raises:
+            BadRow: The template does not write what is said last.
+        """
+        *before, last = pair.prompt
+        messages = [*before, Message(last.role, STAND_IN, extras=last.extras)]
+        head, found, tail = self.write(messages, pair.arguments, add_generation_prompt=True).partition(STAND_IN)
+        if not found:
+            raise BadRow("template error", "the chat template leaves out what is said last in the prompt")
+        return head, tail
+
+    def write(self, messages: Sequence[Message], arguments: Mapping[str, Any], **settings: bool) -> str:
+        """Write one conversation."""
+        return self._write([messages], arguments, **settings)[0]
+
+    def _write(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        arguments: Mapping[str, Any],
+        *,
+        add_generation_prompt: bool = False,
+    ) -> list[str]:
+        """Write conversations by the chat template or plainly, marking the control tokens that they spell out."""
+        if self.template == PLAIN:
+            if arguments:
+                raise BadRow(
+                    "template error", f"`plain` makes no use of {', '.join(f'`{name}`' for name in arguments)}"
+                )
+            marked = [[self._literals.marked(message) for message in one] for one in conversations]
+            return [self._plain(one, add_generation_prompt=add_generation_prompt) for one in marked]
+        if taken := _arguments_taken() & arguments.keys():
+            raise BadRow("template error", f"a row cannot set `{min(taken)}` of the chat template")
+        listed = [[_as_mapping(self._literals.marked(message)) for message in one] for one in conversations]
+        texts = self.tokenizer.apply_chat_template(
+            listed,
+            chat_template=self.template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            **self._literals.marked_values(arguments),
+        )
+        return list(map(str, texts))
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Finds the assistant's turns of a response of several turns.
+
+    Attributes:
+        renderer: Writes conversations.
+        pair: The pair.
+        response: One of its responses.
+        whole: Prompt and response as text.
+    """
+
+    renderer: Renderer
+    pair: Pair
+    response: Sequence[Message]
+    whole: str
+
+    def spans(self, boundary: int) -> tuple[tuple[Span, ...], bool]:
+        """Return where each turn stands in the whole, and whether inference would see another context at one.
+
+        Args:
+            boundary: Where the first turn starts.
+        """
+        places = [place for place, message in enumerate(self.response) if message.role == "assistant"]
+        sent = [self._write(place, add_generation_prompt=True) for place in places[1:]]
+        starts = [boundary, *(self.start(place, text) for place, text in zip(places[1:], sent, strict=True))]
+        ends = [*map(self._end, places[:-1]), len(self.whole)]
+        edges = [edge for span in zip(starts, ends, strict=True) for edge in span]
+        if edges != sorted(edges):
+            raise _lost("a turn")
+        return tuple(zip(starts, ends, strict=True)), not all(map(self.whole.startswith, sent))
+
+    def start(self, place: int, sent: str) -> int:
+        """Return where a turn starts: as far as what inference sends before it stands in the whole.
+
+        Args:
+            place: Of the turn, in the response.
+            sent: What inference sends, generation prompt included.
+
+        Raises:
+            BadRow: It cannot be told.
+        """
+        shared = _common(sent, self.whole)
+        if shared == len(sent):
+            return shared
+        # Within the generation prompt they part between two tokens, which need not be where their letters part.
+        tokens = [self._tokens(text) for text in (sent, self.whole)]
+        for edge in range(shared, max(1, _common(sent, self._write(place))) - 1, -1):
+            upto = self._tokens(self.whole[:edge])
+            if all(found[: len(upto)] == upto for found in tokens):
+                return edge
+        # They part before it: what was said is written otherwise once it is answered.
+        before, _ = self._around_stand_in(place, len(self.response))
+        if not before or not self.whole.startswith(before):
+            raise _lost("the prompt")
+        return len(before)
+
+    def _end(self, place: int) -> int:
+        """Return where a turn ends that others follow, the end that the template writes included."""
+        upto = self._write(place + 1)
+        if self.whole.startswith(upto):
+            return len(upto)
+        # What the assistant said is written otherwise once others follow; the template's own words are not.
+        _, rest = self._around_stand_in(place, len(self.response))
+        if not self.whole.endswith(rest):
+            raise _lost("a turn")
+        _, closing = self._around_stand_in(place, place + 1)
+        if not rest.startswith(closing):
+            closing = self._inner_closing(place)
+        return len(self.whole) - len(rest) + _common(closing, rest)
+
+    def _inner_closing(self, place: int) -> str:
+        """Return what the template writes behind a turn that is not the last: what stands before another's header."""
+        header = self._write(place, add_generation_prompt=True).removeprefix(self._write(place))
+        turns = [*self._before(place), STAND_IN_TURN, STAND_IN_TURN]
+        text = self.renderer.write(turns, self.pair.arguments)
+        between = text.split(STAND_IN)[1:2]
+        return between[0].partition(header)[0] if header and between else ""
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self.renderer.encode([text])[0].tolist())
+
+    def _around_stand_in(self, place: int, stop: int) -> tuple[str, str]:
+        """Write the messages before `stop`, what a turn says replaced; return what stands before it and behind."""
+        messages = [*self._before(place), STAND_IN_TURN, *self.response[place + 1 : stop]]
+        before, found, behind = self.renderer.write(messages, self.pair.arguments).partition(STAND_IN)
+        if not found:
+            raise _lost("a turn")
+        return before, behind
+
+    def _before(self, place: int) -> tuple[Message, ...]:
+        return (*self.pair.prompt, *self.response[:place])
+
+    def _write(self, stop: int, **settings: bool) -> str:
+        return self.renderer.write(self._before(stop), self.pair.arguments, **settings)
+
+
+def _common(one: str, other: str) -> int:
+    """Count the characters with which two texts begin alike."""
+    differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
+
+
+def _lost(what: str) -> BadRow:
+    detail = f"the chat template does not write the prompt, then the response: where {what} ends cannot be told"
+    return BadRow("template error", detail)
+
+
+def _as_mapping(message: Message) -> dict[str, Any]:
+    """Return a message as chat templates know it."""
+    return {"role": message.role, "content": message.text, **message.extras}
+
+
+def _written_plainly(messages: Sequence[Message], *, add_generation_prompt: bool, bos: str, end: str) -> str:
+    """Write a conversation for a model without a chat template: headed sections, an end behind each answer."""
+    sections = list(_sections(messages, end))
+    if add_generation_prompt:
+        sections.append("### Response:\n")
+    return bos + "\n\n".join(sections)
+
+
+def _sections(messages: Sequence[Message], end: str) -> Iterator[str]:
+    for message in messages:
+        if message.role == "tool" or "tool_calls" in message.extras:
+            raise BadRow("template error", "`plain` has no words for tools: set `model.chat_template` to a template")
+        if message.role == "assistant":
+            yield f"### Response:\n{message.text}{end}"
+        else:
+            heading = "System" if message.role == "system" else "Instruction"
+            yield f"### {heading}:\n{message.content}"
+            if message.input:
+                yield f"### Input:\n{message.input}"
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    """Tell whether the model's own convention is to start a text with BOS."""
+    ids = tokenizer("a")["input_ids"]
+    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+
+
+@functools.cache
+def _arguments_taken() -> frozenset[str]:
+    """Name what is not a row's to say of how a template is applied."""
+    from transformers import PreTrainedTokenizerBase
+
+    names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    return frozenset(names) - {"tools", "documents"}
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+@functools.cache
+def _template_errors() -> tuple[type[Exception], ...]:
+    """Name what rendering a template may raise; importing Jinja waits until a template is at hand."""
+    from jinja2 import TemplateError
+
+    return TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError

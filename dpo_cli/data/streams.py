@@ -1,0 +1,128 @@
+"""The bytes of a data file, a block at a time, unpacked where it is compressed."""
+
+from __future__ import annotations
+
+import codecs
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.errors import UserError
+
+BLOCK_BYTES = 1 << 20
+"""How much is read from a file at once."""
+
+MAX_ROW_BYTES = 1 << 26
+"""No row of text is longer than this: a quote that nobody closes must not bring a whole file into memory."""
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""Endings of compressed files, and what Arrow calls the compression."""
+
+_UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def open_bytes(path: Path) -> io.BufferedReader:
+    """Open a file for reading, unpacked where its ending says that it is compressed."""
+    compression = COMPRESSIONS.get(path.suffix.lower())
+    raw = _Unpacked(path, compression) if compression else io.FileIO(path)
+    return io.BufferedReader(raw, BLOCK_BYTES)
+
+
+def numbered_lines(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the lines, with their ends, and their numbers from 1 on; None for a line that is too long.
+
+    Raises:
+        UserError: The file is UTF-16, or its compression is damaged from some line on.
+    """
+    number = 0
+    while line := file.readline(MAX_ROW_BYTES):
+        number += 1
+        if len(line) < MAX_ROW_BYTES or line.endswith(b"\n"):
+            yield number, without_mark(line, path) if number == 1 else line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_ROW_BYTES)
+        yield number, None
+
+
+def without_mark(start: bytes, path: Path) -> bytes:
+    """Return the start of a file without its byte-order mark.
+
+    Raises:
+        UserError: It is the mark of UTF-16.
+    """
+    if start.startswith(_UTF_16):
+        raise UserError("the file is UTF-16, not UTF-8", f"{path}:1", "save the file as UTF-8")
+    return start.removeprefix(codecs.BOM_UTF8)
+
+
+def too_long() -> str:
+    """Say of a row that it is too long."""
+    return f"is longer than {MAX_ROW_BYTES:,} bytes"
+
+
+class _Unpacked(io.RawIOBase):
+    """What a compressed file holds. Where it is damaged, all that stands before is given out first."""
+
+    _stream: Any = None
+    _damage = ""
+
+    def __init__(self, path: Path, compression: str) -> None:
+        self._path, self._compression = path, compression
+        self._num_given, self._line = 0, 1
+        self._open()
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as one read goes, and return how far.
+
+        Raises:
+            UserError: The file is damaged here; it names the line that is not whole.
+        """
+        block = b"" if self._damage else self._read(len(buffer))
+        if self._damage and not block:
+            what = f"the compressed file is damaged: {self._damage}"
+            raise UserError(what, f"{self._path}:{self._line}", "compress or download the file again")
+        buffer[: len(block)] = block
+        self._num_given += len(block)
+        self._line += block.count(b"\n")
+        return len(block)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._stream is not None:
+            self._stream.close()
+        super().close()
+
+    def _open(self) -> None:
+        import pyarrow
+
+        self._stream = pyarrow.CompressedInputStream(io.FileIO(self._path), self._compression)
+
+    def _read(self, size: int) -> bytes:
+        """Return the next bytes. A read that fails loses what it has unpacked, so that is unpacked again."""
+        try:
+            return bytes(self._stream.read(size))
+        except OSError as error:
+            # Arrow's own complaints have no number of the system's.
+            if error.errno:
+                raise
+            self._damage = str(error).splitlines()[0]
+        self._stream.close()
+        self._open()
+        for start in range(0, self._num_given, BLOCK_BYTES):
+            self._stream.read(min(BLOCK_BYTES, self._num_given - start))
+        return b"".join(self._bytes_to_damage())
+
+    def _bytes_to_damage(self) -> Iterator[bytes]:
+        """Yield byte after byte; a read of a single one loses nothing."""
+        try:
+            while byte := self._stream.read(1):
+                yield byte
+        except OSError as error:
+            if error.errno:
+                raise

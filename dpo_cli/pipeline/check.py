@@ -1,0 +1,102 @@
+"""The check of a run's data, as `dpo prepare-data` and `dpo train --dry-run` show it, and as files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_cli.config import Config
+from dpo_cli.data.sources import as_sources
+from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.pipeline.setup import RunData, shown_counts
+from dpo_cli.reporting.console import Console
+from dpo_cli.reporting.tables import finding_examples, findings_table, length_bias_line
+
+if TYPE_CHECKING:
+    from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.data.report import Report
+
+JSON, PAGE = "report.json", "report.html"
+
+_UNSEEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+"""What a terminal obeys or nobody sees; in JSON it can be written by its number."""
+
+
+def check(config: Config, data: RunData, tokenizer: Any) -> Report:
+    """Examine the data of a run."""
+    from dpo_cli.data.examination import examine
+
+    return examine(
+        data.pairs,
+        data.train,
+        data.held_out,
+        max_length=config.data.max_length,
+        read=data.read,
+        left_out=data.left_out,
+        tokenizer=tokenizer,
+    )
+
+
+def show_check(report: Report, console: Console) -> None:
+    """Print what was found."""
+    console.result("")
+    if report.findings:
+        console.result(findings_table(report.findings))
+    if report.not_found:
+        console.result(f"not found: {', '.join(report.not_found)}")
+    console.result(length_bias_line(report.length_bias))
+    if report.num_copies:
+        console.result(f"repeated by the weight of a source, and counted once here: {report.num_copies:,} pairs")
+    if report.left_out:
+        console.result(f"left out by `data.drop`: {shown_counts(report.left_out)}")
+    for line in finding_examples(report.findings):
+        console.notice(line)
+
+
+def write_check(report: Report, folder: Path) -> None:
+    """Write the report as JSON and as a page.
+
+    Raises:
+        UserError: The folder cannot be written to.
+    """
+    from dpo_cli.reporting.data_page import data_page
+    from dpo_cli.storage import write_text
+
+    text = json.dumps(report.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / JSON, _UNSEEN.sub(lambda mark: f"\\u{ord(mark[0]):04x}", text) + "\n")
+        write_text(folder / PAGE, data_page(report))
+    except OSError as error:
+        raise from_os_error(error, "writing the report", str(folder)) from error
+
+
+def check_report_folder(folder: Path | None) -> list[UserError]:
+    """Say why a report cannot be kept in a folder, if so."""
+    if folder is None or folder.is_dir() or not folder.exists():
+        return []
+    return [UserError("the folder of the report is a file", f"--report {folder}", "choose another with --report")]
+
+
+def default_report_folder(config: Config, pairs: PreparedPairs, out: Path | None) -> Path:
+    """Return the folder beside the prepared training pairs in which their report is kept."""
+    from dpo_cli.data.prepared import default_folder, is_prepared
+
+    first = as_sources(config.data.train)[0].path
+    prepared = Path(first) if is_prepared(first) else out or default_folder(pairs.manifest["fingerprint"])
+    prepared = prepared.resolve()
+    return prepared.with_name(f"{prepared.name}.report")
+
+
+def refuse_grave(report: Report, where: str) -> None:
+    """Let a check fail under `--strict`.
+
+    Raises:
+        UserError: There are warnings, or worse.
+    """
+    if report.grave:
+        named = shown_counts({finding.name: finding.count for finding in report.grave})
+        hint = "mend the data, name what shall be left out in `data.drop`, or check without --strict"
+        raise UserError(f"the data has findings that --strict does not let pass: {named}", where, hint)

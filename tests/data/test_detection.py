@@ -1,0 +1,81 @@
+"""The shape of a source is that of most of its rows, and never that of the first alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from dpo_cli.data.detection import detect
+from dpo_cli.data.formats import FORMATS
+from dpo_cli.data.records import Row
+from dpo_cli.errors import UserError
+from tests.conftest import ROW_OF
+
+
+def rows_of(*values):
+    return [Row(f"f:{line}", row) for line, row in enumerate(values, 1)]
+
+
+@pytest.mark.parametrize("shape", FORMATS)
+def test_a_good_row_fits_its_own_shape_and_no_other(shape):
+    assert [name for name, other in FORMATS.items() if other.fits(ROW_OF[shape])] == [shape]
+
+
+@pytest.mark.parametrize("shape", FORMATS)
+def test_the_example_of_the_docs_fits_its_own_shape_and_no_other(shape):
+    assert [name for name, other in FORMATS.items() if other.fits(FORMATS[shape].example)] == [shape]
+
+
+@pytest.mark.parametrize(("first", "shape"), [*itertools.permutations(FORMATS, 2)])
+def test_the_first_row_does_not_decide(first, shape):
+    assert detect(rows_of(ROW_OF[first], ROW_OF[shape], ROW_OF[shape]), "f") == shape
+
+
+@pytest.mark.parametrize("shape", FORMATS)
+@pytest.mark.parametrize("damage", [None, 5, "", [], {}, "text"])
+def test_damaged_rows_do_not_hide_the_shape_of_the_others(shape, damage):
+    broken = dict.fromkeys(ROW_OF[shape], damage)
+    assert detect([Row("f:0", None, "is not valid JSON"), *rows_of(broken, ROW_OF[shape], ROW_OF[shape])], "f") == shape
+
+
+@pytest.mark.parametrize("shape", FORMATS)
+def test_columns_that_no_shape_asks_for_do_not_matter(shape):
+    others = {"id": 7, "messages": [{"role": "user", "content": "x"}], "score_chosen": 8.5, "source": "a", "meta": {}}
+    assert detect(rows_of(ROW_OF[shape] | others), "f") == shape
+
+
+def test_of_two_shapes_that_fit_as_often_the_first_in_the_table_is_taken():
+    assert detect(rows_of(ROW_OF["text"], ROW_OF["instruction"]), "f") == "instruction"
+    both = ROW_OF["text"] | ROW_OF["instruction"]
+    assert detect(rows_of(both), "f") == "instruction"
+
+
+def test_rows_of_no_shape_are_told_by_their_columns_and_kinds():
+    rows = rows_of({"question": "a", "good": ["b"], "bad": None}, {"question": "c", "good": "d", "n": 1})
+    with pytest.raises(UserError) as caught:
+        detect(rows, "data/pairs.jsonl")
+    error = caught.value
+    assert error.where == "data/pairs.jsonl"
+    assert "`question` (text), `good` (a list or text), `bad` (null), `n` (a number)" in error.what
+    assert all(name in error.hint for name in FORMATS)
+    assert "`data.format`" in error.hint
+    assert "docs/shapes.md" in error.hint
+
+
+def test_a_row_of_a_thousand_strange_columns_is_told_in_one_line():
+    with pytest.raises(UserError) as caught:
+        detect(rows_of({f"column {n} \ud800": n for n in range(1000)}), "f")
+    assert len(caught.value.what.encode()) < 1000
+    assert "and 988 more" in caught.value.what
+
+
+def test_a_column_s_name_controls_no_terminal():
+    with pytest.raises(UserError) as caught:
+        detect(rows_of({"\x1b[31mred": 1}), "f")
+    assert "`\\x1b[31mred` (a number)" in caught.value.what
+
+
+def test_where_no_row_could_be_read_the_shape_does_not_matter():
+    assert detect([Row("f:1", None, "is not valid JSON")], "f") in FORMATS
+    assert detect([], "f") in FORMATS
