@@ -101,10 +101,11 @@ class PreparedPairs(Sequence[TokenizedPair]):
     Args:
         table: The Arrow table, memory-mapped.
         manifest: What `manifest.json` says.
+        files: The files that hold the table, in its order.
     """
 
-    def __init__(self, table: pa.Table, manifest: dict[str, Any]) -> None:
-        self._table, self.manifest = table, manifest
+    def __init__(self, table: pa.Table, manifest: dict[str, Any], files: Sequence[Path]) -> None:
+        self._table, self.manifest, self._files = table, manifest, tuple(files)
 
     @functools.cached_property
     def sizes(self) -> PairSizes:
@@ -169,7 +170,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
             raise DamagedFolder(f"{PAIRS} cannot be read: {error}") from None
         if table.schema != SCHEMA:
             raise DamagedFolder(f"{PAIRS} was written by another version of the program")
-        return cls(table, manifest)
+        return cls(table, manifest, [folder / PAIRS])
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -187,7 +188,8 @@ class PreparedPairs(Sequence[TokenizedPair]):
 
     def followed_by(self, other: PreparedPairs) -> PreparedPairs:
         """Return both one after the other, without copying; the manifest stays this one's."""
-        return PreparedPairs(pa.concat_tables([self._table, other._table]), self.manifest)
+        table = pa.concat_tables([self._table, other._table])
+        return PreparedPairs(table, self.manifest, self._files + other._files)
 
     def keys(self) -> Sequence[bytes]:
         """Return a digest of each pair's tokens and of nothing else; they stay on disk until one is asked for."""
@@ -224,14 +226,15 @@ class PreparedPairs(Sequence[TokenizedPair]):
         return np.concatenate(windows)
 
     def _lengths(self, name: str) -> NDArray[np.int64]:
-        return np.concatenate([np.diff(ends) for _, ends in self._stretches(name)])
+        return np.concatenate([np.diff(_ends_of(chunk)) for chunk in self._table.column(name).chunks])
 
     def _in_gaps(self, name: str) -> NDArray[np.int64]:
         """Count the tokens of each response that are not judged, `[pairs]`."""
         counts = []
-        for flat, ends in self._stretches(name):
+        for chunk in self._table.column(name).chunks:
+            flat = chunk.flatten().to_numpy()
             signed = np.where(np.arange(len(flat)) % 2, flat, -flat)
-            counts.append(np.diff(np.concatenate([[0], np.cumsum(signed)])[ends]))
+            counts.append(np.diff(np.concatenate([[0], np.cumsum(signed)])[_ends_of(chunk)]))
         return np.concatenate(counts).astype(np.int64)
 
     def _numbers(self, name: str) -> NDArray[np.float32]:
@@ -252,10 +255,15 @@ class PreparedPairs(Sequence[TokenizedPair]):
         return shortest
 
     def _stretches(self, name: str) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
-        """Yield a column a stretch of rows at a time: all their tokens, and where each row's end, 0 before them."""
-        for chunk in self._table.column(name).chunks:
-            lengths = chunk.value_lengths().to_numpy()
-            yield chunk.flatten().to_numpy(), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        """Yield a column a stretch of rows at a time: all their tokens, and where each row's end, 0 before them.
+
+        They are read and let go of: of what is mapped, all that was looked at would count as this process's memory.
+        """
+        for file in self._files:
+            with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as batches:
+                for batch in batches:
+                    column = batch.column(name)
+                    yield column.flatten().to_numpy(), _ends_of(column)
 
     def num_tokens(self) -> int:
         """Return the tokens of all sequences, each prompt counted with both of its responses."""
@@ -281,6 +289,11 @@ class PreparedPairs(Sequence[TokenizedPair]):
         for chunk in self._table.column("prompt_key").chunks:
             for key in chunk.to_pylist():
                 yield int.from_bytes(hashlib.blake2b(key, key=salt, digest_size=8).digest(), "big")
+
+
+def _ends_of(lists: pa.Array) -> NDArray[np.int64]:
+    """Return where each list ends among all elements, 0 before them."""
+    return np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy(), dtype=np.int64)])
 
 
 class _Keys(Sequence[bytes]):
