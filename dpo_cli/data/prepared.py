@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,7 +127,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
     @functools.cached_property
     def flags(self) -> NDArray[np.uint32]:
         """What was noticed of each pair's texts, `[pairs]`: a bit for each entry of `inspection.NOTICED`."""
-        return np.asarray(self._table.column("flags").to_numpy())
+        return self._each(lambda batch: batch.column("flags").to_numpy().copy())
 
     def has_gaps(self, name: str) -> NDArray[np.bool_]:
         """Tell which pairs' responses, chosen or rejected, hold tokens that are not judged, `[pairs]`."""
@@ -143,16 +143,25 @@ class PreparedPairs(Sequence[TokenizedPair]):
 
     def origin_runs(self) -> NDArray[np.int64]:
         """Number the runs of neighbours that were read at the same place, `[pairs]`."""
-        origins = self._table.column("origin")
-        new = pc.not_equal(origins.slice(1), origins.slice(0, len(self) - 1)).to_numpy()
-        return np.concatenate([[0], np.cumsum(new, dtype=np.int64)])
+        last: list[str] = []
+
+        def starts(batch: pa.RecordBatch) -> NDArray[np.bool_]:
+            origins = batch.column("origin")
+            inner = pc.not_equal(origins.slice(1), origins.slice(0, len(origins) - 1)).to_numpy(zero_copy_only=False)
+            first, last[:] = last != [origins[0].as_py()], [origins[-1].as_py()]
+            return np.concatenate([[first], inner])
+
+        return np.cumsum(self._each(starts), dtype=np.int64) - 1
 
     def key_numbers(self, name: str) -> NDArray[np.uint64]:
         """Return the first 64 bits of a column of digests, `[pairs]`: enough to find those that are equal."""
-        chunks = self._table.column(name).chunks
-        flat = [np.frombuffer(chunk.buffers()[1], "V16", len(chunk), 16 * chunk.offset) for chunk in chunks]
-        whole = np.concatenate(flat) if flat else np.empty(0, "V16")
-        return np.ascontiguousarray(whole.view(np.uint64).reshape(-1, 2)[:, 0])
+
+        def first_halves(batch: pa.RecordBatch) -> NDArray[np.uint64]:
+            column = batch.column(name)
+            whole = np.frombuffer(column.buffers()[1], np.uint64, 2 * len(column), 16 * column.offset)
+            return whole[::2].copy()
+
+        return self._each(first_halves)
 
     @classmethod
     def open(cls, folder: Path) -> PreparedPairs:
@@ -226,24 +235,25 @@ class PreparedPairs(Sequence[TokenizedPair]):
         return np.concatenate(windows)
 
     def _lengths(self, name: str) -> NDArray[np.int64]:
-        return np.concatenate([np.diff(_ends_of(chunk)) for chunk in self._table.column(name).chunks])
+        return self._each(lambda batch: np.diff(_ends_of(batch.column(name))))
 
     def _in_gaps(self, name: str) -> NDArray[np.int64]:
         """Count the tokens of each response that are not judged, `[pairs]`."""
-        counts = []
-        for chunk in self._table.column(name).chunks:
-            flat = chunk.flatten().to_numpy()
+
+        def counted(batch: pa.RecordBatch) -> NDArray[np.int64]:
+            gaps = batch.column(name)
+            flat = gaps.flatten().to_numpy()
             signed = np.where(np.arange(len(flat)) % 2, flat, -flat)
-            counts.append(np.diff(np.concatenate([[0], np.cumsum(signed)])[_ends_of(chunk)]))
-        return np.concatenate(counts).astype(np.int64)
+            return np.diff(np.concatenate([[0], np.cumsum(signed, dtype=np.int64)])[_ends_of(gaps)])
+
+        return self._each(counted)
 
     def _numbers(self, name: str) -> NDArray[np.float32]:
-        return np.asarray(self._table.column(name).to_numpy(), dtype=np.float32)
+        return self._each(lambda batch: batch.column(name).to_numpy().copy())
 
     def _prompt_ids(self) -> NDArray[np.int64]:
         """Number the prompts, equal ones alike, `[pairs]`."""
-        keys = self._table.column("prompt_key").combine_chunks()
-        return np.asarray(keys.dictionary_encode().indices.to_numpy(zero_copy_only=False), dtype=np.int64)
+        return np.unique(self.key_numbers("prompt_key"), return_inverse=True)[1].reshape(-1)
 
     def _opening(self, shortest: int) -> int:
         """Count the tokens with which all prompts begin alike, up to the length of the shortest."""
@@ -255,15 +265,24 @@ class PreparedPairs(Sequence[TokenizedPair]):
         return shortest
 
     def _stretches(self, name: str) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int64]]]:
-        """Yield a column a stretch of rows at a time: all their tokens, and where each row's end, 0 before them.
+        """Yield a column a stretch of rows at a time: all their tokens, and where each row's end, 0 before them."""
+        for batch in self._batches():
+            column = batch.column(name)
+            yield column.flatten().to_numpy(), _ends_of(column)
 
-        They are read and let go of: of what is mapped, all that was looked at would count as this process's memory.
+    def _each(self, make: Callable[[pa.RecordBatch], NDArray[Any]]) -> NDArray[Any]:
+        """Return what is made of every stretch of rows, one after the other; it must not be a view."""
+        return np.concatenate([make(batch) for batch in self._batches()])
+
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        """Read all pairs a stretch of rows at a time.
+
+        They are read and let go of: of what is mapped, all that was looked at, and more around it, would count as
+        this process's memory.
         """
         for file in self._files:
             with pa.OSFile(str(file)) as source, pa.ipc.open_stream(source) as batches:
-                for batch in batches:
-                    column = batch.column(name)
-                    yield column.flatten().to_numpy(), _ends_of(column)
+                yield from batches
 
     def num_tokens(self) -> int:
         """Return the tokens of all sequences, each prompt counted with both of its responses."""
@@ -286,8 +305,8 @@ class PreparedPairs(Sequence[TokenizedPair]):
     def _ranks(self, seed: int) -> Iterator[int]:
         """Yield each pair's place in the order by which prompts are held out."""
         salt = str(seed).encode()
-        for chunk in self._table.column("prompt_key").chunks:
-            for key in chunk.to_pylist():
+        for batch in self._batches():
+            for key in batch.column("prompt_key").to_pylist():
                 yield int.from_bytes(hashlib.blake2b(key, key=salt, digest_size=8).digest(), "big")
 
 
