@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import numpy as np
-
 from dpo_cli.data.comparison import Found
+from dpo_cli.data.encode import common_beginning
 from dpo_cli.data.prepared import PreparedPairs
 from dpo_cli.data.records import Tokens
 from dpo_cli.data.report import EXAMPLES, Example
@@ -46,7 +45,7 @@ class Excerpts:
         if not self._tokenizer:
             return {}
         pair = self._pairs[index]
-        parting = max(0, _first_difference(pair.chosen, pair.rejected) - _TOKENS_BEFORE)
+        parting = max(0, common_beginning(pair.chosen, pair.rejected) - _TOKENS_BEFORE)
         # What all prompts begin with says nothing of this one.
         opening = min(self._pairs.sizes.opening, len(pair.prompt) - 1)
         parts = {
@@ -76,12 +75,6 @@ class Excerpts:
 
     def _decode(self, tokens: Tokens) -> str:
         return str(self._tokenizer.decode(tokens.tolist()))
-
-
-def _first_difference(one: Tokens, other: Tokens) -> int:
-    """Return the first place at which two sequences differ."""
-    shared = min(len(one), len(other))
-    return int(np.append(one[:shared] != other[:shared], True).argmax())
 
 
 def _with_dots(text: str, *, before: bool, after: bool) -> str:
