@@ -163,7 +163,8 @@ def _build(
     needed = np.union1d(plan.trained_on(), data.held_out)
     with console.progress("reference log-probabilities", len(needed)) as progress:
         passes = without_gradient(batches)
-        work = ReferenceWork(other, policy, accelerator, needed, passes, progress, data.held_out)
+        digest = stands_on.get("reference", stands_on["model"])
+        work = ReferenceWork(other, policy, accelerator, needed, passes, progress, data.held_out, digest)
         reference = config.reference.open(work)
     # A cached reference needs its model no more.
     del other, work, models[1:]

@@ -21,12 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_cli.errors import from_os_error
-from dpo_cli.modeling.loading import weights_digest
 from dpo_cli.storage import cache_root, file_digest, text_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from transformers import PreTrainedModel
 
     from dpo_cli.data.prepared import PreparedPairs
     from dpo_cli.modeling.batch import PairBatch
@@ -45,9 +43,14 @@ Entry = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Token log-probabilities of a pair's chosen and rejected response."""
 
 
-def reference_identity(model: PreTrainedModel, accelerator: Accelerator) -> str:
-    """Return a digest of everything but the pair that decides a reference log-probability."""
-    return text_digest(_VERSION, weights_digest(model), accelerator.mixed_precision, accelerator.device.type)
+def reference_identity(digest: str, accelerator: Accelerator) -> str:
+    """Return a digest of everything but the pair that decides a reference log-probability.
+
+    Args:
+        digest: What `weights_digest` says of the reference.
+        accelerator: Decides device and precision.
+    """
+    return text_digest(_VERSION, digest, accelerator.mixed_precision, accelerator.device.type)
 
 
 class ReferenceCache:

@@ -63,6 +63,7 @@ class ReferenceWork:
         batches: Cuts the run's pairs into micro-batches and lays them out.
         progress: Called with pairs done and pairs in all.
         held_out: Indices of the pairs that evaluations will ask for, ascending.
+        digest: What `weights_digest` says of `model`, where that is known already.
     """
 
     model: PreTrainedModel
@@ -72,6 +73,7 @@ class ReferenceWork:
     batches: Batches
     progress: Callable[[int, int], None]
     held_out: NDArray[np.int64] | None = None
+    digest: str | None = None
 
 
 class Cached(Settings):
@@ -86,11 +88,7 @@ class Cached(Settings):
 
     def open(self, work: ReferenceWork) -> OpenReference:
         """Look up what the cache has of the pairs, compute and keep the rest."""
-        from dpo_cli.preference.cache import ReferenceCache, reference_identity
-
-        cache = ReferenceCache(reference_identity(work.model, work.accelerator))
-        cache.complete(work, _scoring(work.model, work.accelerator))
-        return OpenReference(cache.lookup(work.batches.pairs, work.accelerator.device))
+        return OpenReference(_from_cache(work, _scoring(work.model, work.accelerator)))
 
 
 class Frozen(Settings):
@@ -131,8 +129,6 @@ class Synced(Settings):
         """Clone the policy, or take the other model, and let it follow."""
         import torch
 
-        from dpo_cli.preference.cache import ReferenceCache, reference_identity
-
         model, policy = _beside(work), work.policy
         logps = _scoring(model, work.accelerator)
         if policy is None:
@@ -140,9 +136,7 @@ class Synced(Settings):
         _refuse_other_shapes(model, policy)
         beginning = None
         if work.held_out is not None and len(work.held_out):
-            cache = ReferenceCache(reference_identity(model, work.accelerator))
-            cache.complete(dataclasses.replace(work, needed=work.held_out), logps)
-            beginning = cache.lookup(work.batches.pairs, work.accelerator.device)
+            beginning = _from_cache(dataclasses.replace(work, needed=work.held_out), logps)
 
         @torch.no_grad()
         def after_step(step: int) -> None:
@@ -205,6 +199,16 @@ def reference_model(name: str | None, policy: PreTrainedModel) -> PreTrainedMode
         what = f"the reference model has a vocabulary of {theirs}, the policy of {ours}"
         raise UserError(what, f"`reference.model: {name}`", "choose a reference with the same tokenizer")
     return model.to(policy.device)
+
+
+def _from_cache(work: ReferenceWork, score: ReferenceLogps) -> ReferenceLogps:
+    """Look up what the cache has of the needed pairs, compute and keep the rest."""
+    from dpo_cli.modeling.loading import weights_digest
+    from dpo_cli.preference.cache import ReferenceCache, reference_identity
+
+    cache = ReferenceCache(reference_identity(work.digest or weights_digest(work.model), work.accelerator))
+    cache.complete(work, score)
+    return cache.lookup(work.batches.pairs, work.accelerator.device)
 
 
 def _scoring(model: PreTrainedModel, accelerator: Accelerator) -> ReferenceLogps:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import LAYOUTS, Batches, Padded
-from dpo_cli.modeling.loading import load_policy
+from dpo_cli.modeling.loading import load_policy, weights_digest
 from dpo_cli.preference import cache
 from dpo_cli.preference.losses import CPO
 from dpo_cli.preference.reference import Cached, Frozen, ReferenceWork, Synced, reference_model
@@ -148,15 +148,15 @@ def test_another_model_another_row_another_precision_miss(
     tiny_llama, pairs, tmp_path, pairs_file, tokenizer, demo_rows
 ):
     model, accelerator = load_policy(str(tiny_llama)), Accelerator(cpu=True)
-    identity = cache.reference_identity(model, accelerator)
+    identity = cache.reference_identity(weights_digest(model), accelerator)
     with torch.no_grad():
         model.get_input_embeddings().weight[3, 3] += 1e-6
-    assert cache.reference_identity(model, accelerator) != identity
+    assert cache.reference_identity(weights_digest(model), accelerator) != identity
     model = load_policy(str(tiny_llama))
     model.config.rms_norm_eps *= 2
-    assert cache.reference_identity(model, accelerator) != identity
+    assert cache.reference_identity(weights_digest(model), accelerator) != identity
     accelerator.state._mixed_precision = "bf16"
-    assert cache.reference_identity(load_policy(str(tiny_llama)), accelerator) != identity
+    assert cache.reference_identity(weights_digest(load_policy(str(tiny_llama))), accelerator) != identity
     accelerator.state._mixed_precision = "no"
 
     keys = pairs.keys()
