@@ -1,0 +1,253 @@
+"""Runs of the program by the thousand: a process that has imported everything forks one for each.
+
+Importing torch and transformers takes seconds, a run of the tiny model tenths. What is forked from here has never
+run a backward pass, which torch would not survive, and ends without a word to its parent's exit handlers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+_POLL_SECONDS = 0.005
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: its exit status, or minus the signal that killed it, and all that it said."""
+
+    status: int
+    said: str
+
+
+class Running:
+    """A run under way.
+
+    Args:
+        zygote: What forked it.
+        pid: Its process.
+        output: The file that takes what it says on both streams.
+    """
+
+    def __init__(self, zygote: Zygote, pid: int, output: Path) -> None:
+        self._zygote, self.pid, self._output = zygote, pid, output
+
+    @property
+    def said(self) -> str:
+        """What it has said so far."""
+        return self._output.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._zygote.status(self.pid) is None
+
+    def until(self, text: str, timeout: float = 60) -> None:
+        """Wait until it has said something.
+
+        Raises:
+            TimeoutError: It does not, or ends before.
+        """
+        deadline = time.monotonic() + timeout
+        while text not in self.said:
+            if not self.runs and text not in self.said:
+                raise TimeoutError(f"ended without saying {text!r}:\n{self.said}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"has not said {text!r}:\n{self.said}")
+            time.sleep(_POLL_SECONDS)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if it still runs."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 120) -> Ended:
+        """Wait for its end.
+
+        Raises:
+            TimeoutError: It goes on for longer; it is killed then.
+        """
+        deadline = time.monotonic() + timeout
+        while (status := self._zygote.status(self.pid)) is None:
+            if time.monotonic() > deadline:
+                self.send(signal.SIGKILL)
+                raise TimeoutError(f"still running after {timeout:.0f} s:\n{self.said}")
+            time.sleep(_POLL_SECONDS)
+        return Ended(status, self.said)
+
+
+class Zygote:
+    """The client's end: starts the process that forks, and asks it.
+
+    Args:
+        folder: Where the output of the runs is kept.
+        env: Environment variables of all runs.
+    """
+
+    def __init__(self, folder: Path, env: Mapping[str, str] | None = None) -> None:
+        ours, theirs = socket.socketpair()
+        surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+        command = [sys.executable, "-m", "tests.faults.zygote", str(theirs.fileno())]
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, env=surroundings)
+        theirs.close()
+        self._socket = ours
+        self._folder, self._count = folder, 0
+        self._statuses: dict[int, int] = {}
+        self._pid: int | None = None
+
+    def start(
+        self,
+        *arguments: object,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        fault: tuple[str, Mapping[str, Any]] | None = None,
+    ) -> Running:
+        """Start `dpo` with some arguments.
+
+        Args:
+            arguments: Those of the command line.
+            env: More environment variables.
+            cwd: The folder that it runs in.
+            fault: A function as `module:name` and its keyword arguments, called in the new process before the
+                command runs: it arranges for something to go wrong.
+        """
+        self._count += 1
+        output = self._folder / f"run-{self._count}.txt"
+        request = {
+            "arguments": list(map(str, arguments)),
+            "env": dict(env or {}),
+            "cwd": str(cwd or ROOT),
+            "output": str(output),
+            "fault": fault,
+        }
+        output.touch()
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        while self._pid is None:
+            self._read()
+        pid, self._pid = self._pid, None
+        return Running(self, pid, output)
+
+    def run(self, *arguments: object, timeout: float = 120, **more: Any) -> Ended:
+        """Run `dpo` to its end."""
+        return self.start(*arguments, **more).wait(timeout)
+
+    def status(self, pid: int) -> int | None:
+        """Return how a run ended, or None."""
+        while pid not in self._statuses and select.select([self._socket], [], [], 0)[0]:
+            self._read()
+        return self._statuses.get(pid)
+
+    def close(self) -> None:
+        """End the process that forks; runs under way are killed."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._process.wait(timeout=30)
+
+    def _read(self) -> None:
+        """Take one answer: the process that was forked, or one that ended."""
+        # One line at a time, so that nothing waits in a buffer that `select` does not see.
+        line = b""
+        while not line.endswith(b"\n"):
+            found = self._socket.recv(1)
+            if not found:
+                raise ConnectionError("the zygote is gone")
+            line += found
+        answer = json.loads(line)
+        if "status" in answer:
+            self._statuses[answer["pid"]] = answer["status"]
+        else:
+            self._pid = answer["pid"]
+
+
+def _serve(connection: socket.socket) -> None:
+    """Fork for every line that comes in; say who was forked and who ended."""
+    waiting, running = b"", set()
+    while True:
+        if select.select([connection], [], [], _POLL_SECONDS)[0]:
+            found = connection.recv(1 << 16)
+            if not found:
+                break
+            waiting += found
+            while b"\n" in waiting:
+                line, waiting = waiting.split(b"\n", 1)
+                pid = os.fork()
+                if not pid:
+                    connection.close()
+                    _run(json.loads(line))
+                running.add(pid)
+                connection.sendall(json.dumps({"pid": pid}).encode() + b"\n")
+        for pid in list(running):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                running.remove(pid)
+                answer = {"pid": pid, "status": os.waitstatus_to_exitcode(status)}
+                connection.sendall(json.dumps(answer).encode() + b"\n")
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _run(request: dict[str, Any]) -> None:
+    """Be one run of the program, and end with its exit status."""
+    from dpo_cli.cli import app
+
+    status = 1
+    try:
+        os.chdir(request["cwd"])
+        os.environ.update(request["env"])
+        output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        sys.argv = ["dpo", *request["arguments"]]
+        if request["fault"]:
+            where, keywords = request["fault"]
+            module, _, name = where.partition(":")
+            getattr(importlib.import_module(module), name)(**keywords)
+        app(request["arguments"])
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(bool(end.code))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _import_everything() -> None:
+    """Import what a run imports, so that every fork finds it there."""
+    import pkgutil
+
+    import dpo_cli
+
+    for module in pkgutil.walk_packages(dpo_cli.__path__, "dpo_cli."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for name in ("accelerate", "torch", "transformers", "safetensors.torch", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(name)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve the socket whose descriptor is the first argument."""
+    _import_everything()
+    _serve(socket.socket(fileno=int(arguments[0])))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
