@@ -127,6 +127,8 @@ class TrainingSettings(Settings):
     """With skip, how many steps a run may skip; one more stops it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third slower."""
+    rank_timeout: float | None = Field(300, ge=1)
+    """With several processes, seconds after which one that is silent, or hangs in a step, is given up; null: never."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Decides the order of the pairs and which are held out."""
 

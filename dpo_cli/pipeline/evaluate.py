@@ -45,14 +45,23 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     scored = model or str(RunFolder(Path(config.output_dir)).final)
     raise_all(_check(config, scored, model, data, json_file))
     console.notice("loading …")
+    from dpo_cli.training.ranks import watched
 
+    accelerator = setup.start_accelerator(config)
+    with watched(accelerator, config.training.rank_timeout):
+        _score(config, console, accelerator, scored, data, json_file)
+
+
+def _score(
+    config: Config, console: Console, accelerator: Accelerator, scored: str, data: str | None, json_file: Path | None
+) -> None:
+    """Score what was named, and show and write what was found."""
     from dpo_cli.evaluation.evaluate import evaluate as score
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import load_policy
     from dpo_cli.modeling.scorer import Scorer
     from dpo_cli.training.checks import check_columns, check_fits
 
-    accelerator = setup.start_accelerator(config)
     with accelerator.main_process_first():
         _, tokenize = setup.load_tokenizer(config, config.model.name)
         pairs, held_out, source = _held_out(config, data, tokenize, console)
