@@ -90,7 +90,7 @@ def problem_of_rows(rows: pa.RecordBatch) -> str:
     gaps = [rows.column(name) for name in ("chosen_gaps", "rejected_gaps")]
     if any(column.null_count for column in (*rows.columns, *(column.flatten() for column in (*tokens, *gaps)))):
         return "values are missing"
-    if any((_counts_of(column) < 1).any() or (column.flatten().to_numpy() < 0).any() for column in tokens):
+    if any((_counts_of(column) < 1).any() or column.flatten().to_numpy().min(initial=0) < 0 for column in tokens):
         return "there are texts without tokens, or tokens below 0"
     if not all(map(_are_within, gaps, tokens[1:])):
         return "what is not judged of a response lies outside of it"

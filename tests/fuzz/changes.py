@@ -150,7 +150,7 @@ class Damage:
             path.write_bytes(_spoiled(path, change))
         if self.sealed:
             for manifest in sorted(folder.rglob(MANIFEST)):
-                _seal_again(manifest)
+                seal_again(manifest)
 
 
 DAMAGES = st.builds(Damage, st.lists(st.tuples(st.integers(0, 40), CHANGES), min_size=1, max_size=2), st.booleans())
@@ -174,7 +174,7 @@ def _spoiled(path: Path, change: Change) -> bytes:
     return change.to_bytes(data)
 
 
-def _seal_again(manifest: Path) -> None:
+def seal_again(manifest: Path) -> None:
     """Make a manifest fit what stands beside it, if it is one still."""
     try:
         facts = json.loads(manifest.read_bytes())

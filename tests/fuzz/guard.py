@@ -39,6 +39,9 @@ _REFUSED = frozenset(
 )
 """Events that no file may cause, whatever is in it."""
 
+_ASKED_OF_GIT = ["git", "rev-parse", "HEAD"]
+"""What a run notes of the folder that it was started in."""
+
 _INSTALLATION = tuple(str(Path(name).resolve()) for name in (sys.prefix, sys.base_prefix, Path(__file__).parents[2]))
 """Where what is imported is read from, and what every file may be read from in passing."""
 
@@ -52,7 +55,7 @@ class _Watch:
 
     def see(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Raise if an event of Python's audit is not allowed."""
-        if event in _REFUSED:
+        if event in _REFUSED and _ASKED_OF_GIT not in arguments:
             raise Forbidden(f"{event} {arguments!r:.200}")
         if event == "open":
             name, _, flags = arguments

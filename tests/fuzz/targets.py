@@ -263,35 +263,41 @@ def read_prepared(damage: Damage, folder: Path) -> None:
 
 def read_run_folder(damage: Damage, folder: Path) -> None:
     """What a run left beside its checkpoints is taken up again, or is not a run to go on with."""
-    from dpo_cli.reporting.trackers import MetricsLog
-    from dpo_cli.training.run_folder import RunFolder, RunState
-
-    run = RunFolder(folder / "run")
-    run.path.mkdir()
+    run = folder / "run"
+    run.mkdir()
     for path in parts.stopped_run().joinpath("run").iterdir():
         if path.is_file():
-            shutil.copy(path, run.path)
-    damage.to(run.path)
+            shutil.copy(path, run)
+    damage.to(run)
+    take_up(folder)
+
+
+def take_up(folder: Path) -> None:
+    """Read what a run left in a folder beside its checkpoints, as it is read before the run goes on."""
+    from dpo_cli.reporting.trackers import MetricsLog
+    from dpo_cli.training.run_folder import RunFolder
+
+    run = RunFolder(folder / "run")
     if problem := run.check(resume=True, overwrite=False):
         raise problem
     run.check_unchanged(parts.run_config(folder).model_dump(mode="json"))
     run.recorded("training.micro_batch_tokens")
-    if run.state() is RunState.FINISHED:
-        run.check_final()
     with contextlib.closing(MetricsLog(run.metrics, 3)) as log:
         log.append({"split": "train", "step": 4, "loss": 0.5})
         log.last("eval")
-    rows = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    assert all(row["step"] <= 4 for row in rows)
+    found = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+    assert all(row["step"] <= 4 for row in found)
 
 
 def resume_run(damage: Damage, folder: Path) -> None:
     """A run goes on from what an interrupted one left, its cache included, or says why not."""
     shutil.copytree(parts.stopped_run(), folder, dirs_exist_ok=True)
     damage.to(folder)
-    for file in folder.glob("cache/reference/*/*.arrow"):
-        if damage.sealed:
-            file.rename(file.with_name(f"{hashlib.sha256(file.read_bytes()).hexdigest()}.arrow"))
+    go_on_in(folder)
+
+
+def go_on_in(folder: Path) -> None:
+    """Let the run in a folder go on to its end."""
     with parts.cache_in(folder / "cache"):
         parts.resume(folder)
     assert verify(folder / "run" / "final")
@@ -325,30 +331,30 @@ def load_gguf(content: bytes | Change, folder: Path) -> None:
 _BYTES = st.binary(max_size=200)
 
 TARGETS = {
-    "configurations": Target(configurations.FILES_AND_OVERRIDES, read_configuration, 200, (parts.rooms,)),
+    "configurations": Target(configurations.FILES_AND_OVERRIDES, read_configuration, 150, (parts.rooms,)),
     "sources": Target(
         st.tuples(configurations.NAMES, st.sampled_from(WORDS), DAMAGES),
         read_source,
-        150,
+        100,
         (parts.rooms,),
         reads_elsewhere=False,
     ),
     "data files": Target(
         st.tuples(st.sampled_from(sorted(READERS)), _BYTES | CHANGES_OF_BYTES), read_data_file, 500, (_whole_files,)
     ),
-    "rows": Target(st.tuples(rows.SHAPES, rows.PARTS), read_row, 500, (parts.rooms,)),
+    "rows": Target(st.tuples(rows.SHAPES, rows.PARTS), read_row, 300, (parts.rooms,)),
     "files of pairs": Target(
         st.tuples(st.just("auto") | rows.SHAPES, rows.SHAPES, st.lists(rows.PARTS, max_size=4)),
         read_pairs_file,
-        100,
+        60,
         (parts.rooms, parts.tokenizer),
     ),
     "chat templates": Target(TEMPLATES, write_by_template, 150, (parts.rooms, parts.tokenizer)),
     "manifests": Target(_BYTES | CHANGES, read_manifest_of, 400, reads_elsewhere=False),
     "prepared folders": Target(DAMAGES, read_prepared, 50, (parts.prepared,)),
-    "run folders": Target(DAMAGES, read_run_folder, 120, (parts.stopped_run,)),
-    "runs to be resumed": Target(DAMAGES, resume_run, 10, (parts.stopped_run,)),
-    "model folders": Target(DAMAGES, load_model, 25, (parts.rooms, parts.model)),
+    "run folders": Target(DAMAGES, read_run_folder, 80, (parts.stopped_run,)),
+    "runs to be resumed": Target(DAMAGES, resume_run, 6, (parts.stopped_run,)),
+    "model folders": Target(DAMAGES, load_model, 20, (parts.rooms, parts.model)),
     "GGUF files": Target(
         _BYTES.map(lambda data: b"GGUF" + data) | CHANGES_OF_BYTES, load_gguf, 25, (parts.rooms, parts.gguf)
     ),
