@@ -105,6 +105,15 @@ def test_a_run_that_fails_ends_with_one_and_a_wrong_command_with_two(zygote, wri
     assert (wrong.status, "hint:" in wrong.said) == (2, True), wrong.said
 
 
+def test_what_the_page_says_that_one_sees_is_what_the_program_says():
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "dpo_cli").rglob("*.py"))
+    table = PAGE[PAGE.index("| what you see |") :]
+    quoted = re.findall(r"^\| `([^`]+)`", table, re.M)
+    assert len(quoted) >= 8
+    for words in quoted:
+        assert words in source
+
+
 # Scripts
 
 

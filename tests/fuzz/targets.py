@@ -1,7 +1,7 @@
 """Whatever reads what others wrote: any input gives a result or a `UserError`, soon, and leaves all else alone.
 
 `make test` tries a few inputs of each target, the same ones every time (`test_fuzz.py`); `make fuzz` searches for
-longer, led by what each input reaches (`__main__.py`).
+longer, led by what each input reaches (`__main__.py`). What it finds becomes a case of its own (`test_made_up.py`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ class Target:
         num_tried: How many inputs `make test` tries.
         parts: Make what it changes or needs, before it is watched.
         reads_elsewhere: Whether files elsewhere may be read.
-        found: Inputs that once broke it.
     """
 
     inputs: st.SearchStrategy[Any]
@@ -56,7 +55,6 @@ class Target:
     num_tried: int
     parts: tuple[Callable[[], object], ...] = ()
     reads_elsewhere: bool = True
-    found: tuple[Any, ...] = ()
 
 
 def check(target: Target, value: Any) -> None:
