@@ -25,6 +25,7 @@ FLOORS = {
     "data": 0,
     "errors": 0,
     "interrupts": 0,
+    "plain_yaml": 0,
     "settings": 0,
     "storage": 0,
 }
