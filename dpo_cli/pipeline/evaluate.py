@@ -67,7 +67,7 @@ def _score(
         pairs, held_out, source = _held_out(config, data, tokenize, console)
     check_columns(pairs, config.objective)
     reference, asked = _open_reference(config, pairs, held_out, accelerator, console)
-    policy = load_policy(scored).to(accelerator.device)
+    policy = load_policy(scored, config.model.trust).to(accelerator.device)
     check_fits(pairs, policy, scored)
     layout = choose_layout(config, [policy], pairs, held_out, accelerator, console, trained=False)
     if asked is not None and layout is not asked:
@@ -103,7 +103,7 @@ def _check(config: Config, scored: str, model: str | None, data: str | None, jso
     if model is None and not Path(scored).is_dir():
         hint = "train first, or name a model with --model"
         problems.append(UserError("the run has no trained model yet", scored, hint))
-    elif problem := check_model(scored, "--model"):
+    elif problem := check_model(scored, "--model", config.model.trust):
         problems.append(problem)
     elif (Path(scored) / MANIFEST).is_file():
         try:
@@ -134,9 +134,9 @@ def _open_reference(
 
     if isinstance(config.reference, NoReference):
         return config.reference.open(), None
-    base = load_policy(config.model.name).to(accelerator.device)
+    base = load_policy(config.model.name, config.model.trust).to(accelerator.device)
     check_fits(pairs, base, "`model.name`")
-    base = reference_model(config.reference.model, base)
+    base = reference_model(config.reference.model, base, config.model.trust)
     layout = choose_layout(config, [base], pairs, held_out, accelerator, console, trained=False)
     batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, base, accelerator), accelerator.device))
     with console.progress("reference log-probabilities", len(held_out)) as progress:

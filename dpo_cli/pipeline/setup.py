@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]:
     """Find what the configuration names and is not there, before anything slow is imported."""
-    problems = [check_model(config.model.name, "`model.name`")]
+    problems = [check_model(config.model.name, "`model.name`", config.model.trust)]
     if config.reference.model is not None:
-        problems.append(check_model(config.reference.model, "`reference.model`"))
+        problems.append(check_model(config.reference.model, "`reference.model`", config.model.trust))
     template = config.model.chat_template
     if template is not None and template != "plain" and not _is_file(template):
         hint = "name a Jinja file, `plain`, or null for the tokenizer's own"
@@ -125,7 +125,7 @@ def load_tokenizer(config: Config, name: str) -> tuple[Any, PairTokenizer]:
     from dpo_cli.data.tokenize import PairTokenizer, read_template
     from dpo_cli.modeling import loading
 
-    tokenizer = loading.load_tokenizer(name)
+    tokenizer = loading.load_tokenizer(name, config.model.trust)
     template = read_template(config.model.chat_template)
     tokenize = PairTokenizer(
         tokenizer,

@@ -90,7 +90,8 @@ def _run(
         tokenizer, tokenize = setup.load_tokenizer(config, config.model.name)
         data = setup.run_data(config, tokenize, console)
     plan, program_bytes = make_plan(config, data), resident_bytes()
-    policy = empty_policy(config.model.name) if dry_run else load_policy(config.model.name).to(accelerator.device)
+    name, trust = config.model.name, config.model.trust
+    policy = empty_policy(name, trust) if dry_run else load_policy(name, trust).to(accelerator.device)
     console.facts(header(config, folder, accelerator, data, plan, policy))
     check_fits(data.pairs, policy, "`model.name`")
     for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
@@ -103,7 +104,7 @@ def _run(
         print_plan(config, data, plan, batches, memory, policy.num_parameters(), console)
         show_check(check(config, data, tokenizer), console)
         return
-    models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy)]))
+    models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy, trust)]))
     resumed = folder.recorded("training.micro_batch_tokens") if resume else None
     config, batches = settle_passes(config, models, data, plan, accelerator, program_bytes, console, resumed)
     _check_logps(policy, plan, batches, accelerator, console)
