@@ -21,7 +21,7 @@ from dpo_cli.training.run_folder import RESOLVED, RunFolder
 from tests.faults.conftest import FULL
 
 DECIDES = {
-    "model.name", "model.dtype", "model.chat_template",
+    "model.name", "model.dtype", "model.chat_template", "model.allow_pickle", "model.trust_remote_code",
     "data.train", "data.eval", "data.format", "data.on_bad_row", "data.max_length", "data.on_too_long",
     "data.min_response", "data.turns", "data.ranked", "data.drop",
     "training.epochs", "training.max_steps", "training.pairs_per_step", "training.shuffle", "training.optimizer",
