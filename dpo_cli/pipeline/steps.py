@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -63,8 +62,8 @@ def walk(run: Run, progress: Progress, done: int) -> None:
             figures = log.last("eval")
             _save_final(run, figures)
             _summary(run, figures, time.monotonic() - started)
-    except UserError:
-        # The last checkpoint may still be on its way to the disk.
+    except (UserError, RuntimeError):
+        # The last checkpoint may still be on its way to the disk; what ranks exchange may have broken off.
         with contextlib.suppress(UserError):
             writer.finish()
         raise
@@ -140,7 +139,8 @@ def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, resu
     if stop:
         writer.finish()
         run.console.notice(f"stopped after step {step}; saved {path}")
-        raise Interrupted(run.signals.received or signal.SIGTERM)
+        asked = [number for number in gather_object([run.signals.received]) if number]
+        raise Interrupted(asked[0])
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -265,12 +265,7 @@ def test_one_that_is_told_to_stop_while_loading_takes_the_others_with_it(runs, l
     ledger.record("a rank told to stop while loading")
 
 
-OTHERS_SAY_TERMINATED = pytest.mark.xfail(strict=True, reason="the other ranks exit as if SIGTERM had come: 143")
-SIGNALS = [
-    (signal.SIGTERM, 143),
-    pytest.param(signal.SIGINT, 130, marks=OTHERS_SAY_TERMINATED),
-    pytest.param(signal.SIGUSR1, 138, marks=OTHERS_SAY_TERMINATED),
-]
+SIGNALS = [(signal.SIGUSR1, 138), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
 
 
 @pytest.mark.parametrize(("number", "status"), SIGNALS if FULL else SIGNALS[:1])

@@ -240,7 +240,7 @@ def _import_everything() -> None:
     for module in pkgutil.walk_packages(dpo_cli.__path__, "dpo_cli."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    for name in ("accelerate", "torch", "transformers", "safetensors.torch", "transformers.models.llama.modeling_llama"):
+    for name in ("accelerate", "transformers", "safetensors.torch", "transformers.models.llama.modeling_llama"):
         importlib.import_module(name)
 
 
