@@ -525,8 +525,20 @@ MODEL_CASES = {
         file("model/config.json", '{"model_type": "t5", "vocab_size": 400}'), TRAIN, 2, r"cannot be loaded", r"causal"
     ),
     "weights that are not finite": Case(weights_of_nan, TRAIN, 2, r"nan|NaN|not finite", r"weights"),
-    "code in pickled weights": Case(pickled_weights, TRAIN, 2, r"cannot be loaded", r"damaged|safetensors"),
-    "code in zipped pickled weights": Case(zipped_pickled_weights, TRAIN, 2, r"cannot be loaded", r"damaged|safet"),
+    "pickled weights": Case(pickled_weights, TRAIN, 2, r"weights of `model` are pickled", r"model.allow_pickle"),
+    "code in pickled weights": Case(
+        pickled_weights, f"{TRAIN} model.allow_pickle=true", 2, r"hold more than tensors|damaged", r"safetensors"
+    ),
+    "code in zipped pickled weights": Case(
+        zipped_pickled_weights, f"{TRAIN} model.allow_pickle=true", 2, r"hold more than tensors", r"safetensors"
+    ),
+    "an adapter for a model": Case(file("model/adapter_config.json", "{}"), TRAIN, 2, r"is an adapter", r"merge"),
+    "config.json of a billion layers": Case(
+        lambda project: project.model(num_hidden_layers=10**9), TRAIN, 2, r"`num_hidden_layers` to more", r"damaged"
+    ),
+    "config.json of a million million numbers": Case(
+        lambda project: project.model(intermediate_size=10**12), TRAIN, 2, r"asks for [\d,]+ numb", r"another model's"
+    ),
     "code in the model folder": Case(code_in_the_model_folder, TRAIN, 2, r"cannot be loaded.*code", r"never run"),
     "weights unreadable": Case(unreadable("model/model.safetensors"), TRAIN, 2, r"cannot be loaded", r"damaged|read"),
     "tokenizer missing": Case(
