@@ -16,7 +16,7 @@ from dpo_cli.storage import MANIFEST
 from dpo_cli.training.run_folder import RESOLVED
 from tests.fuzz import parts
 from tests.fuzz.changes import seal_again
-from tests.fuzz.targets import Target, check, go_on_in, read_manifest_of, take_up
+from tests.fuzz.targets import TARGETS, Target, check, go_on_in, read_manifest_of, take_up
 
 unmended = pytest.mark.xfail(strict=True, reason="not mended yet: what stands there is believed")
 
@@ -90,3 +90,18 @@ def test_a_checkpoint_s_state_may_say_anything(name, value):
         seal_again(state.with_name(MANIFEST))
 
     check_run(spoil, go_on_in)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        pytest.param("model=!!timestamp x", marks=unmended),
+        "loss.beta=!!float x",
+        "training=!!python/name:os.system",
+        "data.train=!!binary x",
+        "loss=[&a [*a]]",
+        f"training.epochs={'[' * 5000}",
+    ],
+)
+def test_an_override_may_be_any_text(override):
+    check(TARGETS["configurations"], (b"model: a/b\n", [override]))
