@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch.optim import AdamW
+from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.modeling.scorer import Scorer
 
@@ -40,6 +41,17 @@ _FULL = {"ENOSPC", "EDQUOT"}
 def largest_file(num_bytes: int) -> None:
     """Refuse files that would become larger: how a disk fills up for one process, whatever writes to it."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def full_for_tokenizer() -> None:
+    """Let the disk be full while a tokenizer is saved, which its library does in a way of its own."""
+    save = PreTrainedTokenizerBase.save_pretrained
+
+    def saved(self: PreTrainedTokenizerBase, *arguments: Any, **keywords: Any) -> Any:
+        largest_file(4096)
+        return save(self, *arguments, **keywords)
+
+    PreTrainedTokenizerBase.save_pretrained = saved
 
 
 def refuse(part: str, code: str, from_step: int = 0) -> None:

@@ -97,6 +97,12 @@ def test_files_of_a_limited_size_stop_the_run_or_suffice(tmp_path, whole, ledger
         require_same(trial, whole)
 
 
+def test_a_disk_that_is_full_when_the_tokenizer_is_saved_stops_the_run(tmp_path, whole, ledger):
+    trial = whole.with_cache_only(tmp_path / "t")
+    with judged(ledger, "disk: checkpoint refused"):
+        require_stopped(trial, whole, "(?i)saving a checkpoint failed: .*file too large", ("full_for_tokenizer", {}))
+
+
 def space_of(trial: Trial) -> int:
     """Return what a trial's files take, in bytes, a page at least each."""
     return sum(-(-path.stat().st_size // 4096) * 4096 for path in trial.folder.rglob("*"))
@@ -211,7 +217,7 @@ def test_a_slow_disk_only_takes_longer(tmp_path, whole, ledger):
         require_same(trial, whole)
 
 
-@pytest.mark.parametrize("number", range(1, 121) if FULL else [20])
+@pytest.mark.parametrize("number", range(1, 71) if FULL else [20])
 def test_a_disk_that_does_not_keep_what_is_written_stops_the_run(tmp_path, whole, ledger, number):
     """A flush that fails, whichever it is."""
     trial = whole.another(tmp_path / "t")
