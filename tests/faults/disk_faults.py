@@ -33,6 +33,9 @@ _PATHS_OF = {
 }
 """Where the arguments of what changes a disk hold a path, and the descriptor of the folder that it is relative to."""
 
+REACHED, OPEN = "reached", "open"
+"""What stands in the folder of a gate."""
+
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _REMOVING = {"os.remove", "os.rmdir"}
 _FULL = {"ENOSPC", "EDQUOT"}
@@ -126,14 +129,19 @@ def removed(path: str, step: int) -> None:
     _after_step(step, remove)
 
 
+def held_at_flush(part: str, gate: str) -> None:
+    """Stand still where a file or folder is to be kept whose path holds a text."""
+    _on_flushes(part, lambda: _stand(Path(gate)))
+
+
+def held_at_step(step: int, gate: str) -> None:
+    """Stand still after a step."""
+    _after_step(step, lambda optimizer: _stand(Path(gate)))
+
+
 def signalled(name: str, step: int) -> None:
     """Send this process a signal after a step."""
     _after_step(step, lambda optimizer: os.kill(os.getpid(), getattr(signal, name)))
-
-
-def slow_steps(seconds: float) -> None:
-    """Let every step take its time."""
-    _after_step(None, lambda optimizer: time.sleep(seconds))
 
 
 def spoilt_weight(value: str, step: int) -> None:
@@ -162,6 +170,13 @@ def spoilt_gradient(value: str, step: int) -> None:
         return answer
 
     _on_passes(spoil)
+
+
+def _stand(gate: Path) -> None:
+    """Say that the gate is reached, and wait until it is open."""
+    (gate / REACHED).touch()
+    while not (gate / OPEN).exists():
+        time.sleep(0.01)
 
 
 def _on_flushes(part: str, act: Callable[[], object]) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 
 from dpo_cli.storage import DamagedFolder, verify
 from tests.conftest import make_config, read_metrics, without_clock, write_rows
+from tests.faults.disk_faults import OPEN, REACHED
 from tests.faults.ledger import Ledger, Outcome
 from tests.faults.zygote import Ended, Running, Zygote
 
@@ -114,6 +116,45 @@ class Trial:
     def with_cache_only(self, folder: Path) -> Trial:
         """Return a trial elsewhere that finds everything prepared."""
         return self.another(folder, "cache")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A place at which a run stands still until it may go on.
+
+    Attributes:
+        folder: A folder by which the run and the test tell each other.
+    """
+
+    folder: Path
+
+    def at_flush(self, part: str) -> Fault:
+        """Return the fault that stops a run where it keeps a file whose path holds a text."""
+        return self._fault("held_at_flush", part=part)
+
+    def at_step(self, step: int) -> Fault:
+        """Return the fault that stops a run after a step."""
+        return self._fault("held_at_step", step=step)
+
+    def wait_for(self, running: Running, timeout: float = 60) -> None:
+        """Wait until the run stands there.
+
+        Raises:
+            TimeoutError: It does not get there.
+        """
+        deadline = time.monotonic() + timeout
+        while not (self.folder / REACHED).exists():
+            if time.monotonic() > deadline or not running.runs:
+                raise TimeoutError(f"has not come to the gate:\n{running.said}")
+            time.sleep(0.01)
+
+    def open(self) -> None:
+        """Let the run go on."""
+        (self.folder / OPEN).touch()
+
+    def _fault(self, name: str, **keywords: Any) -> Fault:
+        self.folder.mkdir(exist_ok=True)
+        return name, {**keywords, "gate": str(self.folder)}
 
 
 def configured(folder: Path, zygote: Zygote, model: Path, rows: Sequence[dict[str, Any]], **groups: Any) -> Trial:
