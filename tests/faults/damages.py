@@ -37,13 +37,13 @@ def _put_other(file: Path, other: Path) -> None:
     shutil.copy(other, file)
 
 
-OTHERS = "another run's"
+MISSING, FOLDER, OTHERS = "missing", "a folder in its place", "another run's"
 DAMAGES: dict[str, Damage] = {
     "truncated": _truncate,
     "emptied": _empty,
     "a flipped byte": _flip,
-    "missing": _remove,
-    "a folder in its place": _put_folder,
+    MISSING: _remove,
+    FOLDER: _put_folder,
     OTHERS: _put_other,
 }
 

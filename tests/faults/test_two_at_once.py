@@ -74,9 +74,11 @@ def require_same_cache(trial: Trial, whole: Trial) -> None:
 MOMENTS = ("loading", "the reference pass", "training")
 
 
-@pytest.mark.parametrize("arguments", [(), ("--resume",), ("--overwrite",)], ids=" ".join)
+@pytest.mark.parametrize("arguments", [[], ["--resume"], ["--overwrite"]], ids=" ".join)
 @pytest.mark.parametrize("moment", MOMENTS if FULL else MOMENTS[2:])
-def test_a_second_run_on_the_same_folder_is_refused(tmp_path, whole, ledger, gate, moment, arguments):
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path, whole, ledger, gate, request, moment, arguments):
+    if moment == "training" and not arguments:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="told to use `--resume`, which would be refused"))
     trial = whole.another(tmp_path / "t")
     fault = gate.at_step(2) if moment == "training" else gate.at_flush(list(CACHES.values())[MOMENTS.index(moment)])
     with judged(ledger, "two at once: one output folder"):
@@ -163,6 +165,7 @@ def test_whoever_waits_for_one_that_is_killed_builds_the_cache(tmp_path, whole, 
         require_same(other, whole)
 
 
+@pytest.mark.xfail(strict=True, reason="it stays for a day, although the lock shows that nobody writes there")
 @pytest.mark.parametrize("cache", CACHES)
 def test_what_a_killed_writer_left_in_the_cache_does_not_stay(tmp_path, whole, ledger, gate, cache):
     """The next one to hold the lock knows that nobody else is writing there."""
