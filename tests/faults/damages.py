@@ -55,14 +55,16 @@ def flip(file: Path, place: int) -> None:
     file.write_bytes(data)
 
 
-def cases(*files: str, same_in_every_run: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-    """Return every file with every damage; in the short bench every damage once, with one file after the other.
+def cases(*files: str, same_in_every_run: tuple[str, ...] = (), few: int = len(DAMAGES)) -> list[tuple[str, str]]:
+    """Return every file with every damage; in the short bench a few, with one file after the other.
 
     Args:
         files: The names of the files.
         same_in_every_run: Those that cannot be told from another run's.
+        few: How many are tried in the short bench.
     """
     if FULL:
         return [(f, d) for f in files for d in DAMAGES if d != OTHERS or f not in same_in_every_run]
     differing = [file for file in files if file not in same_in_every_run]
-    return [(differing[place % len(differing)], damage) for place, damage in enumerate(DAMAGES)]
+    every = [(differing[place % len(differing)], damage) for place, damage in enumerate(DAMAGES)]
+    return every[-few:]

@@ -32,6 +32,7 @@ from tests.faults.trials import (
     require_same,
     undisturbed,
 )
+from tests.faults.zygote import Ended
 
 Rows = list[dict[str, Any]]
 
@@ -138,7 +139,7 @@ def test_weights_that_are_not_finite_are_not_put_down_to_skipped_steps(tmp_path,
         assert "skipped before" not in ended.said
 
 
-@pytest.mark.parametrize("rate", [1e3, 1e10, 1e20, 1e30, 1e38] if FULL else [1e30, 1e38])
+@pytest.mark.parametrize("rate", [1e3, 1e10, 1e20, 1e30, 1e38] if FULL else [1e38])
 def test_no_learning_rate_saves_what_is_not_finite(tmp_path, whole, ledger, rate):
     """At 1e38 the first step is more than a float32 holds; before that the model may answer with finite nonsense."""
     trial = whole.with_cache_only(tmp_path / "t")
@@ -160,10 +161,18 @@ def test_a_last_step_that_breaks_the_weights_is_not_a_result(tmp_path, whole, le
 
 
 @pytest.fixture(scope="module")
-def skipping(tmp_path_factory, zygote, tiny_llama, demo_rows) -> Trial:
-    """A finished run over two epochs, each with one step that was skipped."""
+def skipped(tmp_path_factory, zygote, tiny_llama, demo_rows) -> tuple[Trial, Ended]:
+    """A finished run over two epochs, each with one step that was skipped, and what it said."""
     folder = tmp_path_factory.mktemp("skipping")
-    return undisturbed(folder, zygote, tiny_llama, with_overflow(demo_rows, "loss"), **skip_settings(epochs=2))
+    rows = with_overflow(demo_rows, "loss")
+    trial = configured(folder, zygote, tiny_llama, rows, **skip_settings(epochs=2))
+    return trial, trial.train()
+
+
+@pytest.fixture(scope="module")
+def skipping(skipped) -> Trial:
+    """That run."""
+    return skipped[0]
 
 
 def skip_settings(**training: Any) -> dict[str, Any]:
@@ -174,17 +183,15 @@ def skip_settings(**training: Any) -> dict[str, Any]:
     }
 
 
-def test_a_skipped_step_is_counted_and_its_pair_named(skipping, tmp_path, ledger):
-    trial = skipping.with_cache_only(tmp_path / "t")
+def test_a_skipped_step_is_counted_and_its_pair_named(skipped, ledger):
+    trial, ended = skipped
     with judged(ledger, "numbers: skipped"):
-        ended = trial.train()
         require_said(ended, rf"^warning: skipping step {BAD_STEP} .*pairs\.jsonl:{BAD_LINE}\b")
-        require_same(trial, skipping)
         require_finite(trial, 3, 6, 9, 12)
         assert [row["skipped"] for row in read_metrics(trial.run) if "skipped" in row] == [1, 2]
 
 
-@pytest.mark.parametrize("what", OVERFLOWS)
+@pytest.mark.parametrize("what", OVERFLOWS if FULL else ["gradient"])
 def test_a_skipped_step_leaves_weights_and_optimizer_as_they_were(
     tmp_path, zygote, tiny_llama, demo_rows, ledger, what
 ):
@@ -216,7 +223,7 @@ def test_more_skipped_steps_than_allowed_stop_the_run(tmp_path, skipping, ledger
         require_finite(trial, 3, 6)
 
 
-@pytest.mark.parametrize("step", range(1, 11) if FULL else (1, 5))
+@pytest.mark.parametrize("step", range(1, 11) if FULL else [5])
 def test_a_run_with_skipped_steps_is_resumed_bit_for_bit(tmp_path, skipping, ledger, step):
     """Killed after every step that is taken: before the first skipped one, between both, after the second."""
     trial = skipping.with_cache_only(tmp_path / "t")

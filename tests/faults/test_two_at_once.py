@@ -74,34 +74,44 @@ def require_same_cache(trial: Trial, whole: Trial) -> None:
 MOMENTS = ("loading", "the reference pass", "training")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--resume"], ["--overwrite"]], ids=" ".join)
 @pytest.mark.parametrize("moment", MOMENTS if FULL else MOMENTS[2:])
-def test_a_second_run_on_the_same_folder_is_refused(tmp_path, whole, ledger, gate, request, moment, arguments):
-    if moment == "training" and not arguments:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="told to use `--resume`, which would be refused"))
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path, whole, ledger, gate, moment):
     trial = whole.another(tmp_path / "t")
     fault = gate.at_step(2) if moment == "training" else gate.at_flush(list(CACHES.values())[MOMENTS.index(moment)])
     with judged(ledger, "two at once: one output folder"):
         first = trial.start(fault=fault)
         gate.wait_for(first)
-        require_error(trial.train(*arguments), rf"\bprocess {first.pid}\b", status=2)
+        for argument in ("--resume", "--overwrite"):
+            require_error(trial.train(argument), rf"\bprocess {first.pid}\b", status=2)
         gate.open()
         require_said(first.wait())
         require_same(trial, whole)
 
 
+@pytest.mark.xfail(strict=True, reason="told to use `--resume` or `--overwrite`, which would be refused")
+def test_a_second_run_that_was_not_asked_to_resume_is_told_of_the_first(tmp_path, whole, ledger, gate):
+    trial = whole.with_cache_only(tmp_path / "t")
+    with judged(ledger, "two at once: one output folder"):
+        first = trial.start(fault=gate.at_step(2))
+        gate.wait_for(first)
+        require_error(trial.train(), rf"\bprocess {first.pid}\b", status=2)
+
+
+@pytest.mark.parametrize("num_waiting", [1, 3] if FULL else [1])
 @pytest.mark.parametrize("cache", CACHES)
-def test_one_builds_a_cache_and_the_other_waits_and_says_so(tmp_path, whole, ledger, gate, cache):
+def test_one_builds_a_cache_and_the_others_wait_and_say_so(tmp_path, whole, ledger, gate, cache, num_waiting):
     one, other = neighbours(whole, tmp_path, cache)
     with judged(ledger, f"two at once: one {cache}"):
         builds = held(one, gate, cache)
-        waits = other.start()
-        waits.until(f"waiting for process {builds.pid} ")
+        others = [other, *(beside(one, tmp_path / f"other-{number}") for number in range(1, num_waiting))]
+        waiting = [trial.start() for trial in others]
+        for running in waiting:
+            running.until(f"waiting for process {builds.pid} ")
         gate.open()
-        for trial, running in ((one, builds), (other, waits)):
+        for trial, running in zip([one, *others], [builds, *waiting], strict=True):
             require_said(running.wait())
             require_same(trial, whole)
-        assert waits.said.count("waiting for") == 1
+        assert waiting[0].said.count("waiting for") == 1
         require_same_cache(one, whole)
 
 
@@ -122,22 +132,6 @@ def test_whenever_two_runs_start_both_end_the_same(tmp_path, whole, ledger, numb
 
 
 @pytest.mark.parametrize("cache", CACHES if FULL else ["reference cache"])
-def test_however_many_wait_one_builds(tmp_path, whole, ledger, gate, cache):
-    one, other = neighbours(whole, tmp_path, cache)
-    with judged(ledger, f"two at once: one {cache}"):
-        builds = held(one, gate, cache)
-        others = [other, beside(one, tmp_path / "third"), beside(one, tmp_path / "fourth")]
-        waiting = [trial.start() for trial in others]
-        for running in waiting:
-            running.until("waiting for process")
-        gate.open()
-        for trial, running in zip([one, *others], [builds, *waiting], strict=True):
-            require_said(running.wait())
-            require_same(trial, whole)
-        require_same_cache(one, whole)
-
-
-@pytest.mark.parametrize("cache", CACHES)
 def test_a_lock_whose_holder_was_killed_stops_nobody(tmp_path, whole, ledger, gate, cache):
     one, other = neighbours(whole, tmp_path, cache)
     with judged(ledger, "two at once: holder killed"):
@@ -166,7 +160,7 @@ def test_whoever_waits_for_one_that_is_killed_builds_the_cache(tmp_path, whole, 
 
 
 @pytest.mark.xfail(strict=True, reason="it stays for a day, although the lock shows that nobody writes there")
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", CACHES if FULL else ["prepared data"])
 def test_what_a_killed_writer_left_in_the_cache_does_not_stay(tmp_path, whole, ledger, gate, cache):
     """The next one to hold the lock knows that nobody else is writing there."""
     one, other = neighbours(whole, tmp_path, cache)
@@ -180,7 +174,7 @@ def test_what_a_killed_writer_left_in_the_cache_does_not_stay(tmp_path, whole, l
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM] if FULL else [signal.SIGINT])
-@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("cache", CACHES if FULL else ["reference cache"])
 def test_a_holder_that_is_interrupted_lets_the_waiting_one_go_on(tmp_path, whole, ledger, gate, cache, number):
     one, other = neighbours(whole, tmp_path, cache)
     with judged(ledger, "two at once: holder interrupted"):
