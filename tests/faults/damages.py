@@ -37,11 +37,11 @@ def _put_other(file: Path, other: Path) -> None:
     shutil.copy(other, file)
 
 
-MISSING, FOLDER, OTHERS = "missing", "a folder in its place", "another run's"
+FLIPPED, MISSING, FOLDER, OTHERS = "a flipped byte", "missing", "a folder in its place", "another run's"
 DAMAGES: dict[str, Damage] = {
     "truncated": _truncate,
     "emptied": _empty,
-    "a flipped byte": _flip,
+    FLIPPED: _flip,
     MISSING: _remove,
     FOLDER: _put_folder,
     OTHERS: _put_other,

@@ -7,6 +7,7 @@ damaged one, caches are written again, and what can be had nowhere else is an er
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from tests.conftest import build_llama
 from tests.faults.conftest import FULL
-from tests.faults.damages import DAMAGES, FOLDER, MISSING, OTHERS, cases, flip
+from tests.faults.damages import DAMAGES, FLIPPED, FOLDER, MISSING, OTHERS, cases, flip
 from tests.faults.ledger import Outcome
 from tests.faults.trials import (
     NUM_STEPS,
@@ -36,6 +37,8 @@ NEWEST, BEFORE = f"step-{NUM_STEPS:06d}", f"step-{NUM_STEPS - 2:06d}"
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
 TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+SAME_FILES = ("generation_config.json", *TOKENIZER_FILES)
+"""Those that cannot be told from another run's."""
 STATE_FILES = ("optimizer.safetensors", "random_states.safetensors", "training_state.json")
 CHECKPOINT_FILES = (*MODEL_FILES, *STATE_FILES, "manifest.json", *TOKENIZER_FILES)
 FINAL_FILES = (*MODEL_FILES, "README.md", "manifest.json", *TOKENIZER_FILES)
@@ -85,12 +88,13 @@ def scored_cases() -> list[Any]:
     unnoticed = pytest.mark.xfail(strict=True, reason="a trained model without its manifest is scored unchecked")
     return [
         pytest.param(file, damage, marks=[unnoticed] if file == "manifest.json" and damage in (MISSING, FOLDER) else [])
-        for file, damage in cases(*FINAL_FILES, same_in_every_run=TOKENIZER_FILES)
+        for file, damage in cases(*FINAL_FILES, same_in_every_run=SAME_FILES)
     ]
 
 
-def named(file: str) -> str:
-    return file.replace(".", r"\.")
+def named(file: str, damage: str = MISSING) -> str:
+    """Match a line that names a damaged file; by a manifest with other digests it is the other files that are damaged."""
+    return "" if file == "manifest.json" and damage in (FLIPPED, OTHERS) else f".*{re.escape(file)}"
 
 
 def require_on_from(ended: Ended, step: int, *lines: str) -> None:
@@ -108,12 +112,12 @@ def test_every_file_is_among_those_that_are_damaged(whole):
         assert sorted(path.name for path in folder.iterdir() if path.is_file()) == sorted(files)
 
 
-@pytest.mark.parametrize(("file", "damage"), cases(*CHECKPOINT_FILES, same_in_every_run=TOKENIZER_FILES))
+@pytest.mark.parametrize(("file", "damage"), cases(*CHECKPOINT_FILES, same_in_every_run=SAME_FILES))
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, whole, stranger, ledger, file, damage):
     trial = whole.unfinished(tmp_path / "t")
     DAMAGES[damage](trial.checkpoints / NEWEST / file, stranger.checkpoints / NEWEST / file)
     with judged(ledger, f"damage: a checkpoint's file, {damage}"):
-        require_on_from(trial.train("--resume"), NUM_STEPS - 2, rf"^warning: .*{NEWEST}.*{named(file)}")
+        require_on_from(trial.train("--resume"), NUM_STEPS - 2, rf"^warning: .*{NEWEST}{named(file, damage)}")
         require_same(trial, whole)
 
 
@@ -186,9 +190,7 @@ def test_damaged_prepared_data_is_prepared_again(tmp_path, whole, stranger, ledg
     trial = whole.with_cache_only(tmp_path / "t")
     DAMAGES[damage](prepared_of(trial) / file, prepared_of(stranger) / file)
     with judged(ledger, f"damage: the prepared data's file, {damage}"):
-        # A manifest tells of the pairs, so that with another's it is they that are damaged.
-        about = "" if damage == OTHERS else f".*{named(file)}"
-        require_said(trial.train(), rf"^warning: the prepared data is{about}.*; preparing it again")
+        require_said(trial.train(), rf"^warning: the prepared data is{named(file, damage)}.*; preparing it again")
         require_same(trial, whole)
         if content(trial.cache) != content(whole.cache):
             raise Broken(Outcome.WRONG, "another cache")
@@ -219,8 +221,9 @@ def test_a_damaged_prepared_folder_that_was_named_is_an_error(tmp_path, whole, s
     DAMAGES[damage](prepared / file, prepared_of(stranger) / file)
     trial = whole.with_cache_only(tmp_path / "t")
     with judged(ledger, f"damage: a named prepared folder's file, {damage}"):
-        about = "" if damage == OTHERS else f".*{named(file)}"
-        require_error(trial.train(f"data.train={prepared}"), f"the prepared folder is damaged{about}", status=2)
+        require_error(
+            trial.train(f"data.train={prepared}"), f"the prepared folder is damaged{named(file, damage)}", status=2
+        )
         assert not trial.run.exists()
 
 
@@ -231,7 +234,7 @@ def test_a_damaged_reference_cache_is_computed_again(tmp_path, whole, stranger, 
     DAMAGES[damage](file, reference_of(stranger))
     with judged(ledger, f"damage: the reference cache's file, {damage}"):
         # Of a file that is missing nothing is known; its pairs are counted when they are computed.
-        line = "reference log-probabilities: " if damage == MISSING else rf"warning: .*{named(file.name)}"
+        line = "reference log-probabilities: " if damage == MISSING else rf"warning: {named(file.name)}"
         require_said(trial.train(), f"^{line}")
         require_same(trial, whole)
         if content(trial.cache) != content(whole.cache):
@@ -248,11 +251,11 @@ def test_log_probabilities_of_another_reference_are_not_used(tmp_path, zygote, t
     ours.unlink()
     shutil.copy(theirs, ours.parent / theirs.name)
     with judged(ledger, "damage: the reference cache of another reference"):
-        require_said(trial.train(), rf"^warning: .*{named(theirs.name)}")
+        require_said(trial.train(), rf"^warning: {named(theirs.name)}")
         require_same(trial, whole)
 
 
-@pytest.mark.parametrize(("file", "damage"), cases(*FINAL_FILES, same_in_every_run=TOKENIZER_FILES))
+@pytest.mark.parametrize(("file", "damage"), cases(*FINAL_FILES, same_in_every_run=SAME_FILES))
 def test_a_damaged_trained_model_is_an_error_or_saved_again(tmp_path, whole, stranger, ledger, file, damage):
     """Without a manifest there is no trained model: the run is not finished, and finishes."""
     trial = whole.another(tmp_path / "t", "run", "cache")
@@ -263,8 +266,7 @@ def test_a_damaged_trained_model_is_an_error_or_saved_again(tmp_path, whole, str
             require_on_from(ended, NUM_STEPS)
             require_same(trial, whole)
             return
-        about = "" if damage == OTHERS else f".*{named(file)}"
-        require_error(ended, f"the trained model is damaged{about}", status=2)
+        require_error(ended, f"the trained model is damaged{named(file, damage)}", status=2)
 
 
 @pytest.mark.parametrize(("file", "damage"), scored_cases())
@@ -304,6 +306,6 @@ def require_exact_or_clear(trial: Trial, whole: Trial, ended: Ended, file: str) 
     elif same_metrics(trial, whole):
         require_same(trial, whole)
     else:
-        require_said(ended, rf"^warning: .*{named(file)}")
+        require_said(ended, rf"^warning: {named(file)}")
         if content(trial.final) != content(whole.final):
             raise Broken(Outcome.WRONG, "another trained model")
