@@ -93,7 +93,7 @@ def scored_cases() -> list[Any]:
 
 
 def named(file: str, damage: str = MISSING) -> str:
-    """Match a line that names a damaged file; by a manifest with other digests it is the other files that are damaged."""
+    """Match a line that names a damaged file; with a manifest of other digests it is other files that are damaged."""
     return "" if file == "manifest.json" and damage in (FLIPPED, OTHERS) else f".*{re.escape(file)}"
 
 
