@@ -1,0 +1,70 @@
+"""Ways to damage a file, and which of them are tried on which files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.faults.conftest import FULL
+
+Damage = Callable[[Path, Path], None]
+"""Damages a file; the other is the file of the same name of another run."""
+
+
+def _truncate(file: Path, other: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _empty(file: Path, other: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _flip(file: Path, other: Path) -> None:
+    flip(file, file.stat().st_size // 2)
+
+
+def _remove(file: Path, other: Path) -> None:
+    file.unlink()
+
+
+def _put_folder(file: Path, other: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def _put_other(file: Path, other: Path) -> None:
+    shutil.copy(other, file)
+
+
+FLIPPED, MISSING, FOLDER, OTHERS = "a flipped byte", "missing", "a folder in its place", "another run's"
+DAMAGES: dict[str, Damage] = {
+    "truncated": _truncate,
+    "emptied": _empty,
+    FLIPPED: _flip,
+    MISSING: _remove,
+    FOLDER: _put_folder,
+    OTHERS: _put_other,
+}
+
+
+def flip(file: Path, place: int) -> None:
+    """Flip a bit of one byte."""
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1
+    file.write_bytes(data)
+
+
+def cases(*files: str, same_in_every_run: tuple[str, ...] = (), few: int = len(DAMAGES)) -> list[tuple[str, str]]:
+    """Return every file with every damage; in the short bench a few, with one file after the other.
+
+    Args:
+        files: The names of the files.
+        same_in_every_run: Those that cannot be told from another run's.
+        few: How many are tried in the short bench.
+    """
+    if FULL:
+        return [(f, d) for f in files for d in DAMAGES if d != OTHERS or f not in same_in_every_run]
+    differing = [file for file in files if file not in same_in_every_run]
+    every = [(differing[place % len(differing)], damage) for place, damage in enumerate(DAMAGES)]
+    return every[-few:]
