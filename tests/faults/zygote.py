@@ -7,6 +7,7 @@ run a backward pass, which torch would not survive, and ends without a word to i
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -24,6 +25,19 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 _POLL_SECONDS = 0.005
+
+_IMPORTED_LATE = (
+    "pandas",
+    "pyarrow.pandas_compat",
+    "safetensors.torch",
+    "torch._subclasses.fake_tensor",
+    "transformers.convert_slow_tokenizer",
+    "transformers.integrations.mistral",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.encoder_decoder",
+    "transformers.models.llama.modeling_llama",
+)
+"""What libraries import in the middle of a run."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,10 @@ class Zygote:
         ours, theirs = socket.socketpair()
         surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
         command = [sys.executable, "-m", "tests.faults.zygote", str(theirs.fileno())]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], cwd=ROOT, env=surroundings)
+        # An interrupt of the tests is theirs to answer: when they are gone, so is the socket, and all runs with it.
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], cwd=ROOT, env=surroundings, start_new_session=True
+        )
         theirs.close()
         self._socket = ours
         self._folder, self._count = folder, 0
@@ -177,7 +194,7 @@ def _serve(connection: socket.socket) -> None:
     """Fork for every line that comes in; say who was forked and who ended."""
     waiting, running = b"", set()
     while True:
-        if select.select([connection], [], [], _POLL_SECONDS)[0]:
+        if select.select([connection], [], [], _POLL_SECONDS if running else None)[0]:
             found = connection.recv(1 << 16)
             if not found:
                 break
@@ -234,18 +251,24 @@ def _import_everything() -> None:
     """Import what a run imports, so that every fork finds it there."""
     import pkgutil
 
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
     import dpo_cli
 
     for module in pkgutil.walk_packages(dpo_cli.__path__, "dpo_cli."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    for name in ("accelerate", "torch", "transformers", "safetensors.torch", "transformers.models.llama.modeling_llama"):
+    for name in _IMPORTED_LATE:
         importlib.import_module(name)
+    # Compiles a thousand patterns, once in a process.
+    get_checkpoint_conversion_mapping("llama")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Serve the socket whose descriptor is the first argument."""
     _import_everything()
+    # What is here now stays: no fork has to look through it, and so to copy it.
+    gc.freeze()
     _serve(socket.socket(fileno=int(arguments[0])))
 
 
