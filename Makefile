@@ -6,11 +6,12 @@ INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.installed-bench
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install model quickstart test check format generated plots check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-startup clean
+.PHONY: help install model quickstart test check format generated faults plots check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-startup clean
 
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
 	@echo "make test           every test"
+	@echo "make faults         break runs in every way at every point and write docs/faults.md (about TIME minutes)"
 	@echo "make check          formatting, lint, types, floors, generated files"
 	@echo "make format         format the code"
 	@echo "make check-layouts  losses of 50 steps of the real model, packed against padded"
@@ -40,6 +41,9 @@ quickstart: install model
 
 test: install model
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+faults: install
+	$(BIN)/python scripts/write_faults_page.py
 
 check: install
 	$(BIN)/ruff format --check .
