@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.installed-bench
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install model quickstart test check format generated faults plots check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-startup clean
+.PHONY: help install model quickstart test check format generated faults plots check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup clean
 
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench          speed and memory beside TRL 1.16 on the same work, about 100 minutes (BENCH='--repeats 1')"
 	@echo "make bench-prepare  speed of reading, checking and tokenizing pairs"
 	@echo "make bench-scaling  time and memory by the number of pairs (BENCH='--pairs 64 1024')"
+	@echo "make bench-saving   time of saving a checkpoint, beside writing it without any promise"
 	@echo "make bench-startup  time of --help and of the report of a wrong configuration"
 	@echo "make generated      write the demo pairs, the schema and the pages of settings, losses, shapes and layouts again"
 	@echo "make plots          draw the losses again"
@@ -92,6 +93,9 @@ bench-prepare: install model
 
 bench-scaling: install model
 	$(BIN)/python scripts/bench_scaling.py $(BENCH)
+
+bench-saving: install model
+	$(BIN)/python scripts/bench_saving.py $(BENCH)
 
 bench-startup: install
 	$(BIN)/python scripts/bench_startup.py

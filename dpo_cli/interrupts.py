@@ -1,4 +1,7 @@
-"""SIGINT and SIGTERM as a request to stop: at once, or at the end of the step at hand."""
+"""SIGINT, SIGTERM and SIGUSR1 as a request to stop: at once, or at the end of the step at hand.
+
+SIGUSR1 is what job schedulers send ahead of a time limit.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -17,7 +22,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopSignals:
-    """Turn SIGINT and SIGTERM into `Interrupted`, at once or when it suits."""
+    """Turn the signals that ask to stop into `Interrupted`, at once or when it suits."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -26,7 +31,7 @@ class StopSignals:
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignals]:
         """Handle the signals while the context lasts."""
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         try:
             yield self
         finally:

@@ -52,10 +52,15 @@ def text_digest(*parts: str) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old text or the new, never a part of it."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that a reader finds the old bytes or the new, never a part of them."""
     temporary = path.with_name(f".{path.name}{_TEMPORARY}{secrets.token_hex(4)}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -90,7 +95,7 @@ def sealed_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
             except BaseException:
                 replaced.rename(target)
                 raise
-            shutil.rmtree(replaced)
+            remove(replaced)
         else:
             temporary.rename(target)
         _flush(target.parent)
@@ -158,12 +163,17 @@ def remove_old_strays(parent: Path) -> None:
     _remove(stray for stray in strays(parent) if all(path.stat().st_mtime < old for path in (stray, *stray.rglob("*"))))
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ FLOORS = {
     "data": 0,
     "errors": 0,
     "interrupts": 0,
+    "locks": 0,
     "settings": 0,
     "storage": 0,
 }
@@ -32,7 +33,7 @@ SAME_FLOOR = {
     ("pipeline", "config"),
     *(
         (room, base)
-        for room in ("data", "storage", "errors", "interrupts", "settings")
+        for room in ("data", "storage", "errors", "interrupts", "locks", "settings")
         for base in ("errors", "settings", "storage")
     ),
 }

@@ -64,6 +64,7 @@ def train_in_process(
     checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
     layout: str = "padded",
+    may_skip: Any = None,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Train and return the metrics of every step and the weights after the last."""
     accelerator = Accelerator(cpu=True)
@@ -93,6 +94,7 @@ def train_in_process(
         max_grad_norm,
         {},
         never,
+        may_skip or (lambda broken: False),
     )
     metrics = [result.metrics for result in results]
     return metrics, {name: tensor.clone() for name, tensor in policy.state_dict().items()}

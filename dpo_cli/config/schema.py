@@ -121,6 +121,10 @@ class TrainingSettings(Settings):
     """Weight decay of the matrices, decoupled from the gradient but for rmsprop; biases and norms have none."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients with a larger norm are scaled down to it; null: never."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """Whether a loss or gradient that is NaN or infinite stops the run, or its step is skipped and counted."""
+    max_skipped: int = Field(10, ge=1)
+    """With skip, how many steps a run may skip; one more stops it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third slower."""
     seed: int = Field(42, ge=0, lt=2**32)
@@ -141,6 +145,8 @@ class CheckpointSettings(Settings):
     """Optimizer steps between checkpoints."""
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints stay."""
+    background: bool = False
+    """Whether a copy in memory is written while training goes on, instead of training waiting for the disk."""
 
 
 class Config(Settings):

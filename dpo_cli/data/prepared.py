@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,28 +110,29 @@ class PreparedPairs(Sequence[TokenizedPair]):
     @functools.cached_property
     def sizes(self) -> PairSizes:
         """The tokens of each pair, and which pairs have a prompt in common."""
-        prompts, chosen, rejected = (self._lengths(name) for name in SCHEMA.names[:3])
-        judged = chosen - self._in_gaps("chosen_gaps")
-        return PairSizes(prompts, chosen, rejected, judged, self._prompt_ids(), self._opening(int(prompts.min())))
+        prompts, chosen, rejected = (self._of_each[name] for name in SCHEMA.names[:3])
+        judged = chosen - self._of_each["chosen in gaps"]
+        prompt_ids = np.unique(self.key_numbers("prompt_key"), return_inverse=True)[1].reshape(-1)
+        return PairSizes(prompts, chosen, rejected, judged, prompt_ids, self._opening(int(prompts.min())))
 
-    @functools.cached_property
+    @property
     def weights(self) -> NDArray[np.float32]:
         """What the loss of each pair is multiplied by, `[pairs]`."""
-        return self._numbers("weight")
+        return self._of_each["weight"]
 
-    @functools.cached_property
+    @property
     def margins(self) -> NDArray[np.float32]:
         """The target margin of each pair, `[pairs]`."""
-        return self._numbers("margin")
+        return self._of_each["margin"]
 
-    @functools.cached_property
+    @property
     def flags(self) -> NDArray[np.uint32]:
         """What was noticed of each pair's texts, `[pairs]`: a bit for each entry of `inspection.NOTICED`."""
-        return self._each(lambda batch: batch.column("flags").to_numpy().copy())
+        return self._of_each["flags"]
 
     def has_gaps(self, name: str) -> NDArray[np.bool_]:
         """Tell which pairs' responses, chosen or rejected, hold tokens that are not judged, `[pairs]`."""
-        return self._lengths(f"{name}_gaps") > 0
+        return self._of_each[f"{name}_gaps"]
 
     def label(self, name: str, index: int) -> str:
         """Return what a pair is called in one of `LABELS`, or nothing."""
@@ -143,25 +144,11 @@ class PreparedPairs(Sequence[TokenizedPair]):
 
     def origin_runs(self) -> NDArray[np.int64]:
         """Number the runs of neighbours that were read at the same place, `[pairs]`."""
-        last: list[str] = []
-
-        def starts(batch: pa.RecordBatch) -> NDArray[np.bool_]:
-            origins = batch.column("origin")
-            inner = pc.not_equal(origins.slice(1), origins.slice(0, len(origins) - 1)).to_numpy(zero_copy_only=False)
-            first, last[:] = last != [origins[0].as_py()], [origins[-1].as_py()]
-            return np.concatenate([[first], inner])
-
-        return np.cumsum(self._each(starts), dtype=np.int64) - 1
+        return self._of_each["origin run"]
 
     def key_numbers(self, name: str) -> NDArray[np.uint64]:
         """Return the first 64 bits of a column of digests, `[pairs]`: enough to find those that are equal."""
-
-        def first_halves(batch: pa.RecordBatch) -> NDArray[np.uint64]:
-            column = batch.column(name)
-            whole = np.frombuffer(column.buffers()[1], np.uint64, 2 * len(column), 16 * column.offset)
-            return whole[::2].copy()
-
-        return self._each(first_halves)
+        return self._of_each[name]
 
     @classmethod
     def open(cls, folder: Path) -> PreparedPairs:
@@ -234,26 +221,16 @@ class PreparedPairs(Sequence[TokenizedPair]):
             windows.append(np.append(flat, np.int32(-1))[np.where(inside, wanted, len(flat))])
         return np.concatenate(windows)
 
-    def _lengths(self, name: str) -> NDArray[np.int64]:
-        return self._each(lambda batch: np.diff(_ends_of(batch.column(name))))
-
-    def _in_gaps(self, name: str) -> NDArray[np.int64]:
-        """Count the tokens of each response that are not judged, `[pairs]`."""
-
-        def counted(batch: pa.RecordBatch) -> NDArray[np.int64]:
-            gaps = batch.column(name)
-            flat = gaps.flatten().to_numpy()
-            signed = np.where(np.arange(len(flat)) % 2, flat, -flat)
-            return np.diff(np.concatenate([[0], np.cumsum(signed, dtype=np.int64)])[_ends_of(gaps)])
-
-        return self._each(counted)
-
-    def _numbers(self, name: str) -> NDArray[np.float32]:
-        return self._each(lambda batch: batch.column(name).to_numpy().copy())
-
-    def _prompt_ids(self) -> NDArray[np.int64]:
-        """Number the prompts, equal ones alike, `[pairs]`."""
-        return np.unique(self.key_numbers("prompt_key"), return_inverse=True)[1].reshape(-1)
+    @functools.cached_property
+    def _of_each(self) -> dict[str, NDArray[Any]]:
+        """What is known of every pair in a few bytes, read in one pass."""
+        parts, last_origin = [], None
+        for batch in self._batches():
+            parts.append(_few_bytes_of_each(batch, last_origin))
+            last_origin = batch.column("origin")[-1].as_py()
+        found = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
+        found["origin run"] = np.cumsum(found.pop("begins a run"), dtype=np.int64) - 1
+        return found
 
     def _opening(self, shortest: int) -> int:
         """Count the tokens with which all prompts begin alike, up to the length of the shortest."""
@@ -269,10 +246,6 @@ class PreparedPairs(Sequence[TokenizedPair]):
         for batch in self._batches():
             column = batch.column(name)
             yield column.flatten().to_numpy(), _ends_of(column)
-
-    def _each(self, make: Callable[[pa.RecordBatch], NDArray[Any]]) -> NDArray[Any]:
-        """Return what is made of every stretch of rows, one after the other; it must not be a view."""
-        return np.concatenate([make(batch) for batch in self._batches()])
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         """Read all pairs a stretch of rows at a time.
@@ -308,6 +281,39 @@ class PreparedPairs(Sequence[TokenizedPair]):
         for batch in self._batches():
             for key in batch.column("prompt_key").to_pylist():
                 yield int.from_bytes(hashlib.blake2b(key, key=salt, digest_size=8).digest(), "big")
+
+
+def _few_bytes_of_each(batch: pa.RecordBatch, origin_before: str | None) -> dict[str, NDArray[Any]]:
+    """Return numbers of every pair in a stretch of rows, `[rows]` each and none of them a view.
+
+    They are: the tokens of the three sequences, under the sequence's name; the chosen response's tokens that are not
+    judged; whether responses have gaps; the columns that are numbers; the first 64 bits of each digest; and whether a
+    row was read at another place than the one before.
+    """
+    columns = {name: batch.column(name) for name in SCHEMA.names}
+    origins = columns["origin"]
+    inner = pc.not_equal(origins.slice(1), origins.slice(0, len(origins) - 1)).to_numpy(zero_copy_only=False)
+    return {
+        **{name: np.diff(_ends_of(columns[name])) for name in SCHEMA.names[:3]},
+        "chosen in gaps": _in_gaps(columns["chosen_gaps"]),
+        **{name: np.diff(_ends_of(columns[name])) > 0 for name in ("chosen_gaps", "rejected_gaps")},
+        **{name: columns[name].to_numpy().copy() for name in ("weight", "margin", "flags")},
+        **{name: _first_halves(columns[name]) for name in ("key", "prompt_key", "either_key")},
+        "begins a run": np.concatenate([[origins[0].as_py() != origin_before], inner]),
+    }
+
+
+def _in_gaps(gaps: pa.ListArray) -> NDArray[np.int64]:
+    """Count the tokens of each response that are not judged."""
+    flat = gaps.flatten().to_numpy()
+    signed = np.where(np.arange(len(flat)) % 2, flat, -flat)
+    return np.diff(np.concatenate([[0], np.cumsum(signed, dtype=np.int64)])[_ends_of(gaps)])
+
+
+def _first_halves(digests: pa.FixedSizeBinaryArray) -> NDArray[np.uint64]:
+    """Return the first 64 bits of digests of 16 bytes."""
+    whole = np.frombuffer(digests.buffers()[1], np.uint64, 2 * len(digests), 16 * digests.offset)
+    return whole[::2].copy()
 
 
 def _ends_of(lists: pa.Array) -> NDArray[np.int64]:

@@ -23,6 +23,7 @@ from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.storage import DamagedFolder, cache_root, file_digest, sealed_folder, verify
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -115,8 +116,21 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def saved_model(target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, doing: str) -> Iterator[Path]:
+def saved_model(
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    doing: str,
+    weights: dict[str, Tensor] | None = None,
+) -> Iterator[Path]:
     """Write model and tokenizer as a sealed Hugging Face folder, to which the caller may add files.
+
+    Args:
+        target: The folder to appear.
+        model: Its settings are written, and its weights unless `weights` are given.
+        tokenizer: Written beside it.
+        doing: What failed, where it fails.
+        weights: The weights to write, by name, tied ones under each of their names.
 
     Raises:
         UserError: The disk refuses. `target` is as it was then.
@@ -125,7 +139,7 @@ def saved_model(target: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
     try:
         with sealed_folder(target, {}) as temporary:
-            model.save_pretrained(temporary)
+            model.save_pretrained(temporary, state_dict=weights)
             tokenizer.save_pretrained(temporary)
             yield temporary
     except OSError as error:

@@ -215,9 +215,14 @@ class _Projection:
         if self.scale != 1.0:
             logits *= self.scale
         if self.softcap is None:
-            return logits.log_softmax(-1), None
+            return _log_softmax_(logits), None
         capped = torch.tanh(logits / self.softcap)
-        return (capped * self.softcap).log_softmax(-1), 1 - capped.square()
+        return _log_softmax_(capped * self.softcap), 1 - capped.square()
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """Turn logits into log-probabilities in the memory they stand in."""
+    return torch.log_softmax(logits, -1, out=logits)
 
 
 def _compute_dtype(states: Tensor) -> torch.dtype:

@@ -40,6 +40,7 @@ class MemoryEstimate:
         gradients: One of each parameter.
         activations: What the largest forward pass keeps for its backward pass.
         logits: The chunk of logits at hand and the vocabulary projection's own gradient.
+        copy: The state that is written in the background while training goes on.
         counted: Whether the activations could be counted: not where what a model computes depends on the values.
         several: Whether a step has several forward passes, so that gradients stand while activations are made.
     """
@@ -51,13 +52,14 @@ class MemoryEstimate:
     gradients: int
     activations: int
     logits: int
+    copy: int
     counted: bool
     several: bool
 
     @property
     def standing(self) -> int:
         """What is there all the time."""
-        return self.program + self.weights + self.reference + self.optimizer
+        return self.program + self.weights + self.reference + self.optimizer + self.copy
 
     @property
     def peak(self) -> int:
@@ -78,6 +80,7 @@ class MemoryEstimate:
             "gradients": self.gradients,
             "activations": self.activations,
             "logits": self.logits,
+            "copy being saved": self.copy,
         }
 
 
@@ -121,8 +124,8 @@ def logits_bytes(model: PreTrainedModel, batch: PairBatch, *, collisions: bool =
     weight = model.get_output_embeddings().weight
     rows = len(torch.unique(batch.positions))
     chunk = min(rows * weight.shape[0] * _FLOAT_BYTES, CHUNK_BYTES)
-    # Logits become log-probabilities; later these stand beside the gradient of the projection.
-    return int(chunk + max((1 + collisions) * chunk, weight.numel() * _FLOAT_BYTES))
+    # Log-probabilities stand beside their doubles and the doubles' powers, or beside the projection's gradient.
+    return int(chunk + max(2 * collisions * chunk, weight.numel() * _FLOAT_BYTES))
 
 
 def resident_bytes() -> int:

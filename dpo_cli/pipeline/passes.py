@@ -276,15 +276,19 @@ def estimate(
     except REFUSALS:
         # What this model computes depends on the values, which are not there.
         activations = None
+    on_cpu = batches.device.type == "cpu"
+    state = state_bytes(config.training.optimizer, model)
+    saved = weights + state + (weights if config.reference.type == "synced" else 0)
     return MemoryEstimate(
-        program=program_bytes if batches.device.type == "cpu" else 0,
+        program=program_bytes if on_cpu else 0,
         weights=weights,
         reference=weights if config.reference.holds_model else 0,
-        optimizer=state_bytes(config.training.optimizer, model),
+        optimizer=state,
         gradients=weights,
         activations=activations or 0,
         counted=activations is not None,
         logits=logits_bytes(model, batch, collisions=config.objective.wpo),
+        copy=saved if on_cpu and config.checkpoints.background else 0,
         several=any(len(step.micro_batches) > 1 for step in steps),
     )
 

@@ -6,11 +6,11 @@ left out, and computed again. Files are added, never changed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-import os
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_cli.errors import from_os_error
-from dpo_cli.storage import cache_root, file_digest, text_digest
+from dpo_cli.locks import locked
+from dpo_cli.storage import cache_root, file_digest, remove, remove_old_strays, text_digest, write_bytes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
     from dpo_cli.modeling.batch import PairBatch
     from dpo_cli.preference.reference import ReferenceLogps, ReferenceWork
 
-_VERSION = "1"
+_VERSION = "2"
 """Raised whenever the same reference would answer with other numbers."""
 
 _BLOCK_PAIRS = 512
 """Pairs that are computed and written together: what an interruption can cost."""
 
-_SCHEMA = pa.schema({"key": pa.binary(16), "chosen": pa.list_(pa.float32()), "rejected": pa.list_(pa.float32())})
+_COLUMNS = pa.schema({"key": pa.binary(16), "chosen": pa.list_(pa.float32()), "rejected": pa.list_(pa.float32())})
 _log = logging.getLogger(__name__)
 
 Entry = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -62,30 +63,29 @@ class ReferenceCache:
 
     def __init__(self, identity: str) -> None:
         self.folder = cache_root() / "reference" / identity[:32]
+        self._schema = _COLUMNS.with_metadata({"reference": identity})
         self._entries: dict[bytes, Entry] = {}
-        for path in sorted(self.folder.glob("*.arrow")):
-            if file_digest(path) != path.stem:
-                _log.warning("%s of the reference cache is damaged; computing its pairs again", path.name)
-                path.unlink(missing_ok=True)
-                continue
-            with pa.memory_map(str(path)) as source:
-                self._remember(pa.ipc.open_stream(source).read_all())
+        self._read()
 
     def complete(self, work: ReferenceWork, score: ReferenceLogps) -> None:
-        """Compute and write what is missing, block by block.
+        """Compute and write what is missing, block by block, while no other process does.
 
         What a block's numbers are depends on the block alone, not on where an earlier attempt was
         interrupted or on the number of ranks: a resumed run finds the same bytes.
         """
         keys, indices = work.batches.pairs.keys(), work.needed.tolist()
-        if all(keys[i] in self._entries for i in indices):
+        lacking = any(keys[i] not in self._entries for i in indices)
+        # Another process may be adding files: ranks that looked at different moments still do the same.
+        if not any(gather_object([lacking])):
             return
-        for start in range(0, len(indices), _BLOCK_PAIRS):
-            block = indices[start : start + _BLOCK_PAIRS]
-            missing = list({keys[i]: i for i in block if keys[i] not in self._entries}.values())
-            if missing:
-                self._compute(missing, keys, work, score)
-            work.progress(start + len(block), len(indices))
+        with self._alone(work.accelerator):
+            self._read()
+            for start in range(0, len(indices), _BLOCK_PAIRS):
+                block = indices[start : start + _BLOCK_PAIRS]
+                missing = list({keys[i]: i for i in block if keys[i] not in self._entries}.values())
+                if missing:
+                    self._compute(missing, keys, work, score)
+                work.progress(start + len(block), len(indices))
 
     def lookup(self, pairs: PreparedPairs, device: torch.device) -> Callable[[PairBatch], Tensor]:
         """Return the function that answers for batches of these pairs."""
@@ -119,27 +119,60 @@ class ReferenceCache:
     def _write(self, found: Sequence[tuple[bytes, Entry]]) -> None:
         """Write one file, complete or not at all."""
         columns = [
-            pa.array([key for key, _ in found], _SCHEMA.field("key").type),
-            pa.array([chosen for _, (chosen, _) in found], _SCHEMA.field("chosen").type),
-            pa.array([rejected for _, (_, rejected) in found], _SCHEMA.field("rejected").type),
+            pa.array([key for key, _ in found], self._schema.field("key").type),
+            pa.array([chosen for _, (chosen, _) in found], self._schema.field("chosen").type),
+            pa.array([rejected for _, (_, rejected) in found], self._schema.field("rejected").type),
         ]
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, _SCHEMA) as writer:
-            writer.write_table(pa.table(columns, schema=_SCHEMA))
+        with pa.ipc.new_stream(sink, self._schema) as writer:
+            writer.write_table(pa.table(columns, schema=self._schema))
         data = sink.getvalue().to_pybytes()
-        temporary = self.folder / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.folder / f"{hashlib.sha256(data).hexdigest()}.arrow")
+            remove_old_strays(self.folder)
+            write_bytes(self.folder / f"{hashlib.sha256(data).hexdigest()}.arrow", data)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise from_os_error(error, "writing the reference cache", str(self.folder)) from error
+
+    @contextlib.contextmanager
+    def _alone(self, accelerator: Accelerator) -> Iterator[None]:
+        """Let the main process keep other runs out, so that two do not compute the same."""
+        with contextlib.ExitStack() as stack:
+            if accelerator.is_main_process:
+                try:
+                    stack.enter_context(locked(self.folder / ".lock", _tell))
+                except OSError as error:
+                    raise from_os_error(error, "locking the reference cache", str(self.folder)) from error
+            accelerator.wait_for_everyone()
+            yield
+
+    def _read(self) -> None:
+        """Take in what the folder has; remove what is damaged or was computed by another reference."""
+        for path in sorted(self.folder.glob("*.arrow")):
+            if reason := self._refusal(path):
+                _log.warning("%s of the reference cache %s; computing its pairs again", path.name, reason)
+                remove(path)
+                continue
+            with pa.memory_map(str(path)) as source:
+                self._remember(pa.ipc.open_stream(source).read_all())
+
+    def _refusal(self, path: Path) -> str:
+        """Say why a file is not to be believed, or nothing."""
+        try:
+            if file_digest(path) != path.stem:
+                return "is damaged"
+        except OSError:
+            return "cannot be read"
+        with pa.memory_map(str(path)) as source:
+            if pa.ipc.open_stream(source).schema.equals(self._schema, check_metadata=True):
+                return ""
+        return "is another reference's"
 
     def _remember(self, table: pa.Table) -> None:
         for row in range(table.num_rows):
-            key, chosen, rejected = (table.column(name)[row] for name in _SCHEMA.names)
+            key, chosen, rejected = (table.column(name)[row] for name in self._schema.names)
             self._entries[key.as_py()] = chosen.values.to_numpy(), rejected.values.to_numpy()
+
+
+def _tell(holder: str) -> None:
+    """Say for whom this process waits."""
+    _log.warning("waiting for %s, which computes the same reference log-probabilities", holder)

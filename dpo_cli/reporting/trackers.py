@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.locks import is_open_at
 from dpo_cli.storage import write_text
 
 if TYPE_CHECKING:
@@ -38,8 +39,16 @@ class MetricsLog:
         return rows[-1] if rows else None
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row; a reader of the file sees it at once."""
+        """Add a row; a reader of the file sees it at once.
+
+        Raises:
+            UserError: The disk refuses, or the file is gone.
+        """
         try:
+            if not is_open_at(self._file.fileno(), self._path):
+                what = "the metrics file was removed or replaced under the run"
+                hint = "`--resume` goes on from the last checkpoint, if that is still there"
+                raise UserError(what, str(self._path), hint, status=FAILED)
             self._file.write(_line(row))
             self._file.flush()
         except OSError as error:

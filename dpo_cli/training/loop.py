@@ -35,6 +35,8 @@ class StepResult:
         metrics: Means over the step's pairs, all ranks together, with `grad_norm` and `learning_rate`.
         num_tokens: Tokens of all ranks' forward passes, without padding.
         stop: Whether any rank was asked to stop.
+        pairs: The step's pairs.
+        taken: Whether the weights moved; not where loss or gradient was not finite and the step could be skipped.
     """
 
     number: int
@@ -42,20 +44,40 @@ class StepResult:
     metrics: dict[str, float]
     num_tokens: int
     stop: bool
+    pairs: tuple[int, ...]
+    taken: bool
 
 
 class NotFinite(Exception):
-    """A loss or gradient was NaN or infinite; the step was not taken.
+    """A loss, a gradient or the weights were NaN or infinite.
 
     Attributes:
         step: The step's number.
-        pairs: The pairs whose loss was not finite; all of the step's where only the gradient was not.
-        what: `loss` or `gradient`.
+        pairs: The pairs whose loss was not finite; all of the step's where only gradient or weights were not.
+        what: `loss`, `gradient` or `weights`.
     """
 
     def __init__(self, step: int, pairs: tuple[int, ...], what: str) -> None:
-        super().__init__(f"the {what} of step {step} is not finite")
+        super().__init__(f"the {what} of step {step} {'are' if what == 'weights' else 'is'} not finite")
         self.step, self.pairs, self.what = step, pairs, what
+
+
+@dataclass
+class Skips:
+    """Steps that were not taken because loss or gradient was not finite.
+
+    Attributes:
+        allowed: How many there may be.
+        count: How many there were.
+    """
+
+    allowed: int
+    count: int = 0
+
+    def take(self) -> bool:
+        """Count one more, and tell whether it is allowed."""
+        self.count += 1
+        return self.count <= self.allowed
 
 
 def train_steps(
@@ -70,6 +92,7 @@ def train_steps(
     max_grad_norm: float | None,
     memory: Memory,
     asked_to_stop: Callable[[], bool],
+    may_skip: Callable[[NotFinite], bool] = lambda broken: False,
 ) -> Iterator[StepResult]:
     """Take optimizer steps, yielding a result after each.
 
@@ -85,50 +108,69 @@ def train_steps(
         max_grad_norm: Where gradients are clipped, or None.
         memory: What the objective keeps from step to step; changed in place.
         asked_to_stop: Whether this process was asked to stop; looked at once a step.
+        may_skip: Whether a step that would have spoilt the weights may be left out; asked on all ranks alike.
 
     Raises:
-        NotFinite: Before the step that would have spoilt the weights.
+        NotFinite: Such a step may not be left out. It was not taken.
     """
     for step in steps:
-        sums, not_finite = StepSums(accelerator.device), []
-        facts = step_facts(batches.pairs.sizes, step.pairs, memory)
-        judged = None
-        if objective.looks_at_step and (len(step.micro_batches) > 1 or accelerator.num_processes > 1):
-            judged = iter(judge_step(scorer, objective, reference, batches, step.micro_batches, facts, accelerator))
-        for place, micro_batch in enumerate(step.micro_batches, 1):
-            last = place == len(step.micro_batches)
-            # Ranks may have different numbers of micro-batches; gradients are exchanged once, on the last.
-            with contextlib.nullcontext() if last else accelerator.no_sync(scorer):
-                batch = batches(micro_batch)
-                if judged is None or micro_batch.filler:
-                    pairs, values = score_pairs(scorer, objective, reference, batch, facts)
-                    losses, pull = pairs.losses, pairs.losses.sum()
-                else:
-                    found = next(judged)
-                    losses, values, pull = found.losses, found.values, (found.slopes * scorer(batch)).sum()
-                # Gradients are averaged over ranks, so the step's sum is restored before it is divided.
-                weight = 0.0 if micro_batch.filler else accelerator.num_processes / step.num_pairs
-                accelerator.backward(pull * weight)
-            if not micro_batch.filler:
-                sums.add(values, batch.num_tokens)
-                not_finite += _not_finite(batch.pairs, losses)
+        sums, not_finite = _add_up_gradients(step, scorer, objective, reference, batches, accelerator, memory)
         if asked_to_stop():
             sums.ask_to_stop()
         metrics, num_tokens, stop = sums.reduce(accelerator)
+        broken, norm = None, math.nan
         if not math.isfinite(metrics["loss"]):
-            raise NotFinite(step.number, tuple(sorted(gather_object(not_finite))), "loss")
-        norm = float(accelerator.clip_grad_norm_(scorer.parameters(), max_grad_norm or math.inf))
-        # In float16 the gradient scaler expects overflows, skips their steps and lowers its scale.
-        if not math.isfinite(norm) and accelerator.scaler is None:
-            raise NotFinite(step.number, step.pairs, "gradient")
-        learning_rate = float(schedule.get_last_lr()[0])
-        optimizer.step()
+            broken = NotFinite(step.number, tuple(sorted(gather_object(not_finite))), "loss")
+        else:
+            norm = float(accelerator.clip_grad_norm_(scorer.parameters(), max_grad_norm or math.inf))
+            # In float16 the gradient scaler expects overflows, skips their steps and lowers its scale.
+            if not math.isfinite(norm) and accelerator.scaler is None:
+                broken = NotFinite(step.number, step.pairs, "gradient")
+        if broken and not may_skip(broken):
+            raise broken
+        metrics |= {"grad_norm": norm, "learning_rate": float(schedule.get_last_lr()[0])}
+        if not broken:
+            optimizer.step()
+            memory.update(objective.after_step(memory, metrics))
         schedule.step()
         optimizer.zero_grad()
-        memory.update(objective.after_step(memory, metrics))
         reference.after_step(step.number)
-        metrics |= {"grad_norm": norm, "learning_rate": learning_rate}
-        yield StepResult(step.number, step.epoch, metrics, num_tokens, stop)
+        yield StepResult(step.number, step.epoch, metrics, num_tokens, stop, step.pairs, broken is None)
+
+
+def _add_up_gradients(
+    step: Step,
+    scorer: nn.Module,
+    objective: Objective,
+    reference: OpenReference,
+    batches: Batches,
+    accelerator: Accelerator,
+    memory: Memory,
+) -> tuple[StepSums, list[int]]:
+    """Run this rank's micro-batches forward and backward; return their sums, and the pairs whose loss is not finite."""
+    sums, not_finite = StepSums(accelerator.device), []
+    facts = step_facts(batches.pairs.sizes, step.pairs, memory)
+    judged = None
+    if objective.looks_at_step and (len(step.micro_batches) > 1 or accelerator.num_processes > 1):
+        judged = iter(judge_step(scorer, objective, reference, batches, step.micro_batches, facts, accelerator))
+    for place, micro_batch in enumerate(step.micro_batches, 1):
+        last = place == len(step.micro_batches)
+        # Ranks may have different numbers of micro-batches; gradients are exchanged once, on the last.
+        with contextlib.nullcontext() if last else accelerator.no_sync(scorer):
+            batch = batches(micro_batch)
+            if judged is None or micro_batch.filler:
+                pairs, values = score_pairs(scorer, objective, reference, batch, facts)
+                losses, pull = pairs.losses, pairs.losses.sum()
+            else:
+                found = next(judged)
+                losses, values, pull = found.losses, found.values, (found.slopes * scorer(batch)).sum()
+            # Gradients are averaged over ranks, so the step's sum is restored before it is divided.
+            weight = 0.0 if micro_batch.filler else accelerator.num_processes / step.num_pairs
+            accelerator.backward(pull * weight)
+        if not micro_batch.filler:
+            sums.add(values, batch.num_tokens)
+            not_finite += _not_finite(batch.pairs, losses)
+    return sums, not_finite
 
 
 def _not_finite(indices: tuple[int, ...], losses: Tensor) -> list[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,10 +14,13 @@ from typing import Any
 import yaml
 
 from dpo_cli.errors import USAGE, UserError, from_os_error
-from dpo_cli.storage import MANIFEST, DamagedFolder, strays, verify
+from dpo_cli.locks import Locked, locked
+from dpo_cli.storage import MANIFEST, DamagedFolder, strays, text_digest, verify
 
 RESOLVED = "# The configuration as resolved: `dpo train --config` runs it again.\n"
 """The first line of a run's config.yaml, by which it is told from a configuration of the user's own."""
+
+_LOCK = ".lock"
 
 
 class RunState(enum.Enum):
@@ -67,12 +72,27 @@ class RunFolder:
         """What trackers write to disk."""
         return self.path / "trackers"
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out of the folder while the context lasts.
+
+        Raises:
+            UserError: Another run is at work in it, or the disk refuses.
+        """
+        try:
+            with locked(self.path / _LOCK):
+                yield
+        except Locked as holder:
+            hint = "wait until it has ended, or choose another `output_dir`"
+            raise UserError(f"another run is writing to the output folder: {holder}", str(self.path), hint) from None
+
     def state(self) -> RunState:
         """Tell what the folder holds now."""
         if self.path.is_dir():
             if self._is_a_run():
                 return RunState.FINISHED if (self.final / MANIFEST).is_file() else RunState.STARTED
-            return RunState.FOREIGN if set(self.path.iterdir()) - strays(self.path) else RunState.FREE
+            others = set(self.path.iterdir()) - strays(self.path) - {self.path / _LOCK}
+            return RunState.FOREIGN if others else RunState.FREE
         return RunState.FOREIGN if self.path.exists() else RunState.FREE
 
     def check(self, *, resume: bool, overwrite: bool) -> UserError | None:
@@ -176,8 +196,17 @@ _MAY_CHANGE = (
     "training.micro_batch_tokens",
     "training.gradient_checkpointing",
     "training.layout",
+    "training.on_nonfinite",
+    "training.max_skipped",
 )
-"""How a run is watched and cut into passes: none of it is part of what is computed, rounding aside."""
+"""How a run is watched and cut into passes, and when it stops: none of it is part of what is computed before,
+rounding aside."""
+
+
+def settings_digest(settings: dict[str, Any]) -> str:
+    """Return a digest of all settings that decide what a run computes."""
+    deciding = {name: value for name, value in _leaves(settings) if not name.startswith(_MAY_CHANGE)}
+    return text_digest(json.dumps(deciding, sort_keys=True))
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

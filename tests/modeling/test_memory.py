@@ -67,7 +67,7 @@ def test_logits_are_bounded_by_the_chunk_however_many_pairs_there_are(tiny_llama
 
 
 def test_gradients_stand_beside_activations_only_where_a_step_has_several_passes():
-    parts = {"program": 1, "weights": 100, "reference": 0, "optimizer": 200, "gradients": 100}
+    parts = {"program": 1, "weights": 100, "reference": 0, "optimizer": 200, "gradients": 100, "copy": 0}
     one = MemoryEstimate(**parts, activations=70, logits=20, counted=True, several=False)
     assert one.peak == 1 + 100 + 200 + 100
     assert MemoryEstimate(**parts, activations=70, logits=20, counted=True, several=True).peak == 301 + 70 + 20 + 100

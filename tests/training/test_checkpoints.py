@@ -2,41 +2,66 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
 
 from dpo_cli.errors import UserError
 from dpo_cli.storage import sealed_folder
-from dpo_cli.training.checkpoints import _prune, newest_whole
+from dpo_cli.training.checkpoints import _FACTS, _prune, newest_whole
+
+STANDS_ON = {"model": "m", "data": "d", "settings": "s"}
 
 
-def make(folder, *steps):
+def make(folder, *steps, stands_on=STANDS_ON, state=None):
     for step in steps:
-        with sealed_folder(folder / f"step-{step:06d}", {"step": step}) as temporary:
-            (temporary / "model.safetensors").write_bytes(b"x" * step)
+        with sealed_folder(folder / f"step-{step:06d}", {}) as temporary:
+            (temporary / "model.safetensors").write_bytes(b"x" * min(step, 1000))
+            facts = dict.fromkeys(_FACTS) | {"step": step, "stands_on": stands_on}
+            (temporary / "training_state.json").write_text(json.dumps(facts if state is None else state))
 
 
 def test_the_newest_is_told_by_its_number_and_not_by_its_name(tmp_path):
     make(tmp_path, 9, 999_999, 1_000_000)
-    assert newest_whole(tmp_path).name == "step-1000000"
+    assert newest_whole(tmp_path, STANDS_ON).name == "step-1000000"
 
 
 def test_damaged_ones_are_passed_over_until_a_whole_one_is_found(tmp_path):
     make(tmp_path, 1, 2, 3)
     (tmp_path / "step-000003" / "model.safetensors").write_bytes(b"xxz")
     (tmp_path / "step-000002" / "manifest.json").unlink()
-    assert newest_whole(tmp_path).name == "step-000001"
+    assert newest_whole(tmp_path, STANDS_ON).name == "step-000001"
     shutil.rmtree(tmp_path / "step-000001")
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        newest_whole(tmp_path)
-    assert newest_whole(tmp_path / "nothing") is None
+        newest_whole(tmp_path, STANDS_ON)
+    assert newest_whole(tmp_path / "nothing", STANDS_ON) is None
 
 
 def test_what_is_not_a_checkpoint_is_neither_taken_nor_pruned(tmp_path):
     make(tmp_path, 5, 6, 7)
     (tmp_path / "step-mine").mkdir()
     (tmp_path / ".step-000008.tmp-1-a").mkdir()
-    assert newest_whole(tmp_path).name == "step-000007"
+    assert newest_whole(tmp_path, STANDS_ON).name == "step-000007"
     _prune(tmp_path, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".step-000008.tmp-1-a", "step-000007", "step-mine"]
+
+
+def test_one_of_another_run_is_passed_over_and_one_under_another_name_too(tmp_path, caplog):
+    make(tmp_path, 3)
+    make(tmp_path, 5, stands_on=STANDS_ON | {"settings": "other"})
+    shutil.copytree(tmp_path / "step-000003", tmp_path / "step-000009")
+    with caplog.at_level("WARNING"):
+        assert newest_whole(tmp_path, STANDS_ON).name == "step-000003"
+    assert "it is the checkpoint of step 3" in caplog.text
+    assert "the settings is not this run's" in caplog.text
+    shutil.rmtree(tmp_path / "step-000003")
+    with pytest.raises(UserError, match="the settings is not the one that the run was started with"):
+        newest_whole(tmp_path, STANDS_ON)
+
+
+@pytest.mark.parametrize("state", [[], {}, {"step": 4}, None, "nonsense", 7])
+def test_a_state_of_another_form_is_damage(tmp_path, state):
+    make(tmp_path, 3)
+    make(tmp_path, 4, state=state if state is not None else [None])
+    assert newest_whole(tmp_path, STANDS_ON).name == "step-000003"

@@ -13,7 +13,7 @@ import torch
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.preference.losses import AOT, BCO, DPO, SFT, AdaptiveBeta, Loss, SimPO
 from dpo_cli.preference.objective import Objective
-from dpo_cli.training.loop import NotFinite
+from dpo_cli.training.loop import NotFinite, Skips
 from tests.builders import prepare_pairs, train_in_process
 from tests.conftest import ROOT
 
@@ -193,3 +193,30 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tiny_llama, pairs, 
         train_in_process(tiny_llama, pairs)
     assert caught.value.what == "gradient"
     assert len(caught.value.pairs) == 8
+
+
+def test_a_step_that_may_be_skipped_leaves_the_weights_and_the_next_ones_go_on(tiny_llama, pairs, monkeypatch):
+    """As if its rate had been 0: the schedule and the order of the pairs go on."""
+    from accelerate import Accelerator
+
+    clip, calls, asked = Accelerator.clip_grad_norm_, [], []
+
+    def broken_once(self, parameters, norm):
+        calls.append(None)
+        return clip(self, parameters, norm) * (math.inf if len(calls) == 2 else 1)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", broken_once)
+    metrics, weights = train_in_process(
+        tiny_llama, pairs, max_steps=2, may_skip=lambda broken: asked.append(broken.step) or True
+    )
+    assert asked == [2]
+    assert [math.isfinite(row["grad_norm"]) for row in metrics] == [True, False]
+    calls.clear()
+    _, after_one = train_in_process(tiny_llama, pairs, max_steps=1)
+    assert all(torch.equal(tensor, after_one[name]) for name, tensor in weights.items())
+
+
+def test_skips_are_counted_and_limited():
+    skips = Skips(allowed=2)
+    assert [skips.take() for _ in range(3)] == [True, True, False]
+    assert not Skips(allowed=0).take()

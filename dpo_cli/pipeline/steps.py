@@ -1,0 +1,219 @@
+"""The steps of a run, one after the other, and what is due after each: a row, an evaluation, a checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dpo_cli.config import Config
+from dpo_cli.data.sources import as_sources, describe
+from dpo_cli.errors import FAILED, UserError
+from dpo_cli.interrupts import Interrupted, StopSignals
+from dpo_cli.pipeline import setup
+from dpo_cli.pipeline.passes import without_gradient
+from dpo_cli.reporting.console import Console, clock
+from dpo_cli.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from dpo_cli.data.schedule import Plan
+    from dpo_cli.modeling.batch import Batches
+    from dpo_cli.preference.reference import OpenReference
+    from dpo_cli.reporting.trackers import MetricsLog
+    from dpo_cli.training.checkpoints import CheckpointWriter, TrainingParts
+    from dpo_cli.training.loop import NotFinite, StepResult
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that stands ready when the first step is taken."""
+
+    config: Config
+    folder: RunFolder
+    console: Console
+    signals: StopSignals
+    accelerator: Accelerator
+    data: setup.RunData
+    plan: Plan
+    batches: Batches
+    scorer: Any
+    reference: OpenReference
+    parts: TrainingParts
+
+
+def walk(run: Run, done: int) -> None:
+    """Take the steps, do after each what is due, and finish the run."""
+    from dpo_cli.reporting.trackers import MetricsLog
+    from dpo_cli.training.checkpoints import CheckpointWriter
+
+    accelerator, saving = run.accelerator, run.config.checkpoints
+    log = MetricsLog(run.folder.metrics, done) if accelerator.is_main_process else None
+    writer = CheckpointWriter(run.folder.checkpoints, saving.keep, background=saving.background)
+    started = time.monotonic()
+    try:
+        with run.signals.deferred():
+            _take_steps(run, done, log, writer)
+        writer.finish()
+        if log:
+            figures = log.last("eval")
+            _save_final(run, figures)
+            _summary(run, figures, time.monotonic() - started)
+    except UserError:
+        # The last checkpoint may still be on its way to the disk.
+        with contextlib.suppress(UserError):
+            writer.finish()
+        raise
+    finally:
+        if log:
+            log.close()
+    accelerator.wait_for_everyone()
+
+
+def _take_steps(run: Run, done: int, log: MetricsLog | None, writer: CheckpointWriter) -> None:
+    """Take one step after the other.
+
+    Raises:
+        UserError: A loss, a gradient or the weights are not finite; or the disk refuses.
+        Interrupted: A signal came; what was done is saved.
+    """
+    from dpo_cli.training.loop import NotFinite, train_steps
+
+    accelerator = run.accelerator
+    results = train_steps(
+        run.scorer,
+        run.config.objective,
+        run.reference,
+        run.parts.optimizer,
+        run.parts.schedule,
+        run.plan.steps(run.batches.cut, done, accelerator.process_index, accelerator.num_processes),
+        run.batches,
+        accelerator,
+        run.config.training.max_grad_norm,
+        run.parts.memory,
+        lambda: run.signals.received is not None,
+        lambda broken: _may_skip(run, broken),
+    )
+    before = time.monotonic()
+    try:
+        with run.console.steps(done, run.plan.num_steps) as show:
+            for result in results:
+                speed = result.num_tokens / (time.monotonic() - before)
+                metrics: dict[str, Any] = {"epoch": result.epoch, **result.metrics, "tokens_per_second": speed}
+                if not result.taken:
+                    metrics["skipped"] = run.parts.skips.count
+                _log(run, log, "train", result.number, metrics)
+                show(result.number, metrics)
+                _after_step(run, log, writer, result)
+                before = time.monotonic()
+    except NotFinite as broken:
+        hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is as it was"
+        skipped = f"; {run.parts.skips.allowed} steps were skipped before" if run.parts.skips.allowed else ""
+        what = f"{_described(run, broken)}{skipped}"
+        raise UserError(what, str(run.folder.checkpoints), hint, status=FAILED) from None
+
+
+def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, result: StepResult) -> None:
+    """Evaluate and save when due, which depends on the step alone, and stop where any process was asked to."""
+    from accelerate.utils import gather_object
+
+    from dpo_cli.training.checkpoints import check_finite
+
+    config, step = run.config, result.number
+    last = step == run.plan.num_steps
+    stop, save = result.stop, _due(step, config.checkpoints.every_steps)
+    if last or stop or save:
+        check_finite(step, result.pairs, run.parts.policy)
+    if len(run.data.held_out) and (last or _due(step, config.evaluation.every_steps)):
+        _log(run, log, "eval", step, {"epoch": result.epoch, **_evaluate(run)})
+        # An evaluation may be long; who was asked to stop meanwhile does not take another step.
+        stop = any(gather_object([run.signals.received is not None])) or stop
+    if not stop and not save:
+        return
+    if log:
+        log.sync()
+    path = writer.save(step, run.parts)
+    if stop:
+        writer.finish()
+        run.console.notice(f"stopped after step {step}; saved {path}")
+        raise Interrupted(run.signals.received or signal.SIGTERM)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _log(run: Run, log: MetricsLog | None, split: str, step: int, metrics: dict[str, Any]) -> None:
+    """Write a row, and hand its numbers to the trackers."""
+    if log:
+        log.append({"split": split, "step": step, **metrics})
+    if run.config.tracking:
+        numbers = {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
+        run.accelerator.log(numbers, step=step)
+
+
+def _evaluate(run: Run) -> dict[str, Any]:
+    """Score the held-out pairs as they stand now."""
+    from dpo_cli.evaluation.evaluate import evaluate
+
+    held_out = run.data.held_out.tolist()
+    with run.console.progress("evaluating", len(held_out)) as progress:
+        results = evaluate(
+            run.scorer,
+            run.config.objective,
+            run.reference.beginning or run.reference,
+            held_out,
+            without_gradient(run.batches),
+            run.accelerator,
+            progress,
+        )
+    return setup.finite_figures(results, run.data.pairs)
+
+
+def _may_skip(run: Run, broken: NotFinite) -> bool:
+    """Tell whether a step that would spoil the weights may be left out once more, and if so, that it is."""
+    skips = run.parts.skips
+    if not skips.take():
+        return False
+    run.console.warning(
+        f"skipping step {broken.step} ({skips.count} of at most {skips.allowed}): {_described(run, broken)}"
+    )
+    return True
+
+
+def _described(run: Run, broken: NotFinite) -> str:
+    """Say what is not finite, and name the pairs by file and line."""
+    which = "its" if broken.what == "loss" else "the step's"
+    return f"{broken}; {which} pairs: {setup.named_pairs(run.data.pairs, broken.pairs)}"
+
+
+def _save_final(run: Run, figures: dict[str, Any] | None) -> None:
+    """Write the trained model as a complete Hugging Face folder, whole or not at all."""
+    from dpo_cli.modeling.loading import saved_model
+    from dpo_cli.reporting.card import model_card
+    from dpo_cli.reporting.environment import versions
+
+    facts = {
+        "training pairs": len(run.data.train),
+        "optimizer steps": run.plan.num_steps,
+        "data": describe(as_sources(run.config.data.train)),
+        "loss": str(run.config.objective),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    settings = run.config.model_dump(mode="json")
+    card = model_card(run.folder.path.name, settings, facts, figures)
+    with saved_model(run.folder.final, run.parts.policy, run.parts.tokenizer, "saving the trained model") as temporary:
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _summary(run: Run, figures: dict[str, Any] | None, seconds: float) -> None:
+    from dpo_cli.reporting.tables import figures_table
+
+    run.console.notice(f"done in {clock(seconds)}")
+    if figures:
+        run.console.result(figures_table({"after": figures}))
+    run.console.result(f"model    {run.folder.final}")
+    run.console.result(f"metrics  {run.folder.metrics}")
