@@ -48,11 +48,10 @@ def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
 def bench(
     zygote: Zygote, tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, demo_rows: list[dict[str, str]]
 ) -> Callable[[str, int], Bench]:
-    """Return the bench of a loss and a number of processes."""
+    """Return the bench of a kind of run and a number of processes."""
 
     @functools.cache
-    def find(loss: str, num_ranks: int) -> Bench:
-        folder = tmp_path_factory.mktemp(f"{loss}-{num_ranks}")
-        return build_bench(zygote, folder, tiny_llama, demo_rows, loss, num_ranks)
+    def find(name: str, num_ranks: int) -> Bench:
+        return build_bench(zygote, tmp_path_factory.mktemp("bench"), tiny_llama, demo_rows, name, num_ranks)
 
     return find

@@ -13,14 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.storage import DamagedFolder, verify
 from tests.conftest import make_config, without_clock, write_rows
 from tests.faults.ledger import Ledger, Outcome
 from tests.faults.zygote import Ended, Running, Zygote
 
+SAVED_EVERY, KEPT = 2, 2
+
 # Cut by a number of its own: a run with another cache would measure one anew, and round otherwise.
 _TRAINING = {"epochs": 2, "pairs_per_step": 5, "micro_batch_tokens": 600}
+_CHECKPOINTS = {"every_steps": SAVED_EVERY, "keep": KEPT}
+_SETTINGS: dict[str, Any] = {
+    "training": _TRAINING,
+    "checkpoints": _CHECKPOINTS,
+    "evaluation": {"every_steps": 3},
+    # Every case has the same name for it, since the model card holds it.
+    "output_dir": "run",
+}
 
-LOSSES: dict[str, dict[str, Any]] = {
+RUNS: dict[str, dict[str, Any]] = {
     "dpo": {},
     # It remembers something from step to step, and so does its reference, which moves.
     "bco": {
@@ -28,17 +39,13 @@ LOSSES: dict[str, dict[str, Any]] = {
         "reference": {"type": "synced", "every_steps": 3, "alpha": 0.5},
         "training": {**_TRAINING, "layout": "padded"},
     },
+    "dpo, saved in the background": {
+        "checkpoints": {**_CHECKPOINTS, "background": True},
+        "training": {**_TRAINING, "layout": "padded"},
+    },
 }
 """The kinds of run that are broken."""
 
-SAVED_EVERY = 2
-_SETTINGS: dict[str, Any] = {
-    "training": _TRAINING,
-    "checkpoints": {"every_steps": SAVED_EVERY, "keep": 2},
-    "evaluation": {"every_steps": 3},
-    # Every case has the same name for it, since the model card holds it.
-    "output_dir": "run",
-}
 _NUM_PAIRS = 25
 
 Fault = tuple[str, dict[str, Any]]
@@ -61,10 +68,12 @@ class Bench:
         folder: Where the cases stand.
         config: The configuration, whose output folder is `run`.
         num_ranks: Processes of each run.
+        background: Whether checkpoints are written while the run goes on.
     """
 
-    def __init__(self, zygote: Zygote, folder: Path, config: Path, num_ranks: int) -> None:
+    def __init__(self, zygote: Zygote, folder: Path, config: Path, num_ranks: int, *, background: bool) -> None:
         self.zygote, self.folder, self.config, self.num_ranks = zygote, folder, config, num_ranks
+        self.background = background
         self._num_cases = 0
 
     def case(self) -> Case:
@@ -136,7 +145,7 @@ class Case:
                 other.send(signal.SIGKILL)
             ended = Ended(ended.status or other.wait().status, ended.said + ("" if ended.status else other.said))
         self._said += ended.said
-        self._saved = max([self._saved, *_saved(ended.said)])
+        self._saved = max(self._saved, _saved(ended.said, SAVED_EVERY if self.bench.background else 0))
         return ended
 
     def run(self, *arguments: object, fault: Fault | None = None) -> Ended:
@@ -179,22 +188,32 @@ class Case:
                 return Outcome.WRONG, f"other bytes in {name}: {', '.join(differing)}"
         if self.metrics() != whole.metrics():
             return Outcome.WRONG, "other rows in metrics.jsonl"
-        if left := [str(path.relative_to(self.folder)) for path in self.folder.rglob(".*")]:
+        if left := self._left_behind():
             return Outcome.WRONG, f"left behind: {', '.join(left)}"
         return Outcome.SURVIVED, ""
 
+    def _left_behind(self) -> list[str]:
+        """Return what should be gone: hidden files and folders, and checkpoints that are not whole or too many."""
+        # The lock of a process that ended does no harm, and stays where nobody has needed it since.
+        hidden = [
+            path for path in self.folder.rglob(".*") if not path.name.endswith(".lock") or path.parent == self.output
+        ]
+        checkpoints = sorted((self.output / "checkpoints").iterdir())
+        left = hidden + [path for path in checkpoints if not _is_whole(path)] + checkpoints[:-KEPT]
+        return [str(path.relative_to(self.folder)) for path in left]
+
 
 def build_bench(
-    zygote: Zygote, folder: Path, model: Path, rows: Sequence[dict[str, str]], loss: str, num_ranks: int
+    zygote: Zygote, folder: Path, model: Path, rows: Sequence[dict[str, str]], name: str, num_ranks: int
 ) -> Bench:
-    """Write the configuration of a kind of run, a name of `LOSSES`.
+    """Write the configuration of a kind of run, a name of `RUNS`.
 
     Its two epochs are eight steps; it saves in their middle, evaluates in between and drops old checkpoints.
     """
     short = sorted(rows, key=lambda row: sum(map(len, row.values())))[:_NUM_PAIRS]
-    pairs = write_rows(folder / "pairs.jsonl", short)
-    config = make_config(folder, model, pairs, loss, **{**_SETTINGS, **LOSSES[loss]})
-    return Bench(zygote, folder, config, num_ranks)
+    pairs, settings = write_rows(folder / "pairs.jsonl", short), {**_SETTINGS, **RUNS[name]}
+    config = make_config(folder, model, pairs, "run", **settings)
+    return Bench(zygote, folder, config, num_ranks, background="background" in settings["checkpoints"])
 
 
 def _surroundings(rank: int, number: int, port: int) -> dict[str, str]:
@@ -211,11 +230,16 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _saved(said: str) -> list[int]:
-    """Return the steps whose checkpoints stood whole by what a run said: it went on after them, or named them."""
+def _saved(said: str, delay: int) -> int:
+    """Return the last step whose checkpoint stood whole by what a run said: it went on after it, or named it.
+
+    Args:
+        said: What the run said.
+        delay: Steps that it may have gone on for while the checkpoint was written.
+    """
     shown = [int(number) for number in re.findall(r"^step (\d+)/", said, re.MULTILINE)]
     named = [int(number) for number in re.findall(r"; saved .*/step-(\d+)$", said, re.MULTILINE)]
-    return [(step - 1) // SAVED_EVERY * SAVED_EVERY for step in shown] + named
+    return max([0, *named, *((step - 1) // SAVED_EVERY * SAVED_EVERY - delay for step in shown)])
 
 
 def _resumed(said: str) -> int:
@@ -227,6 +251,13 @@ def _resumed(said: str) -> int:
 
 def _newest(output: Path) -> str:
     return max(path.name for path in (output / "checkpoints").iterdir())
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(verify(folder))
+    except DamagedFolder:
+        return False
 
 
 def _differing(ours: Path, theirs: Path) -> list[str]:

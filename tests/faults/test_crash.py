@@ -12,14 +12,17 @@ import pytest
 from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
 from tests.faults.power import KEPT
-from tests.faults.runs import LOSSES, Bench, Case, Point
+from tests.faults.runs import RUNS, Bench, Case, Point
 from tests.faults.shim import CRASHED
 
 SHARES = range(8 if FULL else 1)
 """A test takes one share of the points, so that processes can share them out."""
 
-KINDS = [(loss, num_ranks) for loss in LOSSES for num_ranks in (1, 2)]
+KINDS = [*((name, 1) for name in RUNS), ("dpo", 2), ("bco", 2)]
 NAMES = {1: "one process", 2: "two processes"}
+
+SOME = list(RUNS) if FULL else ["bco"]
+"""The kinds of run for what need not be seen of all of them in `make test`."""
 
 _T = TypeVar("_T")
 
@@ -46,27 +49,27 @@ def report(troubles: Sequence[str]) -> None:
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize(("loss", "num_ranks"), KINDS)
+@pytest.mark.parametrize(("name", "num_ranks"), KINDS)
 def test_a_crash_at_any_file_operation_costs_nothing(
-    bench: Callable[[str, int], Bench], ledger: Ledger, loss: str, num_ranks: int, share: int
+    bench: Callable[[str, int], Bench], ledger: Ledger, name: str, num_ranks: int, share: int
 ) -> None:
-    run, troubles = bench(loss, num_ranks), []
-    every, few = (1, 7) if num_ranks == 1 else (4, 2)
+    run, troubles = bench(name, num_ranks), []
+    every, few = (1, 3) if num_ranks == 1 else (4, 1)
     for point in chosen(run.points(), share, every, few):
         case = run.case()
         assert crash(case, point)
-        trouble = case.finish(ledger, f"crash at a file operation: {loss}, {NAMES[num_ranks]}")
+        trouble = case.finish(ledger, f"crash at a file operation: {name}, {NAMES[num_ranks]}")
         troubles.append(trouble and f"{point}: {trouble}")
     report(troubles)
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", SOME)
 def test_a_resume_that_crashes_as_well_costs_nothing(
-    bench: Callable[[str, int], Bench], ledger: Ledger, loss: str, share: int
+    bench: Callable[[str, int], Bench], ledger: Ledger, name: str, share: int
 ) -> None:
     """Twice one after the other, wherever: while it loads what the first left, or long after."""
-    run, troubles = bench(loss, 1), []
+    run, troubles = bench(name, 1), []
     points, chance = run.points(), random.Random(share)
     for first in chosen(points, share, 6, 1):
         case = run.case()
@@ -80,15 +83,15 @@ def test_a_resume_that_crashes_as_well_costs_nothing(
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("kept", KEPT)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", SOME)
 def test_a_power_cut_at_any_file_operation_costs_nothing_that_was_saved(
-    bench: Callable[[str, int], Bench], ledger: Ledger, loss: str, kept: str, share: int
+    bench: Callable[[str, int], Bench], ledger: Ledger, name: str, kept: str, share: int
 ) -> None:
-    run, troubles = bench(loss, 1), []
+    run, troubles = bench(name, 1), []
     for point in chosen([point for point in run.points() if not point.half], share, 3, 1):
         case = run.case()
         cut_power(case, point, kept, seed=point.operation)
-        trouble = case.finish(ledger, f"power cut at a file operation: {loss}")
+        trouble = case.finish(ledger, f"power cut at a file operation: {name}")
         troubles.append(trouble and f"{point}, kept {kept}: {trouble}")
     report(troubles)
 

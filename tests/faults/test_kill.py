@@ -11,21 +11,21 @@ import pytest
 
 from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
-from tests.faults.runs import LOSSES, Bench
-from tests.faults.test_crash import SHARES
+from tests.faults.runs import Bench
+from tests.faults.test_crash import SHARES, SOME
 
-NUM_KILLS = 15 if FULL else 4
-"""Of each loss and share."""
+NUM_KILLS = 10 if FULL else 4
+"""Of each kind of run and share."""
 
 MOST_IN_A_ROW = 6
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", SOME)
 def test_killed_at_any_moment_as_often_as_it_takes(
-    bench: Callable[[str, int], Bench], ledger: Ledger, loss: str, share: int
+    bench: Callable[[str, int], Bench], ledger: Ledger, name: str, share: int
 ) -> None:
-    run, chance, num_kills = bench(loss, 1), random.Random(share), 0
+    run, chance, num_kills = bench(name, 1), random.Random(share), 0
     started = time.monotonic()
     assert run.case().run().status == 0
     seconds = time.monotonic() - started

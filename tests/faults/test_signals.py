@@ -11,10 +11,10 @@ import pytest
 
 from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
-from tests.faults.runs import LOSSES, Bench, Case
-from tests.faults.test_crash import SHARES, chosen, report
+from tests.faults.runs import Bench, Case
+from tests.faults.test_crash import SHARES, SOME, chosen, report
 
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 
 PHASES = {
     "load": "loading …",
@@ -52,12 +52,12 @@ def test_a_signal_in_any_phase_stops_and_loses_nothing(
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("number", STATUS, ids=lambda number: number.name)
-@pytest.mark.parametrize("loss", LOSSES if FULL else ["bco"])
+@pytest.mark.parametrize("number", STATUS if FULL else [signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize("name", SOME)
 def test_a_signal_at_any_file_operation_stops_and_loses_nothing(
-    bench: Callable[[str, int], Bench], ledger: Ledger, loss: str, number: signal.Signals, share: int
+    bench: Callable[[str, int], Bench], ledger: Ledger, name: str, number: signal.Signals, share: int
 ) -> None:
-    run, troubles = bench(loss, 1), []
+    run, troubles = bench(name, 1), []
     for point in chosen([point for point in run.points() if not point.half], share, 4, 1):
         case = run.case()
         where = {"root": str(case.folder), "operation": point.operation, "number": int(number)}
