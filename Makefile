@@ -11,7 +11,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
 	@echo "make test           every test"
-	@echo "make faults         break runs in every way at every point and write docs/faults.md (about TIME minutes)"
+	@echo "make faults         break runs in every way at every point and write docs/faults.md (about half an hour)"
 	@echo "make check          formatting, lint, types, floors, generated files"
 	@echo "make format         format the code"
 	@echo "make check-layouts  losses of 50 steps of the real model, packed against padded"

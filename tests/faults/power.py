@@ -22,7 +22,7 @@ KEPT = {
     "nothing": "no byte and no name that was not synced",
     "names": "all names; of the bytes only those that were synced",
     "zeros": "all names and sizes; zeros stand in the place of bytes that were not synced",
-    "some": "by chance: what was done to folders before a moment, and of each file a part of its bytes",
+    "some": "by chance: what was done in each folder up to some moment, and a part of the bytes of each file",
 }
 """What may remain of that which was not synced."""
 
@@ -123,14 +123,23 @@ class Disk:
             seed: Decides what is a matter of chance.
         """
         chance = random.Random(seed)
-        first = {"nothing": 0, "some": chance.randint(0, len(self._changes))}.get(kept, len(self._changes))
-        for change in reversed(self._changes[first:]):
+        for change in reversed(self._lost(kept, chance)):
             if folder := self._find(change.folder):
                 change.undo(folder)
         for path in sorted(self._root.rglob("*")):
             certain = self._certain_bytes.get(_identity(path))
             if certain is not None:
                 _lose_bytes(path, certain, kept, chance)
+
+    def _lost(self, kept: str, chance: random.Random) -> list[_Change]:
+        """Return the changes of folders that did not reach the disk, the oldest first."""
+        if kept != "some":
+            return self._changes if kept == "nothing" else []
+        lost: list[_Change] = []
+        for folder in dict.fromkeys(change.folder for change in self._changes):
+            changes = [change for change in self._changes if change.folder == folder]
+            lost += changes[chance.randint(0, len(changes)) :]
+        return [change for change in self._changes if change in lost]
 
     def _sync(self, path: Path) -> None:
         if path.is_dir():

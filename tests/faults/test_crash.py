@@ -88,7 +88,7 @@ def test_a_power_cut_at_any_file_operation_costs_nothing_that_was_saved(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, kept: str, share: int
 ) -> None:
     run, troubles = bench(name, 1), []
-    for point in chosen([point for point in run.points() if not point.half], share, 3, 1):
+    for point in chosen([point for point in run.points() if not point.half], share, 5, 1):
         case = run.case()
         cut_power(case, point, kept, seed=point.operation)
         trouble = case.finish(ledger, f"power cut at a file operation: {name}")

@@ -58,7 +58,7 @@ def test_a_signal_at_any_file_operation_stops_and_loses_nothing(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, number: signal.Signals, share: int
 ) -> None:
     run, troubles = bench(name, 1), []
-    for point in chosen([point for point in run.points() if not point.half], share, 4, 1):
+    for point in chosen([point for point in run.points() if not point.half], share, 8, 1):
         case = run.case()
         where = {"root": str(case.folder), "operation": point.operation, "number": int(number)}
         ended = case.run(fault=("tests.faults.shim:signal_at", where))
