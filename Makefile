@@ -4,9 +4,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.installed-bench
+FUZZ_INSTALLED := .venv/.installed-fuzz
+FUZZ_SECONDS ?= 60
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install model quickstart test check format generated faults plots check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup clean
+.PHONY: help install model quickstart test check format generated faults plots check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup fuzz clean
 
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
@@ -14,6 +16,7 @@ help:
 	@echo "make faults         break runs in every way at every point and write docs/faults.md (about half an hour)"
 	@echo "make check          formatting, lint, types, floors, generated files"
 	@echo "make format         format the code"
+	@echo "make fuzz           search for inputs that break what reads them, FUZZ_SECONDS=60 for each of them"
 	@echo "make check-layouts  losses of 50 steps of the real model, packed against padded"
 	@echo "make check-losses   losses of a real run against an independent trainer's (PAIRS=file)"
 	@echo "make compare-losses  20 steps of the real model with every loss, side by side (COMPARE='--losses dpo ipo')"
@@ -99,6 +102,14 @@ bench-saving: install model
 
 bench-startup: install
 	$(BIN)/python scripts/bench_startup.py
+
+# Of another Python than those that atheris knows, nothing is lost but the search.
+$(FUZZ_INSTALLED): $(INSTALLED)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[fuzz]'
+	touch $@
+
+fuzz: $(FUZZ_INSTALLED)
+	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS) $(FUZZ)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -154,4 +154,7 @@ def _user_errors(error: BaseException) -> Iterator[UserError]:
 
 def main() -> None:
     """Run the command line."""
+    if "WORLD_SIZE" in os.environ:
+        # Who is gone is said in a line; torch would print a stack for every connection that broke with it.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     app()

@@ -142,7 +142,8 @@ def verify(folder: Path) -> dict[str, Any]:
             raise DamagedFolder(f"{name} is missing") from None
         except OSError as error:
             raise DamagedFolder(f"{name} cannot be read: {error.strerror}") from None
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
+            # No file can have such a name, or nothing is said of it.
             raise DamagedFolder(f"{MANIFEST} is not a manifest") from None
     return manifest
 

@@ -26,6 +26,7 @@ FLOORS = {
     "errors": 0,
     "interrupts": 0,
     "locks": 0,
+    "plain_yaml": 0,
     "settings": 0,
     "storage": 0,
 }

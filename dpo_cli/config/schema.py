@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from dpo_cli.data.formats import FORMATS, RankedRule
 from dpo_cli.data.kinds import Droppable
 from dpo_cli.data.sources import Sources
+from dpo_cli.modeling.model_files import Trust
 from dpo_cli.preference.losses import DPO, Loss
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Cached, NoReference, Reference
@@ -59,6 +60,15 @@ class ModelSettings(Settings):
     """What is computed in; weights are held in float32. auto: bfloat16 on GPUs that have it, else float32."""
     chat_template: str | None = None
     """null: the tokenizer's own; the path of a Jinja file; or `plain` for models without a template."""
+    allow_pickle: bool = False
+    """Read pickled weights (.bin) where a model has no others, as bare tensors: nothing in them is executed."""
+    trust_remote_code: bool = False
+    """Run Python files that come with a model, with your rights. Read them first: they can do whatever you can."""
+
+    @property
+    def trust(self) -> Trust:
+        """What every model of the run may bring along."""
+        return Trust(remote_code=self.trust_remote_code, pickle=self.allow_pickle)
 
 
 class DataSettings(Settings):
@@ -127,6 +137,8 @@ class TrainingSettings(Settings):
     """With skip, how many steps a run may skip; one more stops it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third slower."""
+    rank_timeout: float | None = Field(300, ge=1)
+    """With several processes, seconds after which one that is silent, or hangs in a step, is given up; null: never."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Decides the order of the pairs and which are held out."""
 

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dpo_cli import plain_yaml
 from dpo_cli.config.schema import expand_short_form
 from dpo_cli.errors import UserError, from_os_error
-
-_MAX_NODES = 10_000
-"""No configuration is this large; what is, repeats itself through YAML anchors."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which `5e-7` is the number it is."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
+from dpo_cli.plain_yaml import NotPlain
 
 
 @dataclass
@@ -50,8 +37,28 @@ class Tree:
 
 def read_tree(file: Path) -> Tree:
     """Parse the file into values and places."""
+    text = _text(file)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        values, lines = plain_yaml.parse(text)
+    except NotPlain as error:
+        raise UserError(error.what, f"{file}, line {error.line}", error.hint) from None
+    if values is None:
+        raise UserError("the configuration is empty", str(file), "set at least `model` and `data.train`")
+    if not isinstance(values, dict):
+        what = "the configuration is not a mapping of settings"
+        raise UserError(what, f"{file}, line 1", "write `model: …` and the like")
+    places = {path: f"{file}, line {line}" for path, line in lines.items()}
+    return Tree(values, {(): str(file), **places})
+
+
+def _text(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(plain_yaml.MAX_BYTES + 1)
+        if len(data) > plain_yaml.MAX_BYTES:
+            what = f"the configuration is longer than {plain_yaml.MAX_BYTES:,} bytes"
+            raise UserError(what, str(file), "name the file that holds the settings")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError("the configuration is not UTF-8 text", str(file), "save the file as UTF-8") from None
     except FileNotFoundError:
@@ -60,74 +67,6 @@ def read_tree(file: Path) -> Tree:
         raise UserError(f"there is no configuration file `{file}`", None, hint) from None
     except OSError as error:
         raise from_os_error(error, "reading the configuration", str(file), status=2) from error
-    loader = None
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            raise UserError("the configuration is empty", str(file), "set at least `model` and `data.train`")
-        if not isinstance(node, yaml.MappingNode):
-            what = "the configuration is not a mapping of settings"
-            raise UserError(what, f"{file}, line 1", "write `model: …` and the like")
-        return _Builder(loader, file).build(node)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        hint = "check indentation, colons and quotes near that line"
-        raise UserError(f"not valid YAML: {error.problem}", f"{file}, line {line}", hint) from None
-    except (yaml.YAMLError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"not valid YAML: {reason}", str(file), "check the file's characters") from None
-    except RecursionError:
-        what = "the configuration is nested too deeply"
-        raise UserError(what, str(file), "settings are two levels deep") from None
-    finally:
-        if loader:
-            loader.dispose()
-
-
-class _Builder:
-    """Turn YAML nodes into values while noting the line of every key."""
-
-    def __init__(self, loader: _Loader, file: Path) -> None:
-        self.loader, self.file, self.num_nodes = loader, file, 0
-        self.tree = Tree()
-
-    def build(self, node: yaml.MappingNode) -> Tree:
-        self.tree.places[()] = str(self.file)
-        self.tree.values = self._mapping(node, ())
-        return self.tree
-
-    def _value(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
-        self.num_nodes += 1
-        if self.num_nodes > _MAX_NODES:
-            hint = "write the settings out without anchors"
-            raise UserError(f"the configuration has more than {_MAX_NODES} values", str(self.file), hint)
-        if isinstance(node, yaml.MappingNode):
-            return self._mapping(node, path)
-        if isinstance(node, yaml.SequenceNode):
-            return [self._member(item, (*path, str(place))) for place, item in enumerate(node.value)]
-        return self.loader.construct_object(node)
-
-    def _member(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
-        self.tree.places[path] = self._place(node)
-        return self._value(node, path)
-
-    def _place(self, node: yaml.Node) -> str:
-        return f"{self.file}, line {node.start_mark.line + 1}"
-
-    def _mapping(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            where = self._place(key_node)
-            key = self.loader.construct_object(key_node)
-            if not isinstance(key, str):
-                raise UserError(f"`{key_node.value}` is not the name of a setting", where, "names are text")
-            if key in values:
-                dotted = ".".join((*path, key))
-                raise UserError(f"`{dotted}` is set twice", where, "keep one of the two lines")
-            self.tree.places[(*path, key)] = where
-            values[key] = self._value(value_node, (*path, key))
-        return values
 
 
 def override(tree: Tree, text: str) -> UserError | None:
@@ -138,9 +77,11 @@ def override(tree: Tree, text: str) -> UserError | None:
         hint = "overrides look like `training.learning_rate=1e-5`; options start with `--`"
         return UserError(f"`{text}` is not a setting and its value", "the command line", hint)
     try:
-        parsed = yaml.load(value, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return UserError(f"the value of `{key}` is not valid YAML", where, "quote it for YAML and for the shell")
+        parsed, _ = plain_yaml.parse(value)
+    except NotPlain as error:
+        reason = error.what.removeprefix("not valid YAML: ")
+        what = f"the value of `{key}` is not valid YAML: {reason}"
+        return UserError(what, where, "quote it for YAML and for the shell")
     group: Any = tree.values
     for depth, name in enumerate(path[:-1]):
         if (problem := _misplaced(group, name, path[:depth], where)) is not None:

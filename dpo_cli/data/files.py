@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data import streams
+from dpo_cli.data.bounds import bounded_memory
 from dpo_cli.data.fields import printable
 from dpo_cli.data.json_lists import Window, as_row, members
 from dpo_cli.data.records import NUMBERS, Row
@@ -26,6 +27,12 @@ from dpo_cli.errors import UserError
 
 BATCH_ROWS = 1024
 """Rows that are taken out of a file of columns at once."""
+
+MAX_BATCH_BYTES = 1 << 30
+"""The memory that so many rows may take: what a file says of its sizes need not be so."""
+
+MAX_ROWS_PER_BYTE, FREE_ROWS = 100, 1_000_000
+"""A file of columns holds no more rows for its size: one that says so repeats a few for ever."""
 
 _WITH_OBJECTS = re.compile(r"arrow\.json|struct<")
 """Arrow's names for the types of columns that hold objects, at whatever depth, or JSON."""
@@ -187,7 +194,7 @@ def _parquet(path: Path) -> Iterator[Row]:
             _distinct(file.schema_arrow.names, str(path))
             yield from file.iter_batches(batch_size=BATCH_ROWS)
 
-    return rows_of_columns(str(path), "Parquet file", batches())
+    return rows_of_columns(str(path), "Parquet file", _within_reason(path, batches()))
 
 
 def _arrow(path: Path) -> Iterator[Row]:
@@ -206,7 +213,22 @@ def _arrow(path: Path) -> Iterator[Row]:
                 batch.validate(full=True)
                 yield from (batch.slice(start, BATCH_ROWS) for start in range(0, batch.num_rows, BATCH_ROWS))
 
-    return rows_of_columns(str(path), "Arrow file", batches())
+    return rows_of_columns(str(path), "Arrow file", _within_reason(path, batches()))
+
+
+def _within_reason(path: Path, batches: Iterator[Any]) -> Iterator[Any]:
+    """Yield batches as long as neither their memory nor their number is out of all proportion to the file."""
+    most, number = FREE_ROWS + MAX_ROWS_PER_BYTE * path.stat().st_size, 0
+    while True:
+        with bounded_memory(MAX_BATCH_BYTES):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        number += batch.num_rows
+        if number > most:
+            hint = "no file is so repetitive; if this one is, write its rows as JSON lines"
+            raise UserError(f"the file holds more than {most:,} rows in {path.stat().st_size:,} bytes", str(path), hint)
+        yield batch
 
 
 def rows_of_columns(place: str, kind: str, batches: Iterable[Any]) -> Iterator[Row]:
@@ -229,7 +251,7 @@ def rows_of_columns(place: str, kind: str, batches: Iterable[Any]) -> Iterator[R
                 number += 1
                 origin = f"{place}:row {number}"
                 yield Row(origin, None, problem) if problem else as_row(values, origin)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
         reason = printable(str(error).partition("\n")[0] or type(error).__name__, _REASON_LENGTH)
@@ -239,16 +261,22 @@ def rows_of_columns(place: str, kind: str, batches: Iterable[Any]) -> Iterator[R
 
 def _values(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str]]:
     """Yield the values of each row of a batch, or what is wrong with them."""
+    rows, problem = [], too_long() if batch.nbytes > streams.MAX_ROW_BYTES else ""
     try:
-        rows = _as_python(batch)
+        if not problem:
+            with bounded_memory(MAX_BATCH_BYTES):
+                rows = _as_python(batch)
+    except MemoryError:
+        problem = too_long()
     except (ValueError, OverflowError, RecursionError) as error:
-        if batch.num_rows == 1:
-            yield None, f"cannot be read: {printable(error, _REASON_LENGTH)}"
-            return
+        problem = f"cannot be read: {printable(error, _REASON_LENGTH)}"
+    if not problem:
+        yield from ((row, "") for row in rows)
+    elif batch.num_rows == 1:
+        yield None, problem
+    else:
         for row in range(batch.num_rows):
             yield from _values(batch.slice(row, 1))
-    else:
-        yield from ((row, "") for row in rows)
 
 
 def _as_python(batch: Any) -> list[dict[str, Any]]:

@@ -83,7 +83,7 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
             raise UserError(f"`{folder}` has no split `{split}`", None, f"its splits: {known}")
         folder /= split
     if (folder / _STATE).is_file():
-        return [_readable(folder / name) for name in _listed(folder / _STATE, "_data_files")]
+        return [_readable(_inside(folder, name)) for name in _listed(folder / _STATE, "_data_files")]
     inside = sorted(path for path in folder.rglob("*") if path.is_file() and not _is_hidden(path.relative_to(folder)))
     files = [_readable(path) for path in inside if not _is_company(path)]
     if not files:
@@ -110,8 +110,20 @@ def _listed(file: Path, key: str) -> list[str]:
         raise UserError(f"`{file}` is not what `datasets` writes", None, "save the dataset again") from None
 
 
+def _inside(folder: Path, name: str) -> Path:
+    """Return a file that a folder lists, which must be one of its own."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        what = f"`{folder}` lists a file outside of it: `{printable(name)}`"
+        raise UserError(what, None, "name that file itself, or save the dataset again")
+    return folder / name
+
+
 def _readable(path: Path) -> Path:
-    """Return a file that there is, and that is of a known kind."""
+    """Return a file that there is, that is of a known kind, and that can be named where its rows are told."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the name of `{printable(path, 1000)}` is not UTF-8", None, "rename it") from None
     if not path.is_file():
         what = f"`{printable(path, 1000)}` is missing, which its folder lists"
         raise UserError(what, None, "save or download the dataset again")

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from dpo_cli.data.belief import problem_of_manifest, problem_of_rows
 from dpo_cli.data.formats import RankedRule
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.data.schedule import PairSizes
@@ -158,7 +159,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
             DamagedFolder: The folder is not whole.
         """
         manifest = verify(folder)
-        if PAIRS not in manifest["files"] or not {"statistics", "settings", "fingerprint"} <= manifest.keys():
+        if PAIRS not in manifest["files"]:
             raise DamagedFolder("it does not hold prepared pairs")
         try:
             table = pa.ipc.open_stream(pa.memory_map(str(folder / PAIRS))).read_all()
@@ -166,7 +167,13 @@ class PreparedPairs(Sequence[TokenizedPair]):
             raise DamagedFolder(f"{PAIRS} cannot be read: {error}") from None
         if table.schema != SCHEMA:
             raise DamagedFolder(f"{PAIRS} was written by another version of the program")
-        return cls(table, manifest, [folder / PAIRS])
+        if problem := problem_of_manifest(manifest, table.num_rows):
+            raise DamagedFolder(f"{MANIFEST}: {problem}")
+        pairs = cls(table, manifest, [folder / PAIRS])
+        for rows in pairs._batches():
+            if problem := problem_of_rows(rows):
+                raise DamagedFolder(f"{PAIRS}: {problem}")
+        return pairs
 
     def __len__(self) -> int:
         return int(self._table.num_rows)

@@ -13,14 +13,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpo_cli.data.bounds import TookTooLong, bounded_memory, bounded_time
 from dpo_cli.data.encode import TextEncoder
 from dpo_cli.data.literals import LITERAL_START, STAND_IN, STAND_IN_TURN, Literals
 from dpo_cli.data.records import BadRow, Message, Pair
+from dpo_cli.errors import UserError
 
 TurnRule = Literal["all", "last"]
 Span = tuple[int, int]
 
 PLAIN = "plain"
+
+MAX_SECONDS, MAX_BYTES = 5.0, 1 << 29
+"""The processor's time and the memory that a template may take for a conversation."""
+
+MAX_CHARACTERS, MAX_GROWTH = 1 << 20, 8
+"""A template writes no more than this, or than so many times what it was given, whichever is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,8 @@ class Renderer:
         self.tokenizer, self.template, self.turns, self.encode = tokenizer, template, turns, encode
         bos = tokenizer.bos_token if template == PLAIN and _adds_bos(tokenizer) else ""
         self._plain = functools.partial(_written_plainly, bos=bos, end=tokenizer.eos_token)
+        own = getattr(tokenizer, "chat_template", None) == template
+        self._name = "the tokenizer's own chat template" if own else "`model.chat_template`"
         self._literals = Literals(tokenizer, template)
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Rendered | BadRow]:
@@ -181,14 +191,38 @@ class Renderer:
         if taken := _arguments_taken() & arguments.keys():
             raise BadRow("template error", f"a row cannot set `{min(taken)}` of the chat template")
         listed = [[_as_mapping(self._literals.marked(message)) for message in one] for one in conversations]
-        texts = self.tokenizer.apply_chat_template(
-            listed,
-            chat_template=self.template,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            **self._literals.marked_values(arguments),
-        )
+        settings = {**self._literals.marked_values(arguments), "add_generation_prompt": add_generation_prompt}
+        return self._applied(listed, settings)
+
+    def _applied(self, conversations: list[list[dict[str, Any]]], settings: Mapping[str, Any]) -> list[str]:
+        """Let the template write conversations, within bounds: it is a program, and mostly somebody else's.
+
+        Raises:
+            UserError: It leaves them.
+        """
+        texts, excess = [], ""
+        try:
+            with bounded_time(MAX_SECONDS), bounded_memory(MAX_BYTES):
+                texts = self.tokenizer.apply_chat_template(
+                    conversations, chat_template=self.template, tokenize=False, **settings
+                )
+        except TookTooLong:
+            excess = f"takes more than {MAX_SECONDS:g} seconds"
+        except MemoryError:
+            excess = f"takes more than {MAX_BYTES >> 20} MiB"
+        if excess and len(conversations) > 1:
+            # Each has as much for itself.
+            return [text for one in conversations for text in self._applied([one], settings)]
+        if excess:
+            raise self._excess(excess)
+        for text, conversation in zip(texts, conversations, strict=True):
+            if len(text) > MAX_CHARACTERS and len(text) > MAX_GROWTH * _num_characters([conversation, settings]):
+                raise self._excess(f"writes {len(text):,} characters")
         return list(map(str, texts))
+
+    def _excess(self, what: str) -> UserError:
+        hint = "no conversation needs that: set `model.chat_template` to another template, or to `plain`"
+        return UserError(f"the chat template {what} for a single conversation", self._name, hint)
 
 
 @dataclass(frozen=True)
@@ -330,6 +364,14 @@ def _adds_bos(tokenizer: Any) -> bool:
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
+def _num_characters(value: Any) -> int:
+    """Count the characters of all texts in a JSON value."""
+    if isinstance(value, str):
+        return len(value)
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return sum(map(_num_characters, inner))
+
+
 @functools.cache
 def _arguments_taken() -> frozenset[str]:
     """Name what is not a row's to say of how a template is applied."""
@@ -348,4 +390,6 @@ def _template_errors() -> tuple[type[Exception], ...]:
     """Name what rendering a template may raise; importing Jinja waits until a template is at hand."""
     from jinja2 import TemplateError
 
-    return TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError
+    # Of a template nested too deeply, what Jinja makes of it is no Python: a `SyntaxError`.
+    found = TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError
+    return TemplateError, *found

@@ -16,6 +16,12 @@ BLOCK_BYTES = 1 << 20
 MAX_ROW_BYTES = 1 << 26
 """No row of text is longer than this: a quote that nobody closes must not bring a whole file into memory."""
 
+MAX_LINE_BYTES = 1 << 30
+"""A line that is longer is passed over no more: the file has none that end."""
+
+MAX_RATIO, FREE_BYTES = 2000, 1 << 28
+"""A compressed file may become so many times its size, and so many bytes whatever its size: more is no text."""
+
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 """Endings of compressed files, and what Arrow calls the compression."""
 
@@ -41,9 +47,18 @@ def numbered_lines(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, b
         if len(line) < MAX_ROW_BYTES or line.endswith(b"\n"):
             yield number, without_mark(line, path) if number == 1 else line
             continue
-        while line and not line.endswith(b"\n"):
-            line = file.readline(MAX_ROW_BYTES)
+        _pass_over_line(file, f"{path}:{number}")
         yield number, None
+
+
+def _pass_over_line(file: io.BufferedReader, where: str) -> None:
+    """Read on to the end of a line that is too long."""
+    passed = MAX_ROW_BYTES
+    while (line := file.readline(BLOCK_BYTES)) and not line.endswith(b"\n"):
+        passed += len(line)
+        if passed > MAX_LINE_BYTES:
+            hint = "a data file has a row on each line, or is a JSON list with the ending .json"
+            raise UserError(f"the line has no end within {MAX_LINE_BYTES:,} bytes", where, hint)
 
 
 def without_mark(start: bytes, path: Path) -> bytes:
@@ -71,6 +86,7 @@ class _Unpacked(io.RawIOBase):
     def __init__(self, path: Path, compression: str) -> None:
         self._path, self._compression = path, compression
         self._num_given, self._line = 0, 1
+        self._most = max(FREE_BYTES, MAX_RATIO * path.stat().st_size)
         self._open()
 
     def readable(self) -> bool:
@@ -81,7 +97,7 @@ class _Unpacked(io.RawIOBase):
         """Fill a buffer as far as one read goes, and return how far.
 
         Raises:
-            UserError: The file is damaged here; it names the line that is not whole.
+            UserError: The file is damaged here; it names the line that is not whole. Or it holds too much.
         """
         block = b"" if self._damage else self._read(len(buffer))
         if self._damage and not block:
@@ -89,6 +105,10 @@ class _Unpacked(io.RawIOBase):
             raise UserError(what, f"{self._path}:{self._line}", "compress or download the file again")
         buffer[: len(block)] = block
         self._num_given += len(block)
+        if self._num_given > self._most:
+            what = f"the compressed file becomes more than {MAX_RATIO:,} times its size"
+            hint = "no text is so repetitive; if this one is, unpack it and name what comes out"
+            raise UserError(what, f"{self._path}:{self._line}", hint)
         self._line += block.count(b"\n")
         return len(block)
 

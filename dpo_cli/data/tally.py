@@ -30,7 +30,8 @@ COUNTED: dict[str, Callable[[Tokenized], bool]] = {
 }
 """What is counted of the pairs that are kept, under the name that the manifest has for it."""
 
-_QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+"""The quantiles of lengths that the manifest has, beside their mean."""
 
 
 @dataclass
@@ -137,6 +138,6 @@ def _quantiles(counts: Counter[int]) -> dict[str, float]:
     num = int(places[-1])
     found = {
         name: int(lengths[np.searchsorted(places, np.around(q * (num - 1)), side="right")])
-        for name, q in _QUANTILES.items()
+        for name, q in QUANTILES.items()
     }
     return {**found, "mean": round(sum(length * count for length, count in counts.items()) / num, 1)}

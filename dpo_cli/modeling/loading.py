@@ -1,8 +1,8 @@
 """A folder, a GGUF file or a Hub id becomes a policy and its tokenizer; both become a folder again.
 
-Nothing is executed that a model brings along: remote code is off, and weights that are pickled are read by
-transformers with `weights_only=True`. A GGUF file is dequantized once, into the cache, and is an ordinary
-model folder from then on.
+Nothing is executed that a model brings along, unless the configuration says so by name (`Trust`), and what it asks
+for is compared with what it holds before memory is taken. A GGUF file is dequantized once, into the cache, and is an
+ordinary model folder from then on.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import hashlib
 import io
 import json
 import logging
+import os
 import pickle
 import re
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.modeling.model_files import CONFIG, NO_TRUST, Trust, check_elements, check_folder, weights_files
 from dpo_cli.storage import DamagedFolder, cache_root, file_digest, sealed_folder, verify
 
 if TYPE_CHECKING:
@@ -34,16 +35,16 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-def check_model(name: str, where: str | None = None) -> UserError | None:
-    """Say what is wrong with a model's name, without loading anything."""
+def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) -> UserError | None:
+    """Say what is wrong with a model's name or with what its folder brings along, without loading anything."""
     path = Path(name)
     if path.suffix.lower() == ".gguf":
         if path.is_file():
             return None
         return UserError(f"there is no GGUF file `{name}`", where, "check the path; `make model` fetches the demo's")
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return None
+        if (path / CONFIG).is_file():
+            return check_folder(path, trust, where)
         hint = "a model folder holds config.json, the weights and the tokenizer's files"
         return UserError(f"`{name}` is not a model folder: it has no config.json", where, hint)
     if path.is_file():
@@ -54,7 +55,7 @@ def check_model(name: str, where: str | None = None) -> UserError | None:
     return UserError(f"there is no model folder `{name}`", where, "name a folder, a .gguf file or a Hub id")
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust: Trust = NO_TRUST) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer.
 
     Raises:
@@ -62,51 +63,56 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    return _load(name, "tokenizer", lambda folder: AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    if trust.remote_code:
+        _log.warning(
+            "`model.trust_remote_code`: Python files that come with a model are run with your rights: "
+            "they can read, change and send whatever you can"
+        )
+
+    def load(folder: str) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        return tokenizer
+
+    return _load(name, "tokenizer", load, trust)
 
 
-def load_policy(name: str) -> PreTrainedModel:
+def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
     """Load a causal language model in float32, in evaluation mode (dropout off).
 
     Raises:
-        UserError: It cannot be found or read, is no causal language model, or lacks weights.
+        UserError: It cannot be found or read, is no causal language model, lacks weights, or brings along what it
+            is not trusted with.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
-    def load(folder: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
-        return model, report
+    def load(folder: str) -> PreTrainedModel:
+        if Path(folder).is_dir():
+            _check_weights(folder, trust)
+        # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
+        os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+        safely = None if trust.pickle else True
+        return _complete(AutoModelForCausalLM, folder, use_safetensors=safely, trust_remote_code=trust.remote_code)
 
-    model, report = _load(name, "model", load)
-    if missing := sorted(report["missing_keys"]):
-        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        what = f"the weights of {len(missing)} parameters are missing: {shown}"
-        raise UserError(what, name, "the folder is incomplete, or its config.json is another model's")
-    return model.eval()
+    return _load(name, "model", load, trust)
 
 
-def empty_policy(name: str) -> PreTrainedModel:
+def empty_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
     """Build a model without its weights, which takes no time and no memory: its shapes and settings alone."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = _load(name, "model", lambda folder: AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    with torch.device("meta"):
-        model = _load(name, "model", lambda _: AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-        model.tie_weights()
-    return model
+    return _load(name, "model", lambda folder: _empty(folder, trust), trust)
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
     """Replace a model's weights by those that `save_pretrained` wrote into a folder.
 
+    Of the folder, nothing but safetensors files is read: code and settings are the model's own.
+
     Raises:
         UserError: They are another model's.
     """
-    saved = load_policy(str(folder))
+    if problem := check_folder(folder, NO_TRUST):
+        raise problem
+    with _explained(str(folder), "model"):
+        saved = _complete(type(model), str(folder), config=model.config, use_safetensors=True)
     try:
         model.load_state_dict(saved.state_dict())
     except RuntimeError as error:
@@ -162,9 +168,43 @@ def weights_digest(model: PreTrainedModel) -> str:
     return whole.hexdigest()
 
 
-def _load(name: str, kind: str, load: Callable[[str], _T]) -> _T:
+def _complete(loader: Any, folder: str, **settings: Any) -> PreTrainedModel:
+    """Load a model of which every weight is there."""
+    import torch
+
+    model: PreTrainedModel
+    model, report = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **settings)
+    if missing := sorted(report["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        what = f"the weights of {len(missing)} parameters are missing: {shown}"
+        raise UserError(what, folder, "the folder is incomplete, or its config.json is another model's")
+    return model.eval()
+
+
+def _empty(folder: str, trust: Trust) -> PreTrainedModel:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=trust.remote_code
+        )
+        model.tie_weights()
+    return model
+
+
+def _check_weights(folder: str, trust: Trust) -> None:
+    """Look at a folder's weights before they are read; say so where they are pickled and allowed."""
+    model = _empty(folder, trust)
+    check_elements(sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())), Path(folder))
+    if any(path.suffix == ".bin" for path in weights_files(Path(folder))):
+        _log.warning("`model.allow_pickle`: the weights of %s are read out of a pickle, as bare tensors", folder)
+
+
+def _load(name: str, kind: str, load: Callable[[str], _T], trust: Trust) -> _T:
     """Call a loader on what a name stands for."""
-    if problem := check_model(name):
+    if problem := check_model(name, trust=trust):
         raise problem
     folder = str(_resolved(name))
     with _explained(name, kind):
@@ -174,37 +214,41 @@ def _load(name: str, kind: str, load: Callable[[str], _T]) -> _T:
 @contextlib.contextmanager
 def _explained(name: str, kind: str) -> Iterator[None]:
     """Silence the libraries' bars and reports, and turn what they raise for bad input into a `UserError`."""
-    from huggingface_hub.errors import HFValidationError
-    from jinja2 import TemplateError
-    from safetensors import SafetensorError
     from transformers.utils import logging as hf_logging
 
-    # What they raise for a broken folder is of every kind, and none of it is ours: only their calls stand inside.
-    expected = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, AttributeError, EOFError)
     level = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         what = f"the {kind} cannot be loaded: its pickled weights hold more than tensors, or are damaged"
         hint = "nothing pickled is executed: choose a model whose weights are in .safetensors files"
         raise UserError(what, name, hint) from error
-    except (*expected, struct.error, HFValidationError, TemplateError, SafetensorError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if "custom code" in reason:
-            reason = "it brings code of its own"
-            hint = "such code is never run: choose a model of an architecture that transformers has"
-        elif reason.startswith("Unrecognized configuration class"):
-            hint = "it is no causal language model: choose one that continues text"
-        elif Path(name).exists():
-            hint = "the model is incomplete or damaged: save or download it again"
-        else:
-            hint = "check the name; a Hub id needs the network, unless the model is in the Hub's cache already"
-        raise UserError(f"the {kind} cannot be loaded: {reason.strip()}", name, hint) from error
+    except Exception as error:
+        # What they raise for a broken folder is of every kind, and none of it is ours: only their calls stand inside.
+        reason, hint = _reason_and_hint(error, name)
+        raise UserError(f"the {kind} cannot be loaded: {reason}", name, hint) from error
     finally:
         hf_logging.set_verbosity(level)
+
+
+def _reason_and_hint(error: Exception, name: str) -> tuple[str, str]:
+    """Put into words what a library raised for a model, and what to do about it."""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "custom code" in reason:
+        hint = "such code is never run unless `model.trust_remote_code` is true; read it before you allow it"
+        return "it brings code of its own", hint
+    if reason.startswith("Unrecognized configuration class"):
+        return reason, "it is no causal language model: choose one that continues text"
+    if Path(name).exists():
+        return reason, "the model is incomplete or damaged: save or download it again"
+    if "model.safetensors" in reason:
+        return reason, "it has no .safetensors weights; `model.allow_pickle: true` reads pickled ones, as bare tensors"
+    return reason, "check the name; a Hub id needs the network, unless the model is in the Hub's cache already"
 
 
 def _resolved(name: str) -> Path | str:

@@ -45,20 +45,29 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     scored = model or str(RunFolder(Path(config.output_dir)).final)
     raise_all(_check(config, scored, model, data, json_file))
     console.notice("loading …")
+    from dpo_cli.training.ranks import watched
 
+    accelerator = setup.start_accelerator(config)
+    with watched(accelerator, config.training.rank_timeout):
+        _score(config, console, accelerator, scored, data, json_file)
+
+
+def _score(
+    config: Config, console: Console, accelerator: Accelerator, scored: str, data: str | None, json_file: Path | None
+) -> None:
+    """Score what was named, and show and write what was found."""
     from dpo_cli.evaluation.evaluate import evaluate as score
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import load_policy
     from dpo_cli.modeling.scorer import Scorer
     from dpo_cli.training.checks import check_columns, check_fits
 
-    accelerator = setup.start_accelerator(config)
     with accelerator.main_process_first():
         _, tokenize = setup.load_tokenizer(config, config.model.name)
         pairs, held_out, source = _held_out(config, data, tokenize, console)
     check_columns(pairs, config.objective)
     reference, asked = _open_reference(config, pairs, held_out, accelerator, console)
-    policy = load_policy(scored).to(accelerator.device)
+    policy = load_policy(scored, config.model.trust).to(accelerator.device)
     check_fits(pairs, policy, scored)
     layout = choose_layout(config, [policy], pairs, held_out, accelerator, console, trained=False)
     if asked is not None and layout is not asked:
@@ -94,7 +103,7 @@ def _check(config: Config, scored: str, model: str | None, data: str | None, jso
     if model is None and not Path(scored).is_dir():
         hint = "train first, or name a model with --model"
         problems.append(UserError("the run has no trained model yet", scored, hint))
-    elif problem := check_model(scored, "--model"):
+    elif problem := check_model(scored, "--model", config.model.trust):
         problems.append(problem)
     elif (Path(scored) / MANIFEST).is_file():
         try:
@@ -125,9 +134,9 @@ def _open_reference(
 
     if isinstance(config.reference, NoReference):
         return config.reference.open(), None
-    base = load_policy(config.model.name).to(accelerator.device)
+    base = load_policy(config.model.name, config.model.trust).to(accelerator.device)
     check_fits(pairs, base, "`model.name`")
-    base = reference_model(config.reference.model, base)
+    base = reference_model(config.reference.model, base, config.model.trust)
     layout = choose_layout(config, [base], pairs, held_out, accelerator, console, trained=False)
     batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, base, accelerator), accelerator.device))
     with console.progress("reference log-probabilities", len(held_out)) as progress:

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]:
     """Find what the configuration names and is not there, before anything slow is imported."""
-    problems = [check_model(config.model.name, "`model.name`")]
+    problems = [check_model(config.model.name, "`model.name`", config.model.trust)]
     if config.reference.model is not None:
-        problems.append(check_model(config.reference.model, "`reference.model`"))
+        problems.append(check_model(config.reference.model, "`reference.model`", config.model.trust))
     template = config.model.chat_template
     if template is not None and template != "plain" and not _is_file(template):
         hint = "name a Jinja file, `plain`, or null for the tokenizer's own"
@@ -84,6 +84,7 @@ def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Acc
     from dpo_cli.errors import raise_all
     from dpo_cli.modeling.allocator import return_freed_memory
     from dpo_cli.reporting.trackers import check_trackers
+    from dpo_cli.training.ranks import gathering
 
     if project_dir:
         raise_all(check_trackers(config.tracking, "`tracking`"))
@@ -91,13 +92,14 @@ def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Acc
     if on_cpu:
         return_freed_memory()
     torch.manual_seed(config.training.seed)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=_precision(config.model.dtype, on_cpu=on_cpu),
-        log_with=list(config.tracking) or None if project_dir else None,
-        project_dir=str(project_dir) if project_dir else None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-    )
+    with gathering(config.training.rank_timeout):
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision=_precision(config.model.dtype, on_cpu=on_cpu),
+            log_with=list(config.tracking) or None if project_dir else None,
+            project_dir=str(project_dir) if project_dir else None,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+        )
     if accelerator.gradient_accumulation_steps != 1:
         hint = "set it to 1 there; `training.pairs_per_step` decides how many pairs make up a step"
         raise UserError("Accelerate is configured to accumulate gradients", "its configuration", hint)
@@ -123,7 +125,7 @@ def load_tokenizer(config: Config, name: str) -> tuple[Any, PairTokenizer]:
     from dpo_cli.data.tokenize import PairTokenizer, read_template
     from dpo_cli.modeling import loading
 
-    tokenizer = loading.load_tokenizer(name)
+    tokenizer = loading.load_tokenizer(name, config.model.trust)
     template = read_template(config.model.chat_template)
     tokenize = PairTokenizer(
         tokenizer,

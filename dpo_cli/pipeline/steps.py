@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dpo_cli.reporting.trackers import MetricsLog
     from dpo_cli.training.checkpoints import CheckpointWriter, TrainingParts
     from dpo_cli.training.loop import NotFinite, StepResult
+    from dpo_cli.training.ranks import Progress
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Run:
     parts: TrainingParts
 
 
-def walk(run: Run, done: int) -> None:
+def walk(run: Run, progress: Progress, done: int) -> None:
     """Take the steps, do after each what is due, and finish the run."""
     from dpo_cli.reporting.trackers import MetricsLog
     from dpo_cli.training.checkpoints import CheckpointWriter
@@ -56,7 +57,7 @@ def walk(run: Run, done: int) -> None:
     started = time.monotonic()
     try:
         with run.signals.deferred():
-            _take_steps(run, done, log, writer)
+            _take_steps(run, progress, done, log, writer)
         writer.finish()
         if log:
             figures = log.last("eval")
@@ -73,7 +74,7 @@ def walk(run: Run, done: int) -> None:
     accelerator.wait_for_everyone()
 
 
-def _take_steps(run: Run, done: int, log: MetricsLog | None, writer: CheckpointWriter) -> None:
+def _take_steps(run: Run, progress: Progress, done: int, log: MetricsLog | None, writer: CheckpointWriter) -> None:
     """Take one step after the other.
 
     Raises:
@@ -100,7 +101,7 @@ def _take_steps(run: Run, done: int, log: MetricsLog | None, writer: CheckpointW
     before = time.monotonic()
     try:
         with run.console.steps(done, run.plan.num_steps) as show:
-            for result in results:
+            for result in progress.following(results, done):
                 speed = result.num_tokens / (time.monotonic() - before)
                 metrics: dict[str, Any] = {"epoch": result.epoch, **result.metrics, "tokens_per_second": speed}
                 if not result.taken:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from dpo_cli.data.schedule import Plan
     from dpo_cli.modeling.batch import Batches, PairBatch
+    from dpo_cli.training.ranks import Progress
 
 
 def train(
@@ -56,7 +57,14 @@ def train(
             return
     # Ranks of one run share its folder; a dry run writes nothing.
     with folder.locked() if setup.is_main_process() and not dry_run else contextlib.nullcontext():
-        _run(config, folder, console, signals, resume=resume, overwrite=overwrite, dry_run=dry_run)
+        console.notice("loading …")
+        from dpo_cli.training.ranks import watched
+
+        accelerator = setup.start_accelerator(config, project_dir=folder.trackers)
+        with watched(accelerator, config.training.rank_timeout) as progress:
+            how = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run}
+            _run(config, folder, console, signals, accelerator, progress, **how)
+        accelerator.end_training()
 
 
 def _run(
@@ -64,25 +72,26 @@ def _run(
     folder: RunFolder,
     console: Console,
     signals: StopSignals,
+    accelerator: Accelerator,
+    progress: Progress,
     *,
     resume: bool,
     overwrite: bool,
     dry_run: bool,
 ) -> None:
-    """Walk the road from the pairs to the trained model."""
-    console.notice("loading …")
+    """Walk the road from the pairs to the trained model, alone or as one of several ranks."""
     from dpo_cli.data.tokenize import end_tokens
     from dpo_cli.modeling.loading import empty_policy, load_policy
     from dpo_cli.modeling.memory import resident_bytes
     from dpo_cli.preference.reference import reference_model
     from dpo_cli.training.checks import check_columns, check_fits, check_tokens
 
-    accelerator = setup.start_accelerator(config, project_dir=folder.trackers)
     with accelerator.main_process_first():
         tokenizer, tokenize = setup.load_tokenizer(config, config.model.name)
         data = setup.run_data(config, tokenize, console)
     plan, program_bytes = make_plan(config, data), resident_bytes()
-    policy = empty_policy(config.model.name) if dry_run else load_policy(config.model.name).to(accelerator.device)
+    name, trust = config.model.name, config.model.trust
+    policy = empty_policy(name, trust) if dry_run else load_policy(name, trust).to(accelerator.device)
     console.facts(header(config, folder, accelerator, data, plan, policy))
     check_fits(data.pairs, policy, "`model.name`")
     for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
@@ -95,7 +104,7 @@ def _run(
         print_plan(config, data, plan, batches, memory, policy.num_parameters(), console)
         show_check(check(config, data, tokenizer), console)
         return
-    models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy)]))
+    models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy, trust)]))
     resumed = folder.recorded("training.micro_batch_tokens") if resume else None
     config, batches = settle_passes(config, models, data, plan, accelerator, program_bytes, console, resumed)
     _check_logps(policy, plan, batches, accelerator, console)
@@ -103,8 +112,7 @@ def _run(
     if config.reference.model is None and config.reference.type != "none":
         _check_reference(run)
     done = _start_folder(run, resume=resume, overwrite=overwrite)
-    walk(run, done)
-    accelerator.end_training()
+    walk(run, progress, done)
 
 
 def _check_logps(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.model_files import NO_TRUST, Trust
 from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -183,8 +184,8 @@ def _beside(work: ReferenceWork) -> PreTrainedModel:
     return model
 
 
-def reference_model(name: str | None, policy: PreTrainedModel) -> PreTrainedModel:
-    """Return the policy itself, or the named model beside it.
+def reference_model(name: str | None, policy: PreTrainedModel, trust: Trust = NO_TRUST) -> PreTrainedModel:
+    """Return the policy itself, or the named model beside it, which is trusted with as much.
 
     Raises:
         UserError: The named model reads another vocabulary.
@@ -193,7 +194,7 @@ def reference_model(name: str | None, policy: PreTrainedModel) -> PreTrainedMode
         return policy
     from dpo_cli.modeling.loading import load_policy
 
-    model = load_policy(name)
+    model = load_policy(name, trust)
     ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, model))
     if ours != theirs:
         what = f"the reference model has a vocabulary of {theirs}, the policy of {ours}"

@@ -1,7 +1,11 @@
-"""The model card of a trained model: what it was made from, how, and what it does on held-out pairs."""
+"""The model card of a trained model: what it was made from, how, and what it does on held-out pairs.
+
+Names of models, data and folders stand in it as text: they are neither Markdown nor HTML, and hold no secret.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,11 @@ from typing import Any
 import yaml
 
 from dpo_cli import __version__
+from dpo_cli.reporting.secrets import covered
+from dpo_cli.reporting.tables import visible
+
+_MEANS_SOMETHING = re.compile(r"[\\`*{}\[\]<>#!~$&]|://|www\.")
+"""What Markdown may take for more than text."""
 
 
 def model_card(
@@ -25,11 +34,11 @@ def model_card(
     base = settings["model"]["name"]
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["dpo", "preference-optimization"]}
     if not Path(base).exists():
-        front["base_model"] = base
+        front["base_model"] = covered(base)
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {name}",
-        f"Fine-tuned from `{base}` on preference pairs by dpo {__version__}.",
+        f"# {_text(name)}",
+        f"Fine-tuned from {_code(visible(covered(base)))} on preference pairs by dpo {__version__}.",
         "## Data and steps",
         _table(facts),
     ]
@@ -47,12 +56,30 @@ def model_card(
         sections += ["## Held-out figures", _table(shown)]
     else:
         sections += ["## Held-out figures", "None: the run had no held-out pairs."]
-    settings_text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-    sections += ["## Settings", f"```yaml\n{settings_text}```"]
+    settings_text = covered(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    fence = _fence(settings_text, 3)
+    sections += ["## Settings", f"{fence}yaml\n{settings_text}{fence}"]
     return "\n\n".join(sections) + "\n"
 
 
 def _table(rows: Mapping[str, Any]) -> str:
     lines = ["| | |", "|---|---|"]
-    lines += [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    lines += [f"| {name} | {_text(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
     return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    """Write a value on one line, as code where Markdown would take it for more than text."""
+    text = visible(covered(str(value)))
+    return _code(text) if _MEANS_SOMETHING.search(text) else text
+
+
+def _code(text: str) -> str:
+    fence = _fence(text, 1)
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """Return backticks that end no sooner than the text between them does."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))

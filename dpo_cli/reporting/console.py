@@ -1,7 +1,8 @@
 """What a person sees: progress and notices on standard error, results on standard output.
 
-On a terminal there is a live bar; on a pipe there are plain lines without control codes. Only the main
-process of a run speaks.
+On a terminal there is a live bar; on a pipe there are plain lines without control codes. Whatever is said of data,
+files or errors is text: no control code in it reaches the terminal, and what looks like a secret is covered. Only the
+main process of a run speaks.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console as RichConsole
+from rich.console import ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.errors import UserError
+from dpo_cli.reporting.secrets import covered
 
 Advance = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
@@ -37,6 +42,8 @@ class Console:
         if not self._out.is_terminal:
             # A pipe has no width that a table would have to fit into.
             self._out.width = 10_000
+        for stream in (self._err, self._out):
+            stream.push_render_hook(_AsText())
 
     def notice(self, text: str) -> None:
         """Say what is going on."""
@@ -139,6 +146,33 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._console.warning(record.getMessage())
+
+
+class _AsText(RenderHook):
+    """Makes everything harmless that is printed, wherever it comes from; styles of the program's own stay."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Wrap what is to be printed."""
+        return [_Harmless(renderable) for renderable in renderables]
+
+
+class _Harmless:
+    """Renders something else, its text made harmless."""
+
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[Segment]:
+        for segment in console.render(self._inner, options):
+            yield segment if segment.control else segment._replace(text=as_text(segment.text))
+
+
+def as_text(said: str) -> str:
+    r"""Return what can be shown: secrets covered, and what a terminal would obey written out, as `\x1b`."""
+    return "".join(
+        c if c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
+        for c in covered(said)
+    )
 
 
 def gib(num_bytes: int) -> str:

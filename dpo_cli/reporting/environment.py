@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+from dpo_cli.reporting.secrets import covered_command
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -26,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Describe this process's surroundings; no environment variable is part of it."""
+    """Describe this process's surroundings: no environment variable, and no secret of the command line."""
     import torch
 
     device = accelerator.device
@@ -39,7 +41,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision,
-        "command_line": sys.argv,
+        "command_line": covered_command(sys.argv),
         "git_commit": _commit(),
     }
 

@@ -196,6 +196,7 @@ _MAY_CHANGE = (
     "training.micro_batch_tokens",
     "training.gradient_checkpointing",
     "training.layout",
+    "training.rank_timeout",
     "training.on_nonfinite",
     "training.max_skipped",
 )

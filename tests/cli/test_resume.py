@@ -1,4 +1,7 @@
-"""Whatever ends a run, `--resume` finishes it as if nothing had happened."""
+"""Whatever ends a run, `--resume` finishes it as if nothing had happened.
+
+That it does so after every step, whatever the run is made of, is in `tests/faults/test_exact_resume.py`.
+"""
 
 from __future__ import annotations
 
@@ -46,45 +49,6 @@ def assert_same_run(run, whole):
     steps = [row["step"] for row in read_metrics(run)]
     assert steps == sorted(set(steps))
     assert not list(run.rglob(".*"))
-
-
-def test_from_every_checkpoint_the_run_ends_bit_for_bit_the_same(uninterrupted, tmp_path):
-    file, whole = uninterrupted
-    names = sorted(path.name for path in (whole / "checkpoints").iterdir())
-    assert names == ["step-000003", "step-000006", "step-000009", "step-000012"]
-    for name in names:
-        run = tmp_path / f"from-{name}"
-        shutil.copytree(whole, run)
-        shutil.rmtree(run / "final")
-        for other in (run / "checkpoints").iterdir():
-            if other.name > name:
-                shutil.rmtree(other)
-        result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
-        assert result.returncode == 0, result.stderr
-        assert f"resuming after step {int(name[5:])}" in result.stderr
-        assert_same_run(run, whole)
-
-
-def test_what_a_loss_remembers_and_a_reference_that_moves_are_resumed(write_config, tmp_path):
-    """The reference moves after steps 2 and 4; the running mean of bco and the β of a step stand on all before."""
-    training = {"epochs": 2, "pairs_per_step": 5, "micro_batch_tokens": 300, "max_steps": 7}
-    settings = {
-        "training": training,
-        "checkpoints": {"every_steps": 3, "keep": 100},
-        "loss": ["aot", "bco"],
-        "reference": {"type": "synced", "every_steps": 2, "alpha": 0.5},
-    }
-    file = write_config("whole", **settings)
-    result = run_dpo("train", "--config", file)
-    assert result.returncode == 0, result.stderr
-    whole, run = tmp_path / "runs" / "whole", tmp_path / "resumed"
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "final")
-    shutil.rmtree(run / "checkpoints" / "step-000006")
-    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
-    assert result.returncode == 0, result.stderr
-    assert "resuming after step 3" in result.stderr
-    assert_same_run(run, whole)
 
 
 def test_a_run_does_not_go_on_with_another_reference(write_config, tmp_path, tokenizer):

@@ -30,7 +30,13 @@ def problems(file: Path, *overrides: str) -> list[UserError]:
 def test_the_defaults_are_those_of_the_contract(tmp_path):
     config = load_config(write(tmp_path, MINIMAL))
     assert config.model_dump() == {
-        "model": {"name": "some/name", "dtype": "auto", "chat_template": None},
+        "model": {
+            "name": "some/name",
+            "dtype": "auto",
+            "chat_template": None,
+            "allow_pickle": False,
+            "trust_remote_code": False,
+        },
         "data": {
             "train": "pairs.jsonl",
             "eval": 0.1,

@@ -13,13 +13,17 @@ from dpo_cli.data.comparison import COMPARED, drops, without_copies
 from dpo_cli.data.examination import DROPPED_ROWS, LENGTH_BIAS, OF_TOKENS, UNLIKE_ENDS, examine
 from dpo_cli.data.inspection import NOTICED
 from dpo_cli.data.prepared import FACTS, PAIRS, SCHEMA, PreparedPairs
+from dpo_cli.data.tally import COUNTED, QUANTILES
 from dpo_cli.storage import sealed_folder, text_digest
 from tests.conftest import ROOT
 
 STATISTICS = {
-    "sources": [], "rows_read": 0, "pairs_kept": 0, "dropped": {}, "examples": {}, "truncated": 0,
-    "weighted": 0, "with_margin": 0, "tokens": {},
-}  # fmt: skip
+    "sources": [{"source": "pairs.jsonl", "shape": "text", "rows": 0, "pairs": 0}],
+    "dropped": {},
+    "examples": {},
+    **dict.fromkeys(COUNTED, 0),
+    "tokens": {part: dict.fromkeys([*QUANTILES, "mean"], 0) for part in ("prompt", "chosen", "rejected")},
+}
 BITS = {notice.kind.name: 1 << bit for bit, notice in enumerate(NOTICED)} | FACTS
 
 

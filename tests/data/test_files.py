@@ -11,7 +11,6 @@ import random
 import re
 import tracemalloc
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,78 +25,20 @@ from dpo_cli.data import streams
 from dpo_cli.data.files import READERS, reader_of
 from dpo_cli.data.records import Row
 from dpo_cli.errors import UserError
+from tests.data.data_files import (
+    COLUMNS,
+    KINDS,
+    PACKERS,
+    ROWS,
+    TEXTS,
+    as_lines,
+    read,
+    rows_until_error,
+    write,
+)
 
-ROWS = [
-    {"instruction": "Say hi.", "chosen": "Hi.", "rejected": "Well, hi, then."},
-    {"instruction": 'Quote "this", please.\nOn two lines.', "chosen": "“this”", "rejected": "no"},
-    {"instruction": "你好？", "chosen": "你好！\t🙂", "rejected": "…"},
-]
-
-
-def read(path: Path) -> Iterator[Row]:
-    reader = reader_of(path)
-    assert reader is not None
-    return reader(path)
-
-
-def rows_until_error(path: Path) -> tuple[list[Row], UserError | None]:
-    rows: list[Row] = []
-    try:
-        rows.extend(read(path))
-    except UserError as error:
-        return rows, error
-    return rows, None
-
-
-def as_json(rows: list[dict[str, Any]]) -> str:
-    return json.dumps(rows, indent=2, ensure_ascii=False)
-
-
-def as_lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row) + "\n" for row in rows)
-
-
-def as_table(rows: list[dict[str, Any]], delimiter: str = ",") -> str:
-    def field(value: str) -> str:
-        return '"' + value.replace('"', '""') + '"'
-
-    names = list(rows[0])
-    lines = [names, *([row[name] for name in names] for row in rows)]
-    return "".join(delimiter.join(map(field, line)) + "\r\n" for line in lines)
-
-
-def write_stream(rows, path):
-    table = pa.Table.from_pylist(rows)
-    with pa.ipc.new_stream(path, table.schema) as writer:
-        writer.write_table(table, max_chunksize=2)
-
-
-TEXTS = {
-    ".json": as_json,
-    ".jsonl": as_lines,
-    ".ndjson": as_lines,
-    ".csv": as_table,
-    ".tsv": lambda rows: as_table(rows, "\t"),
-}
-PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True)}
-COLUMNS = {
-    ".parquet": lambda rows, path: pq.write_table(pa.Table.from_pylist(rows), path),
-    ".arrow": write_stream,
-    ".feather": lambda rows, path: pyarrow.feather.write_feather(pa.Table.from_pylist(rows), str(path)),
-}
-KINDS = [*(f"{ending}{packed}" for ending in TEXTS for packed in PACKERS), *COLUMNS]
 LINES = {".json": ["2", "7", "12"], ".jsonl": ["1", "2", "3"], ".csv": ["2", "3", "5"]}
 LINES |= {".ndjson": LINES[".jsonl"], ".tsv": LINES[".csv"]}
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> Path:
-    kind = next(kind for kind in sorted(KINDS, key=len, reverse=True) if path.name.endswith(kind))
-    if kind in COLUMNS:
-        COLUMNS[kind](rows, path)
-    else:
-        ending, packed = next((e, kind.removeprefix(e)) for e in TEXTS if kind.removeprefix(e) in PACKERS)
-        path.write_bytes(PACKERS[packed](TEXTS[ending](rows).encode()))
-    return path
 
 
 def test_every_reader_is_tested():
@@ -481,43 +422,6 @@ def test_a_compressed_file_in_several_parts_is_read_as_one(tmp_path):
         path = tmp_path / f"pairs.jsonl{packed}"
         path.write_bytes(b"".join(PACKERS[packed](as_lines([row]).encode()) for row in ROWS))
         assert [row.values for row in read(path)] == ROWS
-
-
-# Whatever a file holds
-
-
-def check_any(path: Path) -> None:
-    rows, error = rows_until_error(path)
-    assert error is None or (error.where or "").startswith(str(path))
-    assert all((row.values is None) == bool(row.problem) for row in rows)
-    assert all(row.origin.startswith(f"{path}:") for row in rows)
-
-
-@settings(max_examples=300, deadline=None)
-@given(content=st.binary(max_size=200), kind=st.sampled_from(sorted(READERS)))
-def test_any_bytes_give_rows_or_a_user_error(tmp_path_factory, content, kind):
-    path = tmp_path_factory.getbasetemp() / f"any{kind}"
-    path.write_bytes(content)
-    check_any(path)
-
-
-@pytest.fixture(scope="module")
-def whole_files(tmp_path_factory) -> dict[str, bytes]:
-    folder = tmp_path_factory.mktemp("whole")
-    return {kind: write(folder / f"pairs{kind}", ROWS).read_bytes() for kind in KINDS}
-
-
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), kind=st.sampled_from(sorted(READERS)))
-def test_any_damage_to_a_file_gives_rows_or_a_user_error(tmp_path_factory, whole_files, data, kind):
-    content = bytearray(whole_files[kind])
-    for _ in range(data.draw(st.integers(1, 4))):
-        place = data.draw(st.integers(0, len(content)))
-        length = data.draw(st.integers(0, 4))
-        content[place : place + length] = data.draw(st.binary(max_size=4))
-    path = tmp_path_factory.getbasetemp() / f"damaged{kind}"
-    path.write_bytes(content)
-    check_any(path)
 
 
 def test_a_table_written_by_the_csv_module_is_read_back(tmp_path):

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from dpo_cli.data.conversations import CALLERS, ROLES
-from dpo_cli.data.detection import detect
 from dpo_cli.data.formats import FORMATS, read_pairs
-from dpo_cli.data.pairing import gather
 from dpo_cli.data.records import BadRow, Message, Row
-from dpo_cli.errors import UserError
 from tests.conftest import ROW_OF
 
 TURN, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "Hi."), ("assistant", "Hello."), ("assistant", "?")))
@@ -464,35 +458,3 @@ def test_what_a_template_cannot_be_told_is_refused(shape, given, reason, detail)
     bad = refusal(shape, READABLE[shape] | given)
     assert (bad.reason, bad.structural) == (reason, True)
     assert detail in bad.detail
-
-
-TEXTS = st.sampled_from(
-    ["", "a", "user", "GPT", "\ud800", "\n\nHuman: a\n\nAssistant: b", '[{"role": "user"', "{}", "true"]
-)
-KEYS = st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls", "name", "thinking", "\udc00"])
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
-    max_leaves=8,
-)
-COLUMNS = sorted({column for row in ROW_OF.values() for column in row})
-EXTRAS = ["system", "history", "ranks", "weight", "margin", "source", "category", "tools", "chat_template_kwargs"]
-
-
-@pytest.mark.parametrize("shape", FORMATS)
-@settings(deadline=None)  # a busy machine
-@given(st.dictionaries(st.sampled_from([*COLUMNS, *EXTRAS]), VALUES, max_size=3))
-def test_whatever_stands_in_a_row_it_is_read_or_refused(tmp_path_factory, shape, change):
-    row = Row("f:1", READABLE[shape] | change)
-    with contextlib.suppress(UserError):
-        detect([row], "f")
-    for one in [row, *(gather(iter([row]), tmp_path_factory.mktemp("scratch")) if shape == "unpaired" else [])]:
-        try:
-            pairs = read_pairs(FORMATS[shape], one, "all")
-        except BadRow as bad:
-            assert bad.detail.encode()  # it can be shown
-        else:
-            for pair in pairs:
-                assert pair.chosen[0].role == pair.chosen[-1].role == "assistant" != pair.prompt[-1].role
-                assert pair.rejected[0].role == pair.rejected[-1].role == "assistant"
-                assert pair.chosen != pair.rejected

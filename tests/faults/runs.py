@@ -195,9 +195,7 @@ class Case:
     def _left_behind(self) -> list[str]:
         """Return what should be gone: hidden files and folders, and checkpoints that are not whole or too many."""
         # The lock of a process that ended does no harm, and stays where nobody has needed it since.
-        hidden = [
-            path for path in self.folder.rglob(".*") if not path.name.endswith(".lock") or path.parent == self.output
-        ]
+        hidden = [path for path in self.folder.rglob(".*") if not path.name.endswith(".lock")]
         checkpoints = sorted((self.output / "checkpoints").iterdir())
         left = hidden + [path for path in checkpoints if not _is_whole(path)] + checkpoints[:-KEPT]
         return [str(path.relative_to(self.folder)) for path in left]

@@ -114,7 +114,8 @@ class Zygote:
 
     def __init__(self, folder: Path, env: Mapping[str, str] | None = None) -> None:
         ours, theirs = socket.socketpair()
-        surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
+        quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        surroundings = {**os.environ, **quiet, "PYTHONPATH": str(ROOT), **(env or {})}
         command = [sys.executable, "-m", "tests.faults.zygote", str(theirs.fileno())]
         # An interrupt of the tests is theirs to answer: when they are gone, so is the socket, and all runs with it.
         self._process = subprocess.Popen(

@@ -1,0 +1,167 @@
+"""What a model folder brings along, looked at before any library opens it.
+
+Weights are read from safetensors files, settings from JSON: neither can hold code. What else may lie in such a
+folder (pickled weights, Python files, an adapter that stands for another model) is refused, or left where it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from dpo_cli.errors import UserError
+
+CONFIG = "config.json"
+
+_INDEX = ".index.json"
+"""How the list of a model's weights ends where they are parted among several files."""
+
+_WEIGHTS = ("model.safetensors", f"model.safetensors{_INDEX}", "pytorch_model.bin", f"pytorch_model.bin{_INDEX}")
+"""Where weights are looked for, in this order."""
+
+_BY_PROCESS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""How files are called in which each process of a run saved its part of every weight."""
+
+_TEXTS = {".json", ".jinja", ".model", ".txt"}
+_MOST_TEXT_BYTES = 1 << 26
+"""More than any tokenizer's vocabulary takes."""
+
+_COUNTS = {
+    re.compile(r"(num|n)_(\w+_)?(layers?|blocks?)"): 1_000,
+    re.compile(r"(num|n)_(\w+_)?(experts?|labels?)"): 10_000,
+}
+"""Settings up to which libraries count before there is anything to compare them with, and the most that is built."""
+
+_SPARE_ELEMENTS = 1 << 26
+"""What a model may hold beyond its weights: masks, tables of positions."""
+
+_DAMAGED = "the model is damaged: save or download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """What models may bring along because the configuration says so by name.
+
+    Attributes:
+        remote_code: Whether their Python files are run.
+        pickle: Whether pickled weights are read, as bare tensors: nothing in them is executed.
+    """
+
+    remote_code: bool = False
+    pickle: bool = False
+
+
+NO_TRUST = Trust()
+
+
+def check_folder(folder: Path, trust: Trust, where: str | None = None) -> UserError | None:
+    """Say what in a model folder is not going to be loaded; what is broken is left to the loader to tell.
+
+    Args:
+        folder: Where `config.json` stands.
+        trust: What the folder may bring along.
+        where: What names it: a setting or an option.
+    """
+    try:
+        _check_company(folder)
+        settings = _read_json(folder / CONFIG)
+        _check_settings(settings)
+        files = weights_files(folder, settings)
+    except UserError as error:
+        return UserError(f"`{folder}` is not loaded: {error.what}", where, error.hint)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    if files and files[0].suffix == ".bin" and not trust.pickle:
+        hint = "choose a model in .safetensors files; or set `model.allow_pickle: true`, which executes nothing either"
+        return UserError(f"the weights of `{folder}` are pickled: {files[0].name}", where, hint)
+    return None
+
+
+def weights_files(folder: Path, settings: dict[str, Any] | None = None) -> list[Path]:
+    """Return the files from which a model's weights are read; none where it has none.
+
+    Args:
+        folder: The model.
+        settings: What its `config.json` says, where that was read already.
+
+    Raises:
+        UserError: They are said to stand outside the folder, or in a file of another kind.
+    """
+    settings = _read_json(folder / CONFIG) if settings is None else settings
+    named = settings.get("transformers_weights")
+    for name in _WEIGHTS if named is None else [_inside(named, ".safetensors")]:
+        if (folder / name).is_file():
+            if not name.endswith(_INDEX):
+                return [folder / name]
+            ending = Path(name.removesuffix(_INDEX)).suffix
+            parts = _read_json(folder / name)["weight_map"].values()
+            return [folder / _inside(part, ending) for part in sorted(set(parts))]
+    return []
+
+
+def check_elements(num_elements: int, folder: Path) -> None:
+    """Compare what a model would hold in memory with its weights on disk, before memory is taken.
+
+    Args:
+        num_elements: Numbers in its parameters and buffers, by its `config.json`.
+        folder: The model.
+
+    Raises:
+        UserError: So many numbers are not in so many bytes, however few bits each takes.
+    """
+    num_bytes = sum(path.stat().st_size for path in weights_files(folder) if path.is_file())
+    if num_bytes and num_elements > 2 * num_bytes + _SPARE_ELEMENTS:
+        what = f"{CONFIG} asks for {num_elements:,} numbers, and its weights are {num_bytes:,} bytes"
+        raise UserError(what, str(folder), "the folder is incomplete, or its config.json is another model's")
+
+
+def _inside(name: str, ending: str) -> str:
+    """Return the name of a file with weights, which stands in the model's folder."""
+    path = PurePath(name)
+    if path.is_absolute() or ".." in path.parts or not name.removesuffix(_INDEX).endswith(ending):
+        what = f"its weights are said to be in `{name}`"
+        raise UserError(what, None, f"weights are {ending} files in the model's own folder")
+    return name
+
+
+def _check_company(folder: Path) -> None:
+    """Refuse what would be loaded in place of the model's own weights, and settings that fill the memory."""
+    for path in folder.iterdir():
+        if path.name == "adapter_config.json":
+            hint = "merge the adapter into its model; or remove that file, where the folder holds a whole model"
+            raise UserError("it is an adapter to another model (adapter_config.json)", None, hint)
+        if _BY_PROCESS.fullmatch(path.name):
+            hint = "put them together with transformers' `consolidate_distributed_checkpoint`"
+            raise UserError(f"its weights are parted by processes ({path.name})", None, hint)
+        if path.suffix in _TEXTS and path.stat().st_size > _MOST_TEXT_BYTES:
+            raise UserError(f"`{path.name}` is larger than {_MOST_TEXT_BYTES:,} bytes", None, _DAMAGED)
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    """Refuse numbers of parts that nobody builds, and attention that is code from the Hub."""
+    for name, value in _all_of(settings):
+        most = next((most for count, most in _COUNTS.items() if count.fullmatch(name)), None)
+        if most is not None and isinstance(value, (int, float)) and value > most:
+            raise UserError(f"{CONFIG} sets `{name}` to more than {most:,}", None, _DAMAGED)
+        if name.endswith("attn_implementation") and "/" in str(value):
+            hint = "such code is never run: take that setting out of config.json"
+            raise UserError(f"{CONFIG} asks for attention code from the Hub in `{name}`", None, hint)
+
+
+def _all_of(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every setting, those of the models within a composite one included."""
+    for name, value in settings.items():
+        yield name, value
+        if isinstance(value, dict):
+            yield from _all_of(value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no object")
+    return found

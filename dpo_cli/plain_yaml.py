@@ -1,0 +1,163 @@
+"""YAML as plain data: what is read is no more than what is written, and nothing of it runs.
+
+Lists, groups, text, numbers, true, false and null are known, and no other tags. Anchors are, but what they repeat
+counts each time; keys are merged nowhere.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 1 << 20
+"""No file of settings is longer."""
+
+MAX_VALUES = 10_000
+"""None holds as many values; one that does repeats itself through anchors."""
+
+_MAX_DIGITS = 100
+_SHOWN = 40
+_PREFIX = "tag:yaml.org,2002:"
+_SCALARS = {f"{_PREFIX}{name}" for name in ("str", "int", "float", "bool", "null", "timestamp")}
+_NUMBERS = {f"{_PREFIX}int", f"{_PREFIX}float"}
+
+
+class NotPlain(Exception):
+    """What is not read.
+
+    Args:
+        what: What is wrong with it.
+        line: Where it stands, from 1 on.
+        hint: What to do about it.
+    """
+
+    def __init__(self, what: str, line: int, hint: str) -> None:
+        super().__init__(what)
+        self.what, self.line, self.hint = what, line, hint
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which `5e-7` is the number it is, and of which no more is read than is allowed."""
+
+    num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Count what is read, before it takes time and memory."""
+        self.num_nodes += 1
+        if self.num_nodes > 2 * MAX_VALUES:
+            raise _too_many(self.line + 1)
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(
+    f"{_PREFIX}float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def parse(text: str) -> tuple[Any, Mapping[tuple[str, ...], int]]:
+    """Read a text.
+
+    Returns:
+        What it says, None where it says nothing; and the line of every key and of every member of a list, by its
+        path.
+
+    Raises:
+        NotPlain: It is no YAML, or more than plain data.
+    """
+    loader = None
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        builder = _Builder(loader)
+        return (None if node is None else builder.value(node, ())), builder.lines
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise NotPlain(
+            f"not valid YAML: {error.problem}", line, "check indentation, colons and quotes near that line"
+        ) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise NotPlain(f"not valid YAML: {error.reason}", line, "check the characters of that line") from None
+    except RecursionError:
+        line = loader.line + 1 if loader else 1
+        raise NotPlain("the settings are nested too deeply", line, "settings are two levels deep") from None
+    finally:
+        if loader:
+            loader.dispose()
+
+
+class _Builder:
+    """Turn YAML nodes into values while noting lines.
+
+    Attributes:
+        lines: Where the members of groups and lists stand, by their paths.
+    """
+
+    def __init__(self, loader: _Loader) -> None:
+        self._loader, self._num_values = loader, 0
+        self.lines: dict[tuple[str, ...], int] = {}
+
+    def value(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
+        """Return what a node says."""
+        self._num_values += 1
+        if self._num_values > MAX_VALUES:
+            raise _too_many(_line(node))
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node)
+        if isinstance(node, yaml.SequenceNode) and node.tag == f"{_PREFIX}seq":
+            return [self._member(item, (*path, str(place)), item) for place, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode) and node.tag == f"{_PREFIX}map":
+            return self._group(node, path)
+        raise _strange(node)
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.tag not in _SCALARS:
+            raise _strange(node)
+        if node.tag in _NUMBERS and len(node.value) > _MAX_DIGITS:
+            what = f"not valid YAML: `{node.value[:_SHOWN]}…` is a number of {len(node.value):,} characters"
+            raise NotPlain(what, _line(node), f"numbers have at most {_MAX_DIGITS}")
+        try:
+            return self._loader.construct_object(node)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            what = f"not valid YAML: `{node.value[:_SHOWN]}` is not what it is said to be: `{_named(node)}`"
+            raise NotPlain(what, _line(node), "quote it if it is text") from None
+
+    def _group(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else None
+            if not isinstance(key, str):
+                shown = key_node.value[:_SHOWN] if isinstance(key_node, yaml.ScalarNode) else "a list or group"
+                raise NotPlain(f"`{shown}` is not the name of a setting", _line(key_node), "names are text")
+            if key in values:
+                dotted = ".".join((*path, key))
+                raise NotPlain(f"`{dotted}` is set twice", _line(key_node), "keep one of the two lines")
+            values[key] = self._member(value_node, (*path, key), key_node)
+        return values
+
+    def _member(self, node: yaml.Node, path: tuple[str, ...], named_by: yaml.Node) -> Any:
+        self.lines[path] = _line(named_by)
+        return self.value(node, path)
+
+
+def _too_many(line: int) -> NotPlain:
+    hint = "write the settings out without anchors"
+    return NotPlain(f"the settings have more than {MAX_VALUES} values", line, hint)
+
+
+def _strange(node: yaml.Node) -> NotPlain:
+    what = f"not valid YAML: `{_named(node)}` is more than plain data"
+    return NotPlain(what, _line(node), "write text, numbers, true, false, null, lists and groups, without tags")
+
+
+def _named(node: yaml.Node) -> str:
+    """Return a node's tag as it is written, cut short."""
+    tag = str(node.tag)
+    return f"!!{tag.removeprefix(_PREFIX)}"[:_SHOWN] if tag.startswith(_PREFIX) else tag[:_SHOWN]
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1

@@ -1,0 +1,54 @@
+"""What looks like a secret is covered in what the program says and writes about itself.
+
+Covered are, wherever they stand: the value of an environment variable whose name speaks of a secret (`HF_TOKEN`,
+`WANDB_API_KEY`); what is set by such a name (`api_key=…`, `--token …`); user and password in an address
+(`https://user:token@host`); and what begins like a token of a known service (`hf_…`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+
+COVERED = "[secret]"
+
+_SHORTEST = 8
+"""A shorter value of a variable may be any word."""
+
+_WORDS = r"(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:(?:api|access|private|auth|secret)[_-]?)+key)"
+_SPEAKS = re.compile(rf"{_WORDS}|(?:^|_)(?:key|pat|pwd)$", re.IGNORECASE)
+_OPTION = re.compile(rf"--?[\w-]*{_WORDS}", re.IGNORECASE)
+_FORMS = re.compile(
+    rf"""
+    (?P<name>
+        (?<! [a-z0-9] ) (?<! [be]os_ | pad_ | unk_ | sep_ | cls_ ) {_WORDS} ["']? \s? [=:] \s? ["']?
+    ) [^\s"',;&]+
+    | (?P<scheme> [a-z][a-z0-9+.-]* :// ) [^\s/@]+ (?= @ )
+    | \b (?: hf_ | gh[oprsu]_ | github_pat_ | glpat- | sk- | xox[abp]- | AKIA ) [a-z0-9_-]{{12,}}
+    """,
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def covered(text: str) -> str:
+    """Return a text in which secrets are covered."""
+    for value in _secret_values():
+        text = text.replace(value, COVERED)
+    return _FORMS.sub(lambda found: f"{found['name'] or found['scheme'] or ''}{COVERED}", text)
+
+
+def covered_command(arguments: Sequence[str]) -> list[str]:
+    """Return a command line in which secrets are covered, those that follow the option that sets them included."""
+    options = ["", *arguments[:-1]]
+    return [
+        COVERED if _OPTION.fullmatch(before) else covered(argument)
+        for before, argument in zip(options, arguments, strict=False)
+    ]
+
+
+def _secret_values() -> Iterator[str]:
+    """Yield the values of environment variables that are secret, by their names."""
+    for name, value in os.environ.items():
+        if len(value) >= _SHORTEST and _SPEAKS.search(name):
+            yield value

@@ -1,0 +1,68 @@
+"""What may strike one rank of several: at a chosen call of a chosen function it is killed, stopped, hangs or fails."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import importlib
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+STRUCK = "struck"
+"""What a rank says on the moment."""
+
+
+def _fail() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+STROKES = {
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "hang": lambda: time.sleep(3600),
+    "fail": _fail,
+    "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),
+}
+
+
+def strike(where: str, how: str, call: int = 1) -> None:
+    """Arrange for a function to be a rank's last.
+
+    Args:
+        where: The function as its caller finds it, `module:name` or `module:Class.name`.
+        how: One of `STROKES`.
+        call: At which call, counted from 1.
+    """
+    module, _, path = where.partition(":")
+    owner: Any = importlib.import_module(module)
+    *above, name = path.split(".")
+    for part in above:
+        owner = getattr(owner, part)
+    function, calls = getattr(owner, name), 0
+
+    @functools.wraps(function)
+    def struck(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            print(STRUCK, file=sys.stderr, flush=True)
+            STROKES[how]()
+        return function(*arguments, **keywords)
+
+    setattr(owner, name, struck)
+
+
+def move_elsewhere(threads: int, build: str) -> None:
+    """Let a run find itself on a machine with another number of threads and another build of torch.
+
+    Args:
+        threads: How many torch computes with.
+        build: What torch adds to its version.
+    """
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.__version__ = f"{torch.__version__}.{build}"

@@ -1,0 +1,152 @@
+"""A run that goes on under other settings: what decides its weights is refused, all in one list; the rest may change.
+
+Both tables have to name every setting there is: a new one is asked for here what it means for a resumed run.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import pytest
+import yaml
+
+from dpo_cli.config.schema import Config
+from dpo_cli.errors import UserError
+from dpo_cli.preference.losses import Loss
+from dpo_cli.preference.reference import Reference
+from dpo_cli.settings import Settings
+from dpo_cli.training.run_folder import RESOLVED, RunFolder
+from tests.faults.conftest import FULL
+
+DECIDES = {
+    "model.name", "model.dtype", "model.chat_template",
+    "data.train", "data.eval", "data.format", "data.on_bad_row", "data.max_length", "data.on_too_long",
+    "data.min_response", "data.turns", "data.ranked", "data.drop",
+    "training.epochs", "training.max_steps", "training.pairs_per_step", "training.shuffle", "training.optimizer",
+    "training.learning_rate", "training.schedule", "training.warmup_ratio", "training.weight_decay",
+    "training.max_grad_norm", "training.seed",
+}  # fmt: skip
+"""What decides the weights, beside everything of the loss and of the reference."""
+
+WATCHES = {
+    "training.micro_batch_tokens", "training.layout", "training.gradient_checkpointing", "training.rank_timeout",
+    "training.on_nonfinite", "training.max_skipped",
+    "evaluation.every_steps",
+    "checkpoints.every_steps", "checkpoints.keep", "checkpoints.background",
+    "tracking", "output_dir",
+}  # fmt: skip
+"""What decides memory and speed, what is kept and who is told."""
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def started(folder, config: Config) -> RunFolder:
+    (folder / "config.yaml").write_text(RESOLVED + yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    return RunFolder(folder)
+
+
+def changed(config: Config, name: str) -> dict[str, Any]:
+    """Return all settings, one of them another than it was."""
+    settings = config.model_dump(mode="json")
+    *above, last = name.split(".")
+    group = settings
+    for part in above:
+        group = group[part]
+    group[last] = "something else"
+    return settings
+
+
+def members(union: Any) -> list[type[Settings]]:
+    return list(get_args(get_args(union)[0]))
+
+
+def test_every_setting_is_known_to_decide_the_weights_or_not():
+    named = {name for name, _ in leaves(Config(model={"name": "m"}).model_dump(mode="json"))}
+    assert {name for name in named if not name.startswith(("loss.", "reference."))} == DECIDES | WATCHES
+    assert not DECIDES & WATCHES
+
+
+@pytest.mark.parametrize("name", sorted(DECIDES))
+def test_what_decides_the_weights_may_not_change(tmp_path, name):
+    config = Config(model={"name": "m"})
+    with pytest.raises(UserError, match=f"other settings: `{name}` was .* and is something else") as refused:
+        started(tmp_path, config).check_unchanged(changed(config, name))
+    assert refused.value.status == 2
+    assert refused.value.hint
+
+
+@pytest.mark.parametrize("name", sorted(WATCHES))
+def test_what_does_not_may(tmp_path, name):
+    config = Config(model={"name": "m"})
+    started(tmp_path, config).check_unchanged(changed(config, name))
+
+
+@pytest.mark.parametrize("group", ["loss", "reference"])
+def test_nothing_of_a_loss_or_a_reference_may_change(tmp_path, group):
+    for kind in members({"loss": Loss, "reference": Reference}[group]):
+        config = Config(model={"name": "m"}, **{group: kind()})
+        run = started(tmp_path, config)
+        for name, _ in leaves(config.model_dump(mode="json")[group], f"{group}."):
+            with pytest.raises(UserError, match=f"`{name}` was"):
+                run.check_unchanged(changed(config, name))
+
+
+def test_all_that_changed_stands_in_one_list(tmp_path):
+    config = Config(model={"name": "m"})
+    settings = config.model_dump(mode="json")
+    for name in (*DECIDES, *WATCHES):
+        *above, last = name.split(".")
+        group = settings
+        for part in above:
+            group = group[part]
+        group[last] = "something else"
+    with pytest.raises(UserError) as refused:
+        started(tmp_path, config).check_unchanged(settings)
+    assert all(f"`{name}`" in refused.value.what for name in DECIDES)
+    assert not any(f"`{name}`" in refused.value.what for name in WATCHES)
+
+
+OTHERS = {
+    "training.micro_batch_tokens": 300,
+    "training.layout": "padded",
+    "training.gradient_checkpointing": "true",
+    "training.rank_timeout": "null",
+    "training.on_nonfinite": "skip",
+    "training.max_skipped": 3,
+    "evaluation.every_steps": 1,
+    "checkpoints.every_steps": 3,
+    "checkpoints.keep": 1,
+    "checkpoints.background": "true",
+    "tracking": "[tensorboard]",
+}
+
+
+def test_a_run_goes_on_with_all_that_may_change_changed(write_config, tmp_path, zygote):
+    assert {*OTHERS, "output_dir"} == WATCHES
+    # Importing a tracker takes longer than all the rest.
+    others = OTHERS if FULL else {**OTHERS, "tracking": "[]"}
+    file = write_config("run", training={"max_steps": 4}, checkpoints={"every_steps": 2})
+    ended = zygote.run("train", "--config", file)
+    assert ended.status == 0, ended.said
+    run = tmp_path / "runs" / "moved"
+    shutil.move(tmp_path / "runs" / "run", run)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    overrides = [f"{name}={value}" for name, value in others.items()]
+    ended = zygote.run("train", "--config", file, "--resume", f"output_dir={run}", *overrides)
+    assert ended.status == 0, ended.said
+    assert "resuming after step 2" in ended.said
+    # What was refused stays as it was: nothing is begun.
+    shutil.rmtree(run / "final")
+    ended = zygote.run("train", "--config", file, "--resume", f"output_dir={run}", "training.seed=7", "loss.beta=0.3")
+    assert ended.status == 2
+    assert "`loss.beta` was 0.1 and is 0.3; `training.seed` was 42 and is 7" in ended.said
+    assert not (run / "final").exists()
