@@ -81,14 +81,8 @@ def test_a_resume_that_crashes_as_well_costs_nothing(
     report(troubles)
 
 
-def _unsynced(kept: str) -> pytest.MarkDecorator | tuple[()]:
-    """Expect what is known to be lost."""
-    reason = "the names of folders that are made on the way to a checkpoint are not synced"
-    return pytest.mark.xfail(strict=kept == "nothing", reason=reason) if kept in ("nothing", "some") else ()
-
-
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("kept", [pytest.param(kept, marks=_unsynced(kept)) for kept in KEPT])
+@pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("name", SOME)
 def test_a_power_cut_at_any_file_operation_costs_nothing_that_was_saved(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, kept: str, share: int
