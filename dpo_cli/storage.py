@@ -72,10 +72,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it that are missing, so that they outlive a power cut."""
-    if not folder.is_dir():
+    while not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _flush(folder.parent)
+        # Another process may remove the one above meanwhile, which it had made for a lock.
+        with contextlib.suppress(FileNotFoundError):
+            folder.mkdir(exist_ok=True)
+            _flush(folder.parent)
 
 
 @contextlib.contextmanager
