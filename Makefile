@@ -8,11 +8,12 @@ FUZZ_INSTALLED := .venv/.installed-fuzz
 FUZZ_SECONDS ?= 60
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install model quickstart test check format generated plots check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup fuzz clean
+.PHONY: help install model quickstart test check format generated faults plots check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup fuzz clean
 
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
 	@echo "make test           every test"
+	@echo "make faults         break runs in every way at every point and write docs/faults.md (about half an hour)"
 	@echo "make check          formatting, lint, types, floors, generated files"
 	@echo "make format         format the code"
 	@echo "make fuzz           search for inputs that break what reads them, FUZZ_SECONDS=60 for each of them"
@@ -44,6 +45,9 @@ quickstart: install model
 
 test: install model
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+faults: install
+	$(BIN)/python scripts/write_faults_page.py
 
 check: install
 	$(BIN)/ruff format --check .

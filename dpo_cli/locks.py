@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dpo_cli.storage import make_folder
+
 _POLL_SECONDS = 0.2
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ def locked(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator
 def _take(path: Path, waiting: Callable[[str], None] | None) -> int:
     """Open and lock a file that is still at its path then; return its descriptor."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:

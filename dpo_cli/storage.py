@@ -70,6 +70,16 @@ def write_bytes(path: Path, data: bytes) -> None:
     _flush(path.parent)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, so that they outlive a power cut."""
+    while not folder.is_dir():
+        make_folder(folder.parent)
+        # Another process may remove the one above meanwhile, which it had made for a lock.
+        with contextlib.suppress(FileNotFoundError):
+            folder.mkdir(exist_ok=True)
+            _flush(folder.parent)
+
+
 @contextlib.contextmanager
 def sealed_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
     """Yield a temporary folder to fill; on leaving it is sealed, flushed and renamed to `target`.
@@ -81,7 +91,7 @@ def sealed_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
         target: The folder to appear. Its parents are created.
         facts: What the manifest says beside sizes and digests; it may be filled until the folder is left.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
@@ -95,10 +105,12 @@ def sealed_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
             except BaseException:
                 replaced.rename(target)
                 raise
+            # The new one's name is certain before the old one is gone.
+            _flush(target.parent)
             remove(replaced)
         else:
             temporary.rename(target)
-        _flush(target.parent)
+            _flush(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -158,6 +170,11 @@ def remove_strays(parent: Path) -> None:
     _remove(strays(parent))
 
 
+def remove_strays_of(target: Path) -> None:
+    """Remove what interrupted writers left of a file or folder that only this process writes."""
+    _remove(stray for stray in strays(target.parent) if stray.name.startswith(f".{target.name}{_TEMPORARY}"))
+
+
 def remove_old_strays(parent: Path) -> None:
     """Remove what was left in a folder to which others may be writing: what nobody has touched for a day."""
     old = time.time() - _DAY_SECONDS
@@ -172,6 +189,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder so that, wherever this is interrupted, what is left of it counts as a stray."""
+    stray = folder.with_name(f".{folder.name}{_TEMPORARY}removed-{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):
+        folder.rename(stray)
+        remove(stray)
+
+
 def _remove(paths: Iterable[Path]) -> None:
     for path in paths:
         remove(path)
@@ -181,8 +206,8 @@ def _seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest over all files of a folder and flush everything to disk."""
     files = {}
     for path in sorted(folder.rglob("*")):
+        _flush(path)
         if path.is_file():
-            _flush(path)
             name = path.relative_to(folder).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
     text = json.dumps({**facts, "files": files}, indent=1, ensure_ascii=False, allow_nan=False)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.faults.ledger import PROPERTY, table
+
 # Read when the Hub's library is imported, which test modules do while they are collected.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
@@ -59,6 +61,24 @@ ROW_OF = {
     "unpaired": {"prompt": "Add 1 and 2.", "completion": "3", "label": True},
 }
 """A good row of every shape."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults-table", type=Path, metavar="FILE", help="write the table of faults there, in Markdown")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Show what became of the cases of all tests of faults; their reports come from the workers as well."""
+    reports = [report for some in terminalreporter.stats.values() for report in some]
+    # A test takes its cases down as it is torn down; the reports before have none of them.
+    torn_down = [report for report in reports if getattr(report, "when", "") == "teardown"]
+    entries = [entry for report in torn_down for name, entry in report.user_properties if name == PROPERTY]
+    if not entries:
+        return
+    terminalreporter.section("faults")
+    terminalreporter.write_line(table(entries))
+    if file := config.getoption("--faults-table"):
+        file.write_text(table(entries) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session", autouse=True)

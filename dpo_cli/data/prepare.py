@@ -29,7 +29,7 @@ from dpo_cli.data.tally import COUNTED, Tally
 from dpo_cli.data.tokenize import PairTokenizer, Tokenized
 from dpo_cli.data.workers import in_order, num_cores
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.storage import remove_old_strays, sealed_folder
+from dpo_cli.storage import remove_old_strays, remove_strays_of, sealed_folder
 
 _PORTION_ROWS = 1024
 """Rows that are checked, tokenized and written together: a record batch of the file."""
@@ -67,6 +67,7 @@ def prepare(sources: Sequence[Source], reading: Reading, tokenize: PairTokenizer
     }
     try:
         remove_old_strays(folder.parent)
+        remove_strays_of(folder)
         _fill(folder, facts, sources, reading, tokenize)
     except OSError as error:
         raise from_os_error(error, "preparing the data", str(folder)) from error

@@ -234,7 +234,7 @@ def _describe(run: Run, *, resume: bool, overwrite: bool) -> None:
         UserError: The disk refuses, or another run began in the folder meanwhile.
     """
     from dpo_cli.reporting.environment import environment
-    from dpo_cli.storage import remove_strays, write_text
+    from dpo_cli.storage import make_folder, remove_strays, write_text
 
     described = json.dumps(environment(run.accelerator), indent=1, ensure_ascii=False)
     try:
@@ -242,8 +242,9 @@ def _describe(run: Run, *, resume: bool, overwrite: bool) -> None:
             raise meanwhile
         if overwrite:
             run.folder.clear()
-        run.folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder(run.folder.path)
         remove_strays(run.folder.path)
+        remove_strays(run.folder.checkpoints)
         write_text(run.folder.config, RESOLVED + resolved_yaml(run.config))
         write_text(run.folder.environment, described + "\n")
     except OSError as error:

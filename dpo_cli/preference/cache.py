@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dpo_cli.errors import from_os_error
 from dpo_cli.locks import locked
-from dpo_cli.storage import cache_root, file_digest, remove, remove_old_strays, text_digest, write_bytes
+from dpo_cli.storage import cache_root, file_digest, remove, remove_strays, text_digest, write_bytes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -128,7 +128,7 @@ class ReferenceCache:
             writer.write_table(pa.table(columns, schema=self._schema))
         data = sink.getvalue().to_pybytes()
         try:
-            remove_old_strays(self.folder)
+            remove_strays(self.folder)
             write_bytes(self.folder / f"{hashlib.sha256(data).hexdigest()}.arrow", data)
         except OSError as error:
             raise from_os_error(error, "writing the reference cache", str(self.folder)) from error

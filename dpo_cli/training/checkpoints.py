@@ -17,7 +17,6 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from torch.backends import cpu
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.loading import load_weights, saved_model
-from dpo_cli.storage import DamagedFolder, remove_strays, verify
+from dpo_cli.storage import DamagedFolder, discard, make_folder, remove_strays, verify
 from dpo_cli.training.loop import NotFinite, Skips
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ class CheckpointWriter:
             self._failed = error
 
     def _write(self, target: Path, state: _State) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         remove_strays(self.folder)
         with saved_model(target, state.policy, state.tokenizer, "saving a checkpoint", state.weights) as temporary:
             for name, tensors in state.tensors.items():
@@ -322,7 +321,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _prune(folder: Path, keep: int) -> None:
     """Remove all but the newest checkpoints."""
     for path in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
+        discard(path)
 
 
 def _optimizer_to_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

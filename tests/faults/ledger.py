@@ -30,9 +30,14 @@ class Ledger:
 
     counts: Counter[tuple[str, Outcome]] = field(default_factory=Counter)
 
-    def record(self, kind: str, outcome: Outcome = Outcome.SURVIVED) -> None:
-        """Count a case."""
-        self.counts[kind, outcome] += 1
+    def record(self, kind: str, outcome: Outcome = Outcome.SURVIVED, cases: int = 1) -> None:
+        """Count a case, or several."""
+        self.counts[kind, outcome] += cases
+
+    def record_failure(self, test: str) -> None:
+        """Count the case that a test failed at, unless the test has taken down a bad one itself."""
+        if all(outcome is Outcome.SURVIVED for _, outcome in self.counts):
+            self.record(f"failed: {test}", Outcome.LOST)
 
     def entries(self) -> list[tuple[str, str, int]]:
         """Return what a test's report can carry: kind, outcome, number."""

@@ -1,0 +1,268 @@
+"""A small run that is broken again and again, and what must have become of it in the end."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import shutil
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.storage import DamagedFolder, verify
+from tests.conftest import make_config, without_clock, write_rows
+from tests.faults.ledger import Ledger, Outcome
+from tests.faults.zygote import Ended, Running, Zygote
+
+SAVED_EVERY = 2
+
+# Cut by a number of its own: a run with another cache would measure one anew, and round otherwise.
+_TRAINING = {"epochs": 2, "pairs_per_step": 5, "micro_batch_tokens": 600}
+_CHECKPOINTS = {"every_steps": SAVED_EVERY, "keep": 2}
+_SETTINGS: dict[str, Any] = {
+    "training": _TRAINING,
+    "checkpoints": _CHECKPOINTS,
+    "evaluation": {"every_steps": 3},
+    # Every case has the same name for it, since the model card holds it.
+    "output_dir": "run",
+}
+
+RUNS: dict[str, dict[str, Any]] = {
+    "dpo": {},
+    # It remembers something from step to step, and so does its reference, which moves.
+    "bco": {
+        "loss": "bco",
+        "reference": {"type": "synced", "every_steps": 3, "alpha": 0.5},
+        "training": {**_TRAINING, "layout": "padded"},
+    },
+    "dpo, saved in the background": {
+        "checkpoints": {**_CHECKPOINTS, "background": True},
+        "training": {**_TRAINING, "layout": "padded"},
+    },
+}
+"""The kinds of run that are broken."""
+
+_NUM_PAIRS = 25
+
+Fault = tuple[str, dict[str, Any]]
+"""A function as `module:name`, and its arguments."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a run is ended: before a file operation, or when half of its bytes are written."""
+
+    operation: int
+    half: bool = False
+
+
+class Bench:
+    """One kind of run: how it goes when nothing happens, and cases in which something does.
+
+    Args:
+        zygote: Forks the runs.
+        folder: Where the cases stand.
+        config: The configuration, whose output folder is `run`.
+        num_ranks: Processes of each run.
+        background: Whether checkpoints are written while the run goes on.
+    """
+
+    def __init__(self, zygote: Zygote, folder: Path, config: Path, num_ranks: int, *, background: bool) -> None:
+        self.zygote, self.folder, self.config, self.num_ranks = zygote, folder, config, num_ranks
+        self.background = background
+        self._num_cases = 0
+
+    def case(self) -> Case:
+        """Return a run that has not begun."""
+        self._num_cases += 1
+        return Case(self, self.folder / f"case-{self._num_cases}")
+
+    @functools.cached_property
+    def whole(self) -> Case:
+        """The run that nothing happens to; its file operations are counted."""
+        case = self.case()
+        ended = case.run(fault=("tests.faults.shim:count", {"root": str(case.folder), "log": str(self._log)}))
+        assert ended.status == 0, ended.said
+        steps = [row["step"] for row in case.metrics() if row["split"] == "train"]
+        assert steps == list(range(1, len(steps) + 1))
+        return case
+
+    @functools.cached_property
+    def operations(self) -> list[dict[str, Any]]:
+        """The file operations of the run: kind, path, and whether it can be done by half."""
+        assert self.whole
+        return [json.loads(line) for line in self._log.read_text(encoding="utf-8").splitlines()]
+
+    def points(self) -> list[Point]:
+        """Return every point at which the run can be ended."""
+        found = []
+        for number, operation in enumerate(self.operations, 1):
+            found += [Point(number), Point(number, half=True)] if operation["halves"] else [Point(number)]
+        return found
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "operations.jsonl"
+
+
+class Case:
+    """A run in a folder of its own, with a cache of its own.
+
+    Args:
+        bench: What kind of run it is.
+        folder: The folder.
+    """
+
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.bench, self.folder, self.output = bench, folder, folder / "run"
+        self._said = ""
+        self._saved = 0
+
+    def start(self, *arguments: object, fault: Fault | None = None) -> list[Running]:
+        """Start the processes of the run; the fault is the first one's."""
+        number, port = self.bench.num_ranks, _free_port()
+        return [
+            self.bench.zygote.start(
+                "train",
+                *("--config", self.bench.config, *arguments),
+                cwd=self.folder,
+                env={"DPO_CACHE_DIR": str(self.folder / "cache"), **_surroundings(rank, number, port)},
+                fault=fault if rank == 0 else None,
+            )
+            for rank in range(number)
+        ]
+
+    def wait(self, ranks: Sequence[Running]) -> Ended:
+        """Wait for the end of the first process; where it fails, the others are killed, as a launcher would."""
+        ended = ranks[0].wait()
+        for other in ranks[1:]:
+            if ended.status:
+                other.send(signal.SIGKILL)
+            ended = Ended(ended.status or other.wait().status, ended.said + ("" if ended.status else other.said))
+        self._said += ended.said
+        self._saved = max(self._saved, _saved(ended.said, SAVED_EVERY if self.bench.background else 0))
+        return ended
+
+    def run(self, *arguments: object, fault: Fault | None = None) -> Ended:
+        """Run to the end, whatever it is."""
+        return self.wait(self.start(*arguments, fault=fault))
+
+    def finish(self, ledger: Ledger, kind: str, *, wrong: str = "", cases: int = 1) -> str:
+        """Resume the run and take down what became of it; return what is wrong, or nothing.
+
+        Args:
+            ledger: Takes it down.
+            kind: The kind of fault.
+            wrong: What was found to be wrong before.
+            cases: How many faults there were.
+        """
+        saved = self._saved
+        outcome, reason = self._judge(self.run("--resume"), saved)
+        if wrong and outcome is Outcome.SURVIVED:
+            outcome, reason = Outcome.WRONG, wrong
+        ledger.record(kind, outcome, cases)
+        if outcome is Outcome.SURVIVED:
+            shutil.rmtree(self.folder)
+        return reason and f"{kind}: {outcome.value}: {reason}\n{self._said}"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of `metrics.jsonl`, but for the speed."""
+        return without_clock(list(map(json.loads, (self.output / "metrics.jsonl").read_text().splitlines())))
+
+    def _judge(self, ended: Ended, saved: int) -> tuple[Outcome, str]:
+        """Compare a resumed run with what was promised, before which the checkpoint of a step was saved."""
+        if "Traceback" in self._said:
+            return Outcome.TRACEBACK, "a traceback"
+        if ended.status:
+            return Outcome.LOST, f"the resumed run ended with status {ended.status}"
+        if (resumed := _resumed(ended.said)) < saved:
+            return Outcome.LOST, f"step {saved} was saved; the run went on after step {resumed}"
+        whole = self.bench.whole
+        for name in ("final", f"checkpoints/{_newest(whole.output)}"):
+            if differing := _differing(self.output / name, whole.output / name):
+                return Outcome.WRONG, f"other bytes in {name}: {', '.join(differing)}"
+        if self.metrics() != whole.metrics():
+            return Outcome.WRONG, "other rows in metrics.jsonl"
+        if left := self._left_behind():
+            return Outcome.WRONG, f"left behind: {', '.join(left)}"
+        return Outcome.SURVIVED, ""
+
+    def _left_behind(self) -> list[str]:
+        """Return what should be gone: hidden files and folders, and what is left of checkpoints."""
+        # The lock of a process that ended does no harm, and stays where nobody has needed it since.
+        hidden = [path for path in self.folder.rglob(".*") if not path.name.endswith(".lock")]
+        # One that the run had no time to drop may stay, if it is whole.
+        damaged = [path for path in (self.output / "checkpoints").iterdir() if not _is_whole(path)]
+        return [str(path.relative_to(self.folder)) for path in hidden + damaged]
+
+
+def build_bench(
+    zygote: Zygote, folder: Path, model: Path, rows: Sequence[dict[str, str]], name: str, num_ranks: int
+) -> Bench:
+    """Write the configuration of a kind of run, a name of `RUNS`.
+
+    Its two epochs are eight steps; it saves in their middle, evaluates in between and drops old checkpoints.
+    """
+    short = sorted(rows, key=lambda row: sum(map(len, row.values())))[:_NUM_PAIRS]
+    pairs, settings = write_rows(folder / "pairs.jsonl", short), {**_SETTINGS, **RUNS[name]}
+    config = make_config(folder, model, pairs, "run", **settings)
+    return Bench(zygote, folder, config, num_ranks, background="background" in settings["checkpoints"])
+
+
+def _surroundings(rank: int, number: int, port: int) -> dict[str, str]:
+    """Return the environment variables by which a launcher tells a process which one it is."""
+    if number == 1:
+        return {}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+    return {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _saved(said: str, delay: int) -> int:
+    """Return the last step whose checkpoint stood whole by what a run said: it went on after it, or named it.
+
+    Args:
+        said: What the run said.
+        delay: Steps that it may have gone on for while the checkpoint was written.
+    """
+    shown = [int(number) for number in re.findall(r"^step (\d+)/", said, re.MULTILINE)]
+    named = [int(number) for number in re.findall(r"; saved .*/step-(\d+)$", said, re.MULTILINE)]
+    return max([0, *named, *((step - 1) // SAVED_EVERY * SAVED_EVERY - delay for step in shown)])
+
+
+def _resumed(said: str) -> int:
+    """Return the step after which a resumed run went on."""
+    found = re.search(r"^resuming after step (\d+):", said, re.MULTILINE)
+    # One that is finished has nothing left to lose.
+    return int(found[1]) if found else 10**9 if "is finished: " in said else 0
+
+
+def _newest(output: Path) -> str:
+    return max(path.name for path in (output / "checkpoints").iterdir())
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return bool(verify(folder))
+    except DamagedFolder:
+        return False
+
+
+def _differing(ours: Path, theirs: Path) -> list[str]:
+    """Return the files that two folders do not have in common, byte for byte."""
+    a, b = ({path.relative_to(folder): path.read_bytes() for path in _files(folder)} for folder in (ours, theirs))
+    return sorted(str(name) for name in a.keys() | b.keys() if a.get(name) != b.get(name))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]

@@ -1,0 +1,115 @@
+"""A run that ends at any file operation, or with the power, is finished by `--resume` as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from tests.faults.conftest import FULL
+from tests.faults.ledger import Ledger
+from tests.faults.power import KEPT
+from tests.faults.runs import RUNS, Bench, Case, Point
+from tests.faults.shim import CRASHED
+
+SHARES = range(8 if FULL else 1)
+"""A test takes one share of the points, so that processes can share them out."""
+
+KINDS = [*((name, 1) for name in RUNS), ("dpo", 2), ("bco", 2)]
+NAMES = {1: "one process", 2: "two processes"}
+
+SOME = list(RUNS) if FULL else ["bco"]
+"""The kinds of run for what need not be seen of all of them in `make test`."""
+
+_T = TypeVar("_T")
+
+
+def chosen(points: Sequence[_T], share: int, every: int, few: int) -> Sequence[_T]:
+    """Return a share of every so-manieth point; or, outside `make faults`, a few that are spread over all."""
+    if FULL:
+        return points[::every][share :: len(SHARES)]
+    return [points[len(points) * (2 * place + 1) // (2 * few)] for place in range(few)]
+
+
+def crash(case: Case, point: Point, *arguments: str) -> bool:
+    """Run until it ends at a point; tell whether it got there."""
+    where = {"root": str(case.folder), "operation": point.operation, "half": point.half}
+    ended = case.run(*arguments, fault=("tests.faults.shim:crash_at", where))
+    assert ended.status in (CRASHED, 0), ended.said
+    return ended.status == CRASHED
+
+
+def report(troubles: Sequence[str]) -> None:
+    """Fail where there are troubles."""
+    found = [trouble for trouble in troubles if trouble]
+    assert not found, f"{len(found)} of {len(troubles)} cases:\n\n" + "\n\n".join(found[:5])
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(("name", "num_ranks"), KINDS)
+def test_a_crash_at_any_file_operation_costs_nothing(
+    bench: Callable[[str, int], Bench], ledger: Ledger, name: str, num_ranks: int, share: int
+) -> None:
+    run, troubles = bench(name, num_ranks), []
+    every, few = (1, 3) if num_ranks == 1 else (4, 1)
+    for point in chosen(run.points(), share, every, few):
+        case = run.case()
+        assert crash(case, point)
+        trouble = case.finish(ledger, f"crash at a file operation: {name}, {NAMES[num_ranks]}")
+        troubles.append(trouble and f"{point}: {trouble}")
+    report(troubles)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", SOME)
+def test_a_resume_that_crashes_as_well_costs_nothing(
+    bench: Callable[[str, int], Bench], ledger: Ledger, name: str, share: int
+) -> None:
+    """Twice one after the other, wherever: while it loads what the first left, or long after."""
+    run, troubles = bench(name, 1), []
+    points, chance = run.points(), random.Random(share)
+    for first in chosen(points, share, 6, 1):
+        case = run.case()
+        assert crash(case, first)
+        again = [chance.choice(points[: len(points) // 3]) for _ in range(2)]
+        reached = [crash(case, point, "--resume") for point in again]
+        trouble = case.finish(ledger, "crash at a file operation, and again while resuming")
+        troubles.append(trouble and f"{first}, {again} {reached}: {trouble}")
+    report(troubles)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("name", SOME)
+def test_a_power_cut_at_any_file_operation_costs_nothing_that_was_saved(
+    bench: Callable[[str, int], Bench], ledger: Ledger, name: str, kept: str, share: int
+) -> None:
+    run, troubles = bench(name, 1), []
+    for point in chosen([point for point in run.points() if not point.half], share, 5, 1):
+        case = run.case()
+        cut_power(case, point, kept, seed=point.operation)
+        trouble = case.finish(ledger, f"power cut at a file operation: {name}")
+        troubles.append(trouble and f"{point}, kept {kept}: {trouble}")
+    report(troubles)
+
+
+def cut_power(case: Case, point: Point, kept: str, seed: int) -> None:
+    aside = case.folder.with_name(f"{case.folder.name}-aside")
+    where: dict[str, Any] = {"root": str(case.folder), "aside": str(aside)}
+    where |= {"operation": point.operation, "kept": kept, "seed": seed}
+    ended = case.run(fault=("tests.faults.shim:cut_power_at", where))
+    assert ended.status == CRASHED, ended.said
+
+
+def test_the_bench_sees_what_a_run_writes(bench: Callable[[str, int], Bench]) -> None:
+    """Every file that a run leaves was opened or written, and every folder made, before the eyes of the shim."""
+    run = bench("dpo", 1)
+    seen = {operation["path"] for operation in run.operations} | {
+        operation["target"] for operation in run.operations if operation["kind"] == "rename"
+    }
+    for path in run.whole.folder.rglob("*"):
+        assert any(Path(name).name == path.name for name in seen), path
+    assert {operation["kind"] for operation in run.operations} >= {"open", "write", "fsync", "rename", "remove"}
