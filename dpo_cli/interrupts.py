@@ -40,7 +40,10 @@ class StopSignals:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only note a first signal, so that a step can be finished and saved; a second one stops at once."""
+        """Only note a first signal, so that a step can be finished and saved; a later SIGINT stops at once.
+
+        Other signals may come twice, from a scheduler and from a launcher that hands them on.
+        """
         self._deferring = True
         try:
             yield
@@ -48,8 +51,8 @@ class StopSignals:
             self._deferring = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._deferring and self.received is None:
-            self.received = number
+        first, self.received = self.received is None, self.received or number
+        if self._deferring and (first or number != signal.SIGINT):
             return
         self.received = number
         raise Interrupted(number)

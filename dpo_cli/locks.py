@@ -66,6 +66,8 @@ def _take(path: Path, waiting: Callable[[str], None] | None) -> int:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:
+            if path.parent.exists():
+                raise
             # Whoever made the folder with us has just removed it.
             continue
         try:
@@ -105,5 +107,5 @@ def is_open_at(descriptor: int, path: Path) -> bool:
     """Tell whether an open file is the one that stands at a path, not one that was removed or replaced."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False

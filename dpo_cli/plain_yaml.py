@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -55,6 +56,21 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     f"{_PREFIX}float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
 )
+
+
+def read(file: Path) -> str:
+    """Read a file of settings.
+
+    Raises:
+        NotPlain: It is longer than any.
+        UnicodeDecodeError: It is not UTF-8.
+        OSError: It cannot be read.
+    """
+    with file.open("rb") as opened:
+        data = opened.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise NotPlain(f"the settings are longer than {MAX_BYTES:,} bytes", 1, "name the file that holds the settings")
+    return data.decode("utf-8-sig")
 
 
 def parse(text: str) -> tuple[Any, Mapping[tuple[str, ...], int]]:

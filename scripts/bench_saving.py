@@ -20,10 +20,11 @@ from accelerate import Accelerator
 from benchmark_runs import DEMO_MODEL, positive
 
 from dpo_cli.modeling.loading import load_policy, load_tokenizer
-from dpo_cli.training.checkpoints import CheckpointWriter, TrainingParts
+from dpo_cli.training.checkpoints import CheckpointWriter
 from dpo_cli.training.loop import Skips
 from dpo_cli.training.optimizer import optimizer as build_optimizer
 from dpo_cli.training.optimizer import schedule
+from dpo_cli.training.state import TrainingParts
 
 
 def training_parts(model: str) -> TrainingParts:

@@ -37,9 +37,8 @@ class Tree:
 
 def read_tree(file: Path) -> Tree:
     """Parse the file into values and places."""
-    text = _text(file)
     try:
-        values, lines = plain_yaml.parse(text)
+        values, lines = plain_yaml.parse(_text(file))
     except NotPlain as error:
         raise UserError(error.what, f"{file}, line {error.line}", error.hint) from None
     if values is None:
@@ -53,12 +52,7 @@ def read_tree(file: Path) -> Tree:
 
 def _text(file: Path) -> str:
     try:
-        with file.open("rb") as opened:
-            data = opened.read(plain_yaml.MAX_BYTES + 1)
-        if len(data) > plain_yaml.MAX_BYTES:
-            what = f"the configuration is longer than {plain_yaml.MAX_BYTES:,} bytes"
-            raise UserError(what, str(file), "name the file that holds the settings")
-        return data.decode("utf-8-sig")
+        return plain_yaml.read(file)
     except UnicodeDecodeError:
         raise UserError("the configuration is not UTF-8 text", str(file), "save the file as UTF-8") from None
     except FileNotFoundError:

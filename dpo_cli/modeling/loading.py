@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.model_files import CONFIG, NO_TRUST, Trust, check_elements, check_folder, weights_files
 from dpo_cli.storage import DamagedFolder, cache_root, file_digest, sealed_folder, verify
 
@@ -141,8 +141,6 @@ def saved_model(
     Raises:
         UserError: The disk refuses. `target` is as it was then.
     """
-    from safetensors import SafetensorError
-
     try:
         with sealed_folder(target, {}) as temporary:
             model.save_pretrained(temporary, state_dict=weights)
@@ -150,9 +148,11 @@ def saved_model(
             yield temporary
     except OSError as error:
         raise from_os_error(error, doing, str(target)) from error
-    except SafetensorError as error:
-        hint = "free some space on that disk, or choose another folder"
-        raise UserError(f"{doing} failed: {error}", str(target), hint, status=FAILED) from error
+    except Exception as error:
+        # What the system refuses them, safetensors and tokenizers tell by errors of their own.
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise from_os_error(OSError(int(number[1]), ""), doing, str(target)) from error
 
 
 def weights_digest(model: PreTrainedModel) -> str:

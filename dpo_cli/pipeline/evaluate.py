@@ -79,7 +79,7 @@ def _score(
     with console.progress("evaluating", len(held_out)) as progress:
         results = score(scorer, config.objective, reference, held_out.tolist(), batches, accelerator, progress)
     found: dict[str, Any] = {
-        **setup.finite_figures(results, pairs),
+        **setup.finite_figures(results, pairs, scored),
         **_by_label(results, pairs),
         "model": scored,
         "reference": None if config.reference.type == "none" else config.reference.model or config.model.name,
@@ -105,7 +105,7 @@ def _check(config: Config, scored: str, model: str | None, data: str | None, jso
         problems.append(UserError("the run has no trained model yet", scored, hint))
     elif problem := check_model(scored, "--model", config.model.trust):
         problems.append(problem)
-    elif (Path(scored) / MANIFEST).is_file():
+    elif model is None or (Path(scored) / MANIFEST).is_file():
         try:
             verify(Path(scored))
         except DamagedFolder as damage:
@@ -173,7 +173,7 @@ def _by_label(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, 
 def _write(file: Path, found: dict[str, Any]) -> None:
     from dpo_cli.storage import write_text
 
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(found, indent=1) + "\n"
     try:
         if file.exists() and not file.is_file():
             # A pipe or a device is written into; a rename would put a file in its place.

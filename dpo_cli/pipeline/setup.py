@@ -329,8 +329,13 @@ def shown_counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
 
 
-def finite_figures(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, Any]:
+def finite_figures(results: Sequence[PairResult], pairs: PreparedPairs, where: str) -> dict[str, Any]:
     """Sum up what was found of held-out pairs.
+
+    Args:
+        results: One for each pair.
+        pairs: The run's pairs.
+        where: Which model was scored.
 
     Raises:
         UserError: A pair's loss is NaN or infinite; it is named by file and line.
@@ -341,7 +346,7 @@ def finite_figures(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[
     if broken:
         what = f"the held-out loss is not finite; its pairs: {named_pairs(pairs, broken)}"
         hint = "the weights are damaged, or `training.learning_rate` was too high; the last checkpoint is as it was"
-        raise UserError(what, None, hint, status=FAILED)
+        raise UserError(what, where, hint, status=FAILED)
     return figures(results)
 
 

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.preference.reference import OpenReference
     from dpo_cli.reporting.trackers import MetricsLog
-    from dpo_cli.training.checkpoints import CheckpointWriter, TrainingParts
+    from dpo_cli.training.checkpoints import CheckpointWriter
     from dpo_cli.training.loop import NotFinite, StepResult
     from dpo_cli.training.ranks import Progress
+    from dpo_cli.training.state import TrainingParts
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,22 @@ class Run:
     parts: TrainingParts
 
 
-def walk(run: Run, progress: Progress, done: int) -> None:
-    """Take the steps, do after each what is due, and finish the run."""
+def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
+    """Take the steps, do after each what is due, and finish the run.
+
+    Args:
+        run: All that it takes.
+        progress: Is told how far the run is, for other ranks to see.
+        done: Steps that were taken before.
+        metrics: The digest that the rows of those steps have in metrics.jsonl, or nothing.
+    """
     from dpo_cli.reporting.trackers import MetricsLog
     from dpo_cli.training.checkpoints import CheckpointWriter
 
     accelerator, saving = run.accelerator, run.config.checkpoints
     log = MetricsLog(run.folder.metrics, done) if accelerator.is_main_process else None
+    if log and metrics and log.digest != metrics:
+        run.console.warning(f"rows of {run.folder.metrics} are missing or changed that were there at step {done}")
     writer = CheckpointWriter(run.folder.checkpoints, saving.keep, background=saving.background)
     started = time.monotonic()
     try:
@@ -111,8 +121,8 @@ def _take_steps(run: Run, progress: Progress, done: int, log: MetricsLog | None,
                 before = time.monotonic()
     except NotFinite as broken:
         hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is as it was"
-        skipped = f"; {run.parts.skips.allowed} steps were skipped before" if run.parts.skips.allowed else ""
-        what = f"{_described(run, broken)}{skipped}"
+        skipped = min(run.parts.skips.count, run.parts.skips.allowed)
+        what = _described(run, broken) + (f"; {skipped} steps were skipped before" if skipped else "")
         raise UserError(what, str(run.folder.checkpoints), hint, status=FAILED) from None
 
 
@@ -125,9 +135,10 @@ def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, resu
     config, step = run.config, result.number
     last = step == run.plan.num_steps
     stop, save = result.stop, _due(step, config.checkpoints.every_steps)
-    if last or stop or save:
+    evaluates = len(run.data.held_out) > 0 and (last or _due(step, config.evaluation.every_steps))
+    if last or stop or save or evaluates:
         check_finite(step, result.pairs, run.parts.policy)
-    if len(run.data.held_out) and (last or _due(step, config.evaluation.every_steps)):
+    if evaluates:
         _log(run, log, "eval", step, {"epoch": result.epoch, **_evaluate(run)})
         # An evaluation may be long; who was asked to stop meanwhile does not take another step.
         stop = any(gather_object([run.signals.received is not None])) or stop
@@ -135,7 +146,7 @@ def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, resu
         return
     if log:
         log.sync()
-    path = writer.save(step, run.parts)
+    path = writer.save(step, run.parts, log.digest if log else "")
     if stop:
         writer.finish()
         run.console.notice(f"stopped after step {step}; saved {path}")
@@ -171,7 +182,7 @@ def _evaluate(run: Run) -> dict[str, Any]:
             run.accelerator,
             progress,
         )
-    return setup.finite_figures(results, run.data.pairs)
+    return setup.finite_figures(results, run.data.pairs, str(run.folder.checkpoints))
 
 
 def _may_skip(run: Run, broken: NotFinite) -> bool:

@@ -111,8 +111,8 @@ def _run(
     run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)
     if config.reference.model is None and config.reference.type != "none":
         _check_reference(run)
-    done = _start_folder(run, resume=resume, overwrite=overwrite)
-    walk(run, progress, done)
+    done, metrics = _start_folder(run, resume=resume, overwrite=overwrite)
+    walk(run, progress, done, metrics)
 
 
 def _check_logps(
@@ -152,10 +152,10 @@ def _build(
     from dpo_cli.modeling.loading import weights_digest
     from dpo_cli.modeling.scorer import Scorer, recompute_activations
     from dpo_cli.preference.reference import ReferenceWork
-    from dpo_cli.training.checkpoints import TrainingParts
     from dpo_cli.training.loop import Skips
     from dpo_cli.training.optimizer import optimizer as build_optimizer
     from dpo_cli.training.optimizer import schedule
+    from dpo_cli.training.state import TrainingParts
 
     policy, other = models[0], models[-1]
     training = config.training
@@ -204,19 +204,24 @@ def _check_reference(run: Run) -> None:
     run.console.notice(f"checked: {proved}")
 
 
-def _start_folder(run: Run, *, resume: bool, overwrite: bool) -> int:
-    """Make the run's folder ready and restore the newest checkpoint; return the steps that were taken."""
+def _start_folder(run: Run, *, resume: bool, overwrite: bool) -> tuple[int, str]:
+    """Make the run's folder ready and restore the newest checkpoint.
+
+    Returns:
+        The steps that were taken, and the digest of their metrics; empty where there are none.
+    """
     from accelerate.utils import broadcast_object_list
 
     from dpo_cli.reporting.trackers import start_trackers
-    from dpo_cli.training.checkpoints import load_checkpoint, newest_whole
+    from dpo_cli.training.checkpoints import newest_whole
+    from dpo_cli.training.state import load_checkpoint
 
     found: list[Path | None] = [None]
     if resume and run.accelerator.is_main_process:
         found = [newest_whole(run.folder.checkpoints, run.parts.stands_on)]
     checkpoint = broadcast_object_list(found)[0]
     # What stands there is kept until it is known that the run can go on from it.
-    done = load_checkpoint(checkpoint, run.parts) if checkpoint else 0
+    done, metrics = load_checkpoint(checkpoint, run.parts) if checkpoint else (0, "")
     if run.accelerator.is_main_process:
         _describe(run, resume=resume, overwrite=overwrite)
     start_trackers(run.accelerator, run.config.tracking, run.config.model_dump(mode="json"), done)
@@ -224,7 +229,7 @@ def _start_folder(run: Run, *, resume: bool, overwrite: bool) -> int:
         run.console.notice(f"resuming after step {done}: {checkpoint}")
     elif resume:
         run.console.notice("no checkpoint yet: starting from step 1")
-    return done
+    return done, metrics
 
 
 def _describe(run: Run, *, resume: bool, overwrite: bool) -> None:
@@ -236,7 +241,7 @@ def _describe(run: Run, *, resume: bool, overwrite: bool) -> None:
     from dpo_cli.reporting.environment import environment
     from dpo_cli.storage import make_folder, remove_strays, write_text
 
-    described = json.dumps(environment(run.accelerator), indent=1, ensure_ascii=False)
+    described = json.dumps(environment(run.accelerator), indent=1)
     try:
         if meanwhile := run.folder.check(resume=resume, overwrite=overwrite):
             raise meanwhile

@@ -160,12 +160,11 @@ class ReferenceCache:
         try:
             if file_digest(path) != path.stem:
                 return "is damaged"
-        except OSError:
+            with pa.memory_map(str(path)) as source:
+                ours = pa.ipc.open_stream(source).schema.equals(self._schema, check_metadata=True)
+        except (OSError, pa.ArrowException):
             return "cannot be read"
-        with pa.memory_map(str(path)) as source:
-            if pa.ipc.open_stream(source).schema.equals(self._schema, check_metadata=True):
-                return ""
-        return "is another reference's"
+        return "" if ours else "is another reference's"
 
     def _remember(self, table: pa.Table) -> None:
         for row in range(table.num_rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -28,14 +29,23 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        kept = [line for line in _whole_lines(path) if line["step"] <= last_step]
-        write_text(path, "".join(_line(row) for row in kept))
-        self._path = path
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._digest = path, hashlib.sha256()
+        try:
+            kept = "".join(f"{text}\n" for text, row in _whole_lines(path) if row["step"] <= last_step)
+            write_text(path, kept)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise from_os_error(error, "writing the metrics", str(path)) from error
+        self._digest.update(kept.encode())
+
+    @property
+    def digest(self) -> str:
+        """A digest of all rows so far, by which a resumed run finds out whether it still has them."""
+        return self._digest.hexdigest()
 
     def last(self, split: str) -> dict[str, Any] | None:
         """Return the last row of a split."""
-        rows = [row for row in _whole_lines(self._path) if row.get("split") == split]
+        rows = [row for _, row in _whole_lines(self._path) if row.get("split") == split]
         return rows[-1] if rows else None
 
     def append(self, row: dict[str, Any]) -> None:
@@ -49,14 +59,23 @@ class MetricsLog:
                 what = "the metrics file was removed or replaced under the run"
                 hint = "`--resume` goes on from the last checkpoint, if that is still there"
                 raise UserError(what, str(self._path), hint, status=FAILED)
-            self._file.write(_line(row))
+            line = _line(row)
+            self._file.write(line)
             self._file.flush()
+            self._digest.update(line.encode())
         except OSError as error:
             raise from_os_error(error, "writing the metrics", str(self._path)) from error
 
     def sync(self) -> None:
-        """Make sure that the rows outlive a power cut; called before a checkpoint that relies on them."""
-        os.fsync(self._file.fileno())
+        """Make sure that the rows outlive a power cut; called before a checkpoint that relies on them.
+
+        Raises:
+            UserError: The disk refuses.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise from_os_error(error, "writing the metrics", str(self._path)) from error
 
     def close(self) -> None:
         """Close the file; what a full disk refused before, it may refuse again."""
@@ -96,8 +115,8 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(known, allow_nan=False) + "\n"
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the rows that were written whole."""
+def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read the rows that were written whole, each with its line."""
     if not path.exists():
         return []
     rows = []
@@ -107,7 +126,7 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+            rows.append((line, row))
     return rows
 
 

@@ -123,14 +123,16 @@ def train_steps(
             broken = NotFinite(step.number, tuple(sorted(gather_object(not_finite))), "loss")
         else:
             norm = float(accelerator.clip_grad_norm_(scorer.parameters(), max_grad_norm or math.inf))
-            # In float16 the gradient scaler expects overflows, skips their steps and lowers its scale.
-            if not math.isfinite(norm) and accelerator.scaler is None:
+            # In float16 the gradient scaler expects overflows, skips their steps and lowers its scale, down to 1.
+            if not math.isfinite(norm) and (accelerator.scaler is None or accelerator.scaler.get_scale() < 1):
                 broken = NotFinite(step.number, step.pairs, "gradient")
         if broken and not may_skip(broken):
             raise broken
         metrics |= {"grad_norm": norm, "learning_rate": float(schedule.get_last_lr()[0])}
-        if not broken:
+        # A scaler has to be told of every gradient that it unscaled; it leaves out by itself what overflowed.
+        if not broken or (accelerator.scaler is not None and broken.what == "gradient"):
             optimizer.step()
+        if not broken:
             memory.update(objective.after_step(memory, metrics))
         schedule.step()
         optimizer.zero_grad()

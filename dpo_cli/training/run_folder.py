@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dpo_cli import plain_yaml
 from dpo_cli.errors import USAGE, UserError, from_os_error
 from dpo_cli.locks import Locked, locked
+from dpo_cli.plain_yaml import NotPlain
 from dpo_cli.storage import MANIFEST, DamagedFolder, strays, text_digest, verify
 
 RESOLVED = "# The configuration as resolved: `dpo train --config` runs it again.\n"
@@ -112,9 +112,21 @@ class RunFolder:
             what = "the output folder holds something else" if self.path.is_dir() else "the output folder is a file"
             return UserError(what, where, "choose another `output_dir`; a run never writes among other files")
         if state is not RunState.FREE and not resume and not overwrite:
+            if at_work := self._at_work():
+                return at_work
             hint = "go on with `--resume`, replace it with `--overwrite`, or choose another `output_dir`"
             return UserError("the output folder holds another run", where, hint)
         return None
+
+    def _at_work(self) -> UserError | None:
+        """Say which process is writing to the folder, if one is."""
+        try:
+            with self.locked():
+                return None
+        except UserError as error:
+            return error
+        except OSError:
+            return None
 
     def check_inputs(self, inputs: Sequence[str]) -> UserError | None:
         """Say which input `clear` would remove, if one."""
@@ -155,9 +167,7 @@ class RunFolder:
 
     def recorded(self, name: str) -> Any:
         """Return what a setting, by its dotted name, was when the run was started; None where there is no run."""
-        if not self._is_a_run():
-            return None
-        return dict(_leaves(yaml.safe_load(self.config.read_text(encoding="utf-8")))).get(name)
+        return dict(_leaves(self._started_with())).get(name) if self._is_a_run() else None
 
     def check_unchanged(self, settings: dict[str, Any]) -> None:
         """Compare a run's settings with those it was started with, before it is resumed.
@@ -170,14 +180,7 @@ class RunFolder:
         if not self.config.is_file():
             return
         hint = "set them back, or start a new run in another `output_dir`"
-        try:
-            started = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            started = None
-        if not isinstance(started, dict):
-            what = "the configuration that the run was started with cannot be read"
-            raise UserError(what, str(self.config), "start again with `--overwrite`")
-        before, now = dict(_leaves(started)), dict(_leaves(settings))
+        before, now = dict(_leaves(self._started_with())), dict(_leaves(settings))
         changed = [
             f"`{name}` was {_shown(before.get(name))} and is {_shown(now.get(name))}"
             for name in sorted(before.keys() | now.keys())
@@ -186,6 +189,22 @@ class RunFolder:
         if changed:
             what = f"a run cannot be resumed under other settings: {'; '.join(changed)}"
             raise UserError(what, str(self.config), hint)
+
+    def _started_with(self) -> dict[str, Any]:
+        """Return the settings that the run was started with.
+
+        Raises:
+            UserError: They are not what a run writes.
+        """
+        reason = "they are no settings"
+        try:
+            started, _ = plain_yaml.parse(plain_yaml.read(self.config))
+            if isinstance(started, dict):
+                return started
+        except (NotPlain, UnicodeDecodeError) as error:
+            reason = str(error)
+        what = f"the settings that the run was started with cannot be read: {reason}"
+        raise UserError(what, str(self.config), "start again with `--overwrite`")
 
 
 _MAY_CHANGE = (

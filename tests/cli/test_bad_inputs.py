@@ -263,7 +263,8 @@ def every_checkpoint_damaged(project: Project) -> None:
 
 
 def no_checkpoint_but_a_model(project: Project) -> None:
-    """Put the trained model, whole as it is, where checkpoints stand."""
+    """Put the trained model, whole as it is, where checkpoints stood."""
+    shutil.rmtree(project.folder / CHECKPOINTS)
     shutil.copytree(project.started / "runs/run/final", project.folder / CHECKPOINTS / "step-000099")
 
 
@@ -271,12 +272,14 @@ def no_newest_checkpoint(project: Project) -> None:
     shutil.rmtree(project.folder / CHECKPOINTS / "step-000008")
 
 
-def state_of_the_newest(**changes: Any) -> Callable[[Project], None]:
-    """Change what a checkpoint says of itself, and seal it anew, as another program or version would."""
+def state_of_each(**changes: Any) -> Callable[[Project], None]:
+    """Change what checkpoints say of themselves, and seal them anew, as another program or version would."""
 
     def reseal(project: Project) -> None:
-        newest = project.folder / CHECKPOINTS / "step-000008"
-        state, seal = newest / "training_state.json", newest / "manifest.json"
+        for checkpoint in (project.folder / CHECKPOINTS).iterdir():
+            change(checkpoint / "training_state.json", checkpoint / "manifest.json")
+
+    def change(state: Path, seal: Path) -> None:
         said = {**json.loads(state.read_text()), **changes}
         state.write_text(json.dumps({name: value for name, value in said.items() if value is not ...}))
         manifest = json.loads(seal.read_text())
@@ -647,17 +650,17 @@ OUTPUT_CASES = {
         f"{TRAIN} --resume", 2, r"the data is not the one", r"bring back the data",
     ),
     "checkpoint of another model": Case(
-        stopped(state_of_the_newest(stands_on={"model": "0" * 64, "data": "0" * 64})),
+        stopped(state_of_each(stands_on={"model": "0" * 64, "data": "0" * 64})),
         f"{TRAIN} --resume", 2, r"the model is not the one", r"bring back the model",
     ),
     "checkpoint of another version": Case(
-        stopped(state_of_the_newest(stands_on=...)), f"{TRAIN} --resume", 2, r"not a checkpoint", r"remove|--overwrite"
+        stopped(state_of_each(stands_on=...)), f"{TRAIN} --resume", 2, r"every checkpoint is damaged", r"--overwrite"
     ),
     "every checkpoint damaged": Case(
         stopped(every_checkpoint_damaged), f"{TRAIN} --resume", 2, r"no checkpoint|every checkpoint", r"--overwrite"
     ),
     "no checkpoint but a model": Case(
-        stopped(no_checkpoint_but_a_model), f"{TRAIN} --resume", 2, r"not a checkpoint", r"remove|--overwrite"
+        stopped(no_checkpoint_but_a_model), f"{TRAIN} --resume", 2, r"every checkpoint is damaged", r"--overwrite"
     ),
     "resuming a finished run whose model is damaged": Case(
         finished(cut("runs/run/final/model.safetensors")), f"{TRAIN} --resume", 2, r"damaged", r"remove|--overwrite"

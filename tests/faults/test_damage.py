@@ -10,7 +10,6 @@ import random
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -72,24 +71,6 @@ def prepared_of(trial: Trial) -> Path:
 
 def reference_of(trial: Trial) -> Path:
     return only(trial.cache, "reference/*/*.arrow")
-
-
-def run_cases() -> list[Any]:
-    """Return the damages of a run's own files."""
-    unnoticed = pytest.mark.xfail(strict=True, reason="rows that metrics.jsonl lost are not missed")
-    return [
-        pytest.param(file, damage, marks=[unnoticed] if file == "metrics.jsonl" and damage != FOLDER else [])
-        for file, damage in cases(*RUN_FILES, few=4)
-    ]
-
-
-def scored_cases() -> list[Any]:
-    """Return the damages of a model that is scored."""
-    unnoticed = pytest.mark.xfail(strict=True, reason="a trained model without its manifest is scored unchecked")
-    return [
-        pytest.param(file, damage, marks=[unnoticed] if file == "manifest.json" and damage in (MISSING, FOLDER) else [])
-        for file, damage in cases(*FINAL_FILES, same_in_every_run=SAME_FILES)
-    ]
 
 
 def named(file: str, damage: str = MISSING) -> str:
@@ -173,7 +154,6 @@ def test_a_file_in_the_place_of_a_checkpoint_is_none(tmp_path, whole, ledger):
         require_same(trial, whole)
 
 
-@pytest.mark.xfail(strict=True, reason="a file in the place of `checkpoints` counts as a run without checkpoints")
 def test_a_file_in_the_place_of_all_checkpoints_is_refused_before_anything_changes(tmp_path, whole, ledger):
     trial = whole.unfinished(tmp_path / "t")
     shutil.rmtree(trial.checkpoints)
@@ -269,7 +249,7 @@ def test_a_damaged_trained_model_is_an_error_or_saved_again(tmp_path, whole, str
         require_error(ended, f"the trained model is damaged{named(file, damage)}", status=2)
 
 
-@pytest.mark.parametrize(("file", "damage"), scored_cases())
+@pytest.mark.parametrize(("file", "damage"), cases(*FINAL_FILES, same_in_every_run=SAME_FILES))
 def test_a_damaged_trained_model_is_not_scored(tmp_path, whole, stranger, ledger, file, damage):
     trial = whole.another(tmp_path / "t", "run", "cache")
     DAMAGES[damage](trial.final / file, stranger.final / file)
@@ -279,7 +259,7 @@ def test_a_damaged_trained_model_is_not_scored(tmp_path, whole, stranger, ledger
         require_error(ended, "damaged|not a model folder", status=2)
 
 
-@pytest.mark.parametrize(("file", "damage"), run_cases())
+@pytest.mark.parametrize(("file", "damage"), cases(*RUN_FILES, few=4))
 def test_a_run_with_a_damaged_file_beside_its_checkpoints_ends_the_same_or_says_what_is_wrong(
     tmp_path, whole, stranger, ledger, file, damage
 ):

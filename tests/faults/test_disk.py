@@ -28,7 +28,6 @@ from tests.faults.trials import (
 )
 
 KIB = 1024
-METRICS = pytest.mark.xfail(strict=True, reason="a metrics file that is begun or flushed is not named by its error")
 SPACE = "(?i)no space left"
 ERRORS = {"ENOSPC": "no space left", "EDQUOT": "disk quota exceeded", "EIO": "input/output error"}
 
@@ -70,7 +69,7 @@ PLACES = {
     "checkpoint": Place("/run/checkpoints/", "saving a checkpoint"),
     "final model": Place("/run/.final", "saving the trained model"),
 }
-REFUSED = [pytest.param(name, code, marks=[METRICS] if name == "metrics" else []) for name in PLACES for code in ERRORS]
+REFUSED = [(name, code) for name in PLACES for code in ERRORS]
 
 
 @pytest.mark.parametrize(("name", "code"), REFUSED if FULL else REFUSED[::5])
@@ -98,7 +97,6 @@ def test_files_of_a_limited_size_stop_the_run_or_suffice(tmp_path, whole, ledger
         require_same(trial, whole)
 
 
-@pytest.mark.xfail(strict=True, reason="tokenizers raises an error of its own kind, which is not rendered")
 def test_a_disk_that_is_full_when_the_tokenizer_is_saved_stops_the_run(tmp_path, whole, ledger):
     trial = whole.with_cache_only(tmp_path / "t")
     with judged(ledger, "disk: checkpoint refused"):

@@ -88,7 +88,6 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path, whole, ledger, gat
         require_same(trial, whole)
 
 
-@pytest.mark.xfail(strict=True, reason="told to use `--resume` or `--overwrite`, which would be refused")
 def test_a_second_run_that_was_not_asked_to_resume_is_told_of_the_first(tmp_path, whole, ledger, gate):
     trial = whole.with_cache_only(tmp_path / "t")
     with judged(ledger, "two at once: one output folder"):
@@ -159,7 +158,6 @@ def test_whoever_waits_for_one_that_is_killed_builds_the_cache(tmp_path, whole, 
         require_same(other, whole)
 
 
-@pytest.mark.xfail(strict=True, reason="it stays for a day, although the lock shows that nobody writes there")
 @pytest.mark.parametrize("cache", CACHES if FULL else ["prepared data"])
 def test_what_a_killed_writer_left_in_the_cache_does_not_stay(tmp_path, whole, ledger, gate, cache):
     """The next one to hold the lock knows that nobody else is writing there."""

@@ -203,7 +203,6 @@ def test_a_manifest_that_leads_outside_its_folder_is_no_manifest(project, name):
         verify(Path("sealed"))
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="`storage.verify` looks for a file of any name")
 def test_a_manifest_that_names_what_is_no_name_is_damage(project):
     Path("sealed").mkdir()
     Path("sealed/manifest.json").write_text(json.dumps({"files": {"a\0b": {"bytes": 1, "sha256": "0" * 64}}}))
@@ -211,7 +210,6 @@ def test_a_manifest_that_names_what_is_no_name_is_damage(project):
         verify(Path("sealed"))
 
 
-@pytest.mark.xfail(strict=True, reason="`places` takes the names that `state.json` lists as they are")
 def test_a_folder_of_datasets_does_not_list_files_elsewhere(project):
     Path("saved").mkdir()
     Path("saved/state.json").write_text(json.dumps({"_data_files": [{"filename": "../pairs.jsonl"}]}))

@@ -121,7 +121,6 @@ def test_hostile_data_is_text_on_the_screen_on_the_page_and_in_the_card(hostile,
     assert not _OBEYED.search(Path("runs/run/metrics.jsonl").read_text(encoding="utf-8"))
 
 
-@pytest.mark.xfail(strict=True, reason="the pipeline writes them with `ensure_ascii=False`")
 @pytest.mark.parametrize("name", ["figures.json", "runs/run/environment.json"])
 def test_hostile_names_are_escaped_in_json(hostile, dpo, name):
     Path("run.yaml").rename(f"run{C1}.yaml")

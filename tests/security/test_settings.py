@@ -75,7 +75,6 @@ def test_an_override_that_is_a_bomb_is_one_error(project, dpo, value):
     assert not Path("executed").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="the run's config.yaml is read by PyYAML itself, without bounds")
 @pytest.mark.parametrize("content", ["model: &a {b: *a}\n", "data: " + "[" * 5000 + "\n"], ids=["itself", "nested"])
 def test_the_configuration_of_a_run_that_is_resumed_may_be_a_bomb(project, started, dpo, content):
     shutil.copytree(started / "runs", "runs")

@@ -9,16 +9,25 @@ import pytest
 
 from dpo_cli.errors import UserError
 from dpo_cli.storage import sealed_folder
-from dpo_cli.training.checkpoints import _FACTS, _prune, newest_whole
+from dpo_cli.training.checkpoints import _prune, newest_whole
 
 STANDS_ON = {"model": "m", "data": "d", "settings": "s"}
+FACTS = {
+    "surroundings": {"threads": 1},
+    "memory": {},
+    "skipped": 0,
+    "metrics": "",
+    "optimizer": [],
+    "schedule": {"last_epoch": 0},
+    "scaler": None,
+}
 
 
 def make(folder, *steps, stands_on=STANDS_ON, state=None):
     for step in steps:
         with sealed_folder(folder / f"step-{step:06d}", {}) as temporary:
             (temporary / "model.safetensors").write_bytes(b"x" * min(step, 1000))
-            facts = dict.fromkeys(_FACTS) | {"step": step, "stands_on": stands_on}
+            facts = {**FACTS, "step": step, "stands_on": stands_on}
             (temporary / "training_state.json").write_text(json.dumps(facts if state is None else state))
 
 

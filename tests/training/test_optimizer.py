@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_cli.config.schema import TrainingSettings
-from dpo_cli.training.checkpoints import _optimizer_from_tensors, _optimizer_to_tensors
 from dpo_cli.training.optimizer import OPTIMIZERS, optimizer, schedule, state_bytes
+from dpo_cli.training.state import _optimizer_from_tensors, _optimizer_to_tensors
 
 
 def rates(kind, warmup_ratio, num_steps):

@@ -12,11 +12,12 @@ from accelerate import Accelerator
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.storage import verify
-from dpo_cli.training import checkpoints
-from dpo_cli.training.checkpoints import CheckpointWriter, TrainingParts, check_finite, load_checkpoint, newest_whole
+from dpo_cli.training import state
+from dpo_cli.training.checkpoints import CheckpointWriter, check_finite, newest_whole
 from dpo_cli.training.loop import NotFinite, Skips
 from dpo_cli.training.optimizer import optimizer as build_optimizer
 from dpo_cli.training.optimizer import schedule
+from dpo_cli.training.state import TrainingParts, load_checkpoint
 
 
 @pytest.fixture
@@ -93,13 +94,13 @@ def test_what_fails_in_the_background_is_said_by_the_next_call(parts, tmp_path):
 
 def test_what_was_saved_comes_back(parts, tmp_path):
     writer = CheckpointWriter(tmp_path, 2, background=True)
-    writer.save(4, parts)
+    writer.save(4, parts, "rows")
     writer.finish()
     weights = {name: tensor.clone() for name, tensor in parts.policy.state_dict().items()}
     moments = moments_of(parts)
     step(parts)
     parts.skips.count = 3
-    assert load_checkpoint(newest_whole(tmp_path, parts.stands_on), parts) == 4
+    assert load_checkpoint(newest_whole(tmp_path, parts.stands_on), parts) == (4, "rows")
     assert all(torch.equal(tensor, weights[name]) for name, tensor in parts.policy.state_dict().items())
     assert all(torch.equal(moment, moments[name]) for name, moment in moments_of(parts).items())
     assert parts.memory == {"mean": 1.0}
@@ -108,9 +109,9 @@ def test_what_was_saved_comes_back(parts, tmp_path):
 
 def test_a_run_that_goes_on_elsewhere_is_told_what_differs(parts, tmp_path, monkeypatch, caplog):
     CheckpointWriter(tmp_path, 2, background=False).save(1, parts)
-    now = checkpoints.surroundings(parts.accelerator)
+    now = state.surroundings(parts.accelerator)
     elsewhere = now | {"torch": "3.0", "threads": 99}
-    monkeypatch.setattr(checkpoints, "surroundings", lambda accelerator: elsewhere)
+    monkeypatch.setattr(state, "surroundings", lambda accelerator: elsewhere)
     with caplog.at_level("WARNING"):
         load_checkpoint(tmp_path / "step-000001", parts)
     assert f"threads {now['threads']} → 99; torch {now['torch']} → 3.0" in caplog.text
