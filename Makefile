@@ -46,7 +46,7 @@ quickstart: install model
 test: install model
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-faults: install
+faults: fuzz
 	$(BIN)/python scripts/write_faults_page.py
 
 check: install

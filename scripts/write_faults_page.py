@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from tests.faults.ledger import table
+
 ROOT = Path(__file__).parent.parent
+FUZZED = ROOT / ".fuzz" / "ledger.json"
 PAGE = ROOT / "docs" / "faults.md"
 HEAD = """# Faults
 
@@ -33,9 +39,22 @@ one that the run gives as if all were well. A **traceback** is one that the user
 - **SIGKILL at a random moment.** Up to six in a row on one run.
 - **SIGINT, SIGTERM, SIGUSR1** while the run loads, scores the reference, takes a step or evaluates, and at every eighth
   file operation. A second SIGINT during a save stops it at once.
+- **Disk.** Full (a small tmpfs, a limit on the size of files), read-only, slow, failing to flush, refusing each kind of
+  file with each error; a folder removed under the run.
+- **Damage.** Every file of a checkpoint, of prepared data, of the reference cache, of the trained model and of the run
+  truncated, emptied, with a flipped byte, missing, a folder in its place, or from another run.
+- **Numbers.** A loss, a gradient or a weight that is NaN or infinite at every step, from data or made so; overflow in
+  float16; learning rates far too high; steps skipped, too often and with a resume between.
+- **Two at once.** On one output folder, on one prepared folder, on one reference cache; holders and waiters killed and
+  interrupted.
+- **Ranks.** One of two or three processes killed, stopped, hanging or failing while it loads, scores the reference, takes
+  a step, saves or evaluates.
+- **Resume.** After every step, with every loss, reference, optimizer and option.
+- **Fuzzing.** Inputs that atheris makes up for everything that reads files: each gives a result or an error.
 
 """
 TAIL = """
+
 This page is written by `make faults`.
 """
 
@@ -43,13 +62,14 @@ This page is written by `make faults`.
 def main() -> int:
     """Run the bench, write the page and return the status of the tests."""
     with tempfile.TemporaryDirectory() as folder:
-        table = Path(folder) / "table.md"
+        ledger = Path(folder) / "ledger.json"
         command = [sys.executable, "-m", "pytest", "--numprocesses", "auto", "--dist", "worksteal"]
-        tests = [*command, "--faults-table", str(table), "tests/faults"]
+        tests = [*command, "--faults-ledger", str(ledger), "tests/faults"]
         status = subprocess.run(tests, cwd=ROOT, env={**os.environ, "DPO_FAULTS": "full"}, check=False).returncode
         # Tests that were broken off tell nothing of the cases that are missing.
-        if status in (0, 1) and table.exists():
-            PAGE.write_text(HEAD + table.read_text(encoding="utf-8") + TAIL, encoding="utf-8")
+        if status in (0, 1) and ledger.exists():
+            entries = [entry for file in (ledger, FUZZED) if file.exists() for entry in json.loads(file.read_text())]
+            PAGE.write_text(HEAD + table(entries) + TAIL, encoding="utf-8")
     return status
 
 

@@ -64,7 +64,9 @@ ROW_OF = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults-table", type=Path, metavar="FILE", help="write the table of faults there, in Markdown")
+    parser.addoption(
+        "--faults-ledger", type=Path, metavar="FILE", help="write there what became of each fault, as JSON"
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -77,8 +79,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("faults")
     terminalreporter.write_line(table(entries))
-    if file := config.getoption("--faults-table"):
-        file.write_text(table(entries) + "\n", encoding="utf-8")
+    if file := config.getoption("--faults-ledger"):
+        file.write_text(json.dumps(entries), encoding="utf-8")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -111,6 +111,9 @@ class RunFolder:
         if state is RunState.FOREIGN:
             what = "the output folder holds something else" if self.path.is_dir() else "the output folder is a file"
             return UserError(what, where, "choose another `output_dir`; a run never writes among other files")
+        if resume and self.checkpoints.exists() and not self.checkpoints.is_dir():
+            hint = "remove it, or start again with `--overwrite`"
+            return UserError("where the run's checkpoints should be is a file", str(self.checkpoints), hint)
         if state is not RunState.FREE and not resume and not overwrite:
             if at_work := self._at_work():
                 return at_work
@@ -160,8 +163,10 @@ class RunFolder:
     def clear(self) -> None:
         """Remove an older run's files, and only those."""
         for folder in (self.final, self.checkpoints, self.trackers):
-            if folder.exists():
+            if folder.is_dir():
                 shutil.rmtree(folder)
+            else:
+                folder.unlink(missing_ok=True)
         for file in (self.metrics, self.environment, self.config):
             file.unlink(missing_ok=True)
 

@@ -72,18 +72,12 @@ def test_a_line_of_metrics_may_be_anything(line):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        "step",
-        "3",
-        "stands_on",
-        [],
-        "surroundings",
-        None,
-        "memory",
-        "x",
-        "optimizer",
-        [{}],
-        "schedule",
-        {},
+        ("step", "3"),
+        ("stands_on", []),
+        ("surroundings", None),
+        ("memory", "x"),
+        ("optimizer", [{}]),
+        ("schedule", {}),
     ],
 )
 def test_a_checkpoint_s_state_may_say_anything(name, value):
