@@ -47,8 +47,8 @@ one that the run gives as if all were well. A **traceback** is one that the user
   float16; learning rates far too high; steps skipped, too often and with a resume between.
 - **Two at once.** On one output folder, on one prepared folder, on one reference cache; holders and waiters killed and
   interrupted.
-- **Ranks.** One of two or three processes killed, stopped, hanging or failing while it loads, scores the reference, takes
-  a step, saves or evaluates.
+- **Ranks.** One of two or three processes killed, stopped, hanging or failing while it loads, scores the reference,
+  takes a step, saves or evaluates.
 - **Resume.** After every step, with every loss, reference, optimizer and option.
 - **Fuzzing.** Inputs that atheris makes up for everything that reads files: each gives a result or an error.
 
