@@ -74,10 +74,13 @@ def make_folder(folder: Path) -> None:
     """Make a folder and those above it that are missing, so that they outlive a power cut."""
     while not folder.is_dir():
         make_folder(folder.parent)
-        # Another process may remove the one above meanwhile, which it had made for a lock.
-        with contextlib.suppress(FileNotFoundError):
+        try:
             folder.mkdir(exist_ok=True)
             _flush(folder.parent)
+        except FileNotFoundError:
+            # Another process may have removed the one above, which it had made for a lock; else nothing can be made.
+            if folder.parent.is_dir():
+                raise
 
 
 @contextlib.contextmanager
