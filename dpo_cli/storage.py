@@ -8,6 +8,7 @@ to disk and renamed. A reader checks the seal before it believes a byte.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -81,6 +82,8 @@ def make_folder(folder: Path) -> None:
             # Another process may have removed the one above, which it had made for a lock; else nothing can be made.
             if folder.parent.is_dir():
                 raise
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
 
 
 @contextlib.contextmanager
