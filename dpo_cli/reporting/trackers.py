@@ -31,16 +31,17 @@ class MetricsLog:
     def __init__(self, path: Path, last_step: int) -> None:
         self._path, self._digest = path, hashlib.sha256()
         try:
-            kept = "".join(f"{text}\n" for text, row in _whole_lines(path) if row["step"] <= last_step)
-            write_text(path, kept)
+            kept = [(text, row) for text, row in _whole_lines(path) if row["step"] <= last_step]
+            write_text(path, "".join(f"{text}\n" for text, _ in kept))
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise from_os_error(error, "writing the metrics", str(path)) from error
-        self._digest.update(kept.encode())
+        for _, row in kept:
+            self._remember(row)
 
     @property
     def digest(self) -> str:
-        """A digest of all rows so far, by which a resumed run finds out whether it still has them."""
+        """A digest of all rows so far, speed aside, by which a resumed run finds out whether it still has them."""
         return self._digest.hexdigest()
 
     def last(self, split: str) -> dict[str, Any] | None:
@@ -62,9 +63,13 @@ class MetricsLog:
             line = _line(row)
             self._file.write(line)
             self._file.flush()
-            self._digest.update(line.encode())
+            self._remember(json.loads(line))
         except OSError as error:
             raise from_os_error(error, "writing the metrics", str(self._path)) from error
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        """Take a row into the digest, but for what is another in every run."""
+        self._digest.update(json.dumps({**row, "tokens_per_second": None}, sort_keys=True).encode())
 
     def sync(self) -> None:
         """Make sure that the rows outlive a power cut; called before a checkpoint that relies on them.

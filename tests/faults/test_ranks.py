@@ -80,6 +80,8 @@ class Runs:
         **more: Any,
     ) -> list[Any]:
         faults = {fault[0]: ("tests.faults.strokes:strike", fault[1])} if fault else None
+        # What other tests put into a cache was computed in other batches, and is rounded otherwise.
+        more["env"] = {"DPO_CACHE_DIR": str(self.folder / "cache"), **(more.get("env") or {})}
         command = ["train", "--config", self.file, *arguments, f"output_dir={run}"]
         ranks = start_ranks(self.zygote, num_ranks, *command, faults=faults, **more)
         self.started += ranks
