@@ -17,7 +17,7 @@ import typer
 
 from dpo_cli import __version__
 from dpo_cli.errors import FAILED, UserError, from_os_error
-from dpo_cli.interrupts import Interrupted, StopSignals
+from dpo_cli.interrupts import Interrupted, StopSignals, ignore_signals
 
 if TYPE_CHECKING:
     from dpo_cli.reporting.console import Console
@@ -130,6 +130,7 @@ def _job() -> Iterator[tuple[Console, StopSignals]]:
             console.error(one, after_another=place > 0)
         raise typer.Exit(max(one.status for one in errors)) from None
     except Interrupted as stop:
+        ignore_signals()
         console.notice(str(stop))
         raise typer.Exit(stop.status) from None
     except BrokenPipeError:

@@ -10,7 +10,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""The signals that ask to stop."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -31,7 +32,7 @@ class StopSignals:
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignals]:
         """Handle the signals while the context lasts."""
-        previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        previous = {number: signal.signal(number, self._handle) for number in STOPPING}
         try:
             yield self
         finally:
@@ -56,3 +57,9 @@ class StopSignals:
             return
         self.received = number
         raise Interrupted(number)
+
+
+def ignore_signals() -> None:
+    """Be asked to stop no more: the program is about to end."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

@@ -51,8 +51,10 @@ def locked(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator
         yield
     finally:
         if descriptor is not None:
-            if is_open_at(descriptor, path):
-                path.unlink(missing_ok=True)
+            # A file that cannot be removed does no harm.
+            with contextlib.suppress(OSError):
+                if is_open_at(descriptor, path):
+                    path.unlink()
             os.close(descriptor)
         for folder in missing:
             with contextlib.suppress(OSError):

@@ -184,7 +184,15 @@ def remove_strays_of(target: Path) -> None:
 def remove_old_strays(parent: Path) -> None:
     """Remove what was left in a folder to which others may be writing: what nobody has touched for a day."""
     old = time.time() - _DAY_SECONDS
-    _remove(stray for stray in strays(parent) if all(path.stat().st_mtime < old for path in (stray, *stray.rglob("*"))))
+    _remove(stray for stray in strays(parent) if _untouched_since(old, stray))
+
+
+def _untouched_since(moment: float, stray: Path) -> bool:
+    try:
+        return all(path.stat().st_mtime < moment for path in (stray, *stray.rglob("*")))
+    except FileNotFoundError:
+        # Another process is at work on it.
+        return False
 
 
 def remove(path: Path) -> None:

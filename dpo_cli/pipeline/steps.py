@@ -63,18 +63,19 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
     if log and metrics and log.digest != metrics:
         run.console.warning(f"rows of {run.folder.metrics} are missing or changed that were there at step {done}")
     writer = CheckpointWriter(run.folder.checkpoints, saving.keep, background=saving.background)
+    progress.finish = writer.finish
     started = time.monotonic()
     try:
         with run.signals.deferred():
             _take_steps(run, progress, done, log, writer)
-        writer.finish()
+            writer.finish()
+            if log:
+                _save_final(run, log.last("eval"))
         if log:
-            figures = log.last("eval")
-            _save_final(run, figures)
-            _summary(run, figures, time.monotonic() - started)
-    except (UserError, RuntimeError):
-        # The last checkpoint may still be on its way to the disk; what ranks exchange may have broken off.
-        with contextlib.suppress(UserError):
+            _summary(run, log.last("eval"), time.monotonic() - started)
+    except Exception:
+        # The last checkpoint may still be on its way to the disk.
+        with contextlib.suppress(Exception):
             writer.finish()
         raise
     finally:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -73,16 +73,21 @@ class ReferenceCache:
         What a block's numbers are depends on the block alone, not on where an earlier attempt was
         interrupted or on the number of ranks: a resumed run finds the same bytes.
         """
-        keys, indices = work.batches.pairs.keys(), work.needed.tolist()
-        lacking = any(keys[i] not in self._entries for i in indices)
-        # Another process may be adding files: ranks that looked at different moments still do the same.
-        if not any(gather_object([lacking])):
+        keys, indices, main = work.batches.pairs.keys(), work.needed.tolist(), work.accelerator.is_main_process
+        wanted = {keys[index] for index in indices}
+        # Ranks may have caches of their own, or look at one at different moments.
+        if not any(gather_object([not wanted <= self._entries.keys()])):
             return
         with self._alone(work.accelerator):
-            self._read()
+            if main:
+                self._read()
+            lacking = set().union(*gather_object([wanted - self._entries.keys()]))
+            known = [{key: self._entries[key] for key in lacking & self._entries.keys()} if main else {}]
+            self._entries.update(broadcast_object_list(known)[0])
+            lacking -= known[0].keys()
             for start in range(0, len(indices), _BLOCK_PAIRS):
                 block = indices[start : start + _BLOCK_PAIRS]
-                missing = list({keys[i]: i for i in block if keys[i] not in self._entries}.values())
+                missing = list({keys[i]: i for i in block if keys[i] in lacking}.values())
                 if missing:
                     self._compute(missing, keys, work, score)
                 work.progress(start + len(block), len(indices))
@@ -146,25 +151,31 @@ class ReferenceCache:
             yield
 
     def _read(self) -> None:
-        """Take in what the folder has; remove what is damaged or was computed by another reference."""
+        """Take in what the folder has, but for what is damaged or was computed by another reference."""
         for path in sorted(self.folder.glob("*.arrow")):
             if reason := self._refusal(path):
                 _log.warning("%s of the reference cache %s; computing its pairs again", path.name, reason)
-                remove(path)
-                continue
-            with pa.memory_map(str(path)) as source:
-                self._remember(pa.ipc.open_stream(source).read_all())
+            else:
+                with pa.memory_map(str(path)) as source:
+                    self._remember(pa.ipc.open_stream(source).read_all())
 
     def _refusal(self, path: Path) -> str:
-        """Say why a file is not to be believed, or nothing."""
+        """Say why a file is not to be believed, or nothing; one that will never be is removed."""
+        reason = "is another reference's"
         try:
             if file_digest(path) != path.stem:
-                return "is damaged"
-            with pa.memory_map(str(path)) as source:
-                ours = pa.ipc.open_stream(source).schema.equals(self._schema, check_metadata=True)
-        except (OSError, pa.ArrowException):
-            return "cannot be read"
-        return "" if ours else "is another reference's"
+                reason = "is damaged"
+            else:
+                with pa.memory_map(str(path)) as source:
+                    if pa.ipc.open_stream(source).schema.equals(self._schema, check_metadata=True):
+                        return ""
+        except (IsADirectoryError, pa.ArrowInvalid):
+            reason = "is no such file"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        with contextlib.suppress(OSError):
+            remove(path)
+        return reason
 
     def _remember(self, table: pa.Table) -> None:
         for row in range(table.num_rows):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +39,7 @@ class Console:
     """
 
     def __init__(self, *, speaks: bool = True) -> None:
-        self._err = RichConsole(stderr=True, quiet=not speaks, highlight=False, soft_wrap=True)
+        self._err = _Unheard(stderr=True, quiet=not speaks, highlight=False, soft_wrap=True)
         self._out = RichConsole(quiet=not speaks, highlight=False, soft_wrap=True)
         if not self._out.is_terminal:
             # A pipe has no width that a table would have to fit into.
@@ -135,6 +137,15 @@ class Console:
             disable=not self._err.is_terminal,
             transient=True,
         )
+
+
+class _Unheard(RichConsole):
+    """Standard error that may be closed by whoever read it, while the run goes on: a step is saved all the same."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing from now on."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 class _Handler(logging.Handler):

@@ -17,7 +17,7 @@ _SHORTEST = 8
 """A shorter value of a variable may be any word."""
 
 _WORDS = r"(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:(?:api|access|private|auth|secret)[_-]?)+key)"
-_SPEAKS = re.compile(rf"{_WORDS}|(?:^|_)(?:key|pat|pwd)$", re.IGNORECASE)
+_SPEAKS = re.compile(rf"{_WORDS}|(?:^|_)(?:key|pat)$|_pwd$", re.IGNORECASE)
 _OPTION = re.compile(rf"--?[\w-]*{_WORDS}", re.IGNORECASE)
 _FORMS = re.compile(
     rf"""
@@ -25,7 +25,8 @@ _FORMS = re.compile(
         (?<! [a-z0-9] ) (?<! [be]os_ | pad_ | unk_ | sep_ | cls_ ) {_WORDS} ["']? \s? [=:] \s? ["']?
     ) [^\s"',;&]+
     | (?P<scheme> [a-z][a-z0-9+.-]* :// ) [^\s/@]+ (?= @ )
-    | \b (?: hf_ | gh[oprsu]_ | github_pat_ | glpat- | sk- | xox[abp]- | AKIA ) [a-z0-9_-]{{12,}}
+    | \b (?: hf_ [a-z0-9]{{30,}} | (?: gh[oprsu]_ | github_pat_ | glpat- | xox[abp]- | AKIA ) [a-z0-9_-]{{12,}} )
+    | \b sk- (?= [a-z_-]* [0-9] ) [a-z0-9_-]{{20,}}
     """,
     re.IGNORECASE | re.VERBOSE,
 )

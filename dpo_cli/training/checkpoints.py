@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
-from dpo_cli.errors import UserError
+from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.loading import saved_model
 from dpo_cli.storage import DamagedFolder, discard, make_folder, remove_strays, verify
 from dpo_cli.training.loop import NotFinite
@@ -94,11 +94,14 @@ class CheckpointWriter:
             self._failed = error
 
     def _write(self, target: Path, state: State) -> None:
-        make_folder(self.folder)
-        remove_strays(self.folder)
+        try:
+            make_folder(self.folder)
+            remove_strays(self.folder)
+        except OSError as error:
+            raise from_os_error(error, "saving a checkpoint", str(target)) from error
         with saved_model(target, state.policy, state.tokenizer, "saving a checkpoint", state.weights) as temporary:
             state.write_beside_model(temporary)
-        _prune(self.folder, self.keep)
+        _prune(self.folder, self.keep, state.facts.step)
 
 
 def newest_whole(folder: Path, stands_on: Mapping[str, str]) -> Path | None:
@@ -153,10 +156,14 @@ def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None
 def _checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, the oldest first."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=_step_of)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest checkpoints."""
-    for path in _checkpoints(folder)[:-keep]:
+def _prune(folder: Path, keep: int, step: int) -> None:
+    """Remove all but the newest checkpoints up to a step: later ones were passed over."""
+    for path in [path for path in _checkpoints(folder) if _step_of(path) <= step][:-keep]:
         discard(path)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))

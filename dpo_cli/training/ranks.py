@@ -14,10 +14,11 @@ import contextlib
 import faulthandler
 import math
 import os
+import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dpo_cli.errors import FAILED, UserError
+from dpo_cli.interrupts import STOPPING
 from dpo_cli.reporting.console import Console
 from dpo_cli.training.signs import Sightings, Sign, Verdict
 
@@ -45,10 +47,15 @@ _LAST_RESORT_SECONDS = 10.0
 
 
 class Progress:
-    """How far the main thread of this process is, for the other ranks to see."""
+    """How far the main thread of this process is, for the other ranks to see.
+
+    Attributes:
+        finish: Waits until what is being saved in the background is saved.
+    """
 
     def __init__(self) -> None:
         self.step, self.count, self.stepping = 0, 0, False
+        self.finish: Callable[[], None] = lambda: None
 
     def following(self, results: Iterator[Result], done: int) -> Iterator[Result]:
         """Yield the results of steps; only while one is waited for, a main thread that stands still is judged.
@@ -107,12 +114,16 @@ def gathering(timeout: float | None) -> Iterator[None]:
     timer = threading.Timer(timeout or threading.TIMEOUT_MAX, give_up)
     timer.daemon = True
     timer.start()
+    # Whoever waits for others does so in torch, where no handler of Python's is called.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"the ranks did not find each other: {_reason(error)}", where, hint, status=FAILED) from error
     finally:
         timer.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -262,6 +273,8 @@ class _Watch:
                 if self.speaks(verdict):
                     _say(_as_error(verdict))
                 self.leave(verdict.what, verdict.status, verdict)
+                with contextlib.suppress(Exception):
+                    self._progress.finish()
                 os._exit(verdict.status)
 
     def _found(self) -> Verdict | None:

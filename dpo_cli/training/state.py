@@ -8,10 +8,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.backends import cpu
@@ -82,11 +82,11 @@ class Facts(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
-    step: int
+    step: Annotated[int, Field(ge=0)]
     stands_on: dict[str, str]
     surroundings: dict[str, int | str]
     memory: dict[str, float]
-    skipped: int
+    skipped: Annotated[int, Field(ge=0)]
     metrics: str
     optimizer: list[dict[str, Any]]
     schedule: _Schedule
@@ -167,24 +167,27 @@ def load_checkpoint(path: Path, parts: TrainingParts) -> tuple[int, str]:
         facts = read_facts(path)
         tensors, states = load_file(path / _OPTIMIZER), load_file(path / _RANDOM)
         reference = load_file(path / _REFERENCE) if parts.reference is not None else {}
-        parts.optimizer.load_state_dict(_optimizer_from_tensors(tensors, facts.optimizer))
+        moments = _optimizer_from_tensors(tensors, facts.optimizer)
+        _check_fits(moments["state"], parts.optimizer)
+        parts.optimizer.load_state_dict(moments)
         # The schedule is a function of the step; its rate stands in the optimizer's groups.
         rates = [group["lr"] for group in parts.optimizer.param_groups]
-    except (OSError, ValueError, KeyError, TypeError, DamagedFolder, SafetensorError) as error:
+        if parts.reference is not None:
+            _check_same(reference, _weights(parts.reference))
+            for name, weights in _weights(parts.reference).items():
+                weights.copy_(reference[name])
+        now = surroundings(parts.accelerator)
+        if facts.surroundings.get("processes") == now["processes"]:
+            _restore_random_states(states, parts.accelerator.process_index)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, DamagedFolder, SafetensorError) as error:
         hint = "remove that folder to go on from an older checkpoint, or start again with `--overwrite`"
         raise UserError(f"not a checkpoint of this run: {error}", str(path), hint) from error
     load_weights(parts.policy, path)
-    if parts.reference is not None:
-        for name, weights in _weights(parts.reference).items():
-            weights.copy_(reference[name])
     parts.memory.update(facts.memory)
     parts.skips.count = facts.skipped
     parts.schedule.last_epoch, parts.schedule._last_lr = facts.schedule.last_epoch, rates
     if parts.accelerator.scaler and facts.scaler:
         parts.accelerator.scaler.load_state_dict(facts.scaler)
-    now = surroundings(parts.accelerator)
-    if facts.surroundings.get("processes") == now["processes"]:
-        _restore_random_states(states, parts.accelerator.process_index)
     if parts.accelerator.is_main_process and (other := _changes(facts.surroundings, now)):
         _log.warning("the run goes on at the right pair, but maybe not bit for bit: %s", "; ".join(other))
     return facts.step, facts.metrics
@@ -218,6 +221,8 @@ def read_facts(path: Path) -> Facts:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "the whole"
         raise DamagedFolder(f"{_STATE} is not a checkpoint's: {place}: {first['msg'].lower()}") from None
+    if facts.schedule.last_epoch != facts.step:
+        raise DamagedFolder(f"{_STATE} is not a checkpoint's: its schedule is at step {facts.schedule.last_epoch}")
     if path.name != f"step-{facts.step:06d}":
         raise DamagedFolder(f"it is the checkpoint of step {facts.step}")
     return facts
@@ -244,6 +249,34 @@ def _optimizer_from_tensors(tensors: dict[str, Tensor], groups: list[dict[str, A
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     return {"state": state, "param_groups": groups}
+
+
+def _check_fits(state: Mapping[int, Mapping[str, Tensor]], optimizer: Any) -> None:
+    """Compare what an optimizer is to remember of its parameters with their shapes: its kernels trust them.
+
+    Raises:
+        ValueError: Something has another shape.
+    """
+    weights = [weights for group in optimizer.param_groups for weights in group["params"]]
+    for index, moments in state.items():
+        fitting: set[tuple[int, ...]] = set()
+        if 0 <= index < len(weights):
+            shape = tuple(weights[index].shape)
+            # Counts of steps; moments; and where only means are kept, those of rows and of columns.
+            fitting = {(), shape, (*shape[:-1], 1), (*shape[:-2], 1, *shape[-1:])}
+        for name, tensor in moments.items():
+            if tuple(tensor.shape) not in fitting or not tensor.is_floating_point():
+                raise ValueError(f"{_OPTIMIZER}: {index}.{name} fits no weights of the model")
+
+
+def _check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Compare names and shapes of weights.
+
+    Raises:
+        ValueError: They are others.
+    """
+    if {name: t.shape for name, t in found.items()} != {name: t.shape for name, t in wanted.items()}:
+        raise ValueError(f"{_REFERENCE}: the weights are another model's")
 
 
 def _weights(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ FACTS = {
     "skipped": 0,
     "metrics": "",
     "optimizer": [],
-    "schedule": {"last_epoch": 0},
     "scaler": None,
 }
 
@@ -27,7 +26,7 @@ def make(folder, *steps, stands_on=STANDS_ON, state=None):
     for step in steps:
         with sealed_folder(folder / f"step-{step:06d}", {}) as temporary:
             (temporary / "model.safetensors").write_bytes(b"x" * min(step, 1000))
-            facts = {**FACTS, "step": step, "stands_on": stands_on}
+            facts = {**FACTS, "step": step, "stands_on": stands_on, "schedule": {"last_epoch": step}}
             (temporary / "training_state.json").write_text(json.dumps(facts if state is None else state))
 
 
@@ -52,7 +51,7 @@ def test_what_is_not_a_checkpoint_is_neither_taken_nor_pruned(tmp_path):
     (tmp_path / "step-mine").mkdir()
     (tmp_path / ".step-000008.tmp-1-a").mkdir()
     assert newest_whole(tmp_path, STANDS_ON).name == "step-000007"
-    _prune(tmp_path, keep=1)
+    _prune(tmp_path, keep=1, step=7)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".step-000008.tmp-1-a", "step-000007", "step-mine"]
 
 
@@ -74,3 +73,9 @@ def test_a_state_of_another_form_is_damage(tmp_path, state):
     make(tmp_path, 3)
     make(tmp_path, 4, state=state if state is not None else [None])
     assert newest_whole(tmp_path, STANDS_ON).name == "step-000003"
+
+
+def test_what_was_passed_over_takes_no_place_of_those_that_stay(tmp_path):
+    make(tmp_path, 5, 8, 11, 14)
+    _prune(tmp_path, keep=1, step=8)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000008", "step-000011", "step-000014"]
