@@ -259,14 +259,22 @@ def _check_fits(state: Mapping[int, Mapping[str, Tensor]], optimizer: Any) -> No
     """
     weights = [weights for group in optimizer.param_groups for weights in group["params"]]
     for index, moments in state.items():
-        fitting: set[tuple[int, ...]] = set()
-        if 0 <= index < len(weights):
-            shape = tuple(weights[index].shape)
-            # Counts of steps; moments; and where only means are kept, those of rows and of columns.
-            fitting = {(), shape, (*shape[:-1], 1), (*shape[:-2], 1, *shape[-1:])}
         for name, tensor in moments.items():
-            if tuple(tensor.shape) not in fitting or not tensor.is_floating_point():
+            fits = 0 <= index < len(weights) and tensor.shape == _shape_of(name, weights[index].shape)
+            if not fits or not tensor.is_floating_point():
                 raise ValueError(f"{_OPTIMIZER}: {index}.{name} fits no weights of the model")
+
+
+def _shape_of(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of what an optimizer of torch calls so, for weights of some shape."""
+    match name:
+        case "step":
+            return ()
+        case "row_var":
+            return (*shape[:-1], 1)
+        case "col_var":
+            return (*shape[:-2], 1, shape[-1])
+    return tuple(shape)
 
 
 def _check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

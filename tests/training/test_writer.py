@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.loading import load_policy
@@ -94,6 +95,7 @@ def test_what_fails_in_the_background_is_said_by_the_next_call(parts, tmp_path):
 
 def test_what_was_saved_comes_back(parts, tmp_path):
     writer = CheckpointWriter(tmp_path, 2, background=True)
+    parts.schedule.last_epoch = 4
     writer.save(4, parts, "rows")
     writer.finish()
     weights = {name: tensor.clone() for name, tensor in parts.policy.state_dict().items()}
@@ -108,6 +110,7 @@ def test_what_was_saved_comes_back(parts, tmp_path):
 
 
 def test_a_run_that_goes_on_elsewhere_is_told_what_differs(parts, tmp_path, monkeypatch, caplog):
+    parts.schedule.last_epoch = 1
     CheckpointWriter(tmp_path, 2, background=False).save(1, parts)
     now = state.surroundings(parts.accelerator)
     elsewhere = now | {"torch": "3.0", "threads": 99}
@@ -124,3 +127,14 @@ def test_weights_that_are_not_finite_are_refused(parts, value):
         parts.policy.model.norm.weight[3] = value
     with pytest.raises(NotFinite, match="the weights of step 7 are not finite"):
         check_finite(7, (1, 2), parts.policy)
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "random_states.safetensors"])
+def test_tensors_that_fit_no_weights_are_refused_before_a_kernel_trusts_them(parts, tmp_path, name):
+    """Sealed anew, as a stranger would: the first row of every moment, and random states of another form."""
+    parts.schedule.last_epoch = 1
+    path = CheckpointWriter(tmp_path, 2, background=False).save(1, parts)
+    tensors = load_file(path / name)
+    save_file({key: tensor[:1].contiguous() if tensor.ndim else tensor for key, tensor in tensors.items()}, path / name)
+    with pytest.raises(UserError, match="not a checkpoint of this run"):
+        load_checkpoint(path, parts)
