@@ -127,7 +127,8 @@ class Disk:
             if folder := self._find(change.folder):
                 change.undo(folder)
         for path in sorted(self._root.rglob("*")):
-            certain = self._certain_bytes.get(_identity(path))
+            # A folder may have the number of a file that is gone; it has no bytes to lose.
+            certain = None if path.is_dir() else self._certain_bytes.get(_identity(path))
             if certain is not None:
                 _lose_bytes(path, certain, kept, chance)
 

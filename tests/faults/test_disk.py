@@ -45,6 +45,16 @@ def require_stopped(trial: Trial, whole: Trial, what: str, fault: Fault, *argume
     require_same(trial, whole)
 
 
+def require_stopped_or_same(trial: Trial, whole: Trial, what: str, fault: Fault) -> None:
+    """Require the same result, after an error and a resume where the fault came in the way."""
+    ended = trial.train(fault=fault)
+    if ended.status:
+        require_error(ended, what)
+        require_kept(trial)
+        require_said(trial.train("--resume"))
+    require_same(trial, whole)
+
+
 @dataclass(frozen=True)
 class Place:
     """Something that is written.
@@ -89,12 +99,7 @@ SIZES = [8 * KIB * 2**place for place in range(7)] + [12 * KIB * 2**place for pl
 def test_files_of_a_limited_size_stop_the_run_or_suffice(tmp_path, whole, ledger, size):
     trial = whole.another(tmp_path / "t")
     with judged(ledger, "disk: files of a limited size"):
-        ended = trial.train(fault=("largest_file", {"num_bytes": size}))
-        if ended.status:
-            require_error(ended, "(?i)file too large")
-            require_kept(trial)
-            require_said(trial.train("--resume"))
-        require_same(trial, whole)
+        require_stopped_or_same(trial, whole, "(?i)file too large", ("largest_file", {"num_bytes": size}))
 
 
 def test_a_disk_that_is_full_when_the_tokenizer_is_saved_stops_the_run(tmp_path, whole, ledger):
@@ -223,9 +228,4 @@ def test_a_disk_that_does_not_keep_what_is_written_stops_the_run(tmp_path, whole
     """A flush that fails, whichever it is."""
     trial = whole.another(tmp_path / "t")
     with judged(ledger, "disk: failing flush"):
-        ended = trial.train(fault=("failing_flush", {"number": number}))
-        if ended.status:
-            require_error(ended, "input/output error")
-            require_kept(trial)
-            require_said(trial.train("--resume"))
-        require_same(trial, whole)
+        require_stopped_or_same(trial, whole, "input/output error", ("failing_flush", {"number": number}))
