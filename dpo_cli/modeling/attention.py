@@ -8,23 +8,30 @@ tree's one rule; everywhere else scaled-dot-product attention runs block by bloc
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from dpo_cli.modeling.tree import Block, PrefixTree, blocks
+from dpo_cli.modeling.tree import PrefixTree, Stretch, stretches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TREE_ATTENTION = "dpo_prefix_tree"
 """The attention's name in transformers."""
+
+_BLOCK_TOKENS = 128
+"""The most queries of one call: what attention computes beyond the causal triangle is half of a block's square."""
+
+_FEWEST_QUERIES = 16
+"""The fewest queries that are worth a batch of their own: matrix products of fewer rows are slow."""
 
 _WITHOUT_EFFECT = {
     "sliding_window", "position_ids", "position_embeddings", "cache_position", "use_cache", "past_key_values",
@@ -47,21 +54,21 @@ class TokenTree:
     Attributes:
         depths: `[T]`, each token's position in its sequences.
         ends: `[T]`, the place behind the last token that sees it.
-        blocks: The row in pieces without branches.
+        stretches: The row in pieces without branches.
     """
 
     depths: Tensor
     ends: Tensor
-    blocks: tuple[Block, ...]
+    stretches: tuple[Stretch, ...]
 
     @classmethod
     def of(cls, tree: PrefixTree) -> TokenTree:
         """Take over what attention needs of a tree."""
-        return cls(torch.from_numpy(tree.depths), torch.from_numpy(tree.ends), blocks(tree))
+        return cls(torch.from_numpy(tree.depths), torch.from_numpy(tree.ends), stretches(tree))
 
     def to(self, device: torch.device) -> TokenTree:
         """Return the tree with its tensors on a device."""
-        return TokenTree(self.depths.to(device), self.ends.to(device), self.blocks)
+        return TokenTree(self.depths.to(device), self.ends.to(device), self.stretches)
 
 
 @dataclass(frozen=True)
@@ -69,20 +76,21 @@ class TreeMask:
     """The mask of all layers of one kind: the tree, and how far they look back.
 
     Attributes:
-        blocks: The row in pieces.
+        stretches: The row in pieces without branches.
         window: The most tokens that a token sees, itself included, or None.
     """
 
-    blocks: tuple[Block, ...]
+    stretches: tuple[Stretch, ...]
     window: int | None
     _masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, repr=False)
 
-    def seen(self, block: Block) -> list[int]:
-        """Return the numbers of the blocks before one of which it sees anything."""
-        if self.window is None:
-            return list(block.path)
-        horizon = block.depth - self.window + 1
-        return [i for i in block.path if self.blocks[i].depth + len(self.blocks[i]) > horizon]
+    def blocks(self) -> Iterator[tuple[Stretch, list[Block]]]:
+        """Cut every stretch into the queries of one call each, and say which of its keys they see."""
+        for stretch in self.stretches:
+            depths = range(stretch.depth, stretch.depth + len(stretch), _BLOCK_TOKENS)
+            stops = [*depths[1:], stretch.depth + len(stretch)]
+            firsts = [0 if self.window is None else max(0, depth - self.window + 1) for depth in depths]
+            yield stretch, [Block(*block) for block in zip(depths, stops, firsts, strict=True)]
 
     def of(self, num_queries: int, num_keys: int, like: Tensor) -> Tensor | None:
         """Return the mask to add for queries that are the last of their keys, or None where nothing is hidden."""
@@ -94,6 +102,14 @@ class TreeMask:
             mask = torch.zeros(shape).masked_fill_(hidden, float("-inf")).to(like)
             self._masks[shape] = mask if num_queries > 1 or num_keys > window else None
         return self._masks[shape]
+
+
+class Block(NamedTuple):
+    """The queries of one call, by position in their sequences, and the first key that one of them sees."""
+
+    start: int
+    stop: int
+    first_key: int
 
 
 _tree: ContextVar[TokenTree | None] = ContextVar("tree", default=None)
@@ -134,7 +150,7 @@ def tree_mask(**arguments: Any) -> Any:
     # Chunks come under the same name as windows, and differ from them only in sequences longer than a chunk.
     if window is not None and window != getattr(arguments["config"], "sliding_window", None):
         raise CannotPack("its layers look back in chunks")
-    return _flex_mask(tree, window) if tree.ends.is_cuda else TreeMask(tree.blocks, window)
+    return _flex_mask(tree, window) if tree.ends.is_cuda else TreeMask(tree.stretches, window)
 
 
 def tree_attention(
@@ -164,16 +180,48 @@ def tree_attention(
         # Under autocast rotated queries and keys are float32 again, and FlexAttention wants one type.
         query, key = query.to(value.dtype), key.to(value.dtype)
         return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
-    sizes = [len(block) for block in mask.blocks]
+    blocks = [block for _, blocks in mask.blocks() for block in blocks]
     # Split once: each piece's gradient then has its own size, where slices would fill the whole row with zeros.
-    queries, keys, values = (tensor.split(sizes, dim=2) for tensor in (query, key, value))
-    attended = []
-    for place, block in enumerate(mask.blocks):
-        seen = [*mask.seen(block), place]
-        k, v = (torch.cat([pieces[i] for i in seen], dim=2) if seen[1:] else pieces[place] for pieces in (keys, values))
-        attended.append(_attend(queries[place], k, v, mask, scaling, softcap).transpose(1, 2))
+    queries = query.split([block.stop - block.start for block in blocks], dim=2)
+    see: Callable[..., tuple[Tensor, ...]] = _Seen.apply
+    keys, values = see(key, mask), see(value, mask)
+    pieces = zip(queries, keys, values, strict=True)
     # Turned before they are joined: the row is then contiguous, which some architectures rely on.
-    return torch.cat(attended, dim=1), None
+    return torch.cat([_attend(*piece, mask, scaling, softcap).transpose(1, 2) for piece in pieces], dim=1), None
+
+
+class _Seen(torch.autograd.Function):
+    """What each block sees of a row of keys or values.
+
+    Parts of the row stay where they are; only what stands apart in it, as a prompt and the second response to it, is
+    put together, once for all blocks of a stretch. The gradients are added up in one row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, mask: TreeMask) -> tuple[Tensor, ...]:
+        """Take `[1, heads, T, d]` and return `[1, heads, keys, d]` for each block."""
+        ctx.mask, ctx.shape = mask, row.shape
+        seen = []
+        for stretch, blocks in mask.blocks():
+            read = [row[:, :, start:stop] for start, stop in stretch.reads]
+            sequence = torch.cat(read, dim=2) if read[1:] else read[0]
+            seen += [sequence[:, :, block.first_key : block.stop] for block in blocks]
+        return tuple(seen)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Add up the gradients of what the blocks saw."""
+        row, given = gradients[0].new_zeros(ctx.shape), iter(gradients)
+        for stretch, blocks in ctx.mask.blocks():
+            places = [row[:, :, start:stop] for start, stop in stretch.reads]
+            apart = len(places) > 1
+            sequence = torch.cat(places, dim=2).zero_() if apart else places[0]
+            for block in blocks:
+                sequence[:, :, block.first_key : block.stop] += next(given)
+            if apart:
+                for place, part in zip(places, sequence.split([p.shape[2] for p in places], dim=2), strict=True):
+                    place += part
+        return row, None
 
 
 def _attend(
@@ -181,19 +229,36 @@ def _attend(
 ) -> Tensor:
     """Attend from one block's tokens to the keys that end with their own."""
     groups = query.shape[1] // key.shape[1]
+    added = mask.of(query.shape[2], key.shape[2], query)
     if softcap is None:
-        added, causal = mask.of(query.shape[2], key.shape[2], query), False
-        if added is not None and query.shape[2] == key.shape[2] and mask.window is None:
-            added, causal = None, True
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=added, is_causal=causal, scale=scaling, enable_gqa=groups > 1
+        parts = _parts(query, key)
+        if parts > 1 and added is not None:
+            query = query.squeeze(0).unflatten(1, (parts, -1)).transpose(0, 1)
+            key, value = (tensor.expand(parts, -1, -1, -1) for tensor in (key, value))
+            added = added.unflatten(0, (parts, 1, -1))
+        attended = scaled_dot_product_attention(
+            query, key, value, attn_mask=added, scale=scaling, enable_gqa=groups > 1
         )
+        return attended.transpose(0, 1).flatten(1, 2)[None] if len(attended) > 1 else attended
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
-    if (added := mask.of(query.shape[2], key.shape[2], query)) is not None:
+    if added is not None:
         scores = scores + added
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _parts(query: Tensor, key: Tensor) -> int:
+    """Return into how many batches queries are parted, so that all threads of a CPU have the same to do.
+
+    torch shares attention's backward pass out by batch and key head: of three heads two threads would take two and
+    one.
+    """
+    if query.device.type != "cpu":
+        return 1
+    parts = torch.get_num_threads() // math.gcd(torch.get_num_threads(), key.shape[1])
+    size, rest = divmod(query.shape[2], parts)
+    return parts if size >= _FEWEST_QUERIES and not rest else 1
 
 
 def flex_rule(tree: TokenTree, window: int | None) -> Any:

@@ -165,7 +165,7 @@ class _TokenLogps(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None
         weight, bias = project.weight, project.bias
         grad_states = torch.empty_like(states)
-        grad_weight = torch.zeros_like(weight, dtype=project.compute) if ctx.needs_input_grad[3] else None
+        grad_weight: Tensor | None = None
         grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[4] else None
         for chunk, members in ctx.chunks:
             all_logps, slope = kept or project(states[chunk])
@@ -185,8 +185,10 @@ class _TokenLogps(torch.autograd.Function):
                 grad_bias += grad.sum(0)
             grad = grad.to(project.compute)
             grad_states[chunk] = grad @ weight.to(project.compute)
-            if grad_weight is not None:
-                grad_weight.addmm_(grad.T, states[chunk].to(project.compute))
+            if ctx.needs_input_grad[3]:
+                part = grad.T, states[chunk].to(project.compute)
+                # Made by the first chunk: zeros to add to would be one more matrix of the vocabulary's size to write.
+                grad_weight = torch.mm(*part) if grad_weight is None else grad_weight.addmm_(*part)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         return grad_states, None, None, grad_weight, grad_bias, None, None, None, None
 

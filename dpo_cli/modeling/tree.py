@@ -19,9 +19,6 @@ from dpo_cli.data.encode import common_beginning
 _BRANCH_TOKENS = 4
 """The fewest tokens that are worth a branch of their own: each branch costs every layer one more piece of attention."""
 
-_BLOCK_TOKENS = 128
-"""The most tokens of a block: what attention computes beyond the causal triangle is half of a block's square."""
-
 
 @dataclass(frozen=True)
 class PrefixTree:
@@ -41,20 +38,21 @@ class PrefixTree:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class Stretch:
     """Neighbouring tokens without a branch among them.
 
     Attributes:
         start: Place of the first token.
         stop: Place behind the last.
-        depth: The first token's position in its sequence.
-        path: The blocks before it that all of its tokens see, from the root on, by number.
+        depth: The first token's position in its sequences.
+        reads: Where in the row their sequences stand from the beginning up to the last of them: places from, and up
+            to. The token that is the d-th of all these is at position d.
     """
 
     start: int
     stop: int
     depth: int
-    path: tuple[int, ...]
+    reads: tuple[tuple[int, int], ...]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -80,18 +78,20 @@ def grow(sequences: Sequence[NDArray[np.int32]]) -> PrefixTree:
     return PrefixTree(np.concatenate(tokens).astype(np.int64), np.concatenate(depths), ends[:size], tuple(places))
 
 
-def blocks(tree: PrefixTree) -> tuple[Block, ...]:
-    """Cut a tree where it branches, and long stretches into pieces, so that attention can go block by block."""
+def stretches(tree: PrefixTree) -> tuple[Stretch, ...]:
+    """Cut a tree where it branches, so that attention can go piece by piece."""
     depths, ends = tree.depths, tree.ends
     starts = np.flatnonzero(np.r_[True, (np.diff(ends) != 0) | (np.diff(depths) != 1)])
-    found: list[Block] = []
-    path: list[int] = []
+    found: list[Stretch] = []
+    path: list[Stretch] = []
     for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(ends)], strict=True):
-        while path and ends[found[path[-1]].start] <= start:
+        while path and ends[path[-1].start] <= start:
             path.pop()
-        for first in range(start, stop, _BLOCK_TOKENS):
-            found.append(Block(first, min(first + _BLOCK_TOKENS, stop), int(depths[first]), tuple(path)))
-            path.append(len(found) - 1)
+        reads = [*path[-1].reads] if path else []
+        # What is read and stands next to it needs not be put together.
+        first = reads.pop()[0] if reads and reads[-1][1] == start else start
+        found.append(Stretch(start, stop, int(depths[start]), (*reads, (first, stop))))
+        path.append(found[-1])
     return tuple(found)
 
 

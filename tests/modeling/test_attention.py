@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from dpo_cli.modeling import tree as tree_module
+from dpo_cli.modeling import attention as module
 from dpo_cli.modeling.attention import (
     TREE_ATTENTION,
     CannotPack,
@@ -101,7 +100,7 @@ def test_the_rule_lets_a_token_see_those_before_it_in_its_own_sequences(lists, w
 def test_attention_block_by_block_is_attention_under_the_whole_rule(lists, window, softcap, scaling, key_heads):
     tree = token_tree(lists)
     inputs = drawn(len(tree.ends), key_heads)
-    mask = TreeMask(tree.blocks, window)
+    mask = TreeMask(tree.stretches, window)
     found, weights = tree_attention(torch.nn.Module(), *inputs, mask, scaling=scaling, softcap=softcap)
     expected = plain_attention(*inputs, dense(tree, window), scaling, softcap)
     assert weights is None
@@ -115,14 +114,31 @@ def test_attention_block_by_block_is_attention_under_the_whole_rule(lists, windo
         torch.testing.assert_close(ours, theirs, **near)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("window", [None, 3, 40])
-def test_long_stretches_are_cut_into_blocks_without_a_difference(window, monkeypatch):
-    monkeypatch.setattr(tree_module, "_BLOCK_TOKENS", 7)
+def test_stretches_are_cut_for_calls_and_threads_without_a_difference(window, threads, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_TOKENS", 6)
+    monkeypatch.setattr(module, "_FEWEST_QUERIES", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     tree = token_tree([[1] * 30 + [2] * 25, [1] * 30 + [3] * 12, [1] * 9 + [4] * 20])
-    assert len(tree.blocks) > 8
-    inputs = drawn(len(tree.ends), 2)
-    found, _ = tree_attention(torch.nn.Module(), *inputs, TreeMask(tree.blocks, window))
-    torch.testing.assert_close(found, plain_attention(*inputs, dense(tree, window), None, None), rtol=1e-10, atol=1e-12)
+    inputs = drawn(len(tree.ends), 2 if threads == 3 else 1)
+    found, _ = tree_attention(torch.nn.Module(), *inputs, TreeMask(tree.stretches, window))
+    expected = plain_attention(*inputs, dense(tree, window), None, None)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    upstream = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).reshape(found.shape)
+    gradients = (torch.autograd.grad(outcome, inputs, upstream) for outcome in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_keys_that_stand_together_are_not_copied():
+    """Of prompt and first response; the second response's stand behind the first's and are put together once."""
+    tree = token_tree([[1] * 200 + [2] * 200, [1] * 200 + [3] * 200])
+    mask, key = TreeMask(tree.stretches, None), torch.randn(1, 2, len(tree.ends), WIDTH, requires_grad=True)
+    seen = module._Seen.apply(key, mask)
+    storages = [tensor.untyped_storage().data_ptr() for tensor in seen]
+    assert storages[:4] == [key.untyped_storage().data_ptr()] * 4
+    assert len(set(storages[4:])) == 1
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -143,7 +159,7 @@ def test_flex_attention_with_the_rule_gives_the_same(window, softcap, scaling, k
     query, key, value = (tensor.detach().float() for tensor in drawn(size, key_heads))
     asked = {"scaling": scaling, "softcap": softcap}
     found, _ = tree_attention(torch.nn.Module(), query, key, value, block_mask, **asked)
-    expected, _ = tree_attention(torch.nn.Module(), query, key, value, TreeMask(tree.blocks, window), **asked)
+    expected, _ = tree_attention(torch.nn.Module(), query, key, value, TreeMask(tree.stretches, window), **asked)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     # Under autocast a model's rotation hands over float32 queries and keys beside bfloat16 values.
     mixed, _ = tree_attention(torch.nn.Module(), query, key, value.bfloat16(), block_mask, **asked)
@@ -165,13 +181,13 @@ def test_flex_attention_with_the_rule_gives_the_same(window, softcap, scaling, k
 def test_what_attention_over_a_tree_does_not_do_is_refused(asked, said):
     tree = token_tree([[1, 2, 3]])
     with pytest.raises(CannotPack, match=f"its attention has {said}"):
-        tree_attention(torch.nn.Module(), *drawn(3, 4), TreeMask(tree.blocks, None), **asked)
+        tree_attention(torch.nn.Module(), *drawn(3, 4), TreeMask(tree.stretches, None), **asked)
 
 
 def test_what_is_without_effect_is_accepted():
     tree = token_tree([[1, 2, 3]])
     options = {"dropout": 0.0, "is_causal": True, "sliding_window": 2, "position_ids": torch.arange(3), "s_aux": None}
-    mask, inputs = TreeMask(tree.blocks, None), drawn(3, 4)
+    mask, inputs = TreeMask(tree.stretches, None), drawn(3, 4)
     found, _ = tree_attention(torch.nn.Module(), *inputs, attention_mask=mask, **options)
     assert torch.equal(found, tree_attention(torch.nn.Module(), *inputs, mask)[0])
 
@@ -202,16 +218,16 @@ def test_masks_are_made_with_the_window_that_the_model_asks_for_and_only_while_a
     tree = token_tree([[1, 2, 3]])
     asked = {"config": config, "inputs_embeds": torch.zeros(1, 3, 4), "attention_mask": None, "past_key_values": None}
     with reading(tree):
-        assert create_causal_mask(**asked) == TreeMask(tree.blocks, None)
-        assert create_sliding_window_causal_mask(**asked) == TreeMask(tree.blocks, 5)
+        assert create_causal_mask(**asked) == TreeMask(tree.stretches, None)
+        assert create_sliding_window_causal_mask(**asked) == TreeMask(tree.stretches, 5)
     with pytest.raises(CannotPack, match="no prefix tree"):
         tree_mask(config=config)
 
 
-def test_a_block_looks_at_no_more_blocks_than_its_window_reaches(monkeypatch):
-    monkeypatch.setattr(tree_module, "_BLOCK_TOKENS", 4)
-    tree = token_tree([[1] * 16])
-    for window, place in itertools.product([1, 4, 5, 6, 20], range(4)):
-        first = 4 * place
-        oldest = max(0, first - window + 1)
-        assert TreeMask(tree.blocks, window).seen(tree.blocks[place]) == list(range(oldest // 4, place))
+def test_a_block_looks_at_no_more_keys_than_its_window_reaches(monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_TOKENS", 4)
+    tree = token_tree([[1] * 18])
+    for window in (1, 4, 5, 6, 20):
+        ((_, blocks),) = TreeMask(tree.stretches, window).blocks()
+        assert [(block.start, block.stop) for block in blocks] == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 18)]
+        assert [block.first_key for block in blocks] == [max(0, block.start - window + 1) for block in blocks]

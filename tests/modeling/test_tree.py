@@ -1,4 +1,4 @@
-"""A prefix tree: every token once, every sequence whole, blocks that see what their tokens see."""
+"""A prefix tree: every token once, every sequence whole, stretches that read what their tokens see."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.modeling import tree as module
-from dpo_cli.modeling.tree import blocks, grow
+from dpo_cli.modeling.tree import grow, stretches
 
 sequence_lists = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=20), min_size=1, max_size=8)
 
@@ -48,19 +48,20 @@ def test_beginnings_too_short_for_a_branch_are_written_again():
     assert len(tree.tokens) == 2 * (short + 9)
 
 
-@given(sequence_lists, st.integers(1, 7))
-def test_blocks_cover_the_row_and_see_exactly_what_their_tokens_see(lists, size):
+@given(sequence_lists)
+def test_stretches_cover_the_row_and_read_exactly_what_their_tokens_see(lists):
     tree = grow(arrays(lists))
-    before, module._BLOCK_TOKENS = module._BLOCK_TOKENS, size
-    try:
-        found = blocks(tree)
-    finally:
-        module._BLOCK_TOKENS = before
-    assert [i for block in found for i in range(block.start, block.stop)] == list(range(len(tree.tokens)))
-    for block in found:
-        assert 1 <= len(block) <= size
-        path = [i for b in block.path for i in range(found[b].start, found[b].stop)]
-        for i in range(block.start, block.stop):
+    found = stretches(tree)
+    assert [i for stretch in found for i in range(stretch.start, stretch.stop)] == list(range(len(tree.tokens)))
+    for stretch in found:
+        read = [i for start, stop in stretch.reads for i in range(start, stop)]
+        assert tree.depths[read].tolist() == list(range(stretch.depth + len(stretch)))
+        for i in range(stretch.start, stretch.stop):
             seen = [j for j in range(i + 1) if tree.ends[j] > i]
-            assert seen == path + list(range(block.start, i + 1))
-            assert tree.depths[i] == block.depth + i - block.start
+            assert seen == read[: stretch.depth + i - stretch.start + 1]
+
+
+def test_what_stands_together_is_read_as_one():
+    """Prompt and first response are neighbours; before the second response stands the first."""
+    tree = grow(arrays([[1] * 9 + [2] * 7, [1] * 9 + [3] * 5]))
+    assert [stretch.reads for stretch in stretches(tree)] == [((0, 9),), ((0, 16),), ((0, 9), (16, 21))]
