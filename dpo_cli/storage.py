@@ -172,8 +172,10 @@ def strays(parent: Path) -> set[Path]:
 
 
 def remove_strays(parent: Path) -> None:
-    """Remove what interrupted writers left in a folder that only this process writes to."""
-    _remove(strays(parent))
+    """Remove for good what interrupted writers left in a folder that only this process writes to."""
+    if found := strays(parent):
+        _remove(found)
+        _flush(parent)
 
 
 def remove_strays_of(target: Path) -> None:
@@ -204,11 +206,14 @@ def remove(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder so that, wherever this is interrupted, what is left of it counts as a stray."""
+    """Remove a folder for good; wherever this is interrupted, it is whole or what is left of it counts as a stray."""
     stray = folder.with_name(f".{folder.name}{_TEMPORARY}removed-{secrets.token_hex(4)}")
     with contextlib.suppress(OSError):
         folder.rename(stray)
+        # After a power cut the old name could else stand over a part of the files.
+        _flush(folder.parent)
         remove(stray)
+        _flush(folder.parent)
 
 
 def _remove(paths: Iterable[Path]) -> None:
