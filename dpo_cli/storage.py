@@ -14,14 +14,17 @@ import json
 import os
 import secrets
 import shutil
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
 _DAY_SECONDS = 24 * 60 * 60
+_T = TypeVar("_T")
 
 
 class DamagedFolder(Exception):
@@ -172,8 +175,10 @@ def strays(parent: Path) -> set[Path]:
 
 
 def remove_strays(parent: Path) -> None:
-    """Remove what interrupted writers left in a folder that only this process writes to."""
-    _remove(strays(parent))
+    """Remove for good what interrupted writers left in a folder that only this process writes to."""
+    if found := strays(parent):
+        _remove(found)
+        _flush(parent)
 
 
 def remove_strays_of(target: Path) -> None:
@@ -204,11 +209,14 @@ def remove(path: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder so that, wherever this is interrupted, what is left of it counts as a stray."""
+    """Remove a folder for good; wherever this is interrupted, it is whole or what is left of it counts as a stray."""
     stray = folder.with_name(f".{folder.name}{_TEMPORARY}removed-{secrets.token_hex(4)}")
     with contextlib.suppress(OSError):
         folder.rename(stray)
+        # After a power cut the old name could else stand over a part of the files.
+        _flush(folder.parent)
         remove(stray)
+        _flush(folder.parent)
 
 
 def _remove(paths: Iterable[Path]) -> None:
@@ -218,14 +226,32 @@ def _remove(paths: Iterable[Path]) -> None:
 
 def _seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest over all files of a folder and flush everything to disk."""
-    files = {}
-    for path in sorted(folder.rglob("*")):
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file()]
+    # The processor takes them while the disk is at work.
+    digests = _started(lambda: [file_digest(path) for path in files])
+    for path in paths:
         _flush(path)
-        if path.is_file():
-            name = path.relative_to(folder).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-    text = json.dumps({**facts, "files": files}, indent=1, ensure_ascii=False, allow_nan=False)
+    sealed = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, digests.result(), strict=True)
+    }
+    text = json.dumps({**facts, "files": sealed}, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(folder / MANIFEST, text + "\n")
+
+
+def _started(work: Callable[[], _T]) -> Future[_T]:
+    """Let a thread do some work, for which a program that is stopped does not wait."""
+    future: Future[_T] = Future()
+
+    def finish() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=finish, daemon=True).start()
+    return future
 
 
 def _flush(path: Path) -> None:

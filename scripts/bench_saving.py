@@ -1,17 +1,19 @@
 """Time what saving a checkpoint costs, beside writing the same without any promise.
 
-Plain is `save_pretrained` and `torch.save` of the optimizer's state. The program writes the same tensors, takes the
-digest of every file, asks the disk to keep it, and renames. In the background training waits for a copy in memory.
+Plain is `save_pretrained` and `torch.save` of the optimizer's state: once as it is, which ends when everything is in
+the system's memory, and once until it is on the disk. The program writes the same tensors, takes the digest of every
+file, asks the disk to keep it, and renames. In the background training waits for a copy in memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,14 @@ def plain(parts: TrainingParts, folder: Path) -> None:
     torch.save(parts.optimizer.state_dict(), folder / "optimizer.pt")
 
 
+def flush(folder: Path) -> None:
+    """Wait until the files of a folder, and their names, are on the disk."""
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
 def copied(parts: TrainingParts) -> list[torch.Tensor]:
     """Copy the same tensors in memory."""
     states = parts.optimizer.state_dict()["state"].values()
@@ -60,18 +70,53 @@ def seconds(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def measure(parts: TrainingParts, folder: Path) -> dict[str, float]:
-    """Save once in each way, the disk quiet before each; return the seconds of each."""
+def time_plain(parts: TrainingParts, folder: Path) -> dict[str, float]:
+    """Save as libraries do."""
+    in_memory = seconds(lambda: plain(parts, folder))
+    return {PLAIN: in_memory, PLAIN_ON_DISK: in_memory + seconds(lambda: flush(folder))}
+
+
+def time_whole(parts: TrainingParts, folder: Path) -> dict[str, float]:
+    """Save as the program does, while training waits."""
+    writer = CheckpointWriter(folder, 1, background=False)
+    return {"whole": seconds(lambda: writer.save(1, parts))}
+
+
+def time_background(parts: TrainingParts, folder: Path) -> dict[str, float]:
+    """Save as the program does while training goes on, which it does not here."""
+    writer = CheckpointWriter(folder, 1, background=True)
+    waits = seconds(lambda: writer.save(1, parts))
+    return {"background: training waits": waits, "background: on the disk": waits + seconds(writer.finish)}
+
+
+def time_copy(parts: TrainingParts, folder: Path) -> dict[str, float]:
+    """Copy in memory alone."""
+    return {"copy in memory": seconds(lambda: copied(parts))}
+
+
+PLAIN, PLAIN_ON_DISK = "plain: in the system's memory", "plain: on the disk"
+WAYS = (time_plain, time_whole, time_background, time_copy)
+
+
+def measure(parts: TrainingParts, folder: Path, repeat: int) -> dict[str, float]:
+    """Save once in each way, the disk quiet before each and every other time in reverse; return the seconds of each."""
     found = {}
-    for name, background in (("whole", False), ("background", True)):
-        writer = CheckpointWriter(folder / name, 1, background=background)
-        found[f"{name}: training waits"] = seconds(lambda writer=writer: writer.save(1, parts))
-        found[f"{name}: until it is on the disk"] = found[f"{name}: training waits"] + seconds(writer.finish)
-        shutil.rmtree(folder / name)
-    found["copy in memory"] = seconds(lambda: copied(parts))
-    found["plain"] = seconds(lambda: plain(parts, folder / "plain"))
-    shutil.rmtree(folder / "plain")
+    for way in WAYS if repeat % 2 else reversed(WAYS):
+        os.sync()
+        found |= way(parts, folder / "saved")
+        shutil.rmtree(folder / "saved", ignore_errors=True)
     return found
+
+
+def table(runs: Sequence[dict[str, float]]) -> str:
+    """Return the medians as a Markdown table, beside both kinds of plain."""
+    medians = {what: statistics.median(run[what] for run in runs) for what in sorted(runs[0])}
+    lines = ["| | seconds (median) | least – most | × plain in memory | × plain on the disk |", "|---|--:|--:|--:|--:|"]
+    for what, median in medians.items():
+        times = [run[what] for run in runs]
+        ratios = " | ".join(f"{median / medians[to]:.2f}" for to in (PLAIN, PLAIN_ON_DISK))
+        lines.append(f"| {what} | {median:.2f} | {min(times):.2f} – {max(times):.2f} | {ratios} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -83,12 +128,8 @@ def main() -> None:
     arguments = parser.parse_args()
     parts = training_parts(arguments.model)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        runs = [measure(parts, Path(name)) for _ in range(arguments.repeats)]
-    medians = {what: statistics.median(run[what] for run in runs) for what in runs[0]}
-    print("| | seconds (median) | least – most | × plain |\n|---|--:|--:|--:|")
-    for what, median in medians.items():
-        times = [run[what] for run in runs]
-        print(f"| {what} | {median:.2f} | {min(times):.2f} – {max(times):.2f} | {median / medians['plain']:.2f} |")
+        runs = [measure(parts, Path(name), repeat) for repeat in range(arguments.repeats)]
+    print(table(runs))
 
 
 if __name__ == "__main__":

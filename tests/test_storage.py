@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from dpo_cli.storage import DamagedFolder, remove_old_strays, remove_strays, sealed_folder, verify, write_text
+from dpo_cli.storage import DamagedFolder, discard, remove_old_strays, remove_strays, sealed_folder, verify, write_text
+from tests.faults.power import Disk
+from tests.faults.shim import install
 
 
 def seal(target, content="one", facts=None):
@@ -111,6 +113,51 @@ def test_strays_are_removed_and_nothing_else(tmp_path):
     (tmp_path / ".hidden").write_text("kept")
     remove_strays(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [".hidden", "x"]
+
+
+def disk_after_power_cut(folder, work, operation, seed):
+    """Work on a new disk until the power fails before an operation of this number, or after all; return the disk."""
+    root = folder / f"disk-{operation}-{seed}"
+    seal(root / "x")
+    disk = Disk(str(root), f"{root}-aside")
+
+    class Cut(BaseException):
+        pass
+
+    def before(found):
+        if found.number == operation:
+            raise Cut
+        disk.before(found)
+
+    uninstall = install(str(root), before, disk.after)
+    try:
+        with contextlib.suppress(Cut):
+            work(root)
+    finally:
+        uninstall()
+    disk.cut("some", seed)
+    return root
+
+
+@pytest.mark.parametrize("operation", range(1, 12))
+def test_a_power_cut_leaves_a_discarded_folder_whole_or_a_stray(tmp_path, operation):
+    for seed in range(20):
+        root = disk_after_power_cut(tmp_path, lambda root: discard(root / "x"), operation, seed)
+        if (root / "x").exists():
+            verify(root / "x")
+
+
+def test_what_was_removed_does_not_come_back_with_a_power_cut(tmp_path):
+    for seed in range(20):
+        root = disk_after_power_cut(tmp_path, lambda root: discard(root / "x"), 0, seed)
+        assert list(root.iterdir()) == []
+
+        def leave_and_remove_stray(root):
+            (root / "x").rename(root / ".x.tmp-1-abc")
+            remove_strays(root)
+
+        root = disk_after_power_cut(tmp_path / "strays", leave_and_remove_stray, 0, seed)
+        assert list(root.iterdir()) == []
 
 
 def test_what_another_may_still_be_writing_stays_for_a_day(tmp_path):
