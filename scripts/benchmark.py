@@ -4,6 +4,7 @@
     python scripts/benchmark.py --repeats 1 --epochs 1               the same in 9 minutes
     python scripts/benchmark.py --model DIR --short a.json --long b.jsonl
     python scripts/benchmark.py --from docs/benchmark/results.json   page and plot again, without running
+    python scripts/benchmark.py --from a/results.json b/results.json one page of what was run in parts
 
 Exit status 1 where the losses of both differ by more than 2e-4 at any step, or a run fails. `make bench` installs
 what is needed first.
@@ -20,10 +21,11 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, write_report
+from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, joined, write_report
 from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, ROOT, RunFailed, Work, ask, positive, run_ours, run_theirs
 from pydantic import ValidationError
 
@@ -143,31 +145,35 @@ def read_options() -> argparse.Namespace:
     add("--repeats", type=positive, default=3, metavar="N", help="runs of each side (default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="of every process (default: what torch takes by itself)")
     add("--out", type=Path, default=ROOT / "docs" / "benchmark", metavar="DIR", help="(default: docs/benchmark)")
-    add("--from", type=Path, dest="source", metavar="FILE", help="make page and plot from results.json; run nothing")
+    add("--from", type=Path, nargs="+", dest="sources", metavar="FILE", help="page of these results.json; run nothing")
     return parser.parse_args()
 
 
 def missing(options: argparse.Namespace) -> str | None:
     """Say what the benchmark lacks, before it has run for an hour."""
-    packages = ("matplotlib",) if options.source else ("matplotlib", "trl")
+    packages = ("matplotlib",) if options.sources else ("matplotlib", "trl")
     lacking = [name for name in packages if importlib.util.find_spec(name) is None]
     if lacking:
         return f"{' and '.join(lacking)} missing; hint: `make bench` installs the extra `bench`"
-    named = [options.source] if options.source else [options.model, options.short, options.long]
+    named = options.sources or [options.model, options.short, options.long]
     lost = [file for file in named if file is not None and not file.exists()]
     return f"there is no `{lost[0]}`" + ("; hint: `make model`" * (lost[0] == DEMO_MODEL)) if lost else None
 
 
-def read_results(file: Path) -> Results:
-    """Read what an earlier run measured.
+def read_results(files: Sequence[Path]) -> Results:
+    """Read what earlier runs measured, and put it together.
 
     Raises:
-        RunFailed: The file holds something else.
+        RunFailed: A file holds something else.
+        Disagreement: They were measured on different machines, models or versions.
     """
-    try:
-        return Results.model_validate_json(file.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise RunFailed(f"`{file}` holds no results of the benchmark: {error}") from error
+    parts = []
+    for file in files:
+        try:
+            parts.append(Results.model_validate_json(file.read_text(encoding="utf-8")))
+        except ValidationError as error:
+            raise RunFailed(f"`{file}` holds no results of the benchmark: {error}") from error
+    return joined(parts)
 
 
 def main() -> int:
@@ -177,7 +183,7 @@ def main() -> int:
         say(f"error: {lack}")
         return 2
     try:
-        results = read_results(options.source) if options.source else measure(options)
+        results = read_results(options.sources) if options.sources else measure(options)
         write_report(results, options.out)
     except (RunFailed, Disagreement) as error:
         say(f"error: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,22 @@ class Results(_Record):
     versions: dict[str, str]
     not_counted: str | None
     cases: list[Case]
+
+
+def joined(parts: Sequence[Results]) -> Results:
+    """Put together what was run in parts, the newest date for all of it.
+
+    Raises:
+        Disagreement: Two parts differ in what all cases of one page have in common.
+    """
+    first = parts[0]
+    for other in parts[1:]:
+        for name in ("model", "machine", "versions", "not_counted"):
+            if getattr(first, name) != getattr(other, name):
+                what = f"{getattr(first, name)} and {getattr(other, name)}"
+                raise Disagreement(f"these results cannot stand on one page: their {name} differ: {what}")
+    cases = [case for part in parts for case in part.cases]
+    return first.model_copy(update={"date": max(part.date for part in parts), "cases": cases})
 
 
 def check_losses(ours: Run, theirs: Run, what: str) -> float:
@@ -213,10 +230,12 @@ def _workloads(results: Results) -> list[str]:
 
 def _notes(results: Results) -> list[str]:
     """Return how the figures are to be read."""
-    runs = len(results.cases[0].ours)
+    most = max(len(case.ours) for case in results.cases)
+    runs = {len(case.ours) for case in results.cases}
+    times = _counted(most, "time") if len(runs) == 1 else f"{min(runs)} to {most} times"
     speeds = [max(run.matmul_gflops) for case in results.cases for run in case.ours + case.theirs]
     notes = [
-        f"- Both programs ran in turn, {_counted(runs, 'time')} each, on the same model, pairs, order, "
+        f"- Both programs ran in turn, {times} each, on the same model, pairs, order, "
         "steps, data type and threads; every run is a process of its own. TRL has its defaults otherwise, gradient "
         "checkpointing off.",
         "- **pairs/s** is pairs × epochs by the time of training: for dpo from the beginning of the reference pass to "

@@ -8,7 +8,7 @@ import os
 import sys
 
 import pytest
-from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, page, plot, write_report
+from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, joined, page, plot, write_report
 from benchmark_runs import OUR_CLOCK, THEIR_CLOCK, RunFailed, run_process
 from benchmark_work import LONG_TOKENS, Lengths, NotCounted, arithmetic, long_rows
 
@@ -188,3 +188,17 @@ def test_page_and_plot_can_be_made_again_from_the_raw_figures(tmp_path):
     assert (tmp_path / "README.md").read_text() == page(results)
     plot(results, tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "benchmark.png").read_bytes()
+
+
+def test_what_was_run_in_parts_stands_on_one_page():
+    one = make_results(make_case([make_run(), make_run()], [make_run(30), make_run(30)]))
+    other = make_results(make_case([make_run(20)], [make_run(80)], epochs=3))
+    both = joined([one, other])
+    assert both.cases == [*one.cases, *other.cases]
+    text = page(both)
+    assert "| short, 1 epoch | dpo |" in text
+    assert "| short, 3 epochs | dpo |" in text
+    assert "1 to 2 times each" in text
+    elsewhere = other.model_copy(update={"machine": Machine(cpu="another", cpus=1, threads=1, memory_gb=1.0)})
+    with pytest.raises(Disagreement, match="machine differ"):
+        joined([one, elsewhere])
