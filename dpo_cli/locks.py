@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dpo_cli.errors import from_os_error
 from dpo_cli.storage import make_folder
 
 _POLL_SECONDS = 0.2
@@ -32,22 +33,27 @@ def lock_beside(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def locked(path: Path, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+def locked(path: Path, doing: str, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
     """Keep other processes out while the context lasts; on a file system without locks a warning says so.
 
     Args:
         path: The lock file. It and the folders above it appear, and are gone again if nothing else is in them.
+        doing: What the lock is taken for, as an error says it.
         waiting: Called once with the name of the process that holds the lock, which is then waited for; or None,
             not to wait.
 
     Raises:
         Locked: Another process holds the lock, and `waiting` is None.
+        UserError: The disk refuses the lock file.
     """
     path = path.absolute()
     missing = [folder for folder in path.parents if not folder.exists()]
     descriptor = None
     try:
-        descriptor = _take(path, waiting)
+        try:
+            descriptor = _take(path, waiting)
+        except OSError as error:
+            raise from_os_error(error, doing, str(path.parent)) from error
         yield
     finally:
         if descriptor is not None:

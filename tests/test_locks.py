@@ -9,13 +9,15 @@ import time
 
 import pytest
 
+from dpo_cli.errors import UserError
 from dpo_cli.locks import Locked, is_open_at, lock_beside, locked
 
 HOLD = """
 import sys, time
 from pathlib import Path
+from dpo_cli.errors import UserError
 from dpo_cli.locks import locked
-with locked(Path(sys.argv[1])):
+with locked(Path(sys.argv[1]), "testing"):
     print("held", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -33,20 +35,20 @@ def path(tmp_path):
 
 
 def test_the_lock_and_the_folders_made_for_it_are_gone_afterwards(path, tmp_path):
-    with locked(path):
+    with locked(path, "testing"):
         assert path.is_file()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_else_came_into_the_folder_stays(path, tmp_path):
-    with locked(path):
+    with locked(path, "testing"):
         (path.parent / "result").touch()
     assert [p.name for p in path.parent.iterdir()] == ["result"]
 
 
 def test_a_held_lock_is_refused_and_its_holder_named(path):
     with hold(path, 60) as process:
-        with pytest.raises(Locked, match=f"process {process.pid} on "), locked(path):
+        with pytest.raises(Locked, match=f"process {process.pid} on "), locked(path, "testing"):
             pass
         assert path.is_file()
         process.kill()
@@ -54,7 +56,7 @@ def test_a_held_lock_is_refused_and_its_holder_named(path):
 
 def test_a_held_lock_is_waited_for_and_said_once(path):
     said = []
-    with hold(path, 1.0) as process, locked(path, said.append):
+    with hold(path, 1.0) as process, locked(path, "testing", said.append):
         assert process.wait(timeout=10) == 0
     assert len(said) == 1
     assert f"process {process.pid} on " in said[0]
@@ -65,16 +67,16 @@ def test_what_a_killed_process_left_does_no_harm(path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert path.is_file()
-    with locked(path):
+    with locked(path, "testing"):
         pass
     assert not path.exists()
 
 
 def test_a_lock_file_that_was_removed_meanwhile_protects_nobody_and_is_not_believed(path):
     """Whoever waited on a file that its holder removed takes the one that stands there now."""
-    with hold(path, 0.5), hold(lock_beside(path), 0), locked(path, lambda holder: None):
+    with hold(path, 0.5), hold(lock_beside(path), 0), locked(path, "testing", lambda holder: None):
         assert path.is_file()
-        with pytest.raises(Locked), locked(path):
+        with pytest.raises(Locked), locked(path, "testing"):
             pass
 
 
@@ -83,10 +85,11 @@ def test_many_processes_take_turns(tmp_path):
     script = """
 import sys, time
 from pathlib import Path
+from dpo_cli.errors import UserError
 from dpo_cli.locks import locked
 folder = Path(sys.argv[1])
 for _ in range(5):
-    with locked(folder / "x" / ".lock", lambda holder: None):
+    with locked(folder / "x" / ".lock", "testing", lambda holder: None):
         count = int((folder / "count").read_text())
         time.sleep(0.01)
         (folder / "count").write_text(str(count + 1))
@@ -102,10 +105,18 @@ def test_an_interrupted_wait_ends_at_once(path):
         signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         started = time.monotonic()
-        with pytest.raises(KeyboardInterrupt), locked(path, lambda holder: None):
+        with pytest.raises(KeyboardInterrupt), locked(path, "testing", lambda holder: None):
             pass
         assert time.monotonic() - started < 10
         process.kill()
+
+
+def test_a_disk_that_refuses_the_lock_is_an_error_that_says_what_it_was_for(tmp_path):
+    (tmp_path / "file").touch()
+    lock = locked(tmp_path / "file" / ".lock", "counting")
+    with pytest.raises(UserError, match="counting failed: not a directory") as refused, lock:
+        pass
+    assert refused.value.where == str(tmp_path / "file")
 
 
 def test_an_open_file_is_told_from_one_that_took_its_place(tmp_path):

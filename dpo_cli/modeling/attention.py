@@ -8,11 +8,12 @@ tree's one rule; everywhere else scaled-dot-product attention runs block by bloc
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -84,13 +85,22 @@ class TreeMask:
     window: int | None
     _masks: dict[tuple[int, int], Tensor | None] = field(default_factory=dict, repr=False)
 
-    def blocks(self) -> Iterator[tuple[Stretch, list[Block]]]:
-        """Cut every stretch into the queries of one call each, and say which of its keys they see."""
-        for stretch in self.stretches:
-            depths = range(stretch.depth, stretch.depth + len(stretch), _BLOCK_TOKENS)
-            stops = [*depths[1:], stretch.depth + len(stretch)]
-            firsts = [0 if self.window is None else max(0, depth - self.window + 1) for depth in depths]
-            yield stretch, [Block(*block) for block in zip(depths, stops, firsts, strict=True)]
+    @functools.cached_property
+    def block_sizes(self) -> list[int]:
+        """The queries of each call: stretches in pieces of at most `_BLOCK_TOKENS`."""
+        starts = ((stretch, start) for stretch in self.stretches for start in range(0, len(stretch), _BLOCK_TOKENS))
+        return [min(_BLOCK_TOKENS, len(stretch) - start) for stretch, start in starts]
+
+    @functools.cached_property
+    def ranges(self) -> tuple[list[tuple[int, int]], ...]:
+        """For each block of each stretch, the position of the first key that it sees, and that behind its last."""
+        return tuple(list(self._ranges(stretch)) for stretch in self.stretches)
+
+    def _ranges(self, stretch: Stretch) -> Iterator[tuple[int, int]]:
+        end = stretch.depth + len(stretch)
+        for depth in range(stretch.depth, end, _BLOCK_TOKENS):
+            first = 0 if self.window is None else max(0, depth - self.window + 1)
+            yield first, min(depth + _BLOCK_TOKENS, end)
 
     def of(self, num_queries: int, num_keys: int, like: Tensor) -> Tensor | None:
         """Return the mask to add for queries that are the last of their keys, or None where nothing is hidden."""
@@ -102,14 +112,6 @@ class TreeMask:
             mask = torch.zeros(shape).masked_fill_(hidden, float("-inf")).to(like)
             self._masks[shape] = mask if num_queries > 1 or num_keys > window else None
         return self._masks[shape]
-
-
-class Block(NamedTuple):
-    """The queries of one call, by position in their sequences, and the first key that one of them sees."""
-
-    start: int
-    stop: int
-    first_key: int
 
 
 _tree: ContextVar[TokenTree | None] = ContextVar("tree", default=None)
@@ -180,48 +182,43 @@ def tree_attention(
         # Under autocast rotated queries and keys are float32 again, and FlexAttention wants one type.
         query, key = query.to(value.dtype), key.to(value.dtype)
         return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
-    blocks = [block for _, blocks in mask.blocks() for block in blocks]
     # Split once: each piece's gradient then has its own size, where slices would fill the whole row with zeros.
-    queries = query.split([block.stop - block.start for block in blocks], dim=2)
-    see: Callable[..., tuple[Tensor, ...]] = _Seen.apply
-    keys, values = see(key, mask), see(value, mask)
-    pieces = zip(queries, keys, values, strict=True)
+    queries = iter(query.split(mask.block_sizes, dim=2))
+    rows = [tensor.split([len(stretch) for stretch in mask.stretches], dim=2) for tensor in (key, value)]
+    attended = []
+    for place, (stretch, ranges) in enumerate(zip(mask.stretches, mask.ranges, strict=True)):
+        seen = (*stretch.path, place)
+        k, v = (torch.cat([row[i] for i in seen], dim=2) if seen[1:] else row[place] for row in rows)
+        for keys, values in zip(_slices(k, ranges), _slices(v, ranges), strict=True):
+            attended.append(_attend(next(queries), keys, values, mask, scaling, softcap).transpose(1, 2))
     # Turned before they are joined: the row is then contiguous, which some architectures rely on.
-    return torch.cat([_attend(*piece, mask, scaling, softcap).transpose(1, 2) for piece in pieces], dim=1), None
+    return torch.cat(attended, dim=1), None
 
 
-class _Seen(torch.autograd.Function):
-    """What each block sees of a row of keys or values.
+def _slices(keys: Tensor, ranges: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+    """Return the keys, or values, that each block of a stretch sees, without copying any."""
+    if ranges == [(0, keys.shape[2])]:
+        return (keys,)
+    see: Callable[..., tuple[Tensor, ...]] = _Slices.apply
+    return see(keys, ranges)
 
-    Parts of the row stay where they are; only what stands apart in it, as a prompt and the second response to it, is
-    put together, once for all blocks of a stretch. The gradients are added up in one row.
-    """
+
+class _Slices(torch.autograd.Function):
+    """Slices that overlap; their gradients are added up in one tensor, where torch would fill one each with zeros."""
 
     @staticmethod
-    def forward(ctx: Any, row: Tensor, mask: TreeMask) -> tuple[Tensor, ...]:
-        """Take `[1, heads, T, d]` and return `[1, heads, keys, d]` for each block."""
-        ctx.mask, ctx.shape = mask, row.shape
-        seen = []
-        for stretch, blocks in mask.blocks():
-            read = [row[:, :, start:stop] for start, stop in stretch.reads]
-            sequence = torch.cat(read, dim=2) if read[1:] else read[0]
-            seen += [sequence[:, :, block.first_key : block.stop] for block in blocks]
-        return tuple(seen)
+    def forward(ctx: Any, keys: Tensor, ranges: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        """Take `[1, heads, T, d]` and return `[1, heads, stop - start, d]` for each range."""
+        ctx.ranges, ctx.shape = ranges, keys.shape
+        return tuple(keys[:, :, start:stop] for start, stop in ranges)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Add up the gradients of what the blocks saw."""
-        row, given = gradients[0].new_zeros(ctx.shape), iter(gradients)
-        for stretch, blocks in ctx.mask.blocks():
-            places = [row[:, :, start:stop] for start, stop in stretch.reads]
-            apart = len(places) > 1
-            sequence = torch.cat(places, dim=2).zero_() if apart else places[0]
-            for block in blocks:
-                sequence[:, :, block.first_key : block.stop] += next(given)
-            if apart:
-                for place, part in zip(places, sequence.split([p.shape[2] for p in places], dim=2), strict=True):
-                    place += part
-        return row, None
+        """Add up."""
+        whole = gradients[0].new_zeros(ctx.shape)
+        for (start, stop), gradient in zip(ctx.ranges, gradients, strict=True):
+            whole[:, :, start:stop] += gradient
+        return whole, None
 
 
 def _attend(
@@ -231,15 +228,15 @@ def _attend(
     groups = query.shape[1] // key.shape[1]
     added = mask.of(query.shape[2], key.shape[2], query)
     if softcap is None:
-        parts = _parts(query, key)
-        if parts > 1 and added is not None:
+        parts = _parts(query, key) if added is not None else 1
+        if added is not None and parts > 1:
             query = query.squeeze(0).unflatten(1, (parts, -1)).transpose(0, 1)
             key, value = (tensor.expand(parts, -1, -1, -1) for tensor in (key, value))
             added = added.unflatten(0, (parts, 1, -1))
         attended = scaled_dot_product_attention(
             query, key, value, attn_mask=added, scale=scaling, enable_gqa=groups > 1
         )
-        return attended.transpose(0, 1).flatten(1, 2)[None] if len(attended) > 1 else attended
+        return attended if parts == 1 else attended.transpose(0, 1).flatten(1, 2)[None]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
@@ -256,7 +253,8 @@ def _parts(query: Tensor, key: Tensor) -> int:
     """
     if query.device.type != "cpu":
         return 1
-    parts = torch.get_num_threads() // math.gcd(torch.get_num_threads(), key.shape[1])
+    threads = torch.get_num_threads()
+    parts = threads // math.gcd(threads, key.shape[1])
     size, rest = divmod(query.shape[2], parts)
     return parts if size >= _FEWEST_QUERIES and not rest else 1
 

@@ -45,14 +45,14 @@ class Stretch:
         start: Place of the first token.
         stop: Place behind the last.
         depth: The first token's position in its sequences.
-        reads: Where in the row their sequences stand from the beginning up to the last of them: places from, and up
-            to. The token that is the d-th of all these is at position d.
+        path: The stretches before it that all of its tokens see, from the root on, by number; together they are as
+            long as it is deep.
     """
 
     start: int
     stop: int
     depth: int
-    reads: tuple[tuple[int, int], ...]
+    path: tuple[int, ...]
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -83,15 +83,12 @@ def stretches(tree: PrefixTree) -> tuple[Stretch, ...]:
     depths, ends = tree.depths, tree.ends
     starts = np.flatnonzero(np.r_[True, (np.diff(ends) != 0) | (np.diff(depths) != 1)])
     found: list[Stretch] = []
-    path: list[Stretch] = []
+    path: list[int] = []
     for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(ends)], strict=True):
-        while path and ends[path[-1].start] <= start:
+        while path and ends[found[path[-1]].start] <= start:
             path.pop()
-        reads = [*path[-1].reads] if path else []
-        # What is read and stands next to it needs not be put together.
-        first = reads.pop()[0] if reads and reads[-1][1] == start else start
-        found.append(Stretch(start, stop, int(depths[start]), (*reads, (first, stop))))
-        path.append(found[-1])
+        found.append(Stretch(start, stop, int(depths[start]), tuple(path)))
+        path.append(len(found) - 1)
     return tuple(found)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
 from dpo_cli.data.sources import as_sources, check_source, describe, paths_of
-from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.errors import FAILED, UserError
+from dpo_cli.locks import lock_beside, locked
 from dpo_cli.modeling.loading import check_model
 from dpo_cli.reporting.console import Console
 
@@ -180,29 +180,18 @@ def prepared_pairs(
         raise UserError(reason or "the folder exists", str(target), hint)
     if reason:
         console.warning(f"{reason}; preparing it again")
-    with _alone(target, console):
+
+    def tell(holder: str) -> None:
+        console.notice(f"waiting for {holder}, which prepares the same data")
+
+    # Two processes that prepared the same folder would do the same work twice.
+    with locked(lock_beside(target), "preparing the data", tell):
         # Whoever was waited for has most likely prepared it.
         if (found := prepared.find(target, digest)[0]) is None:
             console.notice(f"preparing {names}")
             found = prepare(sources, reading, tokenize, target)
             console.notice(f"prepared data written: {target}")
     return found
-
-
-@contextlib.contextmanager
-def _alone(target: Path, console: Console) -> Iterator[None]:
-    """Keep other processes from preparing the same folder while the context lasts."""
-    from dpo_cli.locks import lock_beside, locked
-
-    def tell(holder: str) -> None:
-        console.notice(f"waiting for {holder}, which prepares the same data")
-
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(lock_beside(target), tell))
-        except OSError as error:
-            raise from_os_error(error, "preparing the data", str(target)) from error
-        yield
 
 
 def _check_out(folder: Path) -> UserError | None:

@@ -141,12 +141,8 @@ class ReferenceCache:
     @contextlib.contextmanager
     def _alone(self, accelerator: Accelerator) -> Iterator[None]:
         """Let the main process keep other runs out, so that two do not compute the same."""
-        with contextlib.ExitStack() as stack:
-            if accelerator.is_main_process:
-                try:
-                    stack.enter_context(locked(self.folder / ".lock", _tell))
-                except OSError as error:
-                    raise from_os_error(error, "locking the reference cache", str(self.folder)) from error
+        lock = locked(self.folder / ".lock", "locking the reference cache", _tell)
+        with lock if accelerator.is_main_process else contextlib.nullcontext():
             accelerator.wait_for_everyone()
             yield
 

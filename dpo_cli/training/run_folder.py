@@ -80,7 +80,7 @@ class RunFolder:
             UserError: Another run is at work in it, or the disk refuses.
         """
         try:
-            with locked(self.path / _LOCK):
+            with locked(self.path / _LOCK, "locking the output folder"):
                 yield
         except Locked as holder:
             hint = "wait until it has ended, or choose another `output_dir`"

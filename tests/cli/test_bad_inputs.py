@@ -777,16 +777,20 @@ def intact(tmp_path_factory, tiny_llama, demo_rows):
 @pytest.fixture(scope="module")
 def started(tmp_path_factory, intact, tokenizer):
     """The folder of a project whose run is finished, with all its checkpoints."""
-    folder = tmp_path_factory.mktemp("started")
-    with pytest.MonkeyPatch.context() as patch:
-        enter(folder, intact, tokenizer, patch, folder)
-        assert call(TRAIN) == 0
-    return folder
+    return finished(tmp_path_factory.mktemp("started"), intact, tokenizer)
 
 
 @pytest.fixture
 def project(tmp_path, intact, tokenizer, monkeypatch, started):
     return enter(tmp_path, intact, tokenizer, monkeypatch, started)
+
+
+def finished(folder: Path, intact: Path, tokenizer: Any) -> Path:
+    """Make a folder into a project and train in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        enter(folder, intact, tokenizer, patch, folder)
+        assert call(TRAIN) == 0
+    return folder
 
 
 def enter(folder: Path, intact: Path, tokenizer: Any, patch: pytest.MonkeyPatch, started: Path) -> Project:

@@ -131,14 +131,14 @@ def test_stretches_are_cut_for_calls_and_threads_without_a_difference(window, th
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
 
 
-def test_keys_that_stand_together_are_not_copied():
-    """Of prompt and first response; the second response's stand behind the first's and are put together once."""
-    tree = token_tree([[1] * 200 + [2] * 200, [1] * 200 + [3] * 200])
-    mask, key = TreeMask(tree.stretches, None), torch.randn(1, 2, len(tree.ends), WIDTH, requires_grad=True)
-    seen = module._Seen.apply(key, mask)
-    storages = [tensor.untyped_storage().data_ptr() for tensor in seen]
-    assert storages[:4] == [key.untyped_storage().data_ptr()] * 4
-    assert len(set(storages[4:])) == 1
+def test_what_the_blocks_of_a_stretch_see_is_not_copied():
+    key, ranges = torch.randn(1, 2, 300, WIDTH, requires_grad=True), [(0, 128), (10, 256), (138, 300)]
+    seen = module._slices(key, ranges)
+    assert {tensor.untyped_storage().data_ptr() for tensor in seen} == {key.untyped_storage().data_ptr()}
+    plain = [key[:, :, start:stop] for start, stop in ranges]
+    upstream = [torch.randn(tensor.shape) for tensor in plain]
+    ours, theirs = (torch.autograd.grad(found, key, upstream)[0] for found in (seen, plain))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -226,8 +226,8 @@ def test_masks_are_made_with_the_window_that_the_model_asks_for_and_only_while_a
 
 def test_a_block_looks_at_no_more_keys_than_its_window_reaches(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_TOKENS", 4)
-    tree = token_tree([[1] * 18])
+    (stretch,) = token_tree([[1] * 18]).stretches
+    starts, stops = [0, 4, 8, 12, 16], [4, 8, 12, 16, 18]
     for window in (1, 4, 5, 6, 20):
-        ((_, blocks),) = TreeMask(tree.stretches, window).blocks()
-        assert [(block.start, block.stop) for block in blocks] == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 18)]
-        assert [block.first_key for block in blocks] == [max(0, block.start - window + 1) for block in blocks]
+        firsts = [max(0, start - window + 1) for start in starts]
+        assert TreeMask((stretch,), window).ranges == (list(zip(firsts, stops, strict=True)),)

@@ -1,4 +1,4 @@
-"""A prefix tree: every token once, every sequence whole, stretches that read what their tokens see."""
+"""A prefix tree: every token once, every sequence whole, stretches that see what their tokens see."""
 
 from __future__ import annotations
 
@@ -49,19 +49,14 @@ def test_beginnings_too_short_for_a_branch_are_written_again():
 
 
 @given(sequence_lists)
-def test_stretches_cover_the_row_and_read_exactly_what_their_tokens_see(lists):
+def test_stretches_cover_the_row_and_see_exactly_what_their_tokens_see(lists):
     tree = grow(arrays(lists))
     found = stretches(tree)
     assert [i for stretch in found for i in range(stretch.start, stretch.stop)] == list(range(len(tree.tokens)))
     for stretch in found:
-        read = [i for start, stop in stretch.reads for i in range(start, stop)]
-        assert tree.depths[read].tolist() == list(range(stretch.depth + len(stretch)))
+        path = [i for s in stretch.path for i in range(found[s].start, found[s].stop)]
+        assert tree.depths[path].tolist() == list(range(stretch.depth))
         for i in range(stretch.start, stretch.stop):
             seen = [j for j in range(i + 1) if tree.ends[j] > i]
-            assert seen == read[: stretch.depth + i - stretch.start + 1]
-
-
-def test_what_stands_together_is_read_as_one():
-    """Prompt and first response are neighbours; before the second response stands the first."""
-    tree = grow(arrays([[1] * 9 + [2] * 7, [1] * 9 + [3] * 5]))
-    assert [stretch.reads for stretch in stretches(tree)] == [((0, 9),), ((0, 16),), ((0, 9), (16, 21))]
+            assert seen == path + list(range(stretch.start, i + 1))
+            assert tree.depths[i] == stretch.depth + i - stretch.start

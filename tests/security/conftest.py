@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.data.bounds import bounded_memory
-from tests.cli.test_bad_inputs import TRAIN, Project, call, enter, errors
+from tests.cli.test_bad_inputs import Project, call, enter, errors, finished
 from tests.conftest import write_rows
 
 
@@ -59,11 +59,7 @@ def intact(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, demo_rows
 @pytest.fixture(scope="session")
 def started(tmp_path_factory: pytest.TempPathFactory, intact: Path, tokenizer: Any) -> Path:
     """A project with a finished run in it."""
-    folder = tmp_path_factory.mktemp("started")
-    with pytest.MonkeyPatch.context() as patch:
-        enter(folder, intact, tokenizer, patch, folder)
-        assert call(TRAIN) == 0
-    return folder
+    return finished(tmp_path_factory.mktemp("started"), intact, tokenizer)
 
 
 @pytest.fixture
