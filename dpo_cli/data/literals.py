@@ -33,7 +33,7 @@ class Literals:
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
         used = {token.content for token in added if token.content in template and token.content.strip()}
-        self._assistants, self._others = _any_of(special), _any_of(special | used)
+        self._assistants, self._others = _Sought(special), _Sought(special | used)
 
     def count(self, pair: Pair) -> int:
         """Count those of a pair, each message once, and those of what the template is given beside them."""
@@ -47,45 +47,57 @@ class Literals:
         Raises:
             BadRow: It has a code point of which marks are made; no text of people has one.
         """
-        pattern = self._of(message.role)
+        sought = self._of(message.role)
         if message.content is STAND_IN:  # This very text is the program's; one of the data's is refused below.
             return message
-        if not message.extras and not pattern.search(message.content) and not pattern.search(message.input):
+        if not message.extras and not sought.holds(message.content) and not sought.holds(message.input):
             return message
-        content, given = (_marked(text, pattern) for text in (message.content, message.input))
-        return Message(message.role, content, given, _marked(message.extras, pattern))
+        content, given = (_marked(text, sought) for text in (message.content, message.input))
+        return Message(message.role, content, given, _marked(message.extras, sought))
 
     def marked_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return a template's arguments in which they are marked."""
         return dict(_marked(values, self._others))
 
-    def _of(self, role: str) -> re.Pattern[str]:
+    def _of(self, role: str) -> _Sought:
         return self._assistants if role == "assistant" else self._others
 
 
-def _marked(value: Any, pattern: re.Pattern[str]) -> Any:
-    """Mark what a pattern finds in all texts of a JSON value."""
+def _marked(value: Any, sought: _Sought) -> Any:
+    """Mark what is sought in all texts of a JSON value."""
     if isinstance(value, str):
         if reserved := _RESERVED.search(value):
             detail = f"a text holds U+{ord(reserved[0]):04X}, which is no character of any script"
             raise BadRow("undecodable text", detail)
-        return pattern.sub(rf"{LITERAL_START}\g<0>{LITERAL_END}", value)
+        return sought.pattern.sub(rf"{LITERAL_START}\g<0>{LITERAL_END}", value)
     if isinstance(value, Mapping):
-        return {_marked(name, pattern): _marked(item, pattern) for name, item in value.items()}
+        return {_marked(name, sought): _marked(item, sought) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_marked(item, pattern) for item in value]
+        return [_marked(item, sought) for item in value]
     return value
 
 
-def _count(value: Any, pattern: re.Pattern[str]) -> int:
-    """Count what a pattern finds in all texts of a JSON value."""
+def _count(value: Any, sought: _Sought) -> int:
+    """Count what is sought in all texts of a JSON value."""
     if isinstance(value, str):
-        return len(pattern.findall(value))
+        return len(sought.pattern.findall(value)) if sought.holds(value) else 0
     inner = [*value.keys(), *value.values()] if isinstance(value, Mapping) else value
-    return sum(_count(item, pattern) for item in inner) if isinstance(inner, (list, tuple)) else 0
+    return sum(_count(item, sought) for item in inner) if isinstance(inner, (list, tuple)) else 0
 
 
-def _any_of(texts: set[str]) -> re.Pattern[str]:
-    """Return a pattern that finds any of some texts, the longest first, and what is reserved for marks."""
-    longest_first = sorted(texts, key=lambda text: (-len(text), text))
-    return re.compile("|".join([_RESERVED.pattern, *map(re.escape, longest_first)]))
+class _Sought:
+    """Some texts that are looked for, and what is reserved for marks.
+
+    Args:
+        texts: What is looked for; of several that fit at one place the longest is found.
+    """
+
+    def __init__(self, texts: set[str]) -> None:
+        longest_first = sorted(texts, key=lambda text: (-len(text), text))
+        self.pattern = re.compile("|".join([_RESERVED.pattern, *map(re.escape, longest_first)]))
+        self._first_letters = sorted({text[:1] for text in (*texts, LITERAL_START, LITERAL_END, STAND_IN)})
+
+    def holds(self, text: str) -> bool:
+        """Tell whether a text holds any of it."""
+        # Few texts have so much as a letter with which a control token begins; looking for that is far quicker.
+        return any(letter in text for letter in self._first_letters) and self.pattern.search(text) is not None
