@@ -82,7 +82,7 @@ def measure(options: argparse.Namespace) -> Results:
             for epochs in options.epochs
         ]
     return Results(
-        date=datetime.date.today().isoformat(),
+        date=datetime.date.today(),
         model=options.model.resolve().stem if options.model.suffix == ".gguf" else options.model.resolve().name,
         machine=machine(prepared["threads"]),
         versions={name: importlib.metadata.version(package) for name, package in PACKAGES.items()},
@@ -170,8 +170,8 @@ def read_results(files: Sequence[Path]) -> Results:
     parts = []
     for file in files:
         try:
-            parts.append(Results.model_validate_json(file.read_text(encoding="utf-8")))
-        except ValidationError as error:
+            parts.append(Results.model_validate_json(file.read_bytes()))
+        except (OSError, ValidationError) as error:
             raise RunFailed(f"`{file}` holds no results of the benchmark: {error}") from error
     return joined(parts)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TOLERANCE = 2e-4
 PAGE, PLOT, RAW = "README.md", "benchmark.png", "results.json"
@@ -25,7 +26,7 @@ class _Record(BaseModel):
 class Timed(_Record):
     """One run of one program, in a process of its own."""
 
-    training_seconds: float
+    training_seconds: float = Field(gt=0)
     """From the start of the reference pass, or of TRL's `train()`, to the end of the last step."""
     command_seconds: float
     """The whole process: imports, loading, tokenizing, training, saving."""
@@ -45,16 +46,27 @@ class Case(_Record):
 
     workload: str
     source: str
-    epochs: int
-    pairs: int
-    pairs_per_step: int
+    epochs: int = Field(gt=0)
+    pairs: int = Field(gt=0)
+    pairs_per_step: int = Field(gt=0)
     prompt_tokens: int
     chosen_tokens: int
     rejected_tokens: int
     forward_flops: float | None
     """One forward pass over all pairs, or None where the model's arithmetic is not known."""
-    ours: list[Run]
-    theirs: list[Run]
+    ours: list[Run] = Field(min_length=1)
+    theirs: list[Run] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _has_pairs_of_runs(self) -> Self:
+        if len(self.ours) != len(self.theirs):
+            raise ValueError("each run of ours belongs to one of theirs")
+        return self
+
+    def is_work_of(self, other: Case) -> bool:
+        """Tell whether both ran the same work."""
+        runs = {"ours", "theirs"}
+        return self.model_dump(exclude=runs) == other.model_dump(exclude=runs)
 
     @property
     def necessary_flops(self) -> float | None:
@@ -83,27 +95,39 @@ class Machine(_Record):
 class Results(_Record):
     """Everything that page and plot are made of."""
 
-    date: str
+    date: datetime.date
     model: str
     machine: Machine
     versions: dict[str, str]
     not_counted: str | None
-    cases: list[Case]
+    cases: list[Case] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_versions(self) -> Self:
+        if not {"dpo", "trl", "torch", "transformers"} <= self.versions.keys():
+            raise ValueError("the versions of dpo, trl, torch and transformers belong to it")
+        return self
 
 
 def joined(parts: Sequence[Results]) -> Results:
-    """Put together what was run in parts, the newest date for all of it.
+    """Put together what was run in parts: runs of the same work become one case, the newest date counts.
 
     Raises:
-        Disagreement: Two parts differ in what all cases of one page have in common.
+        Disagreement: Two parts differ in what all cases of one page have in common, or a run stands in both.
     """
-    first = parts[0]
-    for other in parts[1:]:
+    first, cases = parts[0], list[Case]()
+    for part in parts:
         for name in ("model", "machine", "versions", "not_counted"):
-            if getattr(first, name) != getattr(other, name):
-                what = f"{getattr(first, name)} and {getattr(other, name)}"
-                raise Disagreement(f"these results cannot stand on one page: their {name} differ: {what}")
-    cases = [case for part in parts for case in part.cases]
+            ours, theirs = (str(getattr(results, name)) for results in (first, part))
+            if ours != theirs:
+                raise Disagreement(f"these results cannot stand on one page; {name}: {ours} here, {theirs} there")
+        for case in part.cases:
+            place = next((i for i, other in enumerate(cases) if case.is_work_of(other)), len(cases))
+            known = cases[place : place + 1]
+            if any(run in one.ours + one.theirs for one in known for run in case.ours + case.theirs):
+                raise Disagreement(f"the same run of {case.workload} pairs stands in two of these results")
+            runs = {side: [run for one in (*known, case) for run in getattr(one, side)] for side in ("ours", "theirs")}
+            cases[place : place + 1] = [case.model_copy(update=runs)]
     return first.model_copy(update={"date": max(part.date for part in parts), "cases": cases})
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import math
 import os
 import sys
 
+import benchmark
 import pytest
 from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, joined, page, plot, write_report
 from benchmark_runs import OUR_CLOCK, THEIR_CLOCK, RunFailed, run_process
@@ -33,7 +35,7 @@ def make_case(ours, theirs, epochs=1, forward_flops: float | None = 1e12) -> Cas
 
 def make_results(*cases: Case, not_counted=None) -> Results:
     return Results(
-        date="2026-01-02",
+        date=datetime.date(2026, 1, 2),
         model="a-model",
         machine=Machine(cpu="a processor", cpus=4, threads=2, memory_gb=16.0),
         versions={"dpo": "1", "trl": "2", "torch": "3", "transformers": "4"},
@@ -191,14 +193,31 @@ def test_page_and_plot_can_be_made_again_from_the_raw_figures(tmp_path):
 
 
 def test_what_was_run_in_parts_stands_on_one_page():
-    one = make_results(make_case([make_run(), make_run()], [make_run(30), make_run(30)]))
-    other = make_results(make_case([make_run(20)], [make_run(80)], epochs=3))
-    both = joined([one, other])
-    assert both.cases == [*one.cases, *other.cases]
-    text = page(both)
-    assert "| short, 1 epoch | dpo |" in text
-    assert "| short, 3 epochs | dpo |" in text
-    assert "1 to 2 times each" in text
-    elsewhere = other.model_copy(update={"machine": Machine(cpu="another", cpus=1, threads=1, memory_gb=1.0)})
-    with pytest.raises(Disagreement, match="machine differ"):
+    one = make_results(make_case([make_run(10), make_run(11)], [make_run(30), make_run(31)]))
+    again = make_results(make_case([make_run(12)], [make_run(32)]))
+    longer = make_results(make_case([make_run(20)], [make_run(80)], epochs=3))
+    all_of_it = joined([one, again, longer])
+    assert [[run.training_seconds for run in case.theirs] for case in all_of_it.cases] == [[30, 31, 32], [80]]
+    text = page(all_of_it)
+    assert text.count("| short, 1 epoch | dpo |") == text.count("| short, 3 epochs | dpo |") == 1
+    assert "1 to 3 times each" in text
+
+
+def test_what_cannot_stand_on_one_page_is_refused():
+    one = make_results(make_case([make_run()], [make_run(30)]))
+    with pytest.raises(Disagreement, match="the same run of short pairs"):
+        joined([one, one])
+    elsewhere = one.model_copy(update={"machine": Machine(cpu="another", cpus=1, threads=1, memory_gb=1.0)})
+    with pytest.raises(Disagreement, match=r"machine: .*a processor.* here, .*another.* there"):
         joined([one, elsewhere])
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b'{"cases": []}', None])
+def test_what_holds_no_results_ends_in_one_error(content, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "results.json"
+    file.write_bytes(content) if content is not None else file.mkdir()
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--from", str(file), "--out", str(tmp_path / "out")])
+    pytest.importorskip("matplotlib")
+    assert benchmark.main() == 1
+    assert f"error: `{file}` holds no results of the benchmark" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

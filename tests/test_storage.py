@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 
 import pytest
 
+from dpo_cli import storage
 from dpo_cli.storage import DamagedFolder, discard, remove_old_strays, remove_strays, sealed_folder, verify, write_text
 from tests.faults.power import Disk
 from tests.faults.shim import install
@@ -171,3 +173,13 @@ def test_what_another_may_still_be_writing_stays_for_a_day(tmp_path):
     os.utime(tmp_path / ".w.tmp-3", (0, 0))
     remove_old_strays(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".w.tmp-3", ".y.tmp-2", "z"]
+
+
+def test_a_file_that_cannot_be_read_for_its_digest_seals_nothing(tmp_path, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(storage, "file_digest", refuse)
+    with pytest.raises(OSError, match="Input/output error"), sealed_folder(tmp_path / "target", {}) as folder:
+        (folder / "file").write_bytes(b"content")
+    assert not list(tmp_path.iterdir())

@@ -187,6 +187,22 @@ def cut_packed(sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int
     return [MicroBatch(tuple(cut)) for cut in (even if len(even) <= len(full) else full)]
 
 
+def largest(
+    sizes: PairSizes, cuts: Sequence[MicroBatch], tokens: Callable[[PairSizes, Sequence[int]], int]
+) -> set[MicroBatch]:
+    """Return the micro-batches that may take most memory: one has the most tokens, one the longest sequences together.
+
+    Each sequence has keys of its own for attention, also where its prompt is shared and stands in the row once.
+
+    Args:
+        sizes: Of all pairs.
+        cuts: The micro-batches.
+        tokens: Counts those of a forward pass over some pairs.
+    """
+    most_tokens = max(cuts, key=lambda cut: tokens(sizes, cut.pairs))
+    return {most_tokens, max(cuts, key=lambda cut: int(sizes.longest[list(cut.pairs)].sum()))}
+
+
 def packed_tokens(sizes: PairSizes, ordered: Sequence[int]) -> int:
     """Return the tokens of pairs in one row, those of one prompt side by side."""
     return sum(_added(sizes, index, before) for before, index in zip([None, *ordered], ordered, strict=False))

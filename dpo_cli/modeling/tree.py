@@ -57,6 +57,11 @@ class Stretch:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def end(self) -> int:
+        """The position behind that of the last token."""
+        return self.depth + len(self)
+
 
 def grow(sequences: Sequence[NDArray[np.int32]]) -> PrefixTree:
     """Lay out sequences as a prefix tree; beginnings too short to be worth a branch are written again."""

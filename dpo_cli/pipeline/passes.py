@@ -257,7 +257,7 @@ def estimate(
     """Estimate a run's memory by its largest micro-batch, found among its first steps and its longest pair."""
     import torch
 
-    from dpo_cli.data.schedule import MicroBatch
+    from dpo_cli.data.schedule import MicroBatch, largest
     from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
     from dpo_cli.modeling.proof import REFUSALS
     from dpo_cli.training.optimizer import state_bytes
@@ -267,12 +267,14 @@ def estimate(
     cuts = [cut for step in steps for cut in step.micro_batches]
     sizes = batches.pairs.sizes
     cuts.append(MicroBatch((int(plan.indices[sizes.longest[plan.indices].argmax()]),)))
-    largest = max(cuts, key=lambda cut: batches.layout.tokens(sizes, cut.pairs))
-    batch = dataclasses.replace(batches, device=torch.device("cpu"))(largest)
+    on_paper = dataclasses.replace(batches, device=torch.device("cpu"))
+    candidates = [on_paper(cut) for cut in largest(sizes, cuts, batches.layout.tokens)]
     weights = sum(parameter.nbytes for parameter in model.parameters())
     recomputed, dtype = config.training.gradient_checkpointing, compute_dtype(accelerator)
     try:
-        activations = activation_bytes(model, batches.layout, batch, dtype, recomputed=recomputed)
+        activations = max(
+            activation_bytes(model, batches.layout, batch, dtype, recomputed=recomputed) for batch in candidates
+        )
     except REFUSALS:
         # What this model computes depends on the values, which are not there.
         activations = None
@@ -287,7 +289,7 @@ def estimate(
         gradients=weights,
         activations=activations or 0,
         counted=activations is not None,
-        logits=logits_bytes(model, batch, collisions=config.objective.wpo),
+        logits=max(logits_bytes(model, batch, collisions=config.objective.wpo) for batch in candidates),
         copy=saved if on_cpu and config.checkpoints.background else 0,
         several=any(len(step.micro_batches) > 1 for step in steps),
     )

@@ -83,8 +83,11 @@ class RunFolder:
             with locked(self.path / _LOCK, "locking the output folder"):
                 yield
         except Locked as holder:
-            hint = "wait until it has ended, or choose another `output_dir`"
-            raise UserError(f"another run is writing to the output folder: {holder}", str(self.path), hint) from None
+            raise self._taken(holder) from None
+
+    def _taken(self, holder: Locked) -> UserError:
+        hint = "wait until it has ended, or choose another `output_dir`"
+        return UserError(f"another run is writing to the output folder: {holder}", str(self.path), hint)
 
     def state(self) -> RunState:
         """Tell what the folder holds now."""
@@ -124,12 +127,12 @@ class RunFolder:
     def _at_work(self) -> UserError | None:
         """Say which process is writing to the folder, if one is."""
         try:
-            with self.locked():
-                return None
-        except UserError as error:
-            return error
-        except OSError:
-            return None
+            # Where the disk refuses a lock, nobody is known to be at work.
+            with contextlib.suppress(UserError), locked(self.path / _LOCK, "locking the output folder"):
+                pass
+        except Locked as holder:
+            return self._taken(holder)
+        return None
 
     def check_inputs(self, inputs: Sequence[str]) -> UserError | None:
         """Say which input `clear` would remove, if one."""

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli.data.schedule import PairSizes, Plan, cut_packed, cut_padded
+from dpo_cli.data.schedule import MicroBatch, PairSizes, Plan, cut_packed, cut_padded, largest
 
 lengths_lists = st.lists(st.integers(1, 300), min_size=1, max_size=60)
 
@@ -137,3 +137,13 @@ def test_the_epoch_of_a_step_is_the_share_of_the_data_seen():
 def test_a_decimal_number_of_epochs_is_taken_as_written():
     """In binary 1.1 is a little more than 1.1, and 1.1 · 50 a little more than 55."""
     assert make_plan([10] * 200, epochs=1.1).num_steps == 55
+
+
+def test_what_may_take_most_memory_is_the_longest_row_or_that_of_the_most_sequences():
+    """Two pairs of 500 tokens; twenty of 300 that have a prompt of 280 in common; and a small one."""
+    prompts, responses = np.array([400, 400, *[280] * 20, 10]), np.array([50, 50, *[10] * 20, 5])
+    sizes = PairSizes(prompts, responses, responses, responses, np.array([0, 1, *[2] * 20, 3]))
+    cuts = [MicroBatch((0, 1)), MicroBatch(tuple(range(2, 22))), MicroBatch((22,))]
+    assert packed_tokens(sizes, cuts[0].pairs) > packed_tokens(sizes, cuts[1].pairs)
+    assert largest(sizes, cuts, packed_tokens) == {cuts[0], cuts[1]}
+    assert largest(sizes, cuts[1:], packed_tokens) == {cuts[1]}

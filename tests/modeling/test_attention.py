@@ -230,4 +230,40 @@ def test_a_block_looks_at_no_more_keys_than_its_window_reaches(monkeypatch):
     starts, stops = [0, 4, 8, 12, 16], [4, 8, 12, 16, 18]
     for window in (1, 4, 5, 6, 20):
         firsts = [max(0, start - window + 1) for start in starts]
-        assert TreeMask((stretch,), window).ranges == (list(zip(firsts, stops, strict=True)),)
+        assert TreeMask((stretch,), window).reads == (((0,), list(zip(firsts, stops, strict=True))),)
+
+
+def test_of_the_stretches_before_it_one_reads_those_within_its_window():
+    """A system message of 40 tokens, two prompts of 30 and two responses to each."""
+    prompts = [[1] * 40 + [number] * 30 for number in (2, 3)]
+    tree = token_tree([[*prompt, *[number] * 20] for prompt in prompts for number in (4, 5)])
+    assert [read.stretches for read in TreeMask(tree.stretches, None).reads][:4] == [(0,), (0, 1), (0, 1, 2), (0, 1, 3)]
+    # Of 31 tokens that it sees, the first of a response has 30 before it: all of the prompt.
+    assert [read.stretches for read in TreeMask(tree.stretches, 31).reads][:4] == [(0,), (0, 1), (1, 2), (1, 3)]
+    assert [read.stretches for read in TreeMask(tree.stretches, 1).reads] == [(i,) for i in range(len(tree.stretches))]
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "threads", "parts"),
+    [
+        (128, 3, 2, 2),  # two and one become three and three
+        (128, 3, 1, 1),
+        (128, 4, 2, 1),
+        (128, 3, 16, 4),  # else thirteen would wait
+        (128, 5, 8, 1),
+        (127, 3, 2, 1),  # does not come out even
+        (20, 3, 2, 1),  # too few to be parted
+    ],
+)
+def test_queries_are_parted_where_threads_would_wait_for_each_other(queries, heads, threads, parts):
+    assert module._parts(queries, heads, threads) == parts
+
+
+def test_the_masks_of_a_long_row_do_not_grow_with_its_square():
+    for tokens in (1000, 8000):
+        tree = token_tree([[1] * tokens])
+        mask = TreeMask(tree.stretches, None)
+        for (_, ranges), like in zip(mask.reads, [torch.zeros(1)], strict=True):
+            shown = [mask.of(128, stop - first, like) for first, stop in ranges[:-1]]
+        assert {part.untyped_storage().nbytes() for part in shown} == {4 * 128 * tokens}
+        assert len({part.untyped_storage().data_ptr() for part in shown}) == 1

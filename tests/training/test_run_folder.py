@@ -1,0 +1,37 @@
+"""The output folder: what it holds decides what is said, also where the disk lets nobody lock it."""
+
+from __future__ import annotations
+
+import pytest
+
+from dpo_cli.errors import UserError
+from dpo_cli.training import run_folder
+from dpo_cli.training.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    folder.config.write_text(run_folder.RESOLVED)
+    folder.checkpoints.mkdir()
+    return folder
+
+
+def test_who_is_at_work_is_told_before_what_to_do(folder):
+    with folder.locked():
+        refusal = folder.check(resume=False, overwrite=False)
+    assert "another run is writing" in str(refusal)
+    assert "the output folder holds another run" in str(folder.check(resume=False, overwrite=False))
+
+
+def test_a_folder_that_cannot_be_locked_is_told_for_what_it_holds(folder, monkeypatch):
+    def refuse(*arguments):
+        raise UserError("locking the output folder failed: permission denied")
+
+    monkeypatch.setattr(run_folder, "locked", refuse)
+    refusal = folder.check(resume=False, overwrite=False)
+    assert "the output folder holds another run" in str(refusal)
+    assert "`--resume`" in str(refusal)
+    with pytest.raises(UserError, match="permission denied"), folder.locked():
+        pass
