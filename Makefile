@@ -13,7 +13,7 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
 	@echo "make test           every test"
-	@echo "make faults         break runs in every way at every point and write docs/faults.md (about half an hour)"
+	@echo "make faults         break runs in every way at every point and write docs/faults.md; goes on where it was broken off (an hour or more)"
 	@echo "make check          formatting, lint, types, floors, generated files"
 	@echo "make format         format the code"
 	@echo "make fuzz           search for inputs that break what reads them, FUZZ_SECONDS=60 for each of them"
@@ -47,7 +47,7 @@ test: install model
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 faults: fuzz
-	$(BIN)/python scripts/write_faults_page.py
+	$(BIN)/python scripts/write_faults_page.py $(FAULTS)
 
 check: install
 	$(BIN)/ruff format --check .

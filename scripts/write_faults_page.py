@@ -1,12 +1,19 @@
-"""Try every fault of the bench and write docs/faults.md: what each kind is, and what became of its cases."""
+"""Try every fault of the bench and write docs/faults.md: what each kind is, and what became of its cases.
+
+    python scripts/write_faults_page.py            what is not known of this code yet; the page when all of it is
+    python scripts/write_faults_page.py crash      one part: `tests/faults/test_crash.py`
+
+Each part is a run of its own, whose ledger stays in `.faults`: what was broken off goes on where it was. A part counts
+for the code that it was run with, program and bench, and for no other.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -15,6 +22,8 @@ from tests.faults.ledger import table
 
 ROOT = Path(__file__).parent.parent
 FUZZED = ROOT / ".fuzz" / "ledger.json"
+LEDGERS = ROOT / ".faults"
+PARTS = sorted(file.stem.removeprefix("test_") for file in (ROOT / "tests" / "faults").glob("test_*.py"))
 PAGE = ROOT / "docs" / "faults.md"
 HEAD = """# Faults
 
@@ -59,19 +68,51 @@ This page is written by `make faults`.
 """
 
 
-def main() -> int:
-    """Run the bench, write the page and return the status of the tests."""
-    with tempfile.TemporaryDirectory() as folder:
-        ledger = Path(folder) / "ledger.json"
-        command = [sys.executable, "-m", "pytest", "--numprocesses", "auto", "--dist", "worksteal"]
-        tests = [*command, "--faults-ledger", str(ledger), "tests/faults"]
-        status = subprocess.run(tests, cwd=ROOT, env={**os.environ, "DPO_FAULTS": "full"}, check=False).returncode
-        # Tests that were broken off tell nothing of the cases that are missing.
-        if status in (0, 1) and ledger.exists():
-            entries = [entry for file in (ledger, FUZZED) if file.exists() for entry in json.loads(file.read_text())]
-            PAGE.write_text(HEAD + table(entries) + TAIL, encoding="utf-8")
+def code_digest() -> str:
+    """Digest the program and the bench: what was tried holds of them alone."""
+    whole = hashlib.sha256()
+    for file in sorted([*(ROOT / "dpo_cli").rglob("*.py"), *(ROOT / "tests" / "faults").glob("*.py")]):
+        whole.update(f"{file.relative_to(ROOT)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    return whole.hexdigest()[:16]
+
+
+def ledger_of(part: str, digest: str) -> Path:
+    """Return where the cases of a part are kept."""
+    return LEDGERS / f"{part}-{digest}.json"
+
+
+def run(part: str, ledger: Path) -> int:
+    """Try all cases of a part and return the status of its tests; only what was not broken off leaves a ledger."""
+    unfinished = ledger.with_suffix(".unfinished")
+    unfinished.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "--numprocesses", "auto", "--dist", "worksteal"]
+    tests = [*command, "--faults-ledger", str(unfinished), f"tests/faults/test_{part}.py"]
+    status = subprocess.run(tests, cwd=ROOT, env={**os.environ, "DPO_FAULTS": "full"}, check=False).returncode
+    if status in (0, 1) and unfinished.exists():
+        unfinished.replace(ledger)
+    return status
+
+
+def main(*names: str) -> int:
+    """Run what is missing, write the page if nothing is any more, and return the worst status of the tests."""
+    if unknown := set(names) - set(PARTS):
+        sys.exit(f"error: there is no part {', '.join(sorted(unknown))}\n\nhint: the parts are {', '.join(PARTS)}")
+    LEDGERS.mkdir(exist_ok=True)
+    digest, status = code_digest(), 0
+    for part in names or PARTS:
+        if names or not ledger_of(part, digest).exists():
+            print(f"{part} …", flush=True)
+            status = max(status, run(part, ledger_of(part, digest)))
+    ledgers = [ledger_of(part, digest) for part in PARTS]
+    if missing := [part for part, ledger in zip(PARTS, ledgers, strict=True) if not ledger.exists()]:
+        print(f"no page yet: {', '.join(missing)} not tried with this code")
+        return status
+    files = [*ledgers, *([FUZZED] if FUZZED.exists() else [])]
+    entries = [entry for file in files for entry in json.loads(file.read_text(encoding="utf-8"))]
+    PAGE.write_text(HEAD + table(entries) + TAIL, encoding="utf-8")
+    print(table(entries))
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))
