@@ -65,8 +65,9 @@ with warnings.catch_warnings():
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 RTOL = 1e-5
-ATOL = 3e-5
-"""Of the largest entry of a parameter's gradient; 1e-5 is the largest deviation that was measured.
+ATOL = 1e-4
+"""Of the largest entry of a parameter's gradient; the largest deviations that were measured are 1e-5 on one processor
+and 4e-5 on another.
 
 A log-ratio is the difference of two sums of some 200 nats, in which float32 rounds to 1.5e-5. That much may each pair's
 share in the gradient be off, and where the shares cancel, it is small beside the largest entry but not beside what is
