@@ -15,7 +15,6 @@ from dpo_cli.locks import Locked, is_open_at, lock_beside, locked
 HOLD = """
 import sys, time
 from pathlib import Path
-from dpo_cli.errors import UserError
 from dpo_cli.locks import locked
 with locked(Path(sys.argv[1]), "testing"):
     print("held", flush=True)
@@ -85,7 +84,6 @@ def test_many_processes_take_turns(tmp_path):
     script = """
 import sys, time
 from pathlib import Path
-from dpo_cli.errors import UserError
 from dpo_cli.locks import locked
 folder = Path(sys.argv[1])
 for _ in range(5):

@@ -103,6 +103,11 @@ class Texts:
         """Both answers."""
         return self.chosen, self.rejected
 
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """Prompt and answers."""
+        return self.prompt, self.chosen, self.rejected
+
 
 @dataclass(frozen=True, slots=True)
 class Notice:
@@ -142,9 +147,7 @@ def _text(message: Message) -> str:
 
 def _control_characters(texts: Texts) -> bool:
     # What is printable but for its line ends has none, and most texts are; the pattern takes five times as long.
-    return any(
-        not text.replace("\n", "").isprintable() and _CONTROL.search(text) for text in (texts.prompt, *texts.responses)
-    )
+    return any(not text.replace("\n", "").isprintable() and _CONTROL.search(text) for text in texts.parts)
 
 
 def _near_identical(texts: Texts) -> bool:
@@ -185,7 +188,7 @@ def _repeats_prompt(texts: Texts) -> bool:
 
 def _turn_markers(texts: Texts) -> bool:
     # Far quicker than the pattern, which is for the place.
-    whole = "\0".join((texts.prompt, *texts.responses))
+    whole = "\0".join(texts.parts)
     return any(sign in whole and any(marker in whole for marker in markers) for sign, markers in _TURN_MARKERS.items())
 
 
@@ -207,7 +210,7 @@ NOTICED = (
             "A text has U+FFFD, which stands where characters were lost.",
             "Read the original data again in its right encoding.",
         ),
-        lambda texts: any("\ufffd" in text for text in (texts.prompt, *texts.responses)),
+        lambda texts: any("\ufffd" in text for text in texts.parts),
         _REPLACEMENT,
     ),
     Notice(

@@ -89,12 +89,6 @@ class TreeMask:
     _masks: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
-    def block_sizes(self) -> list[int]:
-        """The queries of each call: stretches in pieces of at most `_BLOCK_TOKENS`."""
-        starts = ((stretch, start) for stretch in self.stretches for start in range(0, len(stretch), _BLOCK_TOKENS))
-        return [min(_BLOCK_TOKENS, len(stretch) - start) for stretch, start in starts]
-
-    @functools.cached_property
     def reads(self) -> tuple[Reads, ...]:
         """What each stretch reads, as far as the window reaches."""
         return tuple(self._reads(place, stretch) for place, stretch in enumerate(self.stretches))
@@ -102,12 +96,10 @@ class TreeMask:
     def _reads(self, place: int, stretch: Stretch) -> Reads:
         seen = [i for i in stretch.path if self.stretches[i].end > self._first_key(stretch.depth)]
         start = self.stretches[seen[0]].depth if seen else stretch.depth
-        blocks = (
-            (depth, min(depth + _BLOCK_TOKENS, stretch.end))
-            for depth in range(stretch.depth, stretch.end, _BLOCK_TOKENS)
-        )
+        starts = range(stretch.depth, stretch.end, _BLOCK_TOKENS)
+        blocks = [(depth, min(depth + _BLOCK_TOKENS, stretch.end)) for depth in starts]
         ranges = [(max(start, self._first_key(depth)) - start, end - start) for depth, end in blocks]
-        return Reads((*seen, place), ranges)
+        return Reads((*seen, place), [end - depth for depth, end in blocks], ranges)
 
     def _first_key(self, depth: int) -> int:
         """Return the position of the first key that the token at a position sees."""
@@ -136,11 +128,13 @@ class Reads(NamedTuple):
 
     Attributes:
         stretches: Those whose keys are put together, itself the last, by number.
-        ranges: For each block of its queries the first of these keys that one of them sees, and the place behind the
+        sizes: How many queries each call has, which is a block: at most `_BLOCK_TOKENS`.
+        ranges: For each block the first of these keys that one of them sees, and the place behind the
             last.
     """
 
     stretches: tuple[int, ...]
+    sizes: list[int]
     ranges: list[tuple[int, int]]
 
 
@@ -213,10 +207,10 @@ def tree_attention(
         query, key = query.to(value.dtype), key.to(value.dtype)
         return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
     # Split once: each piece's gradient then has its own size, where slices would fill the whole row with zeros.
-    queries = iter(query.split(mask.block_sizes, dim=2))
+    queries = iter(query.split([size for read in mask.reads for size in read.sizes], dim=2))
     rows = [tensor.split([len(stretch) for stretch in mask.stretches], dim=2) for tensor in (key, value)]
     attended = []
-    for seen, ranges in mask.reads:
+    for seen, _, ranges in mask.reads:
         k, v = (torch.cat([row[i] for i in seen], dim=2) if seen[1:] else row[seen[0]] for row in rows)
         for keys, values in zip(_slices(k, ranges), _slices(v, ranges), strict=True):
             attended.append(_attend(next(queries), keys, values, mask, scaling, softcap).transpose(1, 2))
@@ -257,8 +251,8 @@ def _attend(
     groups = query.shape[1] // key.shape[1]
     added = mask.of(query.shape[2], key.shape[2], query)
     if softcap is None:
-        on_cpu = query.device.type == "cpu" and groups > 1
-        parts = _parts(query.shape[2], key.shape[1], torch.get_num_threads()) if on_cpu else 1
+        may_part = query.device.type == "cpu" and groups > 1
+        parts = _parts(query.shape[2], key.shape[1], torch.get_num_threads()) if may_part else 1
         if added is not None and parts > 1:
             query = query.squeeze(0).unflatten(1, (parts, -1)).transpose(0, 1)
             key, value = (tensor.expand(parts, -1, -1, -1) for tensor in (key, value))

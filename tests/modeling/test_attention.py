@@ -230,7 +230,7 @@ def test_a_block_looks_at_no_more_keys_than_its_window_reaches(monkeypatch):
     starts, stops = [0, 4, 8, 12, 16], [4, 8, 12, 16, 18]
     for window in (1, 4, 5, 6, 20):
         firsts = [max(0, start - window + 1) for start in starts]
-        assert TreeMask((stretch,), window).reads == (((0,), list(zip(firsts, stops, strict=True))),)
+        assert TreeMask((stretch,), window).reads == (((0,), [4, 4, 4, 4, 2], list(zip(firsts, stops, strict=True))),)
 
 
 def test_of_the_stretches_before_it_one_reads_those_within_its_window():
@@ -263,7 +263,7 @@ def test_the_masks_of_a_long_row_do_not_grow_with_its_square():
     for tokens in (1000, 8000):
         tree = token_tree([[1] * tokens])
         mask = TreeMask(tree.stretches, None)
-        for (_, ranges), like in zip(mask.reads, [torch.zeros(1)], strict=True):
+        for (_, _, ranges), like in zip(mask.reads, [torch.zeros(1)], strict=True):
             shown = [mask.of(128, stop - first, like) for first, stop in ranges[:-1]]
         assert {part.untyped_storage().nbytes() for part in shown} == {4 * 128 * tokens}
         assert len({part.untyped_storage().data_ptr() for part in shown}) == 1
