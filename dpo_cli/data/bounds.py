@@ -7,6 +7,7 @@ does not have them, or in a thread that signals do not reach, nothing is bounded
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -34,12 +35,18 @@ def bounded_time(seconds: float) -> Iterator[None]:
         yield
         return
     previous = signal.signal(signal.SIGVTALRM, _stop)
+    # Libraries may have the garbage collector call them, and an exception that is raised in such a call is lost: what
+    # runs within would go on without an end.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, previous)
+        if collects:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,23 @@ def test_a_long_conversation_is_written_whatever_its_length(tokenizer):
     assert long.content in found.prompt
 
 
+def test_an_alarm_is_not_lost_in_what_the_garbage_collector_calls():
+    def busy(phase, info):
+        end = time.process_time() + 0.1
+        while time.process_time() < end:
+            pass
+
+    gc.callbacks.append(busy)
+    try:
+        with pytest.raises(TookTooLong), bounded_time(0.05):
+            end = time.process_time() + 3
+            while time.process_time() < end:
+                ring = []
+                ring.append(ring)
+    finally:
+        gc.callbacks.remove(busy)
+
+
 def test_bounds_leave_nothing_behind():
     import resource
 
@@ -134,6 +153,7 @@ def test_bounds_leave_nothing_behind():
             pass
     with pytest.raises(MemoryError), bounded_memory(1 << 24):
         bytearray(1 << 40)
+    assert gc.isenabled()
     assert signal.getsignal(signal.SIGVTALRM) is handler
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
     assert resource.getrlimit(resource.RLIMIT_DATA) == limits
