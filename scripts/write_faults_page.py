@@ -41,8 +41,8 @@ one that the run gives as if all were well. A **traceback** is one that the user
   it opens, writes, syncs, renames or removes a file or makes a folder, and when half of the bytes of a write are
   written. Three kinds of run: `dpo`; `bco`, which remembers something and has a reference that moves; and one that
   saves in the background. Where two processes train, the other one is killed, as a launcher does, and every fourth
-  operation is tried. Of one process, every sixth is followed by two more crashes while resuming.
-- **Power cut at a file operation**, every fifth. What was not synced is lost by the rules of POSIX, which promise less
+  operation is tried. Of one process, every twelfth is followed by two more crashes while resuming.
+- **Power cut at a file operation**, every tenth. What was not synced is lost by the rules of POSIX, which promise less
   than any one file system: bytes are kept when their file was synced, names when their folder was. Of the rest nothing
   remains; or all names, and files are short; or all names, and files hold zeros; or a part of it, by chance.
 - **SIGKILL at a random moment.** Up to six in a row on one run.

@@ -71,7 +71,7 @@ def test_a_resume_that_crashes_as_well_costs_nothing(
     """Twice one after the other, wherever: while it loads what the first left, or long after."""
     run, troubles = bench(name, 1), []
     points, chance = run.points(), random.Random(share)
-    for first in chosen(points, share, 6, 1):
+    for first in chosen(points, share, 12, 1):
         case = run.case()
         assert crash(case, first)
         again = [chance.choice(points[: len(points) // 3]) for _ in range(2)]
@@ -88,7 +88,7 @@ def test_a_power_cut_at_any_file_operation_costs_nothing_that_was_saved(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, kept: str, share: int
 ) -> None:
     run, troubles = bench(name, 1), []
-    for point in chosen([point for point in run.points() if not point.half], share, 5, 1):
+    for point in chosen([point for point in run.points() if not point.half], share, 10, 1):
         case = run.case()
         cut_power(case, point, kept, seed=point.operation)
         trouble = case.finish(ledger, f"power cut at a file operation: {name}")
