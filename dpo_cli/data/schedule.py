@@ -117,6 +117,11 @@ class Plan:
         """Optimizer steps of the run."""
         return min(self.steps_by_epochs, self.max_steps or self.steps_by_epochs)
 
+    def epochs_after(self, step: int) -> float:
+        """Return how many passes over the data are completed after a step, counted from 1."""
+        epochs, place = divmod(step - 1, self.steps_per_epoch)
+        return epochs + min((place + 1) * self.pairs_per_step, len(self.indices)) / len(self.indices)
+
     def trained_on(self) -> NDArray[np.int64]:
         """Return the indices of the pairs that some step of the run uses, ascending."""
         if self.num_steps >= self.steps_per_epoch:
@@ -134,7 +139,7 @@ class Plan:
             pairs = tuple(int(self.indices[i]) for i in chosen)
             yield Step(
                 number=number,
-                epoch=epoch + min((place + 1) * self.pairs_per_step, len(order)) / len(order),
+                epoch=self.epochs_after(number),
                 num_pairs=len(chosen),
                 pairs=pairs,
                 micro_batches=self._share(pairs, cut, rank, num_ranks),

@@ -60,7 +60,8 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
 
     accelerator, saving = run.accelerator, run.config.checkpoints
     log = MetricsLog(run.folder.metrics, done) if accelerator.is_main_process else None
-    if log and metrics and log.digest != metrics:
+    spoilt = log is not None and metrics not in ("", log.digest)
+    if spoilt:
         run.console.warning(f"rows of {run.folder.metrics} are missing or changed that were there at step {done}")
     writer = CheckpointWriter(run.folder.checkpoints, saving.keep, background=saving.background)
     progress.finish = writer.finish
@@ -68,6 +69,8 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
     try:
         with run.signals.deferred():
             _take_steps(run, progress, done, log, writer)
+            if done == run.plan.num_steps:
+                _evaluate_again(run, log, spoilt=spoilt)
             writer.finish()
             if log:
                 _save_final(run, log.last("eval"))
@@ -184,6 +187,18 @@ def _evaluate(run: Run) -> dict[str, Any]:
             progress,
         )
     return setup.finite_figures(results, run.data.pairs, str(run.folder.checkpoints))
+
+
+def _evaluate_again(run: Run, log: MetricsLog | None, *, spoilt: bool) -> None:
+    """Where the main process's rows are spoilt and no step is left to take, evaluate once more.
+
+    What the trained model is said to do would be another step's figures, or made up.
+    """
+    from accelerate.utils import gather_object
+
+    step = run.plan.num_steps
+    if any(gather_object([spoilt])) and len(run.data.held_out):
+        _log(run, log, "eval", step, {"epoch": run.plan.epochs_after(step), **_evaluate(run)})
 
 
 def _may_skip(run: Run, broken: NotFinite) -> bool:

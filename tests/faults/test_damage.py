@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import build_llama
+from tests.conftest import build_llama, read_metrics
 from tests.faults.conftest import FULL
 from tests.faults.damages import DAMAGES, FLIPPED, FOLDER, MISSING, OTHERS, cases, flip
 from tests.faults.ledger import Outcome
@@ -267,6 +267,19 @@ def test_a_run_with_a_damaged_file_beside_its_checkpoints_ends_the_same_or_says_
     DAMAGES[damage](trial.run / file, stranger.run / file)
     with judged(ledger, f"damage: the run's file, {damage}"):
         require_exact_or_clear(trial, whole, trial.train("--resume"), file)
+
+
+def test_where_the_figures_of_the_last_step_are_gone_they_are_measured_again(tmp_path, whole, ledger):
+    """Else the trained model's card would have those of an earlier step, or none."""
+    trial = whole.unfinished(tmp_path / "t")
+    file = trial.run / "metrics.jsonl"
+    rows = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(rows[:-2]))
+    with judged(ledger, "damage: the run's file, truncated"):
+        require_said(trial.train("--resume"), rf"^warning: {named(file.name)}")
+        if content(trial.final) != content(whole.final):
+            raise Broken(Outcome.WRONG, "another trained model")
+        assert read_metrics(trial.run, "eval")[-1] == read_metrics(whole.run, "eval")[-1]
 
 
 @pytest.mark.parametrize("number", range(100 if FULL else 1))
