@@ -4,7 +4,8 @@
     python scripts/bench_scaling.py --model DIR --pairs 64 1024 --per-step 8 64
 
 Every run is a process of its own on the same distinct pairs, the reference pass included, and prints a row of the
-table: pairs, pairs a step, seconds a pair, peak memory.
+table: pairs, pairs a step, seconds a pair, peak memory, and how fast the machine multiplied matrices meanwhile, which
+is the mean of what was measured in pauses of the run (`benchmark_speed`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, Timed, Work, run_ours
+from benchmark_report import Run
+from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, Work, environment_of, run_ours
+from benchmark_speed import Gauge
 
 
 def distinct_pairs(num_pairs: int, target: Path) -> None:
@@ -27,12 +31,12 @@ def distinct_pairs(num_pairs: int, target: Path) -> None:
             file.write(json.dumps({**row, "instruction": f"{number}. {row['instruction']}"}) + "\n")
 
 
-def measure(model: str, num_pairs: int, per_step: int, threads: int | None) -> Timed:
+def measure(model: str, num_pairs: int, per_step: int, threads: int | None) -> Run:
     """Train on so many pairs for one epoch."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Gauge(environment_of(threads)) as gauge:
         pairs = Path(folder) / "pairs.jsonl"
         distinct_pairs(num_pairs, pairs)
-        return run_ours(Work(model, str(pairs), per_step, 1), threads)
+        return run_ours(Work(model, str(pairs), per_step, 1), threads, gauge)
 
 
 def main() -> int:
@@ -43,11 +47,14 @@ def main() -> int:
     parser.add_argument("--per-step", type=int, nargs="+", default=[8], help="pairs of an optimizer step")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
-    sys.stdout.write("| pairs | pairs a step | seconds a pair | peak memory |\n|---|---|---|---|\n")
+    sys.stdout.write(
+        "| pairs | pairs a step | seconds a pair | peak memory | matrix products |\n|---|---|---|---|---|\n"
+    )
     for num_pairs, per_step in itertools.product(options.pairs, options.per_step):
         run = measure(options.model, num_pairs, per_step, options.threads)
         seconds, peak = run.training_seconds / num_pairs, run.peak_bytes / 1e9
-        sys.stdout.write(f"| {num_pairs:,} | {per_step} | {seconds:.3f} | {peak:.2f} GB |\n")
+        speed = f"{statistics.fmean(run.matmul_gflops):.0f} GFLOP/s" if run.matmul_gflops else "–"
+        sys.stdout.write(f"| {num_pairs:,} | {per_step} | {seconds:.3f} | {peak:.2f} GB | {speed} |\n")
         sys.stdout.flush()
     return 0
 

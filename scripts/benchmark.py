@@ -19,17 +19,31 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, joined, write_report
-from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, ROOT, RunFailed, Work, ask, positive, run_ours, run_theirs
+from benchmark_report import PACKAGES, Case, Disagreement, Machine, Results, Run, check_losses, joined, write_report
+from benchmark_runs import (
+    DEMO_MODEL,
+    DEMO_PAIRS,
+    ROOT,
+    RunFailed,
+    Work,
+    ask,
+    environment_of,
+    positive,
+    run_ours,
+    run_theirs,
+)
+from benchmark_speed import Gauge, GaugeFailed
 from pydantic import ValidationError
 
-PACKAGES = {"dpo": "dpo-cli", "trl": "trl", "torch": "torch", "transformers": "transformers"}
 WORKLOADS = ("short", "long")
 
 
@@ -44,22 +58,24 @@ def run_in_turn(work: Work, what: str, repeats: int, threads: int | None) -> tup
 
     Raises:
         RunFailed: A run failed.
+        GaugeFailed: The machine's speed could not be measured.
         Disagreement: The losses differ.
     """
     ours: list[Run] = []
     theirs: list[Run] = []
-    speeds = [ask(threads, "matmul")["gflops"]]
-    for number in range(1, repeats + 1):
-        sides = [("dpo", run_ours, ours), ("TRL", run_theirs, theirs)]
-        for name, side, runs in sides if number % 2 else reversed(sides):
-            timed = side(work, threads)
-            speeds.append(ask(threads, "matmul")["gflops"])
-            run = Run(**timed.model_dump(), matmul_gflops=(speeds[-2], speeds[-1]))
-            runs.append(run)
-            facts = f"{run.training_seconds:.1f} s, {run.peak_bytes / 1e9:.1f} GB, {max(run.matmul_gflops):.0f} GFLOP/s"
-            say(f"{what}, run {number}/{repeats}: {name} {facts}")
-        difference = check_losses(ours[-1], theirs[-1], f"{what}, run {number}")
-        say(f"{what}, run {number}/{repeats}: the losses differ by {difference:.0e} at most")
+    with Gauge(environment_of(threads)) as gauge:
+        for number in range(1, repeats + 1):
+            sides = [("dpo", run_ours, ours), ("TRL", run_theirs, theirs)]
+            for name, side, runs in sides if number % 2 else reversed(sides):
+                run = side(work, threads, gauge)
+                runs.append(run)
+                speeds = (
+                    f"{statistics.fmean(run.matmul_gflops):.0f} GFLOP/s" if run.matmul_gflops else "too short to hold"
+                )
+                facts = f"{run.training_seconds:.1f} s, {run.peak_bytes / 1e9:.1f} GB, {speeds}"
+                say(f"{what}, run {number}/{repeats}: {name} {facts}")
+            difference = check_losses(ours[-1], theirs[-1], f"{what}, run {number}")
+            say(f"{what}, run {number}/{repeats}: the losses differ by {difference:.0e} at most")
     return ours, theirs
 
 
@@ -68,6 +84,7 @@ def measure(options: argparse.Namespace) -> Results:
 
     Raises:
         RunFailed: A run failed.
+        GaugeFailed: The machine's speed could not be measured.
         Disagreement: The losses differ.
     """
     threads = options.threads
@@ -85,7 +102,7 @@ def measure(options: argparse.Namespace) -> Results:
         date=datetime.date.today(),
         model=options.model.resolve().stem if options.model.suffix == ".gguf" else options.model.resolve().name,
         machine=machine(prepared["threads"]),
-        versions={name: importlib.metadata.version(package) for name, package in PACKAGES.items()},
+        versions=versions(),
         not_counted=prepared["not_counted"],
         cases=cases,
     )
@@ -127,6 +144,15 @@ def machine(threads: int) -> Machine:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     cpu = names[0] if names else platform.processor() or platform.machine()
     return Machine(cpu=cpu, cpus=os.cpu_count() or 1, threads=threads, memory_gb=round(memory, 1))
+
+
+def versions() -> dict[str, str]:
+    """Return what is installed, of this program the commit as well where there is one."""
+    found = {name: importlib.metadata.version(package) for name, package in PACKAGES.items()}
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    if shutil.which("git") and (said := subprocess.run(git, capture_output=True, text=True, check=False)).stdout:
+        found["dpo"] += f" ({said.stdout.strip()})"
+    return found
 
 
 def read_options() -> argparse.Namespace:
@@ -185,7 +211,7 @@ def main() -> int:
     try:
         results = read_results(options.sources) if options.sources else measure(options)
         write_report(results, options.out)
-    except (RunFailed, Disagreement) as error:
+    except (RunFailed, GaugeFailed, Disagreement) as error:
         say(f"error: {error}")
         return 1
     say(f"wrote {options.out}")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PACKAGES = {"dpo": "dpo-cli", "trl": "trl", "torch": "torch", "transformers": "transformers"}
+"""Those whose versions belong to the results, and what they are called where they are installed."""
 
 TOLERANCE = 2e-4
 PAGE, PLOT, RAW = "README.md", "benchmark.png", "results.json"
@@ -23,22 +26,17 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Timed(_Record):
+class Run(_Record):
     """One run of one program, in a process of its own."""
 
     training_seconds: float = Field(gt=0)
-    """From the start of the reference pass, or of TRL's `train()`, to the end of the last step."""
+    """From the start of the reference pass, or of TRL's `train()`, to the end of the last step, pauses left out."""
     command_seconds: float
-    """The whole process: imports, loading, tokenizing, training, saving."""
+    """The whole process, pauses left out: imports, loading, tokenizing, training, saving."""
     peak_bytes: int
     losses: list[float]
-
-
-class Run(Timed):
-    """A run, and how fast the machine was."""
-
-    matmul_gflops: tuple[float, float]
-    """Matrix products right before and right after."""
+    matmul_gflops: list[float]
+    """How fast the machine was in each pause of the training; none if it was over before the first."""
 
 
 class Case(_Record):
@@ -104,8 +102,8 @@ class Results(_Record):
 
     @model_validator(mode="after")
     def _names_versions(self) -> Self:
-        if not {"dpo", "trl", "torch", "transformers"} <= self.versions.keys():
-            raise ValueError("the versions of dpo, trl, torch and transformers belong to it")
+        if not PACKAGES.keys() <= self.versions.keys():
+            raise ValueError(f"the versions of {', '.join(PACKAGES)} belong to it")
         return self
 
 
@@ -222,19 +220,20 @@ def table(results: Results) -> list[str]:
                 _spread(case.speeds(runs)),
                 ratio,
                 f"{statistics.median(run.peak_bytes for run in runs) / 1e9:.1f} GB",
-                f"{100 * statistics.median(shares):.0f} %" if shares else "–",
+                _spread([100 * share for share in shares], " %") if shares else "–",
                 f"{statistics.median(run.command_seconds for run in runs):.0f} s",
             )
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _shares(case: Case, runs: list[Run], speed: Callable[[tuple[float, float]], float] = max) -> list[float]:
-    """Return each run's necessary arithmetic as a share of the machine's speed, which is taken of both measurements."""
+def _shares(case: Case, runs: list[Run]) -> list[float]:
+    """Return the necessary arithmetic of each run as a share of what the machine could do in its time."""
     flops = case.necessary_flops
     if flops is None:
         return []
-    return [flops / run.training_seconds / (speed(run.matmul_gflops) * 1e9) for run in runs]
+    measured = [run for run in runs if run.matmul_gflops]
+    return [flops / run.training_seconds / (statistics.fmean(run.matmul_gflops) * 1e9) for run in measured]
 
 
 def _workloads(results: Results) -> list[str]:
@@ -257,7 +256,8 @@ def _notes(results: Results) -> list[str]:
     most = max(len(case.ours) for case in results.cases)
     runs = {len(case.ours) for case in results.cases}
     times = _counted(most, "time") if len(runs) == 1 else f"{min(runs)} to {most} times"
-    speeds = [max(run.matmul_gflops) for case in results.cases for run in case.ours + case.theirs]
+    speeds = [speed for case in results.cases for run in case.ours + case.theirs for speed in run.matmul_gflops]
+    spread = f" ({min(speeds):.0f} – {max(speeds):.0f} GFLOP/s)" if speeds else ""
     notes = [
         f"- Both programs ran in turn, {times} each, on the same model, pairs, order, "
         "steps, data type and threads; every run is a process of its own. TRL has its defaults otherwise, gradient "
@@ -271,19 +271,15 @@ def _notes(results: Results) -> list[str]:
     ]
     if results.not_counted:
         return [*notes, f"- The arithmetic of this model is not counted: {results.not_counted}."]
-    means = ((case, statistics.median(_shares(case, case.ours, statistics.fmean))) for case in results.cases)
-    by_mean = ", ".join(
-        f"{100 * share:.0f} % on {case.workload} pairs, {_counted(case.epochs, 'epoch')}" for case, share in means
-    )
     return [
         *notes,
         "- **necessary arithmetic** is (1 + 3 · epochs) forward passes over the shared tokens, the prompt of a pair "
         "once: 2 operations for each weight of the body's linear layers and token; 4 · heads · head size for each "
         "layer, query and key that it attends to; 2 · vocabulary · hidden size for each response token.",
         "- **share of matrix-product speed**: necessary arithmetic by the time of training, as a share of the speed of "
-        "`torch.matmul` on float32 matrices of 2048 × 2048, the best of 20, same threads, measured right "
-        f"before and right after each run; the larger counts ({min(speeds):.0f} – {max(speeds):.0f} GFLOP/s). Median. "
-        f"By the mean of both, which a machine shared with others comes nearer to, dpo reaches {by_mean}.",
+        "`torch.matmul` on float32 matrices of 2048 × 2048, same threads. For that a run is held every 10 seconds of "
+        "its training, which is not counted as its time, and the best of 8 products is taken: the speed is the mean of "
+        f"all pauses of a run{spread}. Median (least – most).",
     ]
 
 

@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmark_report import Timed
+from benchmark_report import Run
+from benchmark_speed import Gauge, Holder, Pause
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,8 +38,8 @@ class Clock:
     begins: re.Pattern[str]
     ends: re.Pattern[str]
 
-    def seconds(self, lines: StampedLines) -> float:
-        """Return the seconds from the first line that begins to the last one that ends.
+    def seconds(self, lines: StampedLines, pauses: Sequence[Pause] = ()) -> float:
+        """Return the seconds from the first line that begins to the last one that ends, without pauses.
 
         Raises:
             RunFailed: There is no such line.
@@ -46,7 +48,8 @@ class Clock:
         ended = [stamp for stamp, line in lines if self.ends.match(line)]
         if not begun or not ended:
             raise RunFailed(f"no line says when training {'ended' if begun else 'began'}\n{_tail(lines)}")
-        return ended[-1] - begun[0]
+        held = sum(max(0.0, min(one.ended, ended[-1]) - max(one.began, begun[0])) for one in pauses)
+        return ended[-1] - begun[0] - held
 
 
 # A line of progress such as `32/64` comes when part of the reference pass is over: too late to start a clock.
@@ -61,7 +64,9 @@ class Ended:
     output: str
     lines: StampedLines
     seconds: float
+    """Without pauses."""
     peak_bytes: int
+    pauses: list[Pause]
 
 
 @dataclass(frozen=True)
@@ -74,20 +79,36 @@ class Work:
     epochs: int
 
 
-def run_process(command: list[str], environment: dict[str, str]) -> Ended:
+def run_process(
+    command: list[str], environment: dict[str, str], measured: tuple[Clock, Callable[[], float]] | None = None
+) -> Ended:
     """Run a command to its end, noting when each line of its standard error came.
+
+    Args:
+        command: What to run.
+        environment: Of the process.
+        measured: When training is under way, and what measures the machine's speed meanwhile, for which the process is
+            held every few seconds.
 
     Raises:
         RunFailed: It ended with another status than 0.
+        GaugeFailed: The speed could not be measured.
     """
     lines: StampedLines = []
     with tempfile.TemporaryFile() as output:
         started = time.monotonic()
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, cwd=ROOT, env=environment)
+        clock, holder = (measured[0], Holder(child.pid, measured[1])) if measured else (None, None)
         try:
             with child.stderr as stream:
                 for line in stream:
-                    lines.append((time.monotonic(), line.decode(errors="replace").rstrip().rsplit("\r")[-1]))
+                    text = line.decode(errors="replace").rstrip().rsplit("\r")[-1]
+                    lines.append((time.monotonic(), text))
+                    if holder and clock.begins.match(text):
+                        holder.begin()
+                    elif holder and clock.ends.match(text):
+                        holder.end()
+            pauses = holder.end() if holder else []
             # Of this child alone; RUSAGE_CHILDREN would be the largest of all that ever ran.
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
@@ -95,13 +116,14 @@ def run_process(command: list[str], environment: dict[str, str]) -> Ended:
             if child.returncode is None:
                 child.kill()
                 child.wait()
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - started - sum(one.ended - one.began for one in pauses)
         output.seek(0)
         printed = output.read().decode(errors="replace")
     if child.returncode != 0:
         program = next(Path(word).name for word in command[1:] if not word.startswith("-"))
         raise RunFailed(f"`{program} …` ended with status {child.returncode}\n{_tail(lines)}")
-    return Ended(printed, lines, seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+    peak_bytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Ended(printed, lines, seconds, peak_bytes, pauses)
 
 
 def _tail(lines: StampedLines) -> str:
@@ -124,7 +146,7 @@ def ask(threads: int | None, *arguments: str) -> dict[str, Any]:
     return answer
 
 
-def run_ours(work: Work, threads: int | None) -> Timed:
+def run_ours(work: Work, threads: int | None, gauge: Gauge) -> Run:
     """Train with this program, in a cache of its own so that the reference pass is part of the run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -148,27 +170,29 @@ def run_ours(work: Work, threads: int | None) -> Timed:
         config = folder / "benchmark.yaml"
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")
         environment = environment_of(threads, DPO_CACHE_DIR=str(folder / "cache"))
-        ended = run_process([sys.executable, "-m", "dpo_cli", "train", "--config", str(config)], environment)
+        command = [sys.executable, "-m", "dpo_cli", "train", "--config", str(config)]
+        ended = run_process(command, environment, (OUR_CLOCK, gauge))
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["split"] == "train"]
     return _run(ended, OUR_CLOCK, losses)
 
 
-def run_theirs(work: Work, threads: int | None) -> Timed:
+def run_theirs(work: Work, threads: int | None, gauge: Gauge) -> Run:
     """Train with TRL."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [work.model, work.pairs, str(work.pairs_per_step), str(work.epochs), folder]
         command = [sys.executable, str(SCRIPTS / "benchmark_peer.py"), *arguments]
-        ended = run_process(command, environment_of(threads))
+        ended = run_process(command, environment_of(threads), (THEIR_CLOCK, gauge))
     return _run(ended, THEIR_CLOCK, json.loads(ended.output.splitlines()[-1]))
 
 
-def _run(ended: Ended, clock: Clock, losses: list[float]) -> Timed:
-    return Timed(
-        training_seconds=clock.seconds(ended.lines),
+def _run(ended: Ended, clock: Clock, losses: list[float]) -> Run:
+    return Run(
+        training_seconds=clock.seconds(ended.lines, ended.pauses),
         command_seconds=ended.seconds,
         peak_bytes=ended.peak_bytes,
         losses=losses,
+        matmul_gflops=[pause.gflops for pause in ended.pauses],
     )
 
 

@@ -7,11 +7,14 @@ import itertools
 import math
 import os
 import sys
+import time
 
 import benchmark
+import benchmark_speed
 import pytest
 from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, joined, page, plot, write_report
 from benchmark_runs import OUR_CLOCK, THEIR_CLOCK, RunFailed, run_process
+from benchmark_speed import Gauge, GaugeFailed, Pause
 from benchmark_work import LONG_TOKENS, Lengths, NotCounted, arithmetic, long_rows
 
 from tests.conftest import ROOT
@@ -23,7 +26,7 @@ def make_run(seconds=10.0, losses=(0.6931, 0.6), peak=2e9, gflops=(90.0, 100.0))
         command_seconds=seconds + 5,
         peak_bytes=int(peak),
         losses=list(losses),
-        matmul_gflops=gflops,
+        matmul_gflops=list(gflops),
     )
 
 
@@ -97,14 +100,15 @@ def test_the_reference_is_computed_once_and_every_epoch_costs_three_passes(epoch
     assert make_case([make_run()], [make_run()], epochs).necessary_flops == passes * 1e12
 
 
-def test_the_share_is_of_the_faster_of_both_measurements():
-    """4·10¹² operations in 80 s are 50 GFLOP/s: half of 100; in 160 s 25, half of what the machine does then."""
-    text = page(make_results(make_case([make_run(80)], [make_run(160, gflops=(50.0, 40.0))])))
-    assert "| 50 % | 85 s |" in text
-    assert "| 50 % | 165 s |" in text
-    assert "(50 – 100 GFLOP/s)" in text
-    # The mean of 90 and 100 is 95.
-    assert "By the mean of both, which a machine shared with others comes nearer to, dpo reaches 53 % on short" in text
+def test_the_share_is_of_the_mean_speed_while_the_run_was_held():
+    """4·10¹² operations in 80 s are 50 GFLOP/s, half of 100; in 160 s 25, half of what the machine does then."""
+    ours, theirs = make_run(80, gflops=(80.0, 90.0, 130.0)), make_run(160, gflops=(50.0,))
+    text = page(make_results(make_case([ours], [theirs])))
+    assert "| 50.0 % | 85 s |" in text
+    assert "| 50.0 % | 165 s |" in text
+    assert "(50 – 130 GFLOP/s)" in text
+    too_short = make_run(8, gflops=())
+    assert "| – | 13 s |" in page(make_results(make_case([too_short], [theirs])))
 
 
 def test_the_ratio_is_that_of_each_run_with_its_partner():
@@ -140,6 +144,68 @@ def test_the_clock_runs_from_the_reference_pass_to_the_last_step():
     for missing in (1, 5):
         with pytest.raises(RunFailed, match="began" if missing == 1 else "ended"):
             OUR_CLOCK.seconds(lines[:missing] + lines[missing + 1 :])
+
+
+def test_pauses_are_no_time_of_training():
+    lines = [(2.0, "benchmark: training begins"), (9.0, "benchmark: training ended")]
+    pauses = [Pause(0.5, 1.5, 1.0), Pause(1.5, 2.5, 1.0), Pause(4.0, 5.0, 1.0), Pause(8.5, 9.75, 1.0)]
+    assert THEIR_CLOCK.seconds(lines, pauses) == 7.0 - 0.5 - 1.0 - 0.5
+
+
+TICKING = """
+import sys, time
+def tell(what):
+    print(what, file=sys.stderr, flush=True)
+def tick(seconds):
+    last = begun = time.monotonic()
+    while last < begun + seconds:
+        now = time.monotonic()
+        if now - last > 0.2:
+            print(last, now)
+        last = now
+tick(0.6)
+tell("benchmark: training begins")
+tick(2)
+tell("benchmark: training ended")
+tick(0.6)
+"""
+
+
+def test_a_run_is_held_while_the_machine_is_measured_and_only_while_it_trains(monkeypatch):
+    def measure():
+        time.sleep(0.3)
+        return 7.0
+
+    monkeypatch.setattr(benchmark_speed, "SECONDS_BETWEEN", 0.2)
+    ended = run_process([sys.executable, "-c", TICKING], dict(os.environ), (THEIR_CLOCK, measure))
+    held = [tuple(map(float, line.split())) for line in ended.output.splitlines()]
+    assert len(ended.pauses) >= 2
+    # A busy machine holds it up as well.
+    assert len(held) >= len(ended.pauses)
+    for pause in ended.pauses:
+        assert pause.gflops == 7.0
+        assert any(began < pause.ended and pause.began < over for began, over in held)
+    begun, over = (stamp for stamp, line in ended.lines if line.startswith("benchmark"))
+    assert all(begun < pause.began < over for pause in ended.pauses)
+    assert THEIR_CLOCK.seconds(ended.lines, ended.pauses) < over - begun - 0.5
+
+
+def test_the_machine_is_measured_by_a_process_that_waits_to_be_asked():
+    with Gauge(dict(os.environ)) as gauge:
+        assert gauge() > 0
+        assert gauge() > 0
+        gauge._process.kill()
+        with pytest.raises(GaugeFailed, match="is gone"):
+            gauge()
+
+
+def test_a_run_goes_on_where_the_machine_cannot_be_measured(monkeypatch):
+    def measure():
+        raise GaugeFailed("gone")
+
+    monkeypatch.setattr(benchmark_speed, "SECONDS_BETWEEN", 0.2)
+    with pytest.raises(GaugeFailed, match="gone"):
+        run_process([sys.executable, "-c", TICKING], dict(os.environ), (THEIR_CLOCK, measure))
 
 
 def test_the_clock_of_the_peer_is_read_from_its_own_marks():
