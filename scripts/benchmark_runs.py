@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import yaml
 from benchmark_report import Run
-from benchmark_speed import Gauge, Holder, Pause
+from benchmark_speed import Gauge, GaugeFailed, Holder, Pause
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -115,6 +116,9 @@ def run_process(
         finally:
             if child.returncode is None:
                 child.kill()
+                if holder:
+                    with contextlib.suppress(GaugeFailed):
+                        holder.end()
                 child.wait()
         seconds = time.monotonic() - started - sum(one.ended - one.began for one in pauses)
         output.seek(0)

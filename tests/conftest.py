@@ -69,6 +69,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run what takes longest first: at the end, one process would wait for the other."""
+    items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """Show what became of the cases of all tests of faults; their reports come from the workers as well."""
     reports = [report for some in terminalreporter.stats.values() for report in some]

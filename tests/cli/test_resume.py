@@ -1,6 +1,6 @@
 """Whatever ends a run, `--resume` finishes it as if nothing had happened.
 
-That it does so after every step, whatever the run is made of, is in `tests/faults/test_exact_resume.py`.
+Killed at any moment, with damage to any file, after every step and whatever the run is made of: `tests/faults`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 
@@ -64,38 +63,6 @@ def test_a_run_does_not_go_on_with_another_reference(write_config, tmp_path, tok
     assert "the reference is not the one that the run was started with" in result.stderr
 
 
-# After which line, how many of its kind, and how many seconds later the process is killed; one after the other.
-MOMENTS = [
-    ("loading", 1, 0.5),
-    ("output", 1, 0.05),
-    ("step", 1, 0.0),
-    ("step", 4, 0.01),
-    ("step", 2, 0.03),
-    ("step", 5, 0),
-]
-
-
-def test_killed_at_any_moment_as_often_as_it_takes(uninterrupted, tmp_path):
-    """With a cache of its own, so that the reference pass is interrupted as well."""
-    file, whole = uninterrupted
-    run, env = tmp_path / "killed", {"DPO_CACHE_DIR": str(tmp_path / "cache")}
-    reached = []
-    for said, times, delay in MOMENTS:
-        process = start(file, "--resume", f"output_dir={run}", env=env)
-        for line in process.stdout:
-            times -= line.startswith(said)
-            if not times:
-                break
-        time.sleep(delay)
-        process.kill()
-        process.communicate()
-        reached.append(process.returncode)
-    assert reached == [-signal.SIGKILL] * len(MOMENTS)
-    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}", env=env)
-    assert result.returncode == 0, result.stderr
-    assert_same_run(run, whole)
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(uninterrupted, tmp_path, number, status):
     file, whole = uninterrupted
@@ -127,25 +94,6 @@ def test_asked_to_stop_while_loading_it_stops_at_once(uninterrupted, tmp_path):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "Traceback" not in said
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "missing", "no manifest"])
-def test_a_damaged_checkpoint_is_passed_over_with_a_word(uninterrupted, tmp_path, damage):
-    file, whole = uninterrupted
-    run = tmp_path / "damaged"
-    shutil.copytree(whole, run)
-    shutil.rmtree(run / "final")
-    victim = run / "checkpoints" / "step-000012" / ("manifest.json" if damage == "no manifest" else "model.safetensors")
-    data = bytearray(victim.read_bytes())
-    data[-1] ^= 1
-    victim.write_bytes(data if damage == "flip" else data[:-1])
-    if damage in ("missing", "no manifest"):
-        victim.unlink()
-    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
-    assert result.returncode == 0, result.stderr
-    assert "passing over the damaged checkpoint" in result.stderr
-    assert "resuming after step 9" in result.stderr
-    assert_same_run(run, whole)
 
 
 def test_what_only_decides_memory_may_change_when_a_run_goes_on(uninterrupted, tmp_path):
