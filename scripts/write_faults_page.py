@@ -4,7 +4,7 @@
     python scripts/write_faults_page.py crash      one part: `tests/faults/test_crash.py`
 
 Each part is a run of its own, whose ledger stays in `.faults`: what was broken off goes on where it was. A part counts
-for the code that it was run with, program and bench, and for no other.
+for the code that it was run with, program and its own tests, and for no other.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ one that the run gives as if all were well. A **traceback** is one that the user
   steps, evaluates, saves four checkpoints and drops the older two. The process is ended at every file operation: before
   it opens, writes, syncs, renames or removes a file or makes a folder, and when half of the bytes of a write are
   written. Three kinds of run: `dpo`; `bco`, which remembers something and has a reference that moves; and one that
-  saves in the background. Where two processes train, the other one is killed, as a launcher does, and every fourth
+  saves in the background. Where two processes train, the other one is killed, as a launcher does, and every eighth
   operation is tried. Of one process, every twelfth is followed by two more crashes while resuming.
 - **Power cut at a file operation**, every tenth. What was not synced is lost by the rules of POSIX, which promise less
   than any one file system: bytes are kept when their file was synced, names when their folder was. Of the rest nothing
@@ -68,17 +68,19 @@ This page is written by `make faults`.
 """
 
 
-def code_digest() -> str:
-    """Digest the program and the bench: what was tried holds of them alone."""
+def code_digest(part: str) -> str:
+    """Digest the program and what a part of the bench is made of: what was tried holds of them alone."""
     whole = hashlib.sha256()
-    for file in sorted([*(ROOT / "dpo_cli").rglob("*.py"), *(ROOT / "tests" / "faults").glob("*.py")]):
+    bench = [file for file in (ROOT / "tests" / "faults").glob("*.py") if not file.name.startswith("test_")]
+    own = ROOT / "tests" / "faults" / f"test_{part}.py"
+    for file in sorted([*(ROOT / "dpo_cli").rglob("*.py"), *bench, own]):
         whole.update(f"{file.relative_to(ROOT)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
     return whole.hexdigest()[:16]
 
 
-def ledger_of(part: str, digest: str) -> Path:
+def ledger_of(part: str) -> Path:
     """Return where the cases of a part are kept."""
-    return LEDGERS / f"{part}-{digest}.json"
+    return LEDGERS / f"{part}-{code_digest(part)}.json"
 
 
 def run(part: str, ledger: Path) -> int:
@@ -99,12 +101,12 @@ def main(*names: str) -> int:
     if unknown := set(names) - set(PARTS):
         sys.exit(f"error: there is no part {', '.join(sorted(unknown))}\n\nhint: the parts are {', '.join(PARTS)}")
     LEDGERS.mkdir(exist_ok=True)
-    digest, status = code_digest(), 0
+    status = 0
     for part in names or PARTS:
-        if names or not ledger_of(part, digest).exists():
+        if names or not ledger_of(part).exists():
             print(f"{part} …", flush=True)
-            status = max(status, run(part, ledger_of(part, digest)))
-    ledgers = [ledger_of(part, digest) for part in PARTS]
+            status = max(status, run(part, ledger_of(part)))
+    ledgers = [ledger_of(part) for part in PARTS]
     if missing := [part for part, ledger in zip(PARTS, ledgers, strict=True) if not ledger.exists()]:
         print(f"no page yet: {', '.join(missing)} not tried with this code")
         return status

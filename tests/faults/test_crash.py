@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
-from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
 from tests.faults.power import KEPT
 from tests.faults.runs import RUNS, Bench, Case, Point
+from tests.faults.shares import SHARES, SOME, chosen, report
 from tests.faults.shim import CRASHED
-
-SHARES = range(8 if FULL else 1)
-"""A test takes one share of the points, so that processes can share them out."""
 
 KINDS = [*((name, 1) for name in RUNS), ("dpo", 2), ("bco", 2)]
 NAMES = {1: "one process", 2: "two processes"}
-
-SOME = list(RUNS) if FULL else ["bco"]
-"""The kinds of run for what need not be seen of all of them in `make test`."""
-
-_T = TypeVar("_T")
-
-
-def chosen(points: Sequence[_T], share: int, every: int, few: int) -> Sequence[_T]:
-    """Return a share of every so-manieth point; or, outside `make faults`, a few that are spread over all."""
-    if FULL:
-        return points[::every][share :: len(SHARES)]
-    return [points[len(points) * (2 * place + 1) // (2 * few)] for place in range(few)]
 
 
 def crash(case: Case, point: Point, *arguments: str) -> bool:
@@ -42,19 +27,13 @@ def crash(case: Case, point: Point, *arguments: str) -> bool:
     return ended.status == CRASHED
 
 
-def report(troubles: Sequence[str]) -> None:
-    """Fail where there are troubles."""
-    found = [trouble for trouble in troubles if trouble]
-    assert not found, f"{len(found)} of {len(troubles)} cases:\n\n" + "\n\n".join(found[:5])
-
-
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize(("name", "num_ranks"), KINDS)
 def test_a_crash_at_any_file_operation_costs_nothing(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, num_ranks: int, share: int
 ) -> None:
     run, troubles = bench(name, num_ranks), []
-    every, few = (1, 3) if num_ranks == 1 else (4, 1)
+    every, few = (1, 3) if num_ranks == 1 else (8, 1)
     for point in chosen(run.points(), share, every, few):
         case = run.case()
         assert crash(case, point)

@@ -12,7 +12,7 @@ import pytest
 from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
 from tests.faults.runs import Bench
-from tests.faults.test_crash import SHARES, SOME
+from tests.faults.shares import SHARES, SOME
 
 NUM_KILLS = 10 if FULL else 4
 """Of each kind of run and share."""

@@ -12,7 +12,7 @@ import pytest
 from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
 from tests.faults.runs import Bench, Case
-from tests.faults.test_crash import SHARES, SOME, chosen, report
+from tests.faults.shares import SHARES, SOME, chosen, report
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
 
