@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 
 from benchmark_report import Run
-from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, Work, environment_of, run_ours
-from benchmark_speed import Gauge
+from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, RunFailed, Work, end_when_told, environment_of, run_ours
+from benchmark_speed import Gauge, GaugeFailed
 
 
 def distinct_pairs(num_pairs: int, target: Path) -> None:
@@ -47,13 +47,17 @@ def main() -> int:
     parser.add_argument("--per-step", type=int, nargs="+", default=[8], help="pairs of an optimizer step")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args()
+    end_when_told()
     sys.stdout.write(
         "| pairs | pairs a step | seconds a pair | peak memory | matrix products |\n|---|---|---|---|---|\n"
     )
     for num_pairs, per_step in itertools.product(options.pairs, options.per_step):
-        run = measure(options.model, num_pairs, per_step, options.threads)
+        try:
+            run = measure(options.model, num_pairs, per_step, options.threads)
+        except (RunFailed, GaugeFailed) as error:
+            sys.exit(f"error: {error}")
         seconds, peak = run.training_seconds / num_pairs, run.peak_bytes / 1e9
-        speed = f"{statistics.fmean(run.matmul_gflops):.0f} GFLOP/s" if run.matmul_gflops else "–"
+        speed = f"{statistics.fmean(run.gflops_meanwhile):.0f} GFLOP/s" if run.gflops_meanwhile else "–"
         sys.stdout.write(f"| {num_pairs:,} | {per_step} | {seconds:.3f} | {peak:.2f} GB | {speed} |\n")
         sys.stdout.flush()
     return 0

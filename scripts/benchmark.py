@@ -19,7 +19,6 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -36,6 +35,7 @@ from benchmark_runs import (
     RunFailed,
     Work,
     ask,
+    end_when_told,
     environment_of,
     positive,
     run_ours,
@@ -70,7 +70,9 @@ def run_in_turn(work: Work, what: str, repeats: int, threads: int | None) -> tup
                 run = side(work, threads, gauge)
                 runs.append(run)
                 speeds = (
-                    f"{statistics.fmean(run.matmul_gflops):.0f} GFLOP/s" if run.matmul_gflops else "too short to hold"
+                    f"{statistics.fmean(run.gflops_meanwhile):.0f} GFLOP/s"
+                    if run.gflops_meanwhile
+                    else "too short to hold"
                 )
                 facts = f"{run.training_seconds:.1f} s, {run.peak_bytes / 1e9:.1f} GB, {speeds}"
                 say(f"{what}, run {number}/{repeats}: {name} {facts}")
@@ -87,7 +89,7 @@ def measure(options: argparse.Namespace) -> Results:
         GaugeFailed: The machine's speed could not be measured.
         Disagreement: The losses differ.
     """
-    threads = options.threads
+    threads, of_code = options.threads, versions()
     with tempfile.TemporaryDirectory() as folder:
         say("preparing model and pairs …")
         workloads = {name: _wanted(options, name) for name in options.workloads}
@@ -102,7 +104,7 @@ def measure(options: argparse.Namespace) -> Results:
         date=datetime.date.today(),
         model=options.model.resolve().stem if options.model.suffix == ".gguf" else options.model.resolve().name,
         machine=machine(prepared["threads"]),
-        versions=versions(),
+        versions=of_code,
         not_counted=prepared["not_counted"],
         cases=cases,
     )
@@ -147,12 +149,20 @@ def machine(threads: int) -> Machine:
 
 
 def versions() -> dict[str, str]:
-    """Return what is installed, of this program the commit as well where there is one."""
+    """Return what is installed; of this program the commit as well, where that is known, and whether it was changed."""
     found = {name: importlib.metadata.version(package) for name, package in PACKAGES.items()}
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
-    if shutil.which("git") and (said := subprocess.run(git, capture_output=True, text=True, check=False)).stdout:
-        found["dpo"] += f" ({said.stdout.strip()})"
+    if commit := _git("log", "-1", "--format=%h", "--", "dpo_cli"):
+        found["dpo"] += f" ({commit}{', changed' if _git('status', '--porcelain', '--', 'dpo_cli') else ''})"
     return found
+
+
+def _git(*arguments: str) -> str:
+    """Return what git says of this checkout; nothing where there is none."""
+    try:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def read_options() -> argparse.Namespace:
@@ -205,6 +215,7 @@ def read_results(files: Sequence[Path]) -> Results:
 def main() -> int:
     """Measure, or read what was measured; write the report; return the exit status."""
     options = read_options()
+    end_when_told()
     if lack := missing(options):
         say(f"error: {lack}")
         return 2

@@ -35,7 +35,7 @@ class Run(_Record):
     """The whole process, pauses left out: imports, loading, tokenizing, training, saving."""
     peak_bytes: int
     losses: list[float]
-    matmul_gflops: list[float]
+    gflops_meanwhile: list[float]
     """How fast the machine was in each pause of the training; none if it was over before the first."""
 
 
@@ -232,8 +232,8 @@ def _shares(case: Case, runs: list[Run]) -> list[float]:
     flops = case.necessary_flops
     if flops is None:
         return []
-    measured = [run for run in runs if run.matmul_gflops]
-    return [flops / run.training_seconds / (statistics.fmean(run.matmul_gflops) * 1e9) for run in measured]
+    measured = [run for run in runs if run.gflops_meanwhile]
+    return [flops / run.training_seconds / (statistics.fmean(run.gflops_meanwhile) * 1e9) for run in measured]
 
 
 def _workloads(results: Results) -> list[str]:
@@ -256,7 +256,7 @@ def _notes(results: Results) -> list[str]:
     most = max(len(case.ours) for case in results.cases)
     runs = {len(case.ours) for case in results.cases}
     times = _counted(most, "time") if len(runs) == 1 else f"{min(runs)} to {most} times"
-    speeds = [speed for case in results.cases for run in case.ours + case.theirs for speed in run.matmul_gflops]
+    speeds = [speed for case in results.cases for run in case.ours + case.theirs for speed in run.gflops_meanwhile]
     spread = f" ({min(speeds):.0f} – {max(speeds):.0f} GFLOP/s)" if speeds else ""
     notes = [
         f"- Both programs ran in turn, {times} each, on the same model, pairs, order, "
@@ -277,9 +277,9 @@ def _notes(results: Results) -> list[str]:
         "once: 2 operations for each weight of the body's linear layers and token; 4 · heads · head size for each "
         "layer, query and key that it attends to; 2 · vocabulary · hidden size for each response token.",
         "- **share of matrix-product speed**: necessary arithmetic by the time of training, as a share of the speed of "
-        "`torch.matmul` on float32 matrices of 2048 × 2048, same threads. For that a run is held every 10 seconds of "
-        "its training, which is not counted as its time, and the best of 8 products is taken: the speed is the mean of "
-        f"all pauses of a run{spread}. Median (least – most).",
+        "`torch.matmul` on float32 matrices of 2048 × 2048, same threads. For that a run is held after 5 seconds of "
+        "its training and then every 10, which is not counted as its time, and the best of 8 products is taken: the "
+        f"speed is the mean of all pauses of a run{spread}. Median (least – most).",
     ]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -81,14 +82,14 @@ class Work:
 
 
 def run_process(
-    command: list[str], environment: dict[str, str], measured: tuple[Clock, Callable[[], float]] | None = None
+    command: list[str], environment: dict[str, str], gauged: tuple[Clock, Callable[[], float]] | None = None
 ) -> Ended:
     """Run a command to its end, noting when each line of its standard error came.
 
     Args:
         command: What to run.
         environment: Of the process.
-        measured: When training is under way, and what measures the machine's speed meanwhile, for which the process is
+        gauged: Tells when training is under way, and measures the machine's speed meanwhile, for which the process is
             held every few seconds.
 
     Raises:
@@ -99,7 +100,7 @@ def run_process(
     with tempfile.TemporaryFile() as output:
         started = time.monotonic()
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.PIPE, cwd=ROOT, env=environment)
-        clock, holder = (measured[0], Holder(child.pid, measured[1])) if measured else (None, None)
+        clock, holder = (gauged[0], Holder(child.pid, gauged[1])) if gauged else (None, None)
         try:
             with child.stderr as stream:
                 for line in stream:
@@ -115,10 +116,10 @@ def run_process(
             child.returncode = os.waitstatus_to_exitcode(status)
         finally:
             if child.returncode is None:
-                child.kill()
                 if holder:
                     with contextlib.suppress(GaugeFailed):
                         holder.end()
+                child.kill()
                 child.wait()
         seconds = time.monotonic() - started - sum(one.ended - one.began for one in pauses)
         output.seek(0)
@@ -178,7 +179,7 @@ def run_ours(work: Work, threads: int | None, gauge: Gauge) -> Run:
         ended = run_process(command, environment, (OUR_CLOCK, gauge))
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["split"] == "train"]
-    return _run(ended, OUR_CLOCK, losses)
+    return as_run(ended, OUR_CLOCK, losses)
 
 
 def run_theirs(work: Work, threads: int | None, gauge: Gauge) -> Run:
@@ -187,17 +188,28 @@ def run_theirs(work: Work, threads: int | None, gauge: Gauge) -> Run:
         arguments = [work.model, work.pairs, str(work.pairs_per_step), str(work.epochs), folder]
         command = [sys.executable, str(SCRIPTS / "benchmark_peer.py"), *arguments]
         ended = run_process(command, environment_of(threads), (THEIR_CLOCK, gauge))
-    return _run(ended, THEIR_CLOCK, json.loads(ended.output.splitlines()[-1]))
+    return as_run(ended, THEIR_CLOCK, json.loads(ended.output.splitlines()[-1]))
 
 
-def _run(ended: Ended, clock: Clock, losses: list[float]) -> Run:
+def as_run(ended: Ended, clock: Clock, losses: list[float]) -> Run:
+    """Make a run of what a process left and the losses it logged.
+
+    Raises:
+        RunFailed: It did not say when training began or ended.
+    """
     return Run(
         training_seconds=clock.seconds(ended.lines, ended.pauses),
         command_seconds=ended.seconds,
         peak_bytes=ended.peak_bytes,
         losses=losses,
-        matmul_gflops=[pause.gflops for pause in ended.pauses],
+        gflops_meanwhile=[pause.gflops for pause in ended.pauses],
     )
+
+
+def end_when_told() -> None:
+    """Let SIGTERM and SIGHUP end this program as an error does: a run that is held must not be left behind."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *received: sys.exit(128 + received[0]))
 
 
 def positive(text: str) -> int:

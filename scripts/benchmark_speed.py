@@ -7,6 +7,7 @@ after a run says little of the minutes between.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -20,8 +21,12 @@ SECONDS_BETWEEN = 10.0
 """How long a process runs from one pause to the next; half of it to the first."""
 
 
+LONGEST_SECONDS = 120.0
+"""How long multiplying may take."""
+
+
 class GaugeFailed(Exception):
-    """The process that multiplies matrices is gone."""
+    """The machine's speed could not be measured."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Gauge:
         self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
 
     def __enter__(self) -> Gauge:
+        # What it imports first must not be measured as part of a run.
+        self()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -56,17 +63,19 @@ class Gauge:
         """Return the speed of float32 matrix products in GFLOP/s.
 
         Raises:
-            GaugeFailed: The process is gone.
+            GaugeFailed: The process is gone, or does not answer.
         """
         try:
             print(file=self._process.stdin, flush=True)
-            return float(self._process.stdout.readline())
+            if select.select([self._process.stdout], [], [], LONGEST_SECONDS)[0]:
+                return float(self._process.stdout.readline())
         except (OSError, ValueError) as error:
             raise GaugeFailed("the process that measures the speed of matrix products is gone") from error
+        raise GaugeFailed("the process that measures the speed of matrix products does not answer")
 
 
 class Holder:
-    """Hold a process every few seconds, and measure the machine's speed meanwhile.
+    """Hold a process every few seconds, and measure the machine's speed meanwhile; end it where that fails.
 
     Args:
         process: Its id. It must not be waited for before `end` returns: the id could be another's by then.
@@ -108,6 +117,7 @@ class Holder:
                 gflops = self._measure()
             except GaugeFailed as error:
                 self._failed = error
+                os.kill(self._process, signal.SIGKILL)
                 return
             finally:
                 os.kill(self._process, signal.SIGCONT)

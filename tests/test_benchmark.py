@@ -6,6 +6,9 @@ import datetime
 import itertools
 import math
 import os
+import re
+import signal
+import subprocess
 import sys
 import time
 
@@ -13,7 +16,7 @@ import benchmark
 import benchmark_speed
 import pytest
 from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, joined, page, plot, write_report
-from benchmark_runs import OUR_CLOCK, THEIR_CLOCK, RunFailed, run_process
+from benchmark_runs import OUR_CLOCK, THEIR_CLOCK, RunFailed, as_run, run_process
 from benchmark_speed import Gauge, GaugeFailed, Pause
 from benchmark_work import LONG_TOKENS, Lengths, NotCounted, arithmetic, long_rows
 
@@ -26,7 +29,7 @@ def make_run(seconds=10.0, losses=(0.6931, 0.6), peak=2e9, gflops=(90.0, 100.0))
         command_seconds=seconds + 5,
         peak_bytes=int(peak),
         losses=list(losses),
-        matmul_gflops=list(gflops),
+        gflops_meanwhile=list(gflops),
     )
 
 
@@ -177,7 +180,9 @@ def test_a_run_is_held_while_the_machine_is_measured_and_only_while_it_trains(mo
         return 7.0
 
     monkeypatch.setattr(benchmark_speed, "SECONDS_BETWEEN", 0.2)
+    started = time.monotonic()
     ended = run_process([sys.executable, "-c", TICKING], dict(os.environ), (THEIR_CLOCK, measure))
+    in_all = time.monotonic() - started
     held = [tuple(map(float, line.split())) for line in ended.output.splitlines()]
     assert len(ended.pauses) >= 2
     # A busy machine holds it up as well.
@@ -187,7 +192,11 @@ def test_a_run_is_held_while_the_machine_is_measured_and_only_while_it_trains(mo
         assert any(began < pause.ended and pause.began < over for began, over in held)
     begun, over = (stamp for stamp, line in ended.lines if line.startswith("benchmark"))
     assert all(begun < pause.began < over for pause in ended.pauses)
-    assert THEIR_CLOCK.seconds(ended.lines, ended.pauses) < over - begun - 0.5
+    in_pauses = sum(pause.ended - pause.began for pause in ended.pauses)
+    run = as_run(ended, THEIR_CLOCK, [0.5])
+    assert run.gflops_meanwhile == [7.0] * len(ended.pauses)
+    assert run.training_seconds == pytest.approx(over - begun - in_pauses, abs=0.1)
+    assert run.command_seconds == pytest.approx(in_all - in_pauses, abs=0.1)
 
 
 def test_the_machine_is_measured_by_a_process_that_waits_to_be_asked():
@@ -199,13 +208,55 @@ def test_the_machine_is_measured_by_a_process_that_waits_to_be_asked():
             gauge()
 
 
-def test_a_run_goes_on_where_the_machine_cannot_be_measured(monkeypatch):
+def test_a_run_whose_machine_cannot_be_measured_is_ended_at_once(monkeypatch):
     def measure():
         raise GaugeFailed("gone")
 
     monkeypatch.setattr(benchmark_speed, "SECONDS_BETWEEN", 0.2)
+    started = time.monotonic()
     with pytest.raises(GaugeFailed, match="gone"):
-        run_process([sys.executable, "-c", TICKING], dict(os.environ), (THEIR_CLOCK, measure))
+        run_process(
+            [sys.executable, "-c", TICKING.replace("tick(2)", "tick(60)")], dict(os.environ), (THEIR_CLOCK, measure)
+        )
+    assert time.monotonic() - started < 30
+
+
+def test_a_benchmark_that_is_told_to_end_leaves_no_run_behind(tmp_path):
+    """It is told in a pause, when the run is held and would never end by itself."""
+    told = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    held = told + TICKING.replace("tick(2)", "tick(60)")
+    program = f"""
+import os, signal, sys, time
+import benchmark_speed
+from benchmark_runs import THEIR_CLOCK, end_when_told, run_process
+def measure():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    return 1.0
+end_when_told()
+benchmark_speed.SECONDS_BETWEEN = 0.2
+run_process([sys.executable, "-c", {held!r}], dict(os.environ), (THEIR_CLOCK, measure))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, check=False, timeout=60)
+    assert ended.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_results_measured_before_and_after_runs_are_refused():
+    """Those of old had two speeds around a run, under another name; the page would say something else of them."""
+    old = (
+        make_results(make_case([make_run()], [make_run(30)]))
+        .model_dump_json()
+        .replace("gflops_meanwhile", "matmul_gflops")
+    )
+    with pytest.raises(ValueError, match="gflops_meanwhile"):
+        Results.model_validate_json(old)
+
+
+def test_the_program_is_named_by_its_commit():
+    assert re.fullmatch(r"\d+\.\d+\.\d+( \([0-9a-f]{7,}(, changed)?\))?", benchmark.versions()["dpo"])
 
 
 def test_the_clock_of_the_peer_is_read_from_its_own_marks():

@@ -40,10 +40,13 @@ def bounded_time(seconds: float) -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()
     try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-        yield
+        try:
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            yield
+        finally:
+            # An alarm that comes right here still leaves everything as it was.
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, previous)
         if collects:
             gc.enable()

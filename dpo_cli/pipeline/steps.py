@@ -61,21 +61,25 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
     accelerator, saving = run.accelerator, run.config.checkpoints
     log = MetricsLog(run.folder.metrics, done) if accelerator.is_main_process else None
     spoilt = log is not None and metrics not in ("", log.digest)
+    again = done == run.plan.num_steps and len(run.data.held_out) > 0
     if spoilt:
-        run.console.warning(f"rows of {run.folder.metrics} are missing or changed that were there at step {done}")
+        what = f"rows of {run.folder.metrics} are missing or changed that were there at step {done}"
+        run.console.warning(what + "; measuring the held-out figures again" * again)
     writer = CheckpointWriter(run.folder.checkpoints, saving.keep, background=saving.background)
     progress.finish = writer.finish
     started = time.monotonic()
     try:
         with run.signals.deferred():
             _take_steps(run, progress, done, log, writer)
-            if done == run.plan.num_steps:
+            if again:
                 _evaluate_again(run, log, spoilt=spoilt)
             writer.finish()
+            # Rows of a run without held-out pairs that speak of some are not its own.
+            figures = log.last("eval") if log and len(run.data.held_out) else None
             if log:
-                _save_final(run, log.last("eval"))
+                _save_final(run, figures)
         if log:
-            _summary(run, log.last("eval"), time.monotonic() - started)
+            _summary(run, figures, time.monotonic() - started)
     except Exception:
         # The last checkpoint may still be on its way to the disk.
         with contextlib.suppress(Exception):
@@ -190,15 +194,18 @@ def _evaluate(run: Run) -> dict[str, Any]:
 
 
 def _evaluate_again(run: Run, log: MetricsLog | None, *, spoilt: bool) -> None:
-    """Where the main process's rows are spoilt and no step is left to take, evaluate once more.
+    """Where the main process's rows are spoilt and no step is left to take, measure the last step's figures anew.
 
-    What the trained model is said to do would be another step's figures, or made up.
+    Otherwise the trained model's card would have those of another step, or what somebody made up.
     """
     from accelerate.utils import gather_object
 
     step = run.plan.num_steps
-    if any(gather_object([spoilt])) and len(run.data.held_out):
-        _log(run, log, "eval", step, {"epoch": run.plan.epochs_after(step), **_evaluate(run)})
+    if any(gather_object([spoilt])):
+        figures = {"epoch": run.plan.epochs_after(step), **_evaluate(run)}
+        if log:
+            log.forget("eval", step)
+        _log(run, log, "eval", step, figures)
 
 
 def _may_skip(run: Run, broken: NotFinite) -> bool:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,15 +29,8 @@ class MetricsLog:
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        self._path, self._digest = path, hashlib.sha256()
-        try:
-            kept = [(text, row) for text, row in _whole_lines(path) if row["step"] <= last_step]
-            write_text(path, "".join(f"{text}\n" for text, _ in kept))
-            self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise from_os_error(error, "writing the metrics", str(path)) from error
-        for _, row in kept:
-            self._remember(row)
+        self._path = path
+        self._keep(lambda row: row["step"] <= last_step)
 
     @property
     def digest(self) -> str:
@@ -48,6 +41,15 @@ class MetricsLog:
         """Return the last row of a split."""
         rows = [row for _, row in _whole_lines(self._path) if row.get("split") == split]
         return rows[-1] if rows else None
+
+    def forget(self, split: str, step: int) -> None:
+        """Remove what was said of a split at a step, which is to be said anew.
+
+        Raises:
+            UserError: The disk refuses.
+        """
+        self.close()
+        self._keep(lambda row: (row.get("split"), row["step"]) != (split, step))
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row; a reader of the file sees it at once.
@@ -66,6 +68,18 @@ class MetricsLog:
             self._remember(json.loads(line))
         except OSError as error:
             raise from_os_error(error, "writing the metrics", str(self._path)) from error
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Leave the rows that are wanted, and go on behind them."""
+        self._digest = hashlib.sha256()
+        try:
+            kept = [(text, row) for text, row in _whole_lines(self._path) if wanted(row)]
+            write_text(self._path, "".join(f"{text}\n" for text, _ in kept))
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise from_os_error(error, "writing the metrics", str(self._path)) from error
+        for _, row in kept:
+            self._remember(row)
 
     def _remember(self, row: dict[str, Any]) -> None:
         """Take a row into the digest, but for what is another in every run."""

@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import build_llama, read_metrics
 from tests.faults.conftest import FULL
 from tests.faults.damages import DAMAGES, FLIPPED, FOLDER, MISSING, OTHERS, cases, flip
+from tests.faults.launching import run_ranks
 from tests.faults.ledger import Outcome
 from tests.faults.trials import (
     NUM_STEPS,
@@ -269,17 +270,41 @@ def test_a_run_with_a_damaged_file_beside_its_checkpoints_ends_the_same_or_says_
         require_exact_or_clear(trial, whole, trial.train("--resume"), file)
 
 
-def test_where_the_figures_of_the_last_step_are_gone_they_are_measured_again(tmp_path, whole, ledger):
-    """Else the trained model's card would have those of an earlier step, or none."""
+def test_where_rows_are_gone_the_figures_of_the_last_step_are_measured_again(tmp_path, whole, ledger):
+    """Whichever row it is; and they stand there once."""
     trial = whole.unfinished(tmp_path / "t")
     file = trial.run / "metrics.jsonl"
-    rows = file.read_text().splitlines(keepends=True)
-    file.write_text("".join(rows[:-2]))
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
     with judged(ledger, "damage: the run's file, truncated"):
-        require_said(trial.train("--resume"), rf"^warning: {named(file.name)}")
+        again = "measuring the held-out figures again"
+        require_said(trial.train("--resume"), rf"^warning: .*{named(file.name)}.*; {again}")
         if content(trial.final) != content(whole.final):
             raise Broken(Outcome.WRONG, "another trained model")
-        assert read_metrics(trial.run, "eval")[-1] == read_metrics(whole.run, "eval")[-1]
+    assert read_metrics(trial.run, "eval") == read_metrics(whole.run, "eval")
+
+
+def test_two_processes_measure_the_figures_of_the_last_step_again_where_one_knows_that_they_are_gone(tmp_path, whole):
+    """Else the trained model's card would have those of an earlier step."""
+    trial = whole.unfinished(tmp_path / "t")
+    file = trial.run / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-2]))
+    arguments = ("train", "--config", trial.config, "--resume", f"output_dir={trial.run}")
+    require_said(run_ranks(trial.zygote, 2, *arguments, env={"DPO_CACHE_DIR": str(trial.cache)}), "^warning: rows of")
+    ours, theirs = (read_metrics(one.run, "eval") for one in (trial, whole))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    assert ours[-1]["loss"] == pytest.approx(theirs[-1]["loss"], abs=1e-6)
+
+
+def test_figures_of_another_run_are_not_told_of_one_without_held_out_pairs(
+    tmp_path, zygote, tiny_llama, demo_rows, whole
+):
+    data = {"train": str(whole.config.parent / "pairs.jsonl"), "eval": None}
+    trial = undisturbed(tmp_path, zygote, tiny_llama, demo_rows[:28], data=data)
+    card = (trial.final / "README.md").read_text()
+    shutil.rmtree(trial.final)
+    shutil.copy(whole.run / "metrics.jsonl", trial.run / "metrics.jsonl")
+    require_said(trial.train("--resume"), "^warning: rows of .*metrics.jsonl are missing or changed")
+    assert (trial.final / "README.md").read_text() == card
 
 
 @pytest.mark.parametrize("number", range(100 if FULL else 1))
