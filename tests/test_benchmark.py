@@ -196,7 +196,7 @@ def test_a_run_is_held_while_the_machine_is_measured_and_only_while_it_trains(mo
     run = as_run(ended, THEIR_CLOCK, [0.5])
     assert run.gflops_meanwhile == [7.0] * len(ended.pauses)
     assert run.training_seconds == pytest.approx(over - begun - in_pauses, abs=0.1)
-    assert run.command_seconds == pytest.approx(in_all - in_pauses, abs=0.1)
+    assert run.training_seconds < run.command_seconds < in_all - in_pauses
 
 
 def test_the_machine_is_measured_by_a_process_that_waits_to_be_asked():

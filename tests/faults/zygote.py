@@ -189,6 +189,8 @@ class Zygote:
             self._statuses[answer["pid"]] = answer["status"]
         else:
             self._pid = answer["pid"]
+            # Numbers come again after some ten thousand processes.
+            self._statuses.pop(self._pid, None)
 
 
 def _serve(connection: socket.socket) -> None:
