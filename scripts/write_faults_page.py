@@ -59,7 +59,8 @@ one that the run gives as if all were well. A **traceback** is one that the user
 - **Ranks.** One of two or three processes killed, stopped, hanging or failing while it loads, scores the reference,
   takes a step, saves or evaluates.
 - **Resume.** After every step, with every loss, reference, optimizer and option.
-- **Fuzzing.** Inputs that atheris makes up for everything that reads files: each gives a result or an error.
+- **Fuzzing.** Inputs that atheris makes up for everything that reads files: each gives a result or an error. It stands
+  in the table where it was run before.
 
 """
 TAIL = """
