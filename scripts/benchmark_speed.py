@@ -20,7 +20,6 @@ from pathlib import Path
 SECONDS_BETWEEN = 10.0
 """How long a process runs from one pause to the next; half of it to the first."""
 
-
 LONGEST_SECONDS = 120.0
 """How long multiplying may take."""
 
