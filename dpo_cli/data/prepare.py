@@ -46,6 +46,8 @@ _SCRATCH = ".scratch"
 
 _NO_GAPS = np.empty(0, np.int32)
 
+_SAID = json.JSONEncoder(sort_keys=True, ensure_ascii=True, default=str)
+
 
 def prepare(sources: Sequence[Source], reading: Reading, tokenize: PairTokenizer, folder: Path) -> PreparedPairs:
     """Read, check and tokenize all rows of the sources into a folder, and open it.
@@ -244,8 +246,7 @@ def _or_none(gaps: Gaps | None) -> Gaps:
 def _prompt_key(pair: Pair) -> bytes:
     """Digest what a prompt says: that is the same whatever a template makes of it, and on whatever day."""
     said = [[message.role, message.text, message.extras] for message in pair.prompt]
-    text = json.dumps([said, pair.arguments], sort_keys=True, ensure_ascii=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return hashlib.blake2b(_SAID.encode([said, pair.arguments]).encode(), digest_size=16).digest()
 
 
 def _pair_key(pair: TokenizedPair) -> bytes:
