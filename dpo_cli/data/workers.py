@@ -46,17 +46,19 @@ def in_order(
         num_alone: How many items are done before any process is started.
 
     Raises:
-        UserError: The function raised it, or a worker was ended from outside.
+        UserError: The function raised it, a worker was ended from outside, or none can be started.
         RuntimeError: The function has a defect; the message holds the worker's traceback.
     """
     waiting = iter(items)
     yield from map(function, itertools.islice(waiting, num_alone) if num_workers > 1 else waiting)
-    for item in waiting:
+    for first in waiting:
         with _Workers(function, min(num_workers, _MOST)) as workers:
-            yield function(item)
-            while not workers.have_started() and (more := list(itertools.islice(waiting, 1))):
-                yield function(more[0])
-            yield from workers.map(waiting)
+            yield function(first)
+            for item in waiting:
+                if workers.have_started():
+                    yield from workers.map(itertools.chain([item], waiting))
+                else:
+                    yield function(item)
 
 
 class _Workers(contextlib.AbstractContextManager["_Workers"]):
@@ -106,6 +108,10 @@ class _Workers(contextlib.AbstractContextManager["_Workers"]):
             function = ForkingPickler.dumps(self._function)
             for connection in self._connections:
                 connection.send_bytes(function)
+        except OSError as error:
+            what = f"worker processes cannot be started: {error.strerror or error}"
+            hint = "allow more processes (`ulimit -u`) or free some memory, and try again"
+            self._problem = UserError(what, "preparing the data", hint, status=FAILED)
         except Exception as problem:
             self._problem = problem
 
@@ -118,13 +124,19 @@ class _Workers(contextlib.AbstractContextManager["_Workers"]):
         self._connections.append(ours)
 
     def have_started(self) -> bool:
-        """Tell whether all workers wait for items, or cannot be started."""
-        return not self._starting.is_alive() and all(connection.poll() for connection in self._connections)
+        """Tell whether all workers wait for items.
+
+        Raises:
+            UserError: They cannot be started.
+        """
+        if self._starting.is_alive():
+            return False
+        if self._problem:
+            raise self._problem
+        return all(connection.poll() for connection in self._connections)
 
     def map(self, items: Iterator[Any]) -> Iterator[Any]:
         """Yield the function of each item, dealt to the workers in turn."""
-        if self._problem:
-            raise self._problem
         turns = itertools.cycle(self._connections)
         busy: list[Connection] = []
         for connection in self._connections:

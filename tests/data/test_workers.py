@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
 
 import pytest
 
-from dpo_cli.data.workers import in_order
+from dpo_cli.data.workers import _Workers, in_order
 from dpo_cli.errors import FAILED, UserError
 
 
@@ -69,4 +70,25 @@ def test_who_stops_listening_ends_the_workers():
     assert next(results)[0] == 1
     assert next(results)[0] == 2
     results.close()
+    assert not multiprocessing.active_children()
+
+
+def test_who_has_no_item_left_does_not_wait_for_a_worker(monkeypatch):
+    monkeypatch.setattr(_Workers, "map", None)
+    monkeypatch.setattr(_Workers, "have_started", lambda workers: False)
+    assert [item for item, _ in ends(2)] == [0, 1, 2]
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_cannot_be_started_is_an_error_and_no_endless_wait(monkeypatch):
+    start_one = _Workers._start_one
+
+    def refuse_the_second(workers, context):
+        if workers._processes:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        start_one(workers, context)
+
+    monkeypatch.setattr(_Workers, "_start_one", refuse_the_second)
+    with pytest.raises(UserError, match="worker processes cannot be started"):
+        list(ends(*range(100, 110)))
     assert not multiprocessing.active_children()
