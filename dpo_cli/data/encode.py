@@ -78,9 +78,20 @@ class TextEncoder:
         """Return each text's tokens."""
         if any(LITERAL_START in text for text in texts):
             return [self._with_literals(text) if LITERAL_START in text else self([text])[0] for text in texts]
-        if self._added is not None and not self._tried:
-            self._try(texts[:_TRIED_TEXTS])
+        self.settle(texts)
         return self._whole(texts) if self._added is None else self._by_pieces(texts)
+
+    def settle(self, texts: Iterable[str]) -> None:
+        """Find out, once, on a few texts as they stand, whether a tokenizer does more than its engine: if so, ask it.
+
+        Until then a text falls apart wherever the engine alone would let it.
+        """
+        if self._added is None or self._tried:
+            return
+        some = list(itertools.islice((text for text in texts if LITERAL_START not in text), _TRIED_TEXTS))
+        self._tried = bool(some)
+        if not all(map(np.array_equal, self._whole(some), self._by_pieces(some))):
+            self._added = None
 
     def last_cut(self, text: str) -> int:
         """Return the last place where a text falls apart, however it goes on behind its end.
@@ -163,13 +174,6 @@ class TextEncoder:
         """Ask the tokenizer's own engine, which need not tell where in the text each token was."""
         encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         return (encoding.ids for encoding in encodings)
-
-    def _try(self, texts: Sequence[str]) -> None:
-        """Ask for whole texts from now on if a tokenizer does something of its own beside its engine's work."""
-        self._tried = True
-        whole, by_pieces = self._whole(texts), self._by_pieces(texts)
-        if not all(map(np.array_equal, whole, by_pieces)):
-            self._added = None
 
 
 def _cut(text: str) -> list[str]:

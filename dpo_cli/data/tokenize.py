@@ -113,7 +113,9 @@ class PairTokenizer:
     def _tokenize(self, pairs: Sequence[Pair]) -> list[Tokenized | BadRow]:
         """Tokenize pairs, however long they are."""
         rendered = self._render(pairs)
-        texts = [text for item in rendered if isinstance(item, Rendered) for text in self._parts(item)]
+        written = [item for item in rendered if isinstance(item, Rendered)]
+        self._encode.settle(side.text for item in written for side in (item.chosen, item.rejected))
+        texts = [text for item in written for text in self._parts(item)]
         tokens = iter(self._encode(texts))
         return [
             item if isinstance(item, BadRow) else self._assembled(pair, item, *itertools.islice(tokens, 4))
@@ -186,6 +188,9 @@ class PairTokenizer:
 
     def _fit(self, pair: Pair, whole: Tokenized) -> Tokenized | BadRow:
         """Apply the length rule: turns of the prompt go first, then its tokens, then, if at all, those of responses."""
+        for name in ("prompt", "chosen", "rejected"):
+            if not len(getattr(whole.pair, name)):
+                return BadRow("template error", f"of `{name}` the chat template makes no token")
         if _length(whole.pair) <= self.max_length:
             return whole
         detail = f"has {_length(whole.pair)} tokens where `data.max_length` is {self.max_length}"

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 
 from dpo_cli.data import encode
 from dpo_cli.data.encode import TextEncoder
+from dpo_cli.data.records import Message, Pair
+from dpo_cli.data.tokenize import PairTokenizer
 
 AWKWARD = [
     "",
@@ -30,6 +32,7 @@ AWKWARD = [
     'punctuation!? ("quoted") — dash… `code` $x^2$ a/b/c http://x.y/z?q=1&r=2 #tag @me \\n',
     "word " * 50 + "supercalifragilisticexpialidocioussupercalifragilisticexpialidocious" * 3,
 ]
+SAID = (("user", "Name two big things."), ("assistant", "one two"), ("assistant", "three"))
 TEXTS = st.text(st.sampled_from("ab'sS1 2\n\t\r ,.<|é\u0301\u00a0\u2028日🙂"), max_size=25) | st.text(max_size=15)
 LLAMA_3, QWEN_2, QWEN_3_5 = sorted(encode._PATTERNS, key=lambda pattern: ("{1,3}" not in pattern, "M" in pattern))
 
@@ -145,3 +148,18 @@ def test_what_is_remembered_stays_small(tokenizer, monkeypatch):
         encoder([f"number {n} " + "x" * 100 for n in range(start, start + 10)])
         assert len(encoder._known) <= 50
         assert all(len(piece) <= encode._LONGEST_PIECE for piece in encoder._known)
+
+
+def test_of_a_tokenizer_with_ways_of_its_own_the_first_pair_is_made_as_all_others(tokenizer_folder):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+
+    class Stripping(type(tokenizer)):
+        def __call__(self, text, **settings):
+            stripped = text.strip() if isinstance(text, str) else [part.strip() for part in text]
+            return super().__call__(stripped, **settings)
+
+    tokenizer.__class__ = Stripping
+    tokenize = PairTokenizer(tokenizer, template="plain", max_length=1000, on_too_long="drop")
+    pair = Pair(*((Message(role, text),) for role, text in SAID), origin="f:1")
+    [first], [second] = tokenize([pair]), tokenize([pair])
+    assert first.pair.prompt.tolist() == second.pair.prompt.tolist()

@@ -103,6 +103,13 @@ def test_a_template_that_loses_the_prompt_refuses_the_row(tokenizer):
     assert "cannot be told" in results[0].detail
 
 
+def test_a_template_that_writes_nothing_for_the_prompt_refuses_the_row(tokenizer):
+    answers = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    [bad] = make(tokenizer, answers)([make_pair()])
+    assert isinstance(bad, BadRow)
+    assert bad.detail == "of `prompt` the chat template makes no token"
+
+
 def test_a_template_that_raises_refuses_the_row_and_not_the_others(tokenizer):
     raising = CHATML + "{% if 'bad' in messages[0]['content'] %}{{ raise_exception('not this') }}{% endif %}"
     good, bad = make(tokenizer, raising)([make_pair(), make_pair("bad")])
