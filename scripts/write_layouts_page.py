@@ -19,6 +19,9 @@ A layout says how the pairs of a micro-batch stand in the model's input. It chan
 result: losses, metrics and gradients are the same, up to the rounding of the precision that is computed in.
 `training.layout` chooses one; `auto`, the default, takes `packed` wherever that is proved to be exact.
 
+Some models with LongRoPE read short sequences otherwise when a long one is in the same forward pass, whatever the
+layout. Where a run has sequences on both sides of their limit it is refused, with the `data.max_length` that mends it.
+
 **padded**: every chosen and every rejected sequence is a row of its own, filled up on the right to the longest. The
 prompt is computed twice, and the filling as well. Works with every causal language model.
 

@@ -43,6 +43,11 @@ class PairSizes:
         """Tokens of each pair's longer sequence, prompt included, `[pairs]`."""
         return self.prompts + np.maximum(self.chosen, self.rejected)
 
+    @property
+    def shortest(self) -> NDArray[np.int64]:
+        """Tokens of each pair's shorter sequence, prompt included, `[pairs]`."""
+        return self.prompts + np.minimum(self.chosen, self.rejected)
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:

@@ -34,7 +34,8 @@ def check_fits(pairs: PreparedPairs, model: PreTrainedModel, where: str) -> None
     """Refuse pairs for whose tokens or lengths a model has no embedding, before it is asked.
 
     Raises:
-        UserError: The tokenizer is another model's, or a pair is longer than the model reads.
+        UserError: The tokenizer is another model's, a pair is longer than the model reads, or the model would read a
+            pair otherwise beside a longer one.
     """
     largest, vocabulary = pairs.largest_token(), model.get_input_embeddings().weight.shape[0]
     if largest >= vocabulary:
@@ -45,6 +46,23 @@ def check_fits(pairs: PreparedPairs, model: PreTrainedModel, where: str) -> None
     if positions and longest > positions:
         what = f"the longest pair has {longest} tokens, the model has positions for {positions}"
         raise UserError(what, where, f"set `data.max_length: {positions}`, or choose a model that reads more")
+    shortest = int(pairs.sizes.shortest.min())
+    for limit in _longrope_limits(model.config.get_text_config()):
+        # transformers turns all positions of a forward pass by its longest sequence.
+        if shortest <= limit < longest:
+            what = (
+                f"sequences have {shortest} to {longest} tokens; a model with LongRoPE reads those of up to {limit} "
+                "tokens otherwise beside longer ones, so that results would depend on how pairs are put together"
+            )
+            raise UserError(what, where, f"set `data.max_length: {limit}`, or leave all shorter pairs out")
+
+
+def _longrope_limits(config: Any) -> Iterator[int]:
+    """Yield the lengths beyond which positions are scaled for long texts, where they are: of all layers, or by kind."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for kind in [parameters] if "rope_type" in parameters else parameters.values():
+        if kind["rope_type"] == "longrope":
+            yield kind["original_max_position_embeddings"]
 
 
 def check_columns(pairs: PreparedPairs, objective: Objective) -> str:

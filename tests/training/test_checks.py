@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,23 @@ def test_pairs_that_a_model_has_no_embedding_for_are_refused(tmp_path, pairs_fil
     model = LlamaForCausalLM(LlamaConfig(**{**small, "vocab_size": 1000, **settings}))
     with pytest.raises(UserError, match=what):
         check_fits(prepare(pairs_file, tokenizer, tmp_path / "p"), model, "`model.name`")
+
+
+@pytest.mark.parametrize("more", [-1, 0], ids=["on both sides of the limit", "all within it"])
+def test_pairs_that_longrope_would_read_otherwise_beside_longer_ones_are_refused(tmp_path, pairs_file, tokenizer, more):
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    pairs = prepare(pairs_file, tokenizer, tmp_path / "p")
+    limit = int(pairs.sizes.longest.max()) + more
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    lengths = {"max_position_embeddings": 8 * limit, "original_max_position_embeddings": limit, "pad_token_id": 0}
+    scaling = {"rope_type": "longrope", "type": "longrope", "short_factor": [1.0] * 2, "long_factor": [8.0] * 2}
+    model = Phi3ForCausalLM(Phi3Config(**small, **lengths, vocab_size=1000, rope_scaling=scaling))
+    with pytest.raises(UserError) if more else contextlib.nullcontext() as refused:
+        check_fits(pairs, model, "`model.name`")
+    if refused:
+        assert "LongRoPE" in str(refused.value)
+        assert f"`data.max_length: {limit}`" in refused.value.hint
 
 
 def test_weights_are_refused_where_a_loss_knows_no_pairs_and_margins_without_use_are_told(
