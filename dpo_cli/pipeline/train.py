@@ -105,7 +105,7 @@ def _run(
         show_check(check(config, data, tokenizer), console)
         return
     models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy, trust)]))
-    resumed = folder.recorded("training.micro_batch_tokens") if resume else None
+    resumed = folder.recorded_count("training.micro_batch_tokens") if resume else None
     config, batches = settle_passes(config, models, data, plan, accelerator, program_bytes, console, resumed)
     _check_logps(policy, plan, batches, accelerator, console)
     run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)

@@ -72,6 +72,11 @@ class RunFolder:
         """What trackers write to disk."""
         return self.path / "trackers"
 
+    @property
+    def _own_folders(self) -> tuple[Path, ...]:
+        """What `clear` removes with all that is in it."""
+        return self.final, self.checkpoints, self.trackers
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder while the context lasts.
@@ -117,6 +122,9 @@ class RunFolder:
         if resume and self.checkpoints.exists() and not self.checkpoints.is_dir():
             hint = "remove it, or start again with `--overwrite`"
             return UserError("where the run's checkpoints should be is a file", str(self.checkpoints), hint)
+        if overwrite and (link := next((path for path in self._own_folders if path.is_symlink()), None)):
+            what = f"`--overwrite` does not remove what a link leads to: {link.resolve()}"
+            return UserError(what, str(link), "remove the link, or choose another `output_dir`")
         if state is not RunState.FREE and not resume and not overwrite:
             if at_work := self._at_work():
                 return at_work
@@ -136,7 +144,7 @@ class RunFolder:
 
     def check_inputs(self, inputs: Sequence[str]) -> UserError | None:
         """Say which input `clear` would remove, if one."""
-        doomed = [path.resolve() for path in (self.final, self.checkpoints, self.trackers)]
+        doomed = [path.resolve() for path in self._own_folders]
         for name in inputs:
             if any(Path(name).resolve().is_relative_to(path) for path in doomed):
                 what = f"`--overwrite` would remove `{name}`, which the run needs"
@@ -165,7 +173,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove an older run's files, and only those."""
-        for folder in (self.final, self.checkpoints, self.trackers):
+        for folder in self._own_folders:
             if folder.is_dir():
                 shutil.rmtree(folder)
             else:
@@ -173,9 +181,13 @@ class RunFolder:
         for file in (self.metrics, self.environment, self.config):
             file.unlink(missing_ok=True)
 
-    def recorded(self, name: str) -> Any:
-        """Return what a setting, by its dotted name, was when the run was started; None where there is no run."""
-        return dict(_leaves(self._started_with())).get(name) if self._is_a_run() else None
+    def recorded_count(self, name: str) -> int | None:
+        """Return what a setting, by its dotted name, was when the run was started: a whole number above 0.
+
+        None where there is no run, or where somebody has written something else into its file.
+        """
+        found = dict(_leaves(self._started_with())).get(name) if self._is_a_run() else None
+        return found if type(found) is int and found > 0 else None
 
     def check_unchanged(self, settings: dict[str, Any]) -> None:
         """Compare a run's settings with those it was started with, before it is resumed.

@@ -279,7 +279,7 @@ def take_up(folder: Path) -> None:
     if problem := run.check(resume=True, overwrite=False):
         raise problem
     run.check_unchanged(parts.run_config(folder).model_dump(mode="json"))
-    run.recorded("training.micro_batch_tokens")
+    run.recorded_count("training.micro_batch_tokens")
     with contextlib.closing(MetricsLog(run.metrics, 3)) as log:
         log.append({"split": "train", "step": 4, "loss": 0.5})
         log.last("eval")

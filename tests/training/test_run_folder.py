@@ -35,3 +35,22 @@ def test_a_folder_that_cannot_be_locked_is_told_for_what_it_holds(folder, monkey
     assert "`--resume`" in str(refusal)
     with pytest.raises(UserError, match="permission denied"), folder.locked():
         pass
+
+
+@pytest.mark.parametrize("name", ["final", "checkpoints", "trackers"])
+def test_overwrite_leaves_what_a_link_leads_to(folder, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    link = getattr(folder, name)
+    if link.exists():
+        link.rmdir()
+    link.symlink_to(tmp_path / "elsewhere")
+    refusal = folder.check(resume=False, overwrite=True)
+    assert str(tmp_path / "elsewhere") in str(refusal)
+    assert refusal.where == str(link)
+    assert folder.check(resume=True, overwrite=False) is None
+
+
+@pytest.mark.parametrize(("written", "found"), [("512", 512), ("auto", None), ("true", None), ("0", None)])
+def test_what_a_run_was_started_with_is_believed_where_it_is_a_count(folder, written, found):
+    folder.config.write_text(run_folder.RESOLVED + f"training:\n  micro_batch_tokens: {written}\n")
+    assert folder.recorded_count("training.micro_batch_tokens") == found
