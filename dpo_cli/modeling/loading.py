@@ -156,13 +156,16 @@ def saved_model(
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """Return a digest of a model's architecture and of every weight's bytes."""
+    """Return a digest of a model's architecture and of every weight's bytes, those that no gradient moves included."""
     import torch
 
     whole = hashlib.blake2b(digest_size=32)
     settings = {name: value for name, value in model.config.to_dict().items() if name not in _NO_PART_OF_A_MODEL}
     whole.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, torch.nn.Parameter) and name not in parameters:
+            continue  # Tied to one that counts already.
         whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return whole.hexdigest()

@@ -144,6 +144,20 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(tiny_llama, pairs, empty_
     assert sorted(path.name for path in (tmp_path / "other").rglob("*.arrow")) == written
 
 
+def test_weights_that_no_gradient_moves_count_for_the_digest():
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 8, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": None, "kv_lora_rank": 8}
+    dims = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "vocab_size": 50, "pad_token_id": 0}
+    experts = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    model = DeepseekV3ForCausalLM(DeepseekV3Config(**small, **heads, **dims, **experts, first_k_dense_replace=1))
+    digest = weights_digest(model)
+    [biases] = [tensor for name, tensor in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    biases[3] += 1
+    assert weights_digest(model) != digest
+
+
 def test_another_model_another_row_another_precision_miss(
     tiny_llama, pairs, tmp_path, pairs_file, tokenizer, demo_rows
 ):
