@@ -134,10 +134,10 @@ def resident_bytes() -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what may still be taken on a device: on the CPU the container's limit counts as well."""
+    """Return what may still be taken on a device: on the CPU the limits of container and job count as well."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min([int(psutil.virtual_memory().available), *_container_bytes()])
+    return min([int(psutil.virtual_memory().available), *_group_bytes()])
 
 
 @contextlib.contextmanager
@@ -154,13 +154,38 @@ def _kept() -> Iterator[dict[int, Any]]:
         yield kept
 
 
-def _container_bytes() -> Sequence[int]:
-    """Return what the container may still take, where there is one with a limit."""
-    group = Path("/sys/fs/cgroup")
+def _group_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Yield what each control group that this process is in may still take, where it has a limit.
+
+    A container sees its own as the root; that of a batch job or a service lies deeper, and limits hold all the way up.
+
+    Args:
+        groups: Where control groups are mounted; of version 1, memory has a folder of its own there.
+        own: Names those of the process.
+    """
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                root, names = groups, ("memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                root, names = (
+                    groups / "memory",
+                    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+                )
+            else:
+                continue
+            deepest = root / path.lstrip("/")
+            for group in (deepest, *deepest.parents[: len(deepest.parts) - len(root.parts)]):
+                yield from _left_in(group, *names)
+
+
+def _left_in(group: Path, limit: str, used: str, given_up: str) -> Sequence[int]:
+    """Return what a control group may still take; nothing where it has no limit or does not exist."""
     try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        most, now = (int((group / name).read_text()) for name in (limit, used))
         facts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         # What files were read into is given up when it is needed.
-        return [limit - used + int(facts["inactive_file"])]
+        return [most - now + int(facts[given_up])]
     except (OSError, ValueError, KeyError):
         return []

@@ -96,3 +96,28 @@ def test_the_more_adding_up_gradients_takes_the_more_tokens_a_pass_has(monkeypat
     if adding == 0.0:
         times = iter([1e-15, 1.0])
     assert speed._measure(weight) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "root", "names"),
+    [
+        ("0::/system.slice/dpo.service\n", "", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "5:cpu,cpuacct:/slurm\n4:memory:/slurm/job_7\n",
+            "memory",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_limits_of_a_job_count_as_far_up_as_there_are_some(tmp_path, own, root, names):
+    (tmp_path / "own").write_text(own)
+    deepest = tmp_path / "groups" / root / own.splitlines()[-1].split(":/")[1]
+    deepest.mkdir(parents=True)
+    limit, used, given_up = names
+    for group, most in ((deepest, "max" if not root else str(2**60)), (deepest.parent, "1000")):
+        (group / limit).write_text(f"{most}\n")
+        (group / used).write_text("600\n")
+        (group / "memory.stat").write_text(f"anon 1\n{given_up} 150\n")
+    assert min(memory._group_bytes(tmp_path / "groups", tmp_path / "own")) == 1000 - 600 + 150
+    assert list(memory._group_bytes(tmp_path / "groups", tmp_path / "none")) == []
