@@ -1,6 +1,6 @@
-"""SIGINT, SIGTERM and SIGUSR1 as a request to stop: at once, or at the end of the step at hand.
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1 as a request to stop: at once, or at the end of the step at hand.
 
-SIGUSR1 is what job schedulers send ahead of a time limit.
+SIGUSR1 is what job schedulers send ahead of a time limit, SIGHUP comes when a terminal or a connection is closed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """The signals that ask to stop."""
 
 
@@ -31,8 +31,10 @@ class StopSignals:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignals]:
-        """Handle the signals while the context lasts."""
-        previous = {number: signal.signal(number, self._handle) for number in STOPPING}
+        """Handle the signals while the context lasts; SIGHUP is let be where it is ignored, as `nohup` wants it."""
+        deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heard = [number for number in STOPPING if number != signal.SIGHUP or not deaf]
+        previous = {number: signal.signal(number, self._handle) for number in heard}
         try:
             yield self
         finally:

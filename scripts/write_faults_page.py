@@ -46,8 +46,8 @@ one that the run gives as if all were well. A **traceback** is one that the user
   than any one file system: bytes are kept when their file was synced, names when their folder was. Of the rest nothing
   remains; or all names, and files are short; or all names, and files hold zeros; or a part of it, by chance.
 - **SIGKILL at a random moment.** Up to six in a row on one run.
-- **SIGINT, SIGTERM, SIGUSR1** while the run loads, scores the reference, takes a step or evaluates, and at every eighth
-  file operation. A second SIGINT during a save stops it at once.
+- **SIGINT, SIGTERM, SIGUSR1, SIGHUP** while the run loads, scores the reference, takes a step or evaluates, and at
+  every eighth file operation (SIGHUP not there). A second SIGINT during a save stops it at once.
 - **Disk.** Full (a small tmpfs, a limit on the size of files), read-only, slow, failing to flush, refusing each kind of
   file with each error; a folder removed under the run.
 - **Damage.** Every file of a checkpoint, of prepared data, of the reference cache, of the trained model and of the run

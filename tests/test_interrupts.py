@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGUSR1: at once, or when the step is done; a second SIGINT never waits."""
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1: at once, or when the step is done; a second SIGINT never waits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 from dpo_cli.interrupts import Interrupted, StopSignals
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
+)
 def test_a_signal_stops_at_once_unless_it_is_deferred(number, status):
     with StopSignals().installed() as signals:
         with pytest.raises(Interrupted) as caught:
@@ -41,3 +43,14 @@ def test_the_handlers_of_before_are_put_back():
     with StopSignals().installed():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals().installed() as signals:
+            signal.raise_signal(signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

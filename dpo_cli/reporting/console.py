@@ -8,12 +8,14 @@ main process of a run speaks.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any, cast
 
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, ConsoleRenderable, RenderHook
@@ -146,6 +148,45 @@ class _Unheard(RichConsole):
         """Say nothing from now on."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+    @property
+    def file(self) -> IO[str]:
+        """What takes the words."""
+        return cast(IO[str], _Line(super().file))
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
+
+class _Line:
+    """A stream that breaks as a pipe does where the terminal behind it is gone."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        with _hangup_as_broken_pipe():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        with _hangup_as_broken_pipe():
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def _hangup_as_broken_pipe() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise BrokenPipeError from error
 
 
 class _Handler(logging.Handler):

@@ -115,7 +115,8 @@ def gathering(timeout: float | None) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     # Whoever waits for others does so in torch, where no handler of Python's is called.
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in STOPPING}
+    heard = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
     try:
         yield
     except (RuntimeError, ValueError) as error:

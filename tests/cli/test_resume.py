@@ -6,9 +6,11 @@ Killed at any moment, with damage to any file, after every step and whatever the
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 
@@ -81,6 +83,24 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(uninterrupted, tmp
     result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
     assert result.returncode == 0, result.stderr
     assert f"resuming after step {done}" in result.stderr
+    assert_same_run(run, whole)
+
+
+def test_when_the_terminal_is_closed_the_step_is_finished_and_saved(uninterrupted, tmp_path):
+    """As an ssh connection that breaks: the terminal takes no more words, and SIGHUP comes."""
+    file, whole = uninterrupted
+    run = tmp_path / "hung-up"
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execv(sys.executable, dpo_command("train", "--config", file, f"output_dir={run}"))
+    while not (run / "metrics.jsonl").is_file() or not read_metrics(run):
+        os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    done = read_metrics(run)[-1]["step"]
+    assert (run / "checkpoints" / f"step-{done:06d}").is_dir()
+    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
+    assert result.returncode == 0, result.stderr
     assert_same_run(run, whole)
 
 
