@@ -21,6 +21,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dpo_cli.errors import UserError
+
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
 _DAY_SECONDS = 24 * 60 * 60
@@ -32,10 +34,18 @@ class DamagedFolder(Exception):
 
 
 def cache_root() -> Path:
-    """Return the folder for what can be computed again: `$DPO_CACHE_DIR`, else the user's cache folder."""
+    """Return the folder for what can be computed again: `$DPO_CACHE_DIR`, else the user's cache folder.
+
+    Raises:
+        UserError: The user has no home, and no other folder is named.
+    """
     if chosen := os.environ.get("DPO_CACHE_DIR"):
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-cli"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-cli"
+    except RuntimeError:
+        hint = "set the environment variable DPO_CACHE_DIR to a folder"
+        raise UserError("there is no folder for what is computed once", "the user has no home", hint) from None
 
 
 def file_digest(path: Path) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pwd
 import time
 
 import pytest
 
 from dpo_cli import storage
+from dpo_cli.errors import UserError
 from dpo_cli.storage import DamagedFolder, discard, remove_old_strays, remove_strays, sealed_folder, verify, write_text
 from tests.faults.power import Disk
 from tests.faults.shim import install
@@ -183,3 +185,15 @@ def test_a_file_that_cannot_be_read_for_its_digest_seals_nothing(tmp_path, monke
     with pytest.raises(OSError, match="Input/output error"), sealed_folder(tmp_path / "target", {}) as folder:
         (folder / "file").write_bytes(b"content")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch):
+    def nobody(uid):
+        raise KeyError(uid)
+
+    for name in ("DPO_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(UserError, match="no folder") as refused:
+        storage.cache_root()
+    assert "DPO_CACHE_DIR" in refused.value.hint
