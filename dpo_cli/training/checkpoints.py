@@ -155,7 +155,7 @@ def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, the oldest first."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit() and path.is_dir()]
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
     return sorted(found, key=_step_of)
 
 
