@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from dpo_cli.data.prepared import PreparedPairs
     from dpo_cli.data.schedule import Plan
-    from dpo_cli.modeling.batch import Batches, Layout
+    from dpo_cli.modeling.batch import Batches, Layout, PairBatch
     from dpo_cli.modeling.memory import MemoryEstimate
     from dpo_cli.pipeline.setup import RunData
 
@@ -230,6 +230,25 @@ def settle_tokens(
         console.warning(f"the run takes about {found.peak / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; {hint}")
     fewest = min(gather_object([batches.micro_batch_tokens]))
     return (batches, found) if fewest == batches.micro_batch_tokens else with_budget(fewest)
+
+
+def prove_logps(model: PreTrainedModel, batches: Batches, indices: NDArray[np.int64], accelerator: Accelerator) -> str:
+    """Prove, before hours go into many pairs, that a model's log-probabilities are its own; return a line that says so.
+
+    Raises:
+        UserError: They are not, or not finite.
+    """
+    from dpo_cli.modeling.scorer import Scorer
+    from dpo_cli.training.checks import check_logps
+
+    return check_logps(Scorer(model), shortest_pair(batches, indices), accelerator)
+
+
+def shortest_pair(batches: Batches, indices: NDArray[np.int64]) -> PairBatch:
+    """Return the shortest of some pairs: what holds of all of them is proved on it in the least time."""
+    from dpo_cli.data.schedule import MicroBatch
+
+    return batches(MicroBatch((int(indices[batches.pairs.sizes.longest[indices].argmin()]),)))
 
 
 def wanted_tokens(config: Config, model: PreTrainedModel, accelerator: Accelerator) -> int:

@@ -12,7 +12,14 @@ from dpo_cli.errors import from_os_error, raise_all
 from dpo_cli.interrupts import StopSignals
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.check import check, show_check
-from dpo_cli.pipeline.passes import expected_layout, settle_passes, settle_tokens, without_gradient
+from dpo_cli.pipeline.passes import (
+    expected_layout,
+    prove_logps,
+    settle_passes,
+    settle_tokens,
+    shortest_pair,
+    without_gradient,
+)
 from dpo_cli.pipeline.plan import header, make_plan, print_plan
 from dpo_cli.pipeline.steps import Run, walk
 from dpo_cli.reporting.console import Console
@@ -23,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dpo_cli.data.schedule import Plan
-    from dpo_cli.modeling.batch import Batches, PairBatch
+    from dpo_cli.modeling.batch import Batches
     from dpo_cli.training.ranks import Progress
 
 
@@ -105,32 +112,17 @@ def _run(
         show_check(check(config, data, tokenizer), console)
         return
     models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy, trust)]))
+    for reference in models[1:]:
+        check_fits(data.pairs, reference, "`reference.model`")
     resumed = folder.recorded_count("training.micro_batch_tokens") if resume else None
     config, batches = settle_passes(config, models, data, plan, accelerator, program_bytes, console, resumed)
-    _check_logps(policy, plan, batches, accelerator, console)
+    for model, whose in zip(models, ("", "of the reference, "), strict=False):
+        console.notice(f"checked: {whose}{prove_logps(model, batches, plan.trained_on(), accelerator)}")
     run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)
     if config.reference.model is None and config.reference.type != "none":
         _check_reference(run)
     done, metrics = _start_folder(run, resume=resume, overwrite=overwrite)
     walk(run, progress, done, metrics)
-
-
-def _check_logps(
-    policy: PreTrainedModel, plan: Plan, batches: Batches, accelerator: Accelerator, console: Console
-) -> None:
-    """Prove on the shortest pair, before hours go into a reference, that log-probabilities are the model's own."""
-    from dpo_cli.modeling.scorer import Scorer
-    from dpo_cli.training.checks import check_logps
-
-    console.notice(f"checked: {check_logps(Scorer(policy), _shortest_pair(plan, batches), accelerator)}")
-
-
-def _shortest_pair(plan: Plan, batches: Batches) -> PairBatch:
-    """Return the shortest pair that is trained on: what holds of all pairs is proved on it in the least time."""
-    from dpo_cli.data.schedule import MicroBatch
-
-    trained_on = plan.trained_on()
-    return batches(MicroBatch((int(trained_on[batches.pairs.sizes.longest[trained_on].argmin()]),)))
 
 
 def _build(
@@ -199,7 +191,7 @@ def _check_reference(run: Run) -> None:
     """Prove, before anything has moved, that training starts where the reference stands."""
     from dpo_cli.training.checks import check_reference
 
-    shortest = _shortest_pair(run.plan, run.batches)
+    shortest = shortest_pair(run.batches, run.plan.trained_on())
     proved = check_reference(run.scorer, run.config.objective, run.reference, shortest, run.accelerator)
     run.console.notice(f"checked: {proved}")
 
