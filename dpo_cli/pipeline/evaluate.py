@@ -12,7 +12,7 @@ from dpo_cli.data.records import LABELS
 from dpo_cli.data.sources import Source, as_sources, check_source, describe
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.pipeline import setup
-from dpo_cli.pipeline.passes import choose_layout, wanted_tokens, without_gradient
+from dpo_cli.pipeline.passes import choose_layout, prove_logps, wanted_tokens, without_gradient
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import figures_table, groups_table
 from dpo_cli.storage import MANIFEST, DamagedFolder, verify
@@ -74,6 +74,7 @@ def _score(
         hint = "set `training.layout=padded`, which both can read"
         raise UserError("the model and its frozen reference can be packed only one of them", scored, hint)
     batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, policy, accelerator), accelerator.device))
+    prove_logps(policy, batches, held_out, accelerator)
     scorer = Scorer(policy, collisions=config.objective.wpo)
     scorer = accelerator.prepare_model(scorer, evaluation_mode=True)
     with console.progress("evaluating", len(held_out)) as progress:
@@ -136,9 +137,12 @@ def _open_reference(
         return config.reference.open(), None
     base = load_policy(config.model.name, config.model.trust).to(accelerator.device)
     check_fits(pairs, base, "`model.name`")
-    base = reference_model(config.reference.model, base, config.model.trust)
+    if config.reference.model is not None:
+        base = reference_model(config.reference.model, base, config.model.trust)
+        check_fits(pairs, base, "`reference.model`")
     layout = choose_layout(config, [base], pairs, held_out, accelerator, console, trained=False)
     batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, base, accelerator), accelerator.device))
+    prove_logps(base, batches, held_out, accelerator)
     with console.progress("reference log-probabilities", len(held_out)) as progress:
         work = ReferenceWork(base, None, accelerator, held_out, batches, progress)
         return config.reference.open(work), layout if config.reference.holds_model else None
@@ -148,9 +152,11 @@ def _held_out(config: Config, data: str | None, tokenize: Any, console: Console)
     """Return pairs, the indices to score, and what they are called."""
     import numpy as np
 
+    from dpo_cli.data.comparison import without_copies
+
     if data is not None:
         pairs = setup.prepared_pairs(config, as_sources(data), tokenize, console)
-        return pairs, np.arange(len(pairs)), data
+        return pairs, without_copies(pairs, np.arange(len(pairs))), data
     split = setup.run_data(config, tokenize, console)
     held_out = config.data.eval
     if isinstance(held_out, float):
