@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.modeling.model_files import CONFIG, NO_TRUST, Trust, check_elements, check_folder, weights_files
+from dpo_cli.modeling.model_files import (
+    CONFIG,
+    NO_TRUST,
+    Trust,
+    check_config,
+    check_elements,
+    check_folder,
+    weights_files,
+)
 from dpo_cli.storage import DamagedFolder, cache_root, file_digest, sealed_folder, verify
 
 if TYPE_CHECKING:
@@ -211,6 +219,10 @@ def _load(name: str, kind: str, load: Callable[[str], _T], trust: Trust) -> _T:
         raise problem
     folder = str(_resolved(name))
     with _explained(name, kind):
+        if not Path(folder).is_dir():
+            from transformers.utils import cached_file
+
+            check_config(Path(cached_file(folder, CONFIG)))
         return load(folder)
 
 

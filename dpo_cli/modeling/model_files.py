@@ -6,6 +6,7 @@ folder (pickled weights, Python files, an adapter that stands for another model)
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -31,8 +32,8 @@ _MOST_TEXT_BYTES = 1 << 26
 """More than any tokenizer's vocabulary takes."""
 
 _COUNTS = {
-    re.compile(r"(num|n)_(\w+_)?(layers?|blocks?)"): 1_000,
-    re.compile(r"(num|n)_(\w+_)?(experts?|labels?)"): 10_000,
+    re.compile(r"(\w+_)?(layers?|blocks?)"): 1_000,
+    re.compile(r"(\w+_)?(experts?|expert_num|labels?)"): 10_000,
 }
 """Settings up to which libraries count before there is anything to compare them with, and the most that is built."""
 
@@ -79,6 +80,16 @@ def check_folder(folder: Path, trust: Trust, where: str | None = None) -> UserEr
         hint = "choose a model in .safetensors files; or set `model.allow_pickle: true`, which executes nothing either"
         return UserError(f"the weights of `{folder}` are pickled: {files[0].name}", where, hint)
     return None
+
+
+def check_config(config: Path) -> None:
+    """Refuse a `config.json` that came from the Hub by itself, before a model is built or downloaded after it.
+
+    Raises:
+        UserError: It asks for more than anybody builds, or for code.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, RecursionError):
+        _check_settings(_read_json(config))
 
 
 def weights_files(folder: Path, settings: dict[str, Any] | None = None) -> list[Path]:
@@ -137,7 +148,7 @@ def _check_company(folder: Path) -> None:
         if _BY_PROCESS.fullmatch(path.name):
             hint = "put them together with transformers' `consolidate_distributed_checkpoint`"
             raise UserError(f"its weights are parted by processes ({path.name})", None, hint)
-        if path.suffix in _TEXTS and path.stat().st_size > _MOST_TEXT_BYTES:
+        if path.suffix in _TEXTS and path.is_file() and path.stat().st_size > _MOST_TEXT_BYTES:
             raise UserError(f"`{path.name}` is larger than {_MOST_TEXT_BYTES:,} bytes", None, _DAMAGED)
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -158,6 +161,29 @@ def test_weights_come_from_the_folder_that_was_named(project, file, content):
         load_policy("model")
 
 
+def test_links_to_nowhere_hide_nothing_that_a_folder_brings_along(project):
+    for number in range(12):
+        Path(f"model/{number}.txt").symlink_to("nowhere")
+    Path("model/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="it is an adapter"):
+        load_policy("model")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_hidden_layers": 10**9}, {"attn_implementation": "somebody/attention"}], ids=str
+)
+def test_settings_of_a_model_in_the_hubs_cache_are_looked_at_as_well(project, changes):
+    settings(Path("model"), **changes)
+    cached = Path("hub/models--some--body")
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("abc")
+    shutil.copytree("model", cached / "snapshots/abc")
+    load = "from dpo_cli.modeling.loading import empty_policy; empty_policy('some/body')"
+    told = {**os.environ, "HF_HUB_CACHE": str(Path("hub").resolve()), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([sys.executable, "-c", load], env=told, capture_output=True, text=True, check=False)
+    assert "UserError: config.json " in ended.stderr
+
+
 @pytest.mark.parametrize("name", ["../outside.safetensors", "adapter_model.bin"])
 def test_a_setting_does_not_name_weights_elsewhere(project, name):
     pickled(Path("model"), payload=Payload()).joinpath("pytorch_model.bin").rename("model/adapter_model.bin")
@@ -177,6 +203,8 @@ def test_a_setting_does_not_name_weights_elsewhere(project, name):
         {"num_labels": 10**9},
         {"hidden_size": -8},
         {"attn_implementation": "somebody/attention"},
+        {"decoder_layers": 10**9},
+        {"moe_num_experts": 10**9},
     ],
     ids=str,
 )
