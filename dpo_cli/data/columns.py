@@ -45,9 +45,7 @@ def _tools(row: Mapping[str, object]) -> dict[str, Any]:
     """Return the tools that the model may call, if the row has any."""
     if (value := row.get("tools")) in (None, ""):
         return {}
-    tools = fields.items(value, "tools", "objects")
-    for number, tool in enumerate(tools):
-        fields.mapping(tool, f"tools[{number}]")
+    tools = fields.mappings(value, "tools", "objects")
     return {"tools": fields.plain_json(tools, "tools")} if tools else {}
 
 

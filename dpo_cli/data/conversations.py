@@ -312,12 +312,8 @@ def _extras(message: Mapping[str, object], place: str) -> dict[str, Any]:
     extras: dict[str, Any] = {}
     if message.keys() <= _PLAIN:
         return extras
-    if calls := message.get("tool_calls"):
-        listed = fields.items(calls, f"{place}.tool_calls", "calls")
-        for number, call in enumerate(listed):
-            fields.mapping(call, f"{place}.tool_calls[{number}]")
-        if listed:
-            extras["tool_calls"] = fields.plain_json(listed, f"{place}.tool_calls")
+    if (calls := message.get("tool_calls")) and (listed := fields.mappings(calls, f"{place}.tool_calls", "calls")):
+        extras["tool_calls"] = fields.plain_json(listed, f"{place}.tool_calls")
     for name in _TEXT_EXTRAS:
         if (value := message.get(name)) not in (None, ""):
             extras[name] = fields.text(value, f"{place}.{name}")

@@ -71,6 +71,11 @@ def mapping(value: object, place: str) -> Mapping[str, object]:
     return found
 
 
+def mappings(value: object, place: str, of: str) -> list[dict[str, object]]:
+    """Return a value that must be a list of objects; each of them, too, may be the JSON text of one."""
+    return [dict(mapping(item, f"{place}[{number}]")) for number, item in enumerate(items(value, place, of))]
+
+
 def number(value: object, place: str) -> float:
     """Return a value that must be a finite number, rounded to the 32 bits in which it is kept."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

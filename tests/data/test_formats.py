@@ -185,6 +185,8 @@ def test_lists_in_which_nobody_asks_are_answers_to_the_prompt():
     )
     calls = [GOOD | {"tool_calls": [CALL]}, {"role": "tool", "content": "5"}, GOOD]
     assert len(only("repeated", row | {"chosen": calls}).chosen) == 3
+    as_text = [GOOD | {"tool_calls": [json.dumps(CALL)]}, *calls[1:]]
+    assert only("repeated", row | {"chosen": as_text}) == only("repeated", row | {"chosen": calls})
     for change in ({"chosen": [TURN, GOOD]}, {"chosen": [SYSTEM, GOOD]}, {"rejected": [BAD, TURN, BAD]}):
         assert refusal("repeated", row | change).reason == "prompt not repeated"
 
@@ -433,6 +435,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
         ({"tools": [], "chat_template_kwargs": {}}, {}),
         ({"tools": [TOOL]}, {"tools": [TOOL]}),
         ({"tools": json.dumps([TOOL])}, {"tools": [TOOL]}),
+        ({"tools": [json.dumps(TOOL), TOOL]}, {"tools": [TOOL, TOOL]}),
         ({"chat_template_kwargs": {"enable_thinking": False}}, {"enable_thinking": False}),
         ({"tools": [TOOL], "chat_template_kwargs": '{"date": "today"}'}, {"tools": [TOOL], "date": "today"}),
     ],
