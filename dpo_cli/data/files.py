@@ -20,7 +20,7 @@ from typing import Any
 from dpo_cli.data import streams
 from dpo_cli.data.bounds import bounded_memory
 from dpo_cli.data.fields import printable
-from dpo_cli.data.json_lists import Window, as_row, members
+from dpo_cli.data.json_lists import DECODER, Window, as_row, members
 from dpo_cli.data.records import NUMBERS, Row
 from dpo_cli.data.streams import COMPRESSIONS, numbered_lines, open_bytes, too_long
 from dpo_cli.errors import UserError
@@ -63,7 +63,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 def _decoded(line: bytes, origin: str) -> Row:
     """Decode one line of JSON."""
     try:
-        return as_row(json.loads(line.decode("utf-8")), origin)
+        return as_row(DECODER.decode(line.decode("utf-8")), origin)
     except UnicodeDecodeError as error:
         return Row(origin, None, f"is not UTF-8: byte {line[error.start]:#04x}")
     except json.JSONDecodeError as error:
@@ -180,7 +180,8 @@ def _with_numbers(values: dict[str, Any]) -> dict[str, Any]:
     for name in NUMBERS:
         if (text := values.get(name)) is not None:
             with contextlib.suppress(ValueError):
-                values[name] = float(text) if text.strip() else None
+                # `1_000` is a number to Python alone.
+                values[name] = (float(text) if "_" not in text else text) if text.strip() else None
     return values
 
 

@@ -11,10 +11,29 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data import streams
+from dpo_cli.data.fields import printable
 from dpo_cli.data.records import Row
 from dpo_cli.errors import UserError
 
-_DECODER = json.JSONDecoder()
+
+class _Repeated(dict[str, Any]):
+    """An object in which a key stands twice, so that nobody knows which value is meant."""
+
+    key = ""
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(members)
+    if len(found) == len(members):
+        return found
+    repeated, names = _Repeated(found), [name for name, _ in members]
+    repeated.key = next(name for place, name in enumerate(names) if name in names[:place])
+    return repeated
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
+"""Decodes rows; `as_row` refuses what it cannot be sure of."""
+
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MAX_LEVELS = 64
 """What is nested deeper is no row of conversations, and more than other processes can be sent."""
@@ -64,7 +83,7 @@ class Window:
         """
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._start)
+                value, end = DECODER.raw_decode(self._text, self._start)
             except json.JSONDecodeError as error:
                 # Perhaps the window is too small to see all of it.
                 if not self._grow():
@@ -145,15 +164,21 @@ def _named_byte(escaped: str) -> str:
 
 
 def as_row(value: object, origin: str) -> Row:
-    """Accept an object; refuse any other JSON value, and one that is too deep to be handed on."""
+    """Accept an object; refuse any other JSON value, and one that is too deep to be handed on or says a thing twice."""
     if not isinstance(value, dict):
         return Row(origin, None, "is not a JSON object")
-    if not _is_within(_MAX_LEVELS, value):
-        return Row(origin, None, f"is nested more than {_MAX_LEVELS} levels deep")
+    if problem := _problem_within(_MAX_LEVELS, value):
+        return Row(origin, None, problem)
     return Row(origin, value)
 
 
-def _is_within(num_levels: int, value: dict[str, Any] | list[Any]) -> bool:
-    """Tell whether lists and objects within a value are nested at most so deep, the value itself included."""
-    inside = value.values() if isinstance(value, dict) else value
-    return num_levels > 0 and all(_is_within(num_levels - 1, v) for v in inside if isinstance(v, (dict, list)))
+def _problem_within(num_levels: int, value: dict[str, Any] | list[Any]) -> str:
+    """Say what is wrong with lists and objects within a value, the value itself included; or nothing."""
+    if not num_levels:
+        return f"is nested more than {_MAX_LEVELS} levels deep"
+    if isinstance(value, _Repeated):
+        return f"has the key `{printable(value.key)}` twice in one object"
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, (dict, list)) and (problem := _problem_within(num_levels - 1, inner)):
+            return problem
+    return ""

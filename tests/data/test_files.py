@@ -162,12 +162,13 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_data(tmp_pat
 
 def test_numbers_in_csv_are_numbers_where_a_column_holds_them(tmp_path):
     path = tmp_path / "pairs.csv"
-    path.write_text("instruction,weight,margin\n7,2,-0.5\n7,, \n7,two,nan\n", encoding="utf-8")
-    first, second, third = (row.values for row in read(path))
+    path.write_text("instruction,weight,margin\n7,2,-0.5\n7,, \n7,two,nan\n7,1_000,1\n", encoding="utf-8")
+    first, second, third, fourth = (row.values for row in read(path))
     assert first == {"instruction": "7", "weight": 2.0, "margin": -0.5}
     assert second == {"instruction": "7", "weight": None, "margin": None}
     assert third["weight"] == "two"
     assert math.isnan(third["margin"])
+    assert fourth == {"instruction": "7", "weight": "1_000", "margin": 1.0}
 
 
 def test_columns_that_arrow_holds_as_json_are_decoded(tmp_path):
@@ -238,6 +239,8 @@ def test_a_null_that_a_column_of_json_says_is_kept(tmp_path):
         (b'{"a": ' * 100_000, "is not valid JSON: it is nested too deeply"),
         (b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", "is nested more than 64 levels deep"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
+        (b'{"a": 1, "b": 2, "a": 3}', "has the key `a` twice"),
+        (b'{"a": [{"role": 1, "role": 1}]}', "has the key `role` twice"),
     ],
 )
 def test_a_broken_line_is_found_and_the_others_are_read(tmp_path, line, problem):
@@ -270,6 +273,14 @@ def test_a_broken_member_of_a_list_is_found_and_the_others_are_read(tmp_path, mo
     assert rows[1].origin == f"{path}:2"
     assert re.match("is not UTF-8: byte 0x(ff|e4)" if member.startswith(b"{") else "is not a JSON obj", rows[1].problem)
     assert rows[2].origin == f"{path}:4"
+
+
+def test_a_member_that_says_a_thing_twice_is_found_and_the_others_are_read(tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text('[{"a": 1},\n{"a": {"b": 1, "b": 2}},\n{"a": 1}]')
+    rows = list(read(path))
+    assert [row.values for row in rows] == [{"a": 1}, None, {"a": 1}]
+    assert rows[1].problem == "has the key `b` twice in one object"
 
 
 def test_a_csv_row_of_another_width_is_found_and_the_others_are_read(tmp_path):
