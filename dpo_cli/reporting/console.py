@@ -41,8 +41,10 @@ class Console:
     """
 
     def __init__(self, *, speaks: bool = True) -> None:
-        self._err = _Unheard(stderr=True, quiet=not speaks, highlight=False, soft_wrap=True)
-        self._out = RichConsole(quiet=not speaks, highlight=False, soft_wrap=True)
+        # A name of a model or a folder may hold brackets or colons; neither is markup.
+        as_it_is: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
+        self._err = _Unheard(stderr=True, quiet=not speaks, **as_it_is)
+        self._out = RichConsole(quiet=not speaks, **as_it_is)
         if not self._out.is_terminal:
             # A pipe has no width that a table would have to fit into.
             self._out.width = 10_000

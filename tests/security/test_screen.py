@@ -37,6 +37,17 @@ def test_whatever_the_console_prints_is_text(capfd):
     assert "\\x1b[2J" in printed and "\\x9b" in said and "\\u202e" in said
 
 
+def test_names_are_not_read_as_markup(capfd):
+    console, name = Console(), "runs/[lr-5e-7]/:cat:/[/b]"
+    table = Table(name)
+    table.add_row(name)
+    for shown in (table, name):
+        console.result(shown)
+    console.notice(name)
+    printed, said = capfd.readouterr()
+    assert (printed.count(name), said.count(name)) == (3, 1)
+
+
 def test_what_people_write_is_shown_as_it_is():
     said = "你好　é — “ok” 🙂 naïve\u00a0text\n"
     assert as_text(said) == said
