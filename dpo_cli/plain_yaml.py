@@ -6,6 +6,7 @@ counts each time; keys are merged nowhere.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,9 +54,21 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_Loader.add_implicit_resolver(
-    f"{_PREFIX}float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that quotes a text which `_Loader` would take for a number, and escapes all that ends a line."""
+
+
+def _written(dumper: _Dumper, text: str) -> yaml.Node:
+    # Raw, these are folded into a space when they are read.
+    style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+    return dumper.represent_scalar(f"{_PREFIX}str", text, style=style)
+
+
+_Dumper.add_representer(str, _written)
+for _one in (_Loader, _Dumper):
+    _one.add_implicit_resolver(
+        f"{_PREFIX}float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+    )
 
 
 def read(file: Path) -> str:
@@ -71,6 +84,11 @@ def read(file: Path) -> str:
     if len(data) > MAX_BYTES:
         raise NotPlain(f"the settings are longer than {MAX_BYTES:,} bytes", 1, "name the file that holds the settings")
     return data.decode("utf-8-sig")
+
+
+def dump(values: Any) -> str:
+    """Write plain values so that `parse` reads the same."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def parse(text: str) -> tuple[Any, Mapping[tuple[str, ...], int]]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self, get_args
 
-import yaml
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from dpo_cli import plain_yaml
 from dpo_cli.data.formats import FORMATS, RankedRule
 from dpo_cli.data.kinds import Droppable
 from dpo_cli.data.sources import Sources
@@ -137,7 +137,7 @@ class TrainingSettings(Settings):
     """With skip, how many steps a run may skip; one more stops it."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third slower."""
-    rank_timeout: float | None = Field(300, ge=1)
+    rank_timeout: float | None = Field(300, ge=1, le=31_536_000)
     """With several processes, seconds after which one that is silent, or hangs in a step, is given up; null: never."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Decides the order of the pairs and which are held out."""
@@ -208,4 +208,4 @@ def json_schema() -> dict[str, Any]:
 
 def resolved_yaml(config: Config) -> str:
     """Write a configuration out with every default and override in it; it runs again as it is."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return plain_yaml.dump(config.model_dump(mode="json"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dpo_cli import __version__
+from dpo_cli import __version__, plain_yaml
 from dpo_cli.reporting.secrets import covered
 from dpo_cli.reporting.tables import visible
 
@@ -56,10 +56,19 @@ def model_card(
         sections += ["## Held-out figures", _table(shown)]
     else:
         sections += ["## Held-out figures", "None: the run had no held-out pairs."]
-    settings_text = covered(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True))
+    settings_text = covered(plain_yaml.dump(_covered_within(settings)))
     fence = _fence(settings_text, 3)
     sections += ["## Settings", f"{fence}yaml\n{settings_text}{fence}"]
     return "\n\n".join(sections) + "\n"
+
+
+def _covered_within(value: Any) -> Any:
+    """Cover the secrets in all texts of a value, before YAML quotes or folds them."""
+    if isinstance(value, Mapping):
+        return {name: _covered_within(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_covered_within(item) for item in value]
+    return covered(value) if isinstance(value, str) else value
 
 
 def _table(rows: Mapping[str, Any]) -> str:

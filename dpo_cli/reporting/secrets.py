@@ -22,9 +22,9 @@ _OPTION = re.compile(rf"--?[\w-]*{_WORDS}", re.IGNORECASE)
 _FORMS = re.compile(
     rf"""
     (?P<name>
-        (?<! [a-z0-9] ) (?<! [be]os_ | pad_ | unk_ | sep_ | cls_ ) {_WORDS} ["']? \s? [=:] \s? ["']?
-    ) [^\s"',;&]+
-    | (?P<scheme> [a-z][a-z0-9+.-]* :// ) [^\s/@]+ (?= @ )
+        (?<! [a-z0-9] ) (?<! [be]os_ | pad_ | unk_ | sep_ | cls_ ) {_WORDS} ["']? \s? [=:] \s? (?P<quote> ["'] )?
+    ) (?(quote) (?: \\. | (?! (?P=quote) ) . )+ | [^\s"',;&]+ )
+    | (?P<scheme> [a-z][a-z0-9+.-]* :// ) [^\s/]+ (?= @ )
     | \b (?: hf_ [a-z0-9]{{30,}} | (?: gh[oprsu]_ | github_pat_ | glpat- | xox[abp]- | AKIA ) [a-z0-9_-]{{12,}} )
     | \b sk- (?= [a-z_-]* [0-9] ) [a-z0-9_-]{{20,}}
     """,
@@ -34,7 +34,8 @@ _FORMS = re.compile(
 
 def covered(text: str) -> str:
     """Return a text in which secrets are covered."""
-    for value in _secret_values():
+    # One may begin with another.
+    for value in sorted(_secret_values(), key=len, reverse=True):
         text = text.replace(value, COVERED)
     return _FORMS.sub(lambda found: f"{found['name'] or found['scheme'] or ''}{COVERED}", text)
 

@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from dpo_cli import plain_yaml
 from dpo_cli.config import Config, json_schema, load_config, resolved_yaml
 from dpo_cli.data.sources import Source, as_sources
 from dpo_cli.errors import UserError
@@ -352,6 +355,12 @@ def test_the_resolved_configuration_is_the_same_configuration(tmp_path):
     config = load_config(write(tmp_path, MINIMAL), ["training.max_steps=7", "loss.beta=0.3"])
     again = load_config(write(tmp_path, resolved_yaml(config), "other.yaml"))
     assert again == config
+
+
+@given(st.text() | st.sampled_from(["5e-7", "12e3", "1E5", "+3e1", "null", "0x1f", "1_0", "2024-01-01", "yes", "a: b"]))
+def test_any_text_that_is_written_out_is_read_again(text):
+    found, _ = plain_yaml.parse(plain_yaml.dump({"a": {"b": text, "c": [text, 5e-7]}}))
+    assert found == {"a": {"b": text, "c": [text, 5e-7]}}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("**/*.yaml")), ids=lambda file: file.stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dpo_cli.reporting.card import model_card
 from dpo_cli.reporting.secrets import covered, covered_command
 from tests.cli.test_bad_inputs import PREPARE, TRAIN
 
@@ -49,6 +50,34 @@ def test_secrets_are_covered_in_errors(project, dpo, planted):
     assert "[secret]" in result.said
     assert "abc123" not in result.said
     assert PLANTED["HF_TOKEN"] not in result.said
+
+
+def test_of_secrets_that_begin_alike_nothing_is_left(monkeypatch):
+    monkeypatch.setenv("A_TOKEN", "planted-secret")
+    monkeypatch.setenv("B_TOKEN", "planted-secret-and-more")
+    assert covered("of planted-secret-and-more, planted-secret") == "of [secret], [secret]"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("postgres://me:p@ss@host/db", "postgres://[secret]@host/db"),
+        ('password="two words, and more" rest', 'password="[secret]" rest'),
+        ("{'api_key': 'it\\'s one', 'a': 1}", "{'api_key': '[secret]', 'a': 1}"),
+        ("token=one two", "token=[secret] two"),
+    ],
+)
+def test_a_secret_is_covered_to_its_end(text, shown):
+    assert covered(text) == shown
+
+
+def test_no_form_of_yaml_hides_a_secret_in_the_card(monkeypatch):
+    monkeypatch.setenv("DB_PASSWORD", "it's-a-planted-value")
+    monkeypatch.setenv("X_TOKEN", "a planted pass phrase")
+    folder = f"/{'long/' * 12}a planted pass phrase/it's-a-planted-value"
+    card = model_card("run", {"model": {"name": "m"}, "output_dir": folder, "tracking": [folder]}, {}, None)
+    assert "planted" not in card
+    assert card.count("[secret]") == 4
 
 
 @pytest.mark.parametrize(
