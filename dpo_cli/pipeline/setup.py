@@ -347,4 +347,6 @@ def named_pairs(pairs: PreparedPairs, indices: Sequence[int]) -> str:
 
 def is_main_process() -> bool:
     """Tell, before Accelerate is imported, whether this process is the one that speaks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    rank = os.environ.get("RANK", "0")
+    # What is no number is told of, by all processes, once it matters.
+    return not rank.isdecimal() or int(rank) == 0

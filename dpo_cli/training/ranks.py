@@ -97,8 +97,12 @@ def gathering(timeout: float | None) -> Iterator[None]:
         timeout: How long to wait for the others, in seconds; None: as long as torch does.
 
     Raises:
-        UserError: One that had come is gone again.
+        UserError: One that had come is gone again, or what a launcher says to its processes is no number.
     """
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if (said := os.environ.get(name)) is not None and not said.isdecimal():
+            hint = "unset it, or leave it to what starts several processes (torchrun, srun)"
+            raise UserError(f"the environment variable {name} is no whole number: `{said}`", None, hint)
     num_ranks, is_main = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
     if num_ranks == 1:
         yield

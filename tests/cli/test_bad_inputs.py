@@ -204,6 +204,23 @@ def weights_of_nan(project: Project) -> None:
     model.save_pretrained(project.folder / "model")
 
 
+def scales_its_logits(name: str) -> Callable[[Project], None]:
+    """Save a model that multiplies its logits by a factor of its own kind."""
+
+    def save(project: Project) -> None:
+        from transformers import FalconH1Config, FalconH1ForCausalLM
+
+        torch.manual_seed(0)
+        small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 400}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4}
+        states = {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "initializer_range": 0.2}
+        model = FalconH1ForCausalLM(FalconH1Config(**small, **heads, **states, lm_head_multiplier=0.25))
+        model.save_pretrained(project.folder / name)
+        project.tokenizer.save_pretrained(project.folder / name)
+
+    return save
+
+
 def gpt2(name: str, *, vocabulary: int = 400, positions: int = 512) -> Callable[[Project], None]:
     """Save a model of another kind and size, with the project's tokenizer."""
 
@@ -593,6 +610,28 @@ MODEL_CASES = {
     "reference of another vocabulary": Case(
         gpt2("other", vocabulary=500),
         f"{TRAIN} reference.type=frozen reference.model=other", 2, r"vocabulary of 500, the policy", r"same tok"
+    ),
+    "reference with fewer positions": Case(
+        gpt2("other", positions=16),
+        f"{TRAIN} reference.type=frozen reference.model=other", 2, r"the model has positions for 16", r"max_length",
+    ),
+    "reference that treats its logits in its own way": Case(
+        scales_its_logits("other"),
+        f"{TRAIN} reference.model=other training.layout=padded", 2, r"differ from the model's own", r"its own way",
+    ),
+    "evaluation of a model that treats its logits in its own way": Case(
+        scales_its_logits("other"), f"{EVAL} --model other training.layout=padded", 2, r"differ from the model's own",
+        r"its own way",
+    ),
+    "evaluation against a reference with fewer positions": Case(
+        gpt2("other", positions=16),
+        f"{EVAL} --model model reference.model=other", 2, r"the model has positions for 16", r"max_length",
+    ),
+    "process without a number": Case(
+        environment(RANK=""), TRAIN, 2, r"variable RANK is no whole number: ``", r"unset it",
+    ),
+    "processes without a number": Case(
+        environment(WORLD_SIZE="two"), TRAIN, 2, r"WORLD_SIZE is no whole number: `two`", r"unset it",
     ),
     "reference damaged": Case(
         both(gpt2("other"), cut("other/model.safetensors")),
