@@ -14,23 +14,25 @@ import sys
 
 import pytest
 
-from tests.conftest import build_llama, dpo_command, read_metrics, run_dpo, without_clock
+from tests.conftest import build_llama, dpo_command, make_config, read_metrics, run_dpo, without_clock, write_rows
 
 WEIGHTS = "final/model.safetensors"
 
 
-@pytest.fixture
-def uninterrupted(write_config, tmp_path):
-    """A run over two epochs whose checkpoints fall into the middle of them.
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_llama, demo_rows):
+    """A run over two epochs whose checkpoints fall into the middle of them; the tests leave it as it is.
 
     Its steps are cut by a number of its own: a run with another cache would measure one anew, and round otherwise.
     """
     training = {"epochs": 2, "pairs_per_step": 5, "micro_batch_tokens": 512}
     settings = {"training": training, "checkpoints": {"every_steps": 3, "keep": 100}}
-    file = write_config("whole", **settings, evaluation={"every_steps": 4})
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    pairs = write_rows(folder / "pairs.jsonl", demo_rows[:40])
+    file = make_config(folder, tiny_llama, pairs, "whole", **settings, evaluation={"every_steps": 4})
     result = run_dpo("train", "--config", file)
     assert result.returncode == 0, result.stderr
-    return file, tmp_path / "runs" / "whole"
+    return file, folder / "runs" / "whole"
 
 
 def start(file, *arguments, env=None):
@@ -127,11 +129,15 @@ def test_what_only_decides_memory_may_change_when_a_run_goes_on(uninterrupted, t
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-def test_a_run_does_not_go_on_with_another_model_or_other_data(uninterrupted, tmp_path, pairs_file):
+def test_a_run_does_not_go_on_with_other_data(uninterrupted, tmp_path):
     file, whole = uninterrupted
-    shutil.rmtree(whole / "final")
-    text = pairs_file.read_text(encoding="utf-8")
-    pairs_file.write_text(text.replace("a", "e"), encoding="utf-8")
-    result = run_dpo("train", "--config", file, "--resume")
+    run, pairs = shutil.copytree(whole, tmp_path / "other"), file.parent / "pairs.jsonl"
+    shutil.rmtree(run / "final")
+    text = pairs.read_text(encoding="utf-8")
+    try:
+        pairs.write_text(text.replace("a", "e"), encoding="utf-8")
+        result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
+    finally:
+        pairs.write_text(text, encoding="utf-8")
     assert result.returncode == 2
     assert "the data is not the one that the run was started with" in result.stderr
