@@ -51,7 +51,7 @@ def evaluate(
         indices: The pairs' indices in the data.
         batches: Cuts pairs into micro-batches and lays them out.
         accelerator: Knows the ranks.
-        progress: Called with micro-batches done and micro-batches in all, of this rank.
+        progress: Called with pairs done and pairs in all, of this rank.
     """
     mine = batches.cut(indices)[accelerator.process_index :: accelerator.num_processes]
     # Nothing is remembered here, so that a model is judged the same by the run that made it and later.
@@ -60,13 +60,14 @@ def evaluate(
     if objective.looks_at_step:
         judged = judge_step(scorer, objective, reference, batches, mine, step, accelerator)
     results: list[PairResult] = []
-    for done, micro_batch in enumerate(mine, 1):
+    num_pairs = sum(len(micro_batch.pairs) for micro_batch in mine)
+    for place, micro_batch in enumerate(mine):
         if judged is not None:
-            values = judged[done - 1].values
+            values = judged[place].values
         else:
             with torch.no_grad():
                 _, values = score_pairs(scorer, objective, reference, batches(micro_batch), step)
         for index, row in zip(micro_batch.pairs, values.tolist(), strict=True):
             results.append(PairResult(index, dict(zip(PAIR_METRICS, row, strict=True))))
-        progress(done, len(mine))
+        progress(len(results), num_pairs)
     return sorted(gather_object(results), key=lambda result: result.index)

@@ -49,6 +49,7 @@ def test_a_run_leaves_what_the_contract_says(finished, demo_rows):
     assert environment["command_line"][1:] == ["train", "--config", str(file)]
     assert result.stdout.count("\x1b") == result.stderr.count("\x1b") == 0
     assert result.stderr.count("step ") >= 8
+    assert "evaluating: 8/8 in" in result.stderr
 
 
 def test_the_trained_model_and_every_checkpoint_load_as_hugging_face_folders(finished, tiny_llama):
