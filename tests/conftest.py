@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 import yaml
 
 from tests.faults.ledger import PROPERTY, table
+from tests.faults.zygote import Zygote
 
 # Read when the Hub's library is imported, which test modules do while they are collected.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -239,6 +241,21 @@ def run_dpo(
         timeout=timeout,
         check=False,
     )
+
+
+@pytest.fixture(scope="session")
+def forked_dpo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs the program as `run_dpo` does, in processes of which each spares the imports."""
+    folder = tmp_path_factory.mktemp("forked")
+    zygote, numbers = Zygote(folder), itertools.count()
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        printed = folder / f"printed-{next(numbers)}.txt"
+        ended = zygote.run(*arguments, printed=printed)
+        return subprocess.CompletedProcess(arguments, ended.status, printed.read_text(encoding="utf-8"), ended.said)
+
+    yield run
+    zygote.close()
 
 
 def read_metrics(run: Path, split: str = "train") -> list[dict[str, Any]]:

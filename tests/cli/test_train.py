@@ -81,10 +81,10 @@ def test_the_model_card_states_base_data_loss_settings_and_held_out_figures(fini
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
 
 
-def test_dpo_eval_gives_the_figures_that_the_run_logged(finished, tmp_path):
+def test_dpo_eval_gives_the_figures_that_the_run_logged(forked_dpo, finished, tmp_path):
     file, run, _ = finished
     for model, logged in ((run / "final", 1), (run / "checkpoints" / "step-000008", 1)):
-        result = run_dpo("eval", "--config", file, "--model", model, "--json", tmp_path / "figures.json")
+        result = forked_dpo("eval", "--config", file, "--model", model, "--json", tmp_path / "figures.json")
         assert result.returncode == 0, result.stderr
         found = json.loads((tmp_path / "figures.json").read_text())
         row = read_metrics(run, "eval")[logged]
@@ -94,17 +94,17 @@ def test_dpo_eval_gives_the_figures_that_the_run_logged(finished, tmp_path):
         assert set(found) == (set(row) - {"split", "step", "epoch"}) | {"model", "reference", "data"}
 
 
-def test_dpo_eval_of_the_base_model_is_all_ties(finished, tmp_path, tiny_llama, pairs_file):
+def test_dpo_eval_of_the_base_model_is_all_ties(forked_dpo, finished, tmp_path, tiny_llama, pairs_file):
     file, _, _ = finished
     arguments = ("--model", tiny_llama, "--data", pairs_file, "--json", tmp_path / "figures.json")
-    result = run_dpo("eval", "--config", file, *arguments)
+    result = forked_dpo("eval", "--config", file, *arguments)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "figures.json").read_text())
     assert (found["pairs"], found["ties"], found["rewards/accuracies"]) == (40, 40, 0.5)
     assert found["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_dpo_eval_tells_the_groups_that_the_data_names(finished, tmp_path, tiny_llama, demo_rows):
+def test_dpo_eval_tells_the_groups_that_the_data_names(forked_dpo, finished, tmp_path, tiny_llama, demo_rows):
     file, run, _ = finished
     kinds = ["maths", "maths", "[red]letters"]
     rows = [{**row, "category": kind, "source": "one"} for row, kind in zip(demo_rows[40:52], kinds * 4, strict=True)]
@@ -112,7 +112,7 @@ def test_dpo_eval_tells_the_groups_that_the_data_names(finished, tmp_path, tiny_
     for name in ("all", "maths", "[red]letters"):
         some = [row for row in rows if name in ("all", row["category"])]
         pairs, found = write_rows(tmp_path / "some.jsonl", some), tmp_path / "figures.json"
-        result = run_dpo("eval", "--config", file, "--model", run / "final", "--data", pairs, "--json", found)
+        result = forked_dpo("eval", "--config", file, "--model", run / "final", "--data", pairs, "--json", found)
         assert result.returncode == 0, result.stderr
         figures[name] = json.loads(found.read_text())
         assert ("category" in result.stdout) == (name == "all")
@@ -135,7 +135,9 @@ def talk(number, side):
     ]
 
 
-def test_conversations_train_alike_under_both_layouts_and_their_context_is_not_judged(write_config, tmp_path):
+def test_conversations_train_alike_under_both_layouts_and_their_context_is_not_judged(
+    forked_dpo, write_config, tmp_path
+):
     rows = [{side: talk(number, side) for side in ("chosen", "rejected")} for number in range(12)]
     pairs = str(write_rows(tmp_path / "talks.jsonl", rows))
     losses = {}
@@ -144,7 +146,7 @@ def test_conversations_train_alike_under_both_layouts_and_their_context_is_not_j
         file = write_config(
             name, data={"train": pairs, "eval": None, **data}, training={"layout": layout, "pairs_per_step": 4}
         )
-        result = run_dpo("train", "--config", file)
+        result = forked_dpo("train", "--config", file)
         assert result.returncode == 0, result.stderr
         losses[name] = [row["logps/chosen"] for row in read_metrics(tmp_path / "runs" / name)]
     assert losses["packed"] == pytest.approx(losses["padded"], abs=1e-3)
@@ -161,22 +163,22 @@ def test_the_resolved_configuration_runs_again_to_the_same_result(finished, tmp_
     assert (tmp_path / "again" / weights).read_bytes() == (run / weights).read_bytes()
 
 
-def test_another_run_is_never_written_over_unless_asked(finished, write_config, tmp_path):
+def test_another_run_is_never_written_over_unless_asked(forked_dpo, finished, write_config, tmp_path):
     file, run, _ = finished
     run = shutil.copytree(run, tmp_path / "run")
     file = write_config(output_dir=str(run), data={"train": str(file.parent / "pairs.jsonl")})
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    refused = run_dpo("train", "--config", file)
+    refused = forked_dpo("train", "--config", file)
     assert refused.returncode == 2
     assert "--overwrite" in refused.stderr
-    resumed = run_dpo("train", "--config", file, "--resume")
+    resumed = forked_dpo("train", "--config", file, "--resume")
     assert resumed.returncode == 0
     assert "finished" in resumed.stderr
-    changed = run_dpo("train", "--config", file, "--resume", "loss.beta=0.3")
+    changed = forked_dpo("train", "--config", file, "--resume", "loss.beta=0.3")
     assert changed.returncode == 2
     assert "`loss.beta` was 0.1 and is 0.3" in changed.stderr
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    replaced = run_dpo("train", "--config", file, "--overwrite", "training.max_steps=1")
+    replaced = forked_dpo("train", "--config", file, "--overwrite", "training.max_steps=1")
     assert replaced.returncode == 0, replaced.stderr
     assert [row["step"] for row in read_metrics(run)] == [1]
     assert not (run / "checkpoints").exists()
@@ -193,10 +195,10 @@ def test_a_dry_run_prints_the_plan_and_writes_no_run(write_config, tmp_path, tin
     assert not (tmp_path / "runs").exists()
 
 
-def test_training_and_held_out_pairs_may_come_from_sources_of_their_own(write_config, tmp_path, demo_rows):
+def test_training_and_held_out_pairs_may_come_from_sources_of_their_own(forked_dpo, write_config, tmp_path, demo_rows):
     held = tmp_path / "held.jsonl"
     held.write_text("".join(json.dumps(row) + "\n" for row in demo_rows[40:46]), encoding="utf-8")
-    result = run_dpo("train", "--config", write_config(), f"data.eval={held}", "training.max_steps=2")
+    result = forked_dpo("train", "--config", write_config(), f"data.eval={held}", "training.max_steps=2")
     assert result.returncode == 0, result.stderr
     assert "40 to train on, 6 held out" in result.stderr
     assert read_metrics(tmp_path / "runs" / "run", "eval")[0]["pairs"] == 6
@@ -233,13 +235,13 @@ def test_colours_tell_the_parts_apart_on_a_terminal_and_no_color_is_obeyed(write
     assert "\x1b[3" not in plain.stdout
 
 
-def test_a_prepared_folder_is_a_source_and_is_refused_under_another_length_rule(write_config, tmp_path):
+def test_a_prepared_folder_is_a_source_and_is_refused_under_another_length_rule(forked_dpo, write_config, tmp_path):
     file, folder = write_config(), tmp_path / "prepared"
-    assert run_dpo("prepare-data", "--config", file, "--out", folder).returncode == 0
-    trained = run_dpo("train", "--config", file, f"data.train={folder}", "training.max_steps=1")
+    assert forked_dpo("prepare-data", "--config", file, "--out", folder).returncode == 0
+    trained = forked_dpo("train", "--config", file, f"data.train={folder}", "training.max_steps=1")
     assert trained.returncode == 0, trained.stderr
     assert "prepared data" not in trained.stderr
-    refused = run_dpo("train", "--config", file, "--overwrite", f"data.train={folder}", "data.max_length=300")
+    refused = forked_dpo("train", "--config", file, "--overwrite", f"data.train={folder}", "data.max_length=300")
     assert refused.returncode == 2
     assert "another data.max_length" in refused.stderr
 
@@ -267,12 +269,12 @@ def test_tensorboard_gets_the_metrics_of_the_log(write_config, tmp_path):
     ],
     ids=["a reference that moves", "no reference", "losses that remember and compare"],
 )
-def test_dpo_eval_judges_as_the_run_did(write_config, tmp_path, settings):
+def test_dpo_eval_judges_as_the_run_did(forked_dpo, write_config, tmp_path, settings):
     """A synced reference that has become the policy would make every evaluation of the run a tie."""
     file = write_config(training={"max_steps": 3, "pairs_per_step": 4, "learning_rate": 1e-3}, **settings)
-    trained = run_dpo("train", "--config", file)
+    trained = forked_dpo("train", "--config", file)
     assert trained.returncode == 0, trained.stderr
-    result = run_dpo("eval", "--config", file, "--json", tmp_path / "figures.json")
+    result = forked_dpo("eval", "--config", file, "--json", tmp_path / "figures.json")
     assert result.returncode == 0, result.stderr
     found, (row,) = json.loads((tmp_path / "figures.json").read_text()), read_metrics(tmp_path / "runs" / "run", "eval")
     assert abs(row["rewards/margins"]) > 1e-3
@@ -280,40 +282,44 @@ def test_dpo_eval_judges_as_the_run_did(write_config, tmp_path, settings):
         assert found[name] == pytest.approx(row[name], abs=1e-5), name
 
 
-def test_reference_strategies_train_to_the_same_losses(write_config, tmp_path):
+def test_reference_strategies_train_to_the_same_losses(forked_dpo, write_config, tmp_path):
     losses = {}
     for name in ("cached", "frozen"):
         file = write_config(name, reference=name, training={"max_steps": 4})
-        assert run_dpo("train", "--config", file).returncode == 0
+        assert forked_dpo("train", "--config", file).returncode == 0
         losses[name] = [row["loss"] for row in read_metrics(tmp_path / "runs" / name)]
     assert losses["frozen"] == pytest.approx(losses["cached"], abs=1e-5)
 
 
-def test_a_model_without_a_template_trains_on_plain_prompts_and_a_template_file_is_kept(write_config, tmp_path):
-    plain = run_dpo("train", "--config", write_config("plain"), "model.chat_template=plain", "training.max_steps=1")
+def test_a_model_without_a_template_trains_on_plain_prompts_and_a_template_file_is_kept(
+    forked_dpo, write_config, tmp_path
+):
+    plain = forked_dpo("train", "--config", write_config("plain"), "model.chat_template=plain", "training.max_steps=1")
     assert plain.returncode == 0, plain.stderr
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
                         "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
-    own = run_dpo("train", "--config", write_config("own"), f"model.chat_template={template}", "training.max_steps=1")
+    own = forked_dpo(
+        "train", "--config", write_config("own"), f"model.chat_template={template}", "training.max_steps=1"
+    )
     assert own.returncode == 0, own.stderr
     kept = tmp_path / "runs" / "own" / "final" / "chat_template.jinja"
     assert kept.read_text() == template.read_text()
 
 
-def test_gradient_checkpointing_and_bfloat16_run(write_config, tmp_path):
+def test_gradient_checkpointing_and_bfloat16_run(forked_dpo, write_config, tmp_path):
     file = write_config(training={"gradient_checkpointing": True, "max_steps": 2}, model={"dtype": "bfloat16"})
-    result = run_dpo("train", "--config", file)
+    result = forked_dpo("train", "--config", file)
     assert result.returncode == 0, result.stderr
     assert "bfloat16" in result.stderr
     assert read_metrics(tmp_path / "runs" / "run")[0]["loss"] == pytest.approx(math.log(2), abs=0.02)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_names_the_pairs_and_leaves_the_last_checkpoint(
-    write_config, tmp_path, pairs_file
+    forked_dpo, write_config, tmp_path, pairs_file
 ):
     file = write_config(training={"schedule": "linear", "warmup_ratio": 0.99, "max_grad_norm": None})
-    result = run_dpo("train", "--config", file, "training.learning_rate=1e38", "checkpoints.every_steps=1")
+    result = forked_dpo("train", "--config", file, "training.learning_rate=1e38", "checkpoints.every_steps=1")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     step = int(re.search(r"of step (\d+) is not finite", result.stderr).group(1))
@@ -327,21 +333,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_pairs_and_leaves_the_
     assert not (run / "final").exists()
 
 
-def test_a_held_out_loss_that_is_not_finite_is_an_error_that_names_pairs(write_config, tmp_path, pairs_file):
-    result = run_dpo("train", "--config", write_config(), "training.learning_rate=1e30", "training.max_steps=1")
+def test_a_held_out_loss_that_is_not_finite_is_an_error_that_names_pairs(
+    forked_dpo, write_config, tmp_path, pairs_file
+):
+    result = forked_dpo("train", "--config", write_config(), "training.learning_rate=1e30", "training.max_steps=1")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert re.search(rf"held-out loss is not finite; its pairs: {re.escape(str(pairs_file))}:\d+", result.stderr)
     assert [row["step"] for row in read_metrics(tmp_path / "runs" / "run")] == [1]
 
 
-def test_a_damaged_model_is_not_scored(finished, tmp_path):
+def test_a_damaged_model_is_not_scored(forked_dpo, finished, tmp_path):
     file, run, _ = finished
     model = shutil.copytree(run / "final", tmp_path / "final")
     data = bytearray((model / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (model / "model.safetensors").write_bytes(data)
-    result = run_dpo("eval", "--config", file, "--model", model)
+    result = forked_dpo("eval", "--config", file, "--model", model)
     assert result.returncode == 2
     assert "the model is damaged" in result.stderr
 

@@ -133,6 +133,7 @@ class Zygote:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         fault: tuple[str, Mapping[str, Any]] | None = None,
+        printed: Path | None = None,
     ) -> Running:
         """Start `dpo` with some arguments.
 
@@ -142,6 +143,7 @@ class Zygote:
             cwd: The folder that it runs in.
             fault: A function as `module:name` and its keyword arguments, called in the new process before the
                 command runs: it arranges for something to go wrong.
+            printed: The file that takes standard output, if it shall be told apart.
         """
         self._count += 1
         output = self._folder / f"run-{self._count}.txt"
@@ -151,6 +153,7 @@ class Zygote:
             "cwd": str(cwd or ROOT),
             "output": str(output),
             "fault": fault,
+            "printed": str(printed or output),
         }
         output.touch()
         self._socket.sendall(json.dumps(request).encode() + b"\n")
@@ -230,8 +233,8 @@ def _run(request: dict[str, Any]) -> None:
         os.chdir(request["cwd"])
         os.environ.update(request["env"])
         output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
-        os.dup2(output, 1)
         os.dup2(output, 2)
+        os.dup2(os.open(request["printed"], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1)
         sys.argv = ["dpo", *request["arguments"]]
         if request["fault"]:
             where, keywords = request["fault"]
