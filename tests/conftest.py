@@ -244,18 +244,26 @@ def run_dpo(
 
 
 @pytest.fixture(scope="session")
-def forked_dpo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Starts runs of the program in a tenth of a second."""
+    zygote = Zygote(tmp_path_factory.mktemp("output"))
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="session")
+def forked_dpo(
+    zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs the program as `run_dpo` does, in processes of which each spares the imports."""
-    folder = tmp_path_factory.mktemp("forked")
-    zygote, numbers = Zygote(folder), itertools.count()
+    folder, numbers = tmp_path_factory.mktemp("printed"), itertools.count()
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-        printed = folder / f"printed-{next(numbers)}.txt"
+        printed = folder / f"{next(numbers)}.txt"
         ended = zygote.run(*arguments, printed=printed)
         return subprocess.CompletedProcess(arguments, ended.status, printed.read_text(encoding="utf-8"), ended.said)
 
-    yield run
-    zygote.close()
+    return run
 
 
 def read_metrics(run: Path, split: str = "train") -> list[dict[str, Any]]:

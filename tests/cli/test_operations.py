@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, dpo_command, read_metrics
-from tests.faults.zygote import Zygote
 
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 STATUSES = {int(status): again for status, again in re.findall(r"^\| (\d+) \| .* \| (.*) \|$", PAGE, re.M)}
@@ -28,13 +27,6 @@ def block(start: str) -> str:
     blocks = re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE, re.M)
     (found,) = [text for text in blocks if start in text]
     return re.sub(r"^    ", "", found, flags=re.M)
-
-
-@pytest.fixture(scope="module")
-def zygote(tmp_path_factory):
-    zygote = Zygote(tmp_path_factory.mktemp("output"))
-    yield zygote
-    zygote.close()
 
 
 @pytest.fixture

@@ -54,21 +54,21 @@ def assert_same_run(run, whole):
     assert not list(run.rglob(".*"))
 
 
-def test_a_run_does_not_go_on_with_another_reference(write_config, tmp_path, tokenizer):
+def test_a_run_does_not_go_on_with_another_reference(forked_dpo, write_config, tmp_path, tokenizer):
     other = build_llama(tmp_path / "other", tokenizer, seed=1)
     reference = {"type": "frozen", "model": str(other)}
     file = write_config("whole", reference=reference, training={"max_steps": 3}, data={"eval": None})
-    result = run_dpo("train", "--config", file)
+    result = forked_dpo("train", "--config", file)
     assert result.returncode == 0, result.stderr
     shutil.rmtree(tmp_path / "runs" / "whole" / "final")
     build_llama(other, tokenizer, seed=2)
-    result = run_dpo("train", "--config", file, "--resume")
+    result = forked_dpo("train", "--config", file, "--resume")
     assert result.returncode == 2
     assert "the reference is not the one that the run was started with" in result.stderr
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(uninterrupted, tmp_path, number, status):
+def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(forked_dpo, uninterrupted, tmp_path, number, status):
     file, whole = uninterrupted
     run = tmp_path / "stopped"
     process = start(file, f"output_dir={run}")
@@ -82,13 +82,13 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(uninterrupted, tmp
     assert "Traceback" not in said
     done = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{done:06d}").is_dir()
-    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
+    result = forked_dpo("train", "--config", file, "--resume", f"output_dir={run}")
     assert result.returncode == 0, result.stderr
     assert f"resuming after step {done}" in result.stderr
     assert_same_run(run, whole)
 
 
-def test_when_the_terminal_is_closed_the_step_is_finished_and_saved(uninterrupted, tmp_path):
+def test_when_the_terminal_is_closed_the_step_is_finished_and_saved(forked_dpo, uninterrupted, tmp_path):
     """As an ssh connection that breaks: the terminal takes no more words, and SIGHUP comes."""
     file, whole = uninterrupted
     run = tmp_path / "hung-up"
@@ -101,7 +101,7 @@ def test_when_the_terminal_is_closed_the_step_is_finished_and_saved(uninterrupte
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     done = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{done:06d}").is_dir()
-    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
+    result = forked_dpo("train", "--config", file, "--resume", f"output_dir={run}")
     assert result.returncode == 0, result.stderr
     assert_same_run(run, whole)
 
@@ -118,25 +118,25 @@ def test_asked_to_stop_while_loading_it_stops_at_once(uninterrupted, tmp_path):
     assert "Traceback" not in said
 
 
-def test_what_only_decides_memory_may_change_when_a_run_goes_on(uninterrupted, tmp_path):
+def test_what_only_decides_memory_may_change_when_a_run_goes_on(forked_dpo, uninterrupted, tmp_path):
     file, whole = uninterrupted
     run = shutil.copytree(whole, tmp_path / "smaller")
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints" / "step-000012")
-    result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}", "training.micro_batch_tokens=200")
+    result = forked_dpo("train", "--config", file, "--resume", f"output_dir={run}", "training.micro_batch_tokens=200")
     assert result.returncode == 0, result.stderr
     ours, theirs = ([row["loss"] for row in read_metrics(folder)] for folder in (run, whole))
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-def test_a_run_does_not_go_on_with_other_data(uninterrupted, tmp_path):
+def test_a_run_does_not_go_on_with_other_data(forked_dpo, uninterrupted, tmp_path):
     file, whole = uninterrupted
     run, pairs = shutil.copytree(whole, tmp_path / "other"), file.parent / "pairs.jsonl"
     shutil.rmtree(run / "final")
     text = pairs.read_text(encoding="utf-8")
     try:
         pairs.write_text(text.replace("a", "e"), encoding="utf-8")
-        result = run_dpo("train", "--config", file, "--resume", f"output_dir={run}")
+        result = forked_dpo("train", "--config", file, "--resume", f"output_dir={run}")
     finally:
         pairs.write_text(text, encoding="utf-8")
     assert result.returncode == 2

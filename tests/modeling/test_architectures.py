@@ -29,7 +29,7 @@ from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.scoring import score_pairs
 from dpo_cli.preference.terms import StepFacts
-from tests.conftest import make_config, read_metrics, run_dpo
+from tests.conftest import make_config, read_metrics
 
 FALLING_BACK = {
     "falcon": "takes no attention from outside",
@@ -240,8 +240,8 @@ def bloom_config(tmp_path, tokenizer, pairs_file):
     return functools.partial(make_config, tmp_path, folder, pairs_file, training={"max_steps": 2}, data={"eval": 0.1})
 
 
-def test_a_run_that_cannot_be_packed_says_so_once_and_finishes(bloom_config, tmp_path):
-    result = run_dpo("train", "--config", bloom_config())
+def test_a_run_that_cannot_be_packed_says_so_once_and_finishes(forked_dpo, bloom_config, tmp_path):
+    result = forked_dpo("train", "--config", bloom_config())
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("warning") == 1
     assert result.stderr.count("using the padded layout") == 1
@@ -253,8 +253,8 @@ def test_a_run_that_cannot_be_packed_says_so_once_and_finishes(bloom_config, tmp
     AutoModelForCausalLM.from_pretrained(run / "final")
 
 
-def test_a_run_that_asks_for_what_cannot_be_packed_ends_with_a_hint(bloom_config, tmp_path):
-    result = run_dpo("train", "--config", bloom_config(), "training.layout=packed")
+def test_a_run_that_asks_for_what_cannot_be_packed_ends_with_a_hint(forked_dpo, bloom_config, tmp_path):
+    result = forked_dpo("train", "--config", bloom_config(), "training.layout=packed")
     assert result.returncode == 2
     assert "BloomForCausalLM: it takes no attention from outside" in result.stderr
     assert "hint: set `training.layout: auto`" in result.stderr
