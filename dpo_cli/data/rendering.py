@@ -7,28 +7,20 @@ written up to that place as well, and compared with the whole.
 from __future__ import annotations
 
 import functools
-import inspect
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_cli.data.bounds import TookTooLong, bounded_memory, bounded_time
+from dpo_cli.data.chat_template import ChatTemplate, template_errors
 from dpo_cli.data.encode import TextEncoder
 from dpo_cli.data.literals import LITERAL_START, STAND_IN, STAND_IN_TURN, Literals
 from dpo_cli.data.records import BadRow, Message, Pair
-from dpo_cli.errors import UserError
 
 TurnRule = Literal["all", "last"]
 Span = tuple[int, int]
 
 PLAIN = "plain"
-
-MAX_SECONDS, MAX_BYTES = 5.0, 1 << 29
-"""The processor's time and the memory that a template may take for a conversation."""
-
-MAX_CHARACTERS, MAX_GROWTH = 1 << 20, 8
-"""A template writes no more than this, or than so many times what it was given, whichever is more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +73,7 @@ class Renderer:
         self.tokenizer, self.template, self.turns, self.encode = tokenizer, template, turns, encode
         bos = tokenizer.bos_token if template == PLAIN and _adds_bos(tokenizer) else ""
         self._plain = functools.partial(_written_plainly, bos=bos, end=tokenizer.eos_token)
-        own = getattr(tokenizer, "chat_template", None) == template
-        self._name = "the tokenizer's own chat template" if own else "`model.chat_template`"
+        self._template = None if template == PLAIN else ChatTemplate(tokenizer, template)
         self._literals = Literals(tokenizer, template)
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Rendered | BadRow]:
@@ -96,15 +87,20 @@ class Renderer:
         if not pairs:
             return []
         arguments = pairs[0].arguments
-        both = [pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected)]
         try:
-            prompts = self._write([pair.prompt for pair in pairs], arguments, add_generation_prompt=True)
+            asked = [self._marked(pair.prompt) for pair in pairs]
+            both = [
+                prompt + self._marked(response)
+                for pair, prompt in zip(pairs, asked, strict=True)
+                for response in (pair.chosen, pair.rejected)
+            ]
+            prompts = self._write(asked, arguments, add_generation_prompt=True)
             wholes = self._write(both, arguments)
             found = zip(pairs, prompts, wholes[::2], wholes[1::2], strict=True)
             return [self._located(pair, *texts) for pair, *texts in found]
         except BadRow as bad:
             return [bad] if len(pairs) == 1 else self._one_by_one(pairs)
-        except _template_errors() as error:
+        except template_errors() as error:
             if len(pairs) > 1:
                 return self._one_by_one(pairs)
             return [BadRow("template error", f"the chat template fails: {_reason(error)}")]
@@ -171,7 +167,11 @@ class Renderer:
 
     def write(self, messages: Sequence[Message], arguments: Mapping[str, Any], **settings: bool) -> str:
         """Write one conversation."""
-        return self._write([messages], arguments, **settings)[0]
+        return self._write([self._marked(messages)], arguments, **settings)[0]
+
+    def _marked(self, messages: Sequence[Message]) -> list[Message]:
+        """Mark the control tokens that messages spell out."""
+        return list(map(self._literals.marked, messages))
 
     def _write(
         self,
@@ -180,49 +180,16 @@ class Renderer:
         *,
         add_generation_prompt: bool = False,
     ) -> list[str]:
-        """Write conversations by the chat template or plainly, marking the control tokens that they spell out."""
-        if self.template == PLAIN:
+        """Write conversations, in which the control tokens that they spell out are marked."""
+        if self._template is None:
             if arguments:
                 raise BadRow(
                     "template error", f"`plain` makes no use of {', '.join(f'`{name}`' for name in arguments)}"
                 )
-            marked = [[self._literals.marked(message) for message in one] for one in conversations]
-            return [self._plain(one, add_generation_prompt=add_generation_prompt) for one in marked]
-        if taken := _arguments_taken() & arguments.keys():
-            raise BadRow("template error", f"a row cannot set `{min(taken)}` of the chat template")
-        listed = [[_as_mapping(self._literals.marked(message)) for message in one] for one in conversations]
-        settings = {**self._literals.marked_values(arguments), "add_generation_prompt": add_generation_prompt}
-        return self._applied(listed, settings)
-
-    def _applied(self, conversations: list[list[dict[str, Any]]], settings: Mapping[str, Any]) -> list[str]:
-        """Let the template write conversations, within bounds: it is a program, and mostly somebody else's.
-
-        Raises:
-            UserError: It leaves them.
-        """
-        texts, excess = [], ""
-        try:
-            with bounded_time(MAX_SECONDS), bounded_memory(MAX_BYTES):
-                texts = self.tokenizer.apply_chat_template(
-                    conversations, chat_template=self.template, tokenize=False, **settings
-                )
-        except TookTooLong:
-            excess = f"takes more than {MAX_SECONDS:g} seconds"
-        except MemoryError:
-            excess = f"takes more than {MAX_BYTES >> 20} MiB"
-        if excess and len(conversations) > 1:
-            # Each has as much for itself.
-            return [text for one in conversations for text in self._applied([one], settings)]
-        if excess:
-            raise self._excess(excess)
-        for text, conversation in zip(texts, conversations, strict=True):
-            if len(text) > MAX_CHARACTERS and len(text) > MAX_GROWTH * _num_characters([conversation, settings]):
-                raise self._excess(f"writes {len(text):,} characters")
-        return list(map(str, texts))
-
-    def _excess(self, what: str) -> UserError:
-        hint = "no conversation needs that: set `model.chat_template` to another template, or to `plain`"
-        return UserError(f"the chat template {what} for a single conversation", self._name, hint)
+            return [self._plain(one, add_generation_prompt=add_generation_prompt) for one in conversations]
+        return self._template(
+            conversations, self._literals.marked_values(arguments), add_generation_prompt=add_generation_prompt
+        )
 
 
 @dataclass(frozen=True)
@@ -332,11 +299,6 @@ def _lost(what: str) -> BadRow:
     return BadRow("template error", detail)
 
 
-def _as_mapping(message: Message) -> dict[str, Any]:
-    """Return a message as chat templates know it."""
-    return {"role": message.role, "content": message.text, **message.extras}
-
-
 def _written_plainly(messages: Sequence[Message], *, add_generation_prompt: bool, bos: str, end: str) -> str:
     """Write a conversation for a model without a chat template: headed sections, an end behind each answer."""
     sections = list(_sections(messages, end))
@@ -364,32 +326,5 @@ def _adds_bos(tokenizer: Any) -> bool:
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
-def _num_characters(value: Any) -> int:
-    """Count the characters of all texts in a JSON value."""
-    if isinstance(value, str):
-        return len(value)
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
-    return sum(map(_num_characters, inner))
-
-
-@functools.cache
-def _arguments_taken() -> frozenset[str]:
-    """Name what is not a row's to say of how a template is applied."""
-    from transformers import PreTrainedTokenizerBase
-
-    names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    return frozenset(names) - {"tools", "documents"}
-
-
 def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
-
-
-@functools.cache
-def _template_errors() -> tuple[type[Exception], ...]:
-    """Name what rendering a template may raise; importing Jinja waits until a template is at hand."""
-    from jinja2 import TemplateError
-
-    # Of a template nested too deeply, what Jinja makes of it is no Python: a `SyntaxError`.
-    found = TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError
-    return TemplateError, *found

@@ -146,8 +146,9 @@ def test_what_is_remembered_stays_small(tokenizer, monkeypatch):
     encoder = TextEncoder(tokenizer)
     for start in range(0, 1000, 10):
         encoder([f"number {n} " + "x" * 100 for n in range(start, start + 10)])
-        assert len(encoder._known) <= 50
-        assert all(len(piece) <= encode._LONGEST_PIECE for piece in encoder._known)
+        for known in (encoder._beginnings, encoder._words):
+            assert 0 < len(known) <= 50
+            assert all(len(piece) <= encode._LONGEST_PIECE for piece in known)
 
 
 def test_of_a_tokenizer_with_ways_of_its_own_the_first_pair_is_made_as_all_others(tokenizer_folder):

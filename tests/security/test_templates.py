@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.data import bounds, rendering
+from dpo_cli.data import bounds, chat_template, rendering
 from dpo_cli.data.bounds import TookTooLong, bounded_memory, bounded_time
 from dpo_cli.data.encode import TextEncoder
 from dpo_cli.data.records import BadRow, Message, Pair
@@ -65,8 +65,8 @@ DEEP = {
 @pytest.fixture
 def tight(monkeypatch):
     """Bounds that are reached soon."""
-    monkeypatch.setattr(rendering, "MAX_SECONDS", 0.2)
-    monkeypatch.setattr(rendering, "MAX_BYTES", 1 << 27)
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
+    monkeypatch.setattr(chat_template, "MAX_BYTES", 1 << 27)
 
 
 def render(tokenizer, template):
