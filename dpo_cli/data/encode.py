@@ -151,8 +151,14 @@ class TextEncoder:
         return [np.asarray(tokens, dtype=np.int32) for tokens in ids]
 
     def _by_pieces(self, texts: Sequence[str]) -> list[Tokens]:
-        """Put texts together from their pieces."""
-        return [np.frombuffer(b"".join(self._pieces(text)), np.int32) for text in texts]
+        """Put texts together from their pieces; those that hardly fall apart are encoded in one go."""
+        parts = list(map(_falls_apart, texts))
+        wholes = [text for text, falls in zip(texts, parts, strict=True) if not falls]
+        encoded = iter(_encode(self.tokenizer.backend_tokenizer, wholes))
+        return [
+            np.frombuffer(b"".join(self._pieces(text)) if falls else next(encoded), np.int32)
+            for text, falls in zip(texts, parts, strict=True)
+        ]
 
     def _pieces(self, text: str) -> list[bytes]:
         """Cut a text at its added tokens and before its words, and look up what comes out."""
@@ -181,14 +187,22 @@ class _Known(dict[str, bytes]):
         self.engine, self.before = engine, before
 
     def __missing__(self, text: str) -> bytes:
-        # Of all its ways to encode, the one that does not look where in the text each token was.
-        (encoding,) = self.engine.encode_batch_fast([self.before + text], add_special_tokens=False)
-        tokens = array("i", encoding.ids).tobytes()
+        (tokens,) = _encode(self.engine, [self.before + text])
         if len(text) <= _LONGEST_PIECE:
             if len(self) >= _MOST_PIECES:
                 self.clear()
             self[text] = tokens
         return tokens
+
+
+def _encode(engine: Any, texts: Sequence[str]) -> Iterator[bytes]:
+    """Ask a tokenizer's own engine, which need not tell where in a text each token was."""
+    return (array("i", found.ids).tobytes() for found in engine.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def _falls_apart(text: str) -> bool:
+    """Tell whether a text has spaces enough for most of its pieces to be worth remembering: Chinese has none."""
+    return len(text) <= _LONGEST_PIECE * (1 + text.count(" "))
 
 
 def _parts_at_spaces(text: str) -> bool:
