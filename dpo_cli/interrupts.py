@@ -32,8 +32,7 @@ class StopSignals:
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignals]:
         """Handle the signals while the context lasts; SIGHUP is let be where it is ignored, as `nohup` wants it."""
-        deaf = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        heard = [number for number in STOPPING if number != signal.SIGHUP or not deaf]
+        heard = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
         previous = {number: signal.signal(number, self._handle) for number in heard}
         try:
             yield self

@@ -107,13 +107,26 @@ def from_json(value: object, place: str) -> object:
     if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
         return value
     try:
-        return cast(object, json.loads(value))
+        return cast(object, json.loads(value, object_pairs_hook=_members))
     except RecursionError:
         raise BadRow("wrong type", f"`{place}` is nested too deeply") from None
     except ValueError as error:
         if _LIKE_PYTHON.match(value):
             raise BadRow("wrong type", f"`{place}` is written as a Python literal and must be JSON") from None
         raise BadRow("wrong type", f"`{place}` is text that is not valid JSON: {error}") from None
+
+
+def repeated(names: Sequence[str]) -> str | None:
+    """Return the first of some names that stands among them twice, or None."""
+    return next((name for place, name in enumerate(names) if name in names[:place]), None)
+
+
+def _members(members: list[tuple[str, object]]) -> dict[str, object]:
+    """Return an object's members; where a key stands twice nobody knows which value is meant."""
+    found = dict(members)
+    if len(found) < len(members) and (name := repeated([name for name, _ in members])):
+        raise ValueError(f"it has the key `{printable(name)}` twice in one object")
+    return found
 
 
 def printable(value: object, most: int = 40) -> str:

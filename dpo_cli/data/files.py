@@ -178,10 +178,11 @@ class _CsvLines(Iterator[str]):
 def _with_numbers(values: dict[str, Any]) -> dict[str, Any]:
     """Read the columns that hold numbers, which CSV has as text; what is no number stays text."""
     for name in NUMBERS:
-        if (text := values.get(name)) is not None:
-            with contextlib.suppress(ValueError):
-                # `1_000` is a number to Python alone.
-                values[name] = (float(text) if "_" not in text else text) if text.strip() else None
+        text = values.get(name)
+        if text is None or "_" in text:  # `1_000` is a number to Python alone.
+            continue
+        with contextlib.suppress(ValueError):
+            values[name] = float(text) if text.strip() else None
     return values
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data import streams
-from dpo_cli.data.fields import printable
+from dpo_cli.data.fields import printable, repeated
 from dpo_cli.data.records import Row
 from dpo_cli.errors import UserError
 
@@ -26,9 +26,9 @@ def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(members)
     if len(found) == len(members):
         return found
-    repeated, names = _Repeated(found), [name for name, _ in members]
-    repeated.key = next(name for place, name in enumerate(names) if name in names[:place])
-    return repeated
+    unsure = _Repeated(found)
+    unsure.key = repeated([name for name, _ in members]) or ""
+    return unsure
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_object)

@@ -145,7 +145,7 @@ def test_what_is_remembered_stays_small(tokenizer, monkeypatch):
     monkeypatch.setattr(encode, "_MOST_PIECES", 50)
     encoder = TextEncoder(tokenizer)
     for start in range(0, 1000, 10):
-        encoder([f"number {n} " + "x" * 100 for n in range(start, start + 10)])
+        encoder([f"number {n} and a long one " + "x" * 60 for n in range(start, start + 10)])
         for known in (encoder._beginnings, encoder._words):
             assert 0 < len(known) <= 50
             assert all(len(piece) <= encode._LONGEST_PIECE for piece in known)

@@ -451,6 +451,11 @@ def test_a_row_of_every_shape_may_tell_the_template_more(shape, given, arguments
         ({"tools": "a hammer"}, "wrong type", "`tools` is text instead of a list of objects"),
         ({"tools": [TOOL, "f"]}, "wrong type", "`tools[1]` is text instead of an object"),
         ({"tools": '[{"name": '}, "wrong type", "`tools` is text that is not valid JSON"),
+        (
+            {"tools": '[{"a": 1, "a": 2}]'},
+            "wrong type",
+            "not valid JSON: it has the key `a` twice",
+        ),
         ({"tools": [{"name": "\ud83d"}]}, "undecodable text", "`tools` holds half of a surrogate pair"),
         ({"tools": [{"name": b"f"}]}, "wrong type", "`tools` is not plain JSON"),
         ({"chat_template_kwargs": [1]}, "wrong type", "`chat_template_kwargs` is a list instead of an object"),
