@@ -54,18 +54,18 @@ class ChatTemplate:
         if taken := _arguments_taken() & arguments.keys():
             raise BadRow("template error", f"a row cannot set `{min(taken)}` of the chat template")
         if self._has_forms and not arguments and not any(message.extras for one in conversations for message in one):
-            forms = [
-                self._form(tuple([message.role for message in one]), add_generation_prompt) for one in conversations
-            ]
+            forms = [self._form(one, add_generation_prompt) for one in conversations]
             # What is written over and over may leave the bounds.
             if all(len(form.places) <= MAX_GROWTH * len(one) for form, one in zip(forms, conversations, strict=True)):
-                said = ([message.text for message in one] for one in conversations)
-                return [form.fill(texts) for form, texts in zip(forms, said, strict=True)]
+                return [
+                    form.fill([message.text for message in one]) for form, one in zip(forms, conversations, strict=True)
+                ]
         settings = {**arguments, "add_generation_prompt": add_generation_prompt}
         return self._applied([list(map(_as_mapping, one)) for one in conversations], settings)
 
-    def _form(self, roles: tuple[str, ...], add_generation_prompt: bool) -> Form:
-        """Return the form in which the template writes conversations of these roles."""
+    def _form(self, conversation: Sequence[Message], add_generation_prompt: bool) -> Form:
+        """Return the form in which the template writes all conversations of the same roles."""
+        roles = tuple([message.role for message in conversation])
         key = add_generation_prompt, roles
         if key not in self._forms:
             if len(self._forms) >= _MOST_FORMS:

@@ -70,7 +70,7 @@ class Renderer:
     """
 
     def __init__(self, tokenizer: Any, template: str, turns: TurnRule, encode: TextEncoder) -> None:
-        self.tokenizer, self.template, self.turns, self.encode = tokenizer, template, turns, encode
+        self.turns, self.encode = turns, encode
         bos = tokenizer.bos_token if template == PLAIN and _adds_bos(tokenizer) else ""
         self._plain = functools.partial(_written_plainly, bos=bos, end=tokenizer.eos_token)
         self._template = None if template == PLAIN else ChatTemplate(tokenizer, template)
