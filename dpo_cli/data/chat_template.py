@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_cli.data.bounds import TookTooLong, bounded_memory, bounded_time
-from dpo_cli.data.forms import Form, only_writes, stand_in
+from dpo_cli.data.forms import STAND_INS, Form, only_writes
 from dpo_cli.data.records import BadRow, Message
 from dpo_cli.errors import UserError
 
@@ -33,7 +33,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, text: str) -> None:
         self.tokenizer, self.text = tokenizer, text
-        self._forms: dict[tuple[bool, tuple[str, ...]], Form] = {}
+        self._forms: dict[tuple[bool, tuple[str, ...]], Form | None] = {}
         self._has_forms = _applied_as_usual(tokenizer) and only_writes(text)
 
     def __call__(
@@ -48,32 +48,45 @@ class ChatTemplate:
 
         Raises:
             UserError: The template leaves its bounds.
-            BadRow: The arguments say what is not theirs to say.
+            BadRow: The arguments say what is not theirs to say, or what the template writes is no text.
             Exception: The template fails: one of `template_errors`.
         """
         if taken := _arguments_taken() & arguments.keys():
             raise BadRow("template error", f"a row cannot set `{min(taken)}` of the chat template")
-        if self._has_forms and not arguments and not any(message.extras for one in conversations for message in one):
-            forms = [self._form(one, add_generation_prompt) for one in conversations]
-            # What is written over and over may leave the bounds.
-            if all(len(form.places) <= MAX_GROWTH * len(one) for form, one in zip(forms, conversations, strict=True)):
-                return [
-                    form.fill([message.text for message in one]) for form, one in zip(forms, conversations, strict=True)
-                ]
         settings = {**arguments, "add_generation_prompt": add_generation_prompt}
-        return self._applied([list(map(_as_mapping, one)) for one in conversations], settings)
+        forms: list[Form | None] = [None]
+        if self._has_forms and not arguments and not any(message.extras for one in conversations for message in one):
+            forms = [self._form(one, settings) for one in conversations]
+        if None in forms:
+            texts = self._applied([list(map(_as_mapping, one)) for one in conversations], settings)
+        else:
+            said = ([message.text for message in one] for one in conversations)
+            texts = [form.fill(one) for form, one in zip(forms, said, strict=True) if form]
+        for text, one in zip(texts, conversations, strict=True):
+            self._check(text, one, settings)
+        return texts
 
-    def _form(self, conversation: Sequence[Message], add_generation_prompt: bool) -> Form:
-        """Return the form in which the template writes all conversations of the same roles."""
+    def _form(self, conversation: Sequence[Message], settings: _Settings) -> Form | None:
+        """Return the form in which the template writes all conversations of the same roles, if it surely has one."""
         roles = tuple([message.role for message in conversation])
-        key = add_generation_prompt, roles
+        key = settings["add_generation_prompt"], roles
         if key not in self._forms:
             if len(self._forms) >= _MOST_FORMS:
                 self._forms.clear()
-            shown = [{"role": role, "content": stand_in(number)} for number, role in enumerate(roles)]
-            (written,) = self._applied([shown], {"add_generation_prompt": add_generation_prompt})
-            self._forms[key] = Form.of(written)
+            self._forms[key] = self._shown(roles, settings)
         return self._forms[key]
+
+    def _shown(self, roles: Sequence[str], settings: _Settings) -> Form | None:
+        """Let the template show its form."""
+        shown = [
+            [{"role": role, "content": stand_ins.say(number)} for number, role in enumerate(roles)]
+            for stand_ins in STAND_INS
+        ]
+        written = self._applied(shown, settings)
+        one, other = (stand_ins.read(text) for stand_ins, text in zip(STAND_INS, written, strict=True))
+        # What writes very much, or the same over and over, is left to the bounds.
+        within = len(one.words) <= MAX_CHARACTERS and len(one.places) <= MAX_GROWTH * len(roles)
+        return one if one == other and within else None
 
     def _applied(self, conversations: list[list[dict[str, Any]]], settings: _Settings) -> list[str]:
         """Let the tokenizer apply the template.
@@ -96,10 +109,18 @@ class ChatTemplate:
             return [text for one in conversations for text in self._applied([one], settings)]
         if excess:
             raise self._excess(excess)
-        for text, conversation in zip(texts, conversations, strict=True):
-            if len(text) > MAX_CHARACTERS and len(text) > MAX_GROWTH * _num_characters([conversation, settings]):
-                raise self._excess(f"writes {len(text):,} characters")
         return list(map(str, texts))
+
+    def _check(self, text: str, conversation: Sequence[Message], settings: _Settings) -> None:
+        """Refuse what a template must not write: too much, or what is no text."""
+        if len(text) > MAX_CHARACTERS:
+            given = [settings, *map(_as_mapping, conversation)]
+            if len(text) > MAX_GROWTH * _num_characters(given):
+                raise self._excess(f"writes {len(text):,} characters")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRow("template error", "the chat template writes half of a surrogate pair") from None
 
     def _excess(self, what: str) -> UserError:
         own = getattr(self.tokenizer, "chat_template", None) == self.text

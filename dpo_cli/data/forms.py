@@ -16,21 +16,8 @@ from dataclasses import dataclass
 from jinja2 import TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from dpo_cli.data.literals import STAND_IN
-
-_EDGE = "\u2003"
-"""White space, gone where a template strips what is said."""
-
-_MARKS = re.compile(f"[{_EDGE}{STAND_IN}]")
-"""What a template must not write itself."""
-
-_PLACE = re.compile(f"{_EDGE}{STAND_IN}([0-9]+){STAND_IN}{_EDGE}|{STAND_IN}([0-9]+){STAND_IN}")
-"""Where a stand-in stands: as it is, or stripped."""
-
-
-def stand_in(number: int) -> str:
-    """Return what a message is to say for a template to show its form."""
-    return f"{_EDGE}{STAND_IN}{number}{STAND_IN}{_EDGE}"
+_MOST_CHARACTERS = 1 << 16
+"""Characters of a template that is looked at. Well-known ones have a quarter of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +32,52 @@ class Form:
     words: str
     places: tuple[int, ...]
 
-    @classmethod
-    def of(cls, written: str) -> Form:
-        """Read the form off what the template writes of stand-ins."""
-        first, *rest = _PLACE.split(written.replace("%", "%%"))
-        places = tuple(
-            int(whole) if whole else ~int(stripped) for whole, stripped in zip(rest[::3], rest[1::3], strict=True)
-        )
-        return cls("%s".join([first, *rest[2::3]]), places)
-
     def fill(self, said: Sequence[str]) -> str:
         """Return what the template writes where this is said, message by message."""
         return self.words % tuple(said[place] if place >= 0 else said[~place].strip() for place in self.places)
 
 
-def only_writes(template: str) -> bool:
-    """Tell whether a template surely does no more with what is said than write it, stripped or as it is.
+@dataclass(frozen=True, slots=True)
+class StandIns:
+    """Texts that messages say for a template to show its form.
 
-    That goes for messages of a role and a content, and no other.
+    Attributes:
+        edge: White space around each, gone where the template strips what is said.
+        mark: What tells them from the template's own words.
     """
+
+    edge: str
+    mark: str
+
+    def say(self, number: int) -> str:
+        """Return what a message of this number says."""
+        return f"{self.edge}{self.mark}{number}{self.mark}{self.edge}"
+
+    def read(self, written: str) -> Form:
+        """Read the form off what the template wrote."""
+        place = f"{self.mark}([0-9]+){self.mark}"
+        first, *rest = re.split(f"{self.edge}{place}{self.edge}|{place}", written.replace("%", "%%"))
+        found = zip(rest[::3], rest[1::3], strict=True)
+        places = tuple(int(whole) if whole else ~int(stripped) for whole, stripped in found)
+        return Form("%s".join([first, *rest[2::3]]), places)
+
+
+STAND_INS = (StandIns("\u2003", "\ufdd2"), StandIns("\u2004\u2005", "\ufdd3\ufdd4"))
+"""Two of a kind: a template that writes one of their marks by itself, or looks at what is said after all, shows one
+form of the first and another of the second."""
+
+
+def only_writes(template: str) -> bool:
+    """Tell whether a template does no more with what is said, by all that is known, than write it.
+
+    It may strip it before. That goes for messages of a role and a content, and no other.
+    """
+    if len(template) > _MOST_CHARACTERS:
+        return False
     try:
         tree = ImmutableSandboxedEnvironment().parse(template)
         _Reader({"messages": _Sort.CONVERSATION}).read(tree)
-    except (_LooksAtTexts, TemplateError, RecursionError):
+    except (_LooksAtTexts, TemplateError, RecursionError, ValueError):  # `ValueError`: a number of too many digits.
         return False
     return True
 
@@ -89,8 +99,8 @@ class _Sort(enum.Enum):
 _FREE_OF_LOOP = frozenset({"first", "last", "index", "index0", "revindex", "revindex0", "length"})
 """What a loop knows without giving away what it goes through."""
 
-_FREE_FILTERS = frozenset({"trim", "length", "count", "upper", "lower", "capitalize", "title", "default", "tojson"})
-"""Filters of which a text comes out as a text: of another one, `escape` say, it makes others escaped that join it."""
+_FREE_FILTERS = frozenset({"trim", "upper", "lower", "capitalize", "title", "default", "tojson"})
+"""Filters that make a text or a number of what is free. What `escape` makes would escape a text that joins it."""
 
 _PLAINLY_MADE = (
     *(nodes.And, nodes.Or, nodes.Not, nodes.Compare, nodes.Operand, nodes.Test, nodes.List, nodes.Tuple),
@@ -124,6 +134,7 @@ class _Reader:
                 self._read_loop(node, name)
             case nodes.Assign(target=nodes.Name(name=name)):
                 # What it stood for before it may stand for still: the place may lie in a branch that is not taken.
+                # One that stood for nothing is of the new sort at once: less may be done with it than if it were free.
                 value = self.sort(node.node)
                 self.names[name] = _either(self.names.get(name, value), value)
             case _:
@@ -153,7 +164,7 @@ class _Reader:
     def sort(self, node: nodes.Node) -> _Sort:
         """Tell of what sort an expression is."""
         match node:
-            case nodes.Const(value=value) | nodes.TemplateData(data=value) if not _MARKS.search(str(value)):
+            case nodes.Const() | nodes.TemplateData():
                 return _Sort.FREE
             case nodes.Name(name=name):
                 return self.names.get(name, _Sort.FREE)
@@ -199,21 +210,19 @@ class _Reader:
         arguments = [*node.args, *node.kwargs, node.dyn_args, node.dyn_kwargs]
         for argument in arguments:
             self._expect(argument, _Sort.FREE)
-        plain = not any(arguments)
-        if isinstance(node, nodes.Call):
-            if isinstance(node.node, nodes.Name) and node.node.name == "raise_exception" not in self.names:
+        match node:
+            case nodes.Call(node=nodes.Name(name="raise_exception" as name)) if name not in self.names:
                 return _Sort.FREE
-            if isinstance(node.node, nodes.Getattr) and node.node.attr == "strip" and plain:
-                return self._stripped(node.node.node)
-            raise _LooksAtTexts
-        if node.name == "trim" and plain:
-            return self._stripped(node.node)
-        if node.name in ("length", "count"):
-            self._expect(node.node, _Sort.FREE, _Sort.CONVERSATION)
-            return _Sort.FREE
-        if node.name not in _FREE_FILTERS:
-            raise _LooksAtTexts
-        return self._expect(node.node, _Sort.FREE)
+            case nodes.Call(node=nodes.Getattr(node=whole, attr="strip")) | nodes.Filter(node=whole, name="trim") if (
+                not any(arguments)
+            ):
+                return self._stripped(whole)
+            case nodes.Filter(node=whole, name="length" | "count"):
+                self._expect(whole, _Sort.FREE, _Sort.CONVERSATION)
+                return _Sort.FREE
+            case nodes.Filter(node=whole, name=name) if name in _FREE_FILTERS:
+                return self._expect(whole, _Sort.FREE)
+        raise _LooksAtTexts
 
     def _stripped(self, node: nodes.Node | None) -> _Sort:
         """Tell of what sort something stripped is: of what is said, it has to be the whole text, and nothing more."""

@@ -33,6 +33,10 @@ ONLY_WRITE = {
     ),
     "percent signs": "100 % {% for m in messages %}%s{{ '%d' }}{{ m.content }}%{% endfor %}",
     "an error": "{% for m in messages %}{{ m.content + m.nothing.at.all }}{% endfor %}",
+    "white space of a form": "{{ '%c' % 8195 }}{{ messages[0].content|trim }}{{ '%c' % 8195 }}",
+    "the marks of a form": "{{ '%c%d%c' % (64978, 0, 64978) }}{{ messages[0].content }}",
+    "a mark without a message": "{{ '\\ufdd29\\ufdd2' }}{{ messages[0].content }}",
+    "a number of more digits than are written": "{% set x = 0x" + "f" * 5000 + " %}{{ messages[0].content }}",
     "an error by role": (
         "{% for m in messages %}{% if loop.index == 3 %}{{ raise_exception('no: ' + m.role) }}{% endif %}{% endfor %}"
     ),
@@ -83,7 +87,8 @@ LOOK = {
     "the day": "{% for m in messages %}{{ strftime_now('%d') }}{{ m.content }}{% endfor %}",
     "chance": "{% for m in messages %}{{ [1]|random }}{{ m.content }}{% endfor %}",
     "a name of its own for an error": "{% set raise_exception = messages %}{{ raise_exception('x') }}",
-    "the marks of a form": "{{ '\\u2003' }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    "a number of too many digits": "{{ " + "1" * 5000 + " }}",
+    "a template of great length": "{{ messages[0].content }}" * 3000,
     "no template": "{% for m in messages %}",
 }
 
@@ -147,9 +152,7 @@ EXPRESSIONS = st.deferred(
         st.tuples(EXPRESSIONS, st.sampled_from(["+", "~", "==", "in", "and", "%"]), EXPRESSIONS).map(
             lambda parts: f"({' '.join(parts)})"
         ),
-        st.tuples(
-            EXPRESSIONS, st.sampled_from(["|trim", "|length", "|upper", ".strip()", "[0]", "[1:]", ".content"])
-        ).map(lambda parts: f"({parts[0]}){parts[1]}"),
+        st.tuples(EXPRESSIONS, st.sampled_from(PARTS)).map(lambda parts: f"({parts[0]}){parts[1]}"),
         st.tuples(EXPRESSIONS, EXPRESSIONS, EXPRESSIONS).map(lambda parts: "({} if {} else {})".format(*parts)),
     )
 )

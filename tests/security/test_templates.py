@@ -127,6 +127,29 @@ def test_a_long_conversation_is_written_whatever_its_length(tokenizer):
     assert long.content in found.prompt
 
 
+def test_what_is_said_is_not_written_over_and_over(tokenizer):
+    long = Message("user", "word " * 40_000)
+    pair = Pair((long, *PAIR.prompt), PAIR.chosen, PAIR.rejected, "a.jsonl:1")
+    with pytest.raises(UserError, match=r"chat template writes [\d,]+ characters"):
+        again = "{% for m in messages %}" + "{{ messages[0].content }}" * 8 + "{% endfor %}"
+        rendering.Renderer(tokenizer, again, "all", TextEncoder(tokenizer))([pair])
+
+
+def test_many_short_turns_may_take_more_words_of_the_template_than_are_said(tokenizer):
+    turns = tuple(Message(role, "word " * 40) for _ in range(5_000) for role in ("user", "assistant"))
+    pair = Pair((*turns, *PAIR.prompt), PAIR.chosen, PAIR.rejected, "a.jsonl:1")
+    wordy = "{% for m in messages %}" + "w" * 120 + "{{ m.content }}{% endfor %}"
+    (found,) = rendering.Renderer(tokenizer, wordy, "all", TextEncoder(tokenizer))([pair])
+    assert found.prompt == "".join("w" * 120 + message.content for message in pair.prompt)
+
+
+@pytest.mark.parametrize("template", ["{{ '\\ud800' }}", "{{ '%c' % 55296 }}"])
+def test_a_template_that_writes_no_text_is_a_template_error(tokenizer, template):
+    for found in render(tokenizer, template + CHATML):
+        assert isinstance(found, BadRow)
+        assert "half of a surrogate pair" in found.detail
+
+
 def test_an_alarm_is_not_lost_in_what_the_garbage_collector_calls():
     def busy(phase, info):
         end = time.process_time() + 0.1
