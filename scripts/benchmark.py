@@ -1,7 +1,7 @@
 """Run this program and TRL in turn on the same work and write a page that sets them side by side.
 
     python scripts/benchmark.py                                      the demo model and pairs, about 100 minutes
-    python scripts/benchmark.py --repeats 1 --epochs 1               the same in 9 minutes
+    python scripts/benchmark.py --repeats 1 --epochs 1               the same in 10 to 20 minutes
     python scripts/benchmark.py --model DIR --short a.json --long b.jsonl
     python scripts/benchmark.py --from docs/benchmark/results.json   page and plot again, without running
     python scripts/benchmark.py --from a/results.json b/results.json one page of what was run in parts

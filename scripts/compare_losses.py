@@ -35,15 +35,16 @@ ENDS = 3
 HEAD = """# Losses, trained
 
 What {steps} steps of {pairs_per_step} pairs with each loss make of {model} on the demo pairs, all else as in
-`configs/quickstart.yaml`. Every loss has its own defaults and the learning rate of its example in `configs/losses`.
+`configs/quickstart.yaml`. Every loss has its own defaults and the learning rate of its example in `configs/losses`
+(`dpo` and `sft` that of the quickstart).
 
 - **objective** is the loss's own value, no measure for other losses: in training as a mean over the first and the last
   {ends} steps, which are of different pairs; on {held_out} held-out pairs before and after, which are the same.
-- **accuracy** and **margin** are those of rewards on the held-out pairs, with the 95 % interval. Losses without a
+- **accuracy** (with its 95 % interval) and **margin** are those of rewards on the held-out pairs. Losses without a
   reference reward log-probability itself, so that they do not begin at 50 %.
 
-It shows that every loss lowers what it is to lower, not which is best: the pairs are simple and the steps are few. What
-there is to watch of each: [losses](losses.md).
+It shows that every loss lowers its own value on held-out pairs, not which is best: the pairs are simple and the steps
+are few. What there is to watch of each: [losses](losses.md).
 
 | loss | β | learning rate | objective in training, first → last | held out, before → after | accuracy | margin |
 |---|---|---|---|---|---|---|

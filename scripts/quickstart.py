@@ -91,7 +91,7 @@ def main() -> None:
     from dpo_cli.config import load_config
 
     started = time.monotonic()
-    console.print("Training a 135M model to answer directly instead of rambling: about 7 minutes on two CPU cores.")
+    console.print("Training a 135M model to answer directly instead of rambling: about 5 minutes on two CPU cores.")
     model = load_config(Path(CONFIG)).model.name
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "before.json", Path(folder) / "after.json"

@@ -32,7 +32,7 @@ A loss turns the log-probabilities of a pair into the number that training lower
       beta: 0.5
 
 Every setting has a default. `configs/losses` has a runnable example of every loss, with β and a learning rate that
-suit it.
+suit it: of `dpo` with several of its settings, of `sft` in `rpo.yaml`.
 
 ## Words
 
@@ -91,10 +91,12 @@ DATA = """
 
 | column | |
 |---|---|
-| `weight` | multiplies the pair's loss, whatever the loss |
-| `margin` | m, by how much chosen shall exceed rejected, in units of the reward; taken by {takers} |
+| `weight` | multiplies the pair's loss; {refusers}, which compares responses of different pairs, refuses the column |
+| `margin` | m, by how much chosen shall exceed rejected, in units of the reward; taken by {takers}: βΔ is to exceed m |
 
-Both are optional: [data](data.md). The loss of a step or of an evaluation is the sum over its pairs divided by their
+Both are optional: [data](data.md). A pair out of a [ranked list](shapes.md#ranked) has the difference of its scores as
+its margin: of scores from 1 to 10 that is far more than rewards come to. Give such rows a `margin` (0, say), or scale
+their scores. The loss of a step or of an evaluation is the sum over its pairs divided by their
 number, not by their weights.
 """
 REFERENCES = """
@@ -112,7 +114,8 @@ every pair is a tie.
 DIVERGENCES = """
 ## Divergences
 
-What holds the policy to its reference. x is c or r; {takers} put f(c) − f(r) in the place of Δ.
+What holds the policy to its reference. x is c or r; {takers} put f(c) − f(r) in the place of Δ. One is named by its
+type, or as a group where it has a setting: `divergence: {{type: alpha, alpha: 0.5}}`, α above 0 and below 1.
 
 | `divergence` | f(x) | |
 |---|---|---|
@@ -213,7 +216,7 @@ def references() -> Iterator[str]:
     """Yield a row for each reference strategy."""
     for model in members(Reference):
         parts = described(model)
-        about = " ".join(filter(None, (parts[""], linked(parts.get("Source", "")))))
+        about = " ".join(filter(None, (*parts[""].split("\n\n"), linked(parts.get("Source", "")))))
         fields = model.model_json_schema()["properties"].items()
         given = ", ".join(f"`{name}: {shown(facts['default'])}`" for name, facts in fields if name != "type")
         yield f"| `{kind(model)}` | {about} | {given} |\n"
@@ -249,7 +252,10 @@ def page() -> str:
         REFERENCES,
         *references(),
         NO_REFERENCE,
-        DATA.format(takers=named([model for model in losses if model.uses_margins])),
+        DATA.format(
+            takers=named([model for model in losses if model.uses_margins]),
+            refusers=named([model for model in losses if not model.takes_weights]),
+        ),
         DIVERGENCES.format(takers=named(diverging)),
         *divergences(),
         adaptive_beta(),

@@ -37,7 +37,10 @@ def allowed(schema: dict[str, Any]) -> str:
     if "discriminator" in schema:
         return ", ".join(f"`{kind}`" for kind in schema["discriminator"]["mapping"])
     if options := schema.get("anyOf") or schema.get("oneOf"):
-        return " or ".join(dict.fromkeys(allowed(option) for option in options))
+        # A group that may be written as its type alone accepts no more types than that.
+        alone = [option for option in options if "enum" in option]
+        kinds = ["a group of such a type" if alone and "discriminator" in o else allowed(o) for o in options]
+        return " or ".join(dict.fromkeys(kinds))
     if "$ref" in schema:
         return "a group"
     if "enum" in schema or "const" in schema:
@@ -83,7 +86,7 @@ def table(member: dict[str, Any], prefix: str = "") -> str:
     """Describe a group and its settings."""
     lines = [f"\n{member['description'].splitlines()[0]}\n", "\n| setting | default | accepts | |\n|---|---|---|---|\n"]
     for setting, facts in member["properties"].items():
-        default = f"`{shown(facts['default'])}`" if "default" in facts else "required"
+        default = "required" if setting in member.get("required", ()) else f"`{shown(facts.get('default', []))}`"
         row = (f"`{prefix}{setting}`", default, allowed(facts), facts.get("description", ""))
         lines.append("| " + " | ".join(cell.replace("\n", " ") for cell in row) + " |\n")
     return "".join(lines)
