@@ -65,7 +65,7 @@ one that the run gives as if all were well. A **traceback** is one that the user
 """
 TAIL = """
 
-This page is written by `make faults`.
+Program and bench are those of commit {commit}. This page is written by `make faults`.
 """
 
 
@@ -77,6 +77,12 @@ def code_digest(part: str) -> str:
     for file in sorted([*(ROOT / "dpo_cli").rglob("*.py"), *bench, own]):
         whole.update(f"{file.relative_to(ROOT)}\0{file.stat().st_size}\0".encode() + file.read_bytes())
     return whole.hexdigest()[:16]
+
+
+def commit() -> str:
+    """Return the last commit that changed the program or the bench."""
+    command = ["git", "log", "-1", "--format=%h", "--", "dpo_cli", "tests/faults"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def ledger_of(part: str) -> Path:
@@ -113,7 +119,7 @@ def main(*names: str) -> int:
         return status
     files = [*ledgers, *([FUZZED] if FUZZED.exists() else [])]
     entries = [entry for file in files for entry in json.loads(file.read_text(encoding="utf-8"))]
-    PAGE.write_text(HEAD + table(entries) + TAIL, encoding="utf-8")
+    PAGE.write_text(HEAD + table(entries) + TAIL.format(commit=commit()), encoding="utf-8")
     print(table(entries))
     return status
 
