@@ -113,7 +113,7 @@ def test_the_loop_starts_a_run_again_where_the_page_says_so(tools, tmp_path):
     """A program of the same name ends with one status after the other, which a killed one's is the first of."""
     tools("dpo", 'echo "$@" >> called', 'status=$(head -n 1 statuses); sed -i 1d statuses; exit "$status"')
     tools("sleep")
-    loop = block("while true")
+    loop = block("while [")
     again = [status for status in STATUSES if STATUSES[status].startswith("yes")]
     assert again == [1, 138, 143]
     for last in sorted(STATUSES.keys() - set(again)):
@@ -123,6 +123,13 @@ def test_the_loop_starts_a_run_again_where_the_page_says_so(tools, tmp_path):
         assert run_script(loop, tmp_path).returncode == last
         calls = (tmp_path / "called").read_text().splitlines()
         assert calls == ["train --config run.yaml --resume"] * len(statuses)
+
+
+def test_the_loop_gives_up_on_a_run_that_fails_every_time(tools, tmp_path):
+    tools("dpo", "echo >> called", "exit 1")
+    tools("sleep")
+    assert run_script(block("while ["), tmp_path).returncode == 1
+    assert len((tmp_path / "called").read_text().splitlines()) == 5
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 138])
