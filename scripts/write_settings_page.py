@@ -32,6 +32,11 @@ def shown(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
+def default_of(facts: dict[str, Any]) -> str:
+    """Return the default of a setting; the schema names none of those that are an empty list."""
+    return f"`{shown(facts.get('default', []))}`"
+
+
 def allowed(schema: dict[str, Any]) -> str:
     """Say in a few words what a setting accepts."""
     if "discriminator" in schema:
@@ -86,7 +91,7 @@ def table(member: dict[str, Any], prefix: str = "") -> str:
     """Describe a group and its settings."""
     lines = [f"\n{member['description'].splitlines()[0]}\n", "\n| setting | default | accepts | |\n|---|---|---|---|\n"]
     for setting, facts in member["properties"].items():
-        default = "required" if setting in member.get("required", ()) else f"`{shown(facts.get('default', []))}`"
+        default = "required" if setting in member.get("required", ()) else default_of(facts)
         row = (f"`{prefix}{setting}`", default, allowed(facts), facts.get("description", ""))
         lines.append("| " + " | ".join(cell.replace("\n", " ") for cell in row) + " |\n")
     return "".join(lines)
@@ -109,8 +114,7 @@ def page() -> str:
     parts.append("\n## Others\n\n| setting | default | accepts | |\n|---|---|---|---|\n")
     for name, facts in schema["properties"].items():
         if name not in grouped:
-            default = shown(facts.get("default", []))
-            parts.append(f"| `{name}` | `{default}` | {allowed(facts)} | {facts['description']} |\n")
+            parts.append(f"| `{name}` | {default_of(facts)} | {allowed(facts)} | {facts['description']} |\n")
     return "".join(parts)
 
 
