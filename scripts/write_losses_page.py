@@ -20,6 +20,7 @@ from written_page import write_or_check
 from dpo_cli.preference.divergences import Divergence
 from dpo_cli.preference.losses import AdaptiveBeta, Loss
 from dpo_cli.preference.reference import Reference
+from dpo_cli.preference.terms import MarginLossSettings
 
 PAGE = Path(__file__).parent.parent / "docs" / "losses.md"
 HEAD = """# Losses
@@ -92,12 +93,12 @@ DATA = """
 | column | |
 |---|---|
 | `weight` | multiplies the pair's loss; {refusers}, which compares responses of different pairs, refuses the column |
-| `margin` | m, by how much chosen shall exceed rejected, in units of the reward; taken by {takers}: βΔ is to exceed m |
+| `margin` | how much better chosen is; ignored but by {takers} with a `margin_scale` s: βΔ has to exceed s · margin |
 
 Both are optional: [data](data.md). A pair out of a [ranked list](shapes.md#ranked) has the difference of its scores as
-its margin: of scores from 1 to 10 that is far more than rewards come to. Give such rows a `margin` (0, say), or scale
-their scores. The loss of a step or of an evaluation is the sum over its pairs divided by their
-number, not by their weights.
+its margin. m is in units of the reward, of which a run rarely gains more than a few: scores from 1 to 10 need a scale
+such as 0.1. `dpo prepare-data` shows the range of the margins, and `dpo train` says where they are ignored. The loss of
+a step or of an evaluation is the sum over its pairs divided by their number, not by their weights.
 """
 REFERENCES = """
 ## The reference
@@ -177,8 +178,8 @@ def needs(model: type[Any], takes: str) -> str:
         words.append("the mean reward of the steps before")
     if "adaptive_beta" in model.model_fields:
         words.append("under `adaptive_beta` all pairs of a step at once, and the steps before")
-    if loss.uses_margins:
-        words.append("the pairs' margins, where the data has them")
+    if issubclass(model, MarginLossSettings):
+        words.append("with `margin_scale` the pairs' margins")
     return "; ".join(words)
 
 
@@ -253,7 +254,7 @@ def page() -> str:
         *references(),
         NO_REFERENCE,
         DATA.format(
-            takers=named([model for model in losses if model.uses_margins]),
+            takers=named([model for model in losses if issubclass(model, MarginLossSettings)]),
             refusers=named([model for model in losses if not model.takes_weights]),
         ),
         DIVERGENCES.format(takers=named(diverging)),

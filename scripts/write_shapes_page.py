@@ -77,7 +77,7 @@ only the assistant's are judged.
 | `input` | where the question is text: what it works on, a text that follows below it |
 | `history` | where the question is text: what was said before, a list of `[user, assistant]`, two texts each |
 | `weight` | a number from 0, by which the pair's loss is multiplied |
-| `margin` | a number: by how much the chosen response is better |
+| `margin` | a number: by how much the chosen response is better; losses use it where `margin_scale` is set |
 | `source`, `category` | carried along, to break an evaluation down by; what is not text is kept as JSON |
 | `tools` | a list of objects, given to the chat template |
 | `chat_template_kwargs` | an object: further arguments of the chat template, such as `enable_thinking` |

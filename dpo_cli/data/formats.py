@@ -150,9 +150,9 @@ def ranked(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes"
     list. An answer is a text, an object with the text in `text`, `content` or `response`, a message or a message list.
 
     `data.ranked: extremes` makes one pair of the best and the worst, `all` one of every two whose scores differ.
-    A pair's margin is the difference of its scores or ranks, unless a column `margin` says otherwise. A pair of which
-    an answer is empty, or both are the same, is left out, which is not counted; a row that is left without pairs is
-    dropped and counted.
+    A pair's margin is the difference of its scores or ranks, unless a column `margin` says otherwise; a loss uses it
+    where `loss.margin_scale` is set. A pair of which an answer is empty, or both are the same, is left out, which is
+    not counted; a row that is left without pairs is dropped and counted.
     """
     prompt = read_prompt(row)
     listed = fields.items(fields.field(row, "responses"), "responses", "answers")

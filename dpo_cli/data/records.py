@@ -80,7 +80,7 @@ class Pair:
         rejected: The worse answer, likewise.
         origin: Where it was read: `pairs.jsonl:17`.
         weight: What the pair's loss is multiplied by, ≥ 0; of 32 bits, as it is kept.
-        margin: By how much the chosen answer is better: a target that a loss may use; of 32 bits.
+        margin: By how much the chosen answer is better: a target that a loss can use; of 32 bits.
         source: What the data calls the pair's source, or nothing.
         category: What the data calls its category, or nothing.
         arguments: What the chat template is given beside the messages: `tools`, `enable_thinking`, …

@@ -19,6 +19,7 @@ from dpo_cli.preference.divergences import Divergence, ReverseKL
 from dpo_cli.preference.terms import (
     Beta,
     LossSettings,
+    MarginLossSettings,
     Memory,
     PairLosses,
     StepFacts,
@@ -54,7 +55,7 @@ class AdaptiveBeta(Settings):
     """How much of the moving average M₀ stays at every step."""
 
 
-class DPO(LossSettings):
+class DPO(MarginLossSettings):
     """Direct Preference Optimization: a logistic loss on the difference of the two log-ratios.
 
     Use: the first choice for pairs, and what the others are measured against.
@@ -78,8 +79,6 @@ class DPO(LossSettings):
     adaptive_beta: AdaptiveBeta | None = None
     """null: the same β for every step; else β-DPO."""
 
-    uses_margins: ClassVar[bool] = True
-
     @property
     def looks_at_step(self) -> bool:
         """Whether β depends on all pairs of the step."""
@@ -97,9 +96,9 @@ class DPO(LossSettings):
         return self
 
     def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
-        """−(1−ε)·ls(βΔ − m) − ε·ls(−βΔ + m), m the pair's margin in the data, 0 where it has none."""
+        """−(1−ε)·ls(βΔ − m) − ε·ls(−βΔ + m), m = `margin_scale` · the pair's margin in the data; 0 where it is null."""
         c, r = log_ratios(policy, reference, self.logps)
-        z = self._beta(c - r, step) * (self.divergence(c) - self.divergence(r)) - step.margins
+        z = self._beta(c - r, step) * (self.divergence(c) - self.divergence(r)) - self.margins(step)
         return rewards(_logistic(z, self.label_smoothing), self.beta, c, r)
 
     def _beta(self, delta: Tensor, step: StepFacts) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpo_cli.preference.losses import Loss
-from dpo_cli.preference.terms import Memory, PairLosses, StepFacts
+from dpo_cli.preference.terms import MarginLossSettings, Memory, PairLosses, StepFacts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,8 +59,15 @@ class Objective:
 
     @property
     def uses_margins(self) -> bool:
-        """Whether any of them looks at the margins in the data."""
+        """Whether any of them reads the margins in the data."""
         return any(loss.uses_margins for loss in self.losses)
+
+    @property
+    def use_of_margins(self) -> str:
+        """How to let it use the margins in the data; empty: none of the losses can."""
+        able = [loss.type for loss in self.losses if isinstance(loss, MarginLossSettings)]
+        setting = "`loss.margin_scale`" if len(self.losses) == 1 else f"`margin_scale` of `{next(iter(able), '')}`"
+        return f"set {setting} to use it" if able else ""
 
     def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
         """Return the weighted sum of the losses of each pair, and the rewards of one of them."""

@@ -45,7 +45,7 @@ class StepFacts:
     Attributes:
         num_pairs: Pairs of the whole step, over all ranks.
         chosen_tokens: Tokens of their chosen responses.
-        margins: `[B]`, by how much chosen shall exceed rejected in each pair at hand, or 0.
+        margins: `[B]`, the margin that the data gives each pair at hand, or 0.
         memory: What the loss kept of the steps before.
     """
 
@@ -64,7 +64,6 @@ class LossSettings(Settings):
     """Whether a pair counts by how likely the policy itself is to say its responses (WPO); there is no upper bound."""
 
     needs_reference: ClassVar[bool] = True
-    uses_margins: ClassVar[bool] = False
     takes_weights: ClassVar[bool] = True
 
     @model_validator(mode="after")
@@ -81,6 +80,11 @@ class LossSettings(Settings):
         return False
 
     @property
+    def uses_margins(self) -> bool:
+        """Whether it reads the margins in the data."""
+        return False
+
+    @property
     def remembers(self) -> bool:
         """Whether `after_step` keeps something."""
         return False
@@ -88,6 +92,22 @@ class LossSettings(Settings):
     def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
         """Return what to keep of a step, given what was kept before and the means of its metrics."""
         return memory
+
+
+class MarginLossSettings(LossSettings):
+    """The settings of a loss that can use the margins in the data."""
+
+    margin_scale: float | None = Field(None, gt=0)
+    """s: the reward of chosen has to exceed that of rejected by s · the pair's margin in the data; null: by nothing."""
+
+    @property
+    def uses_margins(self) -> bool:
+        """Whether margins have a scale."""
+        return self.margin_scale is not None
+
+    def margins(self, step: StepFacts) -> Tensor | float:
+        """Return m of each pair, `[B]`, in units of the reward; 0 where margins are not used."""
+        return 0.0 if self.margin_scale is None else self.margin_scale * step.margins
 
 
 def log_ratios(policy: SequenceLogps, reference: SequenceLogps, logps: str = "sum") -> tuple[Tensor, Tensor]:

@@ -79,7 +79,10 @@ def check_columns(pairs: PreparedPairs, objective: Objective) -> str:
         what = f"all {len(pairs)} pairs have weight 0, so that there is nothing to learn"
         raise UserError(what, "the column `weight`", "give weights above 0 (with 32 bits the least is about 1e-45)")
     if with_margin and not objective.uses_margins:
-        return f"{with_margin} pairs have a margin, of which the loss {objective} makes no use"
+        have = "1 pair has a margin" if with_margin == 1 else f"{with_margin:,} pairs have a margin"
+        return "; ".join(filter(None, (f"{have}, which the loss `{objective}` ignores", objective.use_of_margins)))
+    if objective.uses_margins and not with_margin:
+        return "no pair has a margin, so that `margin_scale` has no effect"
     return ""
 
 
@@ -168,9 +171,11 @@ def check_reference(
             f"the policy is not its reference before step 1: a token's log-probability differs by {difference:.2g} nats"
         )
         raise UserError(what, f"{len(batch.pairs)} of the run's pairs", "a defect: please report it")
-    step = StepFacts(len(batch.pairs), sum(batch.lengths[: len(batch.pairs)]))
+    step = StepFacts(len(batch.pairs), sum(batch.lengths[: len(batch.pairs)]), batch.margins)
     losses = objective(policy, answers, step).losses
-    return f"the policy equals its reference: the loss is {float(losses.mean()):.6f}"
+    counted = objective.uses_margins and bool(batch.margins.any())
+    about = f" with {'its margin' if len(batch.pairs) == 1 else 'their margins'} in the data" if counted else ""
+    return f"the policy equals its reference: the loss is {float(losses.mean()):.6f}{about}"
 
 
 def _require(pairs: PreparedPairs, holds: NDArray[np.bool_] | None, what: str, hint: str) -> None:

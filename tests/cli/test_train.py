@@ -154,6 +154,31 @@ def test_conversations_train_alike_under_both_layouts_and_their_context_is_not_j
     assert all(last > both for last, both in zip(losses["last"], losses["padded"], strict=True))
 
 
+RANKED = [
+    {"prompt": f"Name a {thing}.", "responses": [answer, f"I would rather not name a {thing}."], "scores": [9, 2]}
+    for thing, answer in [("river", "The Elbe."), ("city", "Bonn."), ("fruit", "An apple."), ("tree", "The oak.")]
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "lines"),
+    [([], math.log(2), 1), (["loss.margin_scale=0.25"], math.log1p(math.exp(0.25 * 7)), 0)],
+    ids=["by default not", "where a scale is set"],
+)
+def test_scores_of_ranked_responses_move_the_loss_only_where_it_is_told_to_use_them(
+    forked_dpo, write_config, tmp_path, settings, first, lines
+):
+    """Where policy and reference are the same the loss is log(1 + e^m), m = s · (9 − 2); without a scale ln 2."""
+    data = {"train": str(write_rows(tmp_path / "ranked.jsonl", RANKED)), "eval": None}
+    result = forked_dpo("train", "--config", write_config(data=data, training={"max_steps": 1}), *settings)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "run"
+    assert read_metrics(run)[0]["loss"] == pytest.approx(first, abs=1e-4)
+    assert f"its reference: the loss is {first:.3f}" in result.stderr
+    assert result.stderr.count("4 pairs have a margin, which the loss `dpo` ignores; set `loss.margin_scale`") == lines
+    assert ("margin_scale: 0.25" if settings else "margin_scale: null") in (run / "config.yaml").read_text()
+
+
 def test_the_resolved_configuration_runs_again_to_the_same_result(finished, tmp_path):
     _, run, _ = finished
     result = run_dpo("train", "--config", run / "config.yaml", f"output_dir={tmp_path / 'again'}")

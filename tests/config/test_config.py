@@ -55,6 +55,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path):
         "loss": {
             "weight": 1.0,
             "wpo": False,
+            "margin_scale": None,
             "type": "dpo",
             "beta": 0.1,
             "label_smoothing": 0.0,

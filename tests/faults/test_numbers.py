@@ -46,6 +46,7 @@ BAD_LINE, BAD_STEP = 6, 2
 """The line of a pair with such numbers, which stands in that step where pairs are not shuffled."""
 
 SKIP = {"on_nonfinite": "skip"}
+MARGINS_USED = {"loss": {"type": "dpo", "margin_scale": 1}}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,13 @@ def test_an_overflow_stops_the_run_and_names_the_pairs(tmp_path, zygote, tiny_ll
     """A loss that is not finite names its pair, a gradient all pairs of the step."""
     rows = with_overflow(demo_rows, what)
     trial = configured(
-        tmp_path, zygote, tiny_llama, rows, data={"eval": None}, checkpoints={"every_steps": 1, "keep": 9}
+        tmp_path,
+        zygote,
+        tiny_llama,
+        rows,
+        data={"eval": None},
+        checkpoints={"every_steps": 1, "keep": 9},
+        **MARGINS_USED,
     )
     with judged(ledger, f"numbers: {what} too large"):
         named = rf"its pairs: \S*pairs\.jsonl:{BAD_LINE}$" if what == "loss" else lines_of_step(BAD_STEP)
@@ -173,6 +180,7 @@ def skip_settings(**training: Any) -> dict[str, Any]:
         "data": {"eval": None},
         "checkpoints": {"every_steps": 3, "keep": 100},
         "training": {**SKIP, "schedule": "constant", "warmup_ratio": 0.0, **training},
+        **MARGINS_USED,
     }
 
 
@@ -239,7 +247,7 @@ def test_the_count_of_skipped_steps_survives_a_resume(tmp_path, skipping, ledger
 @pytest.mark.parametrize("loss", ["bco", "aot", "dpo"] if FULL else ["bco"])
 def test_what_a_loss_remembers_is_not_spoilt_by_a_skipped_step(tmp_path, zygote, tiny_llama, demo_rows, ledger, loss):
     loss = {"type": "dpo", "adaptive_beta": {"alpha": 1.0}} if loss == "dpo" else loss
-    trial = configured(tmp_path, zygote, tiny_llama, demo_rows[:24], loss=loss, **skip_settings())
+    trial = configured(tmp_path, zygote, tiny_llama, demo_rows[:24], **{**skip_settings(), "loss": loss})
     with judged(ledger, "numbers: skipped"):
         require_said(trial.train(fault=("spoilt_loss", {"value": "nan", "step": BAD_STEP})), "^warning: .*not finite")
         require_finite(trial, 3, 6)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.preference.divergences import Alpha, ForwardKL, JensenShannon, ReverseKL
@@ -299,11 +300,30 @@ def test_rewards_are_beta_times_what_the_loss_looks_at_and_carry_no_gradient(los
     assert found.rejected_rewards.item() == pytest.approx(beta * r, rel=1e-9, abs=1e-12)
 
 
-def test_a_margin_in_the_data_moves_where_the_loss_of_dpo_is_ln_2():
-    """−log σ(βΔ − m) is ln 2 where βΔ = m."""
+@pytest.mark.parametrize(("scale", "m"), [(0.5, 2.0), (1.0, 4.0), (2, 8.0), (None, 0.0)])
+def test_a_margin_in_the_data_counts_as_much_as_its_scale_says(scale, m):
+    """−log σ(βΔ − m) with βΔ = 0.4 · 5 = 2 and m = s · 4: ln 2 where both are the same."""
     pair = Pair((-1.0,), (-6.0,), (-1.0,), (-1.0,))
-    found = apply(DPO(beta=0.4), [pair], margins=torch.tensor([2.0]))
-    assert found.losses.item() == pytest.approx(math.log(2))
+    found = apply(DPO(beta=0.4, margin_scale=scale), [pair], margins=torch.tensor([4.0]))
+    assert found.losses.item() == pytest.approx(softplus(m - 2.0))
+
+
+@pytest.mark.parametrize("kind", LOSSES, ids=lambda kind: kind().type)
+def test_only_losses_that_are_told_to_use_margins_look_at_them(kind):
+    pair = Pair((-1.0, -2.0), (-3.0, -1.5, -0.5), (-2.0, -0.5), (-1.0, -1.0, -1.0))
+    plain, marked = (apply(kind(), [pair], margins=torch.tensor([margin])).losses.item() for margin in (0.0, 7.0))
+    assert marked == plain
+    if "margin_scale" in kind.model_fields:
+        assert apply(kind(margin_scale=0.5), [pair], margins=torch.tensor([7.0])).losses.item() != plain
+    else:
+        with pytest.raises(ValidationError, match="margin_scale"):
+            kind(margin_scale=0.5)
+
+
+@pytest.mark.parametrize("scale", [0, -1, math.inf, "1"])
+def test_a_scale_of_margins_is_a_number_above_0(scale):
+    with pytest.raises(ValidationError, match="margin_scale"):
+        DPO(margin_scale=scale)
 
 
 PAIRS = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches, Padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer
-from dpo_cli.preference.losses import DPO, IPO, AOTUnpaired
+from dpo_cli.preference.losses import BCO, DPO, IPO, SFT, AOTUnpaired
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Frozen, ReferenceWork
 from dpo_cli.training.checks import check_columns, check_fits, check_logps, check_reference, check_tokens
@@ -111,13 +113,37 @@ def test_pairs_that_longrope_would_read_otherwise_beside_longer_ones_are_refused
         assert f"`data.max_length: {limit}`" in refused.value.hint
 
 
-def test_weights_are_refused_where_a_loss_knows_no_pairs_and_margins_without_use_are_told(
-    tmp_path, demo_rows, tokenizer
-):
-    rows = [{**row, "weight": 2.0, "margin": 1.0} for row in demo_rows[:4]]
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        (DPO(), "4 pairs have a margin, which the loss `dpo` ignores; set `loss.margin_scale` to use it"),
+        (IPO(), "4 pairs have a margin, which the loss `ipo` ignores"),
+        (
+            [DPO(weight=0.8), BCO(weight=0.2)],
+            "4 pairs have a margin, which the loss `0.8 · dpo + 0.2 · bco` ignores; set `margin_scale` of `dpo` to use "
+            "it",
+        ),
+        (DPO(margin_scale=0.5), ""),
+        ([DPO(margin_scale=0.5), SFT()], ""),
+    ],
+)
+def test_margins_that_no_loss_uses_are_reported(tmp_path, demo_rows, tokenizer, losses, said):
+    rows = [{**row, "margin": 1.0 if place < 4 else 0} for place, row in enumerate(demo_rows[:6])]
     pairs = prepare(write_rows(tmp_path / "pairs.jsonl", rows), tokenizer, tmp_path / "p")
+    assert check_columns(pairs, Objective.of(losses)) == said
+
+
+def test_a_scale_of_margins_where_no_pair_has_one_is_reported(tmp_path, pairs_file, tokenizer):
+    pairs = prepare(pairs_file, tokenizer, tmp_path / "p")
     assert check_columns(pairs, Objective.of(DPO())) == ""
-    assert "4 pairs have a margin" in check_columns(pairs, Objective.of(IPO()))
+    assert check_columns(pairs, Objective.of(DPO(margin_scale=1))) == (
+        "no pair has a margin, so that `margin_scale` has no effect"
+    )
+
+
+def test_weights_are_refused_where_a_loss_knows_no_pairs(tmp_path, demo_rows, tokenizer):
+    rows = [{**row, "weight": 2.0} for row in demo_rows[:4]]
+    pairs = prepare(write_rows(tmp_path / "pairs.jsonl", rows), tokenizer, tmp_path / "p")
     with pytest.raises(UserError, match="4 pairs have a weight, and aot_unpaired"):
         check_columns(pairs, Objective.of([DPO(), AOTUnpaired()]))
 
@@ -143,7 +169,18 @@ def ready(tmp_path, pairs_file, tokenizer, tiny_llama):
 def test_a_policy_that_equals_its_reference_passes(ready):
     scorer, reference, batch, accelerator = ready
     assert check_logps(scorer, batch, accelerator).startswith("log-probabilities are the model's own")
-    assert "0.693147" in check_reference(scorer, Objective.of(DPO()), reference, batch, accelerator)
+    assert check_reference(scorer, Objective.of(DPO()), reference, batch, accelerator).endswith("is 0.693147")
+
+
+def test_the_loss_where_training_begins_is_that_with_the_margins_where_they_are_used(ready):
+    """At βΔ = 0 it is −log σ(−m) = log(1 + e^m); without margins ln 2."""
+    scorer, reference, batch, accelerator = ready
+    batch = dataclasses.replace(batch, margins=torch.tensor([7.0, 0.0, 7.0, 7.0]))
+    used = check_reference(scorer, Objective.of(DPO(margin_scale=0.5)), reference, batch, accelerator)
+    expected = (3 * math.log1p(math.exp(3.5)) + math.log(2)) / 4
+    assert f"the loss is {expected:.5f}"[:-1] in used
+    assert "margins" in used
+    assert check_reference(scorer, Objective.of(DPO()), reference, batch, accelerator).endswith("is 0.693147")
 
 
 def test_a_policy_that_has_moved_is_refused(ready):
