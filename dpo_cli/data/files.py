@@ -194,7 +194,8 @@ def _parquet(path: Path) -> Iterator[Row]:
         # Without a buffer, columns of a row group are in memory as a whole.
         with pyarrow.parquet.ParquetFile(path, buffer_size=streams.BLOCK_BYTES) as file:
             _distinct(file.schema_arrow.names, str(path))
-            yield from file.iter_batches(batch_size=BATCH_ROWS)
+            # Threads take memory of their own for their stacks, by the number of processors.
+            yield from file.iter_batches(batch_size=BATCH_ROWS, use_threads=False)
 
     return rows_of_columns(str(path), "Parquet file", _within_reason(path, batches()))
 
@@ -207,7 +208,8 @@ def _arrow(path: Path) -> Iterator[Row]:
         with pyarrow.memory_map(str(path)) as file:
             is_stream = file.read(6) != b"ARROW1"
             file.seek(0)
-            opened = pyarrow.ipc.open_stream(file) if is_stream else pyarrow.ipc.open_file(file)
+            options = pyarrow.ipc.IpcReadOptions(use_threads=False)
+            opened = (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(file, options=options)
             _distinct(opened.schema.names, str(path))
             whole = opened if is_stream else (opened.get_batch(n) for n in range(opened.num_record_batches))
             for batch in whole:
@@ -220,6 +222,10 @@ def _arrow(path: Path) -> Iterator[Row]:
 
 def _within_reason(path: Path, batches: Iterator[Any]) -> Iterator[Any]:
     """Yield batches as long as neither their memory nor their number is out of all proportion to the file."""
+    import pyarrow
+
+    # Where Arrow was imported before this program, its first use reserves memory: outside of the bound.
+    pyarrow.allocate_buffer(1)
     most, number = FREE_ROWS + MAX_ROWS_PER_BYTE * path.stat().st_size, 0
     while True:
         with bounded_memory(MAX_BATCH_BYTES):
@@ -256,6 +262,10 @@ def rows_of_columns(place: str, kind: str, batches: Iterable[Any]) -> Iterator[R
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno:
             raise
+        if isinstance(error, MemoryError):
+            what = f"{BATCH_ROWS:,} rows of the {kind} take more than {MAX_BATCH_BYTES >> 20:,} MiB of memory"
+            hint = "it is damaged, or its values are too long for it: write it again, or as JSON lines"
+            raise UserError(what, f"{place}:row {number + 1}", hint) from None
         reason = printable(str(error).partition("\n")[0] or type(error).__name__, _REASON_LENGTH)
         hint = f"it is damaged or is no {kind}: write it again"
         raise UserError(f"the {kind} cannot be read: {reason}", f"{place}:row {number + 1}", hint) from None
