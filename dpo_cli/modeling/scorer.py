@@ -69,6 +69,24 @@ class Scorer(nn.Module):
         direct = logps.gather(-1, batch.targets[:, None]).squeeze(-1)
         return float((direct - self(batch)).abs().max())
 
+    @torch.no_grad()
+    def looks_ahead(self, batch: PairBatch) -> float:
+        """Return the most, in nats, that a token's log-probability changes when the tokens behind it are cut off.
+
+        It is measured on the longest sequence of a padded batch. In a packed one no token sees those behind it.
+        """
+        if batch.attention_mask is None:
+            return 0.0
+        row = int(batch.attention_mask.sum(1).argmax())
+        tokens = batch.input_ids[row : row + 1, : int(batch.attention_mask[row].sum())]
+        half = max(tokens.shape[1] // 2, 1)
+        whole, cut = (
+            self.policy(input_ids=part, use_cache=False).logits[:, :half].float().log_softmax(-1)
+            for part in (tokens, tokens[:, :half])
+        )
+        following = tokens[:, 1 : half + 1, None]
+        return float((whole - cut)[:, : following.shape[1]].gather(-1, following).abs().max())
+
 
 def model_inputs(batch: PairBatch) -> dict[str, Any]:
     """Return what a model of transformers is called with."""

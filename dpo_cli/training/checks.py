@@ -125,7 +125,9 @@ def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int
 
 
 def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -> str:
-    """Prove that log-probabilities are those of the model's own logits; return a line that says so.
+    """Prove that log-probabilities are those of the model's own logits, and of what stands before each token alone.
+
+    Return a line that says so.
 
     Args:
         scorer: The policy's.
@@ -136,10 +138,14 @@ def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -
         UserError: They are not, or not finite.
     """
     with accelerator.autocast():
-        difference = scorer.largest_difference(shortest)
+        difference, ahead = scorer.largest_difference(shortest), scorer.looks_ahead(shortest)
     if not math.isfinite(difference):
         what = "the model's log-probabilities are not finite before step 1"
         hint = "its weights are damaged, or its precision is too low: download it again, or set `model.dtype: float32`"
+        raise UserError(what, type(scorer.policy).__name__, hint)
+    if not ahead <= TOKEN_TOLERANCE[accelerator.mixed_precision]:
+        what = f"a token's log-probability changes by {ahead:.2g} nats with the tokens behind it: the model sees them"
+        hint = "it is no causal language model, or its config.json does not say so (`is_decoder: true`)"
         raise UserError(what, type(scorer.policy).__name__, hint)
     if not difference <= TOKEN_TOLERANCE[accelerator.mixed_precision]:
         what = f"log-probabilities differ from the model's own by {difference:.2g} nats a token"

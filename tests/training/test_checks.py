@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import BertConfig, BertLMHeadModel
 
 from dpo_cli.data.tokenize import end_tokens
 from dpo_cli.errors import UserError
@@ -191,6 +192,17 @@ def test_a_policy_that_has_moved_is_refused(ready):
     check_logps(scorer, batch, accelerator)
     with pytest.raises(UserError, match="the policy is not its reference"):
         check_reference(scorer, Objective.of(DPO()), reference, batch, accelerator)
+
+
+def test_a_model_that_sees_the_tokens_behind_is_refused(ready):
+    """An encoder that calls itself a language model: settings may forget to make a decoder of it."""
+    _, _, batch, accelerator = ready
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    encoder = BertLMHeadModel(BertConfig(**small, vocab_size=1000, initializer_range=0.5)).eval()
+    with pytest.raises(UserError, match="with the tokens behind it") as refused:
+        check_logps(Scorer(encoder), batch, accelerator)
+    assert "is_decoder" in refused.value.hint
 
 
 def test_log_probabilities_gathered_on_the_wrong_positions_are_refused(ready):
