@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.quantization import check_headers, check_unquantized
 
 CONFIG = "config.json"
 
@@ -36,6 +37,9 @@ _COUNTS = {
     re.compile(r"(\w+_)?(experts?|expert_num|labels?)"): 10_000,
 }
 """Settings up to which libraries count before there is anything to compare them with, and the most that is built."""
+
+_LANGUAGE_MODEL = re.compile(r"\w*(ForCausalLM|LMHead(Model)?|ForConditionalGeneration|GenerationDecoder)")
+"""How architectures are called that continue text."""
 
 _SPARE_ELEMENTS = 1 << 26
 """What a model may hold beyond its weights: masks, tables of positions."""
@@ -72,6 +76,7 @@ def check_folder(folder: Path, trust: Trust, where: str | None = None) -> UserEr
         settings = _read_json(folder / CONFIG)
         _check_settings(settings)
         files = weights_files(folder, settings)
+        check_headers([file for file in files if file.suffix == ".safetensors"])
     except UserError as error:
         return UserError(f"`{folder}` is not loaded: {error.what}", where, error.hint)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -102,16 +107,34 @@ def weights_files(folder: Path, settings: dict[str, Any] | None = None) -> list[
     Raises:
         UserError: They are said to stand outside the folder, or in a file of another kind.
     """
+    for name in weights_names(folder, settings):
+        if (folder / name).is_file():
+            return [folder / part for part in parts_of(folder, name)]
+    return []
+
+
+def weights_names(folder: Path, settings: dict[str, Any] | None = None) -> Sequence[str]:
+    """Return how files are called that may hold a model's weights, or their list; the first that exists does.
+
+    Raises:
+        UserError: As `weights_files`.
+    """
     settings = _read_json(folder / CONFIG) if settings is None else settings
     named = settings.get("transformers_weights")
-    for name in _WEIGHTS if named is None else [_inside(named, ".safetensors")]:
-        if (folder / name).is_file():
-            if not name.endswith(_INDEX):
-                return [folder / name]
-            ending = Path(name.removesuffix(_INDEX)).suffix
-            parts = _read_json(folder / name)["weight_map"].values()
-            return [folder / _inside(part, ending) for part in sorted(set(parts))]
-    return []
+    return _WEIGHTS if named is None else [_inside(named, ".safetensors")]
+
+
+def parts_of(folder: Path, name: str) -> list[str]:
+    """Return the files that a list of weights names, or the file itself where it holds the weights.
+
+    Raises:
+        UserError: As `weights_files`.
+    """
+    if not name.endswith(_INDEX):
+        return [name]
+    ending = Path(name.removesuffix(_INDEX)).suffix
+    parts = _read_json(folder / name)["weight_map"].values()
+    return [_inside(part, ending) for part in sorted(set(parts))]
 
 
 def check_elements(num_elements: int, folder: Path) -> None:
@@ -161,6 +184,21 @@ def _check_settings(settings: dict[str, Any]) -> None:
         if name.endswith("attn_implementation") and "/" in str(value):
             hint = "such code is never run: take that setting out of config.json"
             raise UserError(f"{CONFIG} asks for attention code from the Hub in `{name}`", None, hint)
+    check_unquantized(settings)
+    _check_architecture(settings)
+
+
+def _check_architecture(settings: dict[str, Any]) -> None:
+    """Refuse what is no causal language model by the name of its architecture, before it is trained as one."""
+    if "AutoModelForCausalLM" in (settings.get("auto_map") or {}):
+        # Code of its own has names of its own.
+        return
+    hint = "choose a model that continues text: its architecture's name ends in `ForCausalLM`"
+    for name in settings.get("architectures") or []:
+        if settings.get("is_encoder_decoder") is True:
+            raise UserError(f"`{name}` is not a causal language model: an encoder reads its prompts", None, hint)
+        if not _LANGUAGE_MODEL.fullmatch(name):
+            raise UserError(f"`{name}` is not a causal language model", None, hint)
 
 
 def _all_of(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
