@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.modeling.completeness import check_complete, say_untied, untied
+from dpo_cli.modeling.hub import fetch_weights, fetched
 from dpo_cli.modeling.model_files import (
     CONFIG,
     NO_TRUST,
     Trust,
-    check_config,
     check_elements,
     check_folder,
     weights_files,
@@ -88,20 +89,36 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
     """Load a causal language model in float32, in evaluation mode (dropout off).
 
     Raises:
-        UserError: It cannot be found or read, is no causal language model, lacks weights, or brings along what it
-            is not trusted with.
+        UserError: It cannot be found or read, is no causal language model, is quantized, lacks weights or has others
+            than it uses, does not fit into memory, or brings along what it is not trusted with.
     """
     from transformers import AutoModelForCausalLM
 
     def load(folder: str) -> PreTrainedModel:
-        if Path(folder).is_dir():
-            _check_weights(folder, trust)
+        empty = _empty(folder, trust)
+        _check_size(empty, Path(folder))
+        if not Path(name).exists():
+            fetch_weights(name, Path(folder), trust)
+            if problem := check_folder(Path(folder), trust):
+                raise problem
+            _check_size(empty, Path(folder))
         # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
         return _complete(AutoModelForCausalLM, folder, use_safetensors=safely, trust_remote_code=trust.remote_code)
 
-    return _load(name, "model", load, trust)
+    model = _load(name, "model", load, trust)
+    if any(path.suffix == ".bin" for path in weights_files(Path(model.name_or_path))):
+        _log.warning("`model.allow_pickle`: the weights of %s are read out of a pickle, as bare tensors", name)
+    if others := untied(model):
+        say_untied(model)
+        _log.warning(
+            "config.json of %s ties %s to the embedding, and its weights have other values there: they are trained as "
+            "they are, and what is saved says `tie_word_embeddings: false`",
+            name,
+            ", ".join(others),
+        )
+    return model
 
 
 def empty_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
@@ -180,15 +197,13 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def _complete(loader: Any, folder: str, **settings: Any) -> PreTrainedModel:
-    """Load a model of which every weight is there."""
+    """Load a model of which every weight is there, and no other."""
     import torch
 
     model: PreTrainedModel
-    model, report = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **settings)
-    if missing := sorted(report["missing_keys"]):
-        shown = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
-        what = f"the weights of {len(missing)} parameters are missing: {shown}"
-        raise UserError(what, folder, "the folder is incomplete, or its config.json is another model's")
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = loader.from_pretrained(folder, dtype=torch.float32, **told, **settings)
+    check_complete(model, report, folder)
     return model.eval()
 
 
@@ -205,25 +220,31 @@ def _empty(folder: str, trust: Trust) -> PreTrainedModel:
     return model
 
 
-def _check_weights(folder: str, trust: Trust) -> None:
-    """Look at a folder's weights before they are read; say so where they are pickled and allowed."""
-    model = _empty(folder, trust)
-    check_elements(sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())), Path(folder))
-    if any(path.suffix == ".bin" for path in weights_files(Path(folder))):
-        _log.warning("`model.allow_pickle`: the weights of %s are read out of a pickle, as bare tensors", folder)
+def _check_size(model: PreTrainedModel, folder: Path) -> None:
+    """Compare what a model would hold with its files and with the memory that is free, before any is taken.
+
+    Raises:
+        UserError: It is more than either.
+    """
+    import torch
+
+    from dpo_cli.modeling.memory import free_bytes
+
+    tensors = (*model.parameters(), *model.buffers())
+    check_elements(sum(tensor.numel() for tensor in tensors), folder)
+    needed, free = sum(tensor.nbytes for tensor in tensors), free_bytes(torch.device("cpu"))
+    if needed > free:
+        what = f"its weights take {needed / 2**30:.1f} GiB in float32, and {free / 2**30:.1f} GiB of memory are free"
+        raise UserError(what, None, "choose a smaller model, or a machine with more memory")
 
 
 def _load(name: str, kind: str, load: Callable[[str], _T], trust: Trust) -> _T:
-    """Call a loader on what a name stands for."""
+    """Call a loader on the folder that a name stands for."""
     if problem := check_model(name, trust=trust):
         raise problem
-    folder = str(_resolved(name))
+    folder = _resolved(name)
     with _explained(name, kind):
-        if not Path(folder).is_dir():
-            from transformers.utils import cached_file
-
-            check_config(Path(cached_file(folder, CONFIG)))
-        return load(folder)
+        return load(str(folder if Path(folder).is_dir() else fetched(name)))
 
 
 @contextlib.contextmanager
@@ -237,7 +258,8 @@ def _explained(name: str, kind: str) -> Iterator[None]:
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
-    except UserError:
+    except UserError as error:
+        error.where = error.where or name
         raise
     except pickle.UnpicklingError as error:
         what = f"the {kind} cannot be loaded: its pickled weights hold more than tensors, or are damaged"
@@ -258,7 +280,8 @@ def _reason_and_hint(error: Exception, name: str) -> tuple[str, str]:
         hint = "such code is never run unless `model.trust_remote_code` is true; read it before you allow it"
         return "it brings code of its own", hint
     if reason.startswith("Unrecognized configuration class"):
-        return reason, "it is no causal language model: choose one that continues text"
+        named = re.search(r"(\w+)Config'", reason)
+        return f"{named[1] if named else 'it'} is no causal language model", "choose a model that continues text"
     if Path(name).exists():
         return reason, "the model is incomplete or damaged: save or download it again"
     if "model.safetensors" in reason:

@@ -1,0 +1,96 @@
+"""Whether the weights in a model's files are those that its settings describe: none missing, none left over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from dpo_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_HARMLESS = re.compile(
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(^|\.)position_ids$"
+    r"|\.(attn|attention|self_attn)\.(masked_bias|bias_mask|causal_mask)$|(^|\.)mtp\."
+)
+"""Constants that older versions of libraries saved, and layers that predict further tokens, which are no part of a
+causal language model."""
+
+_SHOWN = 3
+
+
+def check_complete(model: PreTrainedModel, report: Mapping[str, Any], folder: str) -> None:
+    """Compare what transformers found in a model's files with what the model needs.
+
+    Args:
+        model: The model.
+        report: What `from_pretrained` says with `output_loading_info`, sizes that differ included.
+        folder: Where the weights are.
+
+    Raises:
+        UserError: Weights are missing, have other shapes, or are not used.
+    """
+    if differing := sorted(report["mismatched_keys"]):
+        raise _other_shape(model, differing[0], len(differing), folder)
+    if missing := sorted(report["missing_keys"]):
+        what = f"the weights of {len(missing)} parameters are missing: {_shown(missing)}"
+        raise UserError(what, folder, "the folder is incomplete, or its config.json is another model's")
+    if unused := sorted(name for name in report["unexpected_keys"] if not _may_be_there(model, name)):
+        what = f"{len(unused)} weights in the files are no part of {_described(model)}: {_shown(unused)}"
+        hint = "correct config.json where it is wrong; or load the model in transformers and save it, which drops them"
+        raise UserError(what, folder, hint)
+
+
+def untied(model: PreTrainedModel) -> list[str]:
+    """Return the weights that the settings tie to others and the files hold with values of their own."""
+    return sorted(set(model.get_expanded_tied_weights_keys(all_submodels=True)) - set(model.all_tied_weights_keys))
+
+
+def say_untied(model: PreTrainedModel) -> None:
+    """Let a model's settings say that nothing is tied, so that what is saved is read as it was trained."""
+    for config in configs(model):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+
+
+def configs(model: PreTrainedModel) -> Iterator[Any]:
+    """Yield a model's settings, then those of the models within a composite one."""
+    yield model.config
+    for name in model.config.sub_configs:
+        if (inner := getattr(model.config, name, None)) is not None:
+            yield inner
+
+
+def _may_be_there(model: PreTrainedModel, name: str) -> bool:
+    """Tell what no model of this architecture uses, though its files have it."""
+    if _HARMLESS.search(name):
+        return True
+    text = model.config.get_text_config()
+    further = getattr(text, "num_nextn_predict_layers", None) or 0
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return layer is not None and 0 <= int(layer[1]) - text.num_hidden_layers < further
+
+
+def _other_shape(
+    model: PreTrainedModel, differing: tuple[str, tuple[int, ...], tuple[int, ...]], number: int, folder: str
+) -> UserError:
+    """Say which weights have another shape than the settings ask for."""
+    name, found, wanted = differing
+    words = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
+    if id(model.get_parameter(name)) in words and found[1:] == wanted[1:]:
+        what = f"config.json says `vocab_size: {wanted[0]}`, and the weights have {found[0]} (`{name}`)"
+    else:
+        more = f", and those of {number - 1} others differ as well" if number > 1 else ""
+        what = f"`{name}` has the shape {list(found)}, and config.json asks for {list(wanted)}{more}"
+    return UserError(what, folder, "config.json or the weights are another model's")
+
+
+def _described(model: PreTrainedModel) -> str:
+    """Name a model by its architecture and the number that is most often wrong."""
+    return f"{type(model).__name__} with {model.config.get_text_config().num_hidden_layers} layers"
+
+
+def _shown(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")

@@ -1,0 +1,199 @@
+"""Models as they are found: trained as what they are, or refused by what is wrong with them, before memory is taken."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from tiny_models import SMALL
+
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.loading import check_model, load_policy
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_llama: Path) -> Path:
+    """A folder that a test may spoil."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+def change_settings(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def change_weights(folder: Path, **changes: torch.Tensor) -> None:
+    """Add weights to a file, or replace some."""
+    save_file({**load_file(folder / WEIGHTS), **changes}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def refused(folder: Path) -> UserError:
+    with pytest.raises(UserError) as found:
+        load_policy(str(folder))
+    assert found.value.hint
+    return found.value
+
+
+QUANTIZED = [
+    {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    {"quant_method": "mxfp4"},
+    {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    {"quant_method": "gptq", "bits": 4},
+    {"quant_method": "awq", "bits": 4},
+    {"quant_method": "compressed-tensors", "config_groups": {}},
+    {"quant_method": "of next year"},
+    {"bits": 4},
+    {},
+]
+
+
+@pytest.mark.parametrize("quantization", QUANTIZED, ids=str)
+@pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config"])
+def test_what_its_settings_call_quantized_is_refused_before_anything_is_loaded(model, quantization, place):
+    inner = {"quantization_config": quantization} if place == "text_config" else quantization
+    change_settings(model, **{place: inner})
+    (model / WEIGHTS).write_bytes(b"never looked at")
+    problem = check_model(str(model), "`model.name`")
+    assert problem is not None
+    assert "quantized" in problem.what
+    assert quantization.get("quant_method", "unnamed") in problem.what
+    assert "unquantized original" in problem.hint
+    assert refused(model).what == problem.what
+
+
+def test_a_quantization_of_null_is_none(model):
+    change_settings(model, quantization_config=None)
+    load_policy(str(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", torch.zeros(64, 32).to(torch.float8_e4m3fn)),
+        ("model.layers.0.mlp.up_proj.weight", torch.zeros(64, 32).to(torch.float8_e5m2)),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", torch.ones(1, 1)),
+        ("model.layers.0.mlp.up_proj.qweight", torch.zeros(4, 32, dtype=torch.int32)),
+        ("model.layers.0.mlp.up_proj.weight.absmax", torch.ones(4)),
+        ("model.layers.0.mlp.experts.gate_up_proj_blocks", torch.zeros(4, 4, dtype=torch.uint8)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value.dtype),
+)
+def test_what_only_its_weights_call_quantized_is_refused_by_their_headers(model, name, tensor):
+    change_weights(model, **{name: tensor})
+    problem = check_model(str(model), "`model.name`")
+    assert problem is not None
+    assert "quantized" in problem.what
+    assert name in problem.what
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.mlp.up_proj.weight",
+        "v_head.summary.weight",
+        "score.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.self_attn.q_proj.lora_A.weight",
+    ],
+)
+def test_weights_that_the_model_does_not_use_are_named(model, name):
+    change_weights(model, **{name: torch.ones(4, 4)})
+    problem = refused(model)
+    assert name in problem.what
+    assert "no part of LlamaForCausalLM with 2 layers" in problem.what
+
+
+def test_fewer_layers_in_the_settings_than_in_the_file_are_refused(model):
+    change_settings(model, num_hidden_layers=1)
+    assert "model.layers.1.input_layernorm.weight" in refused(model).what
+
+
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.1.self_attn.masked_bias", "mtp.fc.weight"]
+)
+def test_constants_and_parts_that_no_causal_model_uses_are_left_aside(model, name):
+    change_weights(model, **{name: torch.ones(4)})
+    load_policy(str(model))
+
+
+def test_layers_that_predict_further_tokens_are_left_aside_and_those_beyond_them_are_not(model):
+    change_settings(model, num_nextn_predict_layers=1)
+    change_weights(model, **{"model.layers.2.eh_proj.weight": torch.ones(4)})
+    load_policy(str(model))
+    change_weights(model, **{"model.layers.3.eh_proj.weight": torch.ones(4)})
+    assert "model.layers.3" in refused(model).what
+
+
+def test_a_vocabulary_of_another_size_is_told_by_both_numbers(model):
+    size = json.loads((model / "config.json").read_text())["vocab_size"]
+    change_settings(model, vocab_size=size + 3)
+    problem = refused(model)
+    assert f"vocab_size: {size + 3}" in problem.what
+    assert f"the weights have {size}" in problem.what
+
+
+def test_weights_of_another_shape_are_told_by_both_shapes(model):
+    change_settings(model, intermediate_size=48)
+    problem = refused(model)
+    assert "[64, 32]" in problem.what.replace("[32, 64]", "[64, 32]")
+    assert "others differ as well" in problem.what
+
+
+def test_a_head_that_is_tied_by_the_settings_alone_is_said_trained_and_saved_untied(model, tmp_path, caplog):
+    change_settings(model, tie_word_embeddings=True)
+    head = load_file(model / WEIGHTS)["lm_head.weight"]
+    with caplog.at_level(logging.WARNING, "dpo_cli"):
+        policy = load_policy(str(model))
+    assert "tie_word_embeddings: false" in caplog.text
+    assert "lm_head.weight" in caplog.text
+    policy.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["tie_word_embeddings"] is False
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.lm_head.weight, head)
+    assert not torch.equal(again.model.embed_tokens.weight, head)
+
+
+def test_a_head_that_is_the_embedding_twice_is_tied(model, caplog):
+    change_settings(model, tie_word_embeddings=True)
+    change_weights(model, **{"lm_head.weight": load_file(model / WEIGHTS)["model.embed_tokens.weight"].clone()})
+    with caplog.at_level(logging.WARNING, "dpo_cli"):
+        policy = load_policy(str(model))
+    assert not caplog.text
+    assert policy.lm_head.weight is policy.model.embed_tokens.weight
+
+
+BERT = {**SMALL, "type_vocab_size": 1}
+OTHERS = {
+    "BertForMaskedLM": ("BertConfig", BERT),
+    "BertForSequenceClassification": ("BertConfig", BERT),
+    "BartForConditionalGeneration": (
+        "BartConfig",
+        {"vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+         "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
+    ),
+    "T5ForConditionalGeneration": (
+        "T5Config", {"vocab_size": 97, "d_model": 32, "num_layers": 1, "num_heads": 4, "d_ff": 32, "d_kv": 8}
+    ),
+    "LlamaForSequenceClassification": ("LlamaConfig", {**SMALL, "tie_word_embeddings": True}),
+    "Qwen2ForTokenClassification": ("Qwen2Config", {**SMALL, "tie_word_embeddings": True}),
+    "LlamaModel": ("LlamaConfig", {**SMALL, "tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_causal_language_model_is_refused_by_its_name_before_it_is_loaded(tmp_path, name):
+    config, settings = OTHERS[name]
+    getattr(transformers, name)(getattr(transformers, config)(**settings)).save_pretrained(tmp_path / "model")
+    problem = check_model(str(tmp_path / "model"), "`reference.model`")
+    assert problem is not None
+    assert f"`{name}` is not a causal language model" in problem.what
+    assert problem.where == "`reference.model`"
