@@ -19,6 +19,9 @@ A configuration is a YAML file; any setting can be overridden on the command lin
 an effect (`evaluation.every_steps` without held-out pairs, a `training.max_steps` that is never reached). All errors of
 a file are reported together. `model: NAME`, `loss: TYPE` and `reference: TYPE` are short for the setting named in them.
 
+Relative paths start at the working directory, not at the file's folder. In paths `~`, `$NAME` and `${NAME}` are
+expanded, an undefined variable is an error, and `$$` is a dollar sign.
+
 This page is written by `scripts/write_settings_page.py`.
 """
 

@@ -14,7 +14,7 @@ from dpo_cli.modeling.model_files import Trust
 from dpo_cli.preference.losses import DPO, Loss
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Cached, NoReference, Reference
-from dpo_cli.settings import Settings
+from dpo_cli.settings import PathText, Settings, contradiction
 
 SHORT_FORMS = {"model": "name", "loss": "type", "reference": "type", "data.train": "path", "data.eval": "path"}
 """Groups that may be written as one word, and the setting that the word stands for."""
@@ -54,11 +54,11 @@ HeldOut = Annotated[
 class ModelSettings(Settings):
     """The model that is trained."""
 
-    name: str = Field(min_length=1)
+    name: PathText = Field(min_length=1)
     """The model: a local folder, a .gguf file, or a Hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What is computed in; weights are held in float32. auto: bfloat16 on GPUs that have it, else float32."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """null: the tokenizer's own; the path of a Jinja file; or `plain` for models without a template."""
     allow_pickle: bool = False
     """Read pickled weights (.bin) where a model has no others, as bare tensors: nothing in them is executed."""
@@ -98,9 +98,13 @@ class DataSettings(Settings):
     @model_validator(mode="after")
     def _check_min_response(self) -> Self:
         if self.min_response is not None and self.on_too_long != "truncate":
-            raise ValueError("`min_response` has no effect unless `on_too_long` is truncate")
+            what = "`data.min_response` has no effect unless `data.on_too_long` is `truncate`"
+            raise contradiction(what, "set `data.on_too_long: truncate`, or leave `data.min_response` out")
         if self.min_response is not None and self.min_response >= self.max_length:
-            raise ValueError("`min_response` leaves no room for a prompt below `max_length`")
+            what = (
+                f"`data.min_response` leaves no room for a prompt below `data.max_length`, which is {self.max_length}"
+            )
+            raise contradiction(what, f"set `data.min_response` to less than {self.max_length}, or leave it out")
         return self
 
 
@@ -185,7 +189,7 @@ class Config(Settings):
     """What a run keeps while it goes."""
     tracking: list[str] = Field(default_factory=list)
     """Trackers beside metrics.jsonl, by Accelerate's names: tensorboard, wandb, mlflow, …"""
-    output_dir: str = Field("", json_schema_extra={"default": "runs/NAME"})
+    output_dir: PathText = Field("", json_schema_extra={"default": "runs/NAME"})
     """The run's folder; by default `runs/` and the name of the configuration file."""
 
     @property

@@ -12,6 +12,7 @@ from pathlib import Path
 from dpo_cli.data.fields import printable
 from dpo_cli.data.files import ENDINGS, reader_of
 from dpo_cli.errors import UserError
+from dpo_cli.settings import located
 from dpo_cli.storage import MANIFEST
 
 SPLITS = "dataset_dict.json"
@@ -60,7 +61,7 @@ def files_at(name: str, split: str) -> list[Path] | None:
     # What ends like a data file is a path that was mistyped, though a Hub id may look the same.
     if _HUB_ID.fullmatch(name) and not reader_of(path):
         return None
-    raise UserError(f"there is no file or folder `{name}`", None, _nearest(path))
+    raise UserError(f"there is no file or folder {located(name)}", None, _nearest(path))
 
 
 def _files_of_glob(pattern: str) -> list[Path]:
@@ -69,7 +70,7 @@ def _files_of_glob(pattern: str) -> list[Path]:
     found = sorted(path for path in map(Path, matches) if path.is_file())
     if files := [_readable(path) for path in found if not _is_company(path)]:
         return files
-    raise UserError(f"no data file matches `{pattern}`", None, _nearest(Path(pattern)))
+    raise UserError(f"no data file matches {located(pattern)}", None, _nearest(Path(pattern)))
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:

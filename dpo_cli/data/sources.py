@@ -20,14 +20,14 @@ from dpo_cli.data.formats import FORMATS
 from dpo_cli.data.places import SPLITS, files_at
 from dpo_cli.data.records import Row
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.settings import Settings
+from dpo_cli.settings import PathText, Settings, located
 from dpo_cli.storage import MANIFEST, file_digest, text_digest
 
 
 class Source(Settings):
     """Rows of one place, and how they are used."""
 
-    path: str
+    path: PathText
     """A data file, a glob, a folder of data files or one that `datasets` or `dpo prepare-data` wrote, or a Hub id."""
     config: str | None = None
     """Which configuration of a Hub dataset."""
@@ -59,11 +59,11 @@ def _way_of_one(value: object) -> str | None:
 
 
 OneSource = Annotated[
-    Annotated[str, Tag(NAME)] | Annotated[Source, Tag(GROUP)],
+    Annotated[PathText, Tag(NAME)] | Annotated[Source, Tag(GROUP)],
     Discriminator(_way_of_one, "source", "Input should be a path or a group of settings"),
 ]
 Sources = Annotated[
-    Annotated[str, Tag(NAME)] | Annotated[Source, Tag(GROUP)] | Annotated[list[OneSource], Tag(SEVERAL)],
+    Annotated[PathText, Tag(NAME)] | Annotated[Source, Tag(GROUP)] | Annotated[list[OneSource], Tag(SEVERAL)],
     Discriminator(_way, "sources", "Input should be a path, a group of settings, or a list of them"),
 ]
 """What a setting that names data accepts."""
@@ -72,7 +72,8 @@ Sources = Annotated[
 def as_sources(named: str | Source | Sequence[str | Source] | None) -> list[Source]:
     """Return what a setting names as a list; a path by itself is a source with nothing else said of it."""
     several = [] if named is None else [named] if isinstance(named, (str, Source)) else named
-    return [Source(path=one) if isinstance(one, str) else one for one in several]
+    # What a setting or an option named is expanded already; a second time, its `$$` would be lost.
+    return [Source.model_construct(path=one) if isinstance(one, str) else one for one in several]
 
 
 def describe(sources: Iterable[Source]) -> str:
@@ -197,5 +198,8 @@ def _load_dataset(source: Source) -> Any:
         return datasets.load_dataset(source.path, source.config, split=source.split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        hint = "check its name, configuration and split; a Hub dataset needs the network, unless it was loaded before"
+        hint = (
+            f"there is no file or folder {located(source.path)}; check name, configuration and split of a Hub dataset: "
+            "it needs the network, unless it was loaded before"
+        )
         raise UserError(f"`{source.path}` cannot be loaded: {reason}", source.path, hint) from error

@@ -30,6 +30,7 @@ from dpo_cli.modeling.model_files import (
     check_folder,
     weights_files,
 )
+from dpo_cli.settings import located
 from dpo_cli.storage import DamagedFolder, cache_root, file_digest, sealed_folder, verify
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) ->
     if path.suffix.lower() == ".gguf":
         if path.is_file():
             return None
-        return UserError(f"there is no GGUF file `{name}`", where, "check the path; `make model` fetches the demo's")
+        return UserError(f"there is no GGUF file {located(name)}", where, "check the path")
     if path.is_dir():
         if (path / CONFIG).is_file():
             return check_folder(path, trust, where)
@@ -61,7 +62,7 @@ def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) ->
         return UserError(f"`{name}` is neither a model folder nor a .gguf file", where, hint)
     if _HUB_ID.fullmatch(name):
         return None
-    return UserError(f"there is no model folder `{name}`", where, "name a folder, a .gguf file or a Hub id")
+    return UserError(f"there is no model folder {located(name)}", where, "name a folder, a .gguf file or a Hub id")
 
 
 def load_tokenizer(name: str, trust: Trust = NO_TRUST) -> PreTrainedTokenizerBase:
@@ -286,7 +287,8 @@ def _reason_and_hint(error: Exception, name: str) -> tuple[str, str]:
         return reason, "the model is incomplete or damaged: save or download it again"
     if "model.safetensors" in reason:
         return reason, "it has no .safetensors weights; `model.allow_pickle: true` reads pickled ones, as bare tensors"
-    return reason, "check the name; a Hub id needs the network, unless the model is in the Hub's cache already"
+    hint = f"there is no folder {located(name)}; a Hub id needs the network, unless it is in the Hub's cache already"
+    return reason, hint
 
 
 def _resolved(name: str) -> Path | str:

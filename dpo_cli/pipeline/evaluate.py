@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
 from dpo_cli.data.records import LABELS
-from dpo_cli.data.sources import Source, as_sources, check_source, describe
+from dpo_cli.data.sources import as_sources, check_source, describe
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import choose_layout, prove_logps, wanted_tokens, without_gradient
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import figures_table, groups_table
+from dpo_cli.settings import located
 from dpo_cli.storage import MANIFEST, DamagedFolder, verify
 from dpo_cli.training.run_folder import RunFolder
 
@@ -103,7 +104,9 @@ def _check(config: Config, scored: str, model: str | None, data: str | None, jso
     problems = setup.check_inputs(config, needs_train=data is None)
     if model is None and not Path(scored).is_dir():
         hint = "train first, or name a model with --model"
-        problems.append(UserError("the run has no trained model yet", scored, hint))
+        problems.append(
+            UserError(f"the run has no trained model yet: there is no folder {located(scored)}", "`output_dir`", hint)
+        )
     elif problem := check_model(scored, "--model", config.model.trust):
         problems.append(problem)
     elif model is None or (Path(scored) / MANIFEST).is_file():
@@ -112,15 +115,18 @@ def _check(config: Config, scored: str, model: str | None, data: str | None, jso
         except DamagedFolder as damage:
             hint = "score another checkpoint, or train again"
             problems.append(UserError(f"the model is damaged: {damage}", scored, hint))
-    if data is not None and (problem := check_source(Source(path=data), "--data")):
-        problems.append(problem)
+    problems += [problem for source in as_sources(data) if (problem := check_source(source, "--data"))]
     if data is None and config.data.eval is None:
         hint = "set `data.eval`, or name pairs with --data"
         problems.append(UserError("the configuration holds no pairs out", "`data.eval`", hint))
     if json_file and json_file.is_dir():
         problems.append(UserError("the JSON file is a folder", f"--json {json_file}", "name a file in it"))
     elif json_file and not json_file.parent.is_dir():
-        problems.append(UserError("the folder of the JSON file does not exist", f"--json {json_file}", "create it"))
+        problems.append(
+            UserError(
+                f"there is no folder {located(json_file.parent)} for the JSON file", f"--json {json_file}", "create it"
+            )
+        )
     return problems
 
 

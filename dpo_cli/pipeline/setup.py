@@ -15,6 +15,7 @@ from dpo_cli.errors import FAILED, UserError
 from dpo_cli.locks import lock_beside, locked
 from dpo_cli.modeling.loading import check_model
 from dpo_cli.reporting.console import Console
+from dpo_cli.settings import located
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,8 +36,9 @@ def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]
     template = config.model.chat_template
     if template is not None and template != "plain" and not _is_file(template):
         hint = "name a Jinja file, `plain`, or null for the tokenizer's own"
-        shown = template if len(template) <= 60 else f"{template[:57]}…"
-        problems.append(UserError(f"there is no chat template `{shown}`", "`model.chat_template`", hint))
+        # A template's own text, say, is no path.
+        shown = located(template) if len(template) <= 255 else f"`{template[:57]}…`"
+        problems.append(UserError(f"there is no chat template {shown}", "`model.chat_template`", hint))
     if config.data.train is None and needs_train:
         hint = "name a data file: `data: {train: pairs.jsonl}`"
         problems.append(UserError("`data.train` is missing", "the configuration", hint))

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.model_files import NO_TRUST, Trust
-from dpo_cli.settings import Settings
+from dpo_cli.settings import PathText, Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +82,7 @@ class Cached(Settings):
 
     type: Literal["cached"] = "cached"
     """Where the reference log-probabilities come from."""
-    model: str | None = None
+    model: PathText | None = None
     """The reference model: a folder, a .gguf file or a Hub id; null: the policy before step 1."""
 
     holds_model: ClassVar[bool] = False
@@ -97,7 +97,7 @@ class Frozen(Settings):
 
     type: Literal["frozen"] = "frozen"
     """Where the reference log-probabilities come from."""
-    model: str | None = None
+    model: PathText | None = None
     """The reference model: a folder, a .gguf file or a Hub id; null: the policy before step 1."""
 
     holds_model: ClassVar[bool] = True
@@ -117,7 +117,7 @@ class Synced(Settings):
 
     type: Literal["synced"] = "synced"
     """Where the reference log-probabilities come from."""
-    model: str | None = None
+    model: PathText | None = None
     """The reference model before step 1: a folder, a .gguf file or a Hub id; null: the policy."""
     every_steps: int = Field(512, ge=1)
     """Optimizer steps between two moves."""
