@@ -11,57 +11,108 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dpo_cli import __version__
+from dpo_cli.command_line import Command, Program, expanded, expanded_path, split_arguments
 from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.interrupts import Interrupted, StopSignals, ignore_signals
 
 if TYPE_CHECKING:
     from dpo_cli.reporting.console import Console
 
+_ARGUMENTS = "[FILE] [KEY=VALUE ...] [OPTIONS]"
+_ABOUT_ARGUMENTS = """\b
+FILE is the configuration, as `--config FILE`. KEY=VALUE overrides a setting
+of it. Relative paths, in it too, start at the working directory."""
+_ABOUT_CONFIG = """About configuration files.
+
+A configuration is a YAML file of settings. Relative paths in it start at the working directory, not at the file's
+folder; `~` and variables such as `$DATA` are expanded, and `$$` is a dollar sign.
+"""
+
+
+def _examples(*lines: str) -> str:
+    """Write the examples below a command's help, unwrapped."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
+
+
+def _configured(*examples: str) -> dict[str, Any]:
+    """Return how a command is set up that works by a configuration."""
+    epilog = f"{_ABOUT_ARGUMENTS}\n\n{_examples(*examples)}"
+    return {"cls": Command, "options_metavar": _ARGUMENTS, "epilog": epilog}
+
+
 app = typer.Typer(
     name="dpo",
+    cls=Program,
     help="Fine-tune a causal language model with Direct Preference Optimization.",
+    epilog=_examples(
+        "dpo train my.yaml --dry-run     check everything, print the plan, stop",
+        "dpo train my.yaml               train",
+        "dpo eval my.yaml                score the trained model",
+    ),
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
-config_app = typer.Typer(help="About configuration files.", no_args_is_help=True)
+config_app = typer.Typer(cls=Program, help=_ABOUT_CONFIG, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 
-ConfigFile = Annotated[Path, typer.Option("--config", metavar="FILE", help="The configuration, a YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file: training.epochs=2"),
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", parser=expanded_path, metavar="FILE", help="The configuration, a YAML file."),
 ]
+Arguments = Annotated[list[str] | None, typer.Argument(hidden=True)]
 
 
-@app.command("prepare-data")
+@app.command(
+    "prepare-data",
+    **_configured("dpo prepare-data my.yaml --show 2", "dpo prepare-data my.yaml --out prepared data.eval=null"),
+)
 def prepare_data(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to keep the prepared pairs.")] = None,
+    arguments: Arguments = None,
+    config: ConfigFile = None,
+    out: Annotated[
+        Path | None, typer.Option(parser=expanded_path, metavar="DIR", help="Where to keep the prepared pairs.")
+    ] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to keep the report; by default beside the pairs.")
+        Path | None,
+        typer.Option(
+            parser=expanded_path, metavar="DIR", help="Where to keep the report; by default beside the pairs."
+        ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with status 2 if the check finds warnings.")] = False,
     show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N pairs token by token.")] = 0,
 ) -> None:
-    """Read, check and tokenize the preference pairs, and print what was found."""
+    """Read, check and tokenize the pairs; report on them."""
     from dpo_cli.config import load_config
     from dpo_cli.pipeline import prepare
 
     with _job() as (console, _):
-        prepare(load_config(config, overrides or ()), console, out=out, report=report, strict=strict, show=show)
+        prepare(
+            load_config(*split_arguments(config, arguments or ())),
+            console,
+            out=out,
+            report=report,
+            strict=strict,
+            show=show,
+        )
 
 
-@app.command()
+@app.command(
+    **_configured(
+        "dpo train my.yaml --dry-run",
+        "dpo train my.yaml training.epochs=2 output_dir=runs/two",
+        "dpo train my.yaml --resume",
+    )
+)
 def train(
-    config: ConfigFile,
-    overrides: Overrides = None,
+    arguments: Arguments = None,
+    config: ConfigFile = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older run in the folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
@@ -73,32 +124,38 @@ def train(
     with _job() as (console, signals):
         if resume and overwrite:
             raise UserError("--resume and --overwrite exclude each other", None, "choose one of them")
-        settings = load_config(config, overrides or ())
+        settings = load_config(*split_arguments(config, arguments or ()))
         run(settings, console, signals, resume=resume, overwrite=overwrite, dry_run=dry_run)
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    **_configured("dpo eval my.yaml", "dpo eval my.yaml --model runs/my/checkpoints/step-000100 --data others.jsonl"),
+)
 def evaluate(
-    config: ConfigFile,
-    overrides: Overrides = None,
+    arguments: Arguments = None,
+    config: ConfigFile = None,
     model: Annotated[
-        str | None, typer.Option(metavar="PATH", help="What to score; by default the run's trained model.")
+        str | None,
+        typer.Option(parser=expanded, metavar="PATH", help="What to score; by default the run's trained model."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Pairs to score; by default those held out.")
+        str | None, typer.Option(parser=expanded, metavar="SOURCE", help="Pairs to score; by default those held out.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", parser=expanded_path, metavar="FILE", help="Write the figures as JSON.")
+    ] = None,
 ) -> None:
     """Score held-out pairs against the reference."""
     from dpo_cli.config import load_config
     from dpo_cli.pipeline import evaluate as run
 
     with _job() as (console, _):
-        settings = load_config(config, overrides or ())
+        settings = load_config(*split_arguments(config, arguments or ()))
         run(settings, console, model=model, data=data, json_file=json_file)
 
 
-@config_app.command()
+@config_app.command(cls=Command)
 def schema() -> None:
     """Print the JSON Schema of configuration files, for editors."""
     from dpo_cli.config import json_schema
@@ -158,4 +215,4 @@ def main() -> None:
     if "WORLD_SIZE" in os.environ:
         # Who is gone is said in a line; torch would print a stack for every connection that broke with it.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    app()
+    app(prog_name="dpo")

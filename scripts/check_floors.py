@@ -15,6 +15,7 @@ PACKAGE = "dpo_cli"
 FLOORS = {
     "__main__": 6,
     "cli": 5,
+    "command_line": 5,
     "pipeline": 4,
     "config": 4,
     "training": 3,
@@ -31,6 +32,7 @@ FLOORS = {
     "storage": 0,
 }
 SAME_FLOOR = {
+    ("cli", "command_line"),
     ("pipeline", "config"),
     *(
         (room, base)

@@ -392,9 +392,13 @@ CONFIG_CASES = {
 }
 
 USAGE_CASES = {
-    "unknown command": Case(nothing, "trian --config run.yaml", 2, r"No such command 'trian'", None),
-    "unknown option": Case(nothing, f"{TRAIN} --resum", 2, r"No such option: --resum", None),
-    "no config named": Case(nothing, "train", 2, r"Missing option '--config'", None),
+    "unknown command": Case(
+        nothing, "trian --config run.yaml", 2, r"`trian` is not a command of `dpo`", r"mean `dpo train`"
+    ),
+    "unknown option": Case(
+        nothing, f"{TRAIN} --resum", 2, r"`--resum` is not an option of `dpo train`", r"mean `--resume`"
+    ),
+    "no config named": Case(nothing, "train", 2, r"no configuration is named", r"dpo train my.yaml"),
     "option without its value": Case(nothing, f"{EVAL} --json", 2, r"'--json' requires an argument", None),
     "a negative number of pairs to show": Case(nothing, f"{PREPARE} --show -1", 2, r"Invalid value for '--show'", None),
     "a word for the number of pairs to show": Case(
