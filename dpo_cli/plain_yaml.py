@@ -34,11 +34,12 @@ class NotPlain(Exception):
         what: What is wrong with it.
         line: Where it stands, from 1 on.
         hint: What to do about it.
+        path: The setting whose value alone cannot be read; None: nothing can be.
     """
 
-    def __init__(self, what: str, line: int, hint: str) -> None:
+    def __init__(self, what: str, line: int, hint: str, path: tuple[str, ...] | None = None) -> None:
         super().__init__(what)
-        self.what, self.line, self.hint = what, line, hint
+        self.what, self.line, self.hint, self.path = what, line, hint, path
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,7 +68,7 @@ def _written(dumper: _Dumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _written)
 for _one in (_Loader, _Dumper):
     _one.add_implicit_resolver(
-        f"{_PREFIX}float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+        f"{_PREFIX}float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
 
 
@@ -91,8 +92,18 @@ def dump(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
-def parse(text: str) -> tuple[Any, Mapping[tuple[str, ...], int]]:
+def written(value: Any) -> str:
+    """Write one value in a line."""
+    line = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
+    return line.removesuffix("\n").removesuffix("\n...")
+
+
+def parse(text: str, unreadable: list[NotPlain] | None = None) -> tuple[Any, Mapping[tuple[str, ...], int]]:
     """Read a text.
+
+    Args:
+        text: YAML.
+        unreadable: Takes what is wrong with single values, which are read as None; None: it is raised.
 
     Returns:
         What it says, None where it says nothing; and the line of every key and of every member of a list, by its
@@ -106,7 +117,11 @@ def parse(text: str) -> tuple[Any, Mapping[tuple[str, ...], int]]:
         loader = _Loader(text)
         node = loader.get_single_node()
         builder = _Builder(loader)
-        return (None if node is None else builder.value(node, ())), builder.lines
+        value = None if node is None else builder.value(node, ())
+        if builder.unreadable and unreadable is None:
+            raise builder.unreadable[0]
+        (unreadable if unreadable is not None else []).extend(builder.unreadable)
+        return value, builder.lines
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise NotPlain(
@@ -128,11 +143,13 @@ class _Builder:
 
     Attributes:
         lines: Where the members of groups and lists stand, by their paths.
+        unreadable: What is wrong with single values.
     """
 
     def __init__(self, loader: _Loader) -> None:
         self._loader, self._num_values = loader, 0
         self.lines: dict[tuple[str, ...], int] = {}
+        self.unreadable: list[NotPlain] = []
 
     def value(self, node: yaml.Node, path: tuple[str, ...]) -> Any:
         """Return what a node says."""
@@ -140,12 +157,20 @@ class _Builder:
         if self._num_values > MAX_VALUES:
             raise _too_many(_line(node))
         if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node)
+            return self._readable(node, path)
         if isinstance(node, yaml.SequenceNode) and node.tag == f"{_PREFIX}seq":
             return [self._member(item, (*path, str(place)), item) for place, item in enumerate(node.value)]
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_PREFIX}map":
             return self._group(node, path)
         raise _strange(node)
+
+    def _readable(self, node: yaml.ScalarNode, path: tuple[str, ...]) -> Any:
+        """Return a scalar's value, or None where it has none, so that the rest is read as well."""
+        try:
+            return self._scalar(node)
+        except NotPlain as error:
+            self.unreadable.append(NotPlain(error.what, error.line, error.hint, path))
+            return None
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         if node.tag not in _SCALARS:
@@ -156,8 +181,8 @@ class _Builder:
         try:
             return self._loader.construct_object(node)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            what = f"not valid YAML: `{node.value[:_SHOWN]}` is not what it is said to be: `{_named(node)}`"
-            raise NotPlain(what, _line(node), "quote it if it is text") from None
+            what = f"not valid YAML: `{node.value[:_SHOWN]}` is not a `{_named(node)}`"
+            raise NotPlain(what, _line(node), "write it without a tag, or quote it if it is text") from None
 
     def _group(self, node: yaml.MappingNode, path: tuple[str, ...]) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -168,7 +193,8 @@ class _Builder:
                 raise NotPlain(f"`{shown}` is not the name of a setting", _line(key_node), "names are text")
             if key in values:
                 dotted = ".".join((*path, key))
-                raise NotPlain(f"`{dotted}` is set twice", _line(key_node), "keep one of the two lines")
+                twice = NotPlain(f"`{dotted}` is set twice", _line(key_node), "keep one of the two lines", (*path, key))
+                self.unreadable.append(twice)
             values[key] = self._member(value_node, (*path, key), key_node)
         return values
 

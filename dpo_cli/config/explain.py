@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from dpo_cli import plain_yaml, settings
+from dpo_cli.config import translations
 from dpo_cli.config.schema import APART, ONE, SEVERAL, SHARE, Config
 from dpo_cli.config.tree import Tree
 from dpo_cli.data import sources
@@ -25,7 +29,16 @@ def explain(error: ValidationError, tree: Tree) -> list[UserError]:
         if detail["type"].startswith("union_tag"):
             path = (*path, "type")
         found.setdefault(path, []).append(detail)
-    return [_explain_one(path, found[path], tree) for path in sorted(found, key=tree.order)]
+    paths = sorted((path for path in found if not tree.is_reported(path)), key=tree.order)
+    return _with_one_list([_explain_one(path, found[path], tree) for path in paths])
+
+
+def _with_one_list(errors: list[UserError]) -> list[UserError]:
+    """Keep of several long lists of settings the first."""
+    long = [error for error in errors if (error.hint or "").startswith(_KNOWN)]
+    for error in long[1:]:
+        error.hint = "see `dpo config example` for the settings there are"
+    return errors
 
 
 def unfounded(tree: Tree) -> list[UserError]:
@@ -52,16 +65,17 @@ def contradictions(config: Config, tree: Tree) -> list[UserError]:
     needing = ", ".join(f"`{loss.type}`" for loss in objective.losses if loss.needs_reference)
     given = "reference" in config.model_fields_set
     if given and objective.needs_reference and config.reference.type == "none":
-        what = f"the loss {needing} needs a reference, and `reference` is none"
+        what = f"the loss {needing} needs a reference, and `reference` is `none`"
         hint = "leave `reference` out, or choose a loss without a reference, such as `simpo`"
         problems.append(UserError(what, tree.place(("reference",)), hint))
     if given and not objective.needs_reference and config.reference.type != "none":
-        what = f"the loss {names} has no use for a reference, and `reference` is {config.reference.type}"
+        what = f"the loss {names} has no use for a reference, and `reference` is `{config.reference.type}`"
         problems.append(UserError(what, tree.place(("reference",)), "leave `reference` out"))
     remembering = [loss.type for loss in objective.losses if loss.remembers]
     if len(remembering) > 1:
-        what = f"of several losses only one may follow the rewards of a run, and {' and '.join(remembering)} all do"
-        hint = "set `running_mean: false` for bco, or leave `adaptive_beta` out"
+        both = " and ".join(f"`{name}`" for name in remembering)
+        what = f"only one loss may keep running statistics, and {both} all do"
+        hint = "set `running_mean: false` for `bco`, or leave `adaptive_beta` out"
         problems.append(UserError(what, tree.place(("loss",)), hint))
     return problems
 
@@ -84,43 +98,102 @@ def _path(location: Sequence[int | str], values: Any) -> tuple[str, ...]:
 
 
 def _explain_one(path: tuple[str, ...], details: list[Any], tree: Tree) -> UserError:
-    dotted, detail = ".".join(path), details[0]
-    description, hint = _SETTINGS.get(_name(path)), None
-    if detail["type"] == "extra_forbidden":
-        kind = next((str(part) for part in reversed(detail["loc"][:-1]) if part in _TAGS), None)
-        if kind and _name(path[:-1]) in _UNIONS:
-            return UserError(f"`{dotted}` is not a setting of `{kind}`", tree.place(path), _known_to(path, kind))
-        return UserError(f"`{dotted}` is not a setting", tree.place(path), _did_you_mean(path))
-    if detail["type"] == "value_error":
-        return UserError(f"`{dotted}` contradicts itself: {detail['ctx']['error']}", tree.place(path), "change either")
-    if detail["type"] == "missing":
-        hint = f"add it: {description}" if description else "add it"
-        return UserError(f"`{dotted}` is missing", tree.place(path), hint)
-    wanted = " or ".join(dict.fromkeys(_wanted(d) for d in details))
-    given = detail["input"]
-    if detail["type"].startswith("union_tag"):
-        if isinstance(given, dict) and "type" not in given:
-            hint = f"name one of {', '.join(f'`{tag}`' for tag in _tags(path))}"
-            return UserError(f"`{dotted}` is missing", tree.place(path), hint)
-        given = given["type"] if isinstance(given, dict) else given
-        wanted = f"one of {', '.join(f'`{tag}`' for tag in _tags(path))}"
-        if near := difflib.get_close_matches(str(given), _tags(path), n=1):
-            hint = f"did you mean `{near[0]}`?"
-    if description and not hint:
-        hint = f"{dotted}: {description}"
-    return UserError(f"`{dotted}` should be {wanted}, but is {_show(given)}", tree.place(path), hint)
+    dotted, place, detail = ".".join(path), tree.place(path), details[0]
+    match detail["type"]:
+        case "extra_forbidden":
+            return _unknown(path, detail, place)
+        case settings.UNDEFINED:
+            return UserError(f"`{dotted}` cannot be expanded: {detail['ctx']['reason']}", place, detail["ctx"]["hint"])
+        case settings.CONTRADICTION:
+            return UserError(detail["ctx"]["what"], place, detail["ctx"]["hint"])
+        case "missing":
+            return UserError(f"`{dotted}` is missing", place, _how_to_add(path))
+        case kind if kind.startswith("union_tag"):
+            return _wrong_type(path, detail["input"], place)
+    wanted = [*dict.fromkeys(_wanted(one) for one in details), *(["null"] if _takes_null(path) else [])]
+    what = f"`{dotted}` should be {' or '.join(wanted)}, but is {_show(detail['input'])}"
+    return UserError(what, place, _how_to_set(path, detail["input"]))
+
+
+def _unknown(path: tuple[str, ...], detail: Any, place: str) -> UserError:
+    """Explain a setting that there is not."""
+    dotted = ".".join(path)
+    kind = next((str(part) for part in reversed(detail["loc"][:-1]) if part in _TAGS), None)
+    if kind and _name(path[:-1]) in _UNIONS:
+        hint = translations.advice(path[-1]) or _known_to(path, kind)
+        return UserError(f"`{dotted}` is not a setting of `{kind}`", place, hint)
+    return UserError(f"`{dotted}` is not a setting", place, _did_you_mean(path))
+
+
+def _wrong_type(path: tuple[str, ...], given: Any, place: str) -> UserError:
+    """Explain a group whose `type` is missing or none of those that there are."""
+    dotted, known = ".".join(path), _tags(path)
+    named = f"name one of {_listed(known)}"
+    if isinstance(given, dict) and "type" not in given:
+        return UserError(f"`{dotted}` is missing", place, named)
+    given = given["type"] if isinstance(given, dict) else given
+    near = difflib.get_close_matches(str(given), known, n=1)
+    hint = translations.type_advice(_name(path[:-1]), str(given)) or (f"did you mean `{near[0]}`?" if near else named)
+    return UserError(f"`{dotted}` should be one of {_listed(known)}, but is {_show(given)}", place, hint)
+
+
+def _how_to_add(path: tuple[str, ...]) -> str:
+    """Return how a required setting is written."""
+    example = {"model": "path/to/model", "name": "path/to/model", "path": "pairs.jsonl"}.get(path[-1], "…")
+    return f"add it, as in `{path[-1]}: {example}`: {_decapitalized(_SETTINGS.get(_name(path), 'it has no default'))}"
+
+
+def _how_to_set(path: tuple[str, ...], given: Any) -> str:
+    """Return how a setting is written whose value is wrong: its default, and what it means."""
+    field = _FIELDS.get(_name(path))
+    if field is None:
+        return "see `dpo config example` for how settings are written"
+    meaning = _decapitalized(field.description or "")
+    if path[-1].isdigit():
+        return f"`{_name(path)}` is {meaning}"
+    if any(True for _ in _models(field.annotation)) and given is None:
+        return f"indent its settings below `{path[-1]}:`, or leave it out"
+    if field.is_required():
+        return _how_to_add(path)
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, BaseModel):
+        return f"write it as in `dpo config example`, or leave it out: {meaning}"
+    return f"leave it out for the default, `{path[-1]}: {plain_yaml.written(default)}`: {meaning}"
+
+
+def _takes_null(path: tuple[str, ...]) -> bool:
+    field = _FIELDS.get(_name(path))
+    return field is not None and not path[-1].isdigit() and type(None) in get_args(field.annotation)
 
 
 def _wanted(detail: Any) -> str:
-    """Word what was expected: `a valid number`, `greater than 0`, `'dpo' or 'ipo'`."""
+    """Word what was expected: `a number`, `greater than 0`, ``one of `dpo`, `ipo` ``."""
     message = str(detail["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
-    if detail["type"] == "too_short":
-        return "a list of one at least"
-    if detail["type"] in ("model_type", "dict_type", "model_attributes_type"):
-        return "a group of settings"
-    if detail["type"] in ("string_type", "int_type", "float_type", "bool_type", "list_type"):
-        return {"string": "text", "integer": "a whole number", "boolean": "true or false"}.get(message, f"a {message}")
+    match detail["type"]:
+        case "too_short":
+            return "a list of one at least"
+        case "string_too_short":
+            return "a text that is not empty"
+        case "literal_error":
+            known = _QUOTED.findall(detail["ctx"]["expected"])
+            return f"one of {_listed(known)}" if len(known) > 1 else f"`{known[0]}`"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return "a group of settings"
+        case "string_type" | "int_type" | "float_type" | "bool_type" | "list_type":
+            return {"string": "text", "integer": "a whole number", "boolean": "true or false"}.get(
+                message, f"a {message}"
+            )
     return message
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _decapitalized(text: str) -> str:
+    """Return a description as the part of a sentence."""
+    first = text.split("\n\n", 1)[0].removesuffix(".")
+    return f"{first[:1].lower()}{first[1:]}" if first[1:2].islower() or first[1:2] == " " else first
 
 
 def _show(value: Any) -> str:
@@ -140,11 +213,13 @@ def _known_to(path: tuple[str, ...], kind: str) -> str:
     near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.7)
     if near:
         return f"did you mean `{'.'.join([*path[:-1], near[0]])}`?"
-    return f"known here: {', '.join(f'`{name}`' for name in known)}"
+    return f"{_KNOWN}{_listed(known)}"
 
 
 def _did_you_mean(path: tuple[str, ...]) -> str:
-    """Suggest the nearest known setting: a near name in the same group, or the same name in another."""
+    """Suggest what another trainer's name is here, a near name in the same group, or the same name in another."""
+    if advice := translations.advice(path[-1]):
+        return advice
     group = _name(path[:-1])
     siblings = [name for name in _SETTINGS if name.rpartition(".")[0] == group]
     leaves = [name.rpartition(".")[2] for name in siblings]
@@ -152,8 +227,16 @@ def _did_you_mean(path: tuple[str, ...]) -> str:
     elsewhere = sorted((name for name in _SETTINGS if name.rpartition(".")[2] == path[-1]), key=_depth)
     if found := near + elsewhere:
         return f"did you mean `{found[0]}`?"
-    known = ", ".join(f"`{name}`" for name in siblings) or "see `dpo config schema`"
-    return f"known here: {known}"
+    return f"{_KNOWN}{_listed(siblings)}" if siblings else "see `dpo config example` for the settings there are"
+
+
+def option_hint(option: str) -> str | None:
+    """Suggest how a setting is written that was given as an option, `--learning_rate`; None if it is no setting."""
+    name = option.lstrip("-").partition("=")[0].replace("-", "_")
+    named = sorted((path for path in _SETTINGS if name in (path, path.rpartition(".")[2])), key=_depth)
+    if advice := translations.advice(name):
+        return f"settings are written without dashes, as in `training.learning_rate=1e-5`; {advice}"
+    return f"settings are written without dashes: `{named[0]}=…`" if named else None
 
 
 def _depth(name: str) -> int:
@@ -173,11 +256,11 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(inner)
 
 
-def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every dotted path with its description."""
+def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every dotted path with what is known of the setting."""
     for name, info in model.model_fields.items():
         path = f"{prefix}{name}"
-        yield path, info.description or ""
+        yield path, info
         for member in _models(info.annotation):
             yield from _walk(member, f"{path}.")
 
@@ -192,6 +275,9 @@ def _unions(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, lis
             yield from _unions(member, f"{prefix}{name}.")
 
 
-_SETTINGS = dict(_walk(Config))
+_KNOWN = "known here: "
+_QUOTED = re.compile("'([^']*)'")
+_FIELDS = dict(_walk(Config))
+_SETTINGS = {path: field.description or "" for path, field in _FIELDS.items()}
 _UNIONS = dict(_unions(Config))
 _TAGS = {str(model.model_fields["type"].default) for models in _UNIONS.values() for model in models}

@@ -12,6 +12,7 @@ from dpo_cli import plain_yaml
 from dpo_cli.config.schema import expand_short_form
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.plain_yaml import NotPlain
+from dpo_cli.settings import located
 
 
 @dataclass
@@ -20,6 +21,12 @@ class Tree:
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[tuple[str, ...], str] = field(default_factory=dict)
+    unreadable: list[tuple[str, ...]] = field(default_factory=list)
+    """Settings whose value cannot be read, which is reported already."""
+
+    def is_reported(self, path: Sequence[str]) -> bool:
+        """Tell whether what is wrong with a setting is reported already, since its value cannot be read."""
+        return any(tuple(path[: len(known)]) == known for known in self.unreadable)
 
     def place(self, path: Sequence[str]) -> str:
         """Return where a path stands, or else the nearest group around it."""
@@ -35,19 +42,36 @@ class Tree:
         return next(matches, 0)
 
 
-def read_tree(file: Path) -> Tree:
-    """Parse the file into values and places."""
+def read_tree(file: Path) -> tuple[Tree, list[UserError]]:
+    """Parse the file into values and places; return as well what is wrong with single values.
+
+    Raises:
+        UserError: Nothing of the file can be read as settings.
+    """
+    unreadable: list[NotPlain] = []
     try:
-        values, lines = plain_yaml.parse(_text(file))
+        values, lines = plain_yaml.parse(_text(file), unreadable)
     except NotPlain as error:
         raise UserError(error.what, f"{file}, line {error.line}", error.hint) from None
     if values is None:
         raise UserError("the configuration is empty", str(file), "set at least `model` and `data.train`")
     if not isinstance(values, dict):
-        what = "the configuration is not a mapping of settings"
+        what = f"the configuration is not a mapping of settings, but {_kind(values)}"
         raise UserError(what, f"{file}, line 1", "write `model: …` and the like")
     places = {path: f"{file}, line {line}" for path, line in lines.items()}
-    return Tree(values, {(): str(file), **places})
+    problems = [_unreadable(error, file) for error in unreadable]
+    return Tree(values, {(): str(file), **places}, [error.path for error in unreadable if error.path]), problems
+
+
+def _unreadable(error: NotPlain, file: Path) -> UserError:
+    """Say what is wrong with the value of one setting."""
+    dotted = f"`{'.'.join(error.path or ())}`"
+    what = error.what if error.what.startswith(dotted) else f"the value of {dotted} is {error.what}"
+    return UserError(what, f"{file}, line {error.line}", error.hint)
+
+
+def _kind(values: Any) -> str:
+    return "a list" if isinstance(values, list) else "a single value"
 
 
 def _text(file: Path) -> str:
@@ -58,7 +82,7 @@ def _text(file: Path) -> str:
     except FileNotFoundError:
         near = difflib.get_close_matches(file.name, [p.name for p in _siblings(file)], n=1, cutoff=0.4)
         hint = f"did you mean `{file.parent / near[0]}`?" if near else "check the path"
-        raise UserError(f"there is no configuration file `{file}`", None, hint) from None
+        raise UserError(f"there is no configuration file {located(file)}", None, hint) from None
     except OSError as error:
         raise from_os_error(error, "reading the configuration", str(file), status=2) from error
 
@@ -75,7 +99,8 @@ def override(tree: Tree, text: str) -> UserError | None:
     except NotPlain as error:
         reason = error.what.removeprefix("not valid YAML: ")
         what = f"the value of `{key}` is not valid YAML: {reason}"
-        return UserError(what, where, "quote it for YAML and for the shell")
+        quoted = f": `'{key}=\"{value}\"'`" if len(value) <= 60 and '"' not in value else ""
+        return UserError(what, where, f"quote it for YAML and for the shell{quoted}")
     group: Any = tree.values
     for depth, name in enumerate(path[:-1]):
         if (problem := _misplaced(group, name, path[:depth], where)) is not None:

@@ -28,7 +28,7 @@ from dpo_cli.preference.terms import (
     ls,
     rewards,
 )
-from dpo_cli.settings import Settings
+from dpo_cli.settings import Settings, contradiction
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +92,8 @@ class DPO(MarginLossSettings):
     @model_validator(mode="after")
     def _check(self) -> DPO:
         if self.logps == "mean" and self.divergence.type != "reverse_kl":
-            raise ValueError("for means over the tokens only the divergence reverse_kl is defined")
+            what = f"`divergence: {self.divergence.type}` is not defined for `logps: mean`"
+            raise contradiction(what, "set `logps: sum`, or leave `divergence` out")
         return self
 
     def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from dpo_cli.settings import Settings
+from dpo_cli.settings import Settings, contradiction
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,9 +69,8 @@ class LossSettings(Settings):
     @model_validator(mode="after")
     def _check_wpo(self) -> Self:
         if self.wpo and self.looks_at_step:
-            raise ValueError(
-                "`wpo` weighs pairs one by one, and this loss compares the pairs of a step with each other"
-            )
+            what = "`wpo` weights pairs one by one, and this loss compares the pairs of a step with each other"
+            raise contradiction(what, "leave `wpo` out, or choose another loss")
         return self
 
     @property

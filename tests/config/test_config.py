@@ -172,23 +172,29 @@ def test_a_setting_joins_a_source_that_was_named_by_its_path(tmp_path):
 @pytest.mark.parametrize(
     ("before", "after", "line", "what", "hint"),
     [
-        ("a.jsonl", "5", 4, "`data.train.0` should be a path or a group of settings, but is 5", "A data file"),
-        ("a.jsonl", "[a.jsonl]", 4, "`data.train.0` should be a path or a group", "A data file"),
+        ("a.jsonl", "5", 4, "`data.train.0` should be a path or a group of settings, but is 5", "a data file"),
+        ("a.jsonl", "[a.jsonl]", 4, "`data.train.0` should be a path or a group", "a data file"),
         ("weight: 2", "wieght: 2", 7, "`data.train.1.wieght` is not a setting", "did you mean `data.train.1.weight`?"),
         ("weight: 2", "wheat: 2", 7, "`data.train.1.wheat` is not a setting", "known here: `data.train.path`"),
-        ("weight: 2", "weight: 0", 7, "`data.train.1.weight` should be greater than 0, but is 0", "How often"),
-        ("weight: 2", "weight: .inf", 7, "`data.train.1.weight` should be", "How often"),
-        ("weight: 2", "weight: twice", 7, "`data.train.1.weight` should be a number, but is 'twice'", "How often"),
-        ("weight: 2", "limit: 0", 7, "`data.train.1.limit` should be greater than or equal to 1", "How many rows"),
+        ("weight: 2", "weight: 0", 7, "`data.train.1.weight` should be greater than 0, but is 0", "how often"),
+        ("weight: 2", "weight: .inf", 7, "`data.train.1.weight` should be", "how often"),
+        ("weight: 2", "weight: twice", 7, "`data.train.1.weight` should be a number, but is 'twice'", "how often"),
+        ("weight: 2", "limit: 0", 7, "`data.train.1.limit` should be greater than or equal to 1", "how many rows"),
         (
             "weight: 2",
             "format: chat",
             7,
-            "`data.train.1.format` should be 'auto', 'instruction'",
+            "`data.train.1.format` should be one of `auto`, `instruction`, ",
             "shape of these rows",
         ),
-        ("path: b/c", "config: b/c", 5, "`data.train.1.path` is missing", "add it: A data file"),
-        ("split: test", "split: 1", 6, "`data.train.1.split` should be text, but is 1", "Which split"),
+        (
+            "path: b/c",
+            "config: b/c",
+            5,
+            "`data.train.1.path` is missing",
+            "add it, as in `path: pairs.jsonl`: a data file",
+        ),
+        ("split: test", "split: 1", 6, "`data.train.1.split` should be text, but is 1", "which split"),
     ],
 )
 def test_a_mistake_in_a_source_is_named_with_its_line(tmp_path, before, after, line, what, hint):
@@ -202,10 +208,10 @@ def test_a_mistake_in_a_source_is_named_with_its_line(tmp_path, before, after, l
 @pytest.mark.parametrize(
     ("setting", "what"),
     [
-        ("train: 5", "`data.train` should be a path, a group of settings, or a list of them, but is 5"),
+        ("train: 5", "`data.train` should be a path, a group of settings, or a list of them or null, but is 5"),
         ("train: {path: a, wieght: 1}", "`data.train.wieght` is not a setting"),
-        ("eval: 1.5", "`data.eval` should be less than 1, but is 1.5"),
-        ("eval: true", "`data.eval` should be a number, but is true"),
+        ("eval: 1.5", "`data.eval` should be less than 1 or null, but is 1.5"),
+        ("eval: true", "`data.eval` should be a number or null, but is true"),
         ("eval: [a, 0.5]", "`data.eval.1` should be a path or a group of settings, but is 0.5"),
         ("eval: {path: a, weight: -1}", "`data.eval.weight` should be greater than 0, but is -1"),
     ],
@@ -230,8 +236,8 @@ def test_a_reference_is_had_where_a_loss_needs_one_and_only_there(tmp_path, loss
     [
         ("loss: simpo\nreference: cached\n", "no use for a reference"),
         ("loss: [sft, dpo]\nreference: none\n", "the loss `dpo` needs a reference"),
-        ("loss: [bco, {type: dpo, adaptive_beta: {alpha: 0.5}}]\n", "bco and dpo all do"),
-        ("loss: {type: dpo, logps: mean, divergence: js}\n", "only the divergence reverse_kl is defined"),
+        ("loss: [bco, {type: dpo, adaptive_beta: {alpha: 0.5}}]\n", "`bco` and `dpo` all do"),
+        ("loss: {type: dpo, logps: mean, divergence: js}\n", "`divergence: js` is not defined for `logps: mean`"),
         ("loss: {type: ipo, divergence: js}\n", "`loss.divergence` is not a setting of `ipo`"),
         ("loss: {type: hinge, label_smoothing: 0.1}\n", "`loss.label_smoothing` is not a setting of `hinge`"),
         ("loss: [dpo, {type: simpo, gama: 1}]\n", "`loss.1.gama` is not a setting of `simpo`"),
