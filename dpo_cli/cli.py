@@ -156,6 +156,14 @@ def evaluate(
 
 
 @config_app.command(cls=Command)
+def example() -> None:
+    """Print a configuration with comments, to start from."""
+    from importlib.resources import files
+
+    typer.echo(files("dpo_cli").joinpath("config", "example.yaml").read_text(encoding="utf-8"), nl=False)
+
+
+@config_app.command(cls=Command)
 def schema() -> None:
     """Print the JSON Schema of configuration files, for editors."""
     from dpo_cli.config import json_schema

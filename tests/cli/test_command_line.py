@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_cli import plain_yaml
 from dpo_cli.command_line import split_arguments
-from dpo_cli.config import load_config, resolved_yaml
+from dpo_cli.config import Config, load_config, resolved_yaml
 from dpo_cli.errors import UserError
 from tests.conftest import run_dpo, write_rows
 
@@ -88,6 +89,17 @@ def test_completion_knows_commands_and_options():
     program = str(Path(sys.executable).with_name("dpo"))
     done = subprocess.run([program], env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["--overwrite"]
+
+
+def test_the_example_that_is_printed_loads_and_shows_every_group(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text(run_dpo("config", "example").stdout, encoding="utf-8")
+    config = load_config(file)
+    shown = plain_yaml.parse(file.read_text(encoding="utf-8"))[0]
+    assert set(shown) == set(Config.model_fields) - {"output_dir"}
+    assert config.output_dir == "runs/my"
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert sum("#" in line for line in lines) > len(lines) / 3
 
 
 @pytest.fixture
