@@ -22,7 +22,7 @@ def laughing(levels: int) -> str:
 MERGING = "m0: &m0 {x: 1}\n" + "".join(f"m{n}: &m{n} {{<<: [{', '.join([f'*m{n - 1}'] * 9)}]}}\n" for n in range(1, 20))
 BOMBS = {
     "a tag that runs": ("model: !!python/object/apply:os.mkdir [executed]\n", 1),
-    "a tag that names": ("data:\n  train: !!python/name:os.system\n", 2),
+    "a tag that names": ("model: a\ndata:\n  train: !!python/name:os.system\n", 3),
     "a tag of somebody's own": ("model: a\ndata: !own {a: b}\n", 2),
     "a billion laughs": (laughing(10), None),
     "merge keys": (MERGING, 2),
@@ -31,8 +31,8 @@ BOMBS = {
     "nested groups": ("model: a\ndata: " + "{a: " * 100_000, 2),
     "nested blocks": ("model: a\n" + "- " * 100_000, None),
     "ten million digits": ("training:\n  epochs: " + "1" * 10_000_000, None),
-    "a million digits": ("training:\n  epochs: " + "1" * 1_000_000, 2),
-    "a number to the base 60": ("training:\n  epochs: " + "1:" * 300_000 + "1", 2),
+    "a million digits": ("model: a\ntraining:\n  epochs: " + "1" * 1_000_000, 3),
+    "a number to the base 60": ("model: a\ntraining:\n  epochs: " + "1:" * 300_000 + "1", 3),
     "many settings": ("".join(f"a{n}: 1\n" for n in range(60_000)), 10_000),
     "many values": ("model: [" + "a, " * 300_000 + "]", 1),
     "a number that is none": ("model: a\ndata: !!int ''\n", 2),
