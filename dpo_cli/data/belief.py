@@ -35,6 +35,16 @@ class _Quantiles(_Facts):
         return self
 
 
+_LengthAndCount = Annotated[list[_Count], Field(min_length=2, max_length=2)]
+
+
+class _TooLong(_Facts):
+    prompt: list[_LengthAndCount]
+    chosen: list[_LengthAndCount]
+    rejected: list[_LengthAndCount]
+    longest: list[_LengthAndCount]
+
+
 class _Source(_Facts):
     source: str
     shape: str
@@ -49,6 +59,7 @@ class _Statistics(_Facts):
     dropped: dict[str, Annotated[_Count, Field(ge=1)]]
     examples: dict[str, list[str]]
     tokens: _Quantiles
+    too_long: _TooLong
 
     @model_validator(mode="after")
     def _have_reasons(self) -> Self:

@@ -18,7 +18,7 @@ from dpo_cli.data.comparison import COMPARED, Found, Indices, find, without_copi
 from dpo_cli.data.excerpts import Excerpts
 from dpo_cli.data.inspection import NOTICED
 from dpo_cli.data.kinds import Kind
-from dpo_cli.data.measures import Statistics, boundary, length_bias, lengths
+from dpo_cli.data.measures import Statistics, boundary, length_bias, lengths, margins
 from dpo_cli.data.prepared import PreparedPairs
 from dpo_cli.data.report import EXAMPLES, Example, Finding, LengthBias, Report
 
@@ -116,6 +116,7 @@ def examine(
     max_length: int,
     read: Mapping[str, Statistics] | None = None,
     left_out: Mapping[str, int] | None = None,
+    uses_margins: bool = False,
     tokenizer: Any = None,
 ) -> Report:
     """Report on the data of a run.
@@ -127,6 +128,7 @@ def examine(
         max_length: The length rule's, in tokens.
         read: What was found while rows were read, by setting; None: what the manifest of the pairs says.
         left_out: How many pairs were left out before, by the finding they were left out for.
+        uses_margins: Whether the loss uses the margins in the data.
         tokenizer: Reads excerpts out; without one there are none.
     """
     read = read or {"data.train": pairs.manifest["statistics"]}
@@ -149,6 +151,7 @@ def examine(
         not_found=tuple(kind.name for kind, count, *_ in looked_for if not count),
         length_bias=bias,
         lengths=lengths(pairs, indices, read.values(), max_length),
+        margins=margins(pairs, indices, used=uses_margins),
         boundary=boundary(pairs, indices, tokenizer) if tokenizer else None,
     )
 

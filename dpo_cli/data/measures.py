@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dpo_cli.data.comparison import Indices
 from dpo_cli.data.intervals import wilson_interval
-from dpo_cli.data.prepared import FACTS, PreparedPairs
-from dpo_cli.data.report import Boundary, Cut, LengthBias, Lengths
+from dpo_cli.data.prepared import PreparedPairs
+from dpo_cli.data.report import Boundary, Cut, LengthBias, Lengths, Margins
+from dpo_cli.data.tally import MEASURED
 
 Statistics = Mapping[str, Any]
 """What the manifest of a prepared folder says of the reading."""
@@ -20,6 +23,9 @@ PARTS = ("prompt", "chosen", "rejected")
 
 _BINS, _PLANE_BINS = 40, 24
 """How many bins the longest text or response is to be cut into, at most."""
+
+_BEYOND = 0.01
+"""The share of pairs that may be longer than a histogram reaches: they are in its last bin."""
 
 _LENGTHS_TRIED = (512, 1024, 2048)
 
@@ -40,22 +46,42 @@ def length_bias(pairs: PreparedPairs, indices: Indices) -> LengthBias:
 
 
 def lengths(pairs: PreparedPairs, indices: Indices, read: Iterable[Statistics], max_length: int) -> Lengths:
-    """Measure how long the pairs are, and what another length rule would cut."""
+    """Measure how long the pairs are, those that were dropped as too long too, and what a length rule would cut."""
     sizes = pairs.sizes
-    columns = {
+    kept = {
         "prompt": sizes.prompts[indices],
         "chosen": sizes.chosen[indices],
         "rejected": sizes.rejected[indices],
         "longest": sizes.longest[indices],
     }
-    width = _round_width(int(columns["longest"].max()), _BINS)
-    num_bins = int(columns["longest"].max()) // width + 1
-    histograms = {
-        name: tuple(np.bincount(column // width, minlength=num_bins).tolist()) for name, column in columns.items()
-    }
-    truncated = int((pairs.flags[indices] & np.uint32(FACTS["truncated"]) > 0).sum())
-    plane_width, plane = _plane(columns["chosen"], columns["rejected"])
-    return Lengths(width, histograms, plane_width, plane, _cuts(columns["longest"], truncated, read, max_length))
+    dropped = _too_long(read)
+    longest, every = int(kept["longest"].max()), dropped["longest"].sum()
+    # A few that are far longer than all others would leave no room for these.
+    most = max(longest, dropped["longest"].most_but(_BEYOND * (len(indices) + every)))
+    width = _round_width(most, _BINS)
+    num_bins = most // width + 1
+    plane_width, plane = _plane(kept["chosen"], kept["rejected"])
+    return Lengths(
+        bin_tokens=width,
+        open_ended=any(int(lengths.values.max(initial=0)) // width >= num_bins for lengths in dropped.values()),
+        histograms={name: _binned(column, None, width, num_bins) for name, column in kept.items()},
+        too_long={name: _binned(*lengths, width, num_bins) for name, lengths in dropped.items()} if every else {},
+        plane_tokens=plane_width,
+        plane=plane,
+        cuts=tuple(
+            Cut(tried, int((pairs.uncut[indices] > tried).sum()) + dropped["longest"].beyond(tried))
+            for tried in sorted({*_LENGTHS_TRIED, max_length})
+        ),
+    )
+
+
+def margins(pairs: PreparedPairs, indices: Indices, *, used: bool) -> Margins | None:
+    """Measure the margins of those pairs that have one."""
+    found = pairs.margins[indices]
+    found = found[found != 0]
+    if not len(found):
+        return None
+    return Margins(used, len(found), float(found.min()), float(np.median(found)), float(found.max()))
 
 
 def boundary(pairs: PreparedPairs, indices: Indices, tokenizer: Any) -> Boundary:
@@ -82,6 +108,45 @@ def boundary(pairs: PreparedPairs, indices: Indices, tokenizer: Any) -> Boundary
         without_eos=without_eos,
         endings={name: _endings(pairs.tails(name, _ENDING_TOKENS)[indices], tokenizer) for name in PARTS},
     )
+
+
+class _Counted(NamedTuple):
+    """Lengths, ascending, and how many pairs have each."""
+
+    values: Indices
+    counts: Indices
+
+    def sum(self) -> int:
+        """Count the pairs."""
+        return int(self.counts.sum())
+
+    def beyond(self, length: int) -> int:
+        """Count the pairs that are longer."""
+        return int(self.counts[self.values > length].sum())
+
+    def most_but(self, few: float) -> int:
+        """Return the length that no more than a few pairs exceed, or 0."""
+        beyond = self.sum() - np.cumsum(self.counts)
+        return 0 if self.sum() <= few else int(self.values[beyond <= few][0])
+
+
+def _too_long(read: Iterable[Statistics]) -> dict[str, _Counted]:
+    """Return the lengths of the pairs that were dropped as too long."""
+    found: dict[str, Counter[int]] = {name: Counter() for name in MEASURED}
+    for part, name in itertools.product(read, MEASURED):
+        found[name].update(dict(part["too_long"][name]))
+    return {
+        name: _Counted(*(np.array(column, np.int64) for column in zip(*sorted(counter.items()), strict=True)))
+        if counter
+        else _Counted(np.empty(0, np.int64), np.empty(0, np.int64))
+        for name, counter in found.items()
+    }
+
+
+def _binned(lengths: Indices, counts: Indices | None, width: int, num_bins: int) -> tuple[int, ...]:
+    """Count lengths by bins; what is longer than all of them is in the last one."""
+    bins = np.minimum(lengths // width, num_bins - 1)
+    return tuple(np.bincount(bins, counts, minlength=num_bins).astype(int).tolist())
 
 
 def _endings(tails: NDArray[np.int32], tokenizer: Any) -> tuple[tuple[str, int], ...]:
@@ -119,14 +184,3 @@ def _round_width(longest: int, most: int) -> int:
             if longest // width < most:
                 return width
         unit *= 10
-
-
-def _cuts(longest: Indices, truncated: int, read: Iterable[Statistics], max_length: int) -> tuple[Cut, ...]:
-    """Count what some lengths would cut; of what was dropped it is known only that it is longer than `max_length`."""
-    dropped = sum(count for part in read for reason, count in part["dropped"].items() if "too long" in reason)
-    cuts = []
-    for tried in sorted({*_LENGTHS_TRIED, max_length}):
-        # Prompts that were cut are as long as was allowed, or a little shorter.
-        kept = int((longest > tried).sum()) if tried < max_length else truncated
-        cuts.append(Cut(tried, kept + dropped, at_most=tried > max_length and kept + dropped > 0))
-    return tuple(cuts)

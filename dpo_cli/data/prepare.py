@@ -23,7 +23,7 @@ from dpo_cli.data.detection import DETECTION_ROWS, detect
 from dpo_cli.data.formats import FORMATS, read_pairs
 from dpo_cli.data.inspection import inspect
 from dpo_cli.data.prepared import FACTS, PAIRS, SCHEMA, PreparedPairs, Reading, fingerprint
-from dpo_cli.data.records import LABELS, NUMBERS, BadRow, Gaps, Pair, Row, TokenizedPair, Tokens
+from dpo_cli.data.records import LABELS, NUMBERS, BadRow, Gaps, Pair, Row, TokenizedPair, Tokens, total_tokens
 from dpo_cli.data.sources import Source, describe, read_rows, weighted
 from dpo_cli.data.tally import COUNTED, Tally
 from dpo_cli.data.tokenize import PairTokenizer, Tokenized
@@ -182,12 +182,13 @@ def _num_workers(tokenize: PairTokenizer) -> int:
     return num_cores() if getattr(tokenize.tokenizer, "backend_tokenizer", None) else 1
 
 
-def _checked(some: _Rows, start: int, reading: Reading, tally: Tally) -> Iterator[Pair]:
-    """Yield the pairs of a run of rows; count the rows that are none."""
+def _checked(some: _Rows, start: int, reading: Reading, tally: Tally) -> Iterator[tuple[Pair, bool]]:
+    """Yield the pairs of a run of rows, and whether their row is a copy; count the rows that are none."""
     for row in some.rows[start : start + _RUN_ROWS]:
         tally.num_read += row.num_rows
         try:
-            yield from read_pairs(FORMATS[some.shape], row, reading.ranked)
+            for pair in read_pairs(FORMATS[some.shape], row, reading.ranked):
+                yield pair, row.copy
         except BadRow as bad:
             tally.drop(row.origin, bad)
 
@@ -200,15 +201,16 @@ class _Kept(NamedTuple):
     prompt_key: bytes
 
 
-def _tokenized(pairs: Sequence[Pair], tokenize: PairTokenizer, tally: Tally) -> Iterator[_Kept]:
+def _tokenized(pairs: Sequence[tuple[Pair, bool]], tokenize: PairTokenizer, tally: Tally) -> Iterator[_Kept]:
     """Yield the pairs that tokenize within the length rule; count the others."""
-    for pair, result in zip(pairs, tokenize(pairs), strict=True):
+    for (pair, copy), result in zip(pairs, tokenize([pair for pair, _ in pairs]), strict=True):
         if isinstance(result, BadRow):
-            tally.drop(pair.origin, result)
+            tally.drop(pair.origin, result, copy=copy)
             continue
         if result.pair.chosen.tobytes() == result.pair.rejected.tobytes():
-            same = BadRow("identical responses", "both responses become the same tokens", structural=False)
-            tally.drop(pair.origin, same)
+            detail = "both responses become the same tokens"
+            same = BadRow("identical responses", detail, structural=False, lengths=result.uncut)
+            tally.drop(pair.origin, same, copy=copy)
             continue
         tally.keep(result)
         yield _Kept(
@@ -226,6 +228,7 @@ def _record_batch(kept: Sequence[_Kept]) -> pa.RecordBatch:
         "chosen_gaps": _token_lists([_or_none(pair.chosen_gaps) for pair in pairs]),
         "rejected_gaps": _token_lists([_or_none(pair.rejected_gaps) for pair in pairs]),
         "flags": [one.flags for one in kept],
+        "cut_from": [total_tokens(one.result.uncut) if one.result.uncut else 0 for one in kept],
         "key": [_pair_key(pair) for pair in pairs],
         "prompt_key": [one.prompt_key for one in kept],
         "either_key": [_either_key(pair) for pair in pairs],

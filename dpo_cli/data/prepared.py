@@ -4,9 +4,9 @@ pairs.arrow      a row for each pair: `SCHEMA`
 manifest.json    fingerprint, statistics, sizes and digests
 
 Of each pair there are the token ids of prompt, chosen and rejected, and which tokens of the responses are not
-judged (`gaps`); where it was read; weight, margin, source and category; what was noticed of its texts (`flags`); and
-digests by which pairs are compared: of all its tokens (`key`), of its prompt (`prompt_key`), and of its tokens
-whichever response is the better one (`either_key`).
+judged (`gaps`); where it was read; weight, margin, source and category; what was noticed of its texts (`flags`); how
+long it was before it was cut, if it was (`cut_from`); and digests by which pairs are compared: of all its tokens
+(`key`), of its prompt (`prompt_key`), and of its tokens whichever response is the better one (`either_key`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dpo_cli.data.tokenize import PairTokenizer
 from dpo_cli.errors import UserError
 from dpo_cli.storage import MANIFEST, DamagedFolder, cache_root, text_digest, verify
 
-_VERSION = "5"
+_VERSION = "6"
 """Raised whenever the same data would become other tokens or another file."""
 
 PAIRS = "pairs.arrow"
@@ -50,6 +50,7 @@ SCHEMA = pa.schema(
         "chosen_gaps": pa.list_(pa.int32()),
         "rejected_gaps": pa.list_(pa.int32()),
         "flags": pa.uint32(),
+        "cut_from": pa.int32(),
         "key": pa.binary(16),
         "prompt_key": pa.binary(16),
         "either_key": pa.binary(16),
@@ -130,6 +131,12 @@ class PreparedPairs(Sequence[TokenizedPair]):
     def flags(self) -> NDArray[np.uint32]:
         """What was noticed of each pair's texts, `[pairs]`: a bit for each entry of `inspection.NOTICED`."""
         return self._of_each["flags"]
+
+    @property
+    def uncut(self) -> NDArray[np.int64]:
+        """The tokens of each pair's prompt and longer response before the length rule cut anything, `[pairs]`."""
+        cut_from: NDArray[np.int32] = self._of_each["cut_from"]
+        return np.maximum(self.sizes.longest, cut_from)
 
     def has_gaps(self, name: str) -> NDArray[np.bool_]:
         """Tell which pairs' responses, chosen or rejected, hold tokens that are not judged, `[pairs]`."""
@@ -304,7 +311,7 @@ def _few_bytes_of_each(batch: pa.RecordBatch, origin_before: str | None) -> dict
         **{name: np.diff(_ends_of(columns[name])) for name in SCHEMA.names[:3]},
         "chosen in gaps": _in_gaps(columns["chosen_gaps"]),
         **{name: np.diff(_ends_of(columns[name])) > 0 for name in ("chosen_gaps", "rejected_gaps")},
-        **{name: columns[name].to_numpy().copy() for name in ("weight", "margin", "flags")},
+        **{name: columns[name].to_numpy().copy() for name in ("weight", "margin", "flags", "cut_from")},
         **{name: _first_halves(columns[name]) for name in ("key", "prompt_key", "either_key")},
         "begins a run": np.concatenate([[origins[0].as_py() != origin_before], inner]),
     }

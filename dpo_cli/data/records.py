@@ -16,6 +16,9 @@ Tokens: TypeAlias = "NDArray[np.int32]"
 Gaps: TypeAlias = "NDArray[np.int32]"
 """Which tokens of a response are not judged: start, stop, start, stop, …, ascending; empty where all are."""
 
+Lengths = tuple[int, int, int]
+"""The tokens of prompt, chosen and rejected."""
+
 Role = Literal["system", "user", "assistant", "tool"]
 
 NUMBERS = ("weight", "margin")
@@ -23,6 +26,12 @@ NUMBERS = ("weight", "margin")
 
 LABELS = ("source", "category")
 """What a row may call its pair: carried along, so that an evaluation can be broken down by it."""
+
+
+def total_tokens(lengths: Lengths) -> int:
+    """Return the tokens of a pair's longer sequence, prompt included."""
+    prompt, chosen, rejected = lengths
+    return prompt + max(chosen, rejected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,7 @@ class Row:
         reason: A few words by which such problems are counted.
         structural: Whether such a problem means that the data is broken.
         num_rows: The rows of the source that it stands for, where several make up one.
+        copy: Whether it repeats the row before it, by the weight of its source.
     """
 
     origin: str
@@ -44,6 +54,7 @@ class Row:
     reason: str = "undecodable row"
     structural: bool = True
     num_rows: int = 1
+    copy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +144,9 @@ class BadRow(Exception):
         reason: A few words by which such rows are counted.
         detail: What is wrong with this one.
         structural: Whether the data is broken, so that the run stops, or the pair merely teaches nothing.
+        lengths: Those of a pair that is too long, or was before it was cut.
     """
 
-    def __init__(self, reason: str, detail: str, *, structural: bool = True) -> None:
+    def __init__(self, reason: str, detail: str, *, structural: bool = True, lengths: Lengths | None = None) -> None:
         super().__init__(detail)
-        self.reason, self.detail, self.structural = reason, detail, structural
+        self.reason, self.detail, self.structural, self.lengths = reason, detail, structural, lengths

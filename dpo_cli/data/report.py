@@ -80,12 +80,10 @@ class Cut:
     Attributes:
         max_length: The most tokens of a pair.
         num_longer: Pairs that are longer, those among them that were dropped or cut as too long.
-        at_most: Whether it may be fewer: pairs that were dropped are longer than the length that was set.
     """
 
     max_length: int
     num_longer: int
-    at_most: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +92,40 @@ class Lengths:
 
     Attributes:
         bin_tokens: The width of a bin: bin i has lengths from i · width on.
-        histograms: How many pairs stand in each bin: of prompt, chosen, rejected, and the longer whole sequence.
+        open_ended: Whether the last bin also has all longer ones.
+        histograms: How many pairs are in each bin: of prompt, chosen, rejected, and the longer whole sequence.
+        too_long: The same of the pairs that were dropped as too long; empty where there are none.
         plane_tokens: The width of a bin of `plane`.
         plane: How many pairs have a chosen and a rejected response of these bins: `(chosen, rejected, pairs)`.
         cuts: What some values of `data.max_length` would cut.
     """
 
     bin_tokens: int
+    open_ended: bool
     histograms: Mapping[str, tuple[int, ...]]
+    too_long: Mapping[str, tuple[int, ...]]
     plane_tokens: int
     plane: tuple[tuple[int, int, int], ...]
     cuts: tuple[Cut, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Margins:
+    """The margins in the data: by how much chosen is better.
+
+    Attributes:
+        used: Whether the loss uses them.
+        pairs: Pairs that have one other than 0.
+        smallest: The smallest of theirs.
+        median: The median of theirs.
+        largest: The largest of theirs.
+    """
+
+    used: bool
+    pairs: int
+    smallest: float
+    median: float
+    largest: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +165,7 @@ class Report:
         not_found: What was looked for and not found.
         length_bias: What the lengths of the responses give away.
         lengths: How long the pairs are.
+        margins: The margins in the data; None where no pair has one.
         boundary: The template's tokens at the ends; None where there was no tokenizer to name them.
     """
 
@@ -156,6 +178,7 @@ class Report:
     not_found: tuple[str, ...]
     length_bias: LengthBias
     lengths: Lengths
+    margins: Margins | None
     boundary: Boundary | None
 
     @property

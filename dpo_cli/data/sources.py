@@ -6,6 +6,7 @@ alone.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -148,7 +149,9 @@ def weighted(rows: Iterable[Row], weight: float) -> Iterator[Row]:
     """
     for number, row in enumerate(rows):
         # What is broken is told of once, whatever the weight.
-        yield from itertools.repeat(row, _times(number, weight) if row.values is not None else 1)
+        if times := _times(number, weight) if row.values is not None else 1:
+            yield row
+            yield from itertools.repeat(dataclasses.replace(row, copy=True), times - 1)
 
 
 def source_digest(source: Source) -> str:

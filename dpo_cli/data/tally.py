@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.data.records import BadRow
+from dpo_cli.data.records import BadRow, total_tokens
 from dpo_cli.data.tokenize import Tokenized
 from dpo_cli.errors import UserError, raise_all
 
@@ -34,6 +34,10 @@ QUANTILES = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 """The quantiles of lengths that the manifest has, beside their mean."""
 
 
+MEASURED = ("prompt", "chosen", "rejected", "longest")
+"""Whose tokens are counted of pairs that were dropped as too long; the longest is prompt and longer response."""
+
+
 @dataclass
 class Tally:
     """What was found in some rows.
@@ -47,6 +51,7 @@ class Tally:
         examples: The first of them, by reason.
         broken_examples: The first broken ones, as they are reported.
         lengths: How many pairs have how many tokens, by column.
+        too_long: The same of the pairs that were dropped as too long, and of their longer sequences.
     """
 
     num_read: int = 0
@@ -59,9 +64,13 @@ class Tally:
     lengths: dict[str, Counter[int]] = field(
         default_factory=lambda: {"prompt": Counter(), "chosen": Counter(), "rejected": Counter()}
     )
+    too_long: dict[str, Counter[int]] = field(default_factory=lambda: {name: Counter() for name in MEASURED})
 
-    def drop(self, origin: str, bad: BadRow) -> None:
-        """Count a row that does not become a pair."""
+    def drop(self, origin: str, bad: BadRow, *, copy: bool = False) -> None:
+        """Count a row that does not become a pair; of copies of a row the first one's lengths count."""
+        if bad.lengths and not copy:
+            for name, length in zip(MEASURED, (*bad.lengths, total_tokens(bad.lengths)), strict=True):
+                self.too_long[name][length] += 1
         self.dropped[bad.reason] += 1
         shown = self.examples.setdefault(bad.reason, [])
         if len(shown) < _EXAMPLES:
@@ -92,6 +101,8 @@ class Tally:
         self.broken_examples += later.broken_examples[: _EXAMPLES - len(self.broken_examples)]
         for name, lengths in later.lengths.items():
             self.lengths[name].update(lengths)
+        for name, lengths in later.too_long.items():
+            self.too_long[name].update(lengths)
 
     def judge(self, on_bad_row: str, where: str) -> None:
         """Stop where the data is broken, or nothing is left of it."""
@@ -114,6 +125,7 @@ class Tally:
             "examples": self.examples,
             **{name: self.counts[name] for name in COUNTED},
             "tokens": {name: _quantiles(lengths) for name, lengths in self.lengths.items()},
+            "too_long": {name: sorted(map(list, lengths.items())) for name, lengths in self.too_long.items()},
         }
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dpo_cli.data.encode import TextEncoder, common_beginning
-from dpo_cli.data.records import BadRow, Gaps, Pair, TokenizedPair, Tokens
+from dpo_cli.data.records import BadRow, Gaps, Lengths, Pair, TokenizedPair, Tokens, total_tokens
 from dpo_cli.data.rendering import PLAIN, Rendered, Renderer, TurnRule, Written
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.storage import text_digest
@@ -38,6 +38,7 @@ class Tokenized:
         rewritten: Whether the template writes something that the assistant says in another way.
         truncated: Whether some of the prompt was cut away.
         responses_cut: How many of the two responses were cut.
+        uncut: The tokens of prompt, chosen and rejected before anything was cut; None where nothing was.
     """
 
     pair: TokenizedPair
@@ -48,6 +49,7 @@ class Tokenized:
     rewritten: bool = False
     truncated: bool = False
     responses_cut: int = 0
+    uncut: Lengths | None = None
 
 
 class PairTokenizer:
@@ -193,9 +195,9 @@ class PairTokenizer:
                 return BadRow("template error", f"of `{name}` the chat template makes no token")
         if _length(whole.pair) <= self.max_length:
             return whole
-        detail = f"has {_length(whole.pair)} tokens where `data.max_length` is {self.max_length}"
         if self.on_too_long != "truncate":
-            return BadRow("too long", detail, structural=self.on_too_long == "error")
+            return self._too_long(whole.pair)
+        whole = dataclasses.replace(whole, uncut=_lengths(whole.pair))
         beginnings = list(_later_beginnings(pair))
         tried = zip(beginnings, self._tokenize(beginnings), strict=True)
         shorter = [(later, found) for later, found in tried if isinstance(found, Tokenized)]
@@ -203,12 +205,23 @@ class PairTokenizer:
             if _length(found.pair) <= self.max_length:
                 return dataclasses.replace(whole, pair=found.pair, joined=found.joined, truncated=True)
         last, found = [(pair, whole), *shorter][-1]
-        return self._cut(last, dataclasses.replace(whole, pair=found.pair, truncated=bool(shorter)), detail)
+        cut = self._cut(last, dataclasses.replace(whole, pair=found.pair, truncated=bool(shorter)))
+        return cut or self._too_long(whole.pair)
 
-    def _cut(self, pair: Pair, whole: Tokenized, detail: str) -> Tokenized | BadRow:
+    def _too_long(self, pair: TokenizedPair) -> BadRow:
+        """Say why a pair is too long, and how long it is."""
+        lengths = _lengths(pair)
+        detail = f"has {_length(pair)} tokens where `data.max_length` is {self.max_length}"
+        if self.on_too_long != "truncate":
+            return BadRow("too long", detail, structural=self.on_too_long == "error", lengths=lengths)
+        allowed = "a response is never cut" if self.min_response is None else "`data.min_response` leaves no room"
+        return BadRow("response too long", f"{detail}; {allowed}", structural=False, lengths=lengths)
+
+    def _cut(self, pair: Pair, whole: Tokenized) -> Tokenized | BadRow | None:
         """Cut what is said last in the prompt from its left and, only where that is not enough, the responses.
 
-        What the template writes around it stays, and so do system messages: a prompt keeps its form.
+        What the template writes around it stays, and so do system messages: a prompt keeps its form. Where the
+        responses are too long for that, nothing is returned.
         """
         tokens = whole.pair
         try:
@@ -221,8 +234,7 @@ class PairTokenizer:
             longest = max(room, self.min_response)
         first_judged = max(int(gaps[1]) if gaps is not None and not gaps[0] else 0 for gaps in _gaps_of(tokens))
         if longest > room or longest <= first_judged:
-            allowed = "a response is never cut" if self.min_response is None else "`data.min_response` leaves no room"
-            return BadRow("response too long", f"{detail}; {allowed}", structural=False)
+            return None
         kept = self.max_length - longest - tail
         prompt = tokens.prompt
         if kept + tail < len(prompt):
@@ -252,7 +264,11 @@ class PairTokenizer:
 
 def _length(pair: TokenizedPair) -> int:
     """Return the tokens of a pair's longer sequence."""
-    return len(pair.prompt) + max(len(pair.chosen), len(pair.rejected))
+    return total_tokens(_lengths(pair))
+
+
+def _lengths(pair: TokenizedPair) -> Lengths:
+    return len(pair.prompt), len(pair.chosen), len(pair.rejected)
 
 
 def _later_beginnings(pair: Pair) -> Iterator[Pair]:

@@ -35,6 +35,7 @@ def check(config: Config, data: RunData, tokenizer: Any) -> Report:
         max_length=config.data.max_length,
         read=data.read,
         left_out=data.left_out,
+        uses_margins=config.objective.uses_margins,
         tokenizer=tokenizer,
     )
 

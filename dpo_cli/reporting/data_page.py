@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from dpo_cli import __version__
-from dpo_cli.data.report import EXAMPLES, Boundary, Example, Finding, LengthBias, Lengths, Report
+from dpo_cli.data.report import EXAMPLES, Boundary, Example, Finding, LengthBias, Lengths, Margins, Report
 from dpo_cli.reporting.plots import bars, histogram, plane
 from dpo_cli.reporting.tables import percent, visible
 
@@ -45,7 +45,7 @@ details { margin-top: .5rem; } summary { cursor: pointer; color: var(--soft); } 
 svg { width: 100%; height: auto; display: block; max-width: 26rem; } svg text { fill: var(--soft); font-size: 11px; }
 svg .axis { stroke: var(--soft); } svg .dashed { stroke-dasharray: 3 3; } svg .cell { fill: var(--accent); }
 svg .prompt { fill: var(--prompt); } svg .chosen { fill: var(--chosen); } svg .rejected { fill: var(--rejected); }
-svg .longest { fill: var(--longest); } svg .dropped { fill: var(--warning); }
+svg .longest { fill: var(--longest); } svg .dropped { fill: var(--warning); } svg .gone { opacity: .4; }
 .scale { display: flex; height: 1.1rem; border-radius: 4px; overflow: hidden; margin: .6rem 0; }
 .scale .longer { background: var(--chosen); } .scale .equal { background: var(--line); }
 .scale .shorter { background: var(--rejected); }
@@ -74,6 +74,7 @@ def data_page(report: Report) -> str:
         "<h2>Length</h2>",
         _length_bias(report.length_bias),
         _lengths(report.lengths),
+        *([] if report.margins is None else ["<h2>Margins</h2>", _margins(report.margins)]),
         *([] if report.boundary is None else ["<h2>Where prompts and responses end</h2>", _boundary(report.boundary)]),
         f'<p class="soft">Written by dpo {escape(__version__)}.</p>',
     ]
@@ -196,16 +197,33 @@ def _length_bias(bias: LengthBias) -> str:
 
 
 def _lengths(lengths: Lengths) -> str:
-    drawn = [
-        f'<section class="card"><h3>{_PART_NAMES[name]}</h3>{histogram(name, counts, lengths.bin_tokens)}</section>'
-        for name, counts in lengths.histograms.items()
-    ]
+    dropped = sum(lengths.too_long.get("longest", ()))
+    shades = f'<p class="soft">In a lighter shade: {dropped:,} dropped as too long.</p>' if dropped else ""
+    drawn = []
+    for name, counts in lengths.histograms.items():
+        more = lengths.too_long.get(name, ())
+        bins = histogram(name, counts, lengths.bin_tokens, more, open_ended=lengths.open_ended)
+        drawn.append(f'<section class="card"><h3>{_PART_NAMES[name]}</h3>{bins}{shades}</section>')
     responses = plane(lengths.plane, lengths.plane_tokens)
-    drawn.append(f'<section class="card"><h3>Chosen against rejected</h3>{responses}</section>')
-    cuts = [[f"{cut.max_length:,}", f"{'at most ' * cut.at_most}{cut.num_longer:,}"] for cut in lengths.cuts]
+    drawn.append(
+        f'<section class="card"><h3>Chosen against rejected</h3>{responses}'
+        f"{'<p class=soft>Of the pairs that are kept.</p>' if dropped else ''}</section>"
+    )
+    cuts = [[f"{cut.max_length:,}", f"{cut.num_longer:,}"] for cut in lengths.cuts]
     table = _table(["data.max_length", "longer pairs"], cuts)
     drawn.append(f'<section class="card"><h3>What a length rule would cut</h3>{table}</section>')
     return f'<div class="grid">{"".join(drawn)}</div>'
+
+
+def _margins(margins: Margins) -> str:
+    rows = {
+        "pairs with a margin": f"{margins.pairs:,}",
+        "smallest": f"{margins.smallest:g}",
+        "median": f"{margins.median:g}",
+        "largest": f"{margins.largest:g}",
+        "used by the loss": "yes, times <code>margin_scale</code>" if margins.used else "no",
+    }
+    return f'<section class="card">{_table([], [[name, value] for name, value in rows.items()])}</section>'
 
 
 def _boundary(boundary: Boundary) -> str:

@@ -16,29 +16,38 @@ _SQUARE, _ROOM = 300, 34
 _BAR_HEIGHT = 22
 
 
-def histogram(name: str, counts: Sequence[int], bin_width: int) -> str:
+def histogram(
+    name: str, counts: Sequence[int], bin_width: int, too_long: Sequence[int] = (), *, open_ended: bool = False
+) -> str:
     """Draw how many there are in each bin.
 
     Args:
         name: What is counted; also the name of the colour.
         counts: How many in each bin, from 0 on.
         bin_width: How much a bin spans, in tokens.
+        too_long: How many more in each bin were dropped as too long; drawn above the others in a lighter shade.
+        open_ended: Whether the last bin also has all longer ones.
     """
-    highest, step = max(counts), (_WIDTH - 2 * _LEFT) / len(counts)
-    base = _HEIGHT - _BOTTOM
-    bars = []
-    for place, count in enumerate(counts):
-        height = count / highest * (base - 14)
-        said = f"{place * bin_width} to {(place + 1) * bin_width - 1} tokens: {count:,}"
-        bars.append(
-            f'<rect class="{name}" x="{_LEFT + place * step:.1f}" y="{base - height:.1f}" '
-            f'width="{max(step - 1, 0.5):.1f}" height="{height:.1f}"><title>{said}</title></rect>'
-        )
+    gone = too_long or [0] * len(counts)
+    highest, step = max(map(sum, zip(counts, gone, strict=True))), (_WIDTH - 2 * _LEFT) / len(counts)
+    base: float = _HEIGHT - _BOTTOM
     last = len(counts) * bin_width
+    bars = []
+    for place, (count, dropped) in enumerate(zip(counts, gone, strict=True)):
+        top = base
+        upto = "and more" if open_ended and place + 1 == len(counts) else f"to {(place + 1) * bin_width - 1}"
+        shades = ((name, count, ""), (f"{name} gone", dropped, " dropped as too long"))
+        for shade, part, what in shades if dropped else shades[:1]:
+            height = part / highest * (base - 14)
+            top -= height
+            bars.append(
+                f'<rect class="{shade}" x="{_LEFT + place * step:.1f}" y="{top:.1f}" width="{max(step - 1, 0.5):.1f}" '
+                f'height="{height:.1f}"><title>{place * bin_width} {upto} tokens: {part:,}{what}</title></rect>'
+            )
     marks = [
         _text(_LEFT, _HEIGHT - 5, "0"),
         _text(_WIDTH / 2, _HEIGHT - 5, f"{last / 2:g}", "middle"),
-        _text(_WIDTH - _LEFT, _HEIGHT - 5, f"{last:,} tokens", "end"),
+        _text(_WIDTH - _LEFT, _HEIGHT - 5, f"{last:,} tokens{' and more' * open_ended}", "end"),
         _text(_WIDTH - _LEFT, 10, f"at most {highest:,} in a bin", "end"),
         f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _LEFT}" y1="{base}" y2="{base}"/>',
     ]

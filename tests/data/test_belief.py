@@ -99,6 +99,9 @@ def test_offsets_that_lead_out_of_the_file_are_refused(whole, tmp_path):
         (("statistics", "truncated"), None),
         (("statistics", "tokens", "prompt"), {"min": 1}),
         (("statistics", "tokens", "chosen", "max"), float("1e400")),
+        (("statistics", "too_long"), {"prompt": []}),
+        (("statistics", "too_long", "longest"), [[1025]]),
+        (("statistics", "too_long", "longest"), [[1025, -1]]),
     ],
 )
 def test_a_manifest_that_says_what_no_preparing_says_is_refused(whole, tmp_path, place, value):

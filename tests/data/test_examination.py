@@ -12,10 +12,14 @@ import pytest
 from dpo_cli.data.comparison import COMPARED, drops, without_copies
 from dpo_cli.data.examination import DROPPED_ROWS, LENGTH_BIAS, OF_TOKENS, UNLIKE_ENDS, examine
 from dpo_cli.data.inspection import NOTICED
-from dpo_cli.data.prepared import FACTS, PAIRS, SCHEMA, PreparedPairs
-from dpo_cli.data.tally import COUNTED, QUANTILES
+from dpo_cli.data.prepare import prepare
+from dpo_cli.data.prepared import FACTS, PAIRS, SCHEMA, PreparedPairs, Reading
+from dpo_cli.data.report import Margins
+from dpo_cli.data.sources import Source
+from dpo_cli.data.tally import COUNTED, MEASURED, QUANTILES
+from dpo_cli.data.tokenize import PairTokenizer
 from dpo_cli.storage import sealed_folder, text_digest
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_rows
 
 STATISTICS = {
     "sources": [{"source": "pairs.jsonl", "shape": "text", "rows": 0, "pairs": 0}],
@@ -23,6 +27,7 @@ STATISTICS = {
     "examples": {},
     **dict.fromkeys(COUNTED, 0),
     "tokens": {part: dict.fromkeys([*QUANTILES, "mean"], 0) for part in ("prompt", "chosen", "rejected")},
+    "too_long": {part: [] for part in MEASURED},
 }
 BITS = {notice.kind.name: 1 << bit for bit, notice in enumerate(NOTICED)} | FACTS
 
@@ -41,11 +46,12 @@ def prepared(folder, rows, tokenizer=None, **statistics) -> PreparedPairs:
             **tokens,
             "origin": row["origin"] or f"pairs.jsonl:{line}",
             "weight": 1.0,
-            "margin": 0.0,
+            "margin": row.get("margin", 0.0),
             "source": "",
             "category": "",
             "chosen_gaps": [],
             "rejected_gaps": [],
+            "cut_from": row.get("cut_from", 0),
             "flags": sum(BITS[name] for name in row["noticed"]),
             "key": digest(*tokens.values()),
             "prompt_key": digest(tokens["prompt"]),
@@ -120,7 +126,7 @@ def test_a_file_that_is_named_twice_holds_duplicates(tmp_path):
 
 def test_rows_that_a_source_repeats_on_purpose_count_once(tmp_path):
     rows = [
-        *[pair([1], [2, 2, 0], [3, 0], "a:1", "near_identical", "truncated")] * 3,
+        *[pair([1], [2, 2, 0], [3, 0], "a:1", "near_identical", "truncated") | {"cut_from": 1025}] * 3,
         pair([1], [2, 2, 0], [4, 0], "a:2"),
         *[pair([1], [2, 2, 0], [3, 0], "a:7", "near_identical")] * 2,
         pair([9], [2, 0], [2, 3, 0], "a:8"),
@@ -265,11 +271,66 @@ def test_histograms_count_every_pair_in_the_bin_of_its_length(tmp_path):
 
 def test_another_length_rule_would_cut_what_is_longer_and_what_was_dropped(tmp_path):
     rows = [pair([1] * 500, [2] * n, [3]) for n in (1, 13, 300, 600)]
-    rows[2]["noticed"] = rows[3]["noticed"] = ("truncated",)
-    statistics = {"dropped": {"too long": 5, "response too long": 1, "empty response": 9}}
-    report = examined(prepared(tmp_path / "p", rows, **statistics), max_length=1100)
-    cuts = {cut.max_length: (cut.num_longer, cut.at_most) for cut in report.lengths.cuts}
-    assert cuts == {512: (3 + 6, False), 1024: (1 + 6, False), 1100: (2 + 6, False), 2048: (2 + 6, True)}
+    rows[2]["cut_from"], rows[3]["cut_from"] = 3000, 1500
+    too_long = STATISTICS["too_long"] | {"longest": [[1101, 4], [2048, 1], [9000, 1]]}
+    report = examined(prepared(tmp_path / "p", rows, too_long=too_long), max_length=1100)
+    cuts = {cut.max_length: cut.num_longer for cut in report.lengths.cuts}
+    assert cuts == {512: 3 + 6, 1024: 2 + 6, 1100: 2 + 6, 2048: 1 + 1}
+
+
+@pytest.mark.parametrize("rule", [{}, {"on_too_long": "truncate"}, {"on_too_long": "truncate", "min_response": 20}])
+@pytest.mark.parametrize("weight", [1, 3])
+def test_what_other_lengths_would_cut_does_not_depend_on_the_length_that_is_set(tmp_path, tokenizer, weight, rule):
+    texts = ["and on " * (40 * n % 1100) for n in range(24)]
+    rows = [
+        {"instruction": "Go on. " * (60 * (n % 5) + 1), "chosen": f"{text}!", "rejected": f"{text}at last."}
+        for n, text in enumerate(texts)
+    ]
+    source = Source(path=str(write_rows(tmp_path / "pairs.jsonl", rows)), weight=weight)
+    reports = []
+    for length, settings in ((700, {"on_too_long": "drop", **rule}), (100_000, {"on_too_long": "drop"})):
+        tokenize = PairTokenizer(tokenizer, template=None, max_length=length, **settings)
+        reports.append(examined(prepare([source], Reading(), tokenize, tmp_path / f"p{length}"), max_length=length))
+    short, whole = ({cut.max_length: cut.num_longer for cut in report.lengths.cuts} for report in reports)
+    assert {tried: short[tried] for tried in (512, 1024, 2048)} == {tried: whole[tried] for tried in (512, 1024, 2048)}
+    assert whole[1024] > 0
+    if not rule:
+        assert sum(short_and_gone(reports[0])) == sum(reports[1].lengths.histograms["longest"]) == 24
+
+
+def short_and_gone(report):
+    return [sum(counts["longest"]) for counts in (report.lengths.histograms, report.lengths.too_long)]
+
+
+def test_pairs_that_were_dropped_as_too_long_are_in_the_histograms(tmp_path):
+    """With bins of 5 tokens 150 is in bin 30, the last; a pair that is far longer than 99 % of them is there too."""
+    rows = [pair([1] * n, [2] * n, [3]) for n in range(1, 51)]
+    too_long = {"prompt": [[60, 50], [10_000, 1]], "chosen": [[90, 50], [10_000, 1]], "rejected": [[7, 51]]}
+    statistics = {"too_long": too_long | {"longest": [[150, 50], [20_000, 1]]}}
+    lengths = examined(prepared(tmp_path / "p", rows, **statistics), max_length=100).lengths
+    assert (lengths.bin_tokens, lengths.open_ended) == (5, True)
+    for name, places in (
+        ("prompt", {12: 50, 30: 1}),
+        ("chosen", {18: 50, 30: 1}),
+        ("rejected", {1: 51}),
+        ("longest", {30: 51}),
+    ):
+        assert {place: count for place, count in enumerate(lengths.too_long[name]) if count} == places
+        assert len(lengths.too_long[name]) == len(lengths.histograms[name]) == 31
+        assert sum(lengths.histograms[name]) == 50
+
+
+def test_where_nothing_was_dropped_as_too_long_every_bin_has_an_end(tmp_path):
+    lengths = examined(prepared(tmp_path / "p", [pair([1], [2, 0], [3, 0])])).lengths
+    assert (lengths.too_long, lengths.open_ended) == ({}, False)
+
+
+def test_margins_are_measured_over_the_pairs_that_have_one(tmp_path):
+    rows = [pair([1], [2, n], [3, 0]) | {"margin": margin} for n, margin in enumerate([7.0, 0.0, -1.5, 2.0, 0.0])]
+    pairs = prepared(tmp_path / "p", rows)
+    assert examined(pairs).margins == Margins(False, 3, -1.5, 2.0, 7.0)
+    assert examined(pairs, uses_margins=True).margins.used
+    assert examined(prepared(tmp_path / "q", [pair([1], [2, 0], [3, 0])]), uses_margins=True).margins is None
 
 
 @pytest.mark.parametrize("fact", FACTS)

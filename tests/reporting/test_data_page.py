@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from html.parser import HTMLParser
 
 import pytest
 
-from dpo_cli.data.report import Boundary, Cut, Example, Finding, LengthBias, Lengths, Report
+from dpo_cli.data.report import Boundary, Cut, Example, Finding, LengthBias, Lengths, Margins, Report
 from dpo_cli.reporting.data_page import data_page
 from dpo_cli.reporting.plots import histogram, plane
 
@@ -47,8 +48,15 @@ def report(text="plain", **changed) -> Report:
         "not_found": ("conflicts",),
         "length_bias": LengthBias(6, 2, 2, 0.7, (0.4, 0.9)),
         "lengths": Lengths(
-            10, {"prompt": (1, 0, 9), "longest": (0, 0, 10)}, 5, ((0, 1, 9), (2, 0, 1)), (Cut(64, 5, True),)
+            10,
+            True,
+            {"prompt": (1, 0, 9), "longest": (0, 0, 10)},
+            {"prompt": (0, 0, 47), "longest": (0, 0, 47)},
+            5,
+            ((0, 1, 9), (2, 0, 1)),
+            (Cut(64, 5123),),
         ),
+        "margins": Margins(True, 1234, 0.5, 3, 8),
         "boundary": Boundary(text, 9, 0, text, {"chosen": 0, "rejected": 1}, {"prompt": ((text, 9),)}),
     }
     return Report(**{**values, **changed})
@@ -120,7 +128,8 @@ def test_every_figure_of_the_report_is_on_the_page():
     for part in (
         "4,000 pairs to train on", "150 of them repeated by a weight", "300 held out",
         "17 duplicates", "1 error", "leakage", "Means this.", "Do that.",
-        "by a rule of thumb", "conflicts", "4,321", "4,300", "70.0 %", "40.0 to 90.0 %", "at most 5", "2.5",
+        "by a rule of thumb", "conflicts", "4,321", "4,300", "70.0 %", "40.0 to 90.0 %", "5,123", "2.5",
+        "47 dropped as too long", "30 tokens and more", "1,234", "0.5", "margin_scale",
     ):  # fmt: skip
         assert part in shown, part
 
@@ -137,6 +146,17 @@ def test_a_bar_is_as_high_as_its_share_of_the_highest():
     assert heights == pytest.approx([heights[2] / 9, 0, heights[2]], abs=0.1)
     assert "0 to 9 tokens: 1" in drawn.text
     assert "20 to 29 tokens: 9" in drawn.text
+
+
+def test_what_was_dropped_as_too_long_is_drawn_above_what_is_kept_in_another_shade():
+    drawn = histogram("prompt", (1, 2), 10, (0, 4), open_ended=True)
+    bars = re.findall(r'<rect class="(.*?)" x="(.*?)" y="(.*?)" width=".*?" height="(.*?)">', drawn)
+    assert [shade for shade, *_ in bars] == ["prompt", "prompt", "prompt gone"]
+    (x, y, height), (x_gone, y_gone, height_gone) = (map(float, bar[1:]) for bar in bars[1:])
+    assert x_gone == x
+    assert y_gone + height_gone == pytest.approx(y, abs=0.11)
+    assert height_gone == pytest.approx(2 * height, abs=0.11)
+    assert "10 and more tokens: 4 dropped as too long" in Page(drawn).text
 
 
 def test_in_the_plane_pairs_with_a_longer_chosen_response_stand_above_the_line():
