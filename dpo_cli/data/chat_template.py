@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_cli.data import calls
 from dpo_cli.data.bounds import TookTooLong, bounded_memory, bounded_time
 from dpo_cli.data.forms import STAND_INS, Form, only_writes
 from dpo_cli.data.records import BadRow, Message
@@ -65,6 +66,18 @@ class ChatTemplate:
         for text, one in zip(texts, conversations, strict=True):
             self._check(text, one, settings)
         return texts
+
+    @functools.cached_property
+    def wants_text(self) -> bool:
+        """Whether the arguments of tool calls are to be JSON text, and not objects."""
+        return calls.wants_text(self._tried)
+
+    def _tried(self, conversation: list[dict[str, Any]], settings: _Settings) -> str | None:
+        """Write a conversation that the template may fail on; None where it does."""
+        try:
+            return self._applied([conversation], {**settings, "add_generation_prompt": False})[0]
+        except template_errors():
+            return None
 
     def _form(self, conversation: Sequence[Message], settings: _Settings) -> Form | None:
         """Return the form in which the template writes all conversations of the same roles, if it surely has one."""

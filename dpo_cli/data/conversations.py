@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_cli.data import fields
+from dpo_cli.data.calls import CALLED
 from dpo_cli.data.records import BadRow, Message, Pair, Role
 
 Messages = tuple[Message, ...]
@@ -260,7 +261,7 @@ def _is_answer(conversation: Messages, place: int) -> bool:
 
 def _says_something(message: Message) -> bool:
     """Tell whether a turn may be judged: it is another's, or it has visible text or calls a tool."""
-    return message.role != "assistant" or bool(message.content.strip() or message.extras.get("tool_calls"))
+    return message.role != "assistant" or bool(message.content.strip()) or not CALLED.isdisjoint(message.extras)
 
 
 def _speaker(message: Mapping[str, object], place: str) -> str:
@@ -289,7 +290,7 @@ def _content(message: Mapping[str, object], place: str, extras: Mapping[str, Any
     """Return what is said; a turn that calls tools need not say anything."""
     name = _present(message, _SAID)
     if name is None:
-        if "tool_calls" in extras:
+        if not CALLED.isdisjoint(extras):
             return ""
         known = next((name for name in _SAID if name in message), None)
         raise BadRow("missing field", f"`{place}.{known}` is null" if known else f"`{place}` has no `{_SAID[0]}`")
@@ -314,6 +315,9 @@ def _extras(message: Mapping[str, object], place: str) -> dict[str, Any]:
         return extras
     if (calls := message.get("tool_calls")) and (listed := fields.mappings(calls, f"{place}.tool_calls", "calls")):
         extras["tool_calls"] = fields.plain_json(listed, f"{place}.tool_calls")
+    if called := message.get("function_call"):
+        found = fields.mapping(called, f"{place}.function_call")
+        extras["function_call"] = fields.plain_json(dict(found), f"{place}.function_call")
     for name in _TEXT_EXTRAS:
         if (value := message.get(name)) not in (None, ""):
             extras[name] = fields.text(value, f"{place}.{name}")

@@ -21,6 +21,7 @@ from dpo_cli.data.kinds import Kind
 from dpo_cli.data.measures import Statistics, boundary, length_bias, lengths, margins
 from dpo_cli.data.prepared import PreparedPairs
 from dpo_cli.data.report import EXAMPLES, Example, Finding, LengthBias, Report
+from dpo_cli.data.unwritten import NOT_JSON, UNWRITTEN
 
 _FAIR = 0.4, 0.6
 """How often the longer response may be the chosen one before the lengths are a finding."""
@@ -43,6 +44,8 @@ OF_TOKENS = (
         "them.",
         "Use a template that leaves earlier turns as they are, or set `data.turns: last`.",
     ),
+    *UNWRITTEN.values(),
+    NOT_JSON,
     Kind(
         "control_tokens_as_text",
         "warning",
@@ -72,7 +75,7 @@ OF_TOKENS = (
         "joined_at_boundary",
         "info",
         "The tokenizer would have merged the end of the prompt with the beginning of the response; they were "
-        "tokenized apart, as inference does.",
+        "tokenized apart, so that the response begins with a token of its own.",
         "Nothing to do.",
     ),
 )
@@ -88,6 +91,7 @@ DROPPED_ROWS = Kind(
 _ADVICE = {
     "too long": "Raise `data.max_length`, or set `data.on_too_long: truncate`.",
     "response too long": "Raise `data.max_length`, or lower `data.min_response`.",
+    "empty turn": "Set `model.chat_template` to a template that writes what the turns say or call.",
     "template error": "Mend the template, or set `model.chat_template` to another one.",
     "identical responses": "Take pairs that teach nothing out of the data.",
 }

@@ -213,9 +213,13 @@ def _tokenized(pairs: Sequence[tuple[Pair, bool]], tokenize: PairTokenizer, tall
             tally.drop(pair.origin, same, copy=copy)
             continue
         tally.keep(result)
-        yield _Kept(
-            result, inspect(pair) | sum(bit for name, bit in FACTS.items() if COUNTED[name](result)), _prompt_key(pair)
-        )
+        yield _Kept(result, inspect(pair) | _facts(result), _prompt_key(pair))
+
+
+def _facts(result: Tokenized) -> int:
+    """Return the bits of what was done to a pair, and of what is not written of it."""
+    done = sum([FACTS[name] for name, holds in COUNTED.items() if holds(result) and name in FACTS])
+    return done | sum([FACTS[name] for name in result.unwritten])
 
 
 def _record_batch(kept: Sequence[_Kept]) -> pa.RecordBatch:

@@ -29,6 +29,7 @@ from dpo_cli.data.records import TokenizedPair
 from dpo_cli.data.schedule import PairSizes
 from dpo_cli.data.sources import Source, source_digest
 from dpo_cli.data.tokenize import PairTokenizer
+from dpo_cli.data.unwritten import OF_TEMPLATE
 from dpo_cli.errors import UserError
 from dpo_cli.storage import MANIFEST, DamagedFolder, cache_root, text_digest, verify
 
@@ -65,6 +66,7 @@ FACTS = {
     "context_differs": 1 << 27,
     "prompt_differs": 1 << 26,
     "rewritten": 1 << 25,
+    **{name: 1 << (24 - number) for number, name in enumerate(OF_TEMPLATE)},
 }
 """The bits of `flags` that say what was done to a pair, beside what was noticed of its texts."""
 

@@ -65,8 +65,8 @@ class Message:
         role: Who speaks.
         content: What is said.
         input: What an instruction works on, where the data keeps it apart.
-        extras: What else a chat template may ask of a message: `tool_calls`, `name`, `tool_call_id`,
-            `reasoning_content`; plain JSON values.
+        extras: What else a chat template may ask of a message: `tool_calls`, `function_call`, `name`,
+            `tool_call_id`, `reasoning_content`; plain JSON values.
     """
 
     role: Role

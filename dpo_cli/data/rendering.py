@@ -7,15 +7,16 @@ written up to that place as well, and compared with the whole.
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from dpo_cli.data.calls import has_broken_arguments, what_is_called, with_arguments
 from dpo_cli.data.chat_template import ChatTemplate, template_errors
 from dpo_cli.data.encode import TextEncoder
 from dpo_cli.data.literals import LITERAL_START, STAND_IN, STAND_IN_TURN, Literals
 from dpo_cli.data.records import BadRow, Message, Pair
+from dpo_cli.data.unwritten import NOT_JSON, Unwritten
 
 TurnRule = Literal["all", "last"]
 Span = tuple[int, int]
@@ -48,6 +49,8 @@ class Rendered:
         prompt_differs: Whether what inference sends does not stand in the conversations as it is.
         context_differs: Whether inference would send something else before a later turn that is judged.
         rewritten: Whether something that the assistant says does not stand in them as it was said.
+        unwritten: What the template does not write of what the row says, as in `unwritten.UNWRITTEN`, and whether
+            arguments of a call are no JSON.
     """
 
     prompt: str
@@ -57,6 +60,7 @@ class Rendered:
     prompt_differs: bool
     context_differs: bool
     rewritten: bool
+    unwritten: frozenset[str]
 
 
 class Renderer:
@@ -75,9 +79,11 @@ class Renderer:
         self._plain = functools.partial(_written_plainly, bos=bos, end=tokenizer.eos_token)
         self._template = None if template == PLAIN else ChatTemplate(tokenizer, template)
         self._literals = Literals(tokenizer, template)
+        self._unwritten = Unwritten(self._tried)
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Rendered | BadRow]:
         """Write many pairs, those without arguments of their own together."""
+        pairs = [self._with_arguments(pair) for pair in pairs]
         together = [pair for pair in pairs if not pair.arguments]
         written = iter(self._write_all(together))
         return [next(written) if not pair.arguments else self._write_all([pair])[0] for pair in pairs]
@@ -109,6 +115,16 @@ class Renderer:
         """Find out which of several pairs cannot be written."""
         return [item for pair in pairs for item in self._write_all([pair])]
 
+    def _as_given(self, pair: Pair) -> Pair:
+        """Return a pair as the template is given it: with the control tokens marked that it spells out."""
+        return _each_message(pair, self._literals.marked)
+
+    def _with_arguments(self, pair: Pair) -> Pair:
+        """Return a pair whose tool calls have their arguments as the template wants them."""
+        if self._template is None or not _has_extras(pair):
+            return pair
+        return _each_message(pair, functools.partial(with_arguments, as_text=self._template.wants_text))
+
     def _located(self, pair: Pair, prompt: str, chosen: str, rejected: str) -> Rendered:
         """Find the end of the prompt in both conversations, and the turns behind it."""
         literals = self._literals.count(pair) if LITERAL_START in chosen or LITERAL_START in rejected else 0
@@ -117,9 +133,17 @@ class Renderer:
         for name, text in (("chosen", chosen), ("rejected", rejected)):
             if len(text) <= boundary:
                 raise BadRow("template error", f"the chat template writes nothing for `{name}`")
-        sides = ((pair.chosen, chosen), (pair.rejected, rejected))
-        found = [self._turns(pair, response, text, boundary) for response, text in sides]
-        written = [Written(text, spans) for (_, text), (spans, _) in zip(sides, found, strict=True)]
+        sides = {"chosen": (pair.chosen, chosen), "rejected": (pair.rejected, rejected)}
+        found = [self._turns(pair, *side, boundary) for side in sides.values()]
+        written = [Written(text, spans) for (_, text), (spans, _) in zip(sides.values(), found, strict=True)]
+        missing = {name: self._missing(*side) for name, side in sides.items()}
+        unwritten = self._unwritten(pair, self._as_given)
+        has_extras = _has_extras(pair)
+        if has_extras and any(map(has_broken_arguments, pair.prompt + pair.chosen + pair.rejected)):
+            unwritten |= {NOT_JSON.name}
+        for name, side in sides.items():
+            if missing[name] or has_extras:
+                self._check_turns(pair, name, *side, missing[name])
         return Rendered(
             chosen[:boundary],
             written[0],
@@ -127,13 +151,41 @@ class Renderer:
             literals,
             prompt_differs=not whole,
             context_differs=any(differs for _, differs in found),
-            rewritten=not all(itertools.starmap(self._stands_in, sides)),
+            rewritten=any(missing.values()),
+            unwritten=unwritten,
         )
 
-    def _stands_in(self, response: Sequence[Message], text: str) -> bool:
-        """Tell whether all that the assistant says in a response stands in the text as it was said."""
-        said = (self._literals.marked(message).text for message in response if message.role == "assistant")
-        return all(words.strip() in text for words in said)
+    def _missing(self, response: Sequence[Message], text: str) -> list[int]:
+        """Return the assistant's turns of a response of which the text does not hold what was said, as it was said."""
+        return [
+            place
+            for place, turn in enumerate(response)
+            if turn.role == "assistant" and self._literals.marked(turn).text.strip() not in text
+        ]
+
+    def _check_turns(
+        self, pair: Pair, name: str, response: Sequence[Message], text: str, missing: Sequence[int]
+    ) -> None:
+        """Refuse a response of which a turn that is judged becomes empty: it would teach to answer nothing.
+
+        Args:
+            pair: The pair.
+            name: What the response is called.
+            response: Its messages.
+            text: The whole conversation as the template writes it.
+            missing: The turns of which the text does not hold what was said.
+        """
+        calling = [place for place, turn in enumerate(response) if turn.extras and not turn.text.strip()]
+        last = len(response) - 1
+        for place in sorted({*missing, *calling}):
+            if response[place].role != "assistant" or (self.turns == "last" and place != last):
+                continue
+            before, after = (*pair.prompt, *response[:place]), response[place + 1 :]
+            empty = self.tried([*before, Message("assistant", ""), *after], pair.arguments)
+            if empty is not None and "".join(empty.split()) == "".join(text.split()):
+                which = f"turn {place + 1} of `{name}`" if last else f"`{name}`"
+                kept = "what it calls" if any(what_is_called(response[place])) else "what it says"
+                raise BadRow("empty turn", f"{which} becomes empty: the chat template does not write {kept}")
 
     def _turns(
         self, pair: Pair, response: Sequence[Message], text: str, boundary: int
@@ -158,6 +210,7 @@ class Renderer:
         Raises:
             BadRow: The template does not write what is said last.
         """
+        pair = self._with_arguments(pair)
         *before, last = pair.prompt
         messages = [*before, Message(last.role, STAND_IN, extras=last.extras)]
         head, found, tail = self.write(messages, pair.arguments, add_generation_prompt=True).partition(STAND_IN)
@@ -168,6 +221,21 @@ class Renderer:
     def write(self, messages: Sequence[Message], arguments: Mapping[str, Any], **settings: bool) -> str:
         """Write one conversation."""
         return self._write([self._marked(messages)], arguments, **settings)[0]
+
+    def tried(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str | None:
+        """Write a conversation on which the template may fail; None where it does."""
+        return self._tried(self._marked(messages), arguments, add_generation_prompt=False)
+
+    def _tried(
+        self, messages: Sequence[Message], arguments: Mapping[str, Any], add_generation_prompt: bool
+    ) -> str | None:
+        """Write a conversation in which control tokens are marked."""
+        try:
+            return self._write([messages], arguments, add_generation_prompt=add_generation_prompt)[0]
+        except BadRow:
+            return None
+        except template_errors():
+            return None
 
     def _marked(self, messages: Sequence[Message]) -> list[Message]:
         """Mark the control tokens that messages spell out."""
@@ -236,17 +304,19 @@ class _Turns:
         shared = _common(sent, self.whole)
         if shared == len(sent):
             return shared
-        # Within the generation prompt they part between two tokens, which need not be where their letters part.
+        before, _ = self._around_stand_in(place, len(self.response))
+        own = _common(before, self.whole)
+        # Within the generation prompt they part between two tokens, which need not be where their letters part;
+        # what the answer begins with may look like the generation prompt's own end.
         tokens = [self._tokens(text) for text in (sent, self.whole)]
-        for edge in range(shared, max(1, _common(sent, self._write(place))) - 1, -1):
+        for edge in range(min(shared, own), max(1, _common(sent, self._write(place))) - 1, -1):
             upto = self._tokens(self.whole[:edge])
             if all(found[: len(upto)] == upto for found in tokens):
                 return edge
         # They part before it: what was said is written otherwise once it is answered.
-        before, _ = self._around_stand_in(place, len(self.response))
-        if not before or not self.whole.startswith(before):
+        if not before or own < len(before):
             raise _lost("the prompt")
-        return len(before)
+        return len(_without_answers_space(before, sent))
 
     def _end(self, place: int) -> int:
         """Return where a turn ends that others follow, the end that the template writes included."""
@@ -288,10 +358,36 @@ class _Turns:
         return self.renderer.write(self._before(stop), self.pair.arguments, **settings)
 
 
+def _has_extras(pair: Pair) -> bool:
+    # A loop takes half the time of `any`.
+    for messages in (pair.prompt, pair.chosen, pair.rejected):
+        for message in messages:
+            if message.extras:
+                return True
+    return False
+
+
+def _each_message(pair: Pair, change: Callable[[Message], Message]) -> Pair:
+    """Return a pair of which each message is changed."""
+    prompt, chosen, rejected = (tuple(map(change, said)) for said in (pair.prompt, pair.chosen, pair.rejected))
+    return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
+
+
 def _common(one: str, other: str) -> int:
     """Count the characters with which two texts begin alike."""
     differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differing, min(len(one), len(other)))
+
+
+def _without_answers_space(before: str, sent: str) -> str:
+    """Return what stands before an answer's text without the white space that is the answer's to write.
+
+    Args:
+        before: It.
+        sent: What inference sends before the answer: white space at its end is not the answer's.
+    """
+    space = before[len(before.rstrip()) :]
+    return before[: len(before) - len(space) + _common(space, sent[len(sent.rstrip()) :])]
 
 
 def _lost(what: str) -> BadRow:

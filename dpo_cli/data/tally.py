@@ -14,6 +14,7 @@ import numpy as np
 
 from dpo_cli.data.records import BadRow, total_tokens
 from dpo_cli.data.tokenize import Tokenized
+from dpo_cli.data.unwritten import OF_TEMPLATE
 from dpo_cli.errors import UserError, raise_all
 
 _EXAMPLES = 3
@@ -45,7 +46,7 @@ class Tally:
     Attributes:
         num_read: The rows.
         num_kept: Those that became pairs.
-        counts: Pairs with something particular about them: a number for each of `COUNTED`.
+        counts: Pairs with something particular about them: a number for each of `COUNTED` and `OF_TEMPLATE`.
         broken: Rows that stop the reading, where structural errors do.
         dropped: Rows that did not become pairs, by reason.
         examples: The first of them, by reason.
@@ -85,6 +86,8 @@ class Tally:
         self.num_kept += 1
         for name, holds in COUNTED.items():
             self.counts[name] += holds(result)
+        if result.unwritten:
+            self.counts.update(result.unwritten)
         for name, lengths in self.lengths.items():
             lengths[len(getattr(result.pair, name))] += 1
 
@@ -123,7 +126,7 @@ class Tally:
             "pairs_kept": self.num_kept,
             "dropped": dict(self.dropped.most_common()),
             "examples": self.examples,
-            **{name: self.counts[name] for name in COUNTED},
+            **{name: self.counts[name] for name in (*COUNTED, *OF_TEMPLATE)},
             "tokens": {name: _quantiles(lengths) for name, lengths in self.lengths.items()},
             "too_long": {name: sorted(map(list, lengths.items())) for name, lengths in self.too_long.items()},
         }
@@ -136,6 +139,8 @@ def _how_to_mend(bad: BadRow) -> str:
         return "raise `data.max_length`, or set `data.on_too_long` to drop or truncate"
     if bad.reason == "template error":
         return "mend the template, or set `model.chat_template` to another one"
+    if bad.reason == "empty turn":
+        return f"set `model.chat_template` to a template that writes it, mend the row, or {drop}"
     if bad.reason == "missing field":
         return f"mend the row, {drop}, or name another shape in `data.format`"
     if "not UTF-8" in bad.detail:

@@ -36,6 +36,7 @@ class Tokenized:
         prompt_differs: Whether what inference sends does not stand in the conversations as it is.
         context_differs: Whether inference would send something else before a later turn that is judged.
         rewritten: Whether the template writes something that the assistant says in another way.
+        unwritten: What the template does not write of what the row says; names of `unwritten.OF_TEMPLATE`.
         truncated: Whether some of the prompt was cut away.
         responses_cut: How many of the two responses were cut.
         uncut: The tokens of prompt, chosen and rejected before anything was cut; None where nothing was.
@@ -47,6 +48,7 @@ class Tokenized:
     prompt_differs: bool = False
     context_differs: bool = False
     rewritten: bool = False
+    unwritten: frozenset[str] = frozenset()
     truncated: bool = False
     responses_cut: int = 0
     uncut: Lengths | None = None
@@ -152,7 +154,8 @@ class PairTokenizer:
             rejected_gaps,
         )
         joined = chosen_joined or rejected_joined
-        return Tokenized(tokenized, joined, item.literals, item.prompt_differs, item.context_differs, item.rewritten)
+        differs = item.prompt_differs, item.context_differs, item.rewritten
+        return Tokenized(tokenized, joined, item.literals, *differs, item.unwritten)
 
     def _response(
         self, prompt_text: str, written: Written, prompt: Tokens, cut: int, rest: Tokens
