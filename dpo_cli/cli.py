@@ -123,7 +123,7 @@ def train(
 
     with _job() as (console, signals):
         if resume and overwrite:
-            raise UserError("--resume and --overwrite exclude each other", None, "choose one of them")
+            raise UserError("`--resume` and `--overwrite` exclude each other", "the command line", "choose one of them")
         settings = load_config(*split_arguments(config, arguments or ()))
         run(settings, console, signals, resume=resume, overwrite=overwrite, dry_run=dry_run)
 

@@ -45,7 +45,7 @@ def cache_root() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-cli"
     except RuntimeError:
         hint = "set the environment variable DPO_CACHE_DIR to a folder"
-        raise UserError("there is no folder for what is computed once", "the user has no home", hint) from None
+        raise UserError("the cache has no folder, since the user has no home", None, hint) from None
 
 
 def file_digest(path: Path) -> str:

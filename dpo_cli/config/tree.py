@@ -122,8 +122,8 @@ def _misplaced(group: Any, name: str, path: Sequence[str], where: str) -> UserEr
     if not isinstance(group, list) or (name.isdecimal() and int(name) < len(group)):
         return None
     dotted = ".".join(path)
-    what = f"`{dotted}` is a list of {len(group)}, and `{name}` is none of its places"
-    return UserError(what, where, f"name a place, such as `{dotted}.0`, or set `{dotted}` as a whole")
+    what = f"`{dotted}` is a list of {len(group)}, and index `{name}` is out of range"
+    return UserError(what, where, f"name a member, such as `{dotted}.0`, or set `{dotted}` as a whole")
 
 
 def _siblings(file: Path) -> list[Path]:

@@ -99,5 +99,5 @@ def refuse_grave(report: Report, where: str) -> None:
     """
     if report.grave:
         named = shown_counts({finding.name: finding.count for finding in report.grave})
-        hint = "mend the data, name what shall be left out in `data.drop`, or check without --strict"
+        hint = "fix the data, list the findings to leave out in `data.drop`, or check without --strict"
         raise UserError(f"the data has findings that --strict does not let pass: {named}", where, hint)

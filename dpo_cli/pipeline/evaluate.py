@@ -73,7 +73,7 @@ def _score(
     layout = choose_layout(config, [policy], pairs, held_out, accelerator, console, trained=False)
     if asked is not None and layout is not asked:
         hint = "set `training.layout=padded`, which both can read"
-        raise UserError("the model and its frozen reference can be packed only one of them", scored, hint)
+        raise UserError("only one of the model and its frozen reference can be packed", scored, hint)
     batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, policy, accelerator), accelerator.device))
     prove_logps(policy, batches, held_out, accelerator)
     scorer = Scorer(policy, collisions=config.objective.wpo)

@@ -104,7 +104,7 @@ def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Acc
         )
     if accelerator.gradient_accumulation_steps != 1:
         hint = "set it to 1 there; `training.pairs_per_step` decides how many pairs make up a step"
-        raise UserError("Accelerate is configured to accumulate gradients", "its configuration", hint)
+        raise UserError("Accelerate is configured to accumulate gradients", "Accelerate's own configuration", hint)
     return accelerator
 
 
@@ -205,7 +205,7 @@ def _check_out(folder: Path) -> UserError | None:
     if not above.is_dir():
         return UserError(f"`{above}` is a file, not a folder", f"--out {folder}", hint)
     if above == folder and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        return UserError("the folder holds something else", f"--out {folder}", hint)
+        return UserError("the folder for the prepared pairs holds something else", f"--out {folder}", hint)
     return None
 
 
@@ -310,7 +310,7 @@ def _without_dropped(config: Config, data: RunData) -> RunData:
     for side, before, after in (("training", data.train, train), ("held-out", data.held_out, held_out)):
         if len(before) and not len(after):
             what = f"no {side} pairs are left: {shown_counts(counts)} left out"
-            raise UserError(what, "`data.drop`", "name fewer findings, or mend the data")
+            raise UserError(what, "`data.drop`", "name fewer findings, or fix the data")
     fingerprint = text_digest(data.fingerprint, *sorted(left_out))
     return replace(data, train=train, held_out=held_out, fingerprint=fingerprint, left_out=counts)
 

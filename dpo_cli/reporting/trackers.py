@@ -121,7 +121,8 @@ def check_trackers(names: Sequence[str], where: str) -> list[UserError]:
     problems = []
     for name in names:
         if name not in known:
-            problems.append(UserError(f"`{name}` is not a tracker", where, f"known: {', '.join(sorted(known))}"))
+            names = ", ".join(f"`{one}`" for one in sorted(known))
+            problems.append(UserError(f"`{name}` is not a tracker", where, f"name one of {names}"))
         elif name not in installed:
             hint = f"install it with `pip install {name}`"
             problems.append(UserError(f"the tracker `{name}` is not installed", where, hint))

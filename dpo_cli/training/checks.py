@@ -149,7 +149,9 @@ def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -
         raise UserError(what, type(scorer.policy).__name__, hint)
     if not difference <= TOKEN_TOLERANCE[accelerator.mixed_precision]:
         what = f"log-probabilities differ from the model's own by {difference:.2g} nats a token"
-        raise UserError(what, type(scorer.policy).__name__, "this architecture treats its logits in its own way")
+        raise UserError(
+            what, type(scorer.policy).__name__, "choose another architecture: this one treats its logits in its own way"
+        )
     return f"log-probabilities are the model's own (largest difference {difference:.1g} nats a token)"
 
 
@@ -176,7 +178,7 @@ def check_reference(
         what = (
             f"the policy is not its reference before step 1: a token's log-probability differs by {difference:.2g} nats"
         )
-        raise UserError(what, f"{len(batch.pairs)} of the run's pairs", "a defect: please report it")
+        raise UserError(what, f"{len(batch.pairs)} of the run's pairs", "report it: this is a defect of the program")
     step = StepFacts(len(batch.pairs), sum(batch.lengths[: len(batch.pairs)]), batch.margins)
     losses = objective(policy, answers, step).losses
     counted = objective.uses_margins and bool(batch.margins.any())

@@ -181,7 +181,7 @@ def load_checkpoint(path: Path, parts: TrainingParts) -> tuple[int, str]:
             _restore_random_states(states, parts.accelerator.process_index)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DamagedFolder, SafetensorError) as error:
         hint = "remove that folder to go on from an older checkpoint, or start again with `--overwrite`"
-        raise UserError(f"not a checkpoint of this run: {error}", str(path), hint) from error
+        raise UserError(f"`{path.name}` is not a checkpoint of this run: {error}", str(path), hint) from error
     load_weights(parts.policy, path)
     parts.memory.update(facts.memory)
     parts.skips.count = facts.skipped
