@@ -238,6 +238,11 @@ def _seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest over all files of a folder and flush everything to disk."""
     paths = sorted(folder.rglob("*"))
     files = [path for path in paths if path.is_file()]
+    # Some libraries write files that nobody else may read, whatever the user's umask says.
+    mode = folder.stat().st_mode & 0o666
+    for path in files:
+        if path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
     # The processor takes them while the disk is at work.
     digests = _started(lambda: [file_digest(path) for path in files])
     for path in paths:

@@ -197,3 +197,18 @@ def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch):
     with pytest.raises(UserError, match="no folder") as refused:
         storage.cache_root()
     assert "DPO_CACHE_DIR" in refused.value.hint
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_in_a_sealed_folder_may_be_read_by_whom_the_umask_lets(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with sealed_folder(tmp_path / "sealed", {}) as folder:
+            (folder / "private").touch(0o600)
+            (folder / "open").touch()
+            (folder / "below").mkdir()
+            (folder / "below/private").touch(0o600)
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "sealed").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
