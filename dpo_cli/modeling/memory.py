@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def activation_bytes(
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(model.config)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _experts_on_paper(), FakeTensorMode(allow_non_fake_inputs=True):
         empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         layout.prepare(empty)
         lower = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
@@ -152,6 +153,25 @@ def _kept() -> Iterator[dict[int, Any]]:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield kept
+
+
+@contextlib.contextmanager
+def _experts_on_paper() -> Iterator[None]:
+    """Let experts be multiplied by what needs no content, and keep to ourselves what still cannot be computed so.
+
+    torch's grouped product of float32 matrices cannot tell its shape; the one that transformers has beside it can.
+    """
+    from transformers.integrations import moe
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level, grouped = log.level, moe._can_use_grouped_mm
+    log.setLevel(logging.CRITICAL)
+    moe._can_use_grouped_mm = lambda *tensors, **others: False
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        moe._can_use_grouped_mm = grouped
 
 
 def _group_bytes(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:

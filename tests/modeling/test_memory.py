@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_models import build
 
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.modeling import memory, speed
@@ -47,6 +48,14 @@ def test_activations_are_counted_as_a_real_pass_keeps_them_without_the_models_we
         empty = empty_policy(str(tiny_llama))
         counted = activation_bytes(empty, LAYOUTS[layout], batch, torch.float32, recomputed=False)
         assert counted == pytest.approx(really_kept(model, batch), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "granitemoe"])
+def test_activations_of_experts_are_counted_as_well(kind, caplog):
+    model, batch = build(kind, vocab_size=1000, max_position_embeddings=1000), batch_of("padded", 4)
+    counted = activation_bytes(model, LAYOUTS["padded"], batch, torch.float32, recomputed=False)
+    assert counted == pytest.approx(really_kept(model, batch), rel=0.02)
+    assert not caplog.records
 
 
 def test_recomputed_activations_take_less(tiny_llama):
