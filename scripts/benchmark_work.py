@@ -169,12 +169,13 @@ def token_lengths(rows: Sequence[Row], tokenizer: Any) -> list[Lengths]:
 def model_folder(model: str, folder: Path) -> str:
     """Return a model's folder or Hub id; a .gguf file becomes a folder first, which every trainer can read."""
     from dpo_cli.modeling import loading
+    from dpo_cli.modeling.saving import saved_model
 
     if Path(model).suffix.lower() != ".gguf":
         return model
     target = folder / "model"
     tokenizer = loading.load_tokenizer(model)
-    with loading.saved_model(target, loading.load_policy(model), tokenizer, "converting the model"):
+    with saved_model(target, loading.load_policy(model), tokenizer, "converting the model"):
         return str(target)
 
 

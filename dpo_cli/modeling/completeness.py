@@ -50,17 +50,17 @@ def untied(model: PreTrainedModel) -> list[str]:
 
 def say_untied(model: PreTrainedModel) -> None:
     """Let a model's settings say that nothing is tied, so that what is saved is read as it was trained."""
-    for config in configs(model):
+    for _, config in configs(model):
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
 
 
-def configs(model: PreTrainedModel) -> Iterator[Any]:
-    """Yield a model's settings, then those of the models within a composite one."""
-    yield model.config
+def configs(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """Yield a model's settings under the name "", then those of the models within a composite one under theirs."""
+    yield "", model.config
     for name in model.config.sub_configs:
         if (inner := getattr(model.config, name, None)) is not None:
-            yield inner
+            yield name, inner
 
 
 def _may_be_there(model: PreTrainedModel, name: str) -> bool:

@@ -30,11 +30,11 @@ from dpo_cli.modeling.model_files import (
     check_folder,
     weights_files,
 )
+from dpo_cli.modeling.saving import logits_alone, remember, saved_model
 from dpo_cli.settings import located
-from dpo_cli.storage import DamagedFolder, cache_root, file_digest, sealed_folder, verify
+from dpo_cli.storage import DamagedFolder, cache_root, file_digest, verify
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -106,7 +106,9 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
         # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
-        return _complete(AutoModelForCausalLM, folder, use_safetensors=safely, trust_remote_code=trust.remote_code)
+        model = _complete(AutoModelForCausalLM, folder, use_safetensors=safely, trust_remote_code=trust.remote_code)
+        remember(model, Path(folder), trust)
+        return model
 
     model = _load(name, "model", load, trust)
     if any(path.suffix == ".bin" for path in weights_files(Path(model.name_or_path))):
@@ -147,40 +149,6 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         raise UserError(f"the weights do not fit the model: {reason}", str(folder), hint) from None
 
 
-@contextlib.contextmanager
-def saved_model(
-    target: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    doing: str,
-    weights: dict[str, Tensor] | None = None,
-) -> Iterator[Path]:
-    """Write model and tokenizer as a sealed Hugging Face folder, to which the caller may add files.
-
-    Args:
-        target: The folder to appear.
-        model: Its settings are written, and its weights unless `weights` are given.
-        tokenizer: Written beside it.
-        doing: What failed, where it fails.
-        weights: The weights to write, by name, tied ones under each of their names.
-
-    Raises:
-        UserError: The disk refuses. `target` is as it was then.
-    """
-    try:
-        with sealed_folder(target, {}) as temporary:
-            model.save_pretrained(temporary, state_dict=weights)
-            tokenizer.save_pretrained(temporary)
-            yield temporary
-    except OSError as error:
-        raise from_os_error(error, doing, str(target)) from error
-    except Exception as error:
-        # What the system refuses them, safetensors and tokenizers tell by errors of their own.
-        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
-            raise
-        raise from_os_error(OSError(int(number[1]), ""), doing, str(target)) from error
-
-
 def weights_digest(model: PreTrainedModel) -> str:
     """Return a digest of a model's architecture and of every weight's bytes, those that no gradient moves included."""
     import torch
@@ -218,6 +186,7 @@ def _empty(folder: str, trust: Trust) -> PreTrainedModel:
             config, dtype=torch.float32, trust_remote_code=trust.remote_code
         )
         model.tie_weights()
+    logits_alone(model)
     return model
 
 

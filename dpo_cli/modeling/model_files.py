@@ -29,7 +29,7 @@ _BY_PROCESS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """How files are called in which each process of a run saved its part of every weight."""
 
 _TEXTS = {".json", ".jinja", ".model", ".txt"}
-_MOST_TEXT_BYTES = 1 << 26
+MOST_TEXT_BYTES = 1 << 26
 """More than any tokenizer's vocabulary takes."""
 
 _COUNTS = {
@@ -171,8 +171,8 @@ def _check_company(folder: Path) -> None:
         if _BY_PROCESS.fullmatch(path.name):
             hint = "put them together with transformers' `consolidate_distributed_checkpoint`"
             raise UserError(f"its weights are parted by processes ({path.name})", None, hint)
-        if path.suffix in _TEXTS and path.is_file() and path.stat().st_size > _MOST_TEXT_BYTES:
-            raise UserError(f"`{path.name}` is larger than {_MOST_TEXT_BYTES:,} bytes", None, _DAMAGED)
+        if path.suffix in _TEXTS and path.is_file() and path.stat().st_size > MOST_TEXT_BYTES:
+            raise UserError(f"`{path.name}` is larger than {MOST_TEXT_BYTES:,} bytes", None, _DAMAGED)
 
 
 def _check_settings(settings: dict[str, Any]) -> None:

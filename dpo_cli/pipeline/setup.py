@@ -82,6 +82,7 @@ def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Acc
 
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
+    from transformers.utils import logging as hf_logging
 
     from dpo_cli.errors import raise_all
     from dpo_cli.modeling.allocator import return_freed_memory
@@ -94,6 +95,9 @@ def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Acc
     if on_cpu:
         return_freed_memory()
     torch.manual_seed(config.training.seed)
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        # Kernels that are not installed, settings that look odd: what matters of it is checked and said here.
+        hf_logging.set_verbosity_error()
     with gathering(config.training.rank_timeout):
         accelerator = Accelerator(
             cpu=on_cpu,

@@ -227,7 +227,7 @@ def _described(run: Run, broken: NotFinite) -> str:
 
 def _save_final(run: Run, figures: dict[str, Any] | None) -> None:
     """Write the trained model as a complete Hugging Face folder, whole or not at all."""
-    from dpo_cli.modeling.loading import saved_model
+    from dpo_cli.modeling.saving import saved_model
     from dpo_cli.reporting.card import model_card
     from dpo_cli.reporting.environment import versions
 

@@ -21,8 +21,9 @@ from dpo_cli.data.schedule import PairSizes
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import TREE_ATTENTION
 from dpo_cli.modeling.batch import LAYOUTS, Packed, Padded
-from dpo_cli.modeling.loading import saved_model, weights_digest
+from dpo_cli.modeling.loading import weights_digest
 from dpo_cli.modeling.proof import Proof, prove
+from dpo_cli.modeling.saving import saved_model
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.pipeline.passes import choose_layout
 from dpo_cli.preference.losses import DPO

@@ -1,0 +1,170 @@
+"""Whole runs on models as they are found: what they ask for beside logits, what lies in their folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import build
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import make_config
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def train(forked_dpo: Any, tmp_path: Path, folder: Path, pairs_file: Path) -> Run:
+    """Train what lies in the folder for two steps."""
+
+    def run(*arguments: str) -> Any:
+        config = make_config(tmp_path, folder, pairs_file, training={"max_steps": 2}, data={"eval": 0.1})
+        return forked_dpo("train", "--config", config, *arguments)
+
+    return run
+
+
+@pytest.fixture
+def put(folder: Path, tokenizer: Any) -> Callable[..., None]:
+    """Put a tiny model of a kind into the folder, and change its config.json."""
+
+    def put(kind: str, **asked: Any) -> None:
+        ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        build(kind, vocab_size=len(tokenizer), max_position_embeddings=512, **ids).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **asked}))
+
+    return put
+
+
+def final(tmp_path: Path) -> Path:
+    return tmp_path / "runs/run/final"
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [
+        ("llama", {"output_attentions": True}),
+        ("llama", {"output_hidden_states": True, "return_dict": False}),
+        ("gpt2", {"return_dict": False, "use_cache": True, "output_hidden_states": True}),
+        ("mixtral", {"output_router_logits": True}),
+        ("qwen3_moe", {"output_router_logits": True, "output_attentions": True}),
+        ("olmoe", {"output_router_logits": True, "return_dict": False}),
+    ],
+    ids=str,
+)
+def test_what_settings_ask_for_beside_the_logits_changes_no_weight_and_is_saved_as_it_was(
+    train, put, folder, tmp_path, kind, asked
+):
+    put(kind)
+    plain = train()
+    assert plain.returncode == 0, plain.stderr
+    weights = load_file(final(tmp_path) / "model.safetensors")
+    shutil.rmtree(folder)
+    put(kind, **asked)
+    result = train("--overwrite")
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    settings = json.loads((final(tmp_path) / "config.json").read_text())
+    assert {name: settings[name] for name in asked} == asked
+    for name, tensor in load_file(final(tmp_path) / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "lfm2", "mamba"])
+def test_a_run_shows_no_word_of_libraries(train, put, kind):
+    """Experts whose products fake tensors do not know; kernels that are not installed."""
+    put(kind)
+    for arguments in (["--dry-run"], []):
+        result = train(*arguments)
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr
+        said = [line for line in result.stderr.splitlines() if "using the padded layout" not in line]
+        assert not [line for line in said if "warning" in line or "_mm" in line or "transformers]" in line]
+
+
+def test_files_that_belong_to_a_model_come_along_and_others_do_not(train, put, folder, tmp_path):
+    put("llama")
+    belonging = {
+        "preprocessor_config.json": "{}", "processor_config.json": "{}", "tokenizer.model": "words", "LICENSE": "free",
+        "special_tokens_map.json": "{}", "USE_POLICY.md": "be kind", "vocab.json": "{}", "merges.txt": "",
+    }  # fmt: skip
+    others = ["trainer_state.json", "training_args.bin", "README.md", "own.py", "eval.txt", "model.onnx"]
+    for name, content in {**belonging, **dict.fromkeys(others, "other")}.items():
+        (folder / name).write_text(content)
+    result = train()
+    assert result.returncode == 0, result.stderr
+    (checkpoint,) = (tmp_path / "runs/run/checkpoints").iterdir()
+    for saved in (final(tmp_path), checkpoint):
+        assert {name: (saved / name).read_text() for name in belonging} == belonging
+        assert not [name for name in others if name != "README.md" and (saved / name).exists()]
+    assert (final(tmp_path) / "README.md").read_text() != "other"
+
+
+def test_a_tokenizer_is_saved_as_it_came_and_older_programs_know_its_class(train, put, folder, tmp_path):
+    put("llama")
+    result = train()
+    assert result.returncode == 0, result.stderr
+    settings = json.loads((final(tmp_path) / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "LlamaTokenizerFast"}))
+    result = train("--overwrite")
+    assert result.returncode == 0, result.stderr
+    settings = json.loads((final(tmp_path) / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "LlamaTokenizerFast"
+    assert (final(tmp_path) / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_the_template_of_the_run_is_saved_where_the_tokenizers_own_was(train, put, folder, tmp_path, inline):
+    put("llama")
+    file, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    if inline:
+        file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template.read_text()}))
+        template.unlink()
+    (tmp_path / "own.jinja").write_text("{# own #}" + AutoTokenizer.from_pretrained(folder).chat_template)
+    for number, named in enumerate((str(tmp_path / "own.jinja"), "plain")):
+        result = train(f"model.chat_template={named}", *["--overwrite"] * number)
+        assert result.returncode == 0, result.stderr
+        expected = None if named == "plain" else (tmp_path / "own.jinja").read_text()
+        assert AutoTokenizer.from_pretrained(final(tmp_path)).chat_template == expected
+        settings = json.loads((final(tmp_path) / "tokenizer_config.json").read_text())
+        assert settings.get("chat_template") == (expected if inline else None)
+
+
+def test_what_is_saved_may_be_read_as_any_new_file(train, put, folder, tmp_path):
+    put("llama")
+    result = train()
+    assert result.returncode == 0, result.stderr
+    expected = (folder / "config.json").stat().st_mode
+    assert {file.stat().st_mode for file in final(tmp_path).iterdir()} == {expected}
+
+
+def test_a_head_tied_by_the_settings_alone_is_trained_untied_and_resumed(train, put, folder, tmp_path):
+    put("mistral", tie_word_embeddings=True)
+    result = train()
+    assert result.returncode == 0, result.stderr
+    assert "what is saved says `tie_word_embeddings: false`" in result.stderr
+    assert json.loads((final(tmp_path) / "config.json").read_text())["tie_word_embeddings"] is False
+    whole = load_file(final(tmp_path) / "model.safetensors")
+    assert "lm_head.weight" in whole
+    model = AutoModelForCausalLM.from_pretrained(final(tmp_path))
+    assert torch.equal(model.lm_head.weight, whole["lm_head.weight"])
+    shutil.rmtree(final(tmp_path))
+    again = train("--resume")
+    assert again.returncode == 0, again.stderr
+    for name, tensor in load_file(final(tmp_path) / "model.safetensors").items():
+        assert torch.equal(tensor, whole[name]), name
