@@ -94,7 +94,9 @@ def dump(values: Any) -> str:
 
 def written(value: Any) -> str:
     """Write one value in a line."""
-    line = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=math.inf)
+    line = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, allow_unicode=True, width=math.inf
+    )
     return line.removesuffix("\n").removesuffix("\n...")
 
 

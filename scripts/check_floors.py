@@ -37,7 +37,7 @@ SAME_FLOOR = {
     *(
         (room, base)
         for room in ("data", "storage", "errors", "interrupts", "locks", "settings")
-        for base in ("errors", "settings", "storage")
+        for base in ("errors", "plain_yaml", "settings", "storage")
     ),
 }
 """Rooms of one floor do not know each other, except that the job reads the configuration, and that all of

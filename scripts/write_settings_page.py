@@ -54,7 +54,7 @@ def allowed(schema: dict[str, Any]) -> str:
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
     kind = {"number": "number", "integer": "whole number", "string": "text", "boolean": "true, false",
-            "array": "list", "null": "null"}.get(schema.get("type", ""), "")  # fmt: skip
+            "array": "list", "object": "names", "null": "null"}.get(schema.get("type", ""), "")  # fmt: skip
     bounds = {"exclusiveMinimum": "above", "minimum": "from", "exclusiveMaximum": "below", "maximum": "to"}
     limits = [f"{word} {schema[name]}" for name, word in bounds.items() if name in schema]
     return " ".join([kind, *limits])

@@ -32,9 +32,26 @@ DETECTION = f"""
 With `data.format: auto`, the default, the first {DETECTION_ROWS:,} rows of a source are compared with every shape,
 by their columns and the kinds of values in them. The shape that most of them fit is the source's; of several, the first
 in the table above. Each source has its own, and the output names it. Where no row fits any shape, the error lists the
-columns that there are.
+columns that there are, and what `data.columns` would have to be, where their names tell.
 
 `data.format: NAME` takes one shape for granted, and every row that is not of it is a bad row.
+"""
+RENAMING = """
+## Columns under other names
+
+`data.columns` reads columns under the names that shapes know. The shape's name comes first, that of the data behind it:
+
+    data:
+      columns: {prompt: question, chosen: response_j, rejected: response_k}
+
+Columns that are not in it keep their names. The rows are renamed before their shape is found out, so that everything on
+this page goes for the new names. A column that no row has, and a name that the rows have already, are errors.
+
+`data.system: "Answer briefly."` puts a turn of the system before conversations that have none. Where a row has one of
+its own, in the column `system` or among its messages, the row's wins.
+
+A source may have `columns` and `system` of its own, which then hold instead: `{path: …, columns: {prompt: query}}`;
+`columns: {}` and `system: ""` leave its rows as they are.
 """
 MESSAGES = """
 ## What a message is
@@ -161,7 +178,7 @@ def overview() -> str:
 def page() -> str:
     """Return the whole page."""
     sections = [section(name, shape) for name, shape in FORMATS.items()]
-    return "".join([HEAD, overview(), DETECTION, *sections, MESSAGES, roles(), REST, TAIL])
+    return "".join([HEAD, overview(), DETECTION, RENAMING, *sections, MESSAGES, roles(), REST, TAIL])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from dpo_cli import plain_yaml
 from dpo_cli.data.formats import FORMATS, RankedRule
 from dpo_cli.data.kinds import Droppable
+from dpo_cli.data.renaming import ColumnNames
 from dpo_cli.data.sources import Sources
 from dpo_cli.modeling.model_files import Trust
 from dpo_cli.preference.losses import DPO, Loss
@@ -80,6 +81,10 @@ class DataSettings(Settings):
     """The held-out pairs: a fraction of `train`, chosen by `training.seed`; a source or a list; or null."""
     format: Literal[("auto", *FORMATS)] = "auto"  # type: ignore[valid-type]
     """The shape of the rows."""
+    columns: ColumnNames | None = None
+    """Columns under other names: `{prompt: question, chosen: response_j}` reads the data's `question` as `prompt`."""
+    system: str | None = None
+    """What the system says at the start of conversations in which it says nothing; a row's own text wins."""
     on_bad_row: Literal["error", "drop"] = "error"
     """Whether a row with a missing field, a wrong type or broken text stops the run or is dropped, counted."""
     max_length: int = Field(1024, ge=2)

@@ -82,17 +82,26 @@ def read_user(row: Mapping[str, object], name: str) -> Message:
     return Message("user", said)
 
 
-def read_system(row: Mapping[str, object], conversation: Messages) -> Messages:
+def read_system(row: Mapping[str, object], conversation: Messages, default: str) -> Messages:
     """Read the column `system` as the turn before all others of a conversation, unless it begins with that turn.
+
+    Args:
+        row: The columns.
+        conversation: The turns.
+        default: What the system says where neither has a turn of it, or nothing.
 
     Raises:
         BadRow: The system has another turn in the conversation.
     """
     said = fields.optional_text(row, "system")
+    if not said and not default:
+        return ()
     if said and conversation[:1] == (Message("system", said),):
         return ()
-    if said and any(message.role == "system" for message in conversation):
+    has_turn = any(message.role == "system" for message in conversation)
+    if said and has_turn:
         raise BadRow("two system prompts", "the conversation has one, and the column `system` is another")
+    said = said or ("" if has_turn else default)
     return (Message("system", said),) if said else ()
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dpo_cli.data import fields
+from dpo_cli.data.fields import listed, shortened
 from dpo_cli.data.formats import FORMATS, Shape
 from dpo_cli.data.records import Row
+from dpo_cli.data.renaming import proposed_columns, shown_columns, under_other_names
 from dpo_cli.errors import UserError
 
 DETECTION_ROWS = 1000
 """How many of a source's first rows are looked at."""
-
-_MOST_COLUMNS = 12
 
 
 def detect(rows: Sequence[Row], where: str) -> str:
@@ -35,24 +35,40 @@ def detect(rows: Sequence[Row], where: str) -> str:
         if named := [name for name, shape in FORMATS.items() if any(_has_columns(row, shape) for row in readable)]:
             # Reading the rows as that tells better than we could here what is wrong with each.
             return named[0]
-        known = "; ".join(f"{name}: {', '.join(shape.example)}" for name, shape in FORMATS.items())
-        hint = f"name the columns as one of the shapes does ({known}), or force one with `data.format`; docs/shapes.md"
-        raise UserError(f"the rows are of no known shape: they have {_columns(rows)}", where, hint)
+        raise UserError(f"the rows are of no known shape: they have {_columns(readable)}", where, _hint(readable))
     return best
+
+
+def _hint(rows: Sequence[Mapping[str, object]]) -> str:
+    """Say how rows that fit no shape can be read: with the columns' names guessed, or as the nearest shape."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    guess = proposed_columns(names)
+    if guess and any(shape.fits(under_other_names(row, guess)) for row in rows for shape in FORMATS.values()):
+        return f"set `data.columns: {shown_columns(guess)}`, if that is what they are"
+    there = {name: [need for need in _needed(shape) if need in names] for name, shape in FORMATS.items()}
+    # Of several that share as much, most people mean plain texts.
+    nearest = max(FORMATS, key=lambda name: (len(there[name]), name == "text"))
+    lacking = [need for need in _needed(FORMATS[nearest]) if need not in there[nearest]]
+    what = f"the nearest shape is `{nearest}`, and lacks {listed(lacking)}"
+    return f"{what}: name the data's columns by `data.columns: {{{', '.join(f'{name}: …' for name in lacking)}}}`"
+
+
+def _needed(shape: Shape) -> list[str]:
+    """Return the columns that rows of a shape must have."""
+    return [name for name in shape.example if name != "input"]
 
 
 def _has_columns(row: Mapping[str, object], shape: Shape) -> bool:
     """Tell whether a row has the columns of a shape, whatever is in them, and these are more than two answers."""
-    needed = shape.example.keys() - {"input"}
-    return len(needed) > 2 and needed <= row.keys()
+    needed = _needed(shape)
+    return len(needed) > 2 and row.keys() >= {*needed}
 
 
-def _columns(rows: Sequence[Row]) -> str:
+def _columns(rows: Sequence[Mapping[str, object]]) -> str:
     """List the columns of some rows, with the kinds of values that are in them."""
     kinds: dict[str, dict[str, None]] = {}
     for row in rows:
-        for name, value in (row.values or {}).items():
+        for name, value in row.items():
             kinds.setdefault(fields.printable(name), {})[fields.kind(value)] = None
-    listed = [f"`{name}` ({' or '.join(found)})" for name, found in kinds.items()]
-    more = f" and {len(listed) - _MOST_COLUMNS} more" if len(listed) > _MOST_COLUMNS else ""
-    return (", ".join(listed[:_MOST_COLUMNS]) or "no columns") + more
+    shown = [f"`{name}` ({' or '.join(found)})" for name, found in kinds.items()]
+    return shortened(shown) or "no columns"

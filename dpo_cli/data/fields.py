@@ -10,7 +10,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from dpo_cli.data.records import BadRow
@@ -26,8 +26,7 @@ def field(row: Mapping[str, object], name: str) -> object:
     """Return a column that must be there and not null."""
     value = row.get(name)
     if value is None:
-        known = ", ".join(f"`{printable(column)}`" for column in list(row)[:_COLUMNS_NAMED]) or "nothing"
-        raise BadRow("missing field", f"`{name}` is {'null' if name in row else f'missing; the row has {known}'}")
+        raise BadRow("missing field", f"`{name}` is {'null' if name in row else f'missing; the row has {listed(row)}'}")
     return value
 
 
@@ -114,6 +113,17 @@ def from_json(value: object, place: str) -> object:
         if _LIKE_PYTHON.match(value):
             raise BadRow("wrong type", f"`{place}` is written as a Python literal and must be JSON") from None
         raise BadRow("wrong type", f"`{place}` is text that is not valid JSON: {error}") from None
+
+
+def listed(names: Iterable[object], most: int = _COLUMNS_NAMED) -> str:
+    """Write names of the data in a row: `` `a`, `b`, … and 3 more ``."""
+    return shortened([f"`{printable(name)}`" for name in names], most) or "nothing"
+
+
+def shortened(shown: Sequence[str], most: int = _COLUMNS_NAMED) -> str:
+    """Write the first of some things in a row, and how many more there are."""
+    more = [f"… and {len(shown) - most:,} more"] if len(shown) > most else []
+    return ", ".join([*shown[:most], *more])
 
 
 def repeated(names: Sequence[str]) -> str | None:

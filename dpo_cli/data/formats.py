@@ -66,7 +66,7 @@ def read_pairs(shape: Shape, row: Row, ranked: RankedRule = "extremes") -> Seque
         raise BadRow(row.reason, row.problem, structural=row.structural)
     pairs = shape.read(row.values, row.origin, ranked)
     columns = read_columns(row.values)
-    return [_with_columns(pair, row.values, columns) for pair in pairs]
+    return [_with_columns(pair, row, columns) for pair in pairs]
 
 
 def instruction(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
@@ -210,9 +210,10 @@ def _of_turns(prompt: Messages, row: Mapping[str, object], origin: str) -> Pair:
     return preference(chosen, rejected, origin)
 
 
-def _with_columns(pair: Pair, row: Mapping[str, object], columns: Mapping[str, Any]) -> Pair:
-    """Return a pair with what its row says beside the texts, and the system's turn, if that is in a column."""
-    system = read_system(row, pair.prompt + pair.chosen + pair.rejected)
+def _with_columns(pair: Pair, row: Row, columns: Mapping[str, Any]) -> Pair:
+    """Return a pair with what its row says beside the texts, and the system's turn, if there is one apart."""
+    assert row.values is not None
+    system = read_system(row.values, pair.prompt + pair.chosen + pair.rejected, row.system)
     return dataclasses.replace(pair, prompt=system + pair.prompt, **columns) if system or columns else pair
 
 

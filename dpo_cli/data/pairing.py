@@ -127,20 +127,20 @@ def _judged(row: Row) -> tuple[int, int, str]:
     key, label, kept = 0, _UNUSABLE, None
     try:
         if row.values is not None:
-            key, label = _prompt_key(row.values), _label(row.values)
+            key, label = _prompt_key(row.values, row.system), _label(row.values)
             kept = {name: row.values[name] for name in _KEPT if name in row.values}
-        return key, label, _as_json([row.origin, kept, row.problem, row.reason, row.structural])
+        return key, label, _as_json([row.origin, kept, row.problem, row.reason, row.structural, 1, row.system])
     except BadRow as bad:
         return 0, _UNUSABLE, _as_json([row.origin, None, bad.detail, bad.reason, bad.structural])
 
 
-def _prompt_key(values: Mapping[str, object]) -> int:
+def _prompt_key(values: Mapping[str, object], system: str) -> int:
     """Check everything but the label, and digest what the model is given before its answer."""
     prompt = read_prompt(values)
     completion = after(prompt, read_turns(fields.field(values, "completion"), "completion"), "completion")
     check_end(completion, "completion")
     check_answers(completion, len(prompt), "completion")
-    given = read_system(values, completion) + prompt
+    given = read_system(values, completion, system) + prompt
     turns = [(message.role, message.text, message.extras) for message in given]
     whole = _sorted_json([turns, read_columns(values).get("arguments")])
     return int.from_bytes(hashlib.blake2b(whole.encode(), digest_size=_KEY_BYTES).digest(), "little")
@@ -178,4 +178,4 @@ def _paired(good: Row, bad: Row) -> Row:
     weights = [good.values.get("weight"), bad.values.get("weight")]
     if weights != [None, None]:
         values["weight"] = sum(1.0 if one is None else fields.number(one, "weight") for one in weights) / 2
-    return Row(f"{good.origin}+{bad.origin}", values, num_rows=2)
+    return Row(f"{good.origin}+{bad.origin}", values, num_rows=2, system=good.system)

@@ -24,6 +24,7 @@ from dpo_cli.data.formats import FORMATS, read_pairs
 from dpo_cli.data.inspection import inspect
 from dpo_cli.data.prepared import FACTS, PAIRS, SCHEMA, PreparedPairs, Reading, fingerprint
 from dpo_cli.data.records import LABELS, NUMBERS, BadRow, Gaps, Pair, Row, TokenizedPair, Tokens, total_tokens
+from dpo_cli.data.renaming import check_columns, renamed
 from dpo_cli.data.sources import Source, describe, read_rows, weighted
 from dpo_cli.data.tally import COUNTED, Tally
 from dpo_cli.data.tokenize import PairTokenizer, Tokenized
@@ -161,7 +162,7 @@ def _fill(
 def _runs(sources: Sequence[Source], reading: Reading, read: list[dict[str, Any]], scratch: Path) -> Iterator[_Rows]:
     """Yield the rows of all sources, some at a time; the shape that each has is put into `read`."""
     for number, source in enumerate(sources):
-        rows = read_rows(source)
+        rows = _named(read_rows(source), source, reading)
         first = list(itertools.islice(rows, DETECTION_ROWS))
         if not first:
             raise UserError("there are no rows", source.path, "a source holds at least one row")
@@ -175,6 +176,17 @@ def _runs(sources: Sequence[Source], reading: Reading, read: list[dict[str, Any]
         rows = weighted(rows, source.weight)
         while run := list(itertools.islice(rows, _PORTION_ROWS)):
             yield _Rows(number, name, run)
+
+
+def _named(rows: Iterator[Row], source: Source, reading: Reading) -> Iterator[Row]:
+    """Yield rows with their columns under the names that shapes know, and the system's turn that goes before them."""
+    columns = reading.columns if source.columns is None else source.columns
+    system = reading.system if source.system is None else source.system
+    if not columns and not system.strip():
+        return rows
+    first = list(itertools.islice(rows, DETECTION_ROWS))
+    check_columns(first, columns, source.path)
+    return renamed(itertools.chain(first, rows), columns, system if system.strip() else "")
 
 
 def _num_workers(tokenize: PairTokenizer) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from dpo_cli.data.belief import problem_of_manifest, problem_of_rows
 from dpo_cli.data.formats import RankedRule
 from dpo_cli.data.records import TokenizedPair
+from dpo_cli.data.renaming import Columns, shown_columns
 from dpo_cli.data.schedule import PairSizes
 from dpo_cli.data.sources import Source, source_digest
 from dpo_cli.data.tokenize import PairTokenizer
@@ -87,16 +88,26 @@ class Reading:
         format: A name of `FORMATS`, or `auto`: found out for each source.
         on_bad_row: Whether structural errors stop, or their rows are dropped and counted.
         ranked: Which pairs a ranked list becomes.
+        columns: The data's column by each name that a shape has for it, where that is another.
+        system: The system's turn of conversations that have none, or nothing.
     """
 
     format: str = "auto"
     on_bad_row: BadRowRule = "error"
     ranked: RankedRule = "extremes"
+    columns: Columns = field(default_factory=dict)
+    system: str = ""
 
     @property
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, str | None]:
         """What was set, by the names that users know."""
-        return {"data.format": self.format, "data.on_bad_row": self.on_bad_row, "data.ranked": self.ranked}
+        return {
+            "data.format": self.format,
+            "data.on_bad_row": self.on_bad_row,
+            "data.ranked": self.ranked,
+            "data.columns": shown_columns(dict(sorted(self.columns.items()))) if self.columns else None,
+            "data.system": self.system or None,
+        }
 
 
 class PreparedPairs(Sequence[TokenizedPair]):

@@ -45,6 +45,7 @@ class Row:
         reason: A few words by which such problems are counted.
         structural: Whether such a problem means that the data is broken.
         num_rows: The rows of the source that it stands for, where several make up one.
+        system: The system's turn of its conversations where they have none, or nothing.
         copy: Whether it repeats the row before it, by the weight of its source.
     """
 
@@ -54,6 +55,7 @@ class Row:
     reason: str = "undecodable row"
     structural: bool = True
     num_rows: int = 1
+    system: str = ""
     copy: bool = False
 
 

@@ -20,6 +20,7 @@ from dpo_cli.data.files import BATCH_ROWS, reader_of, rows_of_columns
 from dpo_cli.data.formats import FORMATS
 from dpo_cli.data.places import SPLITS, files_at
 from dpo_cli.data.records import Row
+from dpo_cli.data.renaming import ColumnNames, shown_columns
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.settings import PathText, Settings, located
 from dpo_cli.storage import MANIFEST, file_digest, text_digest
@@ -36,6 +37,10 @@ class Source(Settings):
     """Which split of a Hub dataset, or of a folder of several that `datasets` wrote."""
     format: Literal[("auto", *FORMATS)] = "auto"  # type: ignore[valid-type]
     """The shape of these rows; auto: as `data.format` says."""
+    columns: ColumnNames | None = None
+    """The columns of these rows, as `data.columns` has them; null: as it says, {}: those of the data."""
+    system: str | None = None
+    """What the system says where a row does not; null: as `data.system` says, an empty text: nothing."""
     weight: float = Field(1.0, gt=0, le=1000)
     """How often a row is used: 2 twice, 0.5 every second row, drawn by its number in the source."""
     limit: int | None = Field(None, ge=1)
@@ -83,7 +88,9 @@ def describe(sources: Iterable[Source]) -> str:
 
 
 def _described(source: Source) -> str:
-    said = ", ".join(f"{name} {value}" for name, value in _settings(source).items())
+    said = ", ".join(
+        f"{name} {shown_columns(value) if name == 'columns' else value}" for name, value in _settings(source).items()
+    )
     return f"{source.path} ({said})" if said else source.path
 
 

@@ -167,7 +167,8 @@ def prepared_pairs(
     from dpo_cli.data.prepare import prepare
 
     names = describe(sources)
-    reading = prepared.Reading(config.data.format, config.data.on_bad_row, config.data.ranked)
+    data = config.data
+    reading = prepared.Reading(data.format, data.on_bad_row, data.ranked, data.columns or {}, data.system or "")
     if any(prepared.is_prepared(source.path) for source in sources):
         if len(sources) > 1:
             hint = "name one prepared folder alone, or the raw sources"

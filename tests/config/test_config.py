@@ -44,6 +44,8 @@ def test_the_defaults_are_those_of_the_contract(tmp_path):
             "train": "pairs.jsonl",
             "eval": 0.1,
             "format": "auto",
+            "columns": None,
+            "system": None,
             "on_bad_row": "error",
             "max_length": 1024,
             "on_too_long": "drop",

@@ -58,16 +58,14 @@ def test_rows_of_no_shape_are_told_by_their_columns_and_kinds():
     error = caught.value
     assert error.where == "data/pairs.jsonl"
     assert "`question` (text), `good` (a list or text), `bad` (null), `n` (a number)" in error.what
-    assert all(name in error.hint for name in FORMATS)
-    assert "`data.format`" in error.hint
-    assert "docs/shapes.md" in error.hint
+    assert "`data.columns: {" in error.hint
 
 
 def test_a_row_of_a_thousand_strange_columns_is_told_in_one_line():
     with pytest.raises(UserError) as caught:
         detect(rows_of({f"column {n} \ud800": n for n in range(1000)}), "f")
     assert len(caught.value.what.encode()) < 1000
-    assert "and 988 more" in caught.value.what
+    assert "… and 988 more" in caught.value.what
 
 
 def test_a_column_s_name_controls_no_terminal():

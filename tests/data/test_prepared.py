@@ -19,6 +19,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.storage import MANIFEST, sealed_folder
 
 SHAPE = FORMATS["instruction"]
+NAMED = Reading(columns={"margin": "gap"}), Reading(columns={"weight": "gap"}), Reading(system="Be brief.")
 
 
 def tokenizing(tokenizer, **settings):
@@ -201,7 +202,7 @@ def test_the_fingerprint_changes_with_every_ingredient_and_with_nothing_else(tmp
         digest(on_too_long="truncate", min_response=5),
         *(
             prepared.fingerprint([Source(path=str(source))], reading, tokenizing(tokenizer))
-            for reading in (Reading(on_bad_row="drop"), Reading("instruction"), Reading(ranked="all"))
+            for reading in (Reading(on_bad_row="drop"), Reading("instruction"), Reading(ranked="all"), *NAMED)
         ),
     ]
     write(source, [row(chosen="3!")])
@@ -336,7 +337,7 @@ def test_a_source_without_rows_is_an_error_among_others(tmp_path, pairs_file, to
     assert caught.value.where == str(empty)
 
 
-@pytest.mark.parametrize("reading", [Reading("instruction"), Reading(on_bad_row="drop"), Reading(ranked="all")])
+@pytest.mark.parametrize("reading", [Reading("instruction"), Reading(on_bad_row="drop"), Reading(ranked="all"), *NAMED])
 def test_a_prepared_folder_is_refused_where_rows_would_be_read_otherwise(tmp_path, pairs_file, tokenizer, reading):
     prepare(pairs_file, tokenizer, tmp_path / "p")
     assert prepared.open_for(tmp_path / "p", Reading(), tokenizing(tokenizer))
