@@ -6,6 +6,7 @@ What a command needs is imported when it runs, so that `dpo --help` answers at o
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -17,8 +18,9 @@ import typer
 
 from dpo_cli import __version__
 from dpo_cli.command_line import Command, Program, expanded, expanded_path, split_arguments
-from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.errors import UserError, raise_all
 from dpo_cli.interrupts import Interrupted, StopSignals, ignore_signals
+from dpo_cli.launchers import environment_errors, is_main_process, settle_environment
 
 if TYPE_CHECKING:
     from dpo_cli.reporting.console import Console
@@ -181,12 +183,16 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @contextlib.contextmanager
 def _job() -> Iterator[tuple[Console, StopSignals]]:
     """Give a command its console and its signals; render what goes wrong and choose the exit status."""
-    from dpo_cli.pipeline.setup import is_main_process
     from dpo_cli.reporting.console import Console
 
-    console = Console(speaks=is_main_process())
+    ignored, wrong = settle_environment(), list(environment_errors())
+    # Of ranks that are wrongly numbered, none may be the one that speaks.
+    console = Console(speaks=is_main_process() or bool(wrong))
     console.follow_warnings()
     try:
+        for line in ignored:
+            console.notice(line)
+        raise_all(wrong)
         with StopSignals().installed() as signals:
             yield console, signals
     except (UserError, ExceptionGroup) as error:
@@ -198,13 +204,6 @@ def _job() -> Iterator[tuple[Console, StopSignals]]:
         ignore_signals()
         console.notice(str(stop))
         raise typer.Exit(stop.status) from None
-    except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(FAILED) from None
-    except OSError as error:
-        console.error(from_os_error(error, "reading or writing"))
-        raise typer.Exit(FAILED) from None
 
 
 def _user_errors(error: BaseException) -> Iterator[UserError]:
@@ -220,6 +219,10 @@ def _user_errors(error: BaseException) -> Iterator[UserError]:
 
 def main() -> None:
     """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A run that has come to its end does not fail for a dash that the terminal cannot show.
+            stream.reconfigure(errors="replace")
     if "WORLD_SIZE" in os.environ:
         # Who is gone is said in a line; torch would print a stack for every connection that broke with it.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from dpo_cli.errors import UserError
+from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.launchers import is_main_process
 
 _WHERE = "the command line"
 _USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]
@@ -60,6 +62,12 @@ class Program(TyperGroup):
                 error.show()
                 sys.exit(error.exit_code)
             status = _report(_explained(error))
+        except BrokenPipeError:
+            # Whoever read our output has gone; there is nobody to tell.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = FAILED
+        except OSError as error:
+            status = _report(from_os_error(error, "reading or writing"))
         sys.exit(status or 0)
 
 
@@ -67,7 +75,7 @@ def _report(error: UserError) -> int:
     """Show an error and return the exit status."""
     from dpo_cli.reporting.console import Console
 
-    Console().error(error)
+    Console(speaks=is_main_process()).error(error)
     return error.status
 
 

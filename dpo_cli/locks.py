@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dpo_cli.errors import from_os_error
-from dpo_cli.storage import make_folder
+from dpo_cli.storage import make_folder, refused
 
 _POLL_SECONDS = 0.2
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -53,7 +52,7 @@ def locked(path: Path, doing: str, waiting: Callable[[str], None] | None = None)
         try:
             descriptor = _take(path, waiting)
         except OSError as error:
-            raise from_os_error(error, doing, str(path.parent)) from error
+            raise refused(error, doing, path.parent) from error
         yield
     finally:
         if descriptor is not None:

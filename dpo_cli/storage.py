@@ -21,7 +21,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dpo_cli.errors import UserError
+from dpo_cli.errors import UserError, from_os_error
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
@@ -46,6 +46,29 @@ def cache_root() -> Path:
     except RuntimeError:
         hint = "set the environment variable DPO_CACHE_DIR to a folder"
         raise UserError("the cache has no folder, since the user has no home", None, hint) from None
+
+
+def why_no_folder(path: Path) -> str | None:
+    """Say what is in the way of making a folder, at its path or above: a file, or a link to nothing; or None.
+
+    Raises:
+        OSError: The system does not let us look.
+    """
+    for place in (path, *path.absolute().parents):
+        if place.exists():
+            return None if place.is_dir() else f"`{place}` is a file"
+        if place.is_symlink():
+            return f"`{place}` is a link to `{place.readlink()}`, which does not exist"
+    return None
+
+
+def refused(error: OSError, doing: str, path: Path) -> UserError:
+    """Turn a refusal to write below a folder into a `UserError`; in the cache, its hint names the way to another."""
+    found = from_os_error(error, doing, str(path))
+    with contextlib.suppress(UserError):
+        if path.absolute().is_relative_to(cache_root().absolute()):
+            found.hint = f"{found.hint}; the environment variable DPO_CACHE_DIR names the folder of the cache"
+    return found
 
 
 def file_digest(path: Path) -> str:

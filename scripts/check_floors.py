@@ -26,6 +26,7 @@ FLOORS = {
     "data": 0,
     "errors": 0,
     "interrupts": 0,
+    "launchers": 0,
     "locks": 0,
     "plain_yaml": 0,
     "settings": 0,
@@ -36,7 +37,7 @@ SAME_FLOOR = {
     ("pipeline", "config"),
     *(
         (room, base)
-        for room in ("data", "storage", "errors", "interrupts", "locks", "settings")
+        for room in ("data", "storage", "errors", "interrupts", "launchers", "locks", "settings")
         for base in ("errors", "plain_yaml", "settings", "storage")
     ),
 }

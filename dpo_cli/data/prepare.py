@@ -29,8 +29,8 @@ from dpo_cli.data.sources import Source, describe, read_rows, weighted
 from dpo_cli.data.tally import COUNTED, Tally
 from dpo_cli.data.tokenize import PairTokenizer, Tokenized
 from dpo_cli.data.workers import in_order, num_cores
-from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.storage import remove_old_strays, remove_strays_of, sealed_folder
+from dpo_cli.errors import UserError
+from dpo_cli.storage import refused, remove_old_strays, remove_strays_of, sealed_folder
 
 _PORTION_ROWS = 1024
 """Rows that are checked, tokenized and written together: a record batch of the file."""
@@ -73,7 +73,7 @@ def prepare(sources: Sequence[Source], reading: Reading, tokenize: PairTokenizer
         remove_strays_of(folder)
         _fill(folder, facts, sources, reading, tokenize)
     except OSError as error:
-        raise from_os_error(error, "preparing the data", str(folder)) from error
+        raise refused(error, "preparing the data", folder) from error
     return PreparedPairs.open(folder)
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.errors import from_os_error
 from dpo_cli.modeling.completeness import configs
 from dpo_cli.modeling.model_files import CONFIG, MOST_TEXT_BYTES, Trust
-from dpo_cli.storage import sealed_folder
+from dpo_cli.storage import refused, sealed_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,12 +105,12 @@ def saved_model(
             write_beside_weights(temporary, model, tokenizer)
             yield temporary
     except OSError as error:
-        raise from_os_error(error, doing, str(target)) from error
+        raise refused(error, doing, target) from error
     except Exception as error:
         # What the system refuses them, safetensors and tokenizers tell by errors of their own.
         if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
-        raise from_os_error(OSError(int(number[1]), ""), doing, str(target)) from error
+        raise refused(OSError(int(number[1]), ""), doing, target) from error
 
 
 def write_beside_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -13,6 +13,7 @@ from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.pipeline.setup import RunData, shown_counts
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import finding_examples, findings_table, length_bias_line
+from dpo_cli.storage import why_no_folder, write_text
 
 if TYPE_CHECKING:
     from dpo_cli.data.prepared import PreparedPairs
@@ -63,7 +64,6 @@ def write_check(report: Report, folder: Path) -> None:
         UserError: The folder cannot be written to.
     """
     from dpo_cli.reporting.data_page import data_page
-    from dpo_cli.storage import write_text
 
     text = json.dumps(report.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
     try:
@@ -76,9 +76,10 @@ def write_check(report: Report, folder: Path) -> None:
 
 def check_report_folder(folder: Path | None) -> list[UserError]:
     """Say why a report cannot be kept in a folder, if so."""
-    if folder is None or folder.is_dir() or not folder.exists():
+    if folder is None or (obstacle := why_no_folder(folder)) is None:
         return []
-    return [UserError("the folder of the report is a file", f"--report {folder}", "choose another with --report")]
+    what = f"the folder of the report cannot be made: {obstacle}"
+    return [UserError(what, f"--report {folder}", "choose another with --report")]
 
 
 def default_report_folder(config: Config, pairs: PreparedPairs, out: Path | None) -> Path:

@@ -75,7 +75,7 @@ def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Acc
     """Start Accelerate: one process, or one of those that torchrun or accelerate launched.
 
     Raises:
-        UserError: The precision or a tracker is not to be had here, or Accelerate is configured to
+        UserError: The precision or a tracker is not available here; or Accelerate cannot start, or is configured to
             accumulate gradients, which is what `training.pairs_per_step` does.
     """
     from datetime import timedelta
@@ -98,14 +98,21 @@ def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Acc
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         # Kernels that are not installed, settings that look odd: what matters of it is checked and said here.
         hf_logging.set_verbosity_error()
-    with gathering(config.training.rank_timeout):
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision=_precision(config.model.dtype, on_cpu=on_cpu),
-            log_with=list(config.tracking) or None if project_dir else None,
-            project_dir=str(project_dir) if project_dir else None,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-        )
+    try:
+        with gathering(config.training.rank_timeout):
+            accelerator = Accelerator(
+                cpu=on_cpu,
+                mixed_precision=_precision(config.model.dtype, on_cpu=on_cpu),
+                log_with=list(config.tracking) or None if project_dir else None,
+                project_dir=str(project_dir) if project_dir else None,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+            )
+    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        hint = "look at what `accelerate config` has set, and at the environment variables that begin with ACCELERATE_"
+        raise UserError(
+            f"Accelerate cannot start: {reason}", "Accelerate's own configuration", hint, status=FAILED
+        ) from error
     if accelerator.gradient_accumulation_steps != 1:
         hint = "set it to 1 there; `training.pairs_per_step` decides how many pairs make up a step"
         raise UserError("Accelerate is configured to accumulate gradients", "Accelerate's own configuration", hint)
@@ -203,13 +210,12 @@ def prepared_pairs(
 
 def _check_out(folder: Path) -> UserError | None:
     """Say why pairs cannot be kept in a folder, if so: what is there and is not prepared data stays."""
-    from dpo_cli.storage import MANIFEST
+    from dpo_cli.storage import MANIFEST, why_no_folder
 
     hint = "choose another folder with --out"
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not above.is_dir():
-        return UserError(f"`{above}` is a file, not a folder", f"--out {folder}", hint)
-    if above == folder and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    if obstacle := why_no_folder(folder):
+        return UserError(f"the folder for the prepared pairs cannot be made: {obstacle}", f"--out {folder}", hint)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
         return UserError("the folder for the prepared pairs holds something else", f"--out {folder}", hint)
     return None
 
@@ -350,10 +356,3 @@ def named_pairs(pairs: PreparedPairs, indices: Sequence[int]) -> str:
     """Name pairs by file and line, the first few of them."""
     origins = [pairs[index].origin for index in indices]
     return ", ".join(origins[:8]) + (f" and {len(origins) - 8} more" if len(origins) > 8 else "")
-
-
-def is_main_process() -> bool:
-    """Tell, before Accelerate is imported, whether this process is the one that speaks."""
-    rank = os.environ.get("RANK", "0")
-    # What is no number is told of, by all processes, once it matters.
-    return not rank.isdecimal() or int(rank) == 0

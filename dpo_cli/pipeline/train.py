@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.config import Config, resolved_yaml
 from dpo_cli.errors import from_os_error, raise_all
 from dpo_cli.interrupts import StopSignals
+from dpo_cli.launchers import is_main_process
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.check import check, show_check
 from dpo_cli.pipeline.passes import (
@@ -63,7 +64,7 @@ def train(
             console.notice(f"the run in {folder.path} is finished: {folder.final}")
             return
     # Ranks of one run share its folder; a dry run writes nothing.
-    with folder.locked() if setup.is_main_process() and not dry_run else contextlib.nullcontext():
+    with folder.locked() if is_main_process() and not dry_run else contextlib.nullcontext():
         console.notice("loading …")
         from dpo_cli.training.ranks import watched
 

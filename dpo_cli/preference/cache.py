@@ -20,9 +20,8 @@ from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpo_cli.errors import from_os_error
 from dpo_cli.locks import locked
-from dpo_cli.storage import cache_root, file_digest, remove, remove_strays, text_digest, write_bytes
+from dpo_cli.storage import cache_root, file_digest, refused, remove, remove_strays, text_digest, write_bytes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -136,7 +135,7 @@ class ReferenceCache:
             remove_strays(self.folder)
             write_bytes(self.folder / f"{hashlib.sha256(data).hexdigest()}.arrow", data)
         except OSError as error:
-            raise from_os_error(error, "writing the reference cache", str(self.folder)) from error
+            raise refused(error, "writing the reference cache", self.folder) from error
 
     @contextlib.contextmanager
     def _alone(self, accelerator: Accelerator) -> Iterator[None]:

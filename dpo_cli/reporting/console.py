@@ -24,7 +24,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.errors import UserError
+from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.reporting.secrets import covered
 
 Advance = Callable[[int, int], None]
@@ -76,8 +76,17 @@ class Console:
             self._err.print(Text.assemble((f"{name:<{width}}  ", "dim"), value))
 
     def result(self, result: str | Text | Table) -> None:
-        """Print a result on standard output."""
-        self._out.print(Text(result) if isinstance(result, str) else result)
+        """Print a result on standard output.
+
+        Raises:
+            UserError: It does not take it, as a full disk does not.
+        """
+        try:
+            self._out.print(Text(result) if isinstance(result, str) else result)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise from_os_error(error, "printing the results", "standard output") from error
 
     def follow_warnings(self) -> None:
         """Show what the program's modules log as warnings."""

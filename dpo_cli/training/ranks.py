@@ -27,6 +27,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.interrupts import STOPPING
+from dpo_cli.launchers import is_main_process
 from dpo_cli.reporting.console import Console
 from dpo_cli.training.signs import Sightings, Sign, Verdict
 
@@ -97,13 +98,9 @@ def gathering(timeout: float | None) -> Iterator[None]:
         timeout: How long to wait for the others, in seconds; None: as long as torch does.
 
     Raises:
-        UserError: One that had come is gone again, or what a launcher says to its processes is no number.
+        UserError: One that had come is gone again.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        if (said := os.environ.get(name)) is not None and not said.isdecimal():
-            hint = "unset it, or leave it to what starts several processes (torchrun, srun)"
-            raise UserError(f"the environment variable {name} is no whole number: `{said}`", None, hint)
-    num_ranks, is_main = int(os.environ.get("WORLD_SIZE", "1")), os.environ.get("RANK", "0") == "0"
+    num_ranks, is_main = int(os.environ.get("WORLD_SIZE", "1")), is_main_process()
     if num_ranks == 1:
         yield
         return

@@ -15,7 +15,7 @@ from dpo_cli import plain_yaml
 from dpo_cli.errors import USAGE, UserError, from_os_error
 from dpo_cli.locks import Locked, locked
 from dpo_cli.plain_yaml import NotPlain
-from dpo_cli.storage import MANIFEST, DamagedFolder, strays, text_digest, verify
+from dpo_cli.storage import MANIFEST, DamagedFolder, strays, text_digest, verify, why_no_folder
 
 RESOLVED = "# The configuration as resolved: `dpo train --config` runs it again.\n"
 """The first line of a run's config.yaml, by which it is told from a configuration of the user's own."""
@@ -109,13 +109,12 @@ class RunFolder:
         if "\0" in where:
             return UserError("the name of the output folder holds a NUL", repr(where), "choose another `output_dir`")
         try:
-            state = self.state()
-            above = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+            state, obstacle = self.state(), why_no_folder(self.path)
         except OSError as error:
             return from_os_error(error, "looking at the output folder", where, status=USAGE)
-        if state is RunState.FREE and not above.is_dir():
-            what = f"the output folder cannot be made: `{above}` is a file"
-            return UserError(what, where, "choose another `output_dir`: a folder cannot stand below a file")
+        if state is RunState.FREE and obstacle:
+            hint = "choose another `output_dir`, or remove what is in the way"
+            return UserError(f"the output folder cannot be made: {obstacle}", where, hint)
         if state is RunState.FOREIGN:
             what = "the output folder holds something else" if self.path.is_dir() else "the output folder is a file"
             return UserError(what, where, "choose another `output_dir`; a run never writes among other files")

@@ -147,6 +147,10 @@ def unreadable(name: str) -> Callable[[Project], None]:
     return link
 
 
+def dangling(name: str) -> Callable[[Project], None]:
+    return lambda project: (project.folder / name).symlink_to("nowhere")
+
+
 def environment(**variables: str) -> Callable[[Project], None]:
     def set_all(project: Project) -> None:
         for name, value in variables.items():
@@ -513,8 +517,16 @@ PREPARED_CASES = {
         prepared(), f"{TRAIN} 'data.train=[prepared, pairs.jsonl]'", 2, r"cannot be mixed", r"alone"
     ),
     "cache folder below a file": Case(
-        environment(DPO_CACHE_DIR="pairs.jsonl/cache"), PREPARE, 1, r"failed: not a directory", r"is a file"
+        environment(DPO_CACHE_DIR="pairs.jsonl/cache"), PREPARE, 1, r"failed: not a directory", r"DPO_CACHE_DIR"
     ),
+    "home that cannot be written": Case(
+        environment(DPO_CACHE_DIR="", XDG_CACHE_HOME="", HOME="/proc"), PREPARE, 1, r"failed: ", r"DPO_CACHE_DIR"
+    ),
+    "out a link to nothing": Case(dangling("mine"), f"{PREPARE} --out mine", 2, r"link to `nowhere`", r"--out"),
+    "report a link to nothing": Case(
+        dangling("mine"), f"{PREPARE} --report mine/report", 2, r"link to `nowhere`", r"--report"
+    ),
+    "report below a file": Case(nothing, f"{PREPARE} --report pairs.jsonl/new", 2, r"is a file", r"--report"),
     "out holds something else": Case(
         file("mine/essay.txt", "x"), f"{PREPARE} --out mine", 2, r"something else", r"another"
     ),
@@ -639,6 +651,22 @@ MODEL_CASES = {
     "processes without a number": Case(
         environment(WORLD_SIZE="two"), TRAIN, 2, r"WORLD_SIZE is no whole number: `two`", r"unset it",
     ),
+    "several processes that cannot meet": Case(
+        environment(WORLD_SIZE="4"), TRAIN, 2, r"WORLD_SIZE is 4, and RANK, LOCAL_RANK, MASTER_ADDR", r"torchrun",
+    ),
+    "rank beyond the others": Case(
+        environment(WORLD_SIZE="2", RANK="2", LOCAL_RANK="0", MASTER_ADDR="localhost"), TRAIN, 2,
+        r"RANK is 2, and WORLD_SIZE is 2", r"leave it to",
+    ),
+    "an engine that is not used": Case(
+        environment(ACCELERATE_USE_DEEPSPEED="true"), TRAIN, 2, r"configured for DeepSpeed", r"ACCELERATE_USE_DEEPSPEED"
+    ),
+    "an engine that is not used, in evaluating": Case(
+        environment(ACCELERATE_USE_FSDP="true"), EVAL, 2, r"configured for FSDP", r"torchrun"
+    ),
+    "a device that does not exist": Case(
+        environment(ACCELERATE_TORCH_DEVICE="abacus"), TRAIN, 1, r"Accelerate cannot start: .*abacus", r"ACCELERATE_"
+    ),
     "reference damaged": Case(
         both(gpt2("other"), cut("other/model.safetensors")),
         f"{TRAIN} reference.type=frozen reference.model=other", 2, r"model cannot be loaded", r"damaged",
@@ -660,8 +688,14 @@ OUTPUT_CASES = {
         file("runs/run/essay.txt", "x"), f"{TRAIN} --overwrite", 2, r"holds something else", r"another `output_dir`"
     ),
     "output folder is a file": Case(file("runs/run", "x"), TRAIN, 2, r"is a file", r"another `output_dir`"),
+    "output folder a link to nothing": Case(
+        dangling("mine"), f"{TRAIN} output_dir=mine", 2, r"link to `nowhere`, which does not exist", r"output_dir"
+    ),
+    "output folder below a link to nothing": Case(
+        dangling("mine"), f"{TRAIN} output_dir=mine/run", 2, r"link to `nowhere`, which does not exist", r"output_dir"
+    ),
     "output folder below a file": Case(
-        nothing, f"{TRAIN} output_dir=pairs.jsonl/run", 2, r"not a directory|is a file", r"file"
+        nothing, f"{TRAIN} output_dir=pairs.jsonl/run", 2, r"not a directory|is a file", r"in the way"
     ),
     "output folder where nothing can be made": Case(nothing, f"{TRAIN} output_dir=/proc/run", 1, r"failed", r"exist"),
     "output folder read-only": Case(nothing, f"{TRAIN} output_dir=/sys/run", 1, r"failed", r"permissions|read-only"),

@@ -1,0 +1,119 @@
+"""What other programs leave in the environment never changes a run in silence, nor costs it its exit status."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.launchers import environment_errors, is_main_process, settle_environment
+from tests.conftest import dpo_command, read_metrics, run_dpo
+
+LEFT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_MIXED_PRECISION")
+ONE_STEP = {"training": {"max_steps": 1}, "data": {"eval": 0.2}, "evaluation": {}}
+
+
+@pytest.fixture
+def left(monkeypatch):
+    """Return the function that puts variables into an environment without any of a launcher's."""
+    for name in LEFT:
+        monkeypatch.delenv(name, raising=False)
+
+    def leave(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return leave
+
+
+def refused() -> list[str]:
+    return [error.what for error in environment_errors()]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
+        {"RANK": "3", "LOCAL_RANK": "3"},
+        {"LOCAL_RANK": "1", "MASTER_ADDR": "node7"},
+        {"WORLD_SIZE": "1"},
+    ],
+)
+def test_a_process_that_is_alone_speaks_and_says_what_it_ignores(left, variables):
+    left(**variables)
+    (line,) = settle_environment()
+    for name in variables.keys() - {"MASTER_ADDR"}:
+        assert f"{name}={variables[name]}" in line
+    assert is_main_process()
+    assert not refused()
+    assert settle_environment() == []
+
+
+@pytest.mark.parametrize("world", ["1", "2"])
+def test_what_torchrun_says_is_taken_as_it_is(left, world):
+    left(RANK="0", LOCAL_RANK="0", WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT="29500")
+    assert (settle_environment(), refused()) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "node7"}, "RANK, LOCAL_RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node7"}, "ranks count from 0"),
+        ({"WORLD_SIZE": "two"}, "no whole number: `two`"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "True"}, "parallelism"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_error(left, variables, reason):
+    left(**variables)
+    settle_environment()
+    (what,) = refused()
+    assert reason in what
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "ignored"),
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "inductor", True),
+        ("ACCELERATE_DYNAMO_BACKEND", "no", False),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", True),
+        ("ACCELERATE_MIXED_PRECISION", "no", False),
+    ],
+)
+def test_what_accelerate_would_do_beside_the_configuration_is_ignored_with_a_line(left, name, value, ignored):
+    left(**{name: value})
+    lines = settle_environment()
+    assert [name in line for line in lines] == [True] * ignored
+
+
+def test_a_run_beside_the_traces_of_a_launcher_is_one_of_its_own(write_config, tmp_path):
+    traces = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "ACCELERATE_DYNAMO_BACKEND": "inductor"}
+    done = run_dpo("train", "--config", write_config(**ONE_STEP), env=traces)
+    assert done.returncode == 0, done.stderr
+    assert "ignoring RANK=0, LOCAL_RANK=0, WORLD_SIZE=1" in done.stderr
+    assert "ACCELERATE_DYNAMO_BACKEND=inductor" in done.stderr
+    assert [row["step"] for row in read_metrics(tmp_path / "runs" / "run")] == [1]
+
+
+@pytest.mark.parametrize("encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_a_terminal_that_cannot_show_a_character_costs_no_run(write_config, tmp_path, encoding):
+    done = run_dpo("train", "--config", write_config(**ONE_STEP), env=encoding)
+    assert done.returncode == 0, done.stderr
+    assert "95 % interval" in done.stdout
+    assert "?" in done.stdout
+    assert (tmp_path / "runs" / "run" / "final" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["config", "schema"], ["prepare-data"]])
+def test_an_output_that_is_full_is_one_error(write_config, arguments, tmp_path):
+    named = [str(write_config())] if arguments == ["prepare-data"] else []
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            dpo_command(*arguments, *named), stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 1
+    assert "no space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
