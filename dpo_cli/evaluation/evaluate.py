@@ -51,16 +51,16 @@ def evaluate(
         indices: The pairs' indices in the data.
         batches: Cuts pairs into micro-batches and lays them out.
         accelerator: Knows the ranks.
-        progress: Called with pairs done and pairs in all, of this rank.
+        progress: Called with pairs done and pairs in all, by all ranks together.
     """
-    mine = batches.cut(indices)[accelerator.process_index :: accelerator.num_processes]
+    cuts, num_ranks = batches.cut(indices), accelerator.num_processes
+    mine = cuts[accelerator.process_index :: num_ranks]
     # Nothing is remembered here, so that a model is judged the same by the run that made it and later.
     step = step_facts(batches.pairs.sizes, indices, {})
     judged = None
     if objective.looks_at_step:
         judged = judge_step(scorer, objective, reference, batches, mine, step, accelerator)
     results: list[PairResult] = []
-    num_pairs = sum(len(micro_batch.pairs) for micro_batch in mine)
     for place, micro_batch in enumerate(mine):
         if judged is not None:
             values = judged[place].values
@@ -69,5 +69,9 @@ def evaluate(
                 _, values = score_pairs(scorer, objective, reference, batches(micro_batch), step)
         for index, row in zip(micro_batch.pairs, values.tolist(), strict=True):
             results.append(PairResult(index, dict(zip(PAIR_METRICS, row, strict=True))))
-        progress(len(results), num_pairs)
-    return sorted(gather_object(results), key=lambda result: result.index)
+        # The ranks go through as many micro-batches in about the same time; the last are waited for below.
+        if (place + 1) * num_ranks < len(cuts):
+            progress(sum(len(cut.pairs) for cut in cuts[: (place + 1) * num_ranks]), len(indices))
+    found = sorted(gather_object(results), key=lambda result: result.index)
+    progress(len(found), len(indices))
+    return found

@@ -85,11 +85,12 @@ class ReferenceCache:
             self._entries.update(broadcast_object_list(known)[0])
             lacking -= known[0].keys()
             for start in range(0, len(indices), _BLOCK_PAIRS):
-                block = indices[start : start + _BLOCK_PAIRS]
+                stop = min(start + _BLOCK_PAIRS, len(indices))
+                block = indices[start:stop]
                 missing = list({keys[i]: i for i in block if keys[i] in lacking}.values())
                 if missing:
-                    self._compute(missing, keys, work, score)
-                work.progress(start + len(block), len(indices))
+                    self._compute(missing, keys, work, score, stop - len(missing))
+                work.progress(stop, len(indices))
 
     def lookup(self, pairs: PreparedPairs, device: torch.device) -> Callable[[PairBatch], Tensor]:
         """Return the function that answers for batches of these pairs."""
@@ -103,18 +104,30 @@ class ReferenceCache:
         return logps
 
     def _compute(
-        self, missing: Sequence[int], keys: Sequence[bytes], work: ReferenceWork, score: ReferenceLogps
+        self, missing: Sequence[int], keys: Sequence[bytes], work: ReferenceWork, score: ReferenceLogps, done: int
     ) -> None:
-        """Score one block, its micro-batches dealt to the ranks, and let the main process write it."""
+        """Score one block, its micro-batches dealt to the ranks, and let the main process write it.
+
+        Args:
+            missing: The pairs of the block that are not known.
+            keys: The keys of all pairs.
+            work: What the reference has to answer for.
+            score: Answers.
+            done: How many pairs need no more work.
+        """
         accelerator = work.accelerator
-        cuts = work.batches.cut(missing)
+        cuts, num_ranks = work.batches.cut(missing), accelerator.num_processes
         mine: list[tuple[bytes, Entry]] = []
-        for cut in cuts[accelerator.process_index :: accelerator.num_processes]:
+        for place, cut in enumerate(cuts[accelerator.process_index :: num_ranks], 1):
             batch = work.batches(cut)
             tokens = score(batch).cpu().split(list(batch.lengths))
             for place, index in enumerate(cut.pairs):
                 entry = tokens[place].numpy().copy(), tokens[len(cut.pairs) + place].numpy().copy()
                 mine.append((keys[index], entry))
+            # The ranks go through as many micro-batches in about the same time; the last are waited for below.
+            if place * num_ranks < len(cuts):
+                dealt = cuts[: place * num_ranks]
+                work.progress(done + sum(len(one.pairs) for one in dealt), len(work.needed))
         found: list[tuple[bytes, Entry]] = gather_object(mine)
         if accelerator.is_main_process:
             self._write(sorted(found, key=lambda item: item[0]))

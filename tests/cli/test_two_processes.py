@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -38,14 +39,19 @@ def assert_same(two, one):
 
 
 @pytest.mark.parametrize("reference", ["cached", "frozen"])
-def test_metrics_and_weights_are_those_of_one_process(write_config, tmp_path, reference):
+def test_metrics_and_weights_are_those_of_one_process(write_config, tmp_path, monkeypatch, reference):
     """Thirteen pairs a step leave ranks with unequal shares; the last step of 32 pairs has six."""
     settings = {"training": {"pairs_per_step": 13, "micro_batch_tokens": 300}, "reference": reference}
     one = run_dpo("train", "--config", write_config("one", **settings))
     assert one.returncode == 0, one.stderr
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     two = torchrun("train", "--config", write_config("two", **settings))
     assert two.returncode == 0, two.stderr
     assert two.stderr.count("step 1/3") == 1
+    # Both processes' pairs are counted, and the count reaches their number.
+    assert re.findall(r"^evaluating: (.*?)(?: in .*)?$", two.stderr, re.M) == ["8 pairs", "8/8"]
+    if reference == "cached":
+        assert re.findall(r"^reference log-prob.*: (.*?)(?: in .*)?$", two.stderr, re.M) == ["40 pairs", "40/40"]
     assert_same(tmp_path / "runs" / "two", tmp_path / "runs" / "one")
 
 
