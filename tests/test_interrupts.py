@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -43,6 +47,78 @@ def test_the_handlers_of_before_are_put_back():
     with StopSignals().installed():
         assert signal.getsignal(signal.SIGTERM) != before
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+BUSY = """
+import contextlib, hashlib, sys
+from dpo_cli.interrupts import Interrupted, StopSignals
+
+def say(line, ends):
+    print(line, flush=True)
+
+with contextlib.suppress(Interrupted), StopSignals(say).installed() as signals:
+    signals.unsaved = lambda: 7
+    with signals.deferred() if sys.argv[1] == "deferred" else contextlib.nullcontext():
+        print("busy", flush=True)
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 300_000_000)
+"""
+"""A process whose main thread computes for a minute or more outside of Python, as in a backward pass."""
+
+
+@pytest.fixture
+def busy(request) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", BUSY, request.param]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "busy\n"
+        yield process
+        process.kill()
+
+
+def answered(process: subprocess.Popen[str], number: signal.Signals) -> str:
+    """Send a signal; return the line that answers, which comes within a second."""
+    asked = time.monotonic()
+    process.send_signal(number)
+    line = process.stdout.readline() if process.stdout else ""
+    assert time.monotonic() - asked < 1
+    return line.rstrip("\n")
+
+
+@pytest.mark.parametrize("busy", ["deferred"], indirect=True)
+def test_ctrl_c_is_answered_in_the_middle_of_a_long_step_and_another_ends_it(busy):
+    promise = answered(busy, signal.SIGINT)
+    assert promise == "stopping after this step; press Ctrl-C again to stop at once and lose 7 steps"
+    assert answered(busy, signal.SIGINT) == "stopped by SIGINT"
+    assert busy.wait(timeout=2) == 130
+
+
+@pytest.mark.parametrize("busy", ["deferred"], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_other_signals_are_named_and_one_that_comes_twice_ends_nothing(busy, number):
+    assert answered(busy, number) == f"{number.name} received: stopping after this step"
+    busy.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        busy.wait(timeout=1.5)
+    assert answered(busy, signal.SIGINT) == "stopped by SIGINT"
+    assert busy.wait(timeout=2) == 130
+
+
+@pytest.mark.parametrize("busy", ["at once"], indirect=True)
+def test_where_it_cannot_stop_at_once_it_says_so(busy):
+    assert answered(busy, signal.SIGINT) == "SIGINT received: stopping; Ctrl-C ends the program at once"
+    assert answered(busy, signal.SIGINT) == "stopped by SIGINT"
+    assert busy.wait(timeout=2) == 130
+
+
+def test_what_is_at_hand_and_how_much_is_unsaved_are_said():
+    said = []
+    with StopSignals(lambda line, ends: said.append((line, ends))).installed() as signals, signals.deferred():
+        signals.unsaved = lambda: 1
+        with signals.during("this evaluation"):
+            signal.raise_signal(signal.SIGINT)
+            until = time.monotonic() + 5
+            while not said and time.monotonic() < until:
+                time.sleep(0.01)
+    assert said == [("stopping after this evaluation; press Ctrl-C again to stop at once and lose 1 step", False)]
 
 
 def test_what_nohup_ignores_stays_ignored():

@@ -42,10 +42,14 @@ class CheckpointWriter:
         keep: How many of the newest stay.
         background: Whether a copy in memory is written while training goes on. At most one is being written; where
             that fails, the next call says so.
+        newest: The step of the newest checkpoint that there is, or 0.
+
+    Attributes:
+        newest: The same, at any moment; the main process knows.
     """
 
-    def __init__(self, folder: Path, keep: int, *, background: bool) -> None:
-        self.folder, self.keep, self._background = folder, keep, background
+    def __init__(self, folder: Path, keep: int, *, background: bool, newest: int = 0) -> None:
+        self.folder, self.keep, self._background, self.newest = folder, keep, background, newest
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
 
@@ -101,6 +105,7 @@ class CheckpointWriter:
             raise from_os_error(error, "saving a checkpoint", str(target)) from error
         with saved_model(target, state.policy, state.tokenizer, "saving a checkpoint", state.weights) as temporary:
             state.write_beside_model(temporary)
+        self.newest = state.facts.step
         _prune(self.folder, self.keep, state.facts.step)
 
 
