@@ -70,6 +70,8 @@ ConfigFile = Annotated[
 ]
 Arguments = Annotated[list[str] | None, typer.Argument(hidden=True)]
 
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and results alone, no warnings either.")]
+
 
 @app.command(
     "prepare-data",
@@ -89,12 +91,13 @@ def prepare_data(
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with status 2 if the check finds warnings.")] = False,
     show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N pairs token by token.")] = 0,
+    quiet: Quiet = False,
 ) -> None:
     """Read, check and tokenize the pairs; report on them."""
     from dpo_cli.config import load_config
     from dpo_cli.pipeline import prepare
 
-    with _job() as (console, _):
+    with _job(quiet=quiet) as (console, _):
         prepare(
             load_config(*split_arguments(config, arguments or ())),
             console,
@@ -118,12 +121,13 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older run in the folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a policy on preference pairs."""
     from dpo_cli.config import load_config
     from dpo_cli.pipeline import train as run
 
-    with _job() as (console, signals):
+    with _job(quiet=quiet) as (console, signals):
         if resume and overwrite:
             raise UserError("`--resume` and `--overwrite` exclude each other", "the command line", "choose one of them")
         settings = load_config(*split_arguments(config, arguments or ()))
@@ -147,12 +151,13 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", parser=expanded_path, metavar="FILE", help="Write the figures as JSON.")
     ] = None,
+    quiet: Quiet = False,
 ) -> None:
     """Score held-out pairs against the reference."""
     from dpo_cli.config import load_config
     from dpo_cli.pipeline import evaluate as run
 
-    with _job() as (console, _):
+    with _job(quiet=quiet) as (console, _):
         settings = load_config(*split_arguments(config, arguments or ()))
         run(settings, console, model=model, data=data, json_file=json_file)
 
@@ -181,28 +186,28 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @contextlib.contextmanager
-def _job() -> Iterator[tuple[Console, StopSignals]]:
+def _job(*, quiet: bool) -> Iterator[tuple[Console, StopSignals]]:
     """Give a command its console and its signals; render what goes wrong and choose the exit status."""
     from dpo_cli.reporting.console import Console
 
     ignored, wrong = settle_environment(), list(environment_errors())
     # Of ranks that are wrongly numbered, none may be the one that speaks.
-    console = Console(speaks=is_main_process() or bool(wrong))
+    console = Console(speaks=is_main_process() or bool(wrong), quiet=quiet)
     console.follow_warnings()
     try:
         for line in ignored:
             console.notice(line)
         raise_all(wrong)
-        with StopSignals().installed() as signals:
+        with StopSignals(console.answer).installed() as signals:
             yield console, signals
     except (UserError, ExceptionGroup) as error:
         errors = list(_user_errors(error))
-        for place, one in enumerate(errors):
-            console.error(one, after_another=place > 0)
+        for one in errors:
+            console.error(one)
         raise typer.Exit(max(one.status for one in errors)) from None
     except Interrupted as stop:
         ignore_signals()
-        console.notice(str(stop))
+        console.answer(str(stop))
         raise typer.Exit(stop.status) from None
 
 

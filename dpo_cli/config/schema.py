@@ -170,6 +170,13 @@ class CheckpointSettings(Settings):
     """Whether a copy in memory is written while training goes on, instead of training waiting for the disk."""
 
 
+class LoggingSettings(Settings):
+    """How much of the steps is printed; metrics.jsonl has all of them."""
+
+    every_steps: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Steps between two lines; auto: about 200 lines a run, on a terminal 20; the last step has one in any case."""
+
+
 class Config(Settings):
     """A run of dpo."""
 
@@ -192,6 +199,8 @@ class Config(Settings):
     """When the held-out pairs are scored."""
     checkpoints: CheckpointSettings = CheckpointSettings()
     """What a run keeps while it goes."""
+    logging: LoggingSettings = LoggingSettings()
+    """How much of the steps is printed; metrics.jsonl has all of them."""
     tracking: list[str] = Field(default_factory=list)
     """Trackers beside metrics.jsonl, by Accelerate's names: tensorboard, wandb, mlflow, …"""
     output_dir: PathText = Field("", json_schema_extra={"default": "runs/NAME"})

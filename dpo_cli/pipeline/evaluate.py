@@ -87,6 +87,7 @@ def _score(
         "reference": None if config.reference.type == "none" else config.reference.model or config.model.name,
         "data": source,
     }
+    console.block()
     console.result(figures_table({scored: found}))
     for label in LABELS:
         if groups := found.get(f"by_{label}"):

@@ -320,7 +320,7 @@ def _facts(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:
     if not memory.counted:
         activations = "and activations, which could not be counted beforehand"
     return {
-        "layout": f"{batches.layout.name}, at most {batches.micro_batch_tokens:,} tokens a forward pass, or one pair",
+        "micro-batch": f"at most {batches.micro_batch_tokens:,} tokens, or one pair; {batches.layout.name}",
         "memory": f"about {gib(memory.peak)} at the peak, {activations}",
     }
 

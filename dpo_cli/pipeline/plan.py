@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dpo_cli.config import Config
@@ -9,6 +10,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import compute_dtype
 from dpo_cli.reporting.console import Console, gib
+from dpo_cli.settings import Settings
 from dpo_cli.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ def header(
     policy: PreTrainedModel,
 ) -> dict[str, str]:
     """Say what is about to run."""
+    training = config.training
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     precision = str(compute_dtype(accelerator)).removeprefix("torch.")
     return {
@@ -66,12 +69,58 @@ def header(
         "parameters": f"{sum(parameter.numel() for parameter in policy.parameters()):,}",
         "pairs": f"{len(data.train):,} to train on, {len(data.held_out):,} held out",
         **_left_out(data),
-        "steps": f"{plan.num_steps:,} of {min(plan.pairs_per_step, len(plan.indices))} pairs",
-        "loss": str(config.objective),
+        "steps": _steps(plan),
+        "loss": _loss(config),
         "reference": _reference(config),
+        "optimizer": ", ".join([training.optimizer, *_changed(training, "weight_decay", "max_grad_norm")]),
+        "learning rate": f"{training.learning_rate:g}, {_schedule(config, plan)}",
         "device": f"{accelerator.device}, {precision}{processes}",
         "output": str(folder.path),
     }
+
+
+def _steps(plan: Plan) -> str:
+    """Say how many steps there are, of how many pairs, and how often they go through the data."""
+    num_pairs, num_epochs = min(plan.pairs_per_step, len(plan.indices)), plan.epochs_after(plan.num_steps)
+    return f"{plan.num_steps:,} of {num_pairs} pairs, {num_epochs:.4g} epoch{'s' * (num_epochs != 1)}"
+
+
+def _schedule(config: Config, plan: Plan) -> str:
+    """Say how the learning rate goes."""
+    from dpo_cli.training.optimizer import warmup_steps
+
+    num_steps = warmup_steps(config.training.warmup_ratio, plan.num_steps)
+    return config.training.schedule + (f", warm-up until step {num_steps:,}" if num_steps else "")
+
+
+def _loss(config: Config) -> str:
+    """Name the losses with β, and with whatever else decides them and is not as it is by default."""
+    losses = config.objective.losses
+    several = len(losses) > 1
+    shown = []
+    for loss in losses:
+        names = [name for name in type(loss).model_fields if name not in ("type", "beta", *["weight"] * several)]
+        beta = [f"beta {loss.beta:g}"] if hasattr(loss, "beta") else []
+        details = ", ".join([*beta, *_changed(loss, *names)])
+        weight = f"{loss.weight:g} · " if several else ""
+        shown.append(f"{weight}{loss.type}{f' ({details})' if details else ''}")
+    return " + ".join(shown)
+
+
+def _changed(settings: Settings, *names: str) -> list[str]:
+    """Say of some settings what they are, where that is not their default."""
+    fields, values = type(settings).model_fields, settings.model_dump(mode="json")
+    return [
+        f"{name} {_shown(values[name])}"
+        for name in names
+        if getattr(settings, name) != fields[name].get_default(call_default_factory=True)
+    ]
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(str(part) if name == "type" else f"{name} {part}" for name, part in value.items())
+    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)
 
 
 def _reference(config: Config) -> str:
@@ -88,13 +137,21 @@ def _left_out(data: setup.RunData) -> dict[str, str]:
 def print_plan(
     config: Config,
     data: setup.RunData,
-    plan: Plan,
     batches: Batches,
     memory: MemoryEstimate,
-    num_parameters: int,
+    facts: Mapping[str, str],
     console: Console,
 ) -> None:
-    """Print what a run would do, and what it would take in memory, part by part."""
+    """Print what a run would do, and what it would take in memory, part by part.
+
+    Args:
+        config: What to do.
+        data: The run's pairs.
+        batches: How they go through the model.
+        memory: What that takes.
+        facts: What `header` says of the run.
+        console: Takes the plan.
+    """
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -102,19 +159,16 @@ def print_plan(
     proviso = ", if it proves exact" if asked == "auto" and batches.layout.name == "packed" else ""
     proviso_of_peak = "not all parts are there at once" if memory.counted else "and activations, not counted"
     rows = {
-        "model": config.model.name,
-        "parameters": f"{num_parameters:,}",
-        "training pairs": f"{len(data.train):,}",
-        "held-out pairs": f"{len(data.held_out):,}",
-        **_left_out(data),
+        **facts,
         "tokens of all pairs": f"{data.pairs.num_tokens():,}",
-        "optimizer steps": f"{plan.num_steps:,} of {min(plan.pairs_per_step, len(plan.indices))} pairs",
         "layout": f"{batches.layout.name}{proviso}",
         "tokens of a forward pass": f"at most {batches.micro_batch_tokens:,}, or one pair",
         **{f"memory: {name}": gib(size) for name, size in memory.parts().items() if size},
         "memory: at the peak": f"{gib(memory.peak)} ({proviso_of_peak})",
-        "output folder": config.output_dir,
     }
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in rows.items():
         table.add_row(name, value)
+    console.block()
     console.result(table)

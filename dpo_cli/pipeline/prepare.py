@@ -64,6 +64,7 @@ def prepare(
 def _tell(name: str, pairs: PreparedPairs, console: Console) -> None:
     """Print what was found while rows were read."""
     statistics = pairs.manifest["statistics"]
+    console.block()
     console.result(f"data.{name}")
     console.result(statistics_table(statistics))
     console.result("")

@@ -13,7 +13,8 @@ from dpo_cli.errors import FAILED, UserError
 from dpo_cli.interrupts import Interrupted, StopSignals
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import without_gradient
-from dpo_cli.reporting.console import Console, clock
+from dpo_cli.reporting.console import Console, Record
+from dpo_cli.reporting.progress import clock
 from dpo_cli.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -65,19 +66,20 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
     if spoilt:
         what = f"rows of {run.folder.metrics} are missing or changed that were there at step {done}"
         run.console.warning(what + "; measuring the held-out figures again" * again)
-    writer = CheckpointWriter(run.folder.checkpoints, saving.keep, background=saving.background)
+    writer = CheckpointWriter(run.folder.checkpoints, saving.keep, background=saving.background, newest=done)
     progress.finish = writer.finish
     started = time.monotonic()
     try:
         with run.signals.deferred():
             _take_steps(run, progress, done, log, writer)
-            if again:
-                _evaluate_again(run, log, spoilt=spoilt)
-            writer.finish()
-            # Rows of a run without held-out pairs that speak of some are not its own.
-            figures = log.last("eval") if log and len(run.data.held_out) else None
-            if log:
-                _save_final(run, figures)
+            with run.signals.during("the trained model is saved"):
+                if again:
+                    _evaluate_again(run, log, spoilt=spoilt)
+                writer.finish()
+                # Rows of a run without held-out pairs that speak of some are not its own.
+                figures = log.last("eval") if log and len(run.data.held_out) else None
+                if log:
+                    _save_final(run, figures)
         if log:
             _summary(run, figures, time.monotonic() - started)
     except Exception:
@@ -115,17 +117,24 @@ def _take_steps(run: Run, progress: Progress, done: int, log: MetricsLog | None,
         lambda: run.signals.received is not None,
         lambda broken: _may_skip(run, broken),
     )
-    before = time.monotonic()
+    before, taken = time.monotonic(), done
+
+    def unsaved() -> int:
+        return taken - writer.newest
+
+    run.signals.unsaved = unsaved
+    every = run.config.logging.every_steps
     try:
-        with run.console.steps(done, run.plan.num_steps) as show:
+        with run.console.steps(done, run.plan.num_steps, None if every == "auto" else every) as record:
             for result in progress.following(results, done):
+                taken = result.number
                 speed = result.num_tokens / (time.monotonic() - before)
                 metrics: dict[str, Any] = {"epoch": result.epoch, **result.metrics, "tokens_per_second": speed}
                 if not result.taken:
                     metrics["skipped"] = run.parts.skips.count
                 _log(run, log, "train", result.number, metrics)
-                show(result.number, metrics)
-                _after_step(run, log, writer, result)
+                record.step(result.number, metrics)
+                _after_step(run, log, writer, result, record)
                 before = time.monotonic()
     except NotFinite as broken:
         hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is as it was"
@@ -134,7 +143,7 @@ def _take_steps(run: Run, progress: Progress, done: int, log: MetricsLog | None,
         raise UserError(what, str(run.folder.checkpoints), hint, status=FAILED) from None
 
 
-def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, result: StepResult) -> None:
+def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, result: StepResult, record: Record) -> None:
     """Evaluate and save when due, which depends on the step alone, and stop where any process was asked to."""
     from accelerate.utils import gather_object
 
@@ -147,7 +156,10 @@ def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, resu
     if last or stop or save or evaluates:
         check_finite(step, result.pairs, run.parts.policy)
     if evaluates:
-        _log(run, log, "eval", step, {"epoch": result.epoch, **_evaluate(run)})
+        with run.signals.during("this evaluation"):
+            figures = _evaluate(run)
+        _log(run, log, "eval", step, {"epoch": result.epoch, **figures})
+        record.evaluated(step, figures)
         # An evaluation may be long; who was asked to stop meanwhile does not take another step.
         stop = any(gather_object([run.signals.received is not None])) or stop
     if not stop and not save:
@@ -155,9 +167,11 @@ def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, resu
     if log:
         log.sync()
     path = writer.save(step, run.parts, log.digest if log else "")
-    if stop:
+    if not stop:
+        record.saved(step, path, background=config.checkpoints.background)
+    else:
         writer.finish()
-        run.console.notice(f"stopped after step {step}; saved {path}")
+        run.console.answer(f"stopped after step {step}; saved {path}")
         asked = [number for number in gather_object([run.signals.received]) if number]
         raise Interrupted(asked[0])
 
@@ -247,6 +261,7 @@ def _save_final(run: Run, figures: dict[str, Any] | None) -> None:
 def _summary(run: Run, figures: dict[str, Any] | None, seconds: float) -> None:
     from dpo_cli.reporting.tables import figures_table
 
+    run.console.block()
     run.console.notice(f"done in {clock(seconds)}")
     if figures:
         run.console.result(figures_table({"after": figures}))

@@ -100,7 +100,9 @@ def _run(
     plan, program_bytes = make_plan(config, data), resident_bytes()
     name, trust = config.model.name, config.model.trust
     policy = empty_policy(name, trust) if dry_run else load_policy(name, trust).to(accelerator.device)
-    console.facts(header(config, folder, accelerator, data, plan, policy))
+    facts = header(config, folder, accelerator, data, plan, policy)
+    if not dry_run:
+        console.facts(facts)
     check_fits(data.pairs, policy, "`model.name`")
     for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
         console.notice(f"checked: {proved}")
@@ -109,7 +111,7 @@ def _run(
     if dry_run:
         layout = expected_layout(config, policy, data.pairs, accelerator)
         batches, memory = settle_tokens(config, policy, data.pairs, layout, plan, accelerator, program_bytes, console)
-        print_plan(config, data, plan, batches, memory, policy.num_parameters(), console)
+        print_plan(config, data, batches, memory, facts, console)
         show_check(check(config, data, tokenizer), console)
         return
     models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy, trust)]))

@@ -63,6 +63,11 @@ def state_bytes(kind: str, model: nn.Module) -> int:
     return sum(numbers(p) * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
+def warmup_steps(ratio: float, num_steps: int) -> int:
+    """Return over how many steps the learning rate rises."""
+    return math.ceil(Fraction(str(ratio)) * num_steps)
+
+
 def schedule(optimizer: Optimizer, kind: str, warmup_ratio: float, num_steps: int) -> LambdaLR:
     """Return the schedule of the learning rate, to be stepped once after every optimizer step.
 
@@ -70,7 +75,7 @@ def schedule(optimizer: Optimizer, kind: str, warmup_ratio: float, num_steps: in
     zero, so that no step is wasted. Then it stays (`constant`), falls evenly (`linear`) or along half a
     cosine (`cosine`), and would be zero at the step after the last.
     """
-    warmup_steps = math.ceil(Fraction(str(warmup_ratio)) * num_steps)
+    num_warmup = warmup_steps(warmup_ratio, num_steps)
     after: Callable[[float], float] = {
         "constant": lambda progress: 1.0,
         "linear": lambda progress: 1.0 - progress,
@@ -78,8 +83,8 @@ def schedule(optimizer: Optimizer, kind: str, warmup_ratio: float, num_steps: in
     }[kind]
 
     def factor(steps_done: int) -> float:
-        if steps_done < warmup_steps:
-            return (steps_done + 1) / warmup_steps
-        return after(min(1.0, (steps_done - warmup_steps) / max(1, num_steps - warmup_steps)))
+        if steps_done < num_warmup:
+            return (steps_done + 1) / num_warmup
+        return after(min(1.0, (steps_done - num_warmup) / max(1, num_steps - num_warmup)))
 
     return LambdaLR(optimizer, factor)

@@ -229,6 +229,7 @@ class RunFolder:
 _MAY_CHANGE = (
     "checkpoints.",
     "evaluation.",
+    "logging.",
     "tracking",
     "output_dir",
     "training.micro_batch_tokens",

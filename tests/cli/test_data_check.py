@@ -122,8 +122,8 @@ def test_what_drop_names_is_left_out_without_tokenizing_again_and_strict_is_cont
     assert (report["num_train"], report["num_held_out"]) == (len(DIRTY) - 5, 2)
     dry = dpo("train", "--config", file, drop, "--dry-run")
     assert dry.exit_code == 0, dry.stderr
-    assert f"{len(DIRTY) - 5} to train on, 2 held out" in dry.stderr
-    assert "1 leakage, 2 conflicts" in dry.stderr
+    assert f"{len(DIRTY) - 5} to train on, 2 held out" in dry.stdout
+    assert "1 leakage, 2 conflicts" in dry.stdout
 
 
 def test_a_dry_run_shows_the_same_findings_and_writes_no_report(checked):

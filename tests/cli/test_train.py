@@ -218,6 +218,11 @@ def test_a_dry_run_prints_the_plan_and_writes_no_run(write_config, tmp_path, tin
     for part in ("32", "8 of 4 pairs", f"{parameters:,}", "memory: activations", "memory: at the peak"):
         assert part in result.stdout
     assert not (tmp_path / "runs").exists()
+    # Nothing is said twice.
+    rows = [re.split(r"  +", line)[0] for line in result.stdout.split("\n\n")[0].splitlines()]
+    assert {"model", "loss", "learning rate", "steps", "output"} < set(rows)
+    assert len(rows) == len(set(rows))
+    assert not re.search(r"^(model|steps|output)  ", result.stderr, re.M)
 
 
 def test_training_and_held_out_pairs_may_come_from_sources_of_their_own(forked_dpo, write_config, tmp_path, demo_rows):

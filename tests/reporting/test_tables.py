@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from dpo_cli.data.report import Example, Finding, LengthBias
-from dpo_cli.reporting.console import clock
+from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.tables import (
     dropped_examples,
     figures_table,
