@@ -61,6 +61,9 @@ class ModelSettings(Settings):
     """What is computed in; weights are held in float32. auto: bfloat16 on GPUs that have it, else float32."""
     chat_template: PathText | None = None
     """null: the tokenizer's own; the path of a Jinja file; or `plain` for models without a template."""
+    attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = None
+    """The attention of the padded layout, by its name in transformers. null: what config.json names, else transformers'
+    choice. The packed layout has an attention of its own."""
     allow_pickle: bool = False
     """Read pickled weights (.bin) where a model has no others, as bare tensors: nothing in them is executed."""
     trust_remote_code: bool = False
@@ -69,7 +72,7 @@ class ModelSettings(Settings):
     @property
     def trust(self) -> Trust:
         """What every model of the run may bring along."""
-        return Trust(remote_code=self.trust_remote_code, pickle=self.allow_pickle)
+        return Trust(self.trust_remote_code, self.allow_pickle, self.attention)
 
 
 class DataSettings(Settings):

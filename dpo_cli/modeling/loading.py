@@ -30,6 +30,7 @@ from dpo_cli.modeling.model_files import (
     check_folder,
     weights_files,
 )
+from dpo_cli.modeling.refusals import reason_and_hint
 from dpo_cli.modeling.saving import logits_alone, remember, saved_model
 from dpo_cli.settings import located
 from dpo_cli.storage import DamagedFolder, cache_root, file_digest, verify
@@ -106,7 +107,7 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
         # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
-        model = _complete(AutoModelForCausalLM, folder, use_safetensors=safely, trust_remote_code=trust.remote_code)
+        model = _complete(AutoModelForCausalLM, folder, use_safetensors=safely, **_how(trust))
         remember(model, Path(folder), trust)
         return model
 
@@ -182,12 +183,16 @@ def _empty(folder: str, trust: Trust) -> PreTrainedModel:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=trust.remote_code
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_how(trust))
         model.tie_weights()
     logits_alone(model)
     return model
+
+
+def _how(trust: Trust) -> dict[str, Any]:
+    """Return how transformers is told what a model may bring along."""
+    told: dict[str, Any] = {"trust_remote_code": trust.remote_code}
+    return {**told, "attn_implementation": trust.attention} if trust.attention else told
 
 
 def _check_size(model: PreTrainedModel, folder: Path) -> None:
@@ -237,27 +242,12 @@ def _explained(name: str, kind: str) -> Iterator[None]:
         raise UserError(what, name, hint) from error
     except Exception as error:
         # What they raise for a broken folder is of every kind, and none of it is ours: only their calls stand inside.
-        reason, hint = _reason_and_hint(error, name)
+        path = Path(name)
+        # Of a Hub id nothing is here yet, or nothing was wrong with it.
+        reason, hint = reason_and_hint(error, name, path if path.exists() else None)
         raise UserError(f"the {kind} cannot be loaded: {reason}", name, hint) from error
     finally:
         hf_logging.set_verbosity(level)
-
-
-def _reason_and_hint(error: Exception, name: str) -> tuple[str, str]:
-    """Put into words what a library raised for a model, and what to do about it."""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if "custom code" in reason:
-        hint = "such code is never run unless `model.trust_remote_code` is true; read it before you allow it"
-        return "it brings code of its own", hint
-    if reason.startswith("Unrecognized configuration class"):
-        named = re.search(r"(\w+)Config'", reason)
-        return f"{named[1] if named else 'it'} is no causal language model", "choose a model that continues text"
-    if Path(name).exists():
-        return reason, "the model is incomplete or damaged: save or download it again"
-    if "model.safetensors" in reason:
-        return reason, "it has no .safetensors weights; `model.allow_pickle: true` reads pickled ones, as bare tensors"
-    hint = f"there is no folder {located(name)}; a Hub id needs the network, unless it is in the Hub's cache already"
-    return reason, hint
 
 
 def _resolved(name: str) -> Path | str:

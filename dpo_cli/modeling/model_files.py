@@ -17,7 +17,7 @@ from typing import Any
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.quantization import check_headers, check_unquantized
 
-CONFIG = "config.json"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 
 _INDEX = ".index.json"
 """How the list of a model's weights ends where they are parted among several files."""
@@ -54,10 +54,12 @@ class Trust:
     Attributes:
         remote_code: Whether their Python files are run.
         pickle: Whether pickled weights are read, as bare tensors: nothing in them is executed.
+        attention: The attention they get in place of the one that their settings name; None: theirs.
     """
 
     remote_code: bool = False
     pickle: bool = False
+    attention: str | None = None
 
 
 NO_TRUST = Trust()
@@ -73,6 +75,7 @@ def check_folder(folder: Path, trust: Trust, where: str | None = None) -> UserEr
     """
     try:
         _check_company(folder)
+        _check_generation(folder / GENERATION)
         settings = _read_json(folder / CONFIG)
         _check_settings(settings)
         files = weights_files(folder, settings)
@@ -175,9 +178,18 @@ def _check_company(folder: Path) -> None:
             raise UserError(f"`{path.name}` is larger than {MOST_TEXT_BYTES:,} bytes", None, _DAMAGED)
 
 
+def _check_generation(file: Path) -> None:
+    """Refuse settings of generation that cannot be read: transformers would go on without them."""
+    try:
+        if file.is_file():
+            _read_json(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"`{file.name}` cannot be read: {error}", None, _DAMAGED) from None
+
+
 def _check_settings(settings: dict[str, Any]) -> None:
     """Refuse numbers of parts that nobody builds, and attention that is code from the Hub."""
-    for name, value in _all_of(settings):
+    for name, value in all_settings(settings):
         most = next((most for count, most in _COUNTS.items() if count.fullmatch(name)), None)
         if most is not None and isinstance(value, (int, float)) and value > most:
             raise UserError(f"{CONFIG} sets `{name}` to more than {most:,}", None, _DAMAGED)
@@ -201,12 +213,12 @@ def _check_architecture(settings: dict[str, Any]) -> None:
             raise UserError(f"`{name}` is not a causal language model", None, hint)
 
 
-def _all_of(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def all_settings(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield every setting, those of the models within a composite one included."""
     for name, value in settings.items():
         yield name, value
         if isinstance(value, dict):
-            yield from _all_of(value)
+            yield from all_settings(value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

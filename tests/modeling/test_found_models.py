@@ -16,6 +16,7 @@ from tiny_models import SMALL
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.loading import check_model, load_policy
+from dpo_cli.modeling.model_files import Trust
 
 WEIGHTS = "model.safetensors"
 
@@ -197,3 +198,53 @@ def test_what_is_no_causal_language_model_is_refused_by_its_name_before_it_is_lo
     assert problem is not None
     assert f"`{name}` is not a causal language model" in problem.what
     assert problem.where == "`reference.model`"
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown", "hint"),
+    [
+        ({"attn_implementation": "flash_attention_2"}, '"flash_attention_2"', "`model.attention`"),
+        ({"attn_implementation": "fast"}, '`attn_implementation: "fast"`', "`model.attention`"),
+        ({"hidden_act": "gleu2"}, '`hidden_act: "gleu2"`', "correct config.json"),
+        ({"dtype": "bfloat15"}, '`dtype: "bfloat15"`', "correct config.json"),
+        ({"hidden_size": "big"}, '`hidden_size: "big"`', "correct config.json"),
+        ({"num_attention_heads": 5}, "`num_attention_heads: 5`", "correct config.json"),
+        ({"num_attention_heads": 0}, "`num_attention_heads: 0`", "correct config.json"),
+        ({"head_dim": 7}, "`head_dim: 7`", "correct config.json"),
+        ({"pad_token_id": 10_000}, "`pad_token_id: 10000`", "correct config.json"),
+        ({"rope_parameters": {"rope_type": "odd", "rope_theta": 1.0}}, '`rope_type: "odd"`', "correct config.json"),
+        ({"model_type": "of_next_year"}, '`model_type: "of_next_year"`', "update transformers"),
+    ],
+    ids=str,
+)
+def test_a_value_that_is_wrong_is_shown_with_what_changes_it_and_nothing_is_called_damaged(model, changes, shown, hint):
+    change_settings(model, **changes)
+    problem = refused(model)
+    assert f"config.json says {shown}" in problem.what or shown in problem.what
+    assert hint in problem.hint
+    assert "damaged" not in problem.hint
+
+
+def test_settings_of_generation_are_shown_with_their_file(model):
+    (model / "generation_config.json").write_text(json.dumps({"max_new_tokens": -5}))
+    problem = refused(model)
+    assert "generation_config.json says `max_new_tokens: -5`" in problem.what
+    assert "correct generation_config.json" in problem.hint
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", "{"), ("generation_config.json", "{"), (WEIGHTS, "junk"), (WEIGHTS, None)],
+    ids=str,
+)
+def test_only_files_that_cannot_be_read_are_called_damaged(model, file, content):
+    (model / file).unlink()
+    if content is not None:
+        (model / file).write_text(content)
+    assert "damaged" in refused(model).hint
+
+
+@pytest.mark.parametrize("named", ["flash_attention_2", "of_another_program"])
+def test_an_attention_that_is_not_there_gives_way_to_the_one_that_is_asked_for(model, named):
+    change_settings(model, attn_implementation=named)
+    assert load_policy(str(model), Trust(attention="eager")).config._attn_implementation == "eager"
