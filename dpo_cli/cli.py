@@ -74,6 +74,29 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and res
 
 
 @app.command(
+    cls=Command,
+    epilog=_examples("dpo init --model path/to/model --data pairs.jsonl --out my.yaml", "dpo train my.yaml --dry-run"),
+)
+def init(
+    model: Annotated[
+        str | None, typer.Option(parser=expanded, metavar="PATH", help="A model folder, a .gguf file or a Hub id.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(parser=expanded, metavar="SOURCE", help="Preference pairs: a file, folder or Hub id.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(parser=expanded_path, metavar="FILE", help="The file to write; none is overwritten.")
+    ] = Path("dpo.yaml"),
+    quiet: Quiet = False,
+) -> None:
+    """Write a configuration that fits a model and data."""
+    from dpo_cli.pipeline import init as write
+
+    with _job(quiet=quiet) as (console, _):
+        write(console, model=model, data=data, out=out)
+
+
+@app.command(
     "prepare-data",
     **_configured("dpo prepare-data my.yaml --show 2", "dpo prepare-data my.yaml --out prepared data.eval=null"),
 )

@@ -42,8 +42,7 @@ def detect(rows: Sequence[Row], where: str) -> str:
 def _hint(rows: Sequence[Mapping[str, object]]) -> str:
     """Say how rows that fit no shape can be read: with the columns' names guessed, or as the nearest shape."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    guess = proposed_columns(names)
-    if guess and any(shape.fits(under_other_names(row, guess)) for row in rows for shape in FORMATS.values()):
+    if guess := guessed_columns(rows):
         return f"set `data.columns: {shown_columns(guess)}`, if that is what they are"
     there = {name: [need for need in _needed(shape) if need in names] for name, shape in FORMATS.items()}
     # Of several that share as much, most people mean plain texts.
@@ -51,6 +50,15 @@ def _hint(rows: Sequence[Mapping[str, object]]) -> str:
     lacking = [need for need in _needed(FORMATS[nearest]) if need not in there[nearest]]
     what = f"the nearest shape is `{nearest}`, and lacks {listed(lacking)}"
     return f"{what}: name the data's columns by `data.columns: {{{', '.join(f'{name}: …' for name in lacking)}}}`"
+
+
+def guessed_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, str] | None:
+    """Return what `data.columns` would have to be for rows that fit no shape to fit one; None where nothing does it."""
+    if any(shape.fits(row) for row in rows for shape in FORMATS.values()):
+        return None
+    guess = proposed_columns(dict.fromkeys(name for row in rows for name in row))
+    fits = guess and any(shape.fits(under_other_names(row, guess)) for row in rows for shape in FORMATS.values())
+    return guess if fits else None
 
 
 def _needed(shape: Shape) -> list[str]:

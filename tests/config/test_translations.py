@@ -29,6 +29,7 @@ SETTINGS = {
     "save_steps": "checkpoints.every_steps",
     "save_total_limit": "checkpoints.keep",
     "eval_steps": "evaluation.every_steps",
+    "logging_steps": "logging.every_steps",
     "output": "output_dir",
     "model_name_or_path": "model.name",
     "dataset": "data.train",
@@ -37,7 +38,7 @@ SETTINGS = {
     "padding_free": "training.layout",
     "packing": "training.layout",
 }
-ABSENT = ["peft_config", "lora_r", "deepspeed", "fsdp", "logging_steps", "load_in_4bit"]
+ABSENT = ["peft_config", "lora_r", "deepspeed", "fsdp", "logging_strategy", "load_in_4bit"]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -60,7 +61,7 @@ def test_what_there_is_not_is_said_to_be_absent(tmp_path, name):
 def test_every_advice_names_settings_that_there_are(tmp_path, name):
     """Those that it names with their group exist; and the name is no setting itself, which would never be advised."""
     advice = translations.advice(name)
-    for dotted in re.findall(r"`((?:model|data|reference|training|evaluation|checkpoints)\.\w+)", advice):
+    for dotted in re.findall(r"`((?:model|data|reference|training|evaluation|checkpoints|logging)\.\w+)", advice):
         group, leaf = dotted.split(".")
         kinds = {"reference": {"model"}}.get(group) or Config.model_fields[group].annotation.model_fields
         assert leaf in kinds, dotted

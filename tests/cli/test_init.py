@@ -1,0 +1,123 @@
+"""`dpo init` writes a configuration that trains as it is, by what the model and the data are."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo_cli.config import load_config
+from dpo_cli.errors import UserError
+from dpo_cli.pipeline import init as write
+from dpo_cli.reporting.console import Console
+from tests.builders import prepare_pairs
+from tests.conftest import build_llama, read_metrics, run_dpo, write_rows
+
+
+def init(out: Path, model: Path | None = None, data: Path | None = None) -> str:
+    """Write a configuration in this process and return it."""
+    write(Console(quiet=True), model=model and str(model), data=data and str(data), out=out)
+    return out.read_text(encoding="utf-8")
+
+
+def test_without_arguments_it_writes_what_is_to_be_filled_in(tmp_path):
+    assert init(tmp_path / "dpo.yaml").count("put yours here") == 2
+    assert load_config(tmp_path / "dpo.yaml").model.name == "path/to/model"
+
+
+@pytest.mark.parametrize(
+    "names", [None, {"instruction": "question", "chosen": "Good Answer", "rejected": "Bad Answer"}]
+)
+def test_what_it_writes_trains_as_it_is(tmp_path, tiny_llama, demo_rows, names):
+    """With columns as they are known and with other names: every pair is read, and two steps are taken."""
+    rows = [{(names or {}).get(name, name): row[name] for name in ("instruction", "chosen", "rejected")}
+            for row in demo_rows[:40]]  # fmt: skip
+    write_rows(tmp_path / "some pairs.jsonl", rows)
+    done = run_dpo("init", "--model", tiny_llama, "--data", "some pairs.jsonl", "--out", "my.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "my.yaml").read_text(encoding="utf-8")
+    assert "40 rows looked at" in text
+    assert ("guessed" in text) == (names is not None)
+    done = run_dpo("train", "my.yaml", "training.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(read_metrics(tmp_path / "runs" / "my")) == 2
+
+
+def test_the_length_holds_nearly_all_pairs_and_the_share_is_said(tmp_path, tiny_llama):
+    """One response in fifty is ten times as long: at 99 % it counts. One in four hundred does not."""
+    rows = [{"instruction": "Count.", "chosen": "a " * (20 if n % 50 else 200), "rejected": "b"} for n in range(400)]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    assert "holds 100.0% of the pairs" in init(tmp_path / "one.yaml", tiny_llama, data)
+    write_rows(data, [rows[1]] * 399 + [rows[0]])
+    assert "holds 99.8% of the pairs" in init(tmp_path / "two.yaml", tiny_llama, data)
+    one, two = (load_config(tmp_path / name).data.max_length for name in ("one.yaml", "two.yaml"))
+    assert two < 200 < one
+    assert np.gcd(one, two) % 64 == 0
+
+
+def test_the_length_is_no_more_than_the_model_reads(tmp_path, tiny_llama):
+    rows = [{"instruction": "Go.", "chosen": "a b c " * 400, "rejected": "b"}] * 3
+    text = init(tmp_path / "dpo.yaml", tiny_llama, write_rows(tmp_path / "pairs.jsonl", rows))
+    assert load_config(tmp_path / "dpo.yaml").data.max_length == 512
+    assert "holds 0.0% of the pairs" in text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rate", "checkpointing"),
+    [
+        ({}, 5e-6, False),
+        ({"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}, 1e-6, True),
+        ({"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}, 5e-7, True),
+    ],
+)
+def test_the_learning_rate_follows_the_size_without_the_weights(
+    tmp_path, tiny_llama, sizes: dict[str, Any], rate, checkpointing
+):
+    """The folder has no weights: what they would be is read from `config.json`."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    settings |= {**sizes, **({"num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": None} if sizes else {})}
+    (model / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    init(tmp_path / "dpo.yaml", model)
+    config = load_config(tmp_path / "dpo.yaml")
+    assert (config.training.learning_rate, config.training.gradient_checkpointing) == (rate, checkpointing)
+
+
+def test_a_model_without_a_chat_template_is_given_the_plain_one(tmp_path, tokenizer_folder, pairs_file):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = None
+    init(tmp_path / "dpo.yaml", build_llama(tmp_path / "model", tokenizer, seed=0), pairs_file)
+    assert load_config(tmp_path / "dpo.yaml").model.chat_template == "plain"
+
+
+def test_rows_that_cannot_be_read_are_counted_and_dropped_by_what_is_written(tmp_path, tiny_llama, demo_rows):
+    rows = [*demo_rows[:30], {"instruction": "What?", "chosen": None, "rejected": "no"}]
+    text = init(tmp_path / "dpo.yaml", tiny_llama, write_rows(tmp_path / "pairs.jsonl", rows))
+    assert load_config(tmp_path / "dpo.yaml").data.on_bad_row == "drop"
+    assert "1 of them cannot be read" in text
+
+
+def test_nothing_is_overwritten_and_all_that_is_wrong_is_said_at_once(tmp_path):
+    out = tmp_path / "dpo.yaml"
+    out.write_text("mine", encoding="utf-8")
+    with pytest.raises(ExceptionGroup) as caught:
+        init(out, Path("lost/model/x"), Path("lost.jsonl"))
+    whats = [error.what for error in caught.value.exceptions]
+    assert [what.split(" `")[0] for what in whats[1:]] == ["there is no model folder", "there is no file or folder"]
+    assert "exists already" in whats[0]
+    assert out.read_text(encoding="utf-8") == "mine"
+    with pytest.raises(UserError, match="there is no folder"):
+        init(tmp_path / "no" / "dpo.yaml")
+
+
+def test_data_that_is_prepared_already_is_refused(tmp_path, tokenizer, pairs_file):
+    prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
+    with pytest.raises(UserError, match="is a prepared folder"):
+        init(tmp_path / "dpo.yaml", None, tmp_path / "prepared")
