@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dpo_cli.data.fields import printable
 from dpo_cli.data.files import ENDINGS, reader_of
+from dpo_cli.data.hub import is_path, name_hint
 from dpo_cli.errors import UserError
 from dpo_cli.settings import located
 from dpo_cli.storage import MANIFEST
@@ -59,9 +60,9 @@ def files_at(name: str, split: str) -> list[Path] | None:
     if glob.has_magic(name):
         return _files_of_glob(name)
     # What ends like a data file is a path that was mistyped, though a Hub id may look the same.
-    if _HUB_ID.fullmatch(name) and not reader_of(path):
+    if _HUB_ID.fullmatch(name) and not is_path(name) and not reader_of(path):
         return None
-    raise UserError(f"there is no file or folder {located(name)}", None, _nearest(path))
+    raise UserError(f"there is no file or folder {located(name)}", None, name_hint(name, _nearest(path)))
 
 
 def _files_of_glob(pattern: str) -> list[Path]:

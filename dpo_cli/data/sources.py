@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from pydantic import Discriminator, Field, Tag
 
 from dpo_cli.data.files import BATCH_ROWS, reader_of, rows_of_columns
 from dpo_cli.data.formats import FORMATS
+from dpo_cli.data.hub import look_up
 from dpo_cli.data.places import SPLITS, files_at
 from dpo_cli.data.records import Row
 from dpo_cli.data.renaming import ColumnNames, shown_columns
@@ -124,6 +125,17 @@ def _effective(source: Source) -> set[str]:
     return settings if files is None else settings - {"config", "split"}
 
 
+def look_up_source(source: Source, where: str) -> UserError | None:
+    """Say what is wrong with a source that is a dataset of the Hub, before any of its rows is loaded."""
+    try:
+        if files_at(source.path, source.split) is None:
+            look_up("dataset", source.path, where)
+            _opened(source, lambda load: load.load_dataset_builder(source.path, source.config))
+    except UserError as error:
+        return UserError(error.what, where, error.hint)
+    return None
+
+
 def paths_of(source: Source) -> list[str]:
     """Return the name of a source, and the files behind it, if there are any."""
     try:
@@ -200,12 +212,17 @@ def _times(number: int, weight: float) -> int:
 
 
 def _load_dataset(source: Source) -> Any:
-    """Load a split of a Hub dataset, which stays on disk; render what the library says when it cannot."""
+    """Load a split of a Hub dataset, which stays on disk."""
+    return _opened(source, lambda load: load.load_dataset(source.path, source.config, split=source.split))
+
+
+def _opened(source: Source, load: Callable[[Any], Any]) -> Any:
+    """Call the library of the Hub's datasets; render what it says when it cannot."""
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(source.path, source.config, split=source.split)
+        return load(datasets)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         hint = (

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from dpo_cli.data.hub import cached_config, is_path, look_up, name_hint
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.completeness import check_complete, say_untied, untied
 from dpo_cli.modeling.hub import fetch_weights, fetched
@@ -61,9 +62,26 @@ def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) ->
     if path.is_file():
         hint = "name the folder that holds config.json, a .gguf file, or a Hub id"
         return UserError(f"`{name}` is neither a model folder nor a .gguf file", where, hint)
-    if _HUB_ID.fullmatch(name):
+    if names_hub_model(name):
         return None
-    return UserError(f"there is no model folder {located(name)}", where, "name a folder, a .gguf file or a Hub id")
+    hint = name_hint(name, "name a folder, a .gguf file or a Hub id")
+    return UserError(f"there is no model folder {located(name)}", where, hint)
+
+
+def names_hub_model(name: str) -> bool:
+    """Tell whether a name is a Hub id, given that it is nothing on this disk."""
+    return not Path(name).exists() and not is_path(name) and bool(_HUB_ID.fullmatch(name))
+
+
+def look_up_model(name: str, where: str) -> UserError | None:
+    """Say what is wrong with a model that is asked for on the Hub, without loading anything but a few facts."""
+    try:
+        if look_up("model", name, where) or cached_config(name):
+            return None
+    except UserError as error:
+        return error
+    hint = "check the name; a Hub id needs the network, unless the model is in the Hub's cache already"
+    return UserError(f"the model `{name}` cannot be loaded: the Hub cannot be reached", where, hint)
 
 
 def load_tokenizer(name: str, trust: Trust = NO_TRUST) -> PreTrainedTokenizerBase:

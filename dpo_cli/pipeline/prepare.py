@@ -17,7 +17,7 @@ from dpo_cli.pipeline.check import (
     show_check,
     write_check,
 )
-from dpo_cli.pipeline.setup import check_inputs, held_out_sources, load_tokenizer, prepared_pairs, split
+from dpo_cli.pipeline.setup import check_inputs, held_out_sources, load_tokenizer, look_up_on_hub, prepared_pairs, split
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import dropped_examples, marked_pair, statistics_table, tokens_table
 
@@ -43,6 +43,7 @@ def prepare(
         UserError: Something is wrong that the user can mend.
     """
     raise_all([*check_inputs(config), *check_report_folder(report)])
+    look_up_on_hub(config)
     tokenizer, tokenize = load_tokenizer(config, config.model.name)
     assert config.data.train is not None
     pairs = prepared_pairs(config, as_sources(config.data.train), tokenize, console, out)

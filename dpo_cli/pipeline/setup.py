@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
-from dpo_cli.data.sources import as_sources, check_source, describe, paths_of
-from dpo_cli.errors import FAILED, UserError
+from dpo_cli.data.sources import as_sources, check_source, describe, look_up_source, paths_of
+from dpo_cli.errors import FAILED, UserError, raise_all
 from dpo_cli.locks import lock_beside, locked
-from dpo_cli.modeling.loading import check_model
+from dpo_cli.modeling.loading import check_model, look_up_model, names_hub_model
 from dpo_cli.reporting.console import Console
 from dpo_cli.settings import located
 
@@ -50,6 +50,26 @@ def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]
     return [problem for problem in problems if problem]
 
 
+def look_up_on_hub(config: Config, *, model: str | None = None, data: str | None = None) -> None:
+    """Ask the Hub for every model and dataset that is named and is not on this disk, before any work is done.
+
+    Args:
+        config: What the configuration names was checked before.
+        model: A model that `--model` names, or None.
+        data: Pairs that `--data` names in place of the configuration's, or None.
+
+    Raises:
+        UserError: The Hub has something not, or cannot be reached and it was not downloaded before.
+    """
+    models = {"`model.name`": config.model.name, "`reference.model`": config.reference.model, "--model": model}
+    problems = [look_up_model(name, where) for where, name in models.items() if name and names_hub_model(name)]
+    sources = {"`data.train`": as_sources(config.data.train), "`data.eval`": held_out_sources(config)}
+    if data is not None:
+        sources = {"--data": as_sources(data)}
+    problems += [look_up_source(source, where) for where, named in sources.items() for source in named]
+    raise_all(problem for problem in problems if problem)
+
+
 def _is_file(name: str) -> bool:
     """Tell whether there is such a file; a template's own text, say, is too long for a name."""
     try:
@@ -84,7 +104,6 @@ def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Acc
     from accelerate import Accelerator, InitProcessGroupKwargs
     from transformers.utils import logging as hf_logging
 
-    from dpo_cli.errors import raise_all
     from dpo_cli.modeling.allocator import return_freed_memory
     from dpo_cli.reporting.trackers import check_trackers
     from dpo_cli.training.ranks import gathering

@@ -66,6 +66,7 @@ def train(
     # Ranks of one run share its folder; a dry run writes nothing.
     with folder.locked() if is_main_process() and not dry_run else contextlib.nullcontext():
         console.notice("loading …")
+        setup.look_up_on_hub(config)
         from dpo_cli.training.ranks import watched
 
         accelerator = setup.start_accelerator(config, project_dir=folder.trackers)

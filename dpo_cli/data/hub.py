@@ -1,0 +1,95 @@
+"""Names of models and datasets on the Hugging Face Hub: which names are asked for there, and whether it has them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dpo_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from huggingface_hub.errors import HfHubHTTPError
+
+Kind = Literal["model", "dataset"]
+
+_SECONDS = 10
+"""How long an answer of the Hub is waited for. Its libraries try six times, file by file, which takes minutes."""
+
+_REFUSALS = {401, 403, 404}
+"""HTTP statuses by which the Hub says that there is no such thing, or that it is not for everybody."""
+
+_log = logging.getLogger(__name__)
+
+
+def is_path(name: str) -> bool:
+    """Tell whether a name can only be a path: it begins with `.`, `/` or `~`, or with a folder that is here."""
+    first, slash, _ = name.partition("/")
+    return name.startswith((".", "/", "~")) or (bool(slash) and Path(first).is_dir())
+
+
+def name_hint(name: str, hint: str) -> str:
+    """Add to a hint why a name that looks like a Hub id is not asked for on the Hub, where that needs a word."""
+    first, slash, _ = name.partition("/")
+    if slash and not name.startswith((".", "/", "~")) and is_path(name):
+        return f"{hint} (`{first}` is a folder here, so the Hub is not asked)"
+    return hint
+
+
+def look_up(kind: Kind, name: str, where: str) -> bool:
+    """Ask the Hub for a model or a dataset, once.
+
+    Args:
+        kind: Which of them it is.
+        name: Its id.
+        where: The setting or option that names it.
+
+    Returns:
+        Whether the Hub answered. Where it did not, its libraries use what they have on disk from now on.
+
+    Raises:
+        UserError: The Hub answered that there is none, or none for this user.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    ask = HfApi().model_info if kind == "model" else HfApi().dataset_info
+    try:
+        ask(name, timeout=_SECONDS)
+    except HfHubHTTPError as error:
+        if _status(error) in _REFUSALS:
+            hint = "check the name; for a private one log in with `hf auth login`; a folder needs to exist"
+            raise UserError(
+                f"the {kind} `{name}` cannot be loaded: the Hub has none of that name", where, hint
+            ) from None
+        reason = f"status {_status(error)}"
+    except Exception as error:
+        # What goes wrong on the way there is told by errors of the HTTP library, which is not always the same one.
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+    else:
+        return True
+    _work_offline(reason)
+    return False
+
+
+def cached_config(name: str) -> bool:
+    """Tell whether the Hub's cache on this disk has a model, by its config.json."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _work_offline(reason: str) -> None:
+    """Let the Hub's libraries use what they have on disk; say so, unless the user has set that already."""
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_OFFLINE:
+        _log.warning("the Hub cannot be reached (%s); only what was downloaded before is used", reason)
+        # `datasets` reads the variable when it is imported.
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+
+
+def _status(error: HfHubHTTPError) -> int:
+    return int(error.response.status_code)
