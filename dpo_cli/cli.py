@@ -172,7 +172,10 @@ def evaluate(
         str | None, typer.Option(parser=expanded, metavar="SOURCE", help="Pairs to score; by default those held out.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", parser=expanded_path, metavar="FILE", help="Write the figures as JSON.")
+        Path | None,
+        typer.Option(
+            "--json", parser=expanded_path, metavar="FILE", help="Write the figures as JSON; `-`: to standard output."
+        ),
     ] = None,
     quiet: Quiet = False,
 ) -> None:

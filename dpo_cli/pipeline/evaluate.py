@@ -13,6 +13,7 @@ from dpo_cli.data.sources import as_sources, check_source, describe
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import choose_layout, prove_logps, wanted_tokens, without_gradient
+from dpo_cli.pipeline.plan import described_loss
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import figures_table, groups_table
 from dpo_cli.settings import located
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from dpo_cli.modeling.batch import Layout
     from dpo_cli.preference.reference import OpenReference
 
+_STANDARD_OUTPUT = Path("-")
+"""What `--json` is given to write the figures to standard output."""
+
 
 def evaluate(config: Config, console: Console, *, model: str | None, data: str | None, json_file: Path | None) -> None:
     """Score a model on held-out pairs and print the figures.
@@ -38,7 +42,7 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
         console: Where the table goes.
         model: What to score: a folder, a .gguf file or a Hub id; None: the run's trained model.
         data: Pairs to score, all of them; None: what the configuration holds out.
-        json_file: Where to write the figures, or None.
+        json_file: Where to write the figures; `-`: standard output, in place of the table; or None.
 
     Raises:
         UserError: Something is wrong that the user can mend.
@@ -46,6 +50,7 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
     scored = model or str(RunFolder(Path(config.output_dir)).final)
     raise_all(_check(config, scored, model, data, json_file))
     console.notice("loading …")
+    setup.look_up_on_hub(config, model=model, data=data)
     from dpo_cli.training.ranks import watched
 
     accelerator = setup.start_accelerator(config)
@@ -86,16 +91,33 @@ def _score(
         "model": scored,
         "reference": None if config.reference.type == "none" else config.reference.model or config.model.name,
         "data": source,
+        "objective": config.model_dump(mode="json")["loss"],
+    }
+    if json_file == _STANDARD_OUTPUT:
+        console.result(json.dumps(found, indent=1))
+        return
+    _show(config, found, console)
+    if json_file and accelerator.is_main_process:
+        _write(json_file, found)
+        console.notice(f"figures written: {json_file}")
+
+
+def _show(config: Config, found: dict[str, Any], console: Console) -> None:
+    """Print what was measured, and the figures of all pairs and of groups of them."""
+    measured = {
+        "loss": described_loss(config),
+        "reference": found["reference"] or "none, and none is needed",
+        "pairs of": found["data"],
     }
     console.block()
-    console.result(figures_table({scored: found}))
+    for name, value in measured.items():
+        console.result(f"{name:<9}  {value}")
+    console.result("")
+    console.result(figures_table({found["model"]: found}))
     for label in LABELS:
         if groups := found.get(f"by_{label}"):
             console.result("")
             console.result(groups_table(label, groups))
-    if json_file and accelerator.is_main_process:
-        _write(json_file, found)
-        console.notice(f"figures written: {json_file}")
 
 
 def _check(config: Config, scored: str, model: str | None, data: str | None, json_file: Path | None) -> list[UserError]:
@@ -120,9 +142,11 @@ def _check(config: Config, scored: str, model: str | None, data: str | None, jso
     if data is None and config.data.eval is None:
         hint = "set `data.eval`, or name pairs with --data"
         problems.append(UserError("the configuration holds no pairs out", "`data.eval`", hint))
-    if json_file and json_file.is_dir():
+    if json_file is None or json_file == _STANDARD_OUTPUT:
+        return problems
+    if json_file.is_dir():
         problems.append(UserError("the JSON file is a folder", f"--json {json_file}", "name a file in it"))
-    elif json_file and not json_file.parent.is_dir():
+    elif not json_file.parent.is_dir():
         problems.append(
             UserError(
                 f"there is no folder {located(json_file.parent)} for the JSON file", f"--json {json_file}", "create it"

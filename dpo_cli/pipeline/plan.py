@@ -70,7 +70,7 @@ def header(
         "pairs": f"{len(data.train):,} to train on, {len(data.held_out):,} held out",
         **_left_out(data),
         "steps": _steps(plan),
-        "loss": _loss(config),
+        "loss": described_loss(config),
         "reference": _reference(config),
         "optimizer": ", ".join([training.optimizer, *_changed(training, "weight_decay", "max_grad_norm")]),
         "learning rate": f"{training.learning_rate:g}, {_schedule(config, plan)}",
@@ -93,7 +93,7 @@ def _schedule(config: Config, plan: Plan) -> str:
     return config.training.schedule + (f", warm-up until step {num_steps:,}" if num_steps else "")
 
 
-def _loss(config: Config) -> str:
+def described_loss(config: Config) -> str:
     """Name the losses with β, and with whatever else decides them and is not as it is by default."""
     losses = config.objective.losses
     several = len(losses) > 1

@@ -91,7 +91,42 @@ def test_dpo_eval_gives_the_figures_that_the_run_logged(forked_dpo, finished, tm
         for name in set(row) - {"split", "step", "epoch"}:
             assert found[name] == pytest.approx(row[name], abs=1e-5), name
         assert found["model"] == str(model)
-        assert set(found) == (set(row) - {"split", "step", "epoch"}) | {"model", "reference", "data"}
+        assert set(found) == (set(row) - {"split", "step", "epoch"}) | {"model", "reference", "data", "objective"}
+
+
+def test_dpo_eval_says_what_it_measures(forked_dpo, finished, pairs_file, tiny_llama):
+    file, _, _ = finished
+    arguments = ("--data", pairs_file, "loss.beta=0.3", "loss.label_smoothing=0.1", "loss.divergence=js")
+    shown = forked_dpo("eval", "--config", file, *arguments)
+    assert shown.returncode == 0, shown.stderr
+    about = dict(re.split(r"  +", line, maxsplit=1) for line in shown.stdout.split("\n\n")[0].splitlines())
+    assert about == {
+        "loss": "dpo (beta 0.3, label_smoothing 0.1, divergence js)",
+        "reference": str(tiny_llama),
+        "pairs of": str(pairs_file),
+    }
+
+
+def test_dpo_eval_writes_nothing_but_json_to_standard_output(finished):
+    file, run, _ = finished
+    piped = run_dpo("eval", "--config", file, "--json", "-", "loss.beta=0.3", env={"FORCE_COLOR": "1", "COLUMNS": "40"})
+    assert piped.returncode == 0, piped.stderr
+    found = json.loads(piped.stdout)
+    assert found["objective"]["type"] == "dpo"
+    assert found["objective"]["beta"] == 0.3
+    # Rewards are as many times the log-ratios as β says.
+    (last,) = read_metrics(run, "eval")[-1:]
+    assert found["rewards/margins"] == pytest.approx(3 * last["rewards/margins"], rel=1e-4)
+
+
+def test_dpo_eval_names_each_of_several_losses(forked_dpo, finished, tmp_path):
+    file, _, _ = finished
+    arguments = ("loss=[{type: dpo}, {type: sft, weight: 0.5}]", "--json", tmp_path / "figures.json")
+    shown = forked_dpo("eval", "--config", file, *arguments)
+    assert shown.returncode == 0, shown.stderr
+    assert "1 · dpo (beta 0.1) + 0.5 · sft" in shown.stdout
+    objective = json.loads((tmp_path / "figures.json").read_text())["objective"]
+    assert [(loss["type"], loss["weight"]) for loss in objective] == [("dpo", 1), ("sft", 0.5)]
 
 
 def test_dpo_eval_of_the_base_model_is_all_ties(forked_dpo, finished, tmp_path, tiny_llama, pairs_file):
