@@ -142,6 +142,9 @@ def train(
     arguments: Arguments = None,
     config: ConfigFile = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Resume with more steps though the learning rate takes another course.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older run in the folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
     quiet: Quiet = False,
@@ -151,10 +154,12 @@ def train(
     from dpo_cli.pipeline import train as run
 
     with _job(quiet=quiet) as (console, signals):
+        resume = resume or extend
         if resume and overwrite:
-            raise UserError("`--resume` and `--overwrite` exclude each other", "the command line", "choose one of them")
+            what = f"`{'--extend' if extend else '--resume'}` and `--overwrite` exclude each other"
+            raise UserError(what, "the command line", "choose one of them")
         settings = load_config(*split_arguments(config, arguments or ()))
-        run(settings, console, signals, resume=resume, overwrite=overwrite, dry_run=dry_run)
+        run(settings, console, signals, resume=resume, overwrite=overwrite, dry_run=dry_run, extend=extend)
 
 
 @app.command(

@@ -167,6 +167,8 @@ class CheckpointSettings(Settings):
 
     every_steps: int = Field(100, ge=1)
     """Optimizer steps between checkpoints."""
+    at_end: bool = True
+    """Whether the last step saves one, too, from which a finished run can be extended."""
     keep: int = Field(2, ge=1)
     """How many of the newest checkpoints stay."""
     background: bool = False

@@ -151,7 +151,8 @@ def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, resu
 
     config, step = run.config, result.number
     last = step == run.plan.num_steps
-    stop, save = result.stop, _due(step, config.checkpoints.every_steps)
+    stop = result.stop
+    save = _due(step, config.checkpoints.every_steps) or (last and config.checkpoints.at_end)
     evaluates = len(run.data.held_out) > 0 and (last or _due(step, config.evaluation.every_steps))
     if last or stop or save or evaluates:
         check_finite(step, result.pairs, run.parts.policy)

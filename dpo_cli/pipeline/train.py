@@ -13,6 +13,7 @@ from dpo_cli.interrupts import StopSignals
 from dpo_cli.launchers import is_main_process
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.check import check, show_check
+from dpo_cli.pipeline.extend import check_length
 from dpo_cli.pipeline.passes import (
     expected_layout,
     prove_logps,
@@ -36,7 +37,14 @@ if TYPE_CHECKING:
 
 
 def train(
-    config: Config, console: Console, signals: StopSignals, *, resume: bool, overwrite: bool, dry_run: bool
+    config: Config,
+    console: Console,
+    signals: StopSignals,
+    *,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    extend: bool = False,
 ) -> None:
     """Train a policy, or with `dry_run` check everything and print the plan.
 
@@ -47,6 +55,7 @@ def train(
         resume: Go on from the newest whole checkpoint, or start where there is none.
         overwrite: Replace an older run in the folder.
         dry_run: Stop before anything is written to the run's folder.
+        extend: Resume with more steps also where the learning rate of steps that were taken would have been another.
 
     Raises:
         UserError: Something is wrong that the user can mend.
@@ -59,9 +68,9 @@ def train(
     raise_all([*setup.check_inputs(config), *([unusable] if unusable else [])])
     if resume:
         folder.check_unchanged(config.model_dump(mode="json"))
-        if folder.state() is RunState.FINISHED:
-            folder.check_final()
-            console.notice(f"the run in {folder.path} is finished: {folder.final}")
+        same_length = folder.recorded_length() == (config.training.epochs, config.training.max_steps)
+        if same_length and folder.state() is RunState.FINISHED:
+            _tell_finished(folder, console)
             return
     # Ranks of one run share its folder; a dry run writes nothing.
     with folder.locked() if is_main_process() and not dry_run else contextlib.nullcontext():
@@ -71,9 +80,15 @@ def train(
 
         accelerator = setup.start_accelerator(config, project_dir=folder.trackers)
         with watched(accelerator, config.training.rank_timeout) as progress:
-            how = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run}
+            how = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "extend": extend}
             _run(config, folder, console, signals, accelerator, progress, **how)
         accelerator.end_training()
+
+
+def _tell_finished(folder: RunFolder, console: Console) -> None:
+    """Say that nothing is left to do, if the trained model is whole."""
+    folder.check_final()
+    console.notice(f"the run in {folder.path} is finished: {folder.final}")
 
 
 def _run(
@@ -87,6 +102,7 @@ def _run(
     resume: bool,
     overwrite: bool,
     dry_run: bool,
+    extend: bool,
 ) -> None:
     """Walk the road from the pairs to the trained model, alone or as one of several ranks."""
     from dpo_cli.data.tokenize import end_tokens
@@ -99,6 +115,12 @@ def _run(
         tokenizer, tokenize = setup.load_tokenizer(config, config.model.name)
         data = setup.run_data(config, tokenize, console)
     plan, program_bytes = make_plan(config, data), resident_bytes()
+    if resume:
+        if longer := check_length(config, folder, plan, extend=extend):
+            console.notice(longer)
+        elif folder.state() is RunState.FINISHED:
+            _tell_finished(folder, console)
+            return
     name, trust = config.model.name, config.model.trust
     policy = empty_policy(name, trust) if dry_run else load_policy(name, trust).to(accelerator.device)
     facts = header(config, folder, accelerator, data, plan, policy)
@@ -235,7 +257,7 @@ def _describe(run: Run, *, resume: bool, overwrite: bool) -> None:
         UserError: The disk refuses, or another run began in the folder meanwhile.
     """
     from dpo_cli.reporting.environment import environment
-    from dpo_cli.storage import make_folder, remove_strays, write_text
+    from dpo_cli.storage import discard, make_folder, remove_strays, write_text
 
     described = json.dumps(environment(run.accelerator), indent=1)
     try:
@@ -243,6 +265,9 @@ def _describe(run: Run, *, resume: bool, overwrite: bool) -> None:
             raise meanwhile
         if overwrite:
             run.folder.clear()
+        elif run.folder.state() is RunState.FINISHED:
+            # It is extended. Were it interrupted with its old model in place, it would count as finished.
+            discard(run.folder.final)
         make_folder(run.folder.path)
         remove_strays(run.folder.path)
         remove_strays(run.folder.checkpoints)

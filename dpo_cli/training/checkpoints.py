@@ -143,6 +143,11 @@ def newest_whole(folder: Path, stands_on: Mapping[str, str]) -> Path | None:
     return None
 
 
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint by its name, whole or not; 0 where there is none."""
+    return max(map(_step_of, _checkpoints(folder)), default=0)
+
+
 def check_finite(step: int, pairs: tuple[int, ...], policy: PreTrainedModel) -> None:
     """Refuse to save weights that are NaN or infinite.
 

@@ -68,8 +68,8 @@ def warmup_steps(ratio: float, num_steps: int) -> int:
     return math.ceil(Fraction(str(ratio)) * num_steps)
 
 
-def schedule(optimizer: Optimizer, kind: str, warmup_ratio: float, num_steps: int) -> LambdaLR:
-    """Return the schedule of the learning rate, to be stepped once after every optimizer step.
+def rate_factor(kind: str, warmup_ratio: float, num_steps: int) -> Callable[[int], float]:
+    """Return the function that gives the share of the highest learning rate for the step after some steps.
 
     Over the first `warmup_ratio` of the steps the rate rises evenly, from its first share and not from
     zero, so that no step is wasted. Then it stays (`constant`), falls evenly (`linear`) or along half a
@@ -87,4 +87,9 @@ def schedule(optimizer: Optimizer, kind: str, warmup_ratio: float, num_steps: in
             return (steps_done + 1) / num_warmup
         return after(min(1.0, (steps_done - num_warmup) / max(1, num_steps - num_warmup)))
 
-    return LambdaLR(optimizer, factor)
+    return factor
+
+
+def schedule(optimizer: Optimizer, kind: str, warmup_ratio: float, num_steps: int) -> LambdaLR:
+    """Return the schedule of the learning rate, `rate_factor`, to be stepped once after every optimizer step."""
+    return LambdaLR(optimizer, rate_factor(kind, warmup_ratio, num_steps))

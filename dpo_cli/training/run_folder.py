@@ -188,10 +188,24 @@ class RunFolder:
         found = dict(_leaves(self._started_with())).get(name) if self._is_a_run() else None
         return found if type(found) is int and found > 0 else None
 
+    def recorded_length(self) -> tuple[float, int | None] | None:
+        """Return `training.epochs` and `training.max_steps` of the run as it was last started; None: there is no run.
+
+        Raises:
+            UserError: They are not what a run writes.
+        """
+        if not self._is_a_run():
+            return None
+        found = dict(_leaves(self._started_with()))
+        epochs, max_steps = found.get(_LENGTH[0]), found.get(_LENGTH[1])
+        if isinstance(epochs, (int, float)) and epochs > 0 and (max_steps is None or isinstance(max_steps, int)):
+            return epochs, max_steps
+        raise self._unreadable(f"`{_LENGTH[0]}` is {epochs} and `{_LENGTH[1]}` is {max_steps}")
+
     def check_unchanged(self, settings: dict[str, Any]) -> None:
         """Compare a run's settings with those it was started with, before it is resumed.
 
-        What `_MAY_CHANGE` names may differ.
+        What `_MAY_CHANGE` names may differ, and so may the number of steps, which is looked at apart.
 
         Raises:
             UserError: Settings differ that would make it another run.
@@ -203,7 +217,7 @@ class RunFolder:
         changed = [
             f"`{name}` was {_shown(before.get(name))} and is {_shown(now.get(name))}"
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and not name.startswith(_MAY_CHANGE)
+            if before.get(name) != now.get(name) and not name.startswith((*_MAY_CHANGE, *_LENGTH))
         ]
         if changed:
             what = f"a run cannot be resumed under other settings: {'; '.join(changed)}"
@@ -222,8 +236,11 @@ class RunFolder:
                 return started
         except (NotPlain, UnicodeDecodeError) as error:
             reason = str(error)
+        raise self._unreadable(reason)
+
+    def _unreadable(self, reason: str) -> UserError:
         what = f"the settings that the run was started with cannot be read: {reason}"
-        raise UserError(what, str(self.config), "start again with `--overwrite`")
+        return UserError(what, str(self.config), "start again with `--overwrite`")
 
 
 _MAY_CHANGE = (
@@ -242,10 +259,13 @@ _MAY_CHANGE = (
 """How a run is watched and cut into passes, and when it stops: none of it is part of what is computed before,
 rounding aside."""
 
+_LENGTH = ("training.epochs", "training.max_steps")
+"""How many steps a run has: it may get more of them, where the learning rate of those it has taken allows."""
+
 
 def settings_digest(settings: dict[str, Any]) -> str:
-    """Return a digest of all settings that decide what a run computes."""
-    deciding = {name: value for name, value in _leaves(settings) if not name.startswith(_MAY_CHANGE)}
+    """Return a digest of all settings that decide what a step of a run computes."""
+    deciding = {name: value for name, value in _leaves(settings) if not name.startswith((*_MAY_CHANGE, *_LENGTH))}
     return text_digest(json.dumps(deciding, sort_keys=True))
 
 

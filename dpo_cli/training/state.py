@@ -170,8 +170,10 @@ def load_checkpoint(path: Path, parts: TrainingParts) -> tuple[int, str]:
         moments = _optimizer_from_tensors(tensors, facts.optimizer)
         _check_fits(moments["state"], parts.optimizer)
         parts.optimizer.load_state_dict(moments)
-        # The schedule is a function of the step; its rate stands in the optimizer's groups.
-        rates = [group["lr"] for group in parts.optimizer.param_groups]
+        # The schedule is a function of the step; one of more steps than it was saved under goes on at its own rate.
+        rates = _rates(parts.schedule, facts.step)
+        for group, rate in zip(parts.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         if parts.reference is not None:
             _check_same(reference, _weights(parts.reference))
             for name, weights in _weights(parts.reference).items():
@@ -226,6 +228,11 @@ def read_facts(path: Path) -> Facts:
     if path.name != f"step-{facts.step:06d}":
         raise DamagedFolder(f"it is the checkpoint of step {facts.step}")
     return facts
+
+
+def _rates(schedule: LambdaLR, step: int) -> list[float | Tensor]:
+    """Return the learning rates after a step, by group."""
+    return [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

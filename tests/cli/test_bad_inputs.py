@@ -805,7 +805,8 @@ FULL_CASES = {
         f"{TRAIN} --resume", 1, r"saving a checkpoint failed", r"free some space|file is larger", RUN_FILES,
     ),
     "disk full while the trained model is saved": Case(
-        limit(60_000), f"{TRAIN} checkpoints.every_steps=99", 1, r"saving the trained model failed", r"free some|larger"
+        limit(60_000), f"{TRAIN} checkpoints.every_steps=99 checkpoints.at_end=false", 1,
+        r"saving the trained model failed", r"free some|larger"
     ),
 }  # fmt: skip
 FRESH = [{**PAIR, "instruction": f"Say hi {n} times, please." * 9, "chosen": "Hi. " * n} for n in range(1, 40)]

@@ -241,7 +241,7 @@ def test_another_run_is_never_written_over_unless_asked(forked_dpo, finished, wr
     replaced = forked_dpo("train", "--config", file, "--overwrite", "training.max_steps=1")
     assert replaced.returncode == 0, replaced.stderr
     assert [row["step"] for row in read_metrics(run)] == [1]
-    assert not (run / "checkpoints").exists()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000001"]
 
 
 def test_a_dry_run_prints_the_plan_and_writes_no_run(write_config, tmp_path, tiny_llama):

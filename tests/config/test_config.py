@@ -87,7 +87,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path):
             "seed": 42,
         },
         "evaluation": {"every_steps": None},
-        "checkpoints": {"every_steps": 100, "keep": 2, "background": False},
+        "checkpoints": {"every_steps": 100, "at_end": True, "keep": 2, "background": False},
         "logging": {"every_steps": "auto"},
         "tracking": [],
         "output_dir": "runs/run",

@@ -24,7 +24,7 @@ DECIDES = {
     "model.name", "model.dtype", "model.chat_template", "model.allow_pickle", "model.trust_remote_code",
     "data.train", "data.eval", "data.format", "data.on_bad_row", "data.max_length", "data.on_too_long",
     "data.min_response", "data.turns", "data.ranked", "data.drop",
-    "training.epochs", "training.max_steps", "training.pairs_per_step", "training.shuffle", "training.optimizer",
+    "training.pairs_per_step", "training.shuffle", "training.optimizer",
     "training.learning_rate", "training.schedule", "training.warmup_ratio", "training.weight_decay",
     "training.max_grad_norm", "training.seed",
 }  # fmt: skip
@@ -34,10 +34,13 @@ WATCHES = {
     "training.micro_batch_tokens", "training.layout", "training.gradient_checkpointing", "training.rank_timeout",
     "training.on_nonfinite", "training.max_skipped",
     "evaluation.every_steps",
-    "checkpoints.every_steps", "checkpoints.keep", "checkpoints.background",
+    "checkpoints.every_steps", "checkpoints.at_end", "checkpoints.keep", "checkpoints.background",
     "tracking", "output_dir",
 }  # fmt: skip
 """What decides memory and speed, what is kept and who is told."""
+
+LENGTH = {"training.epochs", "training.max_steps"}
+"""How many steps there are; `tests/cli/test_extend.py` gives runs more of them."""
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -70,8 +73,8 @@ def members(union: Any) -> list[type[Settings]]:
 
 def test_every_setting_is_known_to_decide_the_weights_or_not():
     named = {name for name, _ in leaves(Config(model={"name": "m"}).model_dump(mode="json"))}
-    assert {name for name in named if not name.startswith(("loss.", "reference."))} == DECIDES | WATCHES
-    assert not DECIDES & WATCHES
+    assert {name for name in named if not name.startswith(("loss.", "reference."))} == DECIDES | WATCHES | LENGTH
+    assert len(DECIDES) + len(WATCHES) + len(LENGTH) == len(DECIDES | WATCHES | LENGTH)
 
 
 @pytest.mark.parametrize("name", sorted(DECIDES))
@@ -83,7 +86,7 @@ def test_what_decides_the_weights_may_not_change(tmp_path, name):
     assert refused.value.hint
 
 
-@pytest.mark.parametrize("name", sorted(WATCHES))
+@pytest.mark.parametrize("name", sorted(WATCHES | LENGTH))
 def test_what_does_not_may(tmp_path, name):
     config = Config(model={"name": "m"})
     started(tmp_path, config).check_unchanged(changed(config, name))
@@ -123,6 +126,7 @@ OTHERS = {
     "training.max_skipped": 3,
     "evaluation.every_steps": 1,
     "checkpoints.every_steps": 3,
+    "checkpoints.at_end": "false",
     "checkpoints.keep": 1,
     "checkpoints.background": "true",
     "tracking": "[tensorboard]",
