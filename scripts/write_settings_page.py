@@ -14,8 +14,9 @@ from dpo_cli.config import json_schema
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """# Settings
 
-A configuration is a YAML file; any setting can be overridden on the command line by its dotted path
-(`training.learning_rate=1e-5`). An unknown setting and a value out of range are errors, and so is one that cannot have
+A configuration is a YAML file. `dpo init` writes one that fits a model and data, `dpo config example` prints one with
+comments, and `dpo config schema` prints all of this page for editors. Any setting can be overridden on the command line
+by its dotted path (`training.learning_rate=1e-5`). An unknown setting and a value out of range are errors, and so is one that cannot have
 an effect (`evaluation.every_steps` without held-out pairs, a `training.max_steps` that is never reached). All errors of
 a file are reported together. `model: NAME`, `loss: TYPE` and `reference: TYPE` are short for the setting named in them.
 

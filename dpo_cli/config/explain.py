@@ -150,7 +150,7 @@ def _how_to_set(path: tuple[str, ...], given: Any) -> str:
         return "see `dpo config example` for how settings are written"
     meaning = _decapitalized(field.description or "")
     if path[-1].isdigit():
-        return f"`{_name(path)}` is {meaning}"
+        return f"change this member of `{_name(path)}`, or take it out: {meaning}"
     if any(True for _ in _models(field.annotation)) and given is None:
         return f"indent its settings below `{path[-1]}:`, or leave it out"
     if field.is_required():

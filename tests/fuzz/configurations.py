@@ -36,6 +36,9 @@ def _of_schema(schema: Mapping[str, Any], groups: Mapping[str, Any]) -> st.Searc
     if ways := schema.get("anyOf") or schema.get("oneOf"):
         return st.one_of([_of_schema(way, groups) for way in ways])
     kind = schema.get("type")
+    if kind == "object" and "properties" not in schema:
+        names = _of_schema(schema.get("propertyNames", {"type": "string"}), groups)
+        return st.dictionaries(names, _of_schema(schema["additionalProperties"], groups), max_size=3)
     if kind == "object":
         members = {name: _of_schema(inner, groups) for name, inner in schema["properties"].items()}
         needed = {name: members.pop(name) for name in schema.get("required", ())}
