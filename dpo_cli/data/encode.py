@@ -32,6 +32,12 @@ _LONGEST_PIECE = 32
 
 _TRIED_TEXTS = 64
 
+_CHARACTER_BYTES = 4
+"""The most bytes of a character, and so the most tokens of one."""
+
+_REPLACEMENT = "\ufffd"
+"""What is decoded of bytes that are no character."""
+
 _PIECE = re.compile(r"(?s:.)[^ ]*(?:(?<![!-~]) [^ ]*)*")
 _LAST_CUT = re.compile(r"(?s:.*)(?<=[!-~])(?= )")
 """Pieces end before a space that follows a visible ASCII character; `_LAST_CUT` ends at the last such place."""
@@ -104,6 +110,14 @@ class TextEncoder:
             place = added.end()
         cut = _LAST_CUT.match(text, place)
         return cut.end() if cut else place
+
+    def begins_within(self, tokens: Tokens) -> bool:
+        """Tell whether tokens begin within a character, the first bytes of which are in a token before them."""
+        some = [tokens[:size].tolist() for size in range(1, _CHARACTER_BYTES + 1)]
+        if not all(self.tokenizer.decode(one).startswith(_REPLACEMENT) for one in some):
+            return False
+        spelled = self.continuation(_REPLACEMENT)
+        return not np.array_equal(tokens[: len(spelled)], spelled)
 
     def _with_literals(self, text: str) -> Tokens:
         """Return the tokens of a text that spells out control tokens: each of them, and what is between them, apart."""

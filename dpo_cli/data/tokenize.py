@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -231,28 +231,45 @@ class PairTokenizer:
             head, tail = self._room_around_last(pair, tokens.prompt)
         except BadRow as bad:
             return bad
-        room = self.max_length - head - tail - 1
-        longest = max(len(tokens.chosen), len(tokens.rejected))
-        if longest > room and self.min_response is not None:
-            longest = max(room, self.min_response)
-        first_judged = max(int(gaps[1]) if gaps is not None and not gaps[0] else 0 for gaps in _gaps_of(tokens))
-        if longest > room or longest <= first_judged:
+        asked = tokens.prompt[head : len(tokens.prompt) - tail]
+        # Of what is said last, one character must be left.
+        least = len(asked) - self._whole_place(asked, range(len(asked) - 1, -1, -1))
+        ends = self._ends_within(tokens, self.max_length - head - tail - max(1, least))
+        if ends is None:
             return None
-        kept = self.max_length - longest - tail
-        prompt = tokens.prompt
-        if kept + tail < len(prompt):
+        prompt, room = tokens.prompt, self.max_length - head - tail - max(ends)
+        if room < len(asked):
             whole = dataclasses.replace(whole, truncated=True)
-            prompt = np.concatenate([prompt[:head], prompt[len(prompt) - tail - (kept - head) :]])
+            start = self._whole_place(asked, range(len(asked) - room, len(asked)))
+            prompt = np.concatenate([prompt[:head], asked[start:], prompt[len(prompt) - tail :]])
         cut = dataclasses.replace(
             tokens,
             prompt=prompt,
-            chosen=tokens.chosen[:longest],
-            rejected=tokens.rejected[:longest],
-            chosen_gaps=_cut_gaps(tokens.chosen_gaps, longest),
-            rejected_gaps=_cut_gaps(tokens.rejected_gaps, longest),
+            chosen=tokens.chosen[: ends[0]],
+            rejected=tokens.rejected[: ends[1]],
+            chosen_gaps=_cut_gaps(tokens.chosen_gaps, ends[0]),
+            rejected_gaps=_cut_gaps(tokens.rejected_gaps, ends[1]),
         )
-        responses_cut = (len(tokens.chosen) > longest) + (len(tokens.rejected) > longest)
+        responses_cut = (len(tokens.chosen) > ends[0]) + (len(tokens.rejected) > ends[1])
         return dataclasses.replace(whole, pair=cut, responses_cut=responses_cut)
+
+    def _ends_within(self, tokens: TokenizedPair, room: int) -> tuple[int, int] | None:
+        """Return where both responses must end to fit into so many tokens, or None where they would be too short."""
+        sides = tokens.chosen, tokens.rejected
+        longest = max(map(len, sides))
+        if longest > room and self.min_response is not None:
+            fewest = (min(self.min_response, len(side)) for side in sides)
+            ends = (self._whole_place(side, range(n, len(side) + 1)) for side, n in zip(sides, fewest, strict=True))
+            longest = max(room, *ends)
+        if longest > room:
+            return None
+        chosen, rejected = (self._whole_place(side, range(min(longest, len(side)), -1, -1)) for side in sides)
+        openings = [int(gaps[1]) if gaps is not None and not gaps[0] else 0 for gaps in _gaps_of(tokens)]
+        return (chosen, rejected) if chosen > openings[0] and rejected > openings[1] else None
+
+    def _whole_place(self, tokens: Tokens, places: Iterable[int]) -> int:
+        """Return the first of some places at which no character is parted; 0 where there is none."""
+        return next((place for place in places if not place or not self._encode.begins_within(tokens[place:])), 0)
 
     def _room_around_last(self, pair: Pair, prompt: Tokens) -> tuple[int, int]:
         """Count the tokens of a prompt before what is said last in it, and those behind."""
