@@ -63,17 +63,17 @@ def _measure(weight: Tensor) -> int:
     """Weigh the time of one matrix's products against that of adding up its gradient."""
     # Of a size that no cache holds, as a model's gradients are.
     gradients, more = torch.zeros(2, _BUFFER_BYTES // 4, device=weight.device)
-    adding = _seconds(lambda: gradients.add_(more)) * weight.numel() / gradients.numel()
+    adding = shortest_seconds(lambda: gradients.add_(more)) * weight.numel() / gradients.numel()
     states = torch.ones(_ROWS, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    product = _seconds(lambda: states @ weight.T) / _ROWS
+    product = shortest_seconds(lambda: states @ weight.T) / _ROWS
     wanted = adding / (_WORTHLESS * 3 * product)
     return int(min(max(2 ** math.floor(math.log2(wanted)), _SMALLEST), _LARGEST))
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def shortest_seconds(work: Callable[[], object], repeats: int = _REPEATS) -> float:
     """Return the shortest time of a few."""
     best = math.inf
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         _finish()
         started = time.perf_counter()
         work()

@@ -140,9 +140,10 @@ def print_plan(
     batches: Batches,
     memory: MemoryEstimate,
     facts: Mapping[str, str],
+    takes: Mapping[str, str],
     console: Console,
 ) -> None:
-    """Print what a run would do, and what it would take in memory, part by part.
+    """Print what a run would do, and what it would take, in memory part by part.
 
     Args:
         config: What to do.
@@ -150,6 +151,7 @@ def print_plan(
         batches: How they go through the model.
         memory: What that takes.
         facts: What `header` says of the run.
+        takes: What it takes beside memory.
         console: Takes the plan.
     """
     from rich.table import Table
@@ -165,6 +167,7 @@ def print_plan(
         "tokens of a forward pass": f"at most {batches.micro_batch_tokens:,}, or one pair",
         **{f"memory: {name}": gib(size) for name, size in memory.parts().items() if size},
         "memory: at the peak": f"{gib(memory.peak)} ({proviso_of_peak})",
+        **takes,
     }
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

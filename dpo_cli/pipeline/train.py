@@ -14,6 +14,7 @@ from dpo_cli.launchers import is_main_process
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.check import check, show_check
 from dpo_cli.pipeline.extend import check_length
+from dpo_cli.pipeline.forecast import disk_need, time_rows, warn_of_disk
 from dpo_cli.pipeline.passes import (
     expected_layout,
     prove_logps,
@@ -62,10 +63,13 @@ def train(
         Interrupted: A signal came; what was done is saved.
     """
     folder = RunFolder(Path(config.output_dir))
-    unusable = folder.check(resume=resume, overwrite=overwrite) or (
+    beside = dry_run and not resume and not overwrite
+    unusable = folder.check(resume=resume, overwrite=overwrite, beside=beside) or (
         folder.check_inputs(setup.named_inputs(config)) if overwrite else None
     )
     raise_all([*setup.check_inputs(config), *([unusable] if unusable else [])])
+    if beside and folder.state() is not RunState.FREE:
+        console.notice(f"{folder.path} holds another run: a real run needs `--resume` or `--overwrite` there")
     if resume:
         folder.check_unchanged(config.model_dump(mode="json"))
         same_length = folder.recorded_length() == (config.training.epochs, config.training.max_steps)
@@ -108,7 +112,8 @@ def _run(
     from dpo_cli.data.tokenize import end_tokens
     from dpo_cli.modeling.loading import empty_policy, load_policy
     from dpo_cli.modeling.memory import resident_bytes
-    from dpo_cli.preference.reference import reference_model
+    from dpo_cli.preference.reference import reference_model, refuse_other_shapes
+    from dpo_cli.training.checkpoints import newest_step
     from dpo_cli.training.checks import check_columns, check_fits, check_tokens
 
     with accelerator.main_process_first():
@@ -123,23 +128,29 @@ def _run(
             return
     name, trust = config.model.name, config.model.trust
     policy = empty_policy(name, trust) if dry_run else load_policy(name, trust).to(accelerator.device)
-    facts = header(config, folder, accelerator, data, plan, policy)
+    facts, disk = header(config, folder, accelerator, data, plan, policy), disk_need(config, folder, plan, policy)
     if not dry_run:
         console.facts(facts)
+        warn_of_disk(disk, folder, console)
     check_fits(data.pairs, policy, "`model.name`")
     for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
         console.notice(f"checked: {proved}")
     if ignored := check_columns(data.pairs, config.objective):
         console.warning(ignored)
-    if dry_run:
-        layout = expected_layout(config, policy, data.pairs, accelerator)
-        batches, memory = settle_tokens(config, policy, data.pairs, layout, plan, accelerator, program_bytes, console)
-        print_plan(config, data, batches, memory, facts, console)
-        show_check(check(config, data, tokenizer), console)
-        return
-    models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy, trust)]))
+    models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy, trust, empty=dry_run)]))
     for reference in models[1:]:
         check_fits(data.pairs, reference, "`reference.model`")
+    if dry_run:
+        if config.reference.type == "synced":
+            refuse_other_shapes(models[-1], policy)
+        layout = expected_layout(config, policy, data.pairs, accelerator)
+        batches, memory = settle_tokens(config, policy, data.pairs, layout, plan, accelerator, program_bytes, console)
+        done = newest_step(folder.checkpoints) if resume else 0
+        takes = time_rows(config, data, plan, batches, policy, models[-1], accelerator, done)
+        print_plan(config, data, batches, memory, facts, {**takes, "disk": str(disk)}, console)
+        warn_of_disk(disk, folder, console)
+        show_check(check(config, data, tokenizer), console)
+        return
     resumed = folder.recorded_count("training.micro_batch_tokens") if resume else None
     config, batches = settle_passes(config, models, data, plan, accelerator, program_bytes, console, resumed)
     for model, whose in zip(models, ("", "of the reference, "), strict=False):

@@ -134,7 +134,7 @@ class Synced(Settings):
         logps = _scoring(model, work.accelerator)
         if policy is None:
             return OpenReference(logps)
-        _refuse_other_shapes(model, policy)
+        refuse_other_shapes(model, policy)
         beginning = None
         if work.held_out is not None and len(work.held_out):
             beginning = _from_cache(dataclasses.replace(work, needed=work.held_out), logps)
@@ -165,7 +165,7 @@ class NoReference(Settings):
         return OpenReference(lambda batch: torch.zeros(len(batch.targets), device=batch.targets.device))
 
 
-def _refuse_other_shapes(model: PreTrainedModel, policy: PreTrainedModel) -> None:
+def refuse_other_shapes(model: PreTrainedModel, policy: PreTrainedModel) -> None:
     """Refuse a reference that cannot move towards the policy.
 
     Raises:
@@ -184,17 +184,25 @@ def _beside(work: ReferenceWork) -> PreTrainedModel:
     return model
 
 
-def reference_model(name: str | None, policy: PreTrainedModel, trust: Trust = NO_TRUST) -> PreTrainedModel:
+def reference_model(
+    name: str | None, policy: PreTrainedModel, trust: Trust = NO_TRUST, *, empty: bool = False
+) -> PreTrainedModel:
     """Return the policy itself, or the named model beside it, which is trusted with as much.
+
+    Args:
+        name: The model, or None.
+        policy: What is trained.
+        trust: What the model may bring along.
+        empty: Whether its weights are left out, as the policy's are.
 
     Raises:
         UserError: The named model reads another vocabulary.
     """
     if name is None:
         return policy
-    from dpo_cli.modeling.loading import load_policy
+    from dpo_cli.modeling.loading import empty_policy, load_policy
 
-    model = load_policy(name, trust)
+    model = (empty_policy if empty else load_policy)(name, trust)
     ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, model))
     if ours != theirs:
         what = f"the reference model has a vocabulary of {theirs}, the policy of {ours}"

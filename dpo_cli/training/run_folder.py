@@ -103,8 +103,14 @@ class RunFolder:
             return RunState.FOREIGN if others else RunState.FREE
         return RunState.FOREIGN if self.path.exists() else RunState.FREE
 
-    def check(self, *, resume: bool, overwrite: bool) -> UserError | None:
-        """Say why a run may not write here, if so; nothing is changed."""
+    def check(self, *, resume: bool, overwrite: bool, beside: bool = False) -> UserError | None:
+        """Say why a run may not write here, if so; nothing is changed.
+
+        Args:
+            resume: Whether it goes on with a run that is here.
+            overwrite: Whether it replaces one.
+            beside: Whether it writes nothing, so that one may be here.
+        """
         where = str(self.path)
         if "\0" in where:
             return UserError("the name of the output folder holds a NUL", repr(where), "choose another `output_dir`")
@@ -124,7 +130,7 @@ class RunFolder:
         if overwrite and (link := next((path for path in self._own_folders if path.is_symlink()), None)):
             what = f"`--overwrite` does not remove what a link leads to: {link.resolve()}"
             return UserError(what, str(link), "remove the link, or choose another `output_dir`")
-        if state is not RunState.FREE and not resume and not overwrite:
+        if state is not RunState.FREE and not (resume or overwrite or beside):
             if at_work := self._at_work():
                 return at_work
             hint = "go on with `--resume`, replace it with `--overwrite`, or choose another `output_dir`"

@@ -1,0 +1,128 @@
+"""How fast a model trains and scores on this machine, measured on a few of its layers before its weights are loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.optim import Optimizer
+
+from dpo_cli.modeling.batch import Layout, PairBatch
+from dpo_cli.modeling.memory import free_bytes
+from dpo_cli.modeling.scorer import Scorer, recompute_activations
+from dpo_cli.modeling.speed import shortest_seconds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FEW, _MORE = 1, 5
+"""Layers of the two models that are measured; what all layers take is extrapolated from their difference."""
+
+_COPIES = 4
+"""Weights, gradients and what AdamW keeps."""
+
+_SHARE_OF_FREE = 0.5
+_REPEATS = 2
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a model takes on this machine, in seconds.
+
+    Attributes:
+        training: Of a forward and a backward pass over some pairs.
+        scoring: Of a forward pass over them without gradient.
+        update: Of one optimizer step.
+    """
+
+    training: float
+    scoring: float
+    update: float
+
+
+def measured_layers(model: PreTrainedModel) -> list[int]:
+    """Return how many layers the models have that `measure_pace` measures: all of them where they are few."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    return [num_layers] if num_layers <= _MORE else [_FEW, _MORE]
+
+
+def measure_pace(
+    model: PreTrainedModel,
+    layout: Layout,
+    batch: PairBatch,
+    autocast: Callable[[], AbstractContextManager[None]],
+    build_optimizer: Callable[[torch.nn.Module], Optimizer],
+    *,
+    recomputed: bool,
+    collisions: bool,
+) -> Pace:
+    """Measure a model of the same architecture with few layers and random weights; extrapolate to all layers.
+
+    Args:
+        model: The model, of which the configuration alone is looked at.
+        layout: The batch's layout.
+        batch: Pairs, on the device.
+        autocast: Sets the precision.
+        build_optimizer: Makes the optimizer of a model.
+        recomputed: Whether activations are computed again in the backward pass.
+        collisions: As in `Scorer`.
+
+    Raises:
+        MemoryError: There is too little memory for it.
+    """
+    depths, num_layers = measured_layers(model), model.config.get_text_config().num_hidden_layers
+    found = []
+    for depth in depths:
+        shallow = _shallow(model, depth, batch.input_ids.device)
+        layout.prepare(shallow)
+        if recomputed:
+            recompute_activations(shallow)
+        found.append(_seconds(Scorer(shallow, collisions=collisions), batch, autocast, build_optimizer(shallow)))
+        del shallow
+    few, more = found[0], found[-1]
+    times = (num_layers - depths[0]) / max(1, depths[-1] - depths[0])
+    return Pace(*(max(b, a + (b - a) * times) for a, b in zip(few, more, strict=True)))
+
+
+def _seconds(
+    scorer: Scorer, batch: PairBatch, autocast: Callable[[], AbstractContextManager[None]], optimizer: Optimizer
+) -> tuple[float, float, float]:
+    """Return the seconds of a pass with gradient, of one without, and of an optimizer step."""
+
+    def train() -> None:
+        with autocast():
+            logps = scorer(batch)
+        logps.sum().backward()
+
+    @torch.no_grad()
+    def score() -> None:
+        with autocast():
+            scorer(batch)
+
+    training, scoring = shortest_seconds(train, _REPEATS), shortest_seconds(score, _REPEATS)
+    return training, scoring, shortest_seconds(optimizer.step, _REPEATS)
+
+
+def _shallow(model: PreTrainedModel, num_layers: int, device: torch.device) -> PreTrainedModel:
+    """Build the model with its first layers alone, and random weights.
+
+    Raises:
+        MemoryError: There is too little memory for it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(model.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = num_layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:num_layers]
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if _COPIES * sum(weights.nbytes for weights in empty.parameters()) > _SHARE_OF_FREE * free_bytes(device):
+        raise MemoryError("too little memory is free to measure it")
+    shallow: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().to(device)
+    return shallow
