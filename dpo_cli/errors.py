@@ -1,4 +1,4 @@
-"""The one exception that the commands render: what went wrong, where, and how to mend it.
+"""The one exception that the commands render: what went wrong, where, and how to fix it.
 
 Anything else that escapes is a defect of the program and keeps its traceback. Several errors that were
 found together travel as a standard `ExceptionGroup` of `UserError`.
@@ -29,7 +29,7 @@ _OS_HINTS = {
 
 
 class UserError(Exception):
-    """Something the user can mend.
+    """Something the user can fix.
 
     Args:
         what: One sentence without a full stop: what is wrong.

@@ -45,7 +45,7 @@ def evaluate(config: Config, console: Console, *, model: str | None, data: str |
         json_file: Where to write the figures; `-`: standard output, in place of the table; or None.
 
     Raises:
-        UserError: Something is wrong that the user can mend.
+        UserError: Something is wrong that the user can fix.
     """
     scored = model or str(RunFolder(Path(config.output_dir)).final)
     raise_all(_check(config, scored, model, data, json_file))

@@ -40,7 +40,7 @@ def prepare(
         show: How many pairs to print token by token.
 
     Raises:
-        UserError: Something is wrong that the user can mend.
+        UserError: Something is wrong that the user can fix.
     """
     raise_all([*check_inputs(config), *check_report_folder(report)])
     look_up_on_hub(config)

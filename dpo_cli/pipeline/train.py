@@ -59,7 +59,7 @@ def train(
         extend: Resume with more steps also where the learning rate of steps that were taken would have been another.
 
     Raises:
-        UserError: Something is wrong that the user can mend.
+        UserError: Something is wrong that the user can fix.
         Interrupted: A signal came; what was done is saved.
     """
     folder = RunFolder(Path(config.output_dir))
