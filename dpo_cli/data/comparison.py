@@ -162,6 +162,7 @@ COMPARED = (
         Kind(
             "leakage",
             "error",
+            "the prompt is held out too",
             "The prompt of a training pair is held out too: the held-out figures will be better than they should.",
             "Leave these pairs out of the training: `data.drop: [leakage]`.",
         ),
@@ -171,6 +172,7 @@ COMPARED = (
         Kind(
             "conflicts",
             "warning",
+            "another pair prefers the response that this one rejects",
             "Another pair has the same prompt and prefers the response that this one rejects: together they teach "
             "nothing.",
             "Decide which of them is right, or leave both out: `data.drop: [conflicts]`.",
@@ -181,6 +183,7 @@ COMPARED = (
         Kind(
             "duplicates",
             "warning",
+            "an earlier pair has the same tokens",
             "The pair repeats an earlier one token by token, and counts that much more than the others.",
             "Leave all but the first out: `data.drop: [duplicates]`; to have a pair count more, give it a `weight`.",
         ),
@@ -190,6 +193,7 @@ COMPARED = (
         Kind(
             "shared_prompts",
             "info",
+            "another pair has the same prompt",
             "Another pair has the same prompt with another response: usual where several answers were ranked.",
             "Nothing to do: a split by `data.eval` keeps all pairs of a prompt on one side.",
         ),

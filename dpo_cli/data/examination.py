@@ -32,6 +32,7 @@ OF_TOKENS = (
     Kind(
         "prompt_differs",
         "warning",
+        "inference sends another prompt than the template writes",
         "The prompt that inference sends is not how the template writes the answered conversation (it opens a "
         "thought, say): the boundary was put where the two part.",
         "Use a template that writes an answered conversation as it asks for an answer; `data.turns: last` changes "
@@ -40,6 +41,7 @@ OF_TOKENS = (
     Kind(
         "context_differs",
         "warning",
+        "inference sends other earlier turns than the template writes",
         "Within a response of several turns the template writes earlier turns otherwise than inference would send "
         "them.",
         "Use a template that leaves earlier turns as they are, or set `data.turns: last`.",
@@ -49,18 +51,21 @@ OF_TOKENS = (
     Kind(
         "control_tokens_as_text",
         "warning",
+        "a text spells out a control token",
         "A text holds what is a control token of the template; it was encoded as text.",
         "Look whether the data was written out by a template before; if so, take it apart into messages.",
     ),
     Kind(
         "responses_cut",
         "warning",
+        "a response was cut to fit `data.max_length`",
         "A response was cut to fit `data.max_length`: the model does not see how it ends.",
         "Raise `data.max_length`, or set `data.on_too_long: drop`.",
     ),
     Kind(
         "rewritten",
         "info",
+        "the template strips or rewrites what the assistant says",
         "What the assistant says does not stand in the template's text as the data has it: the template strips or "
         "rewrites it (thoughts, for instance).",
         "Look at a few; where something is missed, use a template that keeps it.",
@@ -68,12 +73,14 @@ OF_TOKENS = (
     Kind(
         "truncated",
         "info",
+        "a prompt was cut to fit `data.max_length`",
         "The beginning of a prompt was cut to fit `data.max_length`.",
         "Nothing to do where the end of a prompt says enough; else raise `data.max_length`.",
     ),
     Kind(
         "joined_at_boundary",
         "info",
+        "prompt and response were tokenized apart",
         "The tokenizer would have merged the end of the prompt with the beginning of the response; they were "
         "tokenized apart, so that the response begins with a token of its own.",
         "Nothing to do.",
@@ -84,22 +91,24 @@ OF_TOKENS = (
 DROPPED_ROWS = Kind(
     "dropped_rows",
     "warning",
+    "rows did not become pairs",
     "Rows did not become pairs.",
-    "Mend the rows.",
+    "Fix the rows.",
 )
 
 _ADVICE = {
-    "too long": "Raise `data.max_length`, or set `data.on_too_long: truncate`.",
-    "response too long": "Raise `data.max_length`, or lower `data.min_response`.",
+    "too long": "Raise `data.max_length` ({}) or set `data.on_too_long: truncate`.",
+    "response too long": "Raise `data.max_length` ({}) or set a lower `data.min_response`.",
     "empty turn": "Set `model.chat_template` to a template that writes what the turns say or call.",
-    "template error": "Mend the template, or set `model.chat_template` to another one.",
+    "template error": "Fix the template, or set `model.chat_template` to another one.",
     "identical responses": "Take pairs that teach nothing out of the data.",
 }
-"""What to do about rows that were dropped for a reason; about others: mend them."""
+"""What to do about rows that were dropped for a reason, given `data.max_length`; about others: fix them."""
 
 LENGTH_BIAS = Kind(
     "length_bias",
     "warning",
+    "the length of a response tells which one is chosen",
     "The length of a response tells which one is chosen: a model may learn length before anything else.",
     "Balance the lengths, or choose a loss that takes them into account: `r_dpo`, `ld_dpo`, `simpo`.",
 )
@@ -107,6 +116,7 @@ LENGTH_BIAS = Kind(
 UNLIKE_ENDS = Kind(
     "unlike_ends",
     "warning",
+    "chosen and rejected end with different tokens",
     "The chosen response ends with another token than the rejected one: the last token alone tells them apart.",
     "Use a template that closes every response alike, and do not cut responses.",
 )
@@ -141,7 +151,7 @@ def examine(
     bias = length_bias(pairs, indices)
     looked_for = [
         *_of_pairs(pairs, train, held_out, indices, Excerpts(pairs, tokenizer)),
-        _of_rows(read),
+        _of_rows(read, max_length),
         (LENGTH_BIAS, *_biased(bias, len(indices)), ()),
     ]
     findings = [_finding(*one) for one in looked_for if one[1]]
@@ -165,7 +175,7 @@ _Counted = tuple[Kind, int, int, tuple[Example, ...]]
 
 
 def _finding(kind: Kind, count: int, total: int, examples: tuple[Example, ...]) -> Finding:
-    about = kind.meaning, kind.advice, kind.heuristic
+    about = kind.title, kind.meaning, kind.advice, kind.heuristic
     return Finding(kind.name, kind.severity, count, count / total, *about, examples)
 
 
@@ -181,18 +191,28 @@ def _of_pairs(
     yield UNLIKE_ENDS, int(unlike.sum()), len(counted), excerpts.examples(Found(counted[unlike]))
 
 
-def _of_rows(read: Mapping[str, Statistics]) -> _Counted:
+def _of_rows(read: Mapping[str, Statistics], max_length: int) -> _Counted:
     """Return the rows that did not become pairs, with the reasons and what to do about each."""
     reasons: Counter[str] = Counter()
     for part in read.values():
         reasons.update(part["dropped"])
     named = reasons.most_common()
     listed = ", ".join(f"{count:,} {reason}" for reason, count in named)
-    advice = dict.fromkeys(_ADVICE.get(reason, DROPPED_ROWS.advice) for reason, _ in named)
-    kind = dataclasses.replace(DROPPED_ROWS, meaning=f"Rows did not become pairs: {listed}.", advice=" ".join(advice))
+    advice = dict.fromkeys(_ADVICE.get(reason, DROPPED_ROWS.advice).format(max_length) for reason, _ in named)
     # A row of a ranked list may be dropped as several pairs.
     total = max(reasons.total(), sum(part["rows_read"] for part in read.values()))
+    why = f"as {named[0][0]}" if len(named) == 1 else f"({listed})"
+    kind = dataclasses.replace(
+        DROPPED_ROWS,
+        title=f"of {total:,} rows ({_percent(reasons.total() / total)}) were dropped {why}",
+        meaning=f"Rows did not become pairs: {listed}.",
+        advice=" ".join(advice),
+    )
     return kind, reasons.total(), total, _dropped_examples(read, [reason for reason, _ in named])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %"
 
 
 def _dropped_examples(read: Mapping[str, Statistics], reasons: list[str]) -> tuple[Example, ...]:
@@ -204,7 +224,7 @@ def _dropped_examples(read: Mapping[str, Statistics], reasons: list[str]) -> tup
     examples = []
     for reason, line in itertools.islice(in_turn, EXAMPLES):
         origin, _, detail = line.partition(": ")
-        examples.append(Example(origin, "", {"dropped": f"{reason}: {detail}"}))
+        examples.append(Example(origin, "", {"dropped": f"{reason}: {detail}" if len(reasons) > 1 else detail}))
     return tuple(examples)
 
 

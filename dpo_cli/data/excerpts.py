@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from dpo_cli.data.comparison import Found
@@ -32,13 +34,14 @@ class Excerpts:
         self._pairs, self._tokenizer = pairs, tokenizer
 
     def examples(self, found: Found, place: re.Pattern[str] | None = None) -> tuple[Example, ...]:
-        """Return the first pairs with a finding, around its place in the texts or where the responses part."""
-        others = [""] * EXAMPLES
-        if found.others is not None:
-            others = [self._pairs.origin(other) for other in found.others[:EXAMPLES].tolist()]
+        """Return the first pairs with a finding, around its place in the texts or where the responses part.
+
+        Of two pairs that are found beside each other the first one is an example, and the other is named there.
+        """
+        origin = self._pairs.origin
         return tuple(
-            Example(self._pairs.origin(index), other, self._texts(index, place))
-            for index, other in zip(found.indices[:EXAMPLES].tolist(), others, strict=False)
+            Example(origin(index), "" if other is None else origin(other), self._texts(index, place))
+            for index, other in itertools.islice(_each_once(found), EXAMPLES)
         )
 
     def _texts(self, index: int, place: re.Pattern[str] | None) -> dict[str, str]:
@@ -75,6 +78,18 @@ class Excerpts:
 
     def _decode(self, tokens: Tokens) -> str:
         return str(self._tokenizer.decode(tokens.tolist()))
+
+
+def _each_once(found: Found) -> Iterator[tuple[int, int | None]]:
+    """Yield the pairs of a finding and those that they are found beside, but for two that change places."""
+    if found.others is None:
+        yield from ((int(index), None) for index in found.indices)
+        return
+    seen: set[tuple[int, int]] = set()
+    for index, other in zip(map(int, found.indices), map(int, found.others), strict=True):
+        if (other, index) not in seen:
+            seen.add((index, other))
+            yield index, other
 
 
 def _with_dots(text: str, *, before: bool, after: bool) -> str:

@@ -197,6 +197,7 @@ NOTICED = (
         Kind(
             "near_identical",
             "warning",
+            "the responses hardly differ",
             "The responses differ in a tenth of their characters or less: training on them tends to make both of "
             "them less likely.",
             "Look whether the difference is what the model shall learn; if not, leave them out.",
@@ -207,6 +208,7 @@ NOTICED = (
         Kind(
             "replacement_characters",
             "warning",
+            "a text has U+FFFD, where characters were lost",
             "A text has U+FFFD, which stands where characters were lost.",
             "Read the original data again in its right encoding.",
         ),
@@ -217,6 +219,7 @@ NOTICED = (
         Kind(
             "control_characters",
             "warning",
+            "a text has invisible or control characters",
             "A text has control characters, directional overrides or invisible marks, which the model would learn.",
             "Remove them from the data; characters U+0080 to U+009F are mostly Windows-1252 read as Latin-1.",
         ),
@@ -227,6 +230,7 @@ NOTICED = (
         Kind(
             "blank_response",
             "warning",
+            "a response has nothing that can be seen",
             "A response has nothing that can be seen.",
             "Leave these pairs out.",
         ),
@@ -236,6 +240,7 @@ NOTICED = (
         Kind(
             "mixed_scripts",
             "warning",
+            "the responses are in different writing systems",
             "One response is in another writing system than the other, so that language alone tells them apart.",
             "Look whether the model shall learn to change its language; if not, leave them out.",
             heuristic=True,
@@ -246,6 +251,7 @@ NOTICED = (
         Kind(
             "other_script",
             "info",
+            "both responses are in another writing system than the prompt",
             "Both responses are in another writing system than the prompt: right for translations, else a mix-up.",
             "Look at a few.",
             heuristic=True,
@@ -256,6 +262,7 @@ NOTICED = (
         Kind(
             "refusal_chosen",
             "info",
+            "the chosen response opens like a refusal",
             "The chosen response opens like a refusal and the rejected one does not: meant so in data on safety, "
             "elsewhere a label on the wrong side.",
             "Look at a few.",
@@ -267,6 +274,7 @@ NOTICED = (
         Kind(
             "space_at_one_side",
             "info",
+            "one response alone begins or ends with white space",
             "One response begins or ends with white space and the other does not, which gives it away where the "
             "template keeps it.",
             "Strip the responses.",
@@ -277,6 +285,7 @@ NOTICED = (
         Kind(
             "multi_turn",
             "info",
+            "a response has several turns of the assistant",
             "A response has more than one turn of the assistant: the two conversations part before the last turn.",
             "Set `data.turns` to `all` or `last`, by what shall be learnt.",
         ),
@@ -286,6 +295,7 @@ NOTICED = (
         Kind(
             "repeats_prompt",
             "warning",
+            "both responses begin with the user's last turn",
             "Both responses begin with the user's last turn: the model would learn to repeat what it is asked.",
             "Take the prompt out of the responses.",
         ),
@@ -295,6 +305,7 @@ NOTICED = (
         Kind(
             "turn_markers",
             "warning",
+            "a text has turn markers of another format",
             "A text holds what marks turns in another format: the data is perhaps of another shape, or was written "
             "out by a template before.",
             "Look at a few; take such texts apart into messages, or name their shape in `data.format`.",

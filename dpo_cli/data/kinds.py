@@ -34,6 +34,7 @@ class Kind:
     Attributes:
         name: What it is called, in reports and in `data.drop`.
         severity: How grave it is.
+        title: What was found, in a few words.
         meaning: One sentence: what was found, and what follows from it.
         advice: One sentence: what to do about it.
         heuristic: Whether it goes by a rule of thumb, which may be wrong about a pair.
@@ -41,6 +42,7 @@ class Kind:
 
     name: str
     severity: Severity
+    title: str
     meaning: str
     advice: str
     heuristic: bool = False

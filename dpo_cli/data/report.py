@@ -38,6 +38,7 @@ class Finding:
         severity: As in `Kind`.
         count: The pairs or rows with it; a pair that a source's weight repeats counts once.
         share: `count` per pair of the run, each counted once, or per row read.
+        title: As in `Kind`.
         meaning: As in `Kind`.
         advice: As in `Kind`.
         heuristic: As in `Kind`.
@@ -48,6 +49,7 @@ class Finding:
     severity: Severity
     count: int
     share: float
+    title: str
     meaning: str
     advice: str
     heuristic: bool

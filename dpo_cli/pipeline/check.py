@@ -12,7 +12,7 @@ from dpo_cli.data.sources import as_sources
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.pipeline.setup import RunData, shown_counts
 from dpo_cli.reporting.console import Console
-from dpo_cli.reporting.tables import finding_examples, findings_table, length_bias_line
+from dpo_cli.reporting.data_check import findings
 from dpo_cli.storage import why_no_folder, write_text
 
 if TYPE_CHECKING:
@@ -43,18 +43,8 @@ def check(config: Config, data: RunData, tokenizer: Any) -> Report:
 
 def show_check(report: Report, console: Console) -> None:
     """Print what was found."""
-    console.result("")
-    if report.findings:
-        console.result(findings_table(report.findings))
-    if report.not_found:
-        console.result(f"not found: {', '.join(report.not_found)}")
-    console.result(length_bias_line(report.length_bias))
-    if report.num_copies:
-        console.result(f"repeated by the weight of a source, and counted once here: {report.num_copies:,} pairs")
-    if report.left_out:
-        console.result(f"left out by `data.drop`: {shown_counts(report.left_out)}")
-    for line in finding_examples(report.findings):
-        console.notice(line)
+    console.block()
+    console.result(findings(report))
 
 
 def write_check(report: Report, folder: Path) -> None:

@@ -19,7 +19,8 @@ from dpo_cli.pipeline.check import (
 )
 from dpo_cli.pipeline.setup import check_inputs, held_out_sources, load_tokenizer, look_up_on_hub, prepared_pairs, split
 from dpo_cli.reporting.console import Console
-from dpo_cli.reporting.tables import dropped_examples, marked_pair, statistics_table, tokens_table
+from dpo_cli.reporting.data_check import PathLine, Wrapped, reading
+from dpo_cli.reporting.tables import marked_pair
 
 if TYPE_CHECKING:
     from dpo_cli.data.prepared import PreparedPairs
@@ -47,31 +48,22 @@ def prepare(
     tokenizer, tokenize = load_tokenizer(config, config.model.name)
     assert config.data.train is not None
     pairs = prepared_pairs(config, as_sources(config.data.train), tokenize, console, out)
-    _tell("train", pairs, console)
+    console.block()
+    console.result(reading("data.train", pairs.manifest["statistics"]))
     _show(pairs, tokenizer, show, console)
     others = None
     if sources := held_out_sources(config):
         others = prepared_pairs(config, sources, tokenize, console)
-        _tell("eval", others, console)
+        console.block()
+        console.result(reading("data.eval", others.manifest["statistics"]))
     found = check(config, split(config, pairs, others), tokenizer)
     show_check(found, console)
     folder = report or default_report_folder(config, pairs, out)
     write_check(found, folder)
-    console.result(f"report: {folder / PAGE}")
+    console.block()
+    console.result(PathLine("report", folder / PAGE))
     if strict:
         refuse_grave(found, str(folder))
-
-
-def _tell(name: str, pairs: PreparedPairs, console: Console) -> None:
-    """Print what was found while rows were read."""
-    statistics = pairs.manifest["statistics"]
-    console.block()
-    console.result(f"data.{name}")
-    console.result(statistics_table(statistics))
-    console.result("")
-    console.result(tokens_table(statistics))
-    for line in dropped_examples(statistics):
-        console.notice(line)
 
 
 def _show(pairs: PreparedPairs, tokenizer: Any, count: int, console: Console) -> None:
@@ -81,10 +73,10 @@ def _show(pairs: PreparedPairs, tokenizer: Any, count: int, console: Console) ->
             name: [tokenizer.decode([token]) for token in getattr(pair, name).tolist()]
             for name in ("prompt", "chosen", "rejected")
         }
-        console.result("")
+        console.block()
         gaps = {"chosen": pair.chosen_gaps, "rejected": pair.rejected_gaps}
         context = {name: _places(found) for name, found in gaps.items() if found is not None}
-        console.result(marked_pair(pair.origin, parts, context, colour=console.has_colour))
+        console.result(Wrapped(marked_pair(pair.origin, parts, context, colour=console.has_colour)))
 
 
 def _places(gaps: Gaps) -> set[int]:

@@ -21,7 +21,6 @@ from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.live import Live
 from rich.segment import Segment
-from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.errors import UserError, from_os_error
@@ -97,7 +96,7 @@ class Console:
             self._say(value, (f"{name:<{width}}  ", "dim"))
         self.block()
 
-    def result(self, result: str | Text | Table) -> None:
+    def result(self, result: str | ConsoleRenderable) -> None:
         """Print a result on standard output.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Results as tables and marked text: statistics of prepared data, held-out figures, pairs token by token."""
+"""Results as tables and marked text: token lengths, held-out figures, pairs token by token."""
 
 from __future__ import annotations
 
@@ -8,51 +8,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.data.report import EXAMPLES, Example, Finding, LengthBias
-
-_PART_STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
+PART_STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 _GROUPS = 20
 """Groups of held-out pairs that a table has, at most."""
-
-_SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
-
-
-def statistics_table(statistics: Mapping[str, Any]) -> Table:
-    """Show what was read, kept and dropped, in all and of each source."""
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    sources = statistics["sources"]
-    if len(sources) == 1:
-        table.add_row("shape", Text(visible(sources[0]["shape"])))
-    table.add_row("rows read", f"{statistics['rows_read']:,}")
-    table.add_row("pairs kept", f"{statistics['pairs_kept']:,}")
-    for reason, count in statistics["dropped"].items():
-        table.add_row(Text(f"dropped: {visible(reason)}"), f"{count:,}")
-    table.add_row("prompt truncated", f"{statistics['truncated']:,}")
-    for name, what in (("weighted", "weight other than 1"), ("with_margin", "margin other than 0")):
-        if count := statistics[name]:
-            table.add_row(what, f"{count:,}")
-    if len(sources) == 1:
-        return table
-    both = Table.grid()
-    both.add_row(table)
-    both.add_row("")
-    both.add_row(_sources_table(sources))
-    return both
-
-
-def _sources_table(sources: Sequence[Mapping[str, Any]]) -> Table:
-    """Show what was read of each source."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("source", overflow="fold")
-    table.add_column("shape", no_wrap=True)
-    table.add_column("rows", justify="right", no_wrap=True)
-    table.add_column("pairs", justify="right", no_wrap=True)
-    for source in sources:
-        names = (Text(visible(source[name])) for name in ("source", "shape"))
-        table.add_row(*names, f"{source['rows']:,}", f"{source['pairs']:,}")
-    return table
 
 
 def tokens_table(statistics: Mapping[str, Any]) -> Table:
@@ -65,56 +23,6 @@ def tokens_table(statistics: Mapping[str, Any]) -> Table:
     for part, quantiles in statistics["tokens"].items():
         table.add_row(part, *(f"{quantiles[name]:g}" for name in names))
     return table
-
-
-def dropped_examples(statistics: Mapping[str, Any]) -> list[str]:
-    """Say of each reason which rows were dropped for it, a few of them."""
-    lines = []
-    for reason, examples in statistics["examples"].items():
-        shown = examples[:EXAMPLES]
-        rest = statistics["dropped"][reason] - len(shown)
-        more = [f"and {rest:,} more"] if rest else []
-        lines += [visible(f"dropped ({reason}): {text}") for text in [*shown, *more]]
-    return lines
-
-
-def findings_table(findings: Sequence[Finding]) -> Table:
-    """Show what the check of the data found, the gravest first."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("severity", no_wrap=True)
-    table.add_column("finding", no_wrap=True)
-    table.add_column("count", justify="right", no_wrap=True)
-    table.add_column("share", justify="right", no_wrap=True)
-    table.add_column("what it means, what to do")
-    for finding in findings:
-        doubt = "By a rule of thumb: " if finding.heuristic else ""
-        table.add_row(
-            Text(finding.severity, _SEVERITY_STYLES[finding.severity]),
-            finding.name,
-            f"{finding.count:,}",
-            percent(finding.share),
-            Text(f"{doubt}{finding.meaning} {finding.advice}"),
-        )
-    return table
-
-
-def finding_examples(findings: Sequence[Finding]) -> list[str]:
-    """Say of each finding where it is, a few examples."""
-    return [f"{finding.name}: {_example(example)}" for finding in findings for example in finding.examples]
-
-
-def _example(example: Example) -> str:
-    """Name a pair, and the other one that it stands against, with what they say."""
-    texts = "".join(f"  {name}: {visible(text)}" for name, text in example.texts.items())
-    beside = f" (beside {visible(example.other)})" if example.other else ""
-    return f"{visible(example.origin)}{beside}{texts}"
-
-
-def length_bias_line(bias: LengthBias) -> str:
-    """Say how often the longer response is the chosen one."""
-    low, high = (100 * bound for bound in bias.interval)
-    share = f"{100 * bias.accuracy:.1f} % of pairs (ties half; 95 % interval {low:.1f} – {high:.1f} %)"
-    return f"the longer response is the chosen one in {share}"
 
 
 def percent(share: float) -> str:
@@ -198,7 +106,7 @@ def marked_pair(
         about = f", {len(unjudged)} of them context: in ⟨ ⟩" if unjudged else ""
         text.append(f"{name} ({len(tokens)} tokens{about})\n", style="dim" if colour else "")
         for place, token in enumerate(tokens):
-            style = _PART_STYLES["prompt" if place in unjudged else name] if colour else ""
+            style = PART_STYLES["prompt" if place in unjudged else name] if colour else ""
             if place in unjudged and place - 1 not in unjudged:
                 text.append("⟨")
             text.append(visible(token), style=f"{style}{' reverse' if colour and place % 2 else ''}")

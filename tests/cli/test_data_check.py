@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
+import re
 import shutil
+import subprocess
+import termios
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from dpo_cli.cli import app
-from tests.conftest import make_config, write_rows
+from tests.conftest import ROOT, dpo_command, make_config, write_rows
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 SHORT, LONG = (
@@ -63,8 +70,12 @@ def test_findings_are_named_with_file_and_line_and_written_where_they_were_wante
     ):
         assert (found[name]["severity"], found[name]["count"]) == (severity, count), name
         assert (found[name]["examples"][0]["origin"], found[name]["examples"][0]["other"]) == (origin, other)
-        assert name in result.stdout
-        assert f"{name}: {origin}" in result.stderr
+        shown = f"    {origin} beside {other}\n" if other else f"    {origin}\n"
+        assert f"{severity:<9}{name}: {count:,} pair" in result.stdout
+        assert shown in result.stdout
+    assert result.stdout.splitlines()[-1] == f"report: {folder / 'report' / 'report.html'}"
+    # Two pairs that are in conflict are one example, with either one first.
+    assert result.stdout.count(f"{train}:14") == len(found["conflicts"]["examples"]) == 1
     assert (report["num_train"], report["num_held_out"]) == (len(DIRTY), 2)
     assert set(report["read"]) == {"data.train", "data.eval"}
     assert str(folder / "report" / "report.html") in result.stdout
@@ -131,11 +142,9 @@ def test_a_dry_run_shows_the_same_findings_and_writes_no_report(checked):
     before = set(folder.rglob("*"))
     dry = dpo("train", "--config", file, "--dry-run")
     assert dry.exit_code == 0, dry.stderr
-    lines = [line.split() for line in result.stdout.splitlines()]
-    table = lines[lines.index(next(line for line in lines if line[:1] == ["severity"])) :][:5]
-    assert table[1][1] == "leakage"
-    shown = [line.split() for line in dry.stdout.splitlines()]
-    assert all(line in shown for line in table)
+    lines = result.stdout.splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("error    leakage: 1 pair ("))
+    assert "\n".join(lines[first:-2]) in dry.stdout
     assert set(folder.rglob("*")) == before
 
 
@@ -184,7 +193,8 @@ def test_strict_does_not_let_dropped_rows_pass(tmp_path, tiny_llama):
     result = dpo("prepare-data", "--config", file, "--report", tmp_path / "report", "--strict")
     assert result.exit_code == 2
     assert "36 dropped_rows" in result.stderr
-    assert f"dropped_rows: {tmp_path / 'pairs.jsonl'}:13" in result.stderr
+    assert "dropped_rows: 36 of 48 rows (75 %) were dropped as identical responses: take pairs" in result.stdout
+    assert f"    {tmp_path / 'pairs.jsonl'}:13: " in result.stdout
     (found,) = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))["findings"]
     assert (found["name"], found["count"], found["share"], len(found["examples"])) == ("dropped_rows", 36, 0.75, 3)
 
@@ -208,6 +218,41 @@ def test_what_cannot_be_dropped_is_an_error(tmp_path: Path, tiny_llama, rows, se
     assert result.exit_code == 2
     assert said in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_on_a_terminal_of_forty_lines_everything_of_the_demo_pairs_is_seen(tmp_path, tiny_llama, width):
+    """A real terminal: nothing is wider than it, but for the name of a folder, which is never folded."""
+    file = make_config(tmp_path, tiny_llama, ROOT / "configs" / "demo" / "pairs.jsonl", data={"max_length": 256})
+    command = dpo_command("prepare-data", "--config", file, "--out", "prepared", "--report", "report")
+    shown = on_terminal(command, tmp_path, width, 40)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
+    assert "\x1b[33mwarning" in shown
+    assert [line for line in lines if cell_len(line) > width and " " in line.strip()] == []
+    assert sum(1 + (cell_len(line) - 1) // width for line in lines if line) + lines.count("") <= 40
+    assert "556 rows" in lines[next(number for number, line in enumerate(lines) if "data.train" in line)]
+    assert lines[-1] == "report: report/report.html"
+    assert len(set(filter(None, lines))) == len(list(filter(None, lines)))
+
+
+def on_terminal(command, folder, width, height):
+    """Return what a command writes on a terminal of a size, in a folder."""
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (height, width))
+    environment = {**os.environ, "TERM": "xterm-256color"}
+    for name in ("NO_COLOR", "COLUMNS", "LINES"):
+        environment.pop(name, None)
+    with subprocess.Popen(
+        command, cwd=folder, stdin=follower, stdout=follower, stderr=follower, env=environment, close_fds=True
+    ) as process:
+        os.close(follower)
+        parts = []
+        with contextlib.suppress(OSError):
+            while part := os.read(leader, 65536):
+                parts.append(part)
+        os.close(leader)
+    assert process.returncode == 0
+    return b"".join(parts).decode().replace("\r\n", "\n")
 
 
 def test_a_run_does_not_go_on_with_other_pairs_left_out(tmp_path, tiny_llama):

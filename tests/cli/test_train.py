@@ -282,7 +282,7 @@ def test_a_second_start_tokenizes_nothing(write_config, monkeypatch):
 def test_prepare_data_shows_pairs_with_their_special_tokens(write_config, demo_rows):
     result = run_dpo("prepare-data", "--config", write_config(), "--show", 2)
     assert result.returncode == 0, result.stderr
-    assert "rows read" in result.stdout
+    assert "data.train: 40 rows of the shape instruction, 40 pairs" in result.stdout
     shown = result.stdout.replace("|", "")
     for row in demo_rows[:2]:
         for text in (row["instruction"], row["chosen"], row["rejected"]):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import shutil
 import tempfile
@@ -198,15 +199,18 @@ def _prepare_and_examine(source: Path, shape: str) -> None:
 
 
 def _examine(pairs: Any) -> None:
+    from rich.console import Console
+
     from dpo_cli.data.examination import examine
+    from dpo_cli.reporting.data_check import findings, reading
     from dpo_cli.reporting.data_page import data_page
-    from dpo_cli.reporting.tables import dropped_examples, statistics_table, tokens_table
 
     statistics = pairs.manifest["statistics"]
-    statistics_table(statistics), tokens_table(statistics), list(dropped_examples(statistics))
     read = {"data.train": statistics}
     report = examine(pairs, *pairs.hold_out(0.5, 0), max_length=1000, read=read, tokenizer=parts.tokenizer())
     assert "<h1" in data_page(report)
+    for shown in (reading("data.train", statistics), findings(report)):
+        Console(file=io.StringIO(), width=80).print(shown)
     assert json.dumps(report.as_json(), allow_nan=False)
 
 

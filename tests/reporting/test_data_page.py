@@ -42,8 +42,8 @@ def report(text="plain", **changed) -> Report:
         "num_copies": 150,
         "left_out": {"duplicates": 17},
         "findings": (
-            Finding("leakage", "error", 3, 0.001, "Means `this`.", "Do `that`.", False, (example,)),
-            Finding("other_script", "info", 1, 0.0001, "Means.", "Do.", True, ()),
+            Finding("leakage", "error", 3, 0.001, "Is.", "Means `this`.", "Do `that`.", False, (example,)),
+            Finding("other_script", "info", 1, 0.0001, "Is.", "Means.", "Do.", True, ()),
         ),
         "not_found": ("conflicts",),
         "length_bias": LengthBias(6, 2, 2, 0.7, (0.4, 0.9)),
