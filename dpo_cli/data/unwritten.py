@@ -21,7 +21,7 @@ _ANOTHER = "Use a template that writes them, or take them out of the data."
 
 def _kind(name: str, what: str, advice: str = _ANOTHER) -> Kind:
     meaning = f"The data has {what} that the chat template does not write: no token tells the model of them."
-    return Kind(name, "warning", meaning, advice)
+    return Kind(name, "warning", f"the template does not write {what.rstrip(',')}", meaning, advice)
 
 
 UNWRITTEN = {
@@ -47,6 +47,7 @@ UNWRITTEN = {
 NOT_JSON = Kind(
     "tool_arguments_not_json",
     "warning",
+    "the arguments of a tool call are not a JSON object",
     "The arguments of a tool call are text that is not a JSON object: they were left as they are.",
     "Write them as an object, or as the JSON text of one.",
 )

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import pty
 import re
 import shutil
-import subprocess
-import termios
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +13,8 @@ from rich.cells import cell_len
 from typer.testing import CliRunner
 
 from dpo_cli.cli import app
-from tests.conftest import ROOT, dpo_command, make_config, write_rows
+from tests.conftest import ROOT, make_config, write_rows
+from tests.screen import OnTerminal
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 SHORT, LONG = (
@@ -222,37 +218,20 @@ def test_what_cannot_be_dropped_is_an_error(tmp_path: Path, tiny_llama, rows, se
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_on_a_terminal_of_forty_lines_everything_of_the_demo_pairs_is_seen(tmp_path, tiny_llama, width):
-    """A real terminal: nothing is wider than it, but for the name of a folder, which is never folded."""
+    """Nothing is wider than it but names of folders, which end where the line does, and nothing is said twice."""
     file = make_config(tmp_path, tiny_llama, ROOT / "configs" / "demo" / "pairs.jsonl", data={"max_length": 256})
-    command = dpo_command("prepare-data", "--config", file, "--out", "prepared", "--report", "report")
-    shown = on_terminal(command, tmp_path, width, 40)
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
-    assert "\x1b[33mwarning" in shown
-    assert [line for line in lines if cell_len(line) > width and " " in line.strip()] == []
-    assert sum(1 + (cell_len(line) - 1) // width for line in lines if line) + lines.count("") <= 40
-    assert "556 rows" in lines[next(number for number, line in enumerate(lines) if "data.train" in line)]
-    assert lines[-1] == "report: report/report.html"
-    assert len(set(filter(None, lines))) == len(list(filter(None, lines)))
-
-
-def on_terminal(command, folder, width, height):
-    """Return what a command writes on a terminal of a size, in a folder."""
-    leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (height, width))
-    environment = {**os.environ, "TERM": "xterm-256color"}
-    for name in ("NO_COLOR", "COLUMNS", "LINES"):
-        environment.pop(name, None)
-    with subprocess.Popen(
-        command, cwd=folder, stdin=follower, stdout=follower, stderr=follower, env=environment, close_fds=True
-    ) as process:
-        os.close(follower)
-        parts = []
-        with contextlib.suppress(OSError):
-            while part := os.read(leader, 65536):
-                parts.append(part)
-        os.close(leader)
-    assert process.returncode == 0
-    return b"".join(parts).decode().replace("\r\n", "\n")
+    run = OnTerminal("prepare-data", "--config", file, "--report", tmp_path / "report", width=width)
+    screen = run.wait()
+    assert run.process.returncode == 0
+    written = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", run.said).replace("\r", "").splitlines()
+    assert [line for line in written if cell_len(line) > width and " " in line.strip()] == []
+    assert sum(max(1, -(-cell_len(line) // width)) for line in written) <= 40
+    assert "\x1b[33mwarning" in run.said
+    lines = [line.rstrip() for line in screen.lines]
+    assert any(line.startswith("data.train: 556 rows of the shape instruction, 556 pairs") for line in lines)
+    assert "".join(lines).endswith(str(tmp_path / "report" / "report.html"))
+    said = list(filter(None, written))
+    assert len(set(said)) == len(said)
 
 
 def test_a_run_does_not_go_on_with_other_pairs_left_out(tmp_path, tiny_llama):
