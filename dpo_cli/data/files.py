@@ -65,13 +65,13 @@ def _decoded(line: bytes, origin: str) -> Row:
     try:
         return as_row(DECODER.decode(line.decode("utf-8")), origin)
     except UnicodeDecodeError as error:
-        return Row(origin, None, f"is not UTF-8: byte {line[error.start]:#04x}")
+        return Row(origin, None, f"the row is not UTF-8: byte {line[error.start]:#04x}")
     except json.JSONDecodeError as error:
-        return Row(origin, None, f"is not valid JSON: {error.msg} at column {error.colno}")
+        return Row(origin, None, f"the row is not valid JSON: {error.msg} at column {error.colno}")
     except RecursionError:
-        return Row(origin, None, "is not valid JSON: it is nested too deeply")
+        return Row(origin, None, "the row is not valid JSON: it is nested too deeply")
     except ValueError as error:
-        return Row(origin, None, f"is not valid JSON: {error}")
+        return Row(origin, None, f"the row is not valid JSON: {error}")
 
 
 def _json(path: Path) -> Iterator[Row]:
@@ -83,7 +83,7 @@ def _json(path: Path) -> Iterator[Row]:
             yield from members(window, path)
             return
         if first != "{" or _spans_lines(window):
-            raise UserError("the file is not a JSON list", f"{path}:1", "a .json file holds a list of objects")
+            raise UserError("the file is not a JSON list", f"{path}:1", "write a list of objects, or an object a line")
     yield from _json_lines(path)
 
 
@@ -103,12 +103,12 @@ def _separated(path: Path, delimiter: str) -> Iterator[Row]:
             if columns is None:
                 if problem:
                     hint = "the first line names the columns, separated and quoted as the others are"
-                    raise UserError(f"the header {problem}", origin, hint)
+                    raise UserError(problem.replace("the row", "the header", 1), origin, hint)
                 columns = _distinct(fields, origin)
             elif problem:
                 yield Row(origin, None, problem)
             elif len(fields) != len(columns):
-                yield Row(origin, None, f"has {len(fields)} fields where the header has {len(columns)}")
+                yield Row(origin, None, f"the row has {len(fields)} fields where the header has {len(columns)}")
             else:
                 yield Row(origin, _with_numbers(dict(zip(columns, fields, strict=True))))
 
@@ -124,7 +124,7 @@ def _records(lines: _CsvLines, path: Path, delimiter: str) -> Iterator[tuple[str
         except StopIteration:
             return
         except csv.Error as error:
-            yield origin, [], lines.problem or f"is not valid CSV: {str(error).partition(' - ')[0]}"
+            yield origin, [], lines.problem or f"the row is not valid CSV: {str(error).partition(' - ')[0]}"
             lines.give_up()
             continue
         if fields:
@@ -160,7 +160,7 @@ class _CsvLines(Iterator[str]):
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            self.problem = f"is not UTF-8: byte {line[error.start]:#04x}"
+            self.problem = f"the row is not UTF-8: byte {line[error.start]:#04x}"
             return line.decode("utf-8", "replace")
 
     def take(self) -> None:
@@ -281,7 +281,7 @@ def _values(batch: Any) -> Iterator[tuple[dict[str, Any] | None, str]]:
     except MemoryError:
         problem = too_long()
     except (ValueError, OverflowError, RecursionError) as error:
-        problem = f"cannot be read: {printable(error, _REASON_LENGTH)}"
+        problem = f"the row cannot be read: {printable(error, _REASON_LENGTH)}"
     if not problem:
         yield from ((row, "") for row in rows)
     elif batch.num_rows == 1:

@@ -104,7 +104,7 @@ class Window:
         line = self.line + self._text.count("\n", self._start, place)
         if found := _NOT_UTF_8.match(self._text, place):
             reason = _named_byte(found[0])
-        hint = "mend that line; the rest of a JSON list cannot be read past it (JSON lines can)"
+        hint = "fix that line; the rest of a JSON list cannot be read past it (JSON lines can)"
         return UserError(f"the file is not valid JSON: {reason}", f"{self._path}:{line}", hint)
 
     def _is_over(self, end: int) -> bool:
@@ -155,7 +155,7 @@ def members(window: Window, path: Path) -> Iterator[Row]:
 def _member(window: Window, origin: str) -> Row:
     value, text = window.value()
     if not text.isascii() and (found := _NOT_UTF_8.search(text)):
-        return Row(origin, None, f"is not UTF-8: {_named_byte(found[0])}")
+        return Row(origin, None, f"the row is not UTF-8: {_named_byte(found[0])}")
     return as_row(value, origin)
 
 
@@ -166,7 +166,7 @@ def _named_byte(escaped: str) -> str:
 def as_row(value: object, origin: str) -> Row:
     """Accept an object; refuse any other JSON value, and one that is too deep to be handed on or says a thing twice."""
     if not isinstance(value, dict):
-        return Row(origin, None, "is not a JSON object")
+        return Row(origin, None, "the row is not a JSON object")
     if problem := _problem_within(_MAX_LEVELS, value):
         return Row(origin, None, problem)
     return Row(origin, value)
@@ -175,9 +175,9 @@ def as_row(value: object, origin: str) -> Row:
 def _problem_within(num_levels: int, value: dict[str, Any] | list[Any]) -> str:
     """Say what is wrong with lists and objects within a value, the value itself included; or nothing."""
     if not num_levels:
-        return f"is nested more than {_MAX_LEVELS} levels deep"
+        return f"the row is nested more than {_MAX_LEVELS} levels deep"
     if isinstance(value, _Repeated):
-        return f"has the key `{printable(value.key)}` twice in one object"
+        return f"the row has the key `{printable(value.key)}` twice in one object"
     for inner in value.values() if isinstance(value, dict) else value:
         if isinstance(inner, (dict, list)) and (problem := _problem_within(num_levels - 1, inner)):
             return problem

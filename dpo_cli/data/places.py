@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from dpo_cli.data.fields import printable
+from dpo_cli.data.fields import listed, printable
 from dpo_cli.data.files import ENDINGS, reader_of
 from dpo_cli.data.hub import is_path, name_hint
 from dpo_cli.errors import UserError
@@ -81,8 +81,7 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
     if (folder / SPLITS).is_file():
         splits = _listed(folder / SPLITS, "splits")
         if split not in splits:
-            known = ", ".join(map(printable, splits)) or "none"
-            raise UserError(f"`{folder}` has no split `{split}`", None, f"its splits: {known}")
+            raise UserError(f"`{folder}` has no split `{split}`", None, f"set `split` to one of {listed(splits)}")
         folder /= split
     if (folder / _STATE).is_file():
         return [_readable(_inside(folder, name)) for name in _listed(folder / _STATE, "_data_files")]
@@ -90,7 +89,7 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
     files = [_readable(path) for path in inside if not _is_company(path)]
     if not files:
         what = f"the folder `{folder}` cannot be loaded: there is no data file in it"
-        raise UserError(what, None, f"data files end in {ENDINGS}")
+        raise UserError(what, None, f"name a folder with data files in it; they end in {ENDINGS}")
     if _hold_both_sides(path.relative_to(folder) for path in files):
         hint = f"name those to train on by a glob, such as `{folder}/**/*train*`"
         raise UserError(f"the folder `{folder}` holds training data and held-out data", None, hint)

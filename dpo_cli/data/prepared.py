@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_cli.data.belief import problem_of_manifest, problem_of_rows
+from dpo_cli.data.fields import listed
 from dpo_cli.data.formats import RankedRule
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.data.renaming import Columns, shown_columns
@@ -406,6 +407,6 @@ def open_for(folder: Path, reading: Reading, tokenize: PairTokenizer) -> Prepare
         raise UserError(f"the prepared folder is damaged: {damage}", str(folder), hint) from None
     made, wanted = pairs.manifest["settings"], reading.settings | tokenize.settings
     if differing := [name for name in wanted if made.get(name) != wanted[name]]:
-        what = f"the prepared folder was made with another {', '.join(differing)}"
+        what = f"the prepared folder was made with another {listed(differing)}"
         raise UserError(what, str(folder), f"{hint}, or set the configuration to what it was then")
     return pairs

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
+from dpo_cli.data.fields import listed
 from dpo_cli.data.files import BATCH_ROWS, reader_of, rows_of_columns
 from dpo_cli.data.formats import FORMATS
 from dpo_cli.data.hub import look_up
@@ -109,7 +110,7 @@ def check_source(source: Source, where: str | None = None) -> UserError | None:
     except OSError as error:
         return from_os_error(error, "looking for the data", f"{source.path[:60]}", status=2)
     if idle := sorted(_settings(source).keys() - effective):
-        hint = f"leave it out; what has an effect here: {', '.join(sorted(effective)) or 'the path alone'}"
+        hint = f"leave it out; what has an effect here: {listed(sorted(effective)) if effective else 'the path alone'}"
         return UserError(f"`{idle[0]}` has no effect on `{source.path}`", where, hint)
     return None
 

@@ -74,7 +74,7 @@ def without_mark(start: bytes, path: Path) -> bytes:
 
 def too_long() -> str:
     """Say of a row that it is too long."""
-    return f"is longer than {MAX_ROW_BYTES:,} bytes"
+    return f"the row is longer than {MAX_ROW_BYTES:,} bytes"
 
 
 class _Unpacked(io.RawIOBase):

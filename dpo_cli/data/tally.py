@@ -39,6 +39,25 @@ MEASURED = ("prompt", "chosen", "rejected", "longest")
 """Whose tokens are counted of pairs that were dropped as too long; the longest is prompt and longer response."""
 
 
+_FIX = "fix the row"
+_ADVICE = {
+    "too long": "raise `data.max_length`, or set `data.on_too_long: truncate`",
+    "response too long": "raise `data.max_length`, or set `data.min_response` to let responses be cut",
+    "template error": "fix the template, or set `model.chat_template` to another one",
+    "empty turn": "set `model.chat_template` to a template that writes it, or fix the row",
+    "missing field": "fix the row, name the column by `data.columns`, or set another shape in `data.format`",
+    "wrong type": "fix the row, or set another shape in `data.format`",
+    "wrong role": "fix the row, or call the speaker system, user, assistant or tool",
+    "identical responses": "check that `chosen` and `rejected` are read from two columns (`data.columns`)",
+    "empty response": "check that `chosen` and `rejected` are read from the right columns (`data.columns`)",
+    "no counterpart": "check that each prompt has answers of both labels, and that prompts are spelled alike",
+    "no preference": "check that the scores differ, and are read from the right column (`data.columns`)",
+    "different contexts": "check that both conversations of a row begin alike",
+    "two system prompts": "leave out the column `system`, or the system's turn in the conversation",
+}
+"""What to do about rows of which no pair can be made, by the reason."""
+
+
 @dataclass
 class Tally:
     """What was found in some rows.
@@ -79,7 +98,7 @@ class Tally:
         if bad.structural:
             self.broken += 1
             if len(self.broken_examples) < _EXAMPLES:
-                self.broken_examples.append(UserError(bad.detail, origin, _how_to_mend(bad)))
+                self.broken_examples.append(UserError(bad.detail, origin, _how_to_fix(bad)))
 
     def keep(self, result: Tokenized) -> None:
         """Count a pair that was kept."""
@@ -110,14 +129,15 @@ class Tally:
     def judge(self, on_bad_row: str, where: str) -> None:
         """Stop where the data is broken, or nothing is left of it."""
         if self.broken and on_bad_row == "error":
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
-            summary = f"{self.broken} of {self.num_read} rows cannot be used (found: {counts})"
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+            summary = f"{self.broken:,} of {self.num_read:,} rows cannot be used (found: {counts})"
             first = f"the first {len(self.broken_examples)} are named above" if self.broken > _EXAMPLES else None
             raise_all([*self.broken_examples, UserError(summary, where, first)])
         if not self.num_kept:
-            counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.most_common())
-            hint = f"see {next(iter(self.examples.values()))[0]}"
-            raise UserError(f"none of {self.num_read} rows is left: {counts}", where, hint)
+            counts = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
+            (reason, _), *_ = self.dropped.most_common(1)
+            hint = f"{_ADVICE.get(reason, _FIX)}; the first: {self.examples[reason][0]}"
+            raise UserError(f"none of {self.num_read:,} rows is left: {counts}", where, hint)
 
     def statistics(self) -> dict[str, Any]:
         """Return what the manifest says of the reading."""
@@ -132,20 +152,14 @@ class Tally:
         }
 
 
-def _how_to_mend(bad: BadRow) -> str:
+def _how_to_fix(bad: BadRow) -> str:
     """Say what to do about a row that stops the reading."""
     drop = "set `data.on_bad_row: drop` to leave such rows out (counted)"
     if bad.reason == "too long":
         return "raise `data.max_length`, or set `data.on_too_long` to drop or truncate"
-    if bad.reason == "template error":
-        return "mend the template, or set `model.chat_template` to another one"
-    if bad.reason == "empty turn":
-        return f"set `model.chat_template` to a template that writes it, mend the row, or {drop}"
-    if bad.reason == "missing field":
-        return f"mend the row, {drop}, or name another shape in `data.format`"
     if "not UTF-8" in bad.detail:
         return f"save the file as UTF-8, or {drop}"
-    return f"mend the row, or {drop}"
+    return f"{_ADVICE.get(bad.reason, _FIX)}, or {drop}"
 
 
 def _quantiles(counts: Counter[int]) -> dict[str, float]:

@@ -214,7 +214,7 @@ class PairTokenizer:
     def _too_long(self, pair: TokenizedPair) -> BadRow:
         """Say why a pair is too long, and how long it is."""
         lengths = _lengths(pair)
-        detail = f"has {_length(pair)} tokens where `data.max_length` is {self.max_length}"
+        detail = f"the pair has {_length(pair)} tokens where `data.max_length` is {self.max_length}"
         if self.on_too_long != "truncate":
             return BadRow("too long", detail, structural=self.on_too_long == "error", lengths=lengths)
         allowed = "a response is never cut" if self.min_response is None else "`data.min_response` leaves no room"

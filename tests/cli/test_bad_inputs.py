@@ -427,21 +427,21 @@ DATA_CASES = {
     "a folder without data": Case(folder("data"), f"{PREPARE} data.train=data", 2, r"cannot be loaded", r"data files"),
     "data unreadable": Case(unreadable("pairs.jsonl"), PREPARE, 2, r"reading the data failed", r"read"),
     "data empty": Case(data(""), PREPARE, 2, r"there are no rows", r"at least one row"),
-    "line cut off": Case(data(PAIR, '{"instruction": "S'), PREPARE, 2, r"is not valid JSON.*column", r"mend the row"),
+    "line cut off": Case(data(PAIR, '{"instruction": "S'), PREPARE, 2, r"is not valid JSON.*column", r"fix the row"),
     "line in Latin-1": Case(
         data('{"instruction": "é"}'.encode("latin-1")), PREPARE, 2, r"is not UTF-8: byte 0xe9", r"."
     ),
     "file in UTF-16": Case(in_utf_16, PREPARE, 2, r"not UTF-8", r"as UTF-8"),
-    "null for a row": Case(data(PAIR, "null"), PREPARE, 2, r"is not a JSON object", r"mend the row"),
-    "null for text": Case(data({**PAIR, "chosen": None}), PREPARE, 2, r"`chosen` is null", r"mend the row"),
-    "number for a text": Case(data({**PAIR, "chosen": 7}), PREPARE, 2, r"a number instead of text", r"mend the row"),
-    "list for a text": Case(data({**PAIR, "rejected": []}), PREPARE, 2, r"a list instead of text", r"mend the row"),
-    "half a surrogate pair": Case(data({**PAIR, "chosen": "\ud800"}), PREPARE, 2, r"surrogate", r"mend the row"),
+    "null for a row": Case(data(PAIR, "null"), PREPARE, 2, r"is not a JSON object", r"fix the row"),
+    "null for text": Case(data({**PAIR, "chosen": None}), PREPARE, 2, r"`chosen` is null", r"fix the row"),
+    "number for a text": Case(data({**PAIR, "chosen": 7}), PREPARE, 2, r"a number instead of text", r"fix the row"),
+    "list for a text": Case(data({**PAIR, "rejected": []}), PREPARE, 2, r"a list instead of text", r"fix the row"),
+    "half a surrogate pair": Case(data({**PAIR, "chosen": "\ud800"}), PREPARE, 2, r"surrogate", r"fix the row"),
     "column missing": Case(
         data({"question": "a", "chosen": "b", "rejected": "c"}), PREPARE, 2,
         r"no known shape.*`question` \(text\)", r"prompt",
     ),
-    "instruction empty": Case(data({**PAIR, "instruction": " "}), PREPARE, 2, r"`instruction` is empty", r"mend"),
+    "instruction empty": Case(data({**PAIR, "instruction": " "}), PREPARE, 2, r"`instruction` is empty", r"fix"),
     "broken rows dropped until none is left": Case(
         data("null"), f"{PREPARE} data.on_bad_row=drop", 2, r"none of 1 rows is left: 1 undecodable", r"pairs.jsonl:1"
     ),
@@ -458,7 +458,7 @@ DATA_CASES = {
         f"{TRAIN} {JINJA}", 2, r"chosen response ends twice", r"chat template writes",
     ),
     "JSON list cut off": Case(
-        data('[{"instruction": ', name="a.json"), f"{PREPARE} data.train=a.json", 2, r"not valid JSON", r"mend that"
+        data('[{"instruction": ', name="a.json"), f"{PREPARE} data.train=a.json", 2, r"not valid JSON", r"fix that"
     ),
     "JSON object for a list": Case(
         data(json.dumps({"rows": [PAIR]}, indent=1), name="a.json"),
@@ -466,11 +466,11 @@ DATA_CASES = {
     ),
     "CSV ragged": Case(
         data("instruction,chosen,rejected", "a,b,c", "a,b", name="a.csv"),
-        f"{PREPARE} data.train=a.csv", 2, r"has 2 fields where the header has 3", r"mend the row",
+        f"{PREPARE} data.train=a.csv", 2, r"has 2 fields where the header has 3", r"fix the row",
     ),
     "CSV with NUL": Case(
         data("instruction,chosen,rejected", "a,b\0,c", "\0", name="a.csv"),
-        f"{PREPARE} data.train=a.csv", 2, r"NUL|has 1 fields", r"mend the row",
+        f"{PREPARE} data.train=a.csv", 2, r"NUL|has 1 fields", r"fix the row",
     ),
     "CSV of a header": Case(
         data("instruction,chosen,rejected", name="a.csv"), f"{PREPARE} data.train=a.csv", 2, r"no rows", r"at least one"
@@ -507,11 +507,11 @@ PREPARED_CASES = {
         prepared(gone("prepared/pairs.arrow")), f"{TRAIN} data.train=prepared", 2, r"pairs.arrow is missing", r"again"
     ),
     "prepared under another length": Case(
-        prepared(), f"{TRAIN} data.train=prepared data.max_length=99", 2, r"with another data.max_length", r"set the"
+        prepared(), f"{TRAIN} data.train=prepared data.max_length=99", 2, r"with another `data.max_length`", r"set the"
     ),
     "prepared with another tokenizer": Case(
         prepared(fewer_merges),
-        f"{TRAIN} data.train=prepared", 2, r"with another tokenizer", r"again",
+        f"{TRAIN} data.train=prepared", 2, r"with another `tokenizer`", r"again",
     ),
     "prepared data among raw data": Case(
         prepared(), f"{TRAIN} 'data.train=[prepared, pairs.jsonl]'", 2, r"cannot be mixed", r"alone"
@@ -710,7 +710,7 @@ OUTPUT_CASES = {
         finished(), f"{TRAIN} --overwrite model.name=runs/run/final", 2, r"overwrit|remove|replace", r"another"
     ),
     "overwriting a run with broken data": Case(
-        finished(data("null")), f"{TRAIN} --overwrite", 2, r"is not a JSON object", r"mend the row"
+        finished(data("null")), f"{TRAIN} --overwrite", 2, r"is not a JSON object", r"fix the row"
     ),
     "resuming under other settings": Case(
         stopped(), f"{TRAIN} --resume loss.beta=0.3", 2, r"`loss.beta` was 0.1 and is 0.3", r"set them back"
@@ -766,7 +766,7 @@ EVAL_CASES = {
         nothing, f"{EVAL} --model model --data run.yaml", 2, r"kind of data file", r"ends in one of"
     ),
     "pairs to score broken": Case(
-        data("null", name="held.jsonl"), f"{EVAL} --model model --data held.jsonl", 2, r"JSON object", r"mend"
+        data("null", name="held.jsonl"), f"{EVAL} --model model --data held.jsonl", 2, r"JSON object", r"fix"
     ),
     "nothing held out": Case(nothing, f"{EVAL} --model model data.eval=null", 2, r"holds no pairs out", r"--data"),
     "JSON into no folder": Case(

@@ -84,13 +84,13 @@ def broken_lines(row: dict[str, Any]) -> list[Damage]:
     """Damage a good row's line: what may happen to any file of lines."""
     line = as_line(row)
     return [
-        Damage("a line cut off", line[: len(line) // 2] + b"\n", BROKEN, "is not valid JSON"),
-        Damage("invalid UTF-8", line.replace(b":", b": \xff", 1), BROKEN, "is not UTF-8: byte 0xff"),
-        Damage("a list in place of an object", as_line([row]), BROKEN, "is not a JSON object"),
-        Damage("text in place of an object", as_line("row"), BROKEN, "is not a JSON object"),
-        Damage("null in place of an object", b"null\n", BROKEN, "is not a JSON object"),
-        Damage("two objects in a line", line.strip() + line, BROKEN, "is not valid JSON: Extra data"),
-        Damage("single quotes", repr(row).encode() + b"\n", BROKEN, "is not valid JSON"),
+        Damage("a line cut off", line[: len(line) // 2] + b"\n", BROKEN, "the row is not valid JSON"),
+        Damage("invalid UTF-8", line.replace(b":", b": \xff", 1), BROKEN, "the row is not UTF-8: byte 0xff"),
+        Damage("a list in place of an object", as_line([row]), BROKEN, "the row is not a JSON object"),
+        Damage("text in place of an object", as_line("row"), BROKEN, "the row is not a JSON object"),
+        Damage("null in place of an object", b"null\n", BROKEN, "the row is not a JSON object"),
+        Damage("two objects in a line", line.strip() + line, BROKEN, "the row is not valid JSON: Extra data"),
+        Damage("single quotes", repr(row).encode() + b"\n", BROKEN, "the row is not valid JSON"),
         Damage("a raw control character", line.replace(b'"', b'"\x00', 1), BROKEN, "Invalid control character"),
         Damage("nested too deeply", b"[" * 100_000 + b"\n", BROKEN, "it is nested too deeply"),
         Damage("too many digits", line[:-2] + b', "n": ' + b"9" * 5000 + b"}\n", BROKEN, "Exceeds the limit"),

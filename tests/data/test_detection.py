@@ -36,7 +36,10 @@ def test_the_first_row_does_not_decide(first, shape):
 @pytest.mark.parametrize("damage", [None, 5, "", [], {}, "text"])
 def test_damaged_rows_do_not_hide_the_shape_of_the_others(shape, damage):
     broken = dict.fromkeys(ROW_OF[shape], damage)
-    assert detect([Row("f:0", None, "is not valid JSON"), *rows_of(broken, ROW_OF[shape], ROW_OF[shape])], "f") == shape
+    assert (
+        detect([Row("f:0", None, "the row is not valid JSON"), *rows_of(broken, ROW_OF[shape], ROW_OF[shape])], "f")
+        == shape
+    )
 
 
 @pytest.mark.parametrize("shape", FORMATS)
@@ -75,5 +78,5 @@ def test_a_column_s_name_controls_no_terminal():
 
 
 def test_where_no_row_could_be_read_the_shape_does_not_matter():
-    assert detect([Row("f:1", None, "is not valid JSON")], "f") in FORMATS
+    assert detect([Row("f:1", None, "the row is not valid JSON")], "f") in FORMATS
     assert detect([], "f") in FORMATS

@@ -231,16 +231,16 @@ def test_a_null_that_a_column_of_json_says_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b'{"instruction": "cut o', "is not valid JSON: Unterminated string"),
-        (b'{"a": "\xff"}', "is not UTF-8: byte 0xff"),
-        (b"[1, 2]", "is not a JSON object"),
-        (b"42", "is not a JSON object"),
-        (b"[" * 100_000, "is not valid JSON: it is nested too deeply"),
-        (b'{"a": ' * 100_000, "is not valid JSON: it is nested too deeply"),
-        (b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", "is nested more than 64 levels deep"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "is not valid JSON: Exceeds the limit"),
-        (b'{"a": 1, "b": 2, "a": 3}', "has the key `a` twice"),
-        (b'{"a": [{"role": 1, "role": 1}]}', "has the key `role` twice"),
+        (b'{"instruction": "cut o', "the row is not valid JSON: Unterminated string"),
+        (b'{"a": "\xff"}', "the row is not UTF-8: byte 0xff"),
+        (b"[1, 2]", "the row is not a JSON object"),
+        (b"42", "the row is not a JSON object"),
+        (b"[" * 100_000, "the row is not valid JSON: it is nested too deeply"),
+        (b'{"a": ' * 100_000, "the row is not valid JSON: it is nested too deeply"),
+        (b'{"a": ' + b"[" * 500 + b"]" * 500 + b"}", "the row is nested more than 64 levels deep"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "the row is not valid JSON: Exceeds the limit"),
+        (b'{"a": 1, "b": 2, "a": 3}', "the row has the key `a` twice"),
+        (b'{"a": [{"role": 1, "role": 1}]}', "the row has the key `role` twice"),
     ],
 )
 def test_a_broken_line_is_found_and_the_others_are_read(tmp_path, line, problem):
@@ -271,7 +271,10 @@ def test_a_broken_member_of_a_list_is_found_and_the_others_are_read(tmp_path, mo
     rows = in_blocks(monkeypatch, size, path)
     assert [row.values for row in rows] == [{"a": "你"}, None, {"a": 1}]
     assert rows[1].origin == f"{path}:2"
-    assert re.match("is not UTF-8: byte 0x(ff|e4)" if member.startswith(b"{") else "is not a JSON obj", rows[1].problem)
+    assert re.match(
+        "the row is not UTF-8: byte 0x(ff|e4)" if member.startswith(b"{") else "the row is not a JSON obj",
+        rows[1].problem,
+    )
     assert rows[2].origin == f"{path}:4"
 
 
@@ -280,7 +283,7 @@ def test_a_member_that_says_a_thing_twice_is_found_and_the_others_are_read(tmp_p
     path.write_text('[{"a": 1},\n{"a": {"b": 1, "b": 2}},\n{"a": 1}]')
     rows = list(read(path))
     assert [row.values for row in rows] == [{"a": 1}, None, {"a": 1}]
-    assert rows[1].problem == "has the key `b` twice in one object"
+    assert rows[1].problem == "the row has the key `b` twice in one object"
 
 
 def test_a_csv_row_of_another_width_is_found_and_the_others_are_read(tmp_path):
@@ -295,10 +298,10 @@ def test_a_csv_row_of_another_width_is_found_and_the_others_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b'1,"open', "is not valid CSV"),
-        (b'1,"He said "hi" to me"', "is not valid CSV"),
-        (b"1,\xff", "is not UTF-8: byte 0xff"),
-        (b"1,a\rb", "is not valid CSV: new-line character"),
+        (b'1,"open', "the row is not valid CSV"),
+        (b'1,"He said "hi" to me"', "the row is not valid CSV"),
+        (b"1,\xff", "the row is not UTF-8: byte 0xff"),
+        (b"1,a\rb", "the row is not valid CSV: new-line character"),
     ],
 )
 @pytest.mark.parametrize("after", [b"2,b\n3,c\n", b'2,"b"\n3,c\n', b'2,"b\nb"\n3,c\n'])

@@ -51,7 +51,7 @@ def test_what_comes_first_in_the_source_comes_first(tmp_path_factory, judged):
 
 
 def test_bad_rows_travel_on_with_their_problems_and_break_no_pair(tmp_path):
-    unreadable = Row("f:1", None, "is not valid JSON")
+    unreadable = Row("f:1", None, "the row is not valid JSON")
     rows = [Row(f"f:{line}", {"prompt": "a", "completion": c, "label": label})
             for line, (c, label) in enumerate([("x", True), (" ", False), ("y", "?"), ("z", False)], 2)]  # fmt: skip
     first, pair, empty, odd = gather(iter([unreadable, *rows]), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -341,7 +342,7 @@ def test_a_source_without_rows_is_an_error_among_others(tmp_path, pairs_file, to
 def test_a_prepared_folder_is_refused_where_rows_would_be_read_otherwise(tmp_path, pairs_file, tokenizer, reading):
     prepare(pairs_file, tokenizer, tmp_path / "p")
     assert prepared.open_for(tmp_path / "p", Reading(), tokenizing(tokenizer))
-    with pytest.raises(UserError, match=r"made with another data\."):
+    with pytest.raises(UserError, match=r"made with another `data\."):
         prepared.open_for(tmp_path / "p", reading, tokenizing(tokenizer))
 
 
@@ -357,3 +358,23 @@ def test_what_was_done_to_a_pair_is_kept_with_it(tmp_path, tokenizer):
     ):
         assert (pairs.flags & prepared.FACTS[name] > 0).tolist() == expected, name
         assert pairs.manifest["statistics"][name] == sum(expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "hint"),
+    [
+        (
+            [row("Why? " * 60)] * 2 + [row(chosen="")],
+            {"max_length": 50},
+            "raise `data.max_length`, .*truncate`; the first",
+        ),
+        ([row(chosen="3 " * 90)], {"max_length": 50, "on_too_long": "truncate"}, "`data.min_response`"),
+        ([row(chosen="")] * 2 + [row("Why? " * 60)], {"max_length": 50}, "`data.columns`.*`chosen` is empty"),
+        ([row(chosen="4")], {}, "`data.columns`"),
+    ],
+)
+def test_where_no_row_is_left_the_commonest_reason_says_what_to_set(tmp_path, tokenizer, rows, settings, hint):
+    source = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(UserError, match=f"none of {len(rows)} rows is left") as caught:
+        prepare(source, tokenizer, tmp_path / "p", **settings)
+    assert re.search(hint, caught.value.hint), caught.value.hint

@@ -112,7 +112,7 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
         ("pears*.jsonl", "no data file matches", r"did you mean `.*pairs\.jsonl`\?"),
         ("mixed", r"`.*mixed/b\.xlsx` is not a kind of data file", "ends in one of"),
         ("mixed/*", r"`.*mixed/b\.xlsx` is not a kind of data file", "ends in one of"),
-        ("company", "there is no data file in it", r"data files end in \.json"),
+        ("company", "there is no data file in it", r"they end in \.json"),
         ("company/*", "no data file matches", "name a data file"),
         ("splits", "training data and held-out data", r"splits/\*\*/\*train\*"),
         (" ", "is empty", "name a data file"),
@@ -167,7 +167,7 @@ def test_a_folder_that_datasets_wrote_is_read_as_datasets_reads_it(saved):
 
 
 def test_a_folder_that_datasets_wrote_and_that_is_not_whole_is_explained(saved, tmp_path):
-    assert problem_of(saved / "dict", split="tset").hint == "its splits: train, test"
+    assert problem_of(saved / "dict", split="tset").hint == "set `split` to one of `train`, `test`"
     shutil.copytree(saved / "one", tmp_path / "one")
     next((tmp_path / "one").glob("*.arrow")).unlink()
     assert "is missing" in problem_of(tmp_path / "one").what
