@@ -219,13 +219,22 @@ def _check_size(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         UserError: It is more than either.
     """
+    tensors = (*model.parameters(), *model.buffers())
+    check_elements(sum(tensor.numel() for tensor in tensors), folder)
+    _check_room(sum(tensor.nbytes for tensor in tensors))
+
+
+def _check_room(needed: int) -> None:
+    """Refuse weights that are larger than the memory that is free.
+
+    Raises:
+        UserError: They are.
+    """
     import torch
 
     from dpo_cli.modeling.memory import free_bytes
 
-    tensors = (*model.parameters(), *model.buffers())
-    check_elements(sum(tensor.numel() for tensor in tensors), folder)
-    needed, free = sum(tensor.nbytes for tensor in tensors), free_bytes(torch.device("cpu"))
+    free = free_bytes(torch.device("cpu"))
     if needed > free:
         what = f"its weights take {needed / 2**30:.1f} GiB in float32, and {free / 2**30:.1f} GiB of memory are free"
         raise UserError(what, None, "choose a smaller model, or a machine with more memory")
@@ -287,7 +296,7 @@ def _converted(path: Path) -> Path:
         except DamagedFolder as damage:
             _log.warning("the converted model is damaged (%s); converting again", damage)
     try:
-        import gguf  # noqa: F401  (transformers needs it and explains its absence badly)
+        import gguf  # transformers needs it as well, and explains its absence badly
     except ImportError:
         hint = "install it with `pip install 'dpo-cli[gguf]'`"
         raise UserError("reading a GGUF file needs the package `gguf`", str(path), hint) from None
@@ -297,6 +306,7 @@ def _converted(path: Path) -> Path:
     _log.warning("converting %s to an ordinary model folder, once; this takes up to a minute", path.name)
     parent, file = str(path.parent), path.name
     with _explained(str(path), "model"):
+        _check_room(sum(4 * int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors))
         tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
         model = AutoModelForCausalLM.from_pretrained(
             parent,

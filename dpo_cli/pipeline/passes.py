@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dpo_cli.config import Config
 from dpo_cli.errors import UserError
+from dpo_cli.pipeline.memory import without_passes
 from dpo_cli.reporting.console import Console, gib
 
 if TYPE_CHECKING:
@@ -277,9 +278,8 @@ def estimate(
     import torch
 
     from dpo_cli.data.schedule import MicroBatch, largest
-    from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
+    from dpo_cli.modeling.memory import activation_bytes, logits_bytes
     from dpo_cli.modeling.proof import REFUSALS
-    from dpo_cli.training.optimizer import state_bytes
 
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     steps = list(itertools.islice(plan.steps(batches.cut, 0, rank, num_ranks), _STEPS_LOOKED_AT))
@@ -288,7 +288,6 @@ def estimate(
     cuts.append(MicroBatch((int(plan.indices[sizes.longest[plan.indices].argmax()]),)))
     on_paper = dataclasses.replace(batches, device=torch.device("cpu"))
     candidates = [on_paper(cut) for cut in largest(sizes, cuts, batches.layout.tokens)]
-    weights = sum(parameter.nbytes for parameter in model.parameters())
     recomputed, dtype = config.training.gradient_checkpointing, compute_dtype(accelerator)
     try:
         activations = max(
@@ -297,19 +296,11 @@ def estimate(
     except REFUSALS:
         # What this model computes depends on the values, which are not there.
         activations = None
-    on_cpu = batches.device.type == "cpu"
-    state = state_bytes(config.training.optimizer, model)
-    saved = weights + state + (weights if config.reference.type == "synced" else 0)
-    return MemoryEstimate(
-        program=program_bytes if on_cpu else 0,
-        weights=weights,
-        reference=weights if config.reference.holds_model else 0,
-        optimizer=state,
-        gradients=weights,
+    return dataclasses.replace(
+        without_passes(config, model, accelerator, program_bytes),
         activations=activations or 0,
         counted=activations is not None,
         logits=max(logits_bytes(model, batch, collisions=config.objective.wpo) for batch in candidates),
-        copy=saved if on_cpu and config.checkpoints.background else 0,
         several=any(len(step.micro_batches) > 1 for step in steps),
     )
 

@@ -116,6 +116,10 @@ def _run(
     from dpo_cli.training.checkpoints import newest_step
     from dpo_cli.training.checks import check_columns, check_fits, check_tokens
 
+    name, trust, program_bytes = config.model.name, config.model.trust, resident_bytes()
+    policy = empty_policy(name, trust)
+    if not (resume and folder.state() is RunState.FINISHED):
+        check_memory(config, policy, accelerator, program_bytes)
     with accelerator.main_process_first():
         tokenizer, tokenize = setup.load_tokenizer(config, config.model.name)
         data = setup.run_data(config, tokenize, console)
@@ -126,8 +130,8 @@ def _run(
         elif folder.state() is RunState.FINISHED:
             _tell_finished(folder, console)
             return
-    name, trust = config.model.name, config.model.trust
-    policy = empty_policy(name, trust) if dry_run else load_policy(name, trust).to(accelerator.device)
+    if not dry_run:
+        policy = load_policy(name, trust).to(accelerator.device)
     facts, disk = header(config, folder, accelerator, data, plan, policy), disk_need(config, folder, plan, policy)
     if not dry_run:
         console.facts(facts)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import build
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import make_config
 
@@ -168,3 +172,70 @@ def test_a_head_tied_by_the_settings_alone_is_trained_untied_and_resumed(train, 
     assert again.returncode == 0, again.stderr
     for name, tensor in load_file(final(tmp_path) / "model.safetensors").items():
         assert torch.equal(tensor, whole[name]), name
+
+
+MEASURED = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_maxrss, used.ru_utime + used.ru_stime)
+sys.exit(status)
+"""
+"""Runs a command, and prints the most memory that it held, in KiB, and the seconds that it computed."""
+
+LARGE = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "layer_types": None, "head_dim": 128, "attention_bias": False,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+"""Eight billion parameters."""
+
+
+@pytest.fixture
+def large(put: Callable[..., None], folder: Path) -> Callable[[int], None]:
+    """Put a model into the folder whose weights of 16 bits are a header and a hole."""
+
+    def put_large(factor: int) -> None:
+        put("llama", **{**LARGE, "num_hidden_layers": 32 * factor})
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        header, end = {}, 0
+        for name, tensor in model.state_dict().items():
+            start, end = end, end + 2 * tensor.numel()
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+
+    return put_large
+
+
+@pytest.mark.parametrize("factor", [4])
+@pytest.mark.parametrize("command", ["train", "train --dry-run", "eval --model"])
+def test_what_cannot_fit_into_memory_is_refused_in_seconds_before_it_is_loaded(
+    tmp_path, large, folder, tiny_llama, pairs_file, command, factor
+):
+    """120 GB in float32, whatever machine this is; 450 GB with gradients and moments."""
+    large(factor)
+    first, *others = command.split()
+    trained = tiny_llama if first == "eval" else folder
+    config = make_config(tmp_path, trained, pairs_file, data={"eval": 0.1})
+    others += [str(folder)] if first == "eval" else []
+    measured = [sys.executable, "-c", MEASURED, sys.executable, "-m", "dpo_cli", first, "--config", config, *others]
+    result = subprocess.run(list(map(str, measured)), capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    kibibytes, seconds = map(float, result.stdout.splitlines()[-1].split())
+    assert kibibytes < 1.5 * 2**20
+    assert seconds < 15
+    assert "Traceback" not in result.stderr
+    if first == "eval":
+        assert re.search(r"its weights take 1\d\d\.\d GiB in float32, and [\d.]+ GiB of memory are free", result.stderr)
+        assert "choose a smaller model" in result.stderr
+    else:
+        assert re.search(r"training takes at least \d{3}\.\d\d GiB of memory, and [\d.]+ GiB are free", result.stderr)
+        for part in ("weights", "gradients", "optimizer"):
+            assert f"{part} " in result.stderr
+        assert re.search(r"choose a model of at most [\d.]+ billion parameters", result.stderr)
+        assert "adafactor" in result.stderr
