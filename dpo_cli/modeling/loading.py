@@ -29,6 +29,7 @@ from dpo_cli.modeling.model_files import (
     Trust,
     check_elements,
     check_folder,
+    holds_tokenizer,
     weights_files,
 )
 from dpo_cli.modeling.refusals import reason_and_hint
@@ -103,6 +104,27 @@ def load_tokenizer(name: str, trust: Trust = NO_TRUST) -> PreTrainedTokenizerBas
         return tokenizer
 
     return _load(name, "tokenizer", load, trust)
+
+
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, name: str, where: str, trust: Trust = NO_TRUST) -> None:
+    """Refuse another model whose ids stand for other tokens; a folder without a tokenizer is not asked.
+
+    Args:
+        tokenizer: What the pairs are tokenized with.
+        name: The other model.
+        where: What names it: a setting or an option.
+        trust: What it may bring along.
+
+    Raises:
+        UserError: Ids differ; it names the first.
+    """
+    if Path(name).is_dir() and not holds_tokenizer(Path(name)):
+        return
+    ours, theirs = ({i: t for t, i in known.get_vocab().items()} for known in (tokenizer, load_tokenizer(name, trust)))
+    if differing := sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]):
+        shown = "; ".join(f"id {i} is {theirs[i]!r} there and {ours[i]!r} here" for i in differing[:3])
+        what = f"`{name}` reads other tokens than the pairs have: {len(differing)} ids differ ({shown})"
+        raise UserError(what, where, "choose a model with the same tokenizer as `model.name`")
 
 
 def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:

@@ -100,6 +100,11 @@ def check_config(config: Path) -> None:
         _check_settings(_read_json(config))
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Tell whether a model folder has a tokenizer of its own."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
+
+
 def weights_files(folder: Path, settings: dict[str, Any] | None = None) -> list[Path]:
     """Return the files from which a model's weights are read; none where it has none.
 

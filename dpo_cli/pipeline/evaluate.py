@@ -64,12 +64,13 @@ def _score(
     """Score what was named, and show and write what was found."""
     from dpo_cli.evaluation.evaluate import evaluate as score
     from dpo_cli.modeling.batch import Batches
-    from dpo_cli.modeling.loading import load_policy
+    from dpo_cli.modeling.loading import check_same_tokens, load_policy
     from dpo_cli.modeling.scorer import Scorer
     from dpo_cli.training.checks import check_columns, check_fits
 
     with accelerator.main_process_first():
-        _, tokenize = setup.load_tokenizer(config, config.model.name)
+        tokenizer, tokenize = setup.load_tokenizer(config, config.model.name)
+        check_same_tokens(tokenizer, scored, "the model that is scored", config.model.trust)
         pairs, held_out, source = _held_out(config, data, tokenize, console)
     check_columns(pairs, config.objective)
     reference, asked = _open_reference(config, pairs, held_out, accelerator, console)

@@ -158,6 +158,8 @@ def load_tokenizer(config: Config, name: str) -> tuple[Any, PairTokenizer]:
     from dpo_cli.modeling import loading
 
     tokenizer = loading.load_tokenizer(name, config.model.trust)
+    if config.reference.model is not None:
+        loading.check_same_tokens(tokenizer, config.reference.model, "`reference.model`", config.model.trust)
     template = read_template(config.model.chat_template)
     tokenize = PairTokenizer(
         tokenizer,

@@ -15,6 +15,7 @@ from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.check import check, show_check
 from dpo_cli.pipeline.extend import check_length
 from dpo_cli.pipeline.forecast import disk_need, time_rows, warn_of_disk
+from dpo_cli.pipeline.memory import check_memory
 from dpo_cli.pipeline.passes import (
     expected_layout,
     prove_logps,

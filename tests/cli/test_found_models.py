@@ -239,3 +239,27 @@ def test_what_cannot_fit_into_memory_is_refused_in_seconds_before_it_is_loaded(
             assert f"{part} " in result.stderr
         assert re.search(r"choose a model of at most [\d.]+ billion parameters", result.stderr)
         assert "adafactor" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["train reference.model={}", "eval --model {}"])
+def test_a_model_that_reads_other_tokens_is_refused_with_the_first_ids_that_differ(
+    forked_dpo, tmp_path, tiny_llama, pairs_file, command
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama, other)
+    file = other / "tokenizer.json"
+    words = json.loads(file.read_text())
+    vocabulary = words["model"]["vocab"]
+    first, second = (next(word for word, place in vocabulary.items() if place == i) for i in (300, 301))
+    vocabulary[first], vocabulary[second] = 301, 300
+    file.write_text(json.dumps(words))
+    config = make_config(tmp_path, tiny_llama, pairs_file, data={"eval": 0.1})
+    first_word, *others = command.format(other).split()
+    result = forked_dpo(first_word, "--config", config, *others)
+    assert result.returncode == 2, result.stderr
+    assert "2 ids differ" in result.stderr
+    assert "id 300 is" in result.stderr
+    assert "the same tokenizer" in result.stderr
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).unlink()
+    assert forked_dpo(first_word, "--config", config, *others).returncode == 0
