@@ -169,7 +169,7 @@ def run_ours(work: Work, threads: int | None, gauge: Gauge) -> Run:
                 "weight_decay": 0,
                 "max_grad_norm": 1.0,
             },
-            "checkpoints": {"every_steps": 1_000_000},
+            "checkpoints": {"every_steps": 1_000_000, "at_end": False},
             "output_dir": str(folder / "run"),
         }
         config = folder / "benchmark.yaml"
