@@ -12,12 +12,11 @@ from accelerate.utils import gather_object
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import ReferenceLogps
-from dpo_cli.preference.scoring import judge_step, score_pairs, step_facts
+from dpo_cli.preference.scoring import TokenLogps, judge_step, score_pairs, step_facts
 from dpo_cli.reporting.metrics import PAIR_METRICS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ class PairResult:
 
 
 def evaluate(
-    scorer: nn.Module,
+    scorer: TokenLogps,
     objective: Objective,
     reference: ReferenceLogps,
     indices: Sequence[int],
@@ -45,7 +44,7 @@ def evaluate(
     """Score pairs, their micro-batches dealt to the ranks; return all results, in the order of the data.
 
     Args:
-        scorer: The prepared scorer.
+        scorer: The prepared scorer, or anything else that answers for the policy.
         objective: Loss and rewards of pairs; it is told of all of them as of one step.
         reference: Answers with the reference's token log-probabilities.
         indices: The pairs' indices in the data.

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from dpo_cli.data.schedule import Plan
     from dpo_cli.modeling.batch import Batches
-    from dpo_cli.preference.reference import OpenReference
+    from dpo_cli.preference.reference import OpenReference, ReferenceLogps
+    from dpo_cli.preference.scoring import TokenLogps
     from dpo_cli.reporting.trackers import MetricsLog
     from dpo_cli.training.checkpoints import CheckpointWriter
     from dpo_cli.training.loop import NotFinite, StepResult
@@ -60,7 +61,8 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
     from dpo_cli.training.checkpoints import CheckpointWriter
 
     accelerator, saving = run.accelerator, run.config.checkpoints
-    log = MetricsLog(run.folder.metrics, done) if accelerator.is_main_process else None
+    first = {"split": "eval", "step": 0, "epoch": 0.0, **run.parts.before} if run.parts.before else None
+    log = MetricsLog(run.folder.metrics, done, first) if accelerator.is_main_process else None
     spoilt = log is not None and metrics not in ("", log.digest)
     again = done == run.plan.num_steps and len(run.data.held_out) > 0
     if spoilt:
@@ -70,6 +72,8 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
     progress.finish = writer.finish
     started = time.monotonic()
     try:
+        if not done and len(run.data.held_out):
+            _measure_before(run, log)
         with run.signals.deferred():
             _take_steps(run, progress, done, log, writer)
             with run.signals.during("the trained model is saved"):
@@ -158,7 +162,7 @@ def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, resu
         check_finite(step, result.pairs, run.parts.policy)
     if evaluates:
         with run.signals.during("this evaluation"):
-            figures = _evaluate(run)
+            figures = _evaluate(run, run.scorer)
         _log(run, log, "eval", step, {"epoch": result.epoch, **figures})
         record.evaluated(step, figures)
         # An evaluation may be long; who was asked to stop meanwhile does not take another step.
@@ -190,16 +194,34 @@ def _log(run: Run, log: MetricsLog | None, split: str, step: int, metrics: dict[
         run.accelerator.log(numbers, step=step)
 
 
-def _evaluate(run: Run) -> dict[str, Any]:
-    """Score the held-out pairs as they stand now."""
+def _measure_before(run: Run, log: MetricsLog | None) -> None:
+    """Score the held-out pairs before step 1, and let every checkpoint keep the figures.
+
+    A reference that is the policy before step 1 answers for it: where its answers are cached, no model is asked.
+    """
+    config = run.config
+    is_policy = config.reference.type != "none" and config.reference.model is None
+    # Weights by the policy's own probabilities take more than the probabilities of the responses.
+    scorer = _reference(run) if is_policy and not config.objective.wpo else run.scorer
+    run.parts.before.update(_evaluate(run, scorer, "evaluating before step 1"))
+    _log(run, log, "eval", 0, {"epoch": 0.0, **run.parts.before})
+
+
+def _reference(run: Run) -> OpenReference | ReferenceLogps:
+    """Return what held-out pairs are compared with: the reference, or what it was before it moved."""
+    return run.reference.beginning or run.reference
+
+
+def _evaluate(run: Run, scorer: TokenLogps, what: str = "evaluating") -> dict[str, Any]:
+    """Score the held-out pairs with what answers for the policy."""
     from dpo_cli.evaluation.evaluate import evaluate
 
     held_out = run.data.held_out.tolist()
-    with run.console.progress("evaluating", len(held_out)) as progress:
+    with run.console.progress(what, len(held_out)) as progress:
         results = evaluate(
-            run.scorer,
+            scorer,
             run.config.objective,
-            run.reference.beginning or run.reference,
+            _reference(run),
             held_out,
             without_gradient(run.batches),
             run.accelerator,
@@ -217,7 +239,7 @@ def _evaluate_again(run: Run, log: MetricsLog | None, *, spoilt: bool) -> None:
 
     step = run.plan.num_steps
     if any(gather_object([spoilt])):
-        figures = {"epoch": run.plan.epochs_after(step), **_evaluate(run)}
+        figures = {"epoch": run.plan.epochs_after(step), **_evaluate(run, run.scorer)}
         if log:
             log.forget("eval", step)
         _log(run, log, "eval", step, figures)
@@ -254,9 +276,15 @@ def _save_final(run: Run, figures: dict[str, Any] | None) -> None:
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     settings = run.config.model_dump(mode="json")
-    card = model_card(run.folder.path.name, settings, facts, figures)
+    card = model_card(run.folder.path.name, settings, facts, _before_and_after(run, figures))
     with saved_model(run.folder.final, run.parts.policy, run.parts.tokenizer, "saving the trained model") as temporary:
         (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _before_and_after(run: Run, figures: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return the columns of the closing table: the held-out figures before step 1, where they are known, and now."""
+    columns = {"before": run.parts.before, "after": figures}
+    return {name: column for name, column in columns.items() if column} if figures else {}
 
 
 def _summary(run: Run, figures: dict[str, Any] | None, seconds: float) -> None:
@@ -265,6 +293,6 @@ def _summary(run: Run, figures: dict[str, Any] | None, seconds: float) -> None:
     run.console.block()
     run.console.notice(f"done in {clock(seconds)}")
     if figures:
-        run.console.result(figures_table({"after": figures}))
+        run.console.result(figures_table(_before_and_after(run, figures)))
     run.console.result(f"model    {run.folder.final}")
     run.console.result(f"metrics  {run.folder.metrics}")

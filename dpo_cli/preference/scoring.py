@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo_cli.data.schedule import MicroBatch
 from dpo_cli.modeling.batch import Batches, PairBatch
@@ -25,13 +25,17 @@ if TYPE_CHECKING:
     from dpo_cli.data.schedule import PairSizes
 
 
+TokenLogps = Callable[[PairBatch], Tensor]
+"""Answers with the log-probability of each response token of a batch, as a `Scorer` does."""
+
+
 def step_facts(sizes: PairSizes, pairs: Sequence[int], memory: Memory) -> StepFacts:
     """Return what a loss may know of a step of these pairs."""
     return StepFacts(len(pairs), int(sizes.chosen_judged[list(pairs)].sum()), memory=memory)
 
 
 def score_pairs(
-    scorer: nn.Module, objective: Objective, reference: ReferenceLogps, batch: PairBatch, step: StepFacts
+    scorer: TokenLogps, objective: Objective, reference: ReferenceLogps, batch: PairBatch, step: StepFacts
 ) -> tuple[PairLosses, Tensor]:
     """Ask policy and reference and apply the objective.
 
@@ -43,7 +47,7 @@ def score_pairs(
         step: The step that they belong to.
 
     Returns:
-        What the objective says, and the `pair_values`, `[B, 7]`.
+        What the objective says, and the `pair_values`, `[B, 9]`.
     """
     policy, answers = SequenceLogps.of(scorer(batch), batch.lengths), SequenceLogps(reference(batch), batch.lengths)
     return _judge(objective, policy, answers, step, batch.weights, batch.margins)
@@ -55,7 +59,7 @@ class Judged:
 
     Attributes:
         losses: `[B]`, without gradient.
-        values: The `pair_values`, `[B, 7]`.
+        values: The `pair_values`, `[B, 9]`.
         slopes: The gradient of the sum of the step's losses by what the scorer answers, of the same shape.
     """
 
@@ -65,7 +69,7 @@ class Judged:
 
 
 def judge_step(
-    scorer: nn.Module,
+    scorer: TokenLogps,
     objective: Objective,
     reference: ReferenceLogps,
     batches: Batches,
@@ -163,5 +167,13 @@ def _judge(
     """Apply the objective and the pairs' own weights."""
     pairs = objective(policy, reference, dataclasses.replace(step, margins=margins))
     pairs = dataclasses.replace(pairs, losses=weights * pairs.losses)
-    values = pair_values(pairs.losses, pairs.chosen_rewards, pairs.rejected_rewards, policy.chosen, policy.rejected)
+    values = pair_values(
+        pairs.losses,
+        pairs.chosen_rewards,
+        pairs.rejected_rewards,
+        policy.chosen,
+        policy.rejected,
+        policy.chosen_lengths,
+        policy.rejected_lengths,
+    )
     return pairs, values

@@ -6,7 +6,7 @@ Names of models, data and folders stand in it as text: they are neither Markdown
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ import yaml
 
 from dpo_cli import __version__, plain_yaml
 from dpo_cli.reporting.secrets import covered
-from dpo_cli.reporting.tables import visible
+from dpo_cli.reporting.tables import FIGURES, visible
 
 _MEANS_SOMETHING = re.compile(r"[\\`*{}\[\]<>#!~$&]|://|www\.")
 """What Markdown may take for more than text."""
 
 
 def model_card(
-    name: str, settings: Mapping[str, Any], facts: Mapping[str, Any], figures: Mapping[str, Any] | None
+    name: str, settings: Mapping[str, Any], facts: Mapping[str, Any], columns: Mapping[str, Mapping[str, Any]]
 ) -> str:
     """Write the card.
 
@@ -29,7 +29,7 @@ def model_card(
         name: The run's name.
         settings: The configuration as resolved.
         facts: What came of it: numbers of pairs and steps, library versions.
-        figures: The held-out figures, or None where there were no held-out pairs.
+        columns: The held-out figures by when they were measured; empty where there were no held-out pairs.
     """
     base = settings["model"]["name"]
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["dpo", "preference-optimization"]}
@@ -40,20 +40,11 @@ def model_card(
         f"# {_text(name)}",
         f"Fine-tuned from {_code(visible(covered(base)))} on preference pairs by dpo {__version__}.",
         "## Data and steps",
-        _table(facts),
+        _table({name: [fact] for name, fact in facts.items()}),
     ]
-    if figures:
-        low, high = (f"{100 * bound:.1f}" for bound in figures["accuracy_interval"])
-        shown = {
-            "held-out pairs": figures["pairs"],
-            "loss": f"{figures['loss']:.4f}",
-            "reward accuracy": f"{100 * figures['rewards/accuracies']:.1f} % ({low} to {high} %, 95 % interval)",
-            "ties, counted half": figures["ties"],
-            "reward margin": f"{figures['rewards/margins']:.4f}",
-            "reward of chosen": f"{figures['rewards/chosen']:.4f}",
-            "reward of rejected": f"{figures['rewards/rejected']:.4f}",
-        }
-        sections += ["## Held-out figures", _table(shown)]
+    if columns:
+        shown = {name.strip(): [show(figures) for figures in columns.values()] for name, show in FIGURES.items()}
+        sections += ["## Held-out figures", _table(shown, list(columns))]
     else:
         sections += ["## Held-out figures", "None: the run had no held-out pairs."]
     settings_text = covered(plain_yaml.dump(_covered_within(settings)))
@@ -71,10 +62,10 @@ def _covered_within(value: Any) -> Any:
     return covered(value) if isinstance(value, str) else value
 
 
-def _table(rows: Mapping[str, Any]) -> str:
-    lines = ["| | |", "|---|---|"]
-    lines += [f"| {name} | {_text(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
-    return "\n".join(lines)
+def _table(rows: Mapping[str, Sequence[Any]], columns: Sequence[str] = ("",)) -> str:
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
+    lines += [[name, *(_text(cell).replace("|", "\\|") for cell in cells)] for name, cells in rows.items()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _text(value: Any) -> str:

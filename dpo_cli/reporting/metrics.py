@@ -18,11 +18,13 @@ PAIR_METRICS = (
     "rewards/accuracies",
     "logps/chosen",
     "logps/rejected",
+    "logps/accuracies",
+    "logps/accuracies_mean",
 )
 """What is known of every pair; a metric of this name is its mean over pairs."""
 
 TIE = 1e-4
-"""Rewards this near are equal: a policy that equals its reference scores as much by rounding alone."""
+"""Rewards or log-probabilities this near are equal: rounding alone makes such a difference."""
 
 
 def pair_values(
@@ -31,24 +33,32 @@ def pair_values(
     rejected_rewards: Tensor,
     chosen_logps: Tensor,
     rejected_logps: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
 ) -> Tensor:
-    """Return `[B, 7]` in float64, in the order of `PAIR_METRICS`; each argument is `[B]`.
+    """Return `[B, 9]` in float64, in the order of `PAIR_METRICS`; each argument is `[B]`.
 
-    An accuracy is 1 where the chosen response has the higher reward, ½ where they tie, else 0.
+    An accuracy is 1 where the chosen response is ahead, ½ where they tie, else 0: by reward, by log-probability, and
+    by its mean over the response's tokens.
     """
     margins = chosen_rewards - rejected_rewards
-    ties = margins.abs() <= TIE
-    accuracies = torch.where(ties, 0.5, (margins > 0).double())
     columns = (
         losses,
         chosen_rewards,
         rejected_rewards,
         margins,
-        accuracies,
+        _accuracies(margins),
         chosen_logps,
         rejected_logps,
+        _accuracies(chosen_logps - rejected_logps),
+        _accuracies(chosen_logps / chosen_lengths - rejected_logps / rejected_lengths),
     )
     return torch.stack([column.detach().double() for column in columns], dim=1)
+
+
+def _accuracies(margins: Tensor) -> Tensor:
+    """Return 1 where a margin is above 0, ½ where it is a tie, else 0; `[B]`."""
+    return torch.where(margins.abs() <= TIE, 0.5, (margins > 0).double())
 
 
 class StepSums:
@@ -64,7 +74,7 @@ class StepSums:
         self._sums = torch.zeros(len(PAIR_METRICS) + 3, dtype=dtype, device=device)
 
     def add(self, values: Tensor, num_tokens: int) -> None:
-        """Add a micro-batch: its `pair_values`, `[B, 7]`, and its tokens."""
+        """Add a micro-batch: its `pair_values`, `[B, 9]`, and its tokens."""
         self._sums[:-3] += values.sum(0)
         self._sums[-3] += len(values)
         self._sums[-2] += num_tokens

@@ -33,25 +33,30 @@ def percent(share: float) -> str:
     return "> 99.9 %" if shown == "100.0 %" and share < 1 else shown
 
 
+FIGURES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "pairs": lambda f: f"{f['pairs']}",
+    "loss": lambda f: f"{f['loss']:.4f}",
+    "reward accuracy": lambda f: f"{100 * f['rewards/accuracies']:.1f} %",
+    "  95 % interval": lambda f: "{:.1f} – {:.1f} %".format(*(100 * x for x in f["accuracy_interval"])),
+    "  ties (counted half)": lambda f: f"{f['ties']}",
+    "reward margin": lambda f: _signed(f["rewards/margins"]),
+    "reward of chosen": lambda f: _signed(f["rewards/chosen"]),
+    "reward of rejected": lambda f: _signed(f["rewards/rejected"]),
+    "log-probability of chosen": lambda f: f"{f['logps/chosen']:.2f}",
+    "log-probability of rejected": lambda f: f"{f['logps/rejected']:.2f}",
+    "chosen likelier (sum)": lambda f: f"{100 * f['logps/accuracies']:.1f} %",
+    "chosen likelier (mean per token)": lambda f: f"{100 * f['logps/accuracies_mean']:.1f} %",
+}
+"""What is shown of held-out figures: a line each, with its name; one that is indented belongs to the one above."""
+
+
 def figures_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     """Show held-out figures, a column for each model."""
     table = Table(box=None, pad_edge=False)
     table.add_column("held-out pairs", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
-        "pairs": lambda f: f"{f['pairs']}",
-        "loss": lambda f: f"{f['loss']:.4f}",
-        "reward accuracy": lambda f: f"{100 * f['rewards/accuracies']:.1f} %",
-        "  95 % interval": lambda f: "{:.1f} – {:.1f} %".format(*(100 * x for x in f["accuracy_interval"])),
-        "  ties (counted half)": lambda f: f"{f['ties']}",
-        "reward margin": lambda f: _signed(f["rewards/margins"]),
-        "reward of chosen": lambda f: _signed(f["rewards/chosen"]),
-        "reward of rejected": lambda f: _signed(f["rewards/rejected"]),
-        "log-probability of chosen": lambda f: f"{f['logps/chosen']:.2f}",
-        "log-probability of rejected": lambda f: f"{f['logps/rejected']:.2f}",
-    }
-    for name, show in rows.items():
+    for name, show in FIGURES.items():
         table.add_row(name, *(show(figures) for figures in columns.values()))
     return table
 

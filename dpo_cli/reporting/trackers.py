@@ -25,12 +25,13 @@ class MetricsLog:
     Args:
         path: The file.
         last_step: Rows of later steps, and a torn last line, are what a crash left; they are removed,
-            since those steps run again.
+            since those steps run again. 0: nothing is done yet, and no row stays.
+        first: The row that the file begins with, whatever became of it; None: the one that is there.
     """
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    def __init__(self, path: Path, last_step: int, first: dict[str, Any] | None = None) -> None:
         self._path = path
-        self._keep(lambda row: row["step"] <= last_step)
+        self._keep(lambda row: 0 < row["step"] <= last_step or (0 == row["step"] < last_step and not first), first)
 
     @property
     def digest(self) -> str:
@@ -69,11 +70,12 @@ class MetricsLog:
         except OSError as error:
             raise from_os_error(error, "writing the metrics", str(self._path)) from error
 
-    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Leave the rows that are wanted, and go on behind them."""
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool], first: dict[str, Any] | None = None) -> None:
+        """Leave the rows that are wanted, behind `first` if there is one, and go on behind them."""
         self._digest = hashlib.sha256()
         try:
-            kept = [(text, row) for text, row in _whole_lines(self._path) if wanted(row)]
+            kept = [(_line(first).rstrip(), first)] if first else []
+            kept += [(text, row) for text, row in _whole_lines(self._path) if wanted(row)]
             write_text(self._path, "".join(f"{text}\n" for text, _ in kept))
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:

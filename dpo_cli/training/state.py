@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +48,7 @@ class TrainingParts:
         memory: What the objective keeps from step to step; changed in place.
         skips: The steps that were not taken; changed in place.
         stands_on: Digests of what a resumed run must find unchanged: the model before step 1, data, settings.
+        before: The held-out figures before step 1; filled in place, empty where nothing is held out.
     """
 
     policy: PreTrainedModel
@@ -59,6 +60,7 @@ class TrainingParts:
     memory: Memory
     skips: Skips
     stands_on: dict[str, str]
+    before: dict[str, Any] = field(default_factory=dict)
 
 
 class _Schedule(BaseModel):
@@ -75,6 +77,7 @@ class Facts(BaseModel):
         memory: What the objective kept.
         skipped: Steps that were not taken.
         metrics: The digest of all rows of metrics.jsonl.
+        before: As in `TrainingParts`.
         optimizer: The settings of its groups.
         schedule: Where it stands.
         scaler: The gradient scaler's state, where there is one.
@@ -88,6 +91,7 @@ class Facts(BaseModel):
     memory: dict[str, float]
     skipped: Annotated[int, Field(ge=0)]
     metrics: str
+    before: dict[str, Any] = Field(default_factory=dict)
     optimizer: list[dict[str, Any]]
     schedule: _Schedule
     scaler: dict[str, Any] | None
@@ -126,6 +130,7 @@ class State:
             memory=dict(parts.memory),
             skipped=parts.skips.count,
             metrics=metrics,
+            before=parts.before,
             optimizer=groups,
             schedule=_Schedule(last_epoch=parts.schedule.last_epoch),
             scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
@@ -186,6 +191,7 @@ def load_checkpoint(path: Path, parts: TrainingParts) -> tuple[int, str]:
         raise UserError(f"`{path.name}` is not a checkpoint of this run: {error}", str(path), hint) from error
     load_weights(parts.policy, path)
     parts.memory.update(facts.memory)
+    parts.before.update(facts.before)
     parts.skips.count = facts.skipped
     parts.schedule.last_epoch, parts.schedule._last_lr = facts.schedule.last_epoch, rates
     if parts.accelerator.scaler and facts.scaler:

@@ -11,8 +11,9 @@ import pytest
 import torch
 import yaml
 
+from dpo_cli.reporting.metrics import PAIR_METRICS
 from dpo_cli.storage import verify
-from tests.conftest import make_config, read_metrics, run_dpo, without_clock, write_rows
+from tests.conftest import build_llama, make_config, read_metrics, run_dpo, without_clock, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,9 @@ def test_a_run_leaves_what_the_contract_says(finished, demo_rows):
 
     train, held_out = read_metrics(run), read_metrics(run, "eval")
     assert [row["step"] for row in train] == list(range(1, 9))
-    assert [row["step"] for row in held_out] == [4, 8]
+    assert [row["step"] for row in held_out] == [0, 4, 8]
     assert set(train[0]) == {
-        "split", "step", "epoch", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
-        "rewards/accuracies", "logps/chosen", "logps/rejected", "grad_norm", "learning_rate", "tokens_per_second",
+        "split", "step", "epoch", *PAIR_METRICS, "grad_norm", "learning_rate", "tokens_per_second",
     }  # fmt: skip
     assert train[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert train[-1]["epoch"] == 1.0
@@ -70,20 +70,20 @@ def test_the_trained_model_and_every_checkpoint_load_as_hugging_face_folders(fin
 def test_the_model_card_states_base_data_loss_settings_and_held_out_figures(finished, tiny_llama):
     file, run, _ = finished
     card = (run / "final" / "README.md").read_text(encoding="utf-8")
-    (last,) = read_metrics(run, "eval")[-1:]
+    before, _, last = read_metrics(run, "eval")
     for part in (
         str(tiny_llama),
         str(file.parent / "pairs.jsonl"),
         "learning_rate: 0.001",
-        f"| loss | {last['loss']:.4f} |",
+        f"| loss | {before['loss']:.4f} | {last['loss']:.4f} |",
     ):
         assert part in card
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
 
 
-def test_dpo_eval_gives_the_figures_that_the_run_logged(forked_dpo, finished, tmp_path):
+def test_dpo_eval_gives_the_figures_that_the_run_logged(forked_dpo, finished, tmp_path, tiny_llama):
     file, run, _ = finished
-    for model, logged in ((run / "final", 1), (run / "checkpoints" / "step-000008", 1)):
+    for model, logged in ((tiny_llama, 0), (run / "final", 2), (run / "checkpoints" / "step-000008", 2)):
         result = forked_dpo("eval", "--config", file, "--model", model, "--json", tmp_path / "figures.json")
         assert result.returncode == 0, result.stderr
         found = json.loads((tmp_path / "figures.json").read_text())
@@ -157,6 +157,41 @@ def test_dpo_eval_tells_the_groups_that_the_data_names(forked_dpo, finished, tmp
     for name, group in groups.items():
         for figure in ("rewards/margins", "rewards/accuracies", "logps/chosen"):
             assert group[figure] == pytest.approx(figures[name][figure], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"reference": "cached"},
+        {"reference": "frozen"},
+        {"reference": {"type": "synced", "every_steps": 1}},
+        {"loss": "simpo"},
+        {"loss": {"type": "dpo", "wpo": True}},
+        {"loss": "aot"},
+        {"reference": {"type": "cached", "model": "other"}},
+    ],
+    ids=["cached", "frozen", "synced", "none", "wpo", "compares pairs", "another model"],
+)
+def test_the_row_before_step_1_has_the_figures_of_the_untrained_model(
+    forked_dpo, write_config, tmp_path, tiny_llama, tokenizer, settings
+):
+    """Whether a pass over the held-out pairs was made for it or the reference had the answers."""
+    if isinstance(settings.get("reference"), dict) and "model" in settings["reference"]:
+        settings = {"reference": {**settings["reference"], "model": str(build_llama(tmp_path / "other", tokenizer, 1))}}
+    file = write_config(training={"max_steps": 2, "pairs_per_step": 4, "learning_rate": 1e-3}, **settings)
+    trained = forked_dpo("train", "--config", file)
+    assert trained.returncode == 0, trained.stderr
+    figures = tmp_path / "figures.json"
+    result = forked_dpo("eval", "--config", file, "--model", tiny_llama, "--json", figures)
+    assert result.returncode == 0, result.stderr
+    row, found = read_metrics(tmp_path / "runs" / "run", "eval")[0], json.loads(figures.read_text())
+    assert (row.pop("split"), row.pop("step"), row.pop("epoch")) == ("eval", 0, 0.0)
+    assert set(row) == set(found) - {"model", "reference", "data"}
+    for name, value in row.items():
+        assert value == pytest.approx(found[name], abs=1e-4), name
+    head, *lines = trained.stdout.splitlines()
+    assert head.split() == ["held-out", "pairs", "before", "after"]
+    assert f"{row['loss']:.4f}" in next(line for line in lines if line.startswith("loss"))
 
 
 def talk(number, side):
@@ -322,7 +357,7 @@ def test_tensorboard_gets_the_metrics_of_the_log(write_config, tmp_path):
     logged = [row["loss"] for row in read_metrics(run)]
     assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9))
-    assert len(board.Scalars("eval/rewards/accuracies")) == 1
+    assert [event.step for event in board.Scalars("eval/rewards/accuracies")] == [0, 8]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +376,10 @@ def test_dpo_eval_judges_as_the_run_did(forked_dpo, write_config, tmp_path, sett
     assert trained.returncode == 0, trained.stderr
     result = forked_dpo("eval", "--config", file, "--json", tmp_path / "figures.json")
     assert result.returncode == 0, result.stderr
-    found, (row,) = json.loads((tmp_path / "figures.json").read_text()), read_metrics(tmp_path / "runs" / "run", "eval")
+    found, row = (
+        json.loads((tmp_path / "figures.json").read_text()),
+        read_metrics(tmp_path / "runs" / "run", "eval")[-1],
+    )
     assert abs(row["rewards/margins"]) > 1e-3
     for name in set(row) - {"split", "step", "epoch"}:
         assert found[name] == pytest.approx(row[name], abs=1e-5), name

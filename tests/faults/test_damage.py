@@ -274,13 +274,23 @@ def test_where_rows_are_gone_the_figures_of_the_last_step_are_measured_again(tmp
     """Whichever row it is; and they stand there once."""
     trial = whole.unfinished(tmp_path / "t")
     file = trial.run / "metrics.jsonl"
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[2:]))
     with judged(ledger, "damage: the run's file, truncated"):
         again = "measuring the held-out figures again"
         require_said(trial.train("--resume"), rf"^warning: .*{named(file.name)}.*; {again}")
         if content(trial.final) != content(whole.final):
             raise Broken(Outcome.WRONG, "another trained model")
     assert read_metrics(trial.run, "eval") == read_metrics(whole.run, "eval")
+
+
+@pytest.mark.parametrize("row", ["", '{"split": "eval", "step": 0, "loss": 0.1}\n'], ids=["gone", "another"])
+def test_the_figures_before_step_1_come_back_from_the_checkpoint(tmp_path, whole, ledger, row):
+    trial = whole.unfinished(tmp_path / "t")
+    file = trial.run / "metrics.jsonl"
+    file.write_text(row + "".join(file.read_text().splitlines(keepends=True)[1:]))
+    with judged(ledger, "damage: the run's file, truncated"):
+        require_said(trial.train("--resume"))
+        require_same(trial, whole)
 
 
 def test_two_processes_measure_the_figures_of_the_last_step_again_where_one_knows_that_they_are_gone(tmp_path, whole):

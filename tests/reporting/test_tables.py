@@ -7,6 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
+from dpo_cli.reporting.metrics import PAIR_METRICS
 from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.tables import (
     figures_table,
@@ -49,8 +50,7 @@ def test_the_largest_groups_are_shown_in_their_order_and_the_others_counted():
 
 
 def test_figures_stand_beside_each_other_and_nothing_is_minus_zero():
-    names = ("loss", "rewards/margins", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
-    figures = dict.fromkeys(names, -1e-9) | {"pairs": 5, "ties": 2, "rewards/accuracies": 0.6}
+    figures = dict.fromkeys(PAIR_METRICS, -1e-9) | {"pairs": 5, "ties": 2, "rewards/accuracies": 0.6}
     before = figures | {"accuracy_interval": [0.25, 0.875]}
     after = before | {"rewards/margins": 1.25}
     shown = text(figures_table({"before": before, "after": after}))

@@ -144,7 +144,7 @@ def test_hostile_names_are_escaped_in_json(hostile, dpo, name):
     "name", ["a`<b>x</b>", "x```\n<script>", "a|b", "![x](https://host/x.png)", "[x](y) <img src=z>"]
 )
 def test_a_name_in_the_model_card_is_neither_markdown_nor_html(name):
-    card = model_card(name, {"model": {"name": name}, "note": f"\n```\n{name}\n"}, {"data": name}, None)
+    card = model_card(name, {"model": {"name": name}, "note": f"\n```\n{name}\n"}, {"data": name}, {})
     front, body = card.split("---\n", 2)[1:]
     assert "dpo" in front
     # What a reader of Markdown sees as code is text; nothing else of the name is left in a form that means something.

@@ -75,7 +75,7 @@ def test_no_form_of_yaml_hides_a_secret_in_the_card(monkeypatch):
     monkeypatch.setenv("DB_PASSWORD", "it's-a-planted-value")
     monkeypatch.setenv("X_TOKEN", "a planted pass phrase")
     folder = f"/{'long/' * 12}a planted pass phrase/it's-a-planted-value"
-    card = model_card("run", {"model": {"name": "m"}, "output_dir": folder, "tracking": [folder]}, {}, None)
+    card = model_card("run", {"model": {"name": "m"}, "output_dir": folder, "tracking": [folder]}, {}, {})
     assert "planted" not in card
     assert card.count("[secret]") == 4
 
