@@ -281,6 +281,20 @@ def _save_final(run: Run, figures: dict[str, Any] | None) -> None:
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
+def _worsened(run: Run, figures: dict[str, Any]) -> str:
+    """Say in one line what is worse than before step 1, and which settings to change; nothing where all is well."""
+    from dpo_cli.evaluation.diagnosis import worsened
+
+    objective, training = run.config.objective, run.config.training
+    chosen_tokens = float(run.data.pairs.sizes.chosen_judged[run.data.held_out].mean())
+    advice = [f"lower `training.learning_rate` ({training.learning_rate:g})"]
+    advice += [f"train fewer steps ({run.plan.num_steps})"]
+    advice += ["raise `beta` of the loss"] if objective.needs_reference else []
+    advice += ["add the loss `sft`"] if all(loss.type != "sft" for loss in objective.losses) else []
+    found = "; ".join(worsened(run.parts.before, figures, chosen_tokens))
+    return found and f"the model is worse than before step 1: {found}. Try one of these: {', '.join(advice)}"
+
+
 def _before_and_after(run: Run, figures: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Return the columns of the closing table: the held-out figures before step 1, where they are known, and now."""
     columns = {"before": run.parts.before, "after": figures}
@@ -294,5 +308,7 @@ def _summary(run: Run, figures: dict[str, Any] | None, seconds: float) -> None:
     run.console.notice(f"done in {clock(seconds)}")
     if figures:
         run.console.result(figures_table(_before_and_after(run, figures)))
+        if run.parts.before and (worse := _worsened(run, figures)):
+            run.console.warning(worse)
     run.console.result(f"model    {run.folder.final}")
     run.console.result(f"metrics  {run.folder.metrics}")

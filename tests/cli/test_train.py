@@ -463,3 +463,22 @@ def test_results_are_not_cut_on_a_pipe(finished):
     assert str(run / "final") in result.stdout
     assert "log-probability of rejected" in result.stdout
     assert "…" not in result.stdout
+
+
+def test_a_run_that_diverged_says_what_got_worse_and_what_to_change(forked_dpo, write_config):
+    """As finite as it is, the model has unlearned to speak; the run itself did what it was told."""
+    result = forked_dpo("train", "--config", write_config(), "training.learning_rate=1")
+    assert result.returncode == 0, result.stderr
+    (line,) = (line for line in result.stderr.splitlines() if "worse than before step 1" in line)
+    assert line.startswith("warning: ")
+    assert re.search(r"the chosen responses lost [\d.]+ nats a token", line)
+    for advice in ("`training.learning_rate` (1)", "fewer steps (8)", "raise `beta`", "`sft`"):
+        assert advice in line
+
+
+def test_a_healthy_run_has_no_warning_at_its_end(forked_dpo, write_config, tmp_path):
+    result = forked_dpo("train", "--config", write_config(training={"pairs_per_step": 4, "learning_rate": 1e-4}))
+    assert result.returncode == 0, result.stderr
+    before, after = read_metrics(tmp_path / "runs" / "run", "eval")
+    assert after["loss"] < before["loss"]
+    assert "worse" not in result.stderr
