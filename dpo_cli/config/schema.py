@@ -15,9 +15,17 @@ from dpo_cli.modeling.model_files import Trust
 from dpo_cli.preference.losses import DPO, Loss
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Cached, NoReference, Reference
+from dpo_cli.reporting.trackers import Tracker
 from dpo_cli.settings import PathText, Settings, contradiction
 
-SHORT_FORMS = {"model": "name", "loss": "type", "reference": "type", "data.train": "path", "data.eval": "path"}
+SHORT_FORMS = {
+    "model": "name",
+    "loss": "type",
+    "reference": "type",
+    "data.train": "path",
+    "data.eval": "path",
+    "tracking": "type",
+}
 """Groups that may be written as one word, and the setting that the word stands for."""
 
 
@@ -43,6 +51,11 @@ LossTypes = Literal[tuple(member.model_fields["type"].default for member in get_
 OneLoss = Annotated[Loss, _typed(DPO().type), _short("loss", LossTypes | Loss)]
 ONE, SEVERAL = "a loss", "a list of losses"
 """What pydantic calls the two ways to write the losses; in no path of a setting."""
+
+TrackerTypes = Literal[tuple(member.model_fields["type"].default for member in get_args(get_args(Tracker)[0]))]  # type: ignore[valid-type]
+OneTracker = Annotated[Tracker, _short("tracking", TrackerTypes | Tracker)]
+ONE_TRACKER, TRACKERS = "a tracker", "a list of trackers"
+"""What it calls the two ways to write the trackers."""
 
 SHARE, APART = "a fraction", "pairs of their own"
 """What it calls the two ways to hold pairs out."""
@@ -206,8 +219,11 @@ class Config(Settings):
     """What a run keeps while it goes."""
     logging: LoggingSettings = LoggingSettings()
     """How much of the steps is printed; metrics.jsonl has all of them."""
-    tracking: list[str] = Field(default_factory=list)
-    """Trackers beside metrics.jsonl, by Accelerate's names: tensorboard, wandb, mlflow, …"""
+    tracking: Annotated[
+        Annotated[OneTracker, Tag(ONE_TRACKER)] | Annotated[list[OneTracker], Tag(TRACKERS)],
+        Discriminator(lambda value: TRACKERS if isinstance(value, (list, tuple)) else ONE_TRACKER),
+    ] = Field(default_factory=list)
+    """A tracker beside metrics.jsonl, or a list of trackers."""
     output_dir: PathText = Field("", json_schema_extra={"default": "runs/NAME"})
     """The run's folder; by default `runs/` and the name of the configuration file."""
 
@@ -215,6 +231,11 @@ class Config(Settings):
     def objective(self) -> Objective:
         """What the run minimises."""
         return Objective.of(self.loss)
+
+    @property
+    def trackers(self) -> list[Tracker]:
+        """Where metrics go beside metrics.jsonl."""
+        return self.tracking if isinstance(self.tracking, list) else [self.tracking]
 
 
 def without_needless_reference(config: Config) -> Config:

@@ -175,3 +175,29 @@ def print_plan(
         table.add_row(name, value)
     console.block()
     console.result(table)
+
+
+def out_of_reach(config: Config, data: setup.RunData, plan: Plan) -> dict[str, list[str]]:
+    """Say which settings are beyond what the run has: under `set` those of the user, under `default` the others.
+
+    None of them is an error: how many pairs and steps there are follows from the data, one configuration serves a
+    short trial and the whole run, and a run's own config.yaml, in which every default is set, runs again.
+    """
+    evaluation, checkpoints, training = config.evaluation, config.checkpoints, config.training
+    steps, pairs = plan.num_steps, len(data.train)
+    never = f"is never reached: the run has {steps:,} steps"
+    found: dict[str, list[str]] = {"set": [], "default": []}
+
+    def note(group: Settings, name: str, line: str) -> None:
+        found["set" if name in group.model_fields_set else "default"].append(line)
+
+    if evaluation.every_steps and evaluation.every_steps > steps and len(data.held_out):
+        what = f"`evaluation.every_steps` {evaluation.every_steps:,} {never}"
+        note(evaluation, "every_steps", f"{what}; held-out pairs are scored before step 1 and after the last")
+    if checkpoints.every_steps > steps:
+        what = f"`checkpoints.every_steps` {checkpoints.every_steps:,} {never}"
+        note(checkpoints, "every_steps", f"{what}; a crash before the last one would cost all of them")
+    if training.pairs_per_step > pairs:
+        what = f"`training.pairs_per_step` {training.pairs_per_step:,} is above the {pairs:,} training pairs"
+        note(training, "pairs_per_step", f"{what}; every step has all of them")
+    return found

@@ -91,11 +91,11 @@ def named_inputs(config: Config) -> list[str]:
     return [name for name in named if name]
 
 
-def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Accelerator:
+def start_accelerator(config: Config) -> Accelerator:
     """Start Accelerate: one process, or one of those that torchrun or accelerate launched.
 
     Raises:
-        UserError: The precision or a tracker is not available here; or Accelerate cannot start, or is configured to
+        UserError: The precision is not available here; or Accelerate cannot start, or is configured to
             accumulate gradients, which is what `training.pairs_per_step` does.
     """
     from datetime import timedelta
@@ -105,11 +105,8 @@ def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Acc
     from transformers.utils import logging as hf_logging
 
     from dpo_cli.modeling.allocator import return_freed_memory
-    from dpo_cli.reporting.trackers import check_trackers
     from dpo_cli.training.ranks import gathering
 
-    if project_dir:
-        raise_all(check_trackers(config.tracking, "`tracking`"))
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
         return_freed_memory()
@@ -122,8 +119,6 @@ def start_accelerator(config: Config, *, project_dir: Path | None = None) -> Acc
             accelerator = Accelerator(
                 cpu=on_cpu,
                 mixed_precision=_precision(config.model.dtype, on_cpu=on_cpu),
-                log_with=list(config.tracking) or None if project_dir else None,
-                project_dir=str(project_dir) if project_dir else None,
                 kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
             )
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:

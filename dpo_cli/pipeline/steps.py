@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.preference.reference import OpenReference, ReferenceLogps
     from dpo_cli.preference.scoring import TokenLogps
-    from dpo_cli.reporting.trackers import MetricsLog
+    from dpo_cli.reporting.metrics_log import MetricsLog
     from dpo_cli.training.checkpoints import CheckpointWriter
     from dpo_cli.training.loop import NotFinite, StepResult
     from dpo_cli.training.ranks import Progress
@@ -57,7 +57,7 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
         done: Steps that were taken before.
         metrics: The digest that the rows of those steps have in metrics.jsonl, or nothing.
     """
-    from dpo_cli.reporting.trackers import MetricsLog
+    from dpo_cli.reporting.metrics_log import MetricsLog
     from dpo_cli.training.checkpoints import CheckpointWriter
 
     accelerator, saving = run.accelerator, run.config.checkpoints
@@ -189,7 +189,7 @@ def _log(run: Run, log: MetricsLog | None, split: str, step: int, metrics: dict[
     """Write a row, and hand its numbers to the trackers."""
     if log:
         log.append({"split": split, "step": step, **metrics})
-    if run.config.tracking:
+    if run.config.trackers:
         numbers = {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
         run.accelerator.log(numbers, step=step)
 

@@ -24,9 +24,10 @@ from dpo_cli.pipeline.passes import (
     shortest_pair,
     without_gradient,
 )
-from dpo_cli.pipeline.plan import header, make_plan, print_plan
+from dpo_cli.pipeline.plan import header, make_plan, out_of_reach, print_plan
 from dpo_cli.pipeline.steps import Run, walk
 from dpo_cli.reporting.console import Console
+from dpo_cli.reporting.trackers import TrackedRun, check_trackers, start_trackers
 from dpo_cli.training.run_folder import RESOLVED, RunFolder, RunState, settings_digest
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ def train(
     unusable = folder.check(resume=resume, overwrite=overwrite, beside=beside) or (
         folder.check_inputs(setup.named_inputs(config)) if overwrite else None
     )
-    raise_all([*setup.check_inputs(config), *([unusable] if unusable else [])])
+    untracked = check_trackers(config.trackers, "`tracking`")
+    raise_all([*setup.check_inputs(config), *untracked, *([unusable] if unusable else [])])
     if beside and folder.state() is not RunState.FREE:
         console.notice(f"{folder.path} holds another run: a real run needs `--resume` or `--overwrite` there")
     if resume:
@@ -83,7 +85,7 @@ def train(
         setup.look_up_on_hub(config)
         from dpo_cli.training.ranks import watched
 
-        accelerator = setup.start_accelerator(config, project_dir=folder.trackers)
+        accelerator = setup.start_accelerator(config)
         with watched(accelerator, config.training.rank_timeout) as progress:
             how = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "extend": extend}
             _run(config, folder, console, signals, accelerator, progress, **how)
@@ -137,6 +139,9 @@ def _run(
     if not dry_run:
         console.facts(facts)
         warn_of_disk(disk, folder, console)
+    for whose, lines in out_of_reach(config, data, plan).items():
+        for line in lines:
+            console.warning(line) if whose == "set" else console.notice(f"note: {line} (by default)")
     check_fits(data.pairs, policy, "`model.name`")
     for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
         console.notice(f"checked: {proved}")
@@ -246,7 +251,6 @@ def _start_folder(run: Run, *, resume: bool, overwrite: bool) -> tuple[int, str]
     """
     from accelerate.utils import broadcast_object_list
 
-    from dpo_cli.reporting.trackers import start_trackers
     from dpo_cli.training.checkpoints import newest_whole
     from dpo_cli.training.state import load_checkpoint
 
@@ -258,7 +262,8 @@ def _start_folder(run: Run, *, resume: bool, overwrite: bool) -> tuple[int, str]
     done, metrics = load_checkpoint(checkpoint, run.parts) if checkpoint else (0, "")
     if run.accelerator.is_main_process:
         _describe(run, resume=resume, overwrite=overwrite)
-    start_trackers(run.accelerator, run.config.tracking, run.config.model_dump(mode="json"), done)
+    tracked = TrackedRun(run.folder.path.absolute().name, run.folder.trackers, done)
+    start_trackers(run.accelerator, run.config.trackers, run.config.model_dump(mode="json"), tracked)
     if checkpoint:
         run.console.notice(f"resuming after step {done}: {checkpoint}")
     elif resume:

@@ -1,158 +1,276 @@
-"""Where metrics go: `metrics.jsonl` always, and any tracker that Accelerate knows."""
+"""The trackers that a run's metrics go to beside `metrics.jsonl`; `Tracker` at the end lists them.
+
+Accelerate talks to them; here stands what each is told of the run.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import math
-import os
-from collections.abc import Callable, Sequence
+import importlib.util
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
-from dpo_cli.locks import is_open_at
-from dpo_cli.storage import write_text
+from dpo_cli.settings import Settings
+from dpo_cli.storage import make_folder, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+
+_SHOWN = ("eval/loss", "eval/rewards/accuracies")
+"""The metrics by which TensorBoard compares the settings of runs."""
 
 
-class MetricsLog:
-    """A run's `metrics.jsonl`: each step once, whatever happened in between.
+@dataclass(frozen=True)
+class TrackedRun:
+    """What trackers may know of a run.
 
-    Args:
-        path: The file.
-        last_step: Rows of later steps, and a torn last line, are what a crash left; they are removed,
-            since those steps run again. 0: nothing is done yet, and no row stays.
-        first: The row that the file begins with, whatever became of it; None: the one that is there.
+    Attributes:
+        name: The name of its folder.
+        folder: Where trackers write and what is kept of them lies.
+        done: Steps that were taken before.
     """
 
-    def __init__(self, path: Path, last_step: int, first: dict[str, Any] | None = None) -> None:
-        self._path = path
-        self._keep(lambda row: 0 < row["step"] <= last_step or (0 == row["step"] < last_step and not first), first)
+    name: str
+    folder: Path
+    done: int
 
-    @property
-    def digest(self) -> str:
-        """A digest of all rows so far, speed aside, by which a resumed run finds out whether it still has them."""
-        return self._digest.hexdigest()
+    def kept(self, name: str) -> str:
+        """Return what was kept under a name when the run was started, or nothing."""
+        file = self.folder / name
+        return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 
-    def last(self, split: str) -> dict[str, Any] | None:
-        """Return the last row of a split."""
-        rows = [row for _, row in _whole_lines(self._path) if row.get("split") == split]
-        return rows[-1] if rows else None
-
-    def forget(self, split: str, step: int) -> None:
-        """Remove what was said of a split at a step, which is to be said anew.
-
-        Raises:
-            UserError: The disk refuses.
-        """
-        self.close()
-        self._keep(lambda row: (row.get("split"), row["step"]) != (split, step))
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row; a reader of the file sees it at once.
-
-        Raises:
-            UserError: The disk refuses, or the file is gone.
-        """
-        try:
-            if not is_open_at(self._file.fileno(), self._path):
-                what = "the metrics file was removed or replaced under the run"
-                hint = "`--resume` goes on from the last checkpoint, if that is still there"
-                raise UserError(what, str(self._path), hint, status=FAILED)
-            line = _line(row)
-            self._file.write(line)
-            self._file.flush()
-            self._remember(json.loads(line))
-        except OSError as error:
-            raise from_os_error(error, "writing the metrics", str(self._path)) from error
-
-    def _keep(self, wanted: Callable[[dict[str, Any]], bool], first: dict[str, Any] | None = None) -> None:
-        """Leave the rows that are wanted, behind `first` if there is one, and go on behind them."""
-        self._digest = hashlib.sha256()
-        try:
-            kept = [(_line(first).rstrip(), first)] if first else []
-            kept += [(text, row) for text, row in _whole_lines(self._path) if wanted(row)]
-            write_text(self._path, "".join(f"{text}\n" for text, _ in kept))
-            self._file = self._path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise from_os_error(error, "writing the metrics", str(self._path)) from error
-        for _, row in kept:
-            self._remember(row)
-
-    def _remember(self, row: dict[str, Any]) -> None:
-        """Take a row into the digest, but for what is another in every run."""
-        self._digest.update(json.dumps({**row, "tokens_per_second": None}, sort_keys=True).encode())
-
-    def sync(self) -> None:
-        """Make sure that the rows outlive a power cut; called before a checkpoint that relies on them.
-
-        Raises:
-            UserError: The disk refuses.
-        """
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise from_os_error(error, "writing the metrics", str(self._path)) from error
-
-    def close(self) -> None:
-        """Close the file; what a full disk refused before, it may refuse again."""
-        with contextlib.suppress(OSError):
-            self._file.close()
+    def keep(self, name: str, value: str) -> str:
+        """Keep a value in the run's folder, for when the run is resumed."""
+        write_text(self.folder / name, f"{value}\n")
+        return value
 
 
-def start_trackers(accelerator: Accelerator, names: Sequence[str], settings: dict[str, Any], last_step: int) -> None:
-    """Start the trackers that the accelerator was made for, with the run's settings as flat values.
+class TrackerSettings(Settings):
+    """What all trackers have in common."""
 
-    TensorBoard is told to forget the steps after `last_step`, since they run again.
+    package: ClassVar[str]
+
+    def connect(self, run: TrackedRun) -> GeneralTracker:
+        """Return Accelerate's tracker, not started yet."""
+        raise NotImplementedError
+
+    def describe(self, tracker: Any, settings: Mapping[str, Any], run: TrackedRun) -> None:
+        """Hand a tracker that was started the run's settings, as flat values."""
+        tracker.store_init_configuration(settings)
+
+
+class TensorBoard(TrackerSettings):
+    """TensorBoard, with its files in the run's folder; it has no projects."""
+
+    type: Literal["tensorboard"] = "tensorboard"
+    """Which tracker."""
+    name: str | None = Field(None, pattern=r"^[^/\\.\x00][^/\\\x00]*$")
+    """The run's name there; null: the name of the run's folder."""
+
+    package: ClassVar[str] = "tensorboard"
+
+    def connect(self, run: TrackedRun) -> GeneralTracker:
+        """Write below `trackers/NAME`, and forget the steps after the last one that was taken: they run again."""
+        from accelerate.tracking import TensorBoardTracker
+
+        return TensorBoardTracker(self.name or run.name, run.folder, purge_step=run.done + 1 if run.done else 0)
+
+    def describe(self, tracker: Any, settings: Mapping[str, Any], run: TrackedRun) -> None:
+        """Write the settings into the file of the metrics; Accelerate would make two more runs of them, empty ones."""
+        from torch.utils.tensorboard.summary import hparams
+
+        for summary in hparams(dict(settings), dict.fromkeys(_SHOWN, 0.0)):
+            tracker.writer.file_writer.add_summary(summary, 0)
+        tracker.writer.flush()
+
+
+class InProject(TrackerSettings):
+    """A tracker that knows projects and names of runs."""
+
+    project: str = Field("dpo", min_length=1)
+    """The project."""
+    name: str | None = Field(None, min_length=1)
+    """The run's name there; null: the name of the run's folder."""
+
+
+class WandB(InProject):
+    """Weights & Biases. A run that is resumed goes on as the same run there."""
+
+    type: Literal["wandb"] = "wandb"
+    """Which tracker."""
+
+    package: ClassVar[str] = "wandb"
+
+    def connect(self, run: TrackedRun) -> GeneralTracker:
+        """Name the run by an id that is kept in its folder."""
+        from accelerate.tracking import WandBTracker
+
+        known = run.kept("wandb-id") or run.keep("wandb-id", uuid.uuid4().hex)
+        return WandBTracker(
+            self.project, name=self.name or run.name, id=known, resume="allow", dir=str(run.folder.absolute())
+        )
+
+
+class MLflow(InProject):
+    """MLflow, whose experiment is the project. A run that is resumed goes on as the same run there."""
+
+    type: Literal["mlflow"] = "mlflow"
+    """Which tracker."""
+
+    package: ClassVar[str] = "mlflow"
+
+    def connect(self, run: TrackedRun) -> GeneralTracker:
+        """Go on with the run whose id is kept in the run's folder, or begin one."""
+        from accelerate.tracking import MLflowTracker
+
+        return MLflowTracker(self.project, run_name=self.name or run.name, run_id=run.kept("mlflow-id") or None)
+
+    def describe(self, tracker: Any, settings: Mapping[str, Any], run: TrackedRun) -> None:
+        """Keep the id that the run was given; a run's settings cannot be written twice."""
+        if not run.kept("mlflow-id"):
+            run.keep("mlflow-id", tracker.tracker.info.run_id)
+            tracker.store_init_configuration(settings)
+
+
+class Other(InProject):
+    """A tracker that is told project and name, and nothing else."""
+
+    named: ClassVar[str]
+
+    def connect(self, run: TrackedRun) -> GeneralTracker:
+        """Hand on project and name."""
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        return LOGGER_TYPE_TO_CLASS[self.package](self.project, **{self.named: self.name or run.name})
+
+
+class Trackio(Other):
+    """Trackio."""
+
+    type: Literal["trackio"] = "trackio"
+    """Which tracker."""
+
+    package: ClassVar[str] = "trackio"
+    named: ClassVar[str] = "name"
+
+
+class SwanLab(Other):
+    """SwanLab."""
+
+    type: Literal["swanlab"] = "swanlab"
+    """Which tracker."""
+
+    package: ClassVar[str] = "swanlab"
+    named: ClassVar[str] = "experiment_name"
+
+
+class ClearML(Other):
+    """ClearML, where a run is a task."""
+
+    type: Literal["clearml"] = "clearml"
+    """Which tracker."""
+
+    package: ClassVar[str] = "clearml"
+    named: ClassVar[str] = "task_name"
+
+
+class Aim(InProject):
+    """Aim, whose experiment is the project, with its repository in the run's folder."""
+
+    type: Literal["aim"] = "aim"
+    """Which tracker."""
+
+    package: ClassVar[str] = "aim"
+
+    def connect(self, run: TrackedRun) -> GeneralTracker:
+        """Hand on experiment and name."""
+        from accelerate.tracking import AimTracker
+
+        return AimTracker(self.name or run.name, run.folder, experiment=self.project)
+
+
+class CometML(TrackerSettings):
+    """Comet, which names runs itself."""
+
+    type: Literal["comet_ml"] = "comet_ml"
+    """Which tracker."""
+    project: str = Field("dpo", min_length=1)
+    """The project."""
+
+    package: ClassVar[str] = "comet_ml"
+
+    def connect(self, run: TrackedRun) -> GeneralTracker:
+        """Hand on the project."""
+        from accelerate.tracking import CometMLTracker
+
+        return CometMLTracker(self.project)
+
+
+class DVCLive(TrackerSettings):
+    """DVCLive, which writes where DVC expects it."""
+
+    type: Literal["dvclive"] = "dvclive"
+    """Which tracker."""
+
+    package: ClassVar[str] = "dvclive"
+
+    def connect(self, run: TrackedRun) -> GeneralTracker:
+        """Hand on nothing."""
+        from accelerate.tracking import DVCLiveTracker
+
+        return DVCLiveTracker()
+
+
+Tracker = Annotated[
+    TensorBoard | WandB | MLflow | Aim | ClearML | CometML | DVCLive | SwanLab | Trackio, Field(discriminator="type")
+]
+"""The closed union of all trackers, told apart by `type`."""
+
+
+def check_trackers(trackers: Sequence[Tracker], where: str) -> list[UserError]:
+    """Say which trackers are not installed, without importing them."""
+    return [
+        UserError(
+            f"the tracker `{tracker.type}` is not installed", where, f"install it with `pip install {tracker.package}`"
+        )
+        for tracker in trackers
+        if importlib.util.find_spec(tracker.package) is None
+    ]
+
+
+def start_trackers(
+    accelerator: Accelerator, trackers: Sequence[Tracker], settings: Mapping[str, Any], run: TrackedRun
+) -> None:
+    """Start trackers on the main process and hand them the run's settings.
+
+    Raises:
+        UserError: The disk refuses, or a tracker does: its server, its login or its own settings.
     """
-    if names:
-        kwargs = {"tensorboard": {"purge_step": last_step + 1}} if last_step and "tensorboard" in names else {}
-        accelerator.init_trackers("dpo", config=dict(_flat(settings)), init_kwargs=kwargs)
+    if not trackers or not accelerator.is_main_process:
+        return
+    try:
+        make_folder(run.folder)
+        accelerator.log_with = [tracker.connect(run) for tracker in trackers]
+        accelerator.init_trackers(run.name)
+        for tracker, started in zip(trackers, accelerator.trackers, strict=True):
+            tracker.describe(started, dict(_flat(settings)), run)
+    except OSError as error:
+        raise from_os_error(error, "starting the trackers", str(run.folder)) from error
+    except Exception as error:
+        # What other programs raise where a server does not answer or nobody is logged in is their own.
+        names = ", ".join(tracker.type for tracker in trackers)
+        hint = "log in or set what it needs, or leave it out; the run goes on with `--resume`"
+        what = f"a tracker did not start ({names}): {type(error).__name__}: {error}"
+        raise UserError(what, "`tracking`", hint, status=FAILED) from error
 
 
-def check_trackers(names: Sequence[str], where: str) -> list[UserError]:
-    """Say which trackers Accelerate does not know, and which are not installed."""
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known = [str(name) for name in LOGGER_TYPE_TO_CLASS]
-    installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
-    problems = []
-    for name in names:
-        if name not in known:
-            names = ", ".join(f"`{one}`" for one in sorted(known))
-            problems.append(UserError(f"`{name}` is not a tracker", where, f"name one of {names}"))
-        elif name not in installed:
-            hint = f"install it with `pip install {name}`"
-            problems.append(UserError(f"the tracker `{name}` is not installed", where, hint))
-    return problems
-
-
-def _line(row: dict[str, Any]) -> str:
-    """Write a row as JSON, which has no word for infinity: an overflowed gradient norm is null."""
-    known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-    return json.dumps(known, allow_nan=False) + "\n"
-
-
-def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read the rows that were written whole, each with its line."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append((line, row))
-    return rows
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Flatten nested settings to dotted names with values that every tracker can show."""
     flat: list[tuple[str, Any]] = []
     for name, value in values.items():

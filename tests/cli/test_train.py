@@ -295,6 +295,36 @@ def test_a_dry_run_prints_the_plan_and_writes_no_run(write_config, tmp_path, tin
     assert not re.search(r"^(model|steps|output)  ", result.stderr, re.M)
 
 
+@pytest.mark.parametrize(
+    ("settings", "start"),
+    [
+        (
+            {"checkpoints": {"every_steps": 9}, "training": {"pairs_per_step": 4}},
+            "warning: `checkpoints.every_steps` 9",
+        ),
+        ({"evaluation": {"every_steps": 9}, "training": {"pairs_per_step": 4}}, "warning: `evaluation.every_steps` 9"),
+        ({"training": {"pairs_per_step": 33}}, "warning: `training.pairs_per_step` 33 is above the 32 training pairs"),
+        ({"checkpoints": {}}, None),
+    ],
+)
+def test_a_setting_beyond_the_end_of_the_run_is_reported(forked_dpo, write_config, settings, start):
+    """Eight steps of four pairs; the last of the settings are all within reach."""
+    result = forked_dpo("train", "--config", write_config(**settings), "--dry-run")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if "is never reached" in line or "is above" in line]
+    assert [line.startswith(start) for line in lines if start is None or line.startswith(start)] == [True] * bool(start)
+
+
+def test_a_default_beyond_the_end_of_the_run_is_a_note(forked_dpo, tmp_path, tiny_llama, pairs_file):
+    file = tmp_path / "short.yaml"
+    file.write_text(json.dumps({"model": str(tiny_llama), "data": {"train": str(pairs_file), "eval": 0.5}}))
+    result = forked_dpo("train", "--config", file, "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "note: `checkpoints.every_steps` 100 is never reached: the run has 1 steps" in result.stderr
+    assert "note: `training.pairs_per_step` 32 is above the 20 training pairs" in result.stderr
+    assert "warning" not in result.stderr
+
+
 def test_training_and_held_out_pairs_may_come_from_sources_of_their_own(forked_dpo, write_config, tmp_path, demo_rows):
     held = tmp_path / "held.jsonl"
     held.write_text("".join(json.dumps(row) + "\n" for row in demo_rows[40:46]), encoding="utf-8")
@@ -344,20 +374,6 @@ def test_a_prepared_folder_is_a_source_and_is_refused_under_another_length_rule(
     refused = forked_dpo("train", "--config", file, "--overwrite", f"data.train={folder}", "data.max_length=300")
     assert refused.returncode == 2
     assert "another data.max_length" in refused.stderr
-
-
-def test_tensorboard_gets_the_metrics_of_the_log(write_config, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    result = run_dpo("train", "--config", write_config(tracking=["tensorboard"]))
-    assert result.returncode == 0, result.stderr
-    run = tmp_path / "runs" / "run"
-    board = EventAccumulator(str(run / "trackers" / "dpo"))
-    board.Reload()
-    logged = [row["loss"] for row in read_metrics(run)]
-    assert [event.value for event in board.Scalars("train/loss")] == pytest.approx(logged, rel=1e-6)
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9))
-    assert [event.step for event in board.Scalars("eval/rewards/accuracies")] == [0, 8]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from dpo_cli import plain_yaml
 from dpo_cli.config import Config, json_schema, load_config, resolved_yaml
 from dpo_cli.data.sources import Source, as_sources
 from dpo_cli.errors import UserError
+from dpo_cli.reporting.trackers import TensorBoard, WandB
 from tests.conftest import ROOT
 
 MINIMAL = "model: some/name\ndata:\n  train: pairs.jsonl\n"
@@ -104,6 +105,39 @@ def test_one_word_stands_for_a_group(tmp_path):
     config = load_config(write(tmp_path, "model: a/b\nloss: dpo\nreference: frozen\n"), ["model.dtype=float32"])
     assert (config.model.name, config.model.dtype) == ("a/b", "float32")
     assert (config.loss.type, config.reference.type) == ("dpo", "frozen")
+
+
+def test_trackers_are_one_or_a_list_each_a_word_or_a_group(tmp_path):
+    board, weights = TensorBoard(), WandB(project="mine", name="first")
+    for text, trackers in {
+        "tracking: tensorboard": [board],
+        "tracking: [tensorboard, {type: wandb, project: mine, name: first}]": [board, weights],
+        "tracking: {type: wandb, project: mine, name: first}": [weights],
+        "tracking: wandb": [WandB(project="dpo", name=None)],
+        "tracking: []": [],
+    }.items():
+        config = load_config(write(tmp_path, MINIMAL + text + "\n"))
+        assert config.trackers == trackers
+        assert load_config(write(tmp_path, resolved_yaml(config), "again.yaml")).trackers == trackers
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "hint"),
+    [
+        ("tracking: tensorbored\n", "`tracking.type` should be one of `tensorboard`, `wandb`", "`tensorboard`"),
+        ("tracking: [tensorboard, wand]\n", "`tracking.1.type` should be one of", "`wandb`"),
+        ("tracking: {type: wandb, projct: x}\n", "`tracking.projct` is not a setting of `wandb`", "project"),
+        ("tracking: {type: tensorboard, project: x}\n", "`tracking.project` is not a setting of `tensorb", "`name`"),
+        ("tracking: [{project: x}]\n", "`tracking.0.type` is missing", "`wandb`"),
+        ("tracking: {type: tensorboard, name: ../x}\n", "`tracking.name` should", "name"),
+        ("tracking: {type: wandb, name: ''}\n", "`tracking.name` should", "name"),
+    ],
+)
+def test_a_wrong_tracker_is_an_error_with_a_line_and_a_hint(tmp_path, text, what, hint):
+    (error,) = problems(write(tmp_path, MINIMAL + text))
+    assert what in error.what
+    assert error.where
+    assert hint in error.hint
 
 
 def test_losses_are_one_or_a_list(tmp_path):
@@ -267,7 +301,7 @@ def test_losses_and_references_that_do_not_go_together_are_errors_with_a_line(tm
 def test_overrides_reach_every_setting_and_are_parsed_as_yaml(tmp_path):
     overrides = ["data.eval=null", "tracking=[tensorboard]", "training.shuffle=false", "output_dir=elsewhere"]
     config = load_config(write(tmp_path, MINIMAL), overrides)
-    assert (config.data.eval, config.tracking, config.training.shuffle) == (None, ["tensorboard"], False)
+    assert (config.data.eval, config.trackers, config.training.shuffle) == (None, [TensorBoard()], False)
     assert config.output_dir == "elsewhere"
 
 

@@ -276,7 +276,7 @@ def read_run_folder(damage: Damage, folder: Path) -> None:
 
 def take_up(folder: Path) -> None:
     """Read what a run left in a folder beside its checkpoints, as it is read before the run goes on."""
-    from dpo_cli.reporting.trackers import MetricsLog
+    from dpo_cli.reporting.metrics_log import MetricsLog
     from dpo_cli.training.run_folder import RunFolder
 
     run = RunFolder(folder / "run")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpo_cli.reporting.metrics import PAIR_METRICS, TIE, pair_values
-from dpo_cli.reporting.trackers import MetricsLog
+from dpo_cli.reporting.metrics_log import MetricsLog
 
 
 def row(step, split="train", **values):

@@ -1,0 +1,122 @@
+"""`metrics.jsonl`, where the metrics of every run go."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.locks import is_open_at
+from dpo_cli.storage import write_text
+
+
+class MetricsLog:
+    """A run's `metrics.jsonl`: each step once, whatever happened in between.
+
+    Args:
+        path: The file.
+        last_step: Rows of later steps, and a torn last line, are what a crash left; they are removed,
+            since those steps run again. 0: nothing is done yet, and no row stays.
+        first: The row that the file begins with, whatever became of it; None: the one that is there.
+    """
+
+    def __init__(self, path: Path, last_step: int, first: dict[str, Any] | None = None) -> None:
+        self._path = path
+        self._keep(lambda row: 0 < row["step"] <= last_step or (0 == row["step"] < last_step and not first), first)
+
+    @property
+    def digest(self) -> str:
+        """A digest of all rows so far, speed aside, by which a resumed run finds out whether it still has them."""
+        return self._digest.hexdigest()
+
+    def last(self, split: str) -> dict[str, Any] | None:
+        """Return the last row of a split."""
+        rows = [row for _, row in _whole_lines(self._path) if row.get("split") == split]
+        return rows[-1] if rows else None
+
+    def forget(self, split: str, step: int) -> None:
+        """Remove what was said of a split at a step, which is to be said anew.
+
+        Raises:
+            UserError: The disk refuses.
+        """
+        self.close()
+        self._keep(lambda row: (row.get("split"), row["step"]) != (split, step))
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a row; a reader of the file sees it at once.
+
+        Raises:
+            UserError: The disk refuses, or the file is gone.
+        """
+        try:
+            if not is_open_at(self._file.fileno(), self._path):
+                what = "the metrics file was removed or replaced under the run"
+                hint = "`--resume` goes on from the last checkpoint, if that is still there"
+                raise UserError(what, str(self._path), hint, status=FAILED)
+            line = _line(row)
+            self._file.write(line)
+            self._file.flush()
+            self._remember(json.loads(line))
+        except OSError as error:
+            raise from_os_error(error, "writing the metrics", str(self._path)) from error
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool], first: dict[str, Any] | None = None) -> None:
+        """Leave the rows that are wanted, behind `first` if there is one, and go on behind them."""
+        self._digest = hashlib.sha256()
+        try:
+            kept = [(_line(first).rstrip(), first)] if first else []
+            kept += [(text, row) for text, row in _whole_lines(self._path) if wanted(row)]
+            write_text(self._path, "".join(f"{text}\n" for text, _ in kept))
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise from_os_error(error, "writing the metrics", str(self._path)) from error
+        for _, row in kept:
+            self._remember(row)
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        """Take a row into the digest, but for what is another in every run."""
+        self._digest.update(json.dumps({**row, "tokens_per_second": None}, sort_keys=True).encode())
+
+    def sync(self) -> None:
+        """Make sure that the rows outlive a power cut; called before a checkpoint that relies on them.
+
+        Raises:
+            UserError: The disk refuses.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise from_os_error(error, "writing the metrics", str(self._path)) from error
+
+    def close(self) -> None:
+        """Close the file; what a full disk refused before, it may refuse again."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+def _line(row: dict[str, Any]) -> str:
+    """Write a row as JSON, which has no word for infinity: an overflowed gradient norm is null."""
+    known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+    return json.dumps(known, allow_nan=False) + "\n"
+
+
+def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Read the rows that were written whole, each with its line."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append((line, row))
+    return rows

@@ -1,0 +1,112 @@
+"""Where metrics go beside metrics.jsonl: TensorBoard as it is, W&B as it is called."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from tests.conftest import read_metrics, run_dpo
+
+WANDB = """
+import json, os
+
+def told(**what):
+    with open(os.environ["TOLD"], "a") as file:
+        file.write(json.dumps(what) + "\\n")
+
+class config:
+    update = staticmethod(lambda values, **how: told(config=values, **how))
+
+class Run:
+    log = staticmethod(lambda values, step=None: told(log=values, step=step))
+    finish = staticmethod(lambda: told(finish=True))
+
+def init(**what):
+    if os.environ.get("REFUSES"):
+        raise RuntimeError("api_key not configured (no-tty)")
+    told(init=what)
+    return Run()
+"""
+"""A module with the part of wandb's interface that a run uses; it writes down what it is told."""
+
+
+@pytest.fixture
+def wandb(tmp_path):
+    """The environment in which `import wandb` finds that module, and a function that reads what it was told."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "wandb.py").write_text(WANDB)
+    environment = {"PYTHONPATH": str(tmp_path / "modules"), "TOLD": str(tmp_path / "told")}
+    return environment, lambda: list(map(json.loads, (tmp_path / "told").read_text().splitlines()))
+
+
+def board_of(folder):
+    """What TensorBoard shows of a folder."""
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    board = EventMultiplexer().AddRunsFromDirectory(str(folder))
+    board.Reload()
+    return board
+
+
+def test_tensorboard_shows_one_run_by_its_name_with_all_metrics_also_after_a_crash(write_config, tmp_path):
+    """The crash came after step 7, the last checkpoint is of step 6; a second start does not show steps twice."""
+    run = tmp_path / "runs" / "run"
+    result = run_dpo("train", "--config", write_config(tracking="tensorboard"))
+    assert result.returncode == 0, result.stderr
+    for again in (False, True):
+        if again:
+            shutil.rmtree(run / "final")
+            shutil.rmtree(run / "checkpoints" / "step-000008")
+            resumed = run_dpo("train", "--config", tmp_path / "run.yaml", "--resume")
+            assert "resuming after step 6" in resumed.stderr
+        board = board_of(run / "trackers")
+        assert list(board.Runs()) == ["run"]
+        for split, steps in (("train", list(range(1, 9))), ("eval", [0, 8])):
+            rows = read_metrics(run, split)
+            for name in ("loss", "logps/accuracies"):
+                shown = board.Scalars("run", f"{split}/{name}")
+                assert [event.step for event in shown] == steps
+                assert [event.value for event in shown] == pytest.approx([row[name] for row in rows], rel=1e-6)
+    assert len(list((run / "trackers").rglob("*tfevents*"))) == 2
+    assert board_of(tmp_path / "runs").Runs().keys() == {"run/trackers/run"}
+
+
+def test_wandb_is_told_project_and_name_and_a_resumed_run_is_the_same_run(write_config, tmp_path, wandb):
+    environment, told = wandb
+    file = write_config(tracking=[{"type": "wandb", "project": "mine"}])
+    run = tmp_path / "runs" / "run"
+    assert run_dpo("train", "--config", file, env=environment).returncode == 0
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-000008")
+    assert run_dpo("train", "--config", file, "--resume", env=environment).returncode == 0
+    first, second = (entry["init"] for entry in told() if "init" in entry)
+    assert first == second
+    assert (first["project"], first["name"], first["resume"]) == ("mine", "run", "allow")
+    assert first["dir"] == str(run / "trackers")
+    settings = next(entry["config"] for entry in told() if "config" in entry)
+    assert settings["training.pairs_per_step"] == 4
+    logged = [(entry["step"], entry["log"]) for entry in told() if "log" in entry]
+    assert [step for step, _ in logged] == [0, *range(1, 9), 8, 7, 8, 8]
+    assert logged[0][1]["eval/loss"] == read_metrics(run, "eval")[0]["loss"]
+    assert told()[-1] == {"finish": True}
+
+    assert run_dpo("train", "--config", file, "--overwrite", env=environment).returncode == 0
+    assert [entry["init"]["id"] for entry in told() if "init" in entry][2] != first["id"]
+
+
+def test_a_tracker_that_does_not_start_is_an_error(write_config, wandb):
+    environment, _ = wandb
+    result = run_dpo("train", "--config", write_config(tracking="wandb"), env={**environment, "REFUSES": "1"})
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "a tracker did not start (wandb): RuntimeError: api_key not configured" in result.stderr
+
+
+def test_every_tracker_of_accelerate_is_known():
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    from dpo_cli.config.schema import TrackerTypes
+
+    assert set(TrackerTypes.__args__) == set(LOGGER_TYPE_TO_CLASS)
