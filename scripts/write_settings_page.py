@@ -19,8 +19,8 @@ comments, and `dpo config schema` prints all of this page for editors. Any setti
 by its dotted path (`training.learning_rate=1e-5`). An unknown setting and a value out of range are errors, and
 so is one that cannot have an effect (`evaluation.every_steps` without held-out pairs, a `training.max_steps` that is
 never reached). All errors of a file are reported together. `model: NAME`, `loss: TYPE`, `reference: TYPE` and
-`tracking: TYPE` are short for the setting named in them; `loss` and `tracking` may be lists, and by default there are no
-trackers.
+`tracking: TYPE` are short for the setting named in them; `loss` and `tracking` may be lists, and by default there are
+no trackers.
 
 Relative paths start at the working directory, not at the file's folder. In paths `~`, `$NAME` and `${NAME}` are
 expanded, an undefined variable is an error, and `$$` is a dollar sign.

@@ -674,7 +674,7 @@ MODEL_CASES = {
     "gradients to be accumulated": Case(
         environment(ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2"), TRAIN, 2, r"to accumulate gradients", r"set it to 1"
     ),
-    "tracker unknown": Case(nothing, f"{TRAIN} tracking=[tensorbored]", 2, r"`tensorbored` is not", r"name one of"),
+    "tracker unknown": Case(nothing, f"{TRAIN} tracking=[tensorbored]", 2, r"one of `tensorboard`", r"did you"),
     "tracker not installed": Case(nothing, f"{TRAIN} tracking=[dvclive]", 2, r"`dvclive` is not installed", r"pip"),
 }  # fmt: skip
 
