@@ -100,7 +100,7 @@ def test_a_pipe_has_a_line_for_every_so_many_steps_and_the_metrics_have_all(fork
 
 
 def test_how_much_is_printed_may_change_when_a_run_goes_on(forked_dpo, write_config, tmp_path):
-    file = write_config(**STEPS)
+    file = write_config(**{**STEPS, "checkpoints": {"every_steps": 3, "at_end": False}})
     assert forked_dpo("train", "--config", file).returncode == 0
     (tmp_path / "runs" / "run" / "final").rename(tmp_path / "aside")
     again = forked_dpo("train", "--config", file, "--resume", "logging.every_steps=5")
@@ -147,14 +147,14 @@ def test_every_loss_names_its_beta_in_the_header():
     from typing import get_args
 
     from dpo_cli.config import Config
-    from dpo_cli.pipeline.plan import _loss
+    from dpo_cli.pipeline.plan import described_loss
     from dpo_cli.preference.losses import Loss
 
     for member in get_args(get_args(Loss)[0]):
         kind = member.model_fields["type"].default
         config = Config.model_validate({"model": {"name": "m"}, "loss": {"type": kind}})
         beta = member.model_fields.get("beta")
-        assert _loss(config) == (f"{kind} (beta {beta.default:g})" if beta else kind)
+        assert described_loss(config) == (f"{kind} (beta {beta.default:g})" if beta else kind)
 
 
 # Asked to stop
