@@ -73,7 +73,9 @@ class ModelSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What is computed in; weights are held in float32. auto: bfloat16 on GPUs that have it, else float32."""
     chat_template: PathText | None = None
-    """null: the tokenizer's own; the path of a Jinja file; or `plain` for models without a template."""
+    """null: the tokenizer's own; the name of one of several; a Jinja file; `plain` for models without a template."""
+    eos_token: str | None = Field(None, min_length=1)
+    """The token that ends a response, where the template closes turns with another than the tokenizer's own; saved."""
     attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = None
     """The attention of the padded layout, by its name in transformers. null: what config.json names, else transformers'
     choice. The packed layout has an attention of its own."""

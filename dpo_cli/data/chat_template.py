@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date, datetime, time
 from typing import Any
 
 from dpo_cli.data import calls
@@ -21,6 +23,17 @@ MAX_CHARACTERS, MAX_GROWTH = 1 << 20, 8
 
 _MOST_FORMS = 1024
 
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""What transformers calls the template for conversations, and the one for those with tools."""
+
+_ASKS = "strftime_now"
+"""The function by which a template asks for the date, in a format."""
+
+_DIRECTIVES = tuple(
+    f"%{flag}" for flag in ("-d", "-m", "-j", "-H", "-I", "-M", "-S", "-y", *"aAbBcdDeFGHIjmMpRSTuUVwWxXyYzZf")
+)
+"""What a format may hold."""
+
 _Settings = Mapping[str, Any]
 
 
@@ -30,10 +43,12 @@ class ChatTemplate:
     Args:
         tokenizer: A Hugging Face tokenizer; it applies templates in a sandbox.
         text: The template.
+        day: What it is told where it asks for the date; None: the day on which it asks.
     """
 
-    def __init__(self, tokenizer: Any, text: str) -> None:
+    def __init__(self, tokenizer: Any, text: str, day: date | None = None) -> None:
         self.tokenizer, self.text = tokenizer, text
+        self._on_its_day = with_day(text, day)
         self._forms: dict[tuple[bool, tuple[str, ...]], Form | None] = {}
         self._has_forms = _applied_as_usual(tokenizer) and only_writes(text)
 
@@ -111,7 +126,7 @@ class ChatTemplate:
         try:
             with bounded_time(MAX_SECONDS), bounded_memory(MAX_BYTES):
                 texts = self.tokenizer.apply_chat_template(
-                    conversations, chat_template=self.text, tokenize=False, **settings
+                    conversations, chat_template=self._on_its_day, tokenize=False, **settings
                 )
         except TookTooLong:
             excess = f"takes more than {MAX_SECONDS:g} seconds"
@@ -136,10 +151,66 @@ class ChatTemplate:
             raise BadRow("template error", "the chat template writes half of a surrogate pair") from None
 
     def _excess(self, what: str) -> UserError:
-        own = getattr(self.tokenizer, "chat_template", None) == self.text
+        own = self.text in named_templates(self.tokenizer).values()
         name = "the tokenizer's own chat template" if own else "`model.chat_template`"
         hint = "no conversation needs that: set `model.chat_template` to another template, or to `plain`"
         return UserError(f"the chat template {what} for a single conversation", name, hint)
+
+
+class ChatTemplates:
+    """Choose among a model's chat templates as transformers does.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        texts: The templates by name; one alone is called `default`.
+        day: As `ChatTemplate` has it.
+    """
+
+    def __init__(self, tokenizer: Any, texts: Mapping[str, str], day: date | None = None) -> None:
+        self._named = {name: ChatTemplate(tokenizer, text, day) for name, text in texts.items()}
+
+    def of(self, arguments: _Settings) -> ChatTemplate:
+        """Return the template for a conversation: with tools, the one called `tool_use`, if there is one.
+
+        Raises:
+            BadRow: There is none.
+        """
+        name = TOOL_USE if TOOL_USE in self._named and arguments.get("tools") is not None else DEFAULT
+        if name not in self._named:
+            raise BadRow("template error", f"of the chat templates {_listed(self._named)} none is called `{name}`")
+        return self._named[name]
+
+
+def named_templates(tokenizer: Any) -> dict[str, str]:
+    """Return a tokenizer's own chat templates by name."""
+    found = getattr(tokenizer, "chat_template", None)
+    if isinstance(found, Mapping):
+        return {str(name): str(text) for name, text in found.items()}
+    return {DEFAULT: str(found)} if found else {}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def asks_for_the_day(text: str) -> bool:
+    """Tell whether a template asks for the date."""
+    return _ASKS in text
+
+
+def with_day(text: str, day: date | None) -> str:
+    """Return a template that is told a day, whenever it asks for the date.
+
+    It is told so by a macro of the name of the function that it would call: what a template is given is plain data.
+    """
+    if day is None or not asks_for_the_day(text):
+        return text
+    midnight = datetime.combine(day, time.min)
+    told = [(asked, midnight.strftime(asked)) for asked in _DIRECTIVES]
+    replaced = "".join(f"|replace({json.dumps(asked)}, {json.dumps(said)})" for asked, said in told)
+    head = f"{{%- macro {_ASKS}(format) %}}{{{{- format|replace('%%', '\ufdd6'){replaced}|replace('\ufdd6', '%') -}}}}"
+    # A line's end behind a tag is not written, whether the template begins with one or not.
+    return f"{head}{{% endmacro %}}\n{text}"
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.data.comparison import COMPARED, Found, Indices, find, without_copies
+from dpo_cli.data.endings import closing_token, way_out, without_end
 from dpo_cli.data.excerpts import Excerpts
 from dpo_cli.data.inspection import NOTICED
 from dpo_cli.data.kinds import Kind
@@ -113,6 +114,13 @@ LENGTH_BIAS = Kind(
     "Balance the lengths, or choose a loss that takes them into account: `r_dpo`, `ld_dpo`, `simpo`.",
 )
 
+NO_END = Kind(
+    "no_end_token",
+    "warning",
+    "Responses do not end with a token at which generation ends: the trained model would not stop.",
+    "Use a chat template that closes the assistant's turn with the end-of-sequence token.",
+)
+
 UNLIKE_ENDS = Kind(
     "unlike_ends",
     "warning",
@@ -132,6 +140,7 @@ def examine(
     left_out: Mapping[str, int] | None = None,
     uses_margins: bool = False,
     tokenizer: Any = None,
+    ends: frozenset[int] | None = None,
 ) -> Report:
     """Report on the data of a run.
 
@@ -144,6 +153,7 @@ def examine(
         left_out: How many pairs were left out before, by the finding they were left out for.
         uses_margins: Whether the loss uses the margins in the data.
         tokenizer: Reads excerpts out; without one there are none.
+        ends: The tokens at which generation ends; None: that is not looked at.
     """
     read = read or {"data.train": pairs.manifest["statistics"]}
     trials = [without_copies(pairs, side) for side in (train, held_out)]
@@ -151,6 +161,7 @@ def examine(
     bias = length_bias(pairs, indices)
     looked_for = [
         *_of_pairs(pairs, train, held_out, indices, Excerpts(pairs, tokenizer)),
+        *([_of_ends(pairs, indices, tokenizer, ends)] if tokenizer and ends is not None else []),
         _of_rows(read, max_length),
         (LENGTH_BIAS, *_biased(bias, len(indices)), ()),
     ]
@@ -189,6 +200,21 @@ def _of_pairs(
         yield kind, len(found.indices), len(counted), excerpts.examples(found, places.get(kind.name))
     unlike = (pairs.tails("chosen", 1) != pairs.tails("rejected", 1))[counted, 0]
     yield UNLIKE_ENDS, int(unlike.sum()), len(counted), excerpts.examples(Found(counted[unlike]))
+
+
+def _of_ends(pairs: PreparedPairs, counted: Indices, tokenizer: Any, ends: frozenset[int]) -> _Counted:
+    """Return the pairs of which a response does not end as generation does, with both tokens."""
+    lacking = without_end(pairs, ends)
+    found, kind = Found(counted[lacking[counted]]), NO_END
+    if lacking.any() and (closing := closing_token(pairs, lacking, tokenizer)):
+        named = ", ".join(f"`{token}`" for token in tokenizer.convert_ids_to_tokens(sorted(ends)))
+        meaning = (
+            f"The template ends responses with `{closing}`, and generation ends at {named or 'no token'}: the trained "
+            "model would not stop."
+        )
+        advice = way_out(closing, tokenizer)
+        kind = dataclasses.replace(NO_END, meaning=meaning, advice=f"{advice[0].upper()}{advice[1:]}.")
+    return kind, len(found.indices), len(counted), Excerpts(pairs, tokenizer).examples(found)
 
 
 def _of_rows(read: Mapping[str, Statistics], max_length: int) -> _Counted:

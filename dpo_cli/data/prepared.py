@@ -406,7 +406,8 @@ def open_for(folder: Path, reading: Reading, tokenize: PairTokenizer) -> Prepare
     except DamagedFolder as damage:
         raise UserError(f"the prepared folder is damaged: {damage}", str(folder), hint) from None
     made, wanted = pairs.manifest["settings"], reading.settings | tokenize.settings
-    if differing := [name for name in wanted if made.get(name) != wanted[name]]:
+    # The day that a template was told is the folder's own.
+    if differing := [name for name in wanted if name != "day" and made.get(name) != wanted[name]]:
         what = f"the prepared folder was made with another {listed(differing)}"
         raise UserError(what, str(folder), f"{hint}, or set the configuration to what it was then")
     return pairs

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any, Literal
 
 from dpo_cli.data.calls import has_broken_arguments, what_is_called, with_arguments
-from dpo_cli.data.chat_template import ChatTemplate, template_errors
+from dpo_cli.data.chat_template import ChatTemplates, template_errors
 from dpo_cli.data.encode import TextEncoder
 from dpo_cli.data.literals import LITERAL_START, STAND_IN, STAND_IN_TURN, Literals
 from dpo_cli.data.records import BadRow, Message, Pair
@@ -68,22 +69,29 @@ class Renderer:
 
     Args:
         tokenizer: A Hugging Face tokenizer; it renders chat templates in a sandbox.
-        template: A chat template's text, or `plain`.
+        templates: Chat templates by name; none: `plain`.
         turns: Which of a response's turns are judged.
         encode: Makes token ids of texts.
+        day: What a template is told that asks for the date.
     """
 
-    def __init__(self, tokenizer: Any, template: str, turns: TurnRule, encode: TextEncoder) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        templates: Mapping[str, str],
+        turns: TurnRule,
+        encode: TextEncoder,
+        day: date | None = None,
+    ) -> None:
         self.turns, self.encode = turns, encode
-        bos = tokenizer.bos_token if template == PLAIN and _adds_bos(tokenizer) else ""
+        bos = tokenizer.bos_token if not templates and _adds_bos(tokenizer) else ""
         self._plain = functools.partial(_written_plainly, bos=bos, end=tokenizer.eos_token)
-        self._template = None if template == PLAIN else ChatTemplate(tokenizer, template)
-        self._literals = Literals(tokenizer, template)
+        self._templates = ChatTemplates(tokenizer, templates, day) if templates else None
+        self._literals = Literals(tokenizer, "\n".join(templates.values()))
         self._unwritten = Unwritten(self._tried)
 
     def __call__(self, pairs: Sequence[Pair]) -> list[Rendered | BadRow]:
         """Write many pairs, those without arguments of their own together."""
-        pairs = [self._with_arguments(pair) for pair in pairs]
         together = [pair for pair in pairs if not pair.arguments]
         written = iter(self._write_all(together))
         return [next(written) if not pair.arguments else self._write_all([pair])[0] for pair in pairs]
@@ -94,6 +102,7 @@ class Renderer:
             return []
         arguments = pairs[0].arguments
         try:
+            pairs = [self._with_arguments(pair) for pair in pairs]
             asked = [self._marked(pair.prompt) for pair in pairs]
             both = [
                 prompt + self._marked(response)
@@ -121,9 +130,10 @@ class Renderer:
 
     def _with_arguments(self, pair: Pair) -> Pair:
         """Return a pair whose tool calls have their arguments as the template wants them."""
-        if self._template is None or not _has_extras(pair):
+        if self._templates is None or not _has_extras(pair):
             return pair
-        return _each_message(pair, functools.partial(with_arguments, as_text=self._template.wants_text))
+        as_text = self._templates.of(pair.arguments).wants_text
+        return _each_message(pair, functools.partial(with_arguments, as_text=as_text))
 
     def _located(self, pair: Pair, prompt: str, chosen: str, rejected: str) -> Rendered:
         """Find the end of the prompt in both conversations, and the turns behind it."""
@@ -249,13 +259,13 @@ class Renderer:
         add_generation_prompt: bool = False,
     ) -> list[str]:
         """Write conversations, in which the control tokens that they spell out are marked."""
-        if self._template is None:
+        if self._templates is None:
             if arguments:
                 raise BadRow(
                     "template error", f"`plain` makes no use of {', '.join(f'`{name}`' for name in arguments)}"
                 )
             return [self._plain(one, add_generation_prompt=add_generation_prompt) for one in conversations]
-        return self._template(
+        return self._templates.of(arguments)(
             conversations, self._literals.marked_values(arguments), add_generation_prompt=add_generation_prompt
         )
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from dpo_cli.data.chat_template import DEFAULT, asks_for_the_day, named_templates
 from dpo_cli.data.encode import TextEncoder, common_beginning
 from dpo_cli.data.records import BadRow, Gaps, Lengths, Pair, TokenizedPair, Tokens, total_tokens
 from dpo_cli.data.rendering import PLAIN, Rendered, Renderer, TurnRule, Written
@@ -59,11 +61,12 @@ class PairTokenizer:
 
     Args:
         tokenizer: A Hugging Face tokenizer.
-        template: A chat template's text, `plain`, or None for the tokenizer's own template.
+        template: A chat template's text, `plain`, or None for the tokenizer's own templates.
         max_length: The most tokens that prompt and response may have together.
         on_too_long: What becomes of longer ones.
         turns: Which of a response's turns are judged.
         min_response: The fewest tokens to which a response may be cut, or None where it is never cut.
+        day: What a template is told that asks for the date; None: the day on which it asks.
 
     Raises:
         UserError: The tokenizer has no template, or no end-of-sequence token where one is needed.
@@ -78,19 +81,21 @@ class PairTokenizer:
         on_too_long: LengthRule,
         turns: TurnRule = "all",
         min_response: int | None = None,
+        day: date | None = None,
     ) -> None:
         self.tokenizer, self.max_length, self.on_too_long = tokenizer, max_length, on_too_long
         self.turns, self.min_response = turns, min_response
-        found = template or _own_template(tokenizer)
+        found = {DEFAULT: template} if template else named_templates(tokenizer)
         if not found:
             hint = "set `model.chat_template` to `plain` or to the path of a Jinja template"
             raise UserError("the tokenizer has no chat template", "`model.chat_template`", hint)
-        if found == PLAIN and tokenizer.eos_token is None:
+        if template == PLAIN and tokenizer.eos_token is None:
             hint = "set `model.chat_template` to a template that closes its turns"
             raise UserError("the tokenizer has no end-of-sequence token", "`model.chat_template: plain`", hint)
-        self.template = found
+        self.templates = {} if template == PLAIN else found
+        self.day = day if any(map(asks_for_the_day, self.templates.values())) else None
         self._encode = TextEncoder(tokenizer)
-        self._render = Renderer(tokenizer, found, turns, self._encode)
+        self._render = Renderer(tokenizer, self.templates, turns, self._encode, self.day)
 
     @functools.cached_property
     def settings(self) -> dict[str, str | int | None]:
@@ -100,7 +105,8 @@ class PairTokenizer:
         special = repr(sorted(self.tokenizer.special_tokens_map.items()))
         return {
             "tokenizer": text_digest(vocabulary, special),
-            "chat template": PLAIN if self.template == PLAIN else text_digest(self.template),
+            "chat template": _digest(self.templates),
+            **({"day": self.day.isoformat()} if self.day else {}),
             "data.max_length": self.max_length,
             "data.on_too_long": self.on_too_long,
             "data.turns": self.turns,
@@ -327,16 +333,9 @@ def read_template(name: str | None) -> str | None:
     return text
 
 
-def end_tokens(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:
-    """Return the ids that end a sequence or a turn, by the tokenizer and by the model's generation settings."""
-    ids = getattr(generation_config, "eos_token_id", None)
-    listed = ids if isinstance(ids, list) else [ids]
-    return frozenset(i for i in (tokenizer.eos_token_id, *listed) if i is not None)
-
-
-def _own_template(tokenizer: Any) -> str | None:
-    """Return the tokenizer's template; of several named ones, the one called default."""
-    try:
-        return str(tokenizer.get_chat_template())
-    except ValueError:
-        return None
+def _digest(templates: Mapping[str, str]) -> str:
+    """Return a digest of chat templates; of none, which is `plain`, its name."""
+    if not templates:
+        return PLAIN
+    # One alone is told by its text.
+    return text_digest(*templates.values(), *(templates if len(templates) > 1 else ()))

@@ -38,7 +38,7 @@ from dpo_cli.settings import located
 from dpo_cli.storage import DamagedFolder, cache_root, file_digest, verify
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NO_PART_OF_A_MODEL = {"transformers_version", "_name_or_path", "architectures", "dtype", "use_cache"}
@@ -125,6 +125,32 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, name: str, where: str,
         shown = "; ".join(f"id {i} is {theirs[i]!r} there and {ours[i]!r} here" for i in differing[:3])
         what = f"`{name}` reads other tokens than the pairs have: {len(differing)} ids differ ({shown})"
         raise UserError(what, where, "choose a model with the same tokenizer as `model.name`")
+
+
+def generation_config(name: str, trust: Trust = NO_TRUST) -> GenerationConfig:
+    """Load what a model says of generation: of it the end tokens are used.
+
+    Raises:
+        UserError: The model cannot be found or read.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    def load(folder: str) -> GenerationConfig:
+        if (Path(folder) / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        return GenerationConfig.from_model_config(config)
+
+    return _load(name, "model", load, trust)
+
+
+def end_at(model: PreTrainedModel, token: int) -> None:
+    """Let generation end at a token too, by the settings that are saved with a model; others that end it stay."""
+    for settings in (model.generation_config, model.config):
+        known = getattr(settings, "eos_token_id", None)
+        others = known if isinstance(known, list) else [known]
+        ids = [token, *(other for other in others if other not in (None, token))]
+        settings.eos_token_id = ids if len(ids) > 1 else token
 
 
 def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:

@@ -27,7 +27,9 @@ _UNSEEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 def check(config: Config, data: RunData, tokenizer: Any) -> Report:
     """Examine the data of a run."""
+    from dpo_cli.data.endings import end_tokens
     from dpo_cli.data.examination import examine
+    from dpo_cli.modeling.loading import generation_config
 
     return examine(
         data.pairs,
@@ -38,6 +40,7 @@ def check(config: Config, data: RunData, tokenizer: Any) -> Report:
         left_out=data.left_out,
         uses_margins=config.objective.uses_margins,
         tokenizer=tokenizer,
+        ends=end_tokens(tokenizer, generation_config(config.model.name, config.model.trust)),
     )
 
 

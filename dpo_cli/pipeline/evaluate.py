@@ -69,7 +69,10 @@ def _score(
     from dpo_cli.training.checks import check_columns, check_fits
 
     with accelerator.main_process_first():
-        tokenizer, tokenize = setup.load_tokenizer(config, config.model.name)
+        # Where there is a run, its prompts are as they were on its first day.
+        day = RunFolder(Path(config.output_dir)).first_day()
+        tokenizer, tokenize = setup.load_tokenizer(config, config.model.name, day)
+        setup.tell_day(tokenize, console)
         check_same_tokens(tokenizer, scored, "the model that is scored", config.model.trust)
         pairs, held_out, source = _held_out(config, data, tokenize, console)
     check_columns(pairs, config.objective)

@@ -17,7 +17,15 @@ from dpo_cli.pipeline.check import (
     show_check,
     write_check,
 )
-from dpo_cli.pipeline.setup import check_inputs, held_out_sources, load_tokenizer, look_up_on_hub, prepared_pairs, split
+from dpo_cli.pipeline.setup import (
+    check_inputs,
+    held_out_sources,
+    load_tokenizer,
+    look_up_on_hub,
+    prepared_pairs,
+    split,
+    tell_day,
+)
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.data_check import PathLine, Wrapped, reading
 from dpo_cli.reporting.tables import marked_pair
@@ -46,6 +54,7 @@ def prepare(
     raise_all([*check_inputs(config), *check_report_folder(report)])
     look_up_on_hub(config)
     tokenizer, tokenize = load_tokenizer(config, config.model.name)
+    tell_day(tokenize, console)
     assert config.data.train is not None
     pairs = prepared_pairs(config, as_sources(config.data.train), tokenize, console, out)
     console.block()

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,8 @@ def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]
     if config.reference.model is not None:
         problems.append(check_model(config.reference.model, "`reference.model`", config.model.trust))
     template = config.model.chat_template
-    if template is not None and template != "plain" and not _is_file(template):
-        hint = "name a Jinja file, `plain`, or null for the tokenizer's own"
-        # A template's own text, say, is no path.
-        shown = located(template) if len(template) <= 255 else f"`{template[:57]}…`"
-        problems.append(UserError(f"there is no chat template {shown}", "`model.chat_template`", hint))
+    if template is not None and template != "plain" and not _is_file(template) and not _may_be_named(config):
+        problems.append(_no_template(template, ()))
     if config.data.train is None and needs_train:
         hint = "name a data file: `data: {train: pairs.jsonl}`"
         problems.append(UserError("`data.train` is missing", "the configuration", hint))
@@ -76,6 +74,25 @@ def _is_file(name: str) -> bool:
         return Path(name).is_file()
     except OSError:
         return False
+
+
+def _may_be_named(config: Config) -> bool:
+    """Tell whether `model.chat_template` may be the name of one of the model's own; the Hub's are not known yet."""
+    name, folder = str(config.model.chat_template), Path(config.model.name)
+    if not name.isidentifier() or folder.is_file():
+        return False
+    if not folder.is_dir() or name == "default" or (folder / "additional_chat_templates" / f"{name}.jinja").is_file():
+        return True
+    listing = folder / "tokenizer_config.json"
+    return listing.is_file() and f'"{name}"' in listing.read_text(encoding="utf-8", errors="replace")
+
+
+def _no_template(name: str, known: Sequence[str]) -> UserError:
+    own = f"one of the tokenizer's own ({', '.join(f'`{one}`' for one in known)}), " if known else ""
+    hint = f"name {own}a Jinja file, `plain`, or null for the tokenizer's own"
+    # A template's own text, say, is no path.
+    shown = located(name) if len(name) <= 255 else f"`{name[:57]}…`"
+    return UserError(f"there is no chat template {shown}", "`model.chat_template`", hint)
 
 
 def held_out_sources(config: Config) -> list[Source]:
@@ -146,8 +163,19 @@ def _precision(dtype: str, *, on_cpu: bool) -> str:
     return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
 
 
-def load_tokenizer(config: Config, name: str) -> tuple[Any, PairTokenizer]:
-    """Load a model's tokenizer and fit it with template and length rule."""
+def load_tokenizer(config: Config, name: str, day: date | None = None) -> tuple[Any, PairTokenizer]:
+    """Load a model's tokenizer and fit it with template and length rule.
+
+    Args:
+        config: Says which template and which rule.
+        name: The model.
+        day: What a template is told that asks for the date; None: today.
+
+    Raises:
+        UserError: Tokenizer or template cannot be read, or the tokenizer lacks what the configuration names.
+    """
+    from dpo_cli.data.chat_template import named_templates
+    from dpo_cli.data.endings import set_end
     from dpo_cli.data.rendering import PLAIN
     from dpo_cli.data.tokenize import PairTokenizer, read_template
     from dpo_cli.modeling import loading
@@ -155,7 +183,13 @@ def load_tokenizer(config: Config, name: str) -> tuple[Any, PairTokenizer]:
     tokenizer = loading.load_tokenizer(name, config.model.trust)
     if config.reference.model is not None:
         loading.check_same_tokens(tokenizer, config.reference.model, "`reference.model`", config.model.trust)
-    template = read_template(config.model.chat_template)
+    if config.model.eos_token is not None:
+        set_end(tokenizer, config.model.eos_token)
+    own, asked = named_templates(tokenizer), config.model.chat_template
+    is_named = asked is not None and asked in own and not _is_file(asked)
+    if asked is not None and asked != PLAIN and not is_named and not _is_file(asked):
+        raise _no_template(asked, list(own))
+    template = own[str(asked)] if is_named else read_template(asked)
     tokenize = PairTokenizer(
         tokenizer,
         template=template,
@@ -163,11 +197,20 @@ def load_tokenizer(config: Config, name: str) -> tuple[Any, PairTokenizer]:
         on_too_long=config.data.on_too_long,
         turns=config.data.turns,
         min_response=config.data.min_response,
+        day=day or date.today(),
     )
-    if template is not None:
+    # All of the tokenizer's own are saved as they came.
+    if template is not None and not is_named:
         # What is saved with the model is the template it was trained on, or none.
         tokenizer.chat_template = None if template == PLAIN else template
     return tokenizer, tokenize
+
+
+def tell_day(tokenize: PairTokenizer, console: Console) -> None:
+    """Say which date the template writes, if it writes any."""
+    if tokenize.day:
+        today = " (today)" if tokenize.day == date.today() else " (the day on which the run began)"
+        console.notice(f"the chat template asks for the date: it is told {tokenize.day.isoformat()}{today}")
 
 
 def prepared_pairs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from dpo_cli.pipeline.plan import header, make_plan, out_of_reach, print_plan
 from dpo_cli.pipeline.steps import Run, walk
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.trackers import TrackedRun, check_trackers, start_trackers
-from dpo_cli.training.run_folder import RESOLVED, RunFolder, RunState, settings_digest
+from dpo_cli.training.run_folder import FIRST_DAY, RESOLVED, RunFolder, RunState, settings_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -112,19 +113,21 @@ def _run(
     extend: bool,
 ) -> None:
     """Walk the road from the pairs to the trained model, alone or as one of several ranks."""
-    from dpo_cli.data.tokenize import end_tokens
-    from dpo_cli.modeling.loading import empty_policy, load_policy
+    from dpo_cli.data.endings import end_tokens
+    from dpo_cli.modeling.loading import empty_policy, end_at, load_policy
     from dpo_cli.modeling.memory import resident_bytes
     from dpo_cli.preference.reference import reference_model, refuse_other_shapes
     from dpo_cli.training.checkpoints import newest_step
-    from dpo_cli.training.checks import check_columns, check_fits, check_tokens
+    from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_tokens
 
     name, trust, program_bytes = config.model.name, config.model.trust, resident_bytes()
     policy = empty_policy(name, trust)
     if not (resume and folder.state() is RunState.FINISHED):
         check_memory(config, policy, accelerator, program_bytes)
+    day = _first_day(folder, accelerator, resume=resume)
     with accelerator.main_process_first():
-        tokenizer, tokenize = setup.load_tokenizer(config, config.model.name)
+        tokenizer, tokenize = setup.load_tokenizer(config, config.model.name, day)
+        setup.tell_day(tokenize, console)
         data = setup.run_data(config, tokenize, console)
     plan, program_bytes = make_plan(config, data), resident_bytes()
     if resume:
@@ -135,6 +138,8 @@ def _run(
             return
     if not dry_run:
         policy = load_policy(name, trust).to(accelerator.device)
+    if config.model.eos_token is not None:
+        end_at(policy, tokenizer.eos_token_id)
     facts, disk = header(config, folder, accelerator, data, plan, policy), disk_need(config, folder, plan, policy)
     if not dry_run:
         console.facts(facts)
@@ -143,10 +148,12 @@ def _run(
         for line in lines:
             console.warning(line) if whose == "set" else console.notice(f"note: {line} (by default)")
     check_fits(data.pairs, policy, "`model.name`")
-    for proved in check_tokens(data.pairs, tokenizer, end_tokens(tokenizer, policy.generation_config)):
+    ends = end_tokens(tokenizer, policy.generation_config)
+    for proved in check_tokens(data.pairs, tokenizer, ends):
         console.notice(f"checked: {proved}")
-    if ignored := check_columns(data.pairs, config.objective):
-        console.warning(ignored)
+    for warning in (check_ends(data.pairs, tokenizer, ends), check_columns(data.pairs, config.objective)):
+        if warning:
+            console.warning(warning)
     models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy, trust, empty=dry_run)]))
     for reference in models[1:]:
         check_fits(data.pairs, reference, "`reference.model`")
@@ -168,7 +175,7 @@ def _run(
     run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)
     if config.reference.model is None and config.reference.type != "none":
         _check_reference(run)
-    done, metrics = _start_folder(run, resume=resume, overwrite=overwrite)
+    done, metrics = _start_folder(run, day, resume=resume, overwrite=overwrite)
     walk(run, progress, done, metrics)
 
 
@@ -243,7 +250,15 @@ def _check_reference(run: Run) -> None:
     run.console.notice(f"checked: {proved}")
 
 
-def _start_folder(run: Run, *, resume: bool, overwrite: bool) -> tuple[int, str]:
+def _first_day(folder: RunFolder, accelerator: Accelerator, *, resume: bool) -> date:
+    """Return the day on which the run began: a template that writes the date writes that one, also when it goes on."""
+    from accelerate.utils import broadcast_object_list
+
+    found: list[date] = [(folder.first_day() if resume else None) or date.today()]
+    return found[0] if accelerator.num_processes == 1 else broadcast_object_list(found)[0]
+
+
+def _start_folder(run: Run, day: date, *, resume: bool, overwrite: bool) -> tuple[int, str]:
     """Make the run's folder ready and restore the newest checkpoint.
 
     Returns:
@@ -261,7 +276,7 @@ def _start_folder(run: Run, *, resume: bool, overwrite: bool) -> tuple[int, str]
     # What stands there is kept until it is known that the run can go on from it.
     done, metrics = load_checkpoint(checkpoint, run.parts) if checkpoint else (0, "")
     if run.accelerator.is_main_process:
-        _describe(run, resume=resume, overwrite=overwrite)
+        _describe(run, day, resume=resume, overwrite=overwrite)
     tracked = TrackedRun(run.folder.path.absolute().name, run.folder.trackers, done)
     start_trackers(run.accelerator, run.config.trackers, run.config.model_dump(mode="json"), tracked)
     if checkpoint:
@@ -271,7 +286,7 @@ def _start_folder(run: Run, *, resume: bool, overwrite: bool) -> tuple[int, str]
     return done, metrics
 
 
-def _describe(run: Run, *, resume: bool, overwrite: bool) -> None:
+def _describe(run: Run, day: date, *, resume: bool, overwrite: bool) -> None:
     """Clear the run's folder if that was asked for, and write down what runs and where.
 
     Raises:
@@ -280,7 +295,7 @@ def _describe(run: Run, *, resume: bool, overwrite: bool) -> None:
     from dpo_cli.reporting.environment import environment
     from dpo_cli.storage import discard, make_folder, remove_strays, write_text
 
-    described = json.dumps(environment(run.accelerator), indent=1)
+    described = json.dumps({**environment(run.accelerator), FIRST_DAY: day.isoformat()}, indent=1)
     try:
         if meanwhile := run.folder.check(resume=resume, overwrite=overwrite):
             raise meanwhile

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpo_cli.data.endings import TAIL, closing_token, way_out, without_end
 from dpo_cli.data.prepared import RESPONSE_CUT, PreparedPairs
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.logps import SequenceLogps
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from dpo_cli.modeling.scorer import Scorer
     from dpo_cli.preference.objective import Objective
     from dpo_cli.preference.reference import ReferenceLogps
-
-_TAIL = 8
-"""Tokens at a response's end among which its end token must stand."""
 
 
 def check_fits(pairs: PreparedPairs, model: PreTrainedModel, where: str) -> None:
@@ -86,6 +84,15 @@ def check_columns(pairs: PreparedPairs, objective: Objective) -> str:
     return ""
 
 
+def check_ends(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int]) -> str:
+    """Compare how responses end with where generation ends; return a warning, or nothing."""
+    lacking = without_end(pairs, end_tokens)
+    if not lacking.any() or not (closing := closing_token(pairs, lacking, tokenizer)):
+        return ""
+    what = f"{lacking.sum():,} pairs end with `{closing}`, at which generation does not end"
+    return f"{what}: {way_out(closing, tokenizer)}"
+
+
 def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int]) -> Iterator[str]:
     """Prove of every pair what its tokens must fulfil.
 
@@ -111,9 +118,8 @@ def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int
     ends = end_tokens | (set(tokenizer.all_special_ids) - {tokenizer.bos_token_id})
     cut = pairs.flags & RESPONSE_CUT > 0
     for name in ("chosen", "rejected"):
-        num_ends = _ends(pairs.tails(name, _TAIL), tokenizer, ends)
-        hint = "use a chat template that closes the assistant's turn"
-        _require(pairs, (num_ends >= 1) | cut, f"the {name} response has no end token", hint)
+        num_ends = _ends(pairs.tails(name, TAIL), tokenizer, ends)
+        _require_ends(pairs, (num_ends >= 1) | cut, name, tokenizer)
         hint = "the chat template writes one that the turn has already"
         # Of several turns, each ends.
         once = (num_ends <= 1) & ((pairs.counts(name, end_tokens) <= 1) | pairs.has_gaps(name))
@@ -184,6 +190,17 @@ def check_reference(
     counted = objective.uses_margins and bool(batch.margins.any())
     about = f" with {'its margin' if len(batch.pairs) == 1 else 'their margins'} in the data" if counted else ""
     return f"the policy equals its reference: the loss is {float(losses.mean()):.6f}{about}"
+
+
+def _require_ends(pairs: PreparedPairs, ends: NDArray[np.bool_], name: str, tokenizer: Any) -> None:
+    """Raise for the first pair of which a response does not end."""
+    closing = "" if ends.all() else closing_token(pairs, ~ends, tokenizer)
+    what = f"the {name} response has no end token"
+    if closing:
+        what += (
+            f", since the template ends it with `{closing}` and the tokenizer ends texts with `{tokenizer.eos_token}`"
+        )
+    _require(pairs, ends, what, way_out(closing, tokenizer))
 
 
 def _require(pairs: PreparedPairs, holds: NDArray[np.bool_] | None, what: str, hint: str) -> None:

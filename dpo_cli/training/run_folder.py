@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from dpo_cli.storage import MANIFEST, DamagedFolder, strays, text_digest, verify
 
 RESOLVED = "# The configuration as resolved: `dpo train --config` runs it again.\n"
 """The first line of a run's config.yaml, by which it is told from a configuration of the user's own."""
+
+FIRST_DAY = "first_day"
+"""Under which name a run's environment.json has the day on which the run began."""
 
 _LOCK = ".lock"
 
@@ -175,6 +179,14 @@ class RunFolder:
                 return file.readline() == RESOLVED.encode()
         except (FileNotFoundError, IsADirectoryError):
             return False
+
+    def first_day(self) -> date | None:
+        """Return the day on which the run in the folder began, or None where that is not known."""
+        try:
+            found = json.loads(self.environment.read_bytes())
+            return date.fromisoformat(found[FIRST_DAY]) if self._is_a_run() else None
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
 
     def clear(self) -> None:
         """Remove an older run's files, and only those."""

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from dpo_cli.data.comparison import COMPARED, drops, without_copies
-from dpo_cli.data.examination import DROPPED_ROWS, LENGTH_BIAS, OF_TOKENS, UNLIKE_ENDS, examine
+from dpo_cli.data.examination import DROPPED_ROWS, LENGTH_BIAS, NO_END, OF_TOKENS, UNLIKE_ENDS, examine
 from dpo_cli.data.inspection import NOTICED
 from dpo_cli.data.prepare import prepare
 from dpo_cli.data.prepared import FACTS, PAIRS, SCHEMA, PreparedPairs, Reading
@@ -229,7 +229,7 @@ def test_every_finding_counts_what_dropping_it_leaves_out(tmp_path):
 
 def test_the_page_of_the_check_names_every_finding_with_its_severity():
     page = (ROOT / "docs" / "data-check.md").read_text(encoding="utf-8")
-    kinds = [*(one.kind for one in (*COMPARED, *NOTICED)), *OF_TOKENS, DROPPED_ROWS, LENGTH_BIAS, UNLIKE_ENDS]
+    kinds = [*(one.kind for one in (*COMPARED, *NOTICED)), *OF_TOKENS, DROPPED_ROWS, LENGTH_BIAS, UNLIKE_ENDS, NO_END]
     for kind in kinds:
         assert f"| `{kind.name}` | {kind.severity} |" in page, kind.name
     assert len(re.findall(r"^\| `\w+` \| (?:error|warning|info) \|", page, re.M)) == len(kinds)
