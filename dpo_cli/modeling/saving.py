@@ -121,6 +121,8 @@ def write_beside_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTra
     for name, content in origin.files.items():
         (folder / name).write_bytes(content)
     _name_tokenizer(folder / _TOKENIZER, tokenizer)
+    for name in (_TOKENIZER, "special_tokens_map.json"):
+        _name_end(folder / name, tokenizer)
 
 
 def _ask_again(file: Path, asked: dict[str, dict[str, Any]]) -> None:
@@ -144,4 +146,18 @@ def _name_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         del written["chat_template"]
         if isinstance(tokenizer.chat_template, str):
             written["chat_template"] = tokenizer.chat_template
+        elif tokenizer.chat_template:
+            named = tokenizer.chat_template.items()
+            written["chat_template"] = [{"name": name, "template": text} for name, text in named]
     file.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _name_end(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a file of the tokenizer name the token that ends texts, where a setting made it another one."""
+    if not file.is_file():
+        return
+    written = json.loads(file.read_text(encoding="utf-8"))
+    known = written.get("eos_token", None if file.name == _TOKENIZER else tokenizer.eos_token)
+    if (known.get("content") if isinstance(known, dict) else known) != tokenizer.eos_token:
+        written["eos_token"] = tokenizer.eos_token
+        file.write_text(json.dumps(written, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -38,6 +38,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path):
             "name": "some/name",
             "dtype": "auto",
             "chat_template": None,
+            "eos_token": None,
             "attention": None,
             "allow_pickle": False,
             "trust_remote_code": False,

@@ -77,7 +77,7 @@ DATED = "{{ strftime_now(FORMAT) }}" + TEXTS["default"]
 FORMATS = ("%d %b %Y", "%Y-%m-%d", "%A, %B %-d, %Y (day %j)", "100%% on %y/%m/%d", "%H:%M", "%c", "no date")
 
 
-@settings(deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(day=st.dates(date(1970, 1, 1), date(2200, 1, 1)), asked=st.sampled_from(FORMATS))
 def test_a_template_that_asks_for_the_date_is_told_its_day(day, asked):
     """As the function that it calls would tell it, on that day; the rest of the template is as it was."""
