@@ -117,6 +117,7 @@ LENGTH_BIAS = Kind(
 NO_END = Kind(
     "no_end_token",
     "warning",
+    "responses do not end where generation ends",
     "Responses do not end with a token at which generation ends: the trained model would not stop.",
     "Use a chat template that closes the assistant's turn with the end-of-sequence token.",
 )
