@@ -54,4 +54,4 @@ def _template_arguments(row: Mapping[str, object]) -> dict[str, Any]:
     name = "chat_template_kwargs"
     if (value := row.get(name)) in (None, ""):
         return {}
-    return dict(fields.plain_json(fields.mapping(value, name), name))
+    return dict(fields.plain_json(fields.mapping(fields.from_json(value, name), name), name))

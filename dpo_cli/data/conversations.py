@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_cli.data import fields
 from dpo_cli.data.calls import CALLED
-from dpo_cli.data.records import BadRow, Message, Pair, Role
+from dpo_cli.data.records import BadRow, Cell, Message, Pair, Role
 
 Messages = tuple[Message, ...]
 
@@ -44,12 +44,15 @@ CALLERS = ("function_call", "tool_call")
 _SPEAKER = ("role", "from")
 _SAID = ("content", "value")
 _PLAIN = frozenset((*_SPEAKER, *_SAID))
+_TURN = frozenset((*_SAID, *CALLED))
+"""What a turn has beside its speaker, one of them at least."""
+
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_EXTRAS = ("name", "tool_call_id")
 
 _HH_TURN = re.compile(r"\n\r?\n(Human|Assistant):")
-_LIKE_MESSAGES = re.compile(r"""\s*(\[?)\s*\{\s*["'](role|from|content|value)["']\s*:""")
-"""How the JSON text of a message begins, or of a list of them; and Python's text of one, which is refused as such."""
+_LIKE_MESSAGES = re.compile(r"""\s*(\[?)\s*\{.*["'](role|from)["']\s*:""", re.DOTALL)
+"""How a cell begins that holds the JSON of a message, or of a list of them; or Python's, which is refused as such."""
 
 
 def read_prompt(row: Mapping[str, object]) -> Messages:
@@ -106,7 +109,7 @@ def read_system(row: Mapping[str, object], conversation: Messages, default: str)
 
 
 def read_messages(value: object, place: str) -> Messages:
-    """Read a list of messages, or the JSON text of one.
+    """Read a list of messages, or a cell that holds the JSON of one.
 
     Raises:
         BadRow: It is not a list of messages, or it is empty.
@@ -155,17 +158,29 @@ def read_hh(value: object, place: str) -> Messages:
 
 
 def is_message(value: object) -> bool:
-    """Tell whether a value looks like a message: an object in which somebody speaks, or the JSON text of one."""
+    """Tell whether a value looks like a message: an object in which somebody speaks, or a cell with the JSON of one."""
     if isinstance(value, str):
-        return (like := _LIKE_MESSAGES.match(value)) is not None and not like[1]
+        return _is_cell_of(value, dict)
     return isinstance(value, Mapping) and any(name in value for name in _SPEAKER)
 
 
 def is_messages(value: object) -> bool:
-    """Tell whether a value looks like a list of messages, or the JSON text of one."""
+    """Tell whether a value looks like a list of messages, or a cell with the JSON of one."""
     if isinstance(value, str):
-        return (like := _LIKE_MESSAGES.match(value)) is not None and bool(like[1])
+        return _is_cell_of(value, list)
     return isinstance(value, list) and bool(value) and all(map(is_message, value))
+
+
+def _is_cell_of(value: str, kind: type) -> bool:
+    """Tell whether a text is a cell that holds a message, or a list of them, rather than an answer that is JSON."""
+    if not isinstance(value, Cell) or (like := _LIKE_MESSAGES.match(value)) is None or bool(like[1]) != (kind is list):
+        return False
+    try:
+        found = fields.from_json(value, "")
+    except BadRow:
+        return True  # What is meant as messages and broken is refused as such.
+    said = found if isinstance(found, list) else [found]
+    return all(isinstance(one, Mapping) and is_message(one) and not _TURN.isdisjoint(one) for one in said)
 
 
 def is_hh(value: object) -> bool:
@@ -325,7 +340,7 @@ def _extras(message: Mapping[str, object], place: str) -> dict[str, Any]:
     if (calls := message.get("tool_calls")) and (listed := fields.mappings(calls, f"{place}.tool_calls", "calls")):
         extras["tool_calls"] = fields.plain_json(listed, f"{place}.tool_calls")
     if called := message.get("function_call"):
-        found = fields.mapping(called, f"{place}.function_call")
+        found = fields.mapping(fields.from_json(called, f"{place}.function_call"), f"{place}.function_call")
         extras["function_call"] = fields.plain_json(dict(found), f"{place}.function_call")
     for name in _TEXT_EXTRAS:
         if (value := message.get(name)) not in (None, ""):

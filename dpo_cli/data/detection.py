@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dpo_cli.data import fields
+from dpo_cli.data.conversations import is_messages
 from dpo_cli.data.fields import listed, shortened
 from dpo_cli.data.formats import FORMATS, Shape
-from dpo_cli.data.records import Row
+from dpo_cli.data.records import Cell, Row
 from dpo_cli.data.renaming import proposed_columns, shown_columns, under_other_names
 from dpo_cli.errors import UserError
 
@@ -36,7 +37,16 @@ def detect(rows: Sequence[Row], where: str) -> str:
             # Reading the rows as that tells better than we could here what is wrong with each.
             return named[0]
         raise UserError(f"the rows are of no known shape: they have {_columns(readable)}", where, _hint(readable))
+    if readable and all(map(_is_all_messages_as_text, readable)):
+        hint = "write them as lists of objects; if it is text that is meant, set `data.format: text`"
+        raise UserError("prompts and answers are lists of messages, written as JSON text", where, hint)
     return best
+
+
+def _is_all_messages_as_text(row: Mapping[str, object]) -> bool:
+    """Tell whether prompt and answers of a row all are the JSON text of messages; one alone may be an answer."""
+    texts = [row.get(name) for name in ("prompt", "chosen", "rejected")]
+    return all(isinstance(one, str) and not isinstance(one, Cell) and is_messages(Cell(one)) for one in texts)
 
 
 def _hint(rows: Sequence[Mapping[str, object]]) -> str:

@@ -1,7 +1,7 @@
 """The columns of a row, and what is nested in them, as the types that they must have; or a `BadRow` that says where.
 
 A place is how a value is named to a user: `chosen`, `chosen[2].content`. Where a list or an object belongs, its
-JSON text will do: a CSV file has no other way to hold one.
+JSON will do in a `Cell`: a CSV file has no other way to hold one. In other files text is text, JSON or not.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
-from dpo_cli.data.records import BadRow
+from dpo_cli.data.records import BadRow, Cell
 
 _FLOAT32 = struct.Struct("f")
 _COLUMNS_NAMED = 12
@@ -38,7 +38,7 @@ def text(value: object, place: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise BadRow("undecodable text", f"`{place}` holds half of a surrogate pair") from None
-    return value
+    return str(value)
 
 
 def optional_text(row: Mapping[str, object], name: str) -> str:
@@ -49,30 +49,34 @@ def optional_text(row: Mapping[str, object], name: str) -> str:
 
 
 def items(value: object, place: str, of: str = "values") -> Sequence[object]:
-    """Return a value that must be a list, or the JSON text of one.
+    """Return a value that must be a list, or a cell that holds the JSON of one.
 
     Args:
         value: What is there.
         place: Where that is.
         of: What the list is made of, in words.
     """
-    found = from_json(value, place)
+    found = from_cell(value, place)
     if not isinstance(found, list):
-        raise BadRow("wrong type", f"`{place}` is {kind(found)} instead of a list of {of}")
+        raise BadRow("wrong type", f"`{place}` is {_kind_read(found)} instead of a list of {of}")
     return found
 
 
 def mapping(value: object, place: str) -> Mapping[str, object]:
-    """Return a value that must be an object, or the JSON text of one."""
-    found = from_json(value, place)
+    """Return a value that must be an object, or a cell that holds the JSON of one."""
+    found = from_cell(value, place)
     if not isinstance(found, Mapping):
-        raise BadRow("wrong type", f"`{place}` is {kind(found)} instead of an object")
+        raise BadRow("wrong type", f"`{place}` is {_kind_read(found)} instead of an object")
     return found
 
 
 def mappings(value: object, place: str, of: str) -> list[dict[str, object]]:
-    """Return a value that must be a list of objects; each of them, too, may be the JSON text of one."""
-    return [dict(mapping(item, f"{place}[{number}]")) for number, item in enumerate(items(value, place, of))]
+    """Return a value that must be a list of objects, in any file as JSON text as well, and so each of them.
+
+    Only for what is never text: files of columns often have calls and descriptions of tools as JSON.
+    """
+    listed = items(from_json(value, place), place, of)
+    return [dict(mapping(from_json(one, at), at)) for one, at in ((o, f"{place}[{n}]") for n, o in enumerate(listed))]
 
 
 def number(value: object, place: str) -> float:
@@ -99,6 +103,11 @@ def plain_json(value: Any, place: str) -> Any:
     except (TypeError, ValueError) as error:
         raise BadRow("wrong type", f"`{place}` is not plain JSON: {error}") from None
     return value
+
+
+def from_cell(value: object, place: str) -> object:
+    """Read the JSON of a list or an object in a cell; any other value, text above all, stays as it is."""
+    return from_json(value, place) if isinstance(value, Cell) else value
 
 
 def from_json(value: object, place: str) -> object:
@@ -149,6 +158,11 @@ def printable(value: object, most: int = 40) -> str:
     shown = str(value)
     cut = "…" if len(shown) > most else ""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown[:most]) + cut
+
+
+def _kind_read(value: object) -> str:
+    """Name a value's type in words, and of text whether it is that of a list or an object."""
+    return "JSON written as text" if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else kind(value)
 
 
 def kind(value: object) -> str:

@@ -21,7 +21,7 @@ from dpo_cli.data import streams
 from dpo_cli.data.bounds import bounded_memory
 from dpo_cli.data.fields import printable
 from dpo_cli.data.json_lists import DECODER, Window, as_row, members
-from dpo_cli.data.records import NUMBERS, Row
+from dpo_cli.data.records import NUMBERS, Cell, Row
 from dpo_cli.data.streams import COMPRESSIONS, numbered_lines, open_bytes, too_long
 from dpo_cli.errors import UserError
 
@@ -110,7 +110,7 @@ def _separated(path: Path, delimiter: str) -> Iterator[Row]:
             elif len(fields) != len(columns):
                 yield Row(origin, None, f"the row has {len(fields)} fields where the header has {len(columns)}")
             else:
-                yield Row(origin, _with_numbers(dict(zip(columns, fields, strict=True))))
+                yield Row(origin, _with_numbers(dict(zip(columns, map(Cell, fields), strict=True))))
 
 
 def _records(lines: _CsvLines, path: Path, delimiter: str) -> Iterator[tuple[str, list[str], str]]:

@@ -27,7 +27,7 @@ from dpo_cli.data.conversations import (
 )
 from dpo_cli.data.pairing import gather
 from dpo_cli.data.ranking import RANKINGS, read_response, read_scores
-from dpo_cli.data.records import BadRow, Message, Pair, Row
+from dpo_cli.data.records import BadRow, Cell, Message, Pair, Row
 
 RankedRule = Literal["extremes", "all"]
 """Which pairs a ranked list makes: the best against the worst, or every two whose scores differ."""
@@ -285,7 +285,7 @@ def _is_answer(value: object) -> bool:
 
 
 def _is_list(value: object) -> bool:
-    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+    return isinstance(value, list) or (isinstance(value, Cell) and value.lstrip().startswith("["))
 
 
 _ASKED = "Name three primes above 20."

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from dpo_cli.data import fields
 from dpo_cli.data.columns import read_columns
 from dpo_cli.data.conversations import after, check_answers, check_end, read_prompt, read_system, read_turns
-from dpo_cli.data.records import LABELS, NUMBERS, BadRow, Row
+from dpo_cli.data.records import LABELS, NUMBERS, BadRow, Cell, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,7 +88,10 @@ class _Waiting(contextlib.AbstractContextManager["_Waiting"]):
     def row(self, place: int) -> Row:
         """Read a row back."""
         self._file.seek(self._starts[place])
-        return Row(*json.loads(self._file.readline()))
+        row, cells = json.loads(self._file.readline())
+        if cells:
+            row[1] |= {name: Cell(row[1][name]) for name in cells}
+        return Row(*row)
 
     def partners(self) -> NDArray[np.int64]:
         """Return for each row the one it is paired with, −1 where there is none, `[rows]`."""
@@ -129,9 +132,11 @@ def _judged(row: Row) -> tuple[int, int, str]:
         if row.values is not None:
             key, label = _prompt_key(row.values, row.system), _label(row.values)
             kept = {name: row.values[name] for name in _KEPT if name in row.values}
-        return key, label, _as_json([row.origin, kept, row.problem, row.reason, row.structural, 1, row.system])
+        cells = [name for name, value in (kept or {}).items() if isinstance(value, Cell)]
+        said = [row.origin, kept, row.problem, row.reason, row.structural, 1, row.system]
+        return key, label, _as_json([said, cells])
     except BadRow as bad:
-        return 0, _UNUSABLE, _as_json([row.origin, None, bad.detail, bad.reason, bad.structural])
+        return 0, _UNUSABLE, _as_json([[row.origin, None, bad.detail, bad.reason, bad.structural], []])
 
 
 def _prompt_key(values: Mapping[str, object], system: str) -> int:

@@ -35,7 +35,7 @@ from dpo_cli.data.unwritten import OF_TEMPLATE
 from dpo_cli.errors import UserError
 from dpo_cli.storage import MANIFEST, DamagedFolder, cache_root, text_digest, verify
 
-_VERSION = "7"
+_VERSION = "8"
 """Raised whenever the same data would become other tokens or another file."""
 
 PAIRS = "pairs.arrow"

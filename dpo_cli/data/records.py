@@ -34,6 +34,12 @@ def total_tokens(lengths: Lengths) -> int:
     return prompt + max(chosen, rejected)
 
 
+class Cell(str):
+    """A text of a file that has no lists and no objects, CSV or TSV: it may be the JSON of one."""
+
+    __slots__ = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One row of a source: its values, or the problem that kept it from being read.

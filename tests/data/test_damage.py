@@ -132,7 +132,7 @@ def in_messages(place: str, name: str) -> list[tuple[str, Any, str, str]]:
         ("a number", 5, "wrong type", f"`{place}` is a number instead of a list"),
         ("text", "Hello.", "wrong type", f"`{place}` is text instead of a list"),
         ("an object", assistant("a"), "wrong type", f"`{place}` is an object instead of a list"),
-        ("JSON text cut off", '[{"role": "user", "con', "wrong type", f"`{place}` is text that is not valid JSON"),
+        ("JSON as text", json.dumps([*before, assistant("a")]), "wrong type", f"`{place}` is JSON written as text"),
         ("an empty list", [], "empty field", f"`{place}` is an empty list"),
         ("a list of text", [*before, "Hello."], "wrong type", f"`{last}` is text instead of an object"),
         ("a list in the list", [*before, [assistant("a")]], "wrong type", f"`{last}` is a list instead of an object"),

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_cli.data.conversations import CALLERS, ROLES
 from dpo_cli.data.formats import FORMATS, read_pairs
-from dpo_cli.data.records import BadRow, Message, Row
+from dpo_cli.data.records import BadRow, Cell, Message, Row
 from tests.conftest import ROW_OF
 
 TURN, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "Hi."), ("assistant", "Hello."), ("assistant", "?")))
@@ -235,11 +235,11 @@ def test_what_data_says_controls_no_terminal_and_is_cut_short(shape, row):
 @pytest.mark.parametrize("column", ["prompt", "chosen"])
 def test_a_list_that_python_wrote_is_told_as_that(column):
     row = {"prompt": [TURN], "chosen": [GOOD], "rejected": [BAD]}
-    as_json = {name: json.dumps(value) for name, value in row.items()}
+    as_json = {name: Cell(json.dumps(value)) for name, value in row.items()}
     assert only("messages", as_json) == only("messages", row)
-    bad = refusal("messages", as_json | {column: str(row[column])})
+    bad = refusal("messages", as_json | {column: Cell(row[column])})
     assert (bad.reason, bad.detail) == ("wrong type", f"`{column}` is written as a Python literal and must be JSON")
-    cut = refusal("messages", as_json | {column: as_json[column][:-3]})
+    cut = refusal("messages", as_json | {column: Cell(as_json[column][:-3])})
     assert f"`{column}` is text that is not valid JSON" in cut.detail
 
 

@@ -15,7 +15,7 @@ from write_shapes_page import PAGE, page
 
 from dpo_cli.data.detection import detect
 from dpo_cli.data.formats import FORMATS, read_pairs
-from dpo_cli.data.records import Row
+from dpo_cli.data.records import Cell, Row
 from tests.builders import prepare_pairs
 from tests.conftest import write_rows
 from tests.data.shapes import assistant, pair, system, user
@@ -188,11 +188,11 @@ def test_a_conversation_of_several_turns_in_every_shape_that_can_express_it_is_t
 
 def csv_cell(value):
     """Write a value as a cell: what is not text as JSON."""
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value)
+    return Cell(value if isinstance(value, str) else "" if value is None else json.dumps(value))
 
 
 @pytest.mark.parametrize("shape", CASES)
-def test_lists_and_objects_may_be_json_text_as_in_csv(tmp_path, shape):
+def test_lists_and_objects_may_be_json_in_the_cells_of_a_csv_file(tmp_path, shape):
     for case in CASES[shape]:
         numbers = ("weight", "margin")  # read as numbers from CSV
         rows = [{n: v if n in numbers else csv_cell(v) for n, v in row.items()} for row in case.rows]
