@@ -33,7 +33,6 @@ from dpo_cli.modeling.model_files import (
     weights_files,
 )
 from dpo_cli.modeling.refusals import reason_and_hint
-from dpo_cli.modeling.saving import logits_alone, remember, saved_model
 from dpo_cli.settings import located
 from dpo_cli.storage import DamagedFolder, cache_root, file_digest, verify
 
@@ -162,6 +161,8 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
     """
     from transformers import AutoModelForCausalLM
 
+    from dpo_cli.modeling.saving import remember
+
     def load(folder: str) -> PreTrainedModel:
         empty = _empty(folder, trust)
         _check_size(empty, Path(folder))
@@ -174,6 +175,7 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
         model = _complete(AutoModelForCausalLM, folder, use_safetensors=safely, **_how(trust))
+        _train_text_alone(model)
         remember(model, Path(folder), trust)
         return model
 
@@ -247,12 +249,24 @@ def _empty(folder: str, trust: Trust) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from dpo_cli.modeling.saving import logits_alone
+
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_how(trust))
         model.tie_weights()
     logits_alone(model)
+    _train_text_alone(model)
     return model
+
+
+def _train_text_alone(model: PreTrainedModel) -> None:
+    """Freeze what text does not reach in a model that reads more than text: the gradient knows nothing of it."""
+    if model.config.get_text_config() is not model.config:
+        parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+        reached = {id(parameter) for part in parts for parameter in part.parameters()}
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in reached)
 
 
 def _how(trust: Trust) -> dict[str, Any]:
@@ -350,6 +364,8 @@ def _converted(path: Path) -> Path:
         raise UserError("reading a GGUF file needs the package `gguf`", str(path), hint) from None
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from dpo_cli.modeling.saving import saved_model
 
     _log.warning("converting %s to an ordinary model folder, once; this takes up to a minute", path.name)
     parent, file = str(path.parent), path.name

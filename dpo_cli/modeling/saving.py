@@ -5,17 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli.modeling.completeness import configs
-from dpo_cli.modeling.model_files import CONFIG, MOST_TEXT_BYTES, Trust
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.modeling.completeness import check_complete, configs
+from dpo_cli.modeling.model_files import CONFIG, GENERATION, MOST_TEXT_BYTES, Trust, weights_files
+from dpo_cli.modeling.refusals import reason_and_hint
 from dpo_cli.storage import refused, sealed_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _LOGITS_ALONE = {
@@ -123,6 +130,69 @@ def write_beside_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTra
     _name_tokenizer(folder / _TOKENIZER, tokenizer)
     for name in (_TOKENIZER, "special_tokens_map.json"):
         _name_end(folder / name, tokenizer)
+
+
+def prove_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Prove, before hours go into it, that a model can be saved and read again; return a line that says so.
+
+    Settings and tokenizer are written and read back. Of the weights, names and shapes alone are put into the form that
+    is saved, and read as a model without content.
+
+    Raises:
+        UserError: Something fails.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        try:
+            model.save_pretrained(folder, state_dict={})
+            write_beside_weights(folder, model, tokenizer)
+            config = type(model.config).from_pretrained(folder)
+            if (folder / GENERATION).is_file():
+                type(model.generation_config).from_pretrained(folder)
+            type(tokenizer).from_pretrained(folder)
+            told = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
+            _, report = type(model).from_pretrained(None, config=config, state_dict=_as_saved(model, "meta"), **told)
+        except OSError as error:
+            raise from_os_error(error, "trying to save the model", scratch) from error
+        except Exception as error:
+            # What libraries raise for what they cannot write or read is of every kind.
+            reason, hint = reason_and_hint(error, model.name_or_path, folder)
+            raise UserError(f"what is trained could not be saved: {reason}", model.name_or_path, hint) from error
+    check_complete(model, report, model.name_or_path)
+    return "the model can be saved and read again"
+
+
+def check_saved(folder: Path, model: PreTrainedModel) -> None:
+    """Compare the weights in a folder, tensor by tensor, with those that the model holds.
+
+    With `prove_saving`, that is all that the log-probabilities of the model depend on, and it takes no second model.
+
+    Raises:
+        UserError: The disk did not keep them.
+    """
+    expected = _as_saved(model, None)
+    for file in weights_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (it is no dictionary)
+                if not torch.equal(opened.get_tensor(name), expected.pop(name).detach().cpu()):
+                    raise _other_bytes(name, folder)
+    if expected:
+        raise _other_bytes(min(expected), folder)
+
+
+def _other_bytes(name: str, folder: Path) -> UserError:
+    hint = "check the disk, then `--resume`: the last checkpoint is as it was"
+    return UserError(f"`{name}` was not saved as it is in memory", str(folder.parent), hint, status=FAILED)
+
+
+def _as_saved(model: PreTrainedModel, device: str | None) -> dict[str, Tensor]:
+    """Return a model's weights under the names and in the shapes that they are saved in; on `meta`, without content."""
+    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+    if device:
+        weights = {name: torch.empty_like(tensor, device=device) for name, tensor in weights.items()}
+    found: dict[str, Tensor] = revert_weight_conversion(model, weights)
+    return found
 
 
 def _ask_again(file: Path, asked: dict[str, dict[str, Any]]) -> None:

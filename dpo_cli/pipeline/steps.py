@@ -264,7 +264,7 @@ def _described(run: Run, broken: NotFinite) -> str:
 
 def _save_final(run: Run, figures: dict[str, Any] | None) -> None:
     """Write the trained model as a complete Hugging Face folder, whole or not at all."""
-    from dpo_cli.modeling.saving import saved_model
+    from dpo_cli.modeling.saving import check_saved, saved_model
     from dpo_cli.reporting.card import model_card
     from dpo_cli.reporting.environment import versions
 
@@ -279,6 +279,7 @@ def _save_final(run: Run, figures: dict[str, Any] | None) -> None:
     card = model_card(run.folder.path.name, settings, facts, _before_and_after(run, figures))
     with saved_model(run.folder.final, run.parts.policy, run.parts.tokenizer, "saving the trained model") as temporary:
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        check_saved(temporary, run.parts.policy)
 
 
 def _worsened(run: Run, figures: dict[str, Any]) -> str:

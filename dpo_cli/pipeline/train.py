@@ -116,6 +116,7 @@ def _run(
     from dpo_cli.data.endings import end_tokens
     from dpo_cli.modeling.loading import empty_policy, end_at, load_policy
     from dpo_cli.modeling.memory import resident_bytes
+    from dpo_cli.modeling.saving import prove_saving
     from dpo_cli.preference.reference import reference_model, refuse_other_shapes
     from dpo_cli.training.checkpoints import newest_step
     from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_tokens
@@ -175,6 +176,9 @@ def _run(
     run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)
     if config.reference.model is None and config.reference.type != "none":
         _check_reference(run)
+    if accelerator.is_main_process:
+        # transformers writes on the first rank alone.
+        console.notice(f"checked: {prove_saving(policy, tokenizer)}")
     done, metrics = _start_folder(run, day, resume=resume, overwrite=overwrite)
     walk(run, progress, done, metrics)
 

@@ -14,10 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_models import build
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from tiny_models import SMALL, build
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.loading import load_policy
+from dpo_cli.modeling.saving import check_saved, prove_saving, saved_model
+from tests.cli.test_two_processes import torchrun
 from tests.conftest import make_config
 
 Run = Callable[..., Any]
@@ -263,3 +273,54 @@ def test_a_model_that_reads_other_tokens_is_refused_with_the_first_ids_that_diff
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (other / name).unlink()
     assert forked_dpo(first_word, "--config", config, *others).returncode == 0
+
+
+def test_a_model_that_reads_images_as_well_trains_its_text_on_two_processes(
+    put, folder, tmp_path, tokenizer, pairs_file
+):
+    put("llama")
+    text = {**SMALL, "vocab_size": len(tokenizer), "head_dim": 8, "max_position_embeddings": 512}
+    seen = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**seen, "image_size": 28, "patch_size": 14}
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    for file in (*folder.glob("*.safetensors"), folder / "config.json"):
+        file.unlink()
+    model.save_pretrained(folder)
+    config = make_config(tmp_path, folder, pairs_file, training={"max_steps": 2}, data={"eval": 0.1})
+    result = torchrun("train", "--config", config, "checkpoints.every_steps=1")
+    assert result.returncode == 0, result.stderr
+    before, after = load_file(folder / "model.safetensors"), load_file(final(tmp_path) / "model.safetensors")
+    assert before.keys() == after.keys()
+    unmoved = {name for name, tensor in after.items() if torch.equal(tensor, before[name])}
+    assert unmoved == {name for name in before if "vision" in name or "projector" in name}
+
+
+def test_what_could_not_be_saved_is_found_before_step_1(tiny_llama, tokenizer):
+    model = load_policy(str(tiny_llama))
+    assert "can be saved" in prove_saving(model, tokenizer)
+    model.generation_config.max_new_tokens = -5
+    with pytest.raises(UserError, match="could not be saved"):
+        prove_saving(model, tokenizer)
+    model = load_policy(str(tiny_llama))
+    model.config.intermediate_size = 48
+    with pytest.raises(UserError, match="shape"):
+        prove_saving(model, tokenizer)
+    model = load_policy(str(tiny_llama))
+    model.model.layers[0].extra = torch.nn.Linear(2, 2)
+    with pytest.raises(UserError, match="no part of"):
+        prove_saving(model, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_what_the_disk_did_not_keep_is_found_when_it_is_saved(tmp_path, put, folder, tokenizer, kind):
+    put(kind)
+    model = load_policy(str(folder))
+    assert "can be saved" in prove_saving(model, tokenizer)
+    with saved_model(tmp_path / "saved", model, tokenizer, "saving") as temporary:
+        check_saved(temporary, model)
+    weights = load_file(tmp_path / "saved/model.safetensors")
+    first, *others = sorted(weights)
+    for spoilt in ({**weights, first: weights[first] + 1e-6}, {name: weights[name] for name in others}):
+        save_file(spoilt, tmp_path / "saved/model.safetensors")
+        with pytest.raises(UserError, match=f"`{re.escape(first)}` was not saved"):
+            check_saved(tmp_path / "saved", model)
