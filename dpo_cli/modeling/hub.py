@@ -47,6 +47,7 @@ def fetch_weights(name: str, folder: Path, trust: Trust) -> None:
         UserError: It has none that are loaded.
         OSError: They cannot be reached.
     """
+    from huggingface_hub import is_offline_mode
     from transformers.utils import cached_file
 
     where = {"revision": folder.name}
@@ -57,5 +58,8 @@ def fetch_weights(name: str, folder: Path, trust: Trust) -> None:
             for part in parts_of(folder, file):
                 cached_file(name, part, **where)
             return
+    if is_offline_mode():
+        hint = "unset HF_HUB_OFFLINE, or download the model first"
+        raise UserError(f"the weights of `{name}` are not in the Hub's cache, and no network is to be used", None, hint)
     hint = "`model.allow_pickle: true` reads pickled ones, as bare tensors: nothing in them is executed"
     raise UserError(f"`{name}` has no .safetensors weights", None, hint)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +251,36 @@ def test_only_files_that_cannot_be_read_are_called_damaged(model, file, content)
 def test_an_attention_that_is_not_there_gives_way_to_the_one_that_is_asked_for(model, named):
     change_settings(model, attn_implementation=named)
     assert load_policy(str(model), Trust(attention="eager")).config._attn_implementation == "eager"
+
+
+OFFLINE = """
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.loading import empty_policy, load_policy
+print(type(empty_policy("some/body")).__name__)
+try:
+    print(sorted(load_policy("some/body").origin.files))
+except UserError as error:
+    print(error.what)
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (lambda folder: None, "'preprocessor_config.json'"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "are not in the Hub's cache"),
+        (lambda folder: change_weights(folder, more=torch.ones(4)), "no part of LlamaForCausalLM"),
+        (lambda folder: change_weights(folder, weight_scale_inv=torch.ones(4).to(torch.float8_e5m2)), "quantized"),
+    ],
+)
+def test_a_model_in_the_hubs_cache_is_looked_at_as_a_folder_is(model, tmp_path, changes, said):
+    cached = tmp_path / "hub/models--some--body"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("abc")
+    (model / "preprocessor_config.json").write_text("{}")
+    changes(model)
+    shutil.copytree(model, cached / "snapshots/abc")
+    told = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run([sys.executable, "-c", OFFLINE], env=told, capture_output=True, text=True, check=False)
+    assert ended.stdout.startswith("LlamaForCausalLM\n"), ended.stderr
+    assert said in ended.stdout
