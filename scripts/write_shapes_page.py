@@ -66,8 +66,8 @@ Upper and lower case do not matter. Any other role is an error. A turn of `funct
 one call or a list of them (`{"name": …, "arguments": …}`), which become the turn's `tool_calls`.
 
 The content is text, or a list of parts `{"type": "text", "text": …}`, which are joined. It may be null in a turn that
-calls tools. A message's `tool_calls`, `tool_call_id`, `name` and `reasoning_content` (or `reasoning`, or `thinking`)
-are given to the chat template. Nulls with which Parquet and Arrow fill up objects count as not there.
+calls tools. A message's `tool_calls`, `function_call`, `tool_call_id`, `name` and `reasoning_content` (or `reasoning`,
+or `thinking`) are given to the chat template. Nulls with which Parquet and Arrow fill up objects count as not there.
 
 CSV has no lists or objects: wherever one belongs, its JSON as text will do. What Python's `str` makes of one is not
 JSON and is refused.

@@ -28,6 +28,7 @@ from dpo_cli.data.renaming import check_columns, renamed
 from dpo_cli.data.sources import Source, describe, read_rows, weighted
 from dpo_cli.data.tally import COUNTED, Tally
 from dpo_cli.data.tokenize import PairTokenizer, Tokenized
+from dpo_cli.data.unwritten import UNWRITTEN
 from dpo_cli.data.workers import in_order, num_cores
 from dpo_cli.errors import UserError
 from dpo_cli.storage import refused, remove_old_strays, remove_strays_of, sealed_folder
@@ -221,6 +222,8 @@ def _tokenized(pairs: Sequence[tuple[Pair, bool]], tokenize: PairTokenizer, tall
             continue
         if result.pair.chosen.tobytes() == result.pair.rejected.tobytes():
             detail = "both responses become the same tokens"
+            if titles := [UNWRITTEN[name].title for name in sorted(result.unwritten & UNWRITTEN.keys())]:
+                detail += f": {', and '.join(titles)}"
             same = BadRow("identical responses", detail, structural=False, lengths=result.uncut)
             tally.drop(pair.origin, same, copy=copy)
             continue

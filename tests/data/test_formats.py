@@ -327,6 +327,17 @@ def test_an_answer_that_only_calls_a_tool_is_not_empty():
     assert only("messages", {"prompt": [TURN], "chosen": [as_text], "rejected": [BAD]}).chosen == pair.chosen
 
 
+def test_a_call_in_the_older_field_is_kept_and_no_empty_answer():
+    calling = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    pair = only("messages", {"prompt": [TURN], "chosen": [calling], "rejected": [BAD]})
+    assert pair.chosen == (Message("assistant", "", extras={"function_call": calling["function_call"]}),)
+    as_text = calling | {"function_call": json.dumps(calling["function_call"])}
+    assert only("messages", {"prompt": [TURN], "chosen": [as_text], "rejected": [BAD]}).chosen == pair.chosen
+    bad = refusal("messages", {"prompt": [TURN], "chosen": [calling | {"function_call": "f()"}], "rejected": [BAD]})
+    assert (bad.reason, bad.structural) == ("wrong type", True)
+    assert "`chosen[0].function_call`" in bad.detail
+
+
 @pytest.mark.parametrize("speaker", CALLERS)
 @pytest.mark.parametrize("several", [False, True])
 def test_a_turn_of_sharegpt_s_that_is_a_call_becomes_one(speaker, several):

@@ -6,11 +6,15 @@ import itertools
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_cli.data.examination import examine
 from dpo_cli.data.records import BadRow, Message, Pair
+from tests.builders import prepare_pairs
+from tests.conftest import write_rows
 from tests.data.chat_templates import CALL, TEMPLATES
 from tests.data.more_templates import LATE, TOOL_TEMPLATES, WANT_TEXT
 from tests.data.tiny_tokenizers import marked, own_tokens, tokenized, tokenizer_of, tokenizing
@@ -264,3 +268,45 @@ def test_each_part_of_a_row_is_in_its_tokens_or_found_missing(kind, data):
         if kind != "plain" and not found.joined:
             beside = {"chat_template": template} if template else {}
             assert whole == own_tokens(name, pair.prompt + response, **beside, **pair.arguments)
+
+
+def test_what_is_missing_is_counted_and_shown_and_what_becomes_empty_or_alike_is_dropped_with_its_reason(
+    tmp_path, tokenizer
+):
+    """From rows to the report of the check."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+    def row(question: str, answer: str, **beside: Any) -> dict[str, Any]:
+        turns = {
+            "prompt": [{"role": "user", "content": question}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+        }
+        return {**turns, "chosen": [{"role": "assistant", "content": answer, **beside}]}
+
+    rows = [
+        row("One?", "Yes, one."),
+        row("Two?", "Let me see.", tool_calls=[call]),
+        row("Three?", "Three.", reasoning="It comes behind two.", tool_calls=[call]),
+        row("Four?", "", tool_calls=[call]),
+        row("Five?", "No.", tool_calls=[call]),
+    ]
+    source = write_rows(tmp_path / "pairs.jsonl", rows)
+    pairs = prepare_pairs(source, tokenizer, tmp_path / "prepared", on_bad_row="drop")
+    statistics = pairs.manifest["statistics"]
+    assert statistics["dropped"] == {"empty turn": 1, "identical responses": 1}
+    assert statistics["examples"]["empty turn"] == [
+        f"{source}:4: `chosen` becomes empty: the chat template does not write what it calls"
+    ]
+    assert statistics["examples"]["identical responses"] == [
+        f"{source}:5: both responses become the same tokens: the template does not write tool calls"
+    ]
+    report = examine(pairs, np.arange(3), np.empty(0, np.int64), max_length=1000, tokenizer=tokenizer)
+    found = {finding.name: finding for finding in report.findings}
+    for name, lines in (("tool_calls_unwritten", [2, 3]), ("reasoning_unwritten", [3])):
+        assert (found[name].severity, found[name].count) == ("warning", len(lines))
+        assert [example.origin for example in found[name].examples] == [f"{source}:{line}" for line in lines]
+        assert statistics[name] == len(lines)
+    assert "system_unwritten" in report.not_found
+    with pytest.raises(ExceptionGroup) as stopped:
+        prepare_pairs(source, tokenizer, tmp_path / "stopped")
+    assert "becomes empty" in str(stopped.value.exceptions[0])
