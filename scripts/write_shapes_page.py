@@ -32,7 +32,8 @@ DETECTION = f"""
 With `data.format: auto`, the default, the first {DETECTION_ROWS:,} rows of a source are compared with every shape,
 by their columns and the kinds of values in them. The shape that most of them fit is the source's; of several, the first
 in the table above. Each source has its own, and the output names it. Where no row fits any shape, the error lists the
-columns that there are, and what `data.columns` would have to be, where their names tell.
+columns that there are, and what `data.columns` would have to be, where their names tell; where they do not, the nearest
+shape and what it lacks.
 
 `data.format: NAME` takes one shape for granted, and every row that is not of it is a bad row.
 """
@@ -69,8 +70,11 @@ The content is text, or a list of parts `{"type": "text", "text": …}`, which a
 calls tools. A message's `tool_calls`, `function_call`, `tool_call_id`, `name` and `reasoning_content` (or `reasoning`,
 or `thinking`) are given to the chat template. Nulls with which Parquet and Arrow fill up objects count as not there.
 
-CSV has no lists or objects: wherever one belongs, its JSON as text will do. What Python's `str` makes of one is not
-JSON and is refused.
+A message with `"weight": 0` or `"train": false` is context and not scored, wherever it is in a response; 1 and true,
+and null, say nothing. A response of which no turn is scored is refused.
+
+CSV and TSV have no lists or objects: where one belongs, a cell holds its JSON. What Python's `str` makes of one is not
+JSON and is refused. In other files text is text, and an answer that happens to be JSON is trained as it is written.
 
 ## Where the responses begin
 
@@ -115,7 +119,9 @@ A refused row is counted by its reason and named by file and line; the message s
 | `wrong type` | text, number, list or object where another belongs | broken |
 | `wrong role` | nobody known speaks | broken |
 | `wrong length` | scores or ranks are not as many as responses; an exchange of the history is not two texts | broken |
-| `wrong label` | a label is not true or false, 1 or 0 | broken |
+| `wrong label` | a label is not true or false, 1 or 0; a winner is neither answer | broken |
+| `scores against ranks` | a list has both, and they call different answers the better one | broken |
+| `nothing scored` | no turn of a response is scored, by its `weight` or `train` | broken |
 | `number out of range` | not finite with 32 bits, or a weight below 0 | broken |
 | `undecodable text` | half of a surrogate pair | broken |
 | `empty field` | nobody asks anything, or a list is empty | broken |
@@ -127,7 +133,7 @@ A refused row is counted by its reason and named by file and line; the message s
 | `empty response` | a turn of the assistant that is judged says and calls nothing | dropped |
 | `identical responses` | both responses are the same | dropped |
 | `different contexts` | the two part at a turn that is not the assistant's | dropped |
-| `no preference` | all scores or ranks of a list are equal | dropped |
+| `no preference` | all scores or ranks of a list are equal; two answers are a tie | dropped |
 | `no counterpart` | an answer is left over for which there is no other of the opposite label | dropped |
 
 What is broken stops the run, or is dropped as well with `data.on_bad_row: drop`.

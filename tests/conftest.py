@@ -62,6 +62,7 @@ ROW_OF = {
     },
     "ranked": {"prompt": "Add 1 and 2.", "responses": ["4", "3", "5"], "scores": [0.5, 2.0, -1.0]},
     "unpaired": {"prompt": "Add 1 and 2.", "completion": "3", "label": True},
+    "compared": {"prompt": "Add 1 and 2.", "response_a": "4", "response_b": "3", "winner": "b"},
 }
 """A good row of every shape."""
 

@@ -56,7 +56,7 @@ def with_arguments(message: Message, *, as_text: bool) -> Message:
         extras["tool_calls"] = [_call(call, as_text=as_text) for call in extras["tool_calls"]]
     if isinstance(called := extras.get("function_call"), Mapping):
         extras["function_call"] = _called(called, as_text=as_text)
-    return Message(message.role, message.content, message.input, extras)
+    return Message(message.role, message.content, message.input, extras, message.scored)
 
 
 def has_broken_arguments(message: Message) -> bool:

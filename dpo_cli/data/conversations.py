@@ -48,6 +48,7 @@ _TURN = frozenset((*_SAID, *CALLED))
 """What a turn has beside its speaker, one of them at least."""
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_SCORED = ("weight", "train")
 _TEXT_EXTRAS = ("name", "tool_call_id")
 
 _HH_TURN = re.compile(r"\n\r?\n(Human|Assistant):")
@@ -130,9 +131,10 @@ def read_message(value: object, place: str) -> Message:
     extras = _extras(message, place)
     name = _speaker(message, place)
     content = _content(message, place, extras)
+    scored = message.keys() <= _PLAIN or _is_scored(message, place)
     if name in CALLERS:
-        return Message("assistant", "", extras={**extras, "tool_calls": _calls(content, place)})
-    return Message(ROLES[name], content, extras=extras)
+        return Message("assistant", "", extras={**extras, "tool_calls": _calls(content, place)}, scored=scored)
+    return Message(ROLES[name], content, extras=extras, scored=scored)
 
 
 def read_turns(value: object, place: str) -> Messages:
@@ -247,6 +249,9 @@ def preference(
     start = _parting(chosen, rejected, places)
     check_answers(chosen, start, places[0])
     check_answers(rejected, start, places[1])
+    for conversation, place in zip((chosen, rejected), places, strict=True):
+        if not any(message.scored for message in conversation[start:] if message.role == "assistant"):
+            raise BadRow("nothing scored", f"no turn of `{place}` is scored: its `weight` or `train` says so")
     return Pair(chosen[:start], chosen[start:], rejected[start:], origin)
 
 
@@ -285,7 +290,9 @@ def _is_answer(conversation: Messages, place: int) -> bool:
 
 def _says_something(message: Message) -> bool:
     """Tell whether a turn may be judged: it is another's, or it has visible text or calls a tool."""
-    return message.role != "assistant" or bool(message.content.strip()) or not CALLED.isdisjoint(message.extras)
+    if message.role != "assistant" or not message.scored:
+        return True
+    return bool(message.content.strip()) or not CALLED.isdisjoint(message.extras)
 
 
 def _speaker(message: Mapping[str, object], place: str) -> str:
@@ -348,6 +355,18 @@ def _extras(message: Mapping[str, object], place: str) -> dict[str, Any]:
     if (spelled := _present(message, _REASONING)) and message[spelled] != "":
         extras["reasoning_content"] = fields.text(message[spelled], f"{place}.{spelled}")
     return extras
+
+
+def _is_scored(message: Mapping[str, object], place: str) -> bool:
+    """Tell whether a message is to be scored, as it says itself by `weight`, 0 or 1, or by `train`."""
+    said = [(name, message[name]) for name in _SCORED if message.get(name) is not None]
+    for name, value in said:
+        if value not in (0, 1):
+            shown = fields.printable(value) if isinstance(value, (str, int, float)) else fields.kind(value)
+            raise BadRow(
+                "wrong type", f"`{place}.{name}` is `{shown}`: a turn is scored or not, by 1 or 0, true or false"
+            )
+    return all(value for _, value in said)
 
 
 def _present(message: Mapping[str, object], names: Sequence[str]) -> str | None:

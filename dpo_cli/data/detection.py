@@ -35,7 +35,7 @@ def detect(rows: Sequence[Row], where: str) -> str:
     if readable and not fitting[best]:
         if named := [name for name, shape in FORMATS.items() if any(_has_columns(row, shape) for row in readable)]:
             # Reading the rows as that tells better than we could here what is wrong with each.
-            return named[0]
+            return max(named, key=lambda name: sum(_num_alike(row, FORMATS[name]) for row in readable))
         raise UserError(f"the rows are of no known shape: they have {_columns(readable)}", where, _hint(readable))
     if readable and all(map(_is_all_messages_as_text, readable)):
         hint = "write them as lists of objects; if it is text that is meant, set `data.format: text`"
@@ -80,6 +80,11 @@ def _has_columns(row: Mapping[str, object], shape: Shape) -> bool:
     """Tell whether a row has the columns of a shape, whatever is in them, and these are more than two answers."""
     needed = _needed(shape)
     return len(needed) > 2 and row.keys() >= {*needed}
+
+
+def _num_alike(row: Mapping[str, object], shape: Shape) -> int:
+    """Count the columns of a row that are of the kind that they have in the example of a shape."""
+    return sum(fields.kind(row.get(name)) == fields.kind(value) for name, value in shape.example.items())
 
 
 def _columns(rows: Sequence[Mapping[str, object]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from dpo_cli.data.conversations import (
     is_messages,
     preference,
     read_hh,
+    read_message,
     read_messages,
     read_prompt,
     read_question,
@@ -28,12 +30,14 @@ from dpo_cli.data.conversations import (
 from dpo_cli.data.pairing import gather
 from dpo_cli.data.ranking import RANKINGS, read_response, read_scores
 from dpo_cli.data.records import BadRow, Cell, Message, Pair, Row
+from dpo_cli.data.verdicts import VERDICTS, better_and_worse, two_answers
 
 RankedRule = Literal["extremes", "all"]
 """Which pairs a ranked list makes: the best against the worst, or every two whose scores differ."""
 
 _BOTH = ("chosen", "rejected")
 _SHAREGPT_TURNS = ("conversations", "conversation")
+_TURNS = (*_SHAREGPT_TURNS, "messages")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,14 +90,12 @@ def text(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") 
 
 
 def messages(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
-    """Read `{"prompt", "chosen", "rejected"}`, all of them message lists.
+    """Read `{"prompt", "chosen", "rejected"}`: a message list, and two answers to it.
 
-    The prompt ends with a turn that is not the assistant's. `chosen` and `rejected` begin with the assistant's, or
-    repeat the prompt as a whole.
+    The prompt ends with a turn that is not the assistant's. An answer is a text, a message or a message list, which
+    begins with the assistant's turn or repeats the prompt as a whole.
     """
-    prompt = read_messages(fields.field(row, "prompt"), "prompt")
-    chosen, rejected = (after(prompt, _messages(row, name), name) for name in _BOTH)
-    return [preference(chosen, rejected, origin)]
+    return [_of_turns(read_messages(fields.field(row, "prompt"), "prompt"), row, origin)]
 
 
 def repeated(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
@@ -101,10 +103,14 @@ def repeated(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
 
     The user's first turn in both must be the text of `prompt`, but for white space around it. The lists say
     everything; UltraFeedback's binarized pairs are of this shape. Where no user says anything in either list, and both
-    begin with the assistant, they are answers to `prompt`.
+    begin with the assistant, they are answers to `prompt`. An answer may be a single message.
     """
     prompt = read_user(row, "prompt").content
-    chosen, rejected = (_messages(row, name) for name in _BOTH)
+    values = [fields.field(row, name) for name in _BOTH]
+    chosen, rejected = (
+        (read_message(value, name),) if is_message(value) else read_messages(value, name)
+        for name, value in zip(_BOTH, values, strict=True)
+    )
     if chosen[0].role == rejected[0].role == "assistant" and not any(m.role == "user" for m in chosen + rejected):
         asked = read_question(row, "prompt")
         return [preference(asked + chosen, asked + rejected, origin)]
@@ -137,9 +143,10 @@ def hh(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") ->
 def sharegpt(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
     """Read `{"conversations", "chosen", "rejected"}`: a list of `{"from", "value"}`, and two such messages.
 
-    The list may be called `conversation`; an answer may be a text or a list of messages.
+    The list may be called `conversation`, or `messages` where it ends with a turn that is not the assistant's; an
+    answer may be a text or a list of messages.
     """
-    name = next((name for name in _SHAREGPT_TURNS if row.get(name) is not None), _SHAREGPT_TURNS[0])
+    name = next((name for name in _TURNS if row.get(name) is not None), _SHAREGPT_TURNS[0])
     return [_of_turns(_messages(row, name), row, origin)]
 
 
@@ -197,6 +204,43 @@ def unpaired(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
     return [_of_turns(read_prompt(row), row, origin)]
 
 
+def compared(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
+    """Read `{"prompt", "response_a", "response_b", "winner"}`: two answers, and which of them is better.
+
+    The answers may also be `response_1` and `response_2`, or `response_0` and `response_1`. `winner` names one of them
+    by its letter or number: `a`, `model_b`, `Response 1`, 2. In its place may be a `label`: of a and b, true or 1 says
+    that the first is better, false or 0 the second; of answers with numbers a number is that of the better one. A tie
+    (`tie`, `both`, `neither`, …) is dropped and counted.
+
+    Prompt and answers are as in any other shape of two answers: texts, messages, or whole conversations without a
+    prompt.
+    """
+    better, worse = better_and_worse(row)
+    names = {"chosen": better, "rejected": worse}
+    values = _as_chosen(row, better, worse)
+    shape = next((shape for shape in map(FORMATS.__getitem__, _OF_TWO) if shape.fits(values)), None)
+    try:
+        return (shape.read if shape else _nearest_of_two(values))(values, origin, rule)
+    except BadRow as bad:
+        said = re.sub(r"(?<=`)(chosen|rejected)\b", lambda name: names[name[0]], bad.detail)
+        raise BadRow(bad.reason, said, structural=bad.structural) from None
+
+
+def _as_chosen(row: Mapping[str, object], better: str, worse: str) -> dict[str, object]:
+    """Return the columns of a row with two of them as its chosen and its rejected answer."""
+    kept = {name: value for name, value in row.items() if name not in (better, worse)}
+    return kept | {"chosen": row.get(better), "rejected": row.get(worse)}
+
+
+def _nearest_of_two(row: Mapping[str, object]) -> Callable[[Mapping[str, object], str, RankedRule], Sequence[Pair]]:
+    """Return what reads a row of two answers that fits no shape, to say what is wrong with it."""
+    if _has_any(row, "prompt"):
+        return text if isinstance(row["prompt"], str) else messages
+    if _has_any(row, *_TURNS):
+        return sharegpt
+    return conversations if any(_is_list(row[name]) for name in _BOTH) else text
+
+
 def _of_texts(prompt: Messages, row: Mapping[str, object], origin: str) -> Pair:
     """Make a pair of a prompt and two answers that must be text."""
     texts = [fields.text(fields.field(row, name), name) for name in _BOTH]
@@ -230,15 +274,15 @@ def _like_text(row: Mapping[str, object]) -> bool:
 
 
 def _like_messages(row: Mapping[str, object]) -> bool:
-    return _are(is_messages, row, "prompt", *_BOTH)
+    return _are(is_messages, row, "prompt") and _are(_is_answer, row, *_BOTH)
 
 
 def _like_repeated(row: Mapping[str, object]) -> bool:
-    return _are(_is_text, row, "prompt") and _are(is_messages, row, *_BOTH)
+    return _are(_is_text, row, "prompt") and _are(_is_turns, row, *_BOTH)
 
 
 def _like_conversations(row: Mapping[str, object]) -> bool:
-    return _are(is_messages, row, *_BOTH) and not _has_any(row, "prompt", *_SHAREGPT_TURNS)
+    return _are(is_messages, row, *_BOTH) and not _has_any(row, "prompt", *_SHAREGPT_TURNS) and not _asks(row)
 
 
 def _like_hh(row: Mapping[str, object]) -> bool:
@@ -247,7 +291,7 @@ def _like_hh(row: Mapping[str, object]) -> bool:
 
 def _like_sharegpt(row: Mapping[str, object]) -> bool:
     turns = any(is_messages(row.get(name)) for name in _SHAREGPT_TURNS)
-    return turns and _are(_is_answer, row, *_BOTH) and not _has_any(row, "prompt")
+    return (turns or _asks(row)) and _are(_is_answer, row, *_BOTH) and not _has_any(row, "prompt")
 
 
 def _like_ranked(row: Mapping[str, object]) -> bool:
@@ -260,6 +304,35 @@ def _like_ranked(row: Mapping[str, object]) -> bool:
 
 def _like_unpaired(row: Mapping[str, object]) -> bool:
     return _are(_is_prompt, row, "prompt") and _are(_is_answer, row, "completion") and _has_any(row, "label")
+
+
+def _like_compared(row: Mapping[str, object]) -> bool:
+    values = _as_chosen(row, *two_answers(row))
+    return _has_any(row, *VERDICTS) and any(FORMATS[name].fits(values) for name in _OF_TWO)
+
+
+def _asks(row: Mapping[str, object]) -> bool:
+    """Tell whether `messages` is a prompt: beside two answers it is often a copy of the chosen one."""
+    turns = row.get("messages")
+    return is_messages(turns) and not _is_answered(turns) and not _are(_begins_otherwise, row, *_BOTH)
+
+
+def _is_answered(turns: object) -> bool:
+    """Tell whether a list of messages ends with the assistant's."""
+    return _roles(turns)[-1:] == ["assistant"]
+
+
+def _begins_otherwise(turns: object) -> bool:
+    """Tell whether a value is a list of messages that does not begin with the assistant: a whole conversation."""
+    return is_messages(turns) and _roles(turns)[:1] != ["assistant"]
+
+
+def _roles(turns: object) -> list[str]:
+    """Return who speaks in a list of messages; nothing where that cannot be read."""
+    try:
+        return [message.role for message in read_messages(turns, "")]
+    except BadRow:
+        return []
 
 
 def _are(looks: Callable[[object], bool], row: Mapping[str, object], *names: str) -> bool:
@@ -282,6 +355,10 @@ def _is_prompt(value: object) -> bool:
 
 def _is_answer(value: object) -> bool:
     return isinstance(value, str) or is_message(value) or is_messages(value)
+
+
+def _is_turns(value: object) -> bool:
+    return is_message(value) or is_messages(value)
 
 
 def _is_list(value: object) -> bool:
@@ -309,13 +386,13 @@ FORMATS: dict[str, Shape] = {
     "messages": Shape(
         messages,
         _like_messages,
-        "`prompt`, `chosen` and `rejected` are lists of messages.",
+        "`prompt` is a list of messages, `chosen` and `rejected` are text, messages or lists of messages.",
         {"prompt": [_TURN], "chosen": [_GOOD], "rejected": [_BAD]},
     ),
     "repeated": Shape(
         repeated,
         _like_repeated,
-        "`prompt` is text, `chosen` and `rejected` are lists of messages.",
+        "`prompt` is text, `chosen` and `rejected` are messages or lists of messages.",
         {"prompt": _ASKED, "chosen": [_TURN, _GOOD], "rejected": [_TURN, _BAD]},
     ),
     "conversations": Shape(
@@ -336,7 +413,7 @@ FORMATS: dict[str, Shape] = {
     "sharegpt": Shape(
         sharegpt,
         _like_sharegpt,
-        "`conversations` is a list of messages, `chosen` and `rejected` are messages, and there is no `prompt`.",
+        "`conversations` is a list of messages, `chosen` and `rejected` are messages or text; there is no `prompt`.",
         {
             "conversations": [{"from": "human", "value": _ASKED}],
             "chosen": {"from": "gpt", "value": _GOOD["content"]},
@@ -360,4 +437,14 @@ FORMATS: dict[str, Shape] = {
         {"prompt": _ASKED, "completion": _GOOD["content"], "label": True},
         gather,
     ),
+    "compared": Shape(
+        compared,
+        _like_compared,
+        "`response_a` and `response_b` (or 1 and 2, or 0 and 1) are answers as in any shape of two above, "
+        "and there is a `winner` or a `label`.",
+        {"prompt": _ASKED, "response_a": _BAD["content"], "response_b": _GOOD["content"], "winner": "b"},
+    ),
 }
+
+_OF_TWO = ("instruction", "text", "messages", "repeated", "conversations", "hh", "sharegpt")
+"""The shapes that have a chosen and a rejected answer."""

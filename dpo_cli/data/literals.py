@@ -53,7 +53,7 @@ class Literals:
         if not message.extras and not sought.holds(message.content) and not sought.holds(message.input):
             return message
         content, given = (_marked(text, sought) for text in (message.content, message.input))
-        return Message(message.role, content, given, _marked(message.extras, sought))
+        return Message(message.role, content, given, _marked(message.extras, sought), message.scored)
 
     def marked_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return a template's arguments in which they are marked."""

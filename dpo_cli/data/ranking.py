@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from dpo_cli.data import fields
@@ -35,4 +36,16 @@ def read_scores(row: Mapping[str, object], count: int) -> list[float]:
         fields.number(value, f"{name}[{number}]")
     sign = 1.0 if name == "scores" else -1.0
     # Their difference is what is kept with 32 bits, not they.
-    return [sign * float(cast("float", value)) for value in listed]
+    found = [sign * float(cast("float", value)) for value in listed]
+    if name == "scores" and row.get("ranks") is not None:
+        _check_order(found, read_scores({"ranks": row["ranks"]}, count))
+    return found
+
+
+def _check_order(scores: Sequence[float], by_rank: Sequence[float]) -> None:
+    """Refuse scores and ranks of which each calls another answer the better one."""
+    for one, other in itertools.combinations(range(len(scores)), 2):
+        if (scores[one] - scores[other]) * (by_rank[one] - by_rank[other]) < 0:
+            better = (one, other) if scores[one] > scores[other] else (other, one)
+            said = "`scores` say that `responses[{}]` is better than `responses[{}]`, and `ranks` the opposite"
+            raise BadRow("scores against ranks", said.format(*better))

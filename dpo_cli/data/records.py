@@ -75,12 +75,14 @@ class Message:
         input: What an instruction works on, where the data keeps it apart.
         extras: What else a chat template may ask of a message: `tool_calls`, `function_call`, `name`,
             `tool_call_id`, `reasoning_content`; plain JSON values.
+        scored: Whether a turn of the assistant in a response is judged, if turns like it are.
     """
 
     role: Role
     content: str
     input: str = ""
     extras: Mapping[str, Any] = field(default_factory=dict)
+    scored: bool = field(default=True, compare=False)
 
     @property
     def text(self) -> str:

@@ -24,7 +24,20 @@ KNOWN = tuple(
     dict.fromkeys(
         [
             *(name for shape in FORMATS.values() for name in shape.example),
-            *("system", "history", "conversation", "ranks", "tools", "chat_template_kwargs", *NUMBERS, *LABELS),
+            *(
+                "system",
+                "history",
+                "conversation",
+                "messages",
+                "ranks",
+                "response_0",
+                "response_1",
+                "response_2",
+                "tools",
+                "chat_template_kwargs",
+                *NUMBERS,
+                *LABELS,
+            ),
         ]
     )
 )
@@ -55,6 +68,13 @@ _OTHERS = {
     "scores": ("scores", "ratings", "rewards"),
     "ranks": ("ranks", "rank", "ranking", "rankings"),
 }
+
+
+_WINNERS = (
+    "winner", "preference", "preferred", "preferred_response", "preferred_answer", "better", "better_response",
+    "better_answer", "better_response_id", "choice", "verdict", "vote", "chosen_response", "best",
+)  # fmt: skip
+"""How columns are called that name the better of two answers."""
 
 
 def _check(columns: dict[str, str]) -> dict[str, str]:
@@ -162,7 +182,7 @@ def proposed_columns(columns: Iterable[str]) -> dict[str, str] | None:
         What `data.columns` would have to be, or None where no name has to change or nothing can be guessed.
     """
     spelled = {_spelled(name): name for name in reversed(list(columns))}
-    for guess in (_preference, _judgement, _ranking):
+    for guess in (_preference, _verdict, _judgement, _ranking):
         if found := guess(spelled):
             return {name: column for name, column in found.items() if name != column} or None
     return None
@@ -183,6 +203,22 @@ def _preference(spelled: Mapping[str, str]) -> dict[str, str]:
                 if len(words) == 1 and len(better) == 1:
                     continue
                 return _prompt(spelled) | {"chosen": spelled[name], "rejected": spelled[other]}
+    return {}
+
+
+def _verdict(spelled: Mapping[str, str]) -> dict[str, str]:
+    """Guess a prompt, two answers that letters or numbers tell apart, and which of them is better."""
+    label = _first(_OTHERS["label"], spelled)
+    verdict = _first(_WINNERS, spelled)
+    said = {"winner": verdict} if verdict else {"label": label} if label else {}
+    for ends in (("a", "b"), ("1", "2"), ("0", "1")):
+        for name in spelled:
+            words = re.findall(r"[a-z]+|\d+", name)
+            other = name.removesuffix(ends[0]) + ends[1]
+            are_answers = words[-1:] == [ends[0]] and words[:-1] and {*words[:-1]} <= {*_ANSWERS, "human", "ref"}
+            if said and are_answers and other in spelled:
+                two = {f"response_{end}": spelled[column] for end, column in zip(ends, (name, other), strict=True)}
+                return _prompt(spelled) | two | {name: spelled[column] for name, column in said.items()}
     return {}
 
 

@@ -188,7 +188,8 @@ class Renderer:
         calling = [place for place, turn in enumerate(response) if turn.extras and not turn.text.strip()]
         last = len(response) - 1
         for place in sorted({*missing, *calling}):
-            if response[place].role != "assistant" or (self.turns == "last" and place != last):
+            turn = response[place]
+            if turn.role != "assistant" or not turn.scored or (self.turns == "last" and place != last):
                 continue
             before, after = (*pair.prompt, *response[:place]), response[place + 1 :]
             empty = self.tried([*before, Message("assistant", ""), *after], pair.arguments)
@@ -204,7 +205,9 @@ class Renderer:
         if len(response) == 1:
             return ((boundary, len(text)),), False
         spans, differs = _Turns(self, pair, response, text).spans(boundary)
-        return (spans if self.turns == "all" else spans[-1:]), differs
+        answers = (turn for turn in response if turn.role == "assistant")
+        scored = tuple(span for span, turn in zip(spans, answers, strict=True) if turn.scored)
+        return (scored if self.turns == "all" else scored[-1:]), differs
 
     def _boundary(self, pair: Pair, prompt: str, chosen: str, rejected: str) -> int:
         """Return where the prompt that inference sends parts from what stands in the whole conversations."""

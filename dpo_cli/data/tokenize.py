@@ -194,8 +194,9 @@ class PairTokenizer:
         texts = [written.text[start:edge] for edge in edges]
         upto = list(map(self._encode.continuation, texts)) if joined else self._encode(texts)
         places = [max(0, common_beginning(tokens, whole) - before) for tokens in upto]
-        # What is judged ends with the conversation, so that its edges without that end bound the gaps.
-        return np.asarray([0, *places] if places[0] else places[1:], np.int32)
+        # Where what is judged ends with the conversation, its edges without that end bound the gaps.
+        end = [] if len(edges) % 2 else [len(response)]
+        return np.asarray([*([0, places[0]] if places[0] else []), *places[1:], *end], np.int32)
 
     def _fit(self, pair: Pair, whole: Tokenized) -> Tokenized | BadRow:
         """Apply the length rule: turns of the prompt go first, then its tokens, then, if at all, those of responses."""

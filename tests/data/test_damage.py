@@ -58,6 +58,7 @@ def good_rows(shape: str, question: str) -> list[dict[str, Any]]:
         },
         "ranked": {"prompt": question, "responses": [worse, better], "scores": [1, 2]},
         "unpaired": {"prompt": question, "completion": better, "label": True},
+        "compared": {"prompt": question, "response_a": worse, "response_b": better, "winner": "b"},
     }
     row = rows[shape]
     return [row, row | {"completion": worse, "label": False}] if shape == "unpaired" else [row]
@@ -127,12 +128,18 @@ def in_messages(place: str, name: str) -> list[tuple[str, Any, str, str]]:
     """Say what may stand where a list of messages belongs that ends with an answer."""
     before = [] if name == "messages" else [user(QUESTIONS[0])]
     last = f"{place}[{len(before)}]"
+    lists_alone = [
+        ("text", "Hello.", "wrong type", f"`{place}` is text instead of a list"),
+        ("an object", {"a": 1}, "wrong type", f"`{place}` is an object instead of a list"),
+        ("JSON as text", json.dumps([*before, assistant("a")]), "wrong type", f"`{place}` is JSON written as text"),
+    ]
     return [
         ("null", None, "missing field", f"`{place}` is null"),
-        ("a number", 5, "wrong type", f"`{place}` is a number instead of a list"),
-        ("text", "Hello.", "wrong type", f"`{place}` is text instead of a list"),
-        ("an object", assistant("a"), "wrong type", f"`{place}` is an object instead of a list"),
-        ("JSON as text", json.dumps([*before, assistant("a")]), "wrong type", f"`{place}` is JSON written as text"),
+        ("a number", 5, "wrong type", f"`{place}` is a number instead of"),
+        *([] if name == "messages" else lists_alone),
+        ("a weight of a half", [*before, assistant("a") | {"weight": 0.5}], "wrong type", f"`{last}.weight` is `0.5`"),
+        ("a word for scored", [*before, assistant("a") | {"train": "no"}], "wrong type", f"`{last}.train` is `no`"),
+        ("nothing scored", [*before, assistant("a") | {"weight": 0}], "nothing scored", f"no turn of `{place}`"),
         ("an empty list", [], "empty field", f"`{place}` is an empty list"),
         ("a list of text", [*before, "Hello."], "wrong type", f"`{last}` is text instead of an object"),
         ("a list in the list", [*before, [assistant("a")]], "wrong type", f"`{last}` is a list instead of an object"),
@@ -254,6 +261,20 @@ OF_SHAPE: dict[str, dict[tuple[str | int, ...], list[Change]]] = {
             ("2", 2, "wrong label", "`label` is `2`"),
             ("text", "maybe", "wrong label", "`label` is `maybe`"),
             ("a list", [True], "wrong label", "`label` is a list"),
+        ],
+    },
+    "compared": {
+        ("prompt",): in_text("prompt", empty="empty field")[4:],
+        ("response_a",): in_text("response_a", empty="empty response"),
+        ("response_b",): in_text("response_b", empty="empty response"),
+        ("winner",): [
+            ("null", None, "missing field", "`winner` is null"),
+            ("a tie", "tie (both bad)", "no preference", "`winner` is a tie"),
+            ("a third", "model_c", "wrong label", "`winner` is `model_c`, which names neither `response_a` nor"),
+            ("a number", 1, "wrong label", "call them `response_0` and `response_1`, or `response_1` and `response_2`"),
+            ("both names", "a or b", "wrong label", "names neither"),
+            ("true", True, "wrong label", "`winner` is `True`, which names neither"),
+            ("a list", ["a"], "wrong label", "`winner` is `a list`"),
         ],
     },
 }

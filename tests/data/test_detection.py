@@ -64,6 +64,25 @@ def test_rows_of_no_shape_are_told_by_their_columns_and_kinds():
     assert "`data.columns: {" in error.hint
 
 
+@pytest.mark.parametrize(
+    ("row", "shape"),
+    [
+        ({"prompt": [{"text": "a"}], "chosen": [{"text": "b"}], "rejected": [{"text": "c"}]}, "messages"),
+        ({"prompt": "a", "chosen": [{"text": "b"}], "rejected": [{"text": "c"}]}, "repeated"),
+        ({"prompt": "a", "chosen": 1, "rejected": 2}, "text"),
+    ],
+)
+def test_rows_with_the_columns_of_several_shapes_are_read_as_the_nearest_by_their_kinds(row, shape):
+    assert detect(rows_of(row), "f") == shape
+
+
+@pytest.mark.parametrize("last", ["user", "assistant"])
+def test_a_copy_of_a_conversation_in_messages_does_not_make_it_a_prompt(last):
+    copy = [{"role": "user", "content": "x"}, {"role": last, "content": "y"}]
+    assert detect(rows_of(ROW_OF["conversations"] | {"messages": copy}), "f") == "conversations"
+    assert detect(rows_of(ROW_OF["repeated"] | {"messages": copy}), "f") == "repeated"
+
+
 def test_a_row_of_a_thousand_strange_columns_is_told_in_one_line():
     with pytest.raises(UserError) as caught:
         detect(rows_of({f"column {n} \ud800": n for n in range(1000)}), "f")

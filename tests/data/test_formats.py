@@ -113,6 +113,7 @@ def test_a_bad_row_is_refused_with_its_reason_and_the_place_in_it(shape, change,
 TURNS = {"prompt": [TURN], "chosen": [GOOD], "rejected": [BAD]}
 WITHOUT_SYSTEM = [
     *(READABLE | {"messages": TURNS}).items(),
+    ("compared", {"messages": [TURN], "response_a": [BAD], "response_b": GOOD, "winner": "response_b"}),
     ("ranked", {"prompt": [TURN], "responses": ["a", "b"], "scores": [1, 2]}),
     ("unpaired", TURNS),
     ("repeated", TURNS | {"prompt": "Hi."}),
@@ -358,6 +359,26 @@ def test_the_nulls_with_which_parquet_fills_messages_leave_no_trace():
     assert turns.to_pylist()[0][0] == TURN | {"tool_calls": None, "name": None}
     pair = only("messages", {"prompt": turns.to_pylist()[0][:1], "chosen": [GOOD], "rejected": [BAD]})
     assert pair.prompt == (Message("user", "Hi."),)
+
+
+@pytest.mark.parametrize(
+    ("scores", "ranks", "agree"),
+    [
+        ([1, 2, 3], [1, 2, 3], False),
+        ([1, 2, 3], [3, 1, 2], False),
+        ([1, 2, 3], [3, 2, 1], True),
+        ([2, 2, 3], [3, 2, 1], True),
+        ([1, 2, 3], [2, 2, 1], True),
+        ([1, 2, 3], None, True),
+    ],
+)
+def test_scores_and_ranks_that_call_different_answers_better_are_refused(scores, ranks, agree):
+    row = {"prompt": "A river?", "responses": ["a", "b", "c"], "scores": scores, "ranks": ranks}
+    if agree:
+        assert only("ranked", row).chosen[0].text == "c"
+    else:
+        bad = refusal("ranked", row)
+        assert (bad.reason, bad.structural) == ("scores against ranks", True)
 
 
 @pytest.mark.parametrize("rule", ["extremes", "all"])

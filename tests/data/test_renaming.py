@@ -23,6 +23,7 @@ from dpo_cli.errors import UserError
 from tests.conftest import ROW_OF, make_config, write_rows
 
 SYSTEM = "Answer in one word."
+TURN, SAID = {"role": "user", "content": "A river?"}, {"role": "assistant", "content": "Elbe"}
 
 
 def prepared_rows(rows, tokenizer, folder, source=None, **reading) -> PreparedPairs:
@@ -200,6 +201,20 @@ def test_what_a_source_says_of_its_columns_is_named_and_part_of_its_fingerprint(
         ("question answer label", {"prompt": "question", "completion": "answer"}),
         ("question candidates ratings", {"prompt": "question", "responses": "candidates", "scores": "ratings"}),
         ("prompt rejected chosen rejected_model chosen_model", None),
+        (
+            "question_id model_a model_b winner conversation_a conversation_b turn",
+            {"response_a": "conversation_a", "response_b": "conversation_b"},
+        ),
+        (
+            "post_id history human_ref_A human_ref_B labels score_A score_B",
+            {"prompt": "history", "response_a": "human_ref_A", "response_b": "human_ref_B", "label": "labels"},
+        ),
+        (
+            "question answer_1 answer_2 preference",
+            {"prompt": "question", "response_1": "answer_1", "response_2": "answer_2", "winner": "preference"},
+        ),
+        ("prompt response_0 response_1 better_response_id", {"winner": "better_response_id"}),
+        ("instruction output1 output2 better", {"response_1": "output1", "response_2": "output2", "winner": "better"}),
     ],
 )
 def test_names_tell_what_columns_hold(columns, guess):
@@ -211,8 +226,6 @@ def test_names_tell_what_columns_hold(columns, guess):
     [
         "question response_a response_b",
         "question answer_1 answer_2",
-        "question_id model_a model_b winner conversation_a conversation_b turn",
-        "history human_ref_A human_ref_B labels",
         "text",
         "j k",
         "",
@@ -235,6 +248,10 @@ def test_no_other_names_are_proposed_to_rows_that_have_their_own(shape):
         {"question": "A river?", "answer": "Elbe", "label": 1},
         {"good": ROW_OF["conversations"]["chosen"], "bad": ROW_OF["conversations"]["rejected"]},
         {"query": "A river?", "candidates": ["a", "b"], "ranking": [1, 2]},
+        {"winner": "tie", "model_a": "x", "model_b": "y", "conversation_a": [TURN, SAID], "conversation_b": [TURN]},
+        {"history": "A river?", "human_ref_A": "Elbe", "human_ref_B": "No", "labels": 0},
+        {"question": "A river?", "answer_1": "Elbe", "answer_2": "No", "preference": 1},
+        {"question": [TURN], "answer_a": SAID, "answer_b": SAID, "better": "b"},
     ],
 )
 def test_what_the_error_proposes_can_be_pasted(tmp_path, row):

@@ -124,6 +124,7 @@ def in_every_shape(prompt, chosen, rejected):
             {"prompt": prompt, "completion": chosen, "label": True},
             {"prompt": prompt, "completion": rejected, "label": False},
         ],
+        "compared": [{"prompt": prompt, "response_1": rejected, "response_2": chosen, "winner": 2}],
     }
 
 
@@ -176,6 +177,7 @@ def test_a_conversation_of_several_turns_in_every_shape_that_can_express_it_is_t
             {"prompt": opened, "completion": [better], "label": 1},
             {"prompt": opened, "completion": [worse], "label": 0},
         ],
+        "compared": [{"conversation": opened, "response_a": better, "response_b": worse, "label": True}],
     }
     expected = pair(
         [system("Play along."), user("A riddle?"), assistant("What has keys but no locks?"), user("A piano!")],

@@ -8,7 +8,18 @@ from dpo_cli.data.formats import FORMATS
 from tests.conftest import ROW_OF
 
 COLUMNS = sorted({name for row in ROW_OF.values() for name in row})
-EXTRAS = ["system", "history", "ranks", "weight", "margin", "source", "category", "tools", "chat_template_kwargs"]
+EXTRAS = [
+    "system",
+    "history",
+    "ranks",
+    "messages",
+    "weight",
+    "margin",
+    "source",
+    "category",
+    "tools",
+    "chat_template_kwargs",
+]
 
 _WORDS = st.sampled_from(
     [
@@ -30,7 +41,7 @@ _WORDS = st.sampled_from(
 )
 _SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | _WORDS | st.text(max_size=8) | st.just(10**400)
 _KEYS = st.sampled_from(
-    ["role", "content", "from", "value", "type", "text", "tool_calls", "name", "thinking", "\udc00"]
+    ["role", "content", "from", "value", "type", "text", "tool_calls", "name", "thinking", "weight", "train", "\udc00"]
 ) | st.text(max_size=4)
 VALUES = st.recursive(
     _SCALARS,

@@ -3,6 +3,10 @@ from tests.data.shapes import Case, Expected, assistant, pair, system, tool, use
 CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
 
+ASKED = [{"role": "user", "content": "A river?"}]
+SAID = {"role": "assistant", "content": "The Elbe."}
+AGAIN = {"role": "user", "content": "Another?"}
+
 CASES = [
     Case(
         "one turn, the system's before it",
@@ -131,6 +135,50 @@ CASES = [
                 "<|im_start|>user\nHigher.<|im_end|>\n<|im_start|>assistant\n",
                 "⟦Is it 75?<|im_end|>\n⟧",
                 "⟦Is it 25?<|im_end|>\n⟧",
+            )
+        ],
+    ),
+    Case(
+        "a list and two texts, or two messages",
+        [
+            {"prompt": ASKED, "chosen": "The Elbe.", "rejected": "No."},
+            {"prompt": ASKED, "chosen": SAID, "rejected": {"role": "assistant", "content": "No."}},
+            {"prompt": ASKED, "chosen": [SAID], "rejected": '{"value": "No."}'},
+        ],
+        [
+            Expected(
+                pair([user("A river?")], [assistant("The Elbe.")], [assistant(said)]),
+                "<|im_start|>user\nA river?<|im_end|>\n<|im_start|>assistant\n",
+                "⟦The Elbe.<|im_end|>\n⟧",
+                f"⟦{said}<|im_end|>\n⟧",
+            )
+            for said in ("No.", "No.", '{"value": "No."}')
+        ],
+    ),
+    Case(
+        "turns that are not to be scored: the first of one response, the last of the other",
+        [
+            {
+                "prompt": ASKED,
+                "chosen": [SAID | {"weight": 0}, AGAIN, {"role": "assistant", "content": "Rhine.", "weight": 1}],
+                "rejected": [
+                    {"role": "assistant", "content": "No.", "train": True},
+                    AGAIN,
+                    {"role": "assistant", "content": "", "train": False},
+                ],
+            }
+        ],
+        [
+            Expected(
+                pair(
+                    [user("A river?")],
+                    [assistant("The Elbe."), user("Another?"), assistant("Rhine.")],
+                    [assistant("No."), user("Another?"), assistant("")],
+                ),
+                "<|im_start|>user\nA river?<|im_end|>\n<|im_start|>assistant\n",
+                "The Elbe.<|im_end|>\n<|im_start|>user\nAnother?<|im_end|>\n<|im_start|>assistant\n"
+                "⟦Rhine.<|im_end|>\n⟧",
+                "⟦No.<|im_end|>\n⟧<|im_start|>user\nAnother?<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n",
             )
         ],
     ),

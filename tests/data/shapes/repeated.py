@@ -75,4 +75,22 @@ CASES = [
             )
         ],
     ),
+    Case(
+        "a text and two messages",
+        [
+            {
+                "prompt": "A river?",
+                "chosen": {"role": "assistant", "content": "The Elbe."},
+                "rejected": {"role": "assistant", "content": "No."},
+            }
+        ],
+        [
+            Expected(
+                pair([user("A river?")], [assistant("The Elbe.")], [assistant("No.")]),
+                "<|im_start|>user\nA river?<|im_end|>\n<|im_start|>assistant\n",
+                "⟦The Elbe.<|im_end|>\n⟧",
+                "⟦No.<|im_end|>\n⟧",
+            )
+        ],
+    ),
 ]

@@ -79,4 +79,22 @@ CASES = [
             )
         ],
     ),
+    Case(
+        "messages up to the answer, beside the answers",
+        [
+            {
+                "messages": [{"role": "user", "content": "A river?"}],
+                "chosen": {"role": "assistant", "content": "The Elbe."},
+                "rejected": '{"value": "No."}',
+            }
+        ],
+        [
+            Expected(
+                pair([user("A river?")], [assistant("The Elbe.")], [assistant('{"value": "No."}')]),
+                "<|im_start|>user\nA river?<|im_end|>\n<|im_start|>assistant\n",
+                "⟦The Elbe.<|im_end|>\n⟧",
+                '⟦{"value": "No."}<|im_end|>\n⟧',
+            )
+        ],
+    ),
 ]
