@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data import streams
+from dpo_cli.data import contents, streams
 from dpo_cli.data.bounds import bounded_memory
 from dpo_cli.data.fields import printable
 from dpo_cli.data.json_lists import DECODER, Window, as_row, members
 from dpo_cli.data.records import NUMBERS, Cell, Row
-from dpo_cli.data.streams import COMPRESSIONS, numbered_lines, open_bytes, too_long
+from dpo_cli.data.streams import COMPRESSIONS, head_of, is_packed, numbered_lines, open_bytes, too_long
 from dpo_cli.errors import UserError
 
 BATCH_ROWS = 1024
@@ -44,9 +44,46 @@ Reader = Callable[[Path], Iterator[Row]]
 
 
 def reader_of(path: Path) -> Reader | None:
-    """Return what reads a file, by its ending; None where it is no kind of data file that can be read."""
+    """Return what reads a file, by its ending; None where it is not that of a data file."""
     endings = [suffix.lower() for suffix in path.suffixes[-2:]]
     return READERS.get("".join(endings)) or READERS.get(endings[-1]) if endings else None
+
+
+def reader_for(path: Path) -> Reader | None:
+    """Return what reads a file that there is: by its ending, or where that says nothing by its first bytes."""
+    if (reader := reader_of(path)) or path.suffix.lower() not in _SAYING_NOTHING:
+        return reader
+    return _by_content(path, head_of(path))
+
+
+def _read(path: Path, named: Reader) -> Iterator[Row]:
+    """Read a file as what its first bytes are, where that is known, or else as what its ending says."""
+    head = head_of(path)
+    reader = _by_content(path, head)
+    if reader is _json and not _is_rather_json(head, named):
+        reader = named
+    yield from (reader or named)(path)
+
+
+def _is_rather_json(head: bytes, named: Reader) -> bool:
+    """Tell whether what begins like JSON is to be read as that, and not as what the file's ending says."""
+    if named is _json_lines:
+        return contents.is_json_list(head)
+    return named is _json or contents.is_json_object_first(head)
+
+
+def _by_content(path: Path, head: bytes) -> Reader | None:
+    """Return what reads a file that begins so; None where its first bytes do not tell.
+
+    Raises:
+        UserError: They are those of something that is no data file.
+    """
+    if contents.is_parquet(head) or contents.is_arrow(head):
+        if is_packed(path):
+            raise UserError("the file of columns is compressed as a whole", str(path), "unpack it")
+        return _parquet if contents.is_parquet(head) else _arrow
+    contents.check_content(head, path)
+    return _json if contents.starts_as_json(head) else None
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -98,6 +135,7 @@ def _spans_lines(window: Window) -> bool:
 def _separated(path: Path, delimiter: str) -> Iterator[Row]:
     """Read separated values, of which the first line names the columns."""
     columns: list[str] | None = None
+    delimiter = contents.separator_of(head_of(path), delimiter)
     with open_bytes(path) as file:
         for origin, fields, problem in _records(_CsvLines(file, path), path, delimiter):
             if columns is None:
@@ -329,23 +367,29 @@ def _distinct(columns: Sequence[str], where: str) -> list[str]:
     return list(columns)
 
 
+_LINES = functools.partial(_read, named=_json_lines)
+_IPC = functools.partial(_read, named=_arrow)
+
 _TEXTS: dict[str, Reader] = {
-    ".json": _json,
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".csv": functools.partial(_separated, delimiter=","),
-    ".tsv": functools.partial(_separated, delimiter="\t"),
+    ".json": functools.partial(_read, named=_json),
+    ".jsonl": _LINES,
+    ".ndjson": _LINES,
+    ".csv": functools.partial(_read, named=functools.partial(_separated, delimiter=",")),
+    ".tsv": functools.partial(_read, named=functools.partial(_separated, delimiter="\t")),
 }
 
 _COLUMNS: dict[str, Reader] = {
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-    ".feather": _arrow,
+    ".parquet": functools.partial(_read, named=_parquet),
+    ".arrow": _IPC,
+    ".feather": _IPC,
 }
+
+_SAYING_NOTHING = ("", ".txt", *COMPRESSIONS)
+"""Endings that do not say what a file holds."""
 
 _COMPRESSED = {f"{ending}{packed}": reader for ending, reader in _TEXTS.items() for packed in COMPRESSIONS}
 
 READERS = {**_TEXTS, **_COMPRESSED, **_COLUMNS}
 
-ENDINGS = f"{', '.join([*_TEXTS, *_COLUMNS])}; those of text also with {' or '.join(COMPRESSIONS)} behind it"
+ENDINGS = f"{', '.join([*_TEXTS, *_COLUMNS])}; those of text also with {', '.join(COMPRESSIONS)} behind it"
 """The endings of all kinds in a few words."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dpo_cli.data.fields import listed, printable
-from dpo_cli.data.files import ENDINGS, reader_of
+from dpo_cli.data.files import ENDINGS, reader_for, reader_of
 from dpo_cli.data.hub import is_path, name_hint
 from dpo_cli.errors import UserError
 from dpo_cli.settings import located
@@ -128,7 +128,7 @@ def _readable(path: Path) -> Path:
     if not path.is_file():
         what = f"`{printable(path, 1000)}` is missing, which its folder lists"
         raise UserError(what, None, "save or download the dataset again")
-    if reader_of(path):
+    if reader_for(path):
         return path
     what = f"`{path}` is not a kind of data file that can be read"
     raise UserError(what, None, f"a data file ends in one of {ENDINGS}")

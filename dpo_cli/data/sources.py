@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from dpo_cli.data.fields import listed
-from dpo_cli.data.files import BATCH_ROWS, reader_of, rows_of_columns
+from dpo_cli.data.files import BATCH_ROWS, reader_for, rows_of_columns
 from dpo_cli.data.formats import FORMATS
 from dpo_cli.data.hub import look_up
 from dpo_cli.data.places import SPLITS, files_at
@@ -199,7 +199,7 @@ def _all_rows(source: Source) -> Iterator[Row]:
         yield from rows_of_columns(name, "dataset", batches)
         return
     for file in files:
-        if reader := reader_of(file):
+        if reader := reader_for(file):
             yield from reader(file)
 
 

@@ -22,17 +22,40 @@ MAX_LINE_BYTES = 1 << 30
 MAX_RATIO, FREE_BYTES = 2000, 1 << 28
 """A compressed file may become so many times its size, and so many bytes whatever its size: more is no text."""
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """Endings of compressed files, and what Arrow calls the compression."""
+
+_PACKED = {"gzip": b"\x1f\x8b", "zstd": b"\x28\xb5\x2f\xfd", "bz2": b"BZh"}
+"""How compressed files begin."""
 
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """Open a file for reading, unpacked where its ending says that it is compressed."""
-    compression = COMPRESSIONS.get(path.suffix.lower())
+    """Open a file for reading, unpacked where its first bytes, or else its ending, say that it is compressed."""
+    compression = _compression_of(path)
     raw = _Unpacked(path, compression) if compression else io.FileIO(path)
     return io.BufferedReader(raw, BLOCK_BYTES)
+
+
+def head_of(path: Path) -> bytes:
+    """Return the first bytes of a file as they come from `open_bytes`, at most a block of them."""
+    with open_bytes(path) as file:
+        return file.read1(BLOCK_BYTES)
+
+
+def is_packed(path: Path) -> bool:
+    """Tell whether a file is compressed."""
+    return _compression_of(path) is not None
+
+
+def _compression_of(path: Path) -> str | None:
+    with path.open("rb") as file:
+        head = file.read(64)
+    if found := next((name for name, sign in _PACKED.items() if head.startswith(sign)), None):
+        return found
+    # What a browser has unpacked on its way keeps its name.
+    return None if head.lstrip()[:1] in (b"{", b"[") else COMPRESSIONS.get(path.suffix.lower())
 
 
 def numbered_lines(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, bytes | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 from collections.abc import Iterator
@@ -68,7 +69,12 @@ TEXTS = {
     ".csv": as_table,
     ".tsv": lambda rows: as_table(rows, "\t"),
 }
-PACKERS = {"": bytes, ".gz": gzip.compress, ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True)}
+PACKERS = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".zst": lambda data: pa.Codec("zstd").compress(data, asbytes=True),
+}
 COLUMNS = {
     ".parquet": lambda rows, path: pq.write_table(pa.Table.from_pylist(rows), path),
     ".arrow": write_stream,

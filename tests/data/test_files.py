@@ -358,7 +358,6 @@ def test_a_row_of_immense_length_is_a_problem_and_not_in_memory(tmp_path, monkey
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), 1, 0),
         ("a.json", '[{"a": 1}]\n'.encode("utf-16"), 1, 0),
         ("a.tsv", "a\tb\n".encode("utf-16"), 1, 0),
-        ("a.jsonl.gz", b'{"a": 1}\n', 1, 0),
         ("a.csv.zst", b"a,b\n1,2\n", 1, 0),
     ],
 )
