@@ -124,6 +124,7 @@ A refused row is counted by its reason and named by file and line; the message s
 | `nothing scored` | no turn of a response is scored, by its `weight` or `train` | broken |
 | `number out of range` | not finite with 32 bits, or a weight below 0 | broken |
 | `undecodable text` | half of a surrogate pair | broken |
+| `not text` | a column holds images or sounds, or the texts refer to those of one (`<image>`) | broken |
 | `empty field` | nobody asks anything, or a list is empty | broken |
 | `no human turn` | an HH text does not begin with `Human:` | broken |
 | `no answer` | a conversation ends with a turn that is not the assistant's | broken |

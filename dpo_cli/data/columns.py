@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_cli.data import fields
+from dpo_cli.data.media import check_media
 from dpo_cli.data.records import LABELS, NUMBERS, BadRow
 
 
@@ -14,9 +15,10 @@ def read_columns(row: Mapping[str, object]) -> dict[str, Any]:
     """Return the fields of `Pair` that a row gives beside its texts; those that it does not give are left out.
 
     Raises:
-        BadRow: A number is not finite, the weight is negative, or what the chat template shall be given is
-            not of the form that it has there.
+        BadRow: The row holds pictures or sounds, a number is not finite, the weight is negative, or what is for the
+            chat template is not of the form that it has there.
     """
+    check_media(row)
     found: dict[str, Any] = {}
     for name in NUMBERS:
         if (value := row.get(name)) is not None:
