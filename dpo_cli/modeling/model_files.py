@@ -231,3 +231,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path.name} is no object")
     return found
+
+
+def most_tokens(config: Any) -> int | None:
+    """Return the most tokens that a model's settings let it read, or None where nothing limits them."""
+    text = config.get_text_config()
+    # MPT's is the one name that transformers does not translate.
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)

@@ -13,6 +13,7 @@ from dpo_cli import plain_yaml
 from dpo_cli.data.sources import Source, as_sources, check_source, read_rows
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.modeling.loading import check_model
+from dpo_cli.modeling.model_files import most_tokens
 from dpo_cli.reporting.console import Console
 from dpo_cli.settings import escape_path, located
 from dpo_cli.storage import MANIFEST
@@ -118,9 +119,8 @@ def _look_at_model(name: str) -> _Model:
 
     tokenizer = load_tokenizer(name)
     policy = empty_policy(name)
-    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     template = None if tokenizer.chat_template else "plain"
-    return _Model(policy.num_parameters(), positions, tokenizer, template)
+    return _Model(policy.num_parameters(), most_tokens(policy.config), tokenizer, template)
 
 
 def _look_at_data(source: Source, model: _Model | None) -> _Data:

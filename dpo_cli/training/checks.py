@@ -14,6 +14,7 @@ from dpo_cli.data.endings import TAIL, closing_token, way_out, without_end
 from dpo_cli.data.prepared import RESPONSE_CUT, PreparedPairs
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.logps import SequenceLogps
+from dpo_cli.modeling.model_files import most_tokens
 from dpo_cli.modeling.proof import TOKEN_TOLERANCE
 from dpo_cli.preference.terms import StepFacts
 
@@ -39,7 +40,7 @@ def check_fits(pairs: PreparedPairs, model: PreTrainedModel, where: str) -> None
     if largest >= vocabulary:
         what = f"the data has token {largest}, the model's vocabulary ends at {vocabulary - 1}"
         raise UserError(what, where, "the tokenizer is another model's")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = most_tokens(model.config)
     longest = int(pairs.sizes.longest.max())
     if positions and longest > positions:
         what = f"the longest pair has {longest} tokens, the model has positions for {positions}"
