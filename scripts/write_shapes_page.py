@@ -125,6 +125,7 @@ A refused row is counted by its reason and named by file and line; the message s
 | `number out of range` | not finite with 32 bits, or a weight below 0 | broken |
 | `undecodable text` | half of a surrogate pair | broken |
 | `not text` | a column holds images or sounds, or the texts refer to those of one (`<image>`) | broken |
+| `control token` | the tokenizer cannot write the characters of a control token, or makes one of other text | broken |
 | `empty field` | nobody asks anything, or a list is empty | broken |
 | `no human turn` | an HH text does not begin with `Human:` | broken |
 | `no answer` | a conversation ends with a turn that is not the assistant's | broken |

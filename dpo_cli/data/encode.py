@@ -15,15 +15,15 @@ import itertools
 import json
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from dpo_cli.data.literals import LITERAL_END, LITERAL_START
 from dpo_cli.data.records import Tokens
+from dpo_cli.data.spelling import LITERAL, Speller, within
 
-_LITERAL = re.compile(f"{LITERAL_START}([^{LITERAL_START}{LITERAL_END}]*){LITERAL_END}")
 _MARKS = str.maketrans("", "", LITERAL_START + LITERAL_END)
 
 _MOST_PIECES = 2**17
@@ -69,7 +69,7 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.spell = tokenizer, Speller(tokenizer)
         engine = getattr(tokenizer, "backend_tokenizer", None)
         self._beginnings, self._words = _Known(engine, ""), _Known(engine, " ")
         self._tried = False
@@ -121,41 +121,24 @@ class TextEncoder:
 
     def _with_literals(self, text: str) -> Tokens:
         """Return the tokens of a text that spells out control tokens: each of them, and what is between them, apart."""
-        first, *rest = _LITERAL.split(text)
+        first, *rest = LITERAL.split(text)
         begins = self._whole([first.translate(_MARKS)]) if first else []
         return np.concatenate([*begins, *self._parts_within(rest, is_text=True)])
 
     def continuation(self, text: str) -> Tokens:
         """Return the tokens of a text that does not begin its sequence, whatever stands before it."""
-        return np.concatenate([np.empty(0, np.int32), *self._parts_within(_LITERAL.split(text), is_text=False)])
+        return np.concatenate([np.empty(0, np.int32), *self._parts_within(LITERAL.split(text), is_text=False)])
 
     def _parts_within(self, parts: Sequence[str], *, is_text: bool) -> Iterator[Tokens]:
         """Yield the tokens of parts that are by turns a control token meant as text, and what the template wrote."""
         for part in parts:
             # Marks that a template has torn apart mark nothing any more.
             if plain := part.translate(_MARKS):
-                yield self._within(plain, self._as_text if is_text else self._as_it_is)
+                yield np.asarray(self.spell(plain) if is_text else within(plain, self._as_it_is), np.int32)
             is_text = not is_text
-
-    def _within(self, part: str, encode: Callable[[str], list[int]]) -> Tokens:
-        """Return the tokens of a part that does not begin a text: some tokenizers put a space before what does."""
-        for before in ("\n", "a"):  # A newline may merge with the part's own.
-            first, whole = encode(before), encode(before + part)
-            if whole[: len(first)] == first:
-                return np.asarray(whole[len(first) :], np.int32)
-        return np.asarray(encode(part), np.int32)
 
     def _as_it_is(self, part: str) -> list[int]:
         return list(self.tokenizer(part, add_special_tokens=False)["input_ids"])
-
-    def _as_text(self, part: str) -> list[int]:
-        """Return the tokens that a part would have without added tokens."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            return list(self.tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        text = backend.normalizer.normalize_str(part) if backend.normalizer else part
-        words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)] if backend.pre_tokenizer else [text]
-        return [token.id for word in words for token in backend.model.tokenize(word)]
 
     def _whole(self, texts: Sequence[str]) -> list[Tokens]:
         """Ask the tokenizer."""

@@ -138,6 +138,10 @@ class Renderer:
     def _located(self, pair: Pair, prompt: str, chosen: str, rejected: str) -> Rendered:
         """Find the end of the prompt in both conversations, and the turns behind it."""
         literals = self._literals.count(pair) if LITERAL_START in chosen or LITERAL_START in rejected else 0
+        if literals and (part := self.encode.spell.unspeakable(chosen, rejected)):
+            raise BadRow(
+                "control token", f"the tokenizer has no tokens for the characters of `{part}`, which a text has"
+            )
         whole = chosen.startswith(prompt) and rejected.startswith(prompt)
         boundary = len(prompt) if whole else self._boundary(pair, prompt, chosen, rejected)
         for name, text in (("chosen", chosen), ("rejected", rejected)):

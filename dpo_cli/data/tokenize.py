@@ -128,9 +128,19 @@ class PairTokenizer:
         texts = [text for item in written for text in self._parts(item)]
         tokens = iter(self._encode(texts))
         return [
-            item if isinstance(item, BadRow) else self._assembled(pair, item, *itertools.islice(tokens, 4))
+            item
+            if isinstance(item, BadRow)
+            else self._without_control(item, self._assembled(pair, item, *itertools.islice(tokens, 4)))
             for pair, item in zip(pairs, rendered, strict=True)
         ]
+
+    def _without_control(self, item: Rendered, found: Tokenized) -> Tokenized | BadRow:
+        """Refuse a pair of which a text became a control token on its way through the tokenizer."""
+        pair = found.pair
+        for written, response in ((item.chosen, pair.chosen), (item.rejected, pair.rejected)):
+            if self._encode.spell.becomes_control(written.text, pair.prompt, response):
+                return BadRow("control token", "the tokenizer makes a control token of a text that does not spell one")
+        return found
 
     def _parts(self, item: Rendered) -> tuple[str, str, str, str]:
         """Return the prompt up to its last cut, and what follows the cut: in the prompt, in both sequences."""
