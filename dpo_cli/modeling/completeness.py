@@ -18,6 +18,11 @@ _HARMLESS = re.compile(
 """Constants that older versions of libraries saved, and layers that predict further tokens, which are no part of a
 causal language model."""
 
+_WRAPPER = re.compile(
+    r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model|base_layer)\."
+)
+"""What is left in the names of weights that were saved with what training had put around the model."""
+
 _SHOWN = 3
 
 
@@ -35,8 +40,7 @@ def check_complete(model: PreTrainedModel, report: Mapping[str, Any], folder: st
     if differing := sorted(report["mismatched_keys"]):
         raise _other_shape(model, differing[0], len(differing), folder)
     if missing := sorted(report["missing_keys"]):
-        what = f"the weights of {len(missing)} parameters are missing: {_shown(missing)}"
-        raise UserError(what, folder, "the folder is incomplete, or its config.json is another model's")
+        raise _missing(missing, sorted(report["unexpected_keys"]), folder)
     if unused := sorted(name for name in report["unexpected_keys"] if not _may_be_there(model, name)):
         what = f"{len(unused)} weights in the files are no part of {_described(model)}: {_shown(unused)}"
         hint = "correct config.json where it is wrong; or load the model in transformers and save it, which drops them"
@@ -71,6 +75,18 @@ def _may_be_there(model: PreTrainedModel, name: str) -> bool:
     further = getattr(text, "num_nextn_predict_layers", None) or 0
     layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
     return layer is not None and 0 <= int(layer[1]) - text.num_hidden_layers < further
+
+
+def _missing(missing: list[str], unused: list[str], folder: str) -> UserError:
+    """Say which weights are not there, and which are in their place, under the names that a wrapper left."""
+    what = f"the weights of {len(missing)} parameters are missing: {_shown(missing)}"
+    if unused:
+        what += f"; {len(unused)} others in the files are not used: {_shown(unused)}"
+    hint = "the folder is incomplete, or its config.json is another model's"
+    if left := sorted({part for name in unused for part in _WRAPPER.findall(name)}):
+        parts = ", ".join(f"`{part}`" for part in left)
+        hint = f"save the model without what was wrapped around it: its weights' names have {parts} in them"
+    return UserError(what, folder, hint)
 
 
 def _other_shape(

@@ -32,6 +32,7 @@ from dpo_cli.modeling.model_files import (
     holds_tokenizer,
     weights_files,
 )
+from dpo_cli.modeling.quantization import check_pickles
 from dpo_cli.modeling.refusals import reason_and_hint
 from dpo_cli.settings import located
 from dpo_cli.storage import DamagedFolder, cache_root, file_digest, verify
@@ -171,6 +172,7 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
             if problem := check_folder(Path(folder), trust):
                 raise problem
             _check_size(empty, Path(folder))
+        check_pickles([file for file in weights_files(Path(folder)) if file.suffix == ".bin"])
         # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
@@ -255,6 +257,9 @@ def _empty(folder: str, trust: Trust) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_how(trust))
         model.tie_weights()
+    if model.config._attn_implementation == "flex_attention" and not torch.cuda.is_available():
+        hint = "set `model.attention` to `eager` or `sdpa`"
+        raise UserError("FlexAttention, which it asks for, computes no gradient without a GPU", None, hint)
     logits_alone(model)
     _train_text_alone(model)
     return model

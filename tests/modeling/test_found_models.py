@@ -284,3 +284,111 @@ def test_a_model_in_the_hubs_cache_is_looked_at_as_a_folder_is(model, tmp_path, 
     ended = subprocess.run([sys.executable, "-c", OFFLINE], env=told, capture_output=True, text=True, check=False)
     assert ended.stdout.startswith("LlamaForCausalLM\n"), ended.stderr
     assert said in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("mlp.up_proj.weight", torch.ones(64, 32, dtype=torch.int8)),
+        ("mlp.up_proj.weight", torch.ones(64, 32, dtype=torch.uint8)),
+        ("mlp.up_proj.weight", torch.ones(64, 32, dtype=torch.int32)),
+        ("mlp.up_proj.weight", torch.ones(64, 32, dtype=torch.bool)),
+        ("mlp.up_proj.weight", torch.ones(64, 32, dtype=torch.complex64)),
+        ("mlp.up_proj.weight_format", torch.tensor(0, dtype=torch.uint8)),
+        ("mlp.up_proj.weight._scale", torch.ones(64, 1)),
+        ("mlp.up_proj.W_q", torch.ones(64, 32, dtype=torch.uint8)),
+        ("mlp.up_proj.codebooks", torch.ones(1, 4, 1, 8)),
+        ("mlp.up_proj._weight_qdata", torch.ones(64, 32, dtype=torch.int8)),
+        ("mlp.up_proj.weight_scales", torch.ones(64)),
+        ("mlp.up_proj.input_scale", torch.ones(1)),
+        ("self_attn.k_scale", torch.ones(1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else str(value.dtype),
+)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_whole_numbers_and_parts_of_quantized_weights_are_refused_whatever_file_they_are_in(
+    model, name, tensor, pickled
+):
+    name = f"model.layers.0.{name}"
+    change_weights(model, **{name: tensor})
+    if pickled:
+        torch.save(load_file(model / WEIGHTS), model / "pytorch_model.bin")
+        (model / WEIGHTS).unlink()
+    with pytest.raises(UserError, match="quantized") as found:
+        load_policy(str(model), Trust(pickle=pickled))
+    assert f"`{name}`" in found.value.what
+
+
+def test_weights_of_few_bits_in_a_pickle_are_refused_and_those_of_sixteen_and_sixty_four_are_read(model):
+    weights = load_file(model / WEIGHTS)
+    (model / WEIGHTS).unlink()
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.save({name: tensor.to(dtype) for name, tensor in weights.items()}, model / "pytorch_model.bin")
+        read = load_policy(str(model), Trust(pickle=True)).state_dict()
+        assert all(torch.equal(read[name], tensor.to(dtype).float()) for name, tensor in weights.items())
+    torch.save({name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items()}, model / "pytorch_model.bin")
+    with pytest.raises(UserError, match="quantized"):
+        load_policy(str(model), Trust(pickle=True))
+
+
+def test_a_quantization_is_found_however_deep_it_stands(model):
+    inner = {"text_config": {"quantization_config": {"quant_method": "awq"}}}
+    change_settings(model, thinker_config=inner)
+    assert "quantized (awq)" in refused(model).what
+
+
+def part_weights(folder: Path) -> list[Path]:
+    """Part the weights of a folder among two files."""
+    weights, files = load_file(folder / WEIGHTS), [folder / f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    (folder / WEIGHTS).unlink()
+    names = sorted(weights)
+    for file, part in zip(files, (names[::2], names[1::2]), strict=True):
+        save_file({name: weights[name] for name in part}, file, metadata={"format": "pt"})
+    listed = {name: files[place % 2].name for place, name in enumerate(names)}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    return files
+
+
+def test_one_weight_with_two_contents_is_refused_and_one_that_is_there_twice_is_read(model):
+    whole = load_policy(str(model)).state_dict()
+    first, second = part_weights(model)
+    name = min(load_file(first))
+    for more in (0.0, 1.0):
+        again = {**load_file(second), name: load_file(first)[name] + more}
+        save_file(again, second, metadata={"format": "pt"})
+        if not more:
+            assert torch.equal(load_policy(str(model)).state_dict()[name], whole[name])
+    problem = refused(model)
+    assert f"`{name}` is in {first.name} and, with other values, in {second.name}" in problem.what
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "place"),
+    [
+        ("module.", 0),
+        ("_orig_mod.", 0),
+        ("base_model.model.", 0),
+        ("_fsdp_wrapped_module.", 0),
+        ("_checkpoint_wrapped_module.", len("model.layers.0.")),
+    ],
+)
+def test_names_that_a_wrapper_left_are_told_with_what_it_left(model, wrapper, place):
+    weights = load_file(model / WEIGHTS)
+    renamed = {
+        name[:place] + wrapper + name[place:] if name.startswith("model.layers.0.") else name: tensor
+        for name, tensor in weights.items()
+    }
+    save_file(renamed, model / WEIGHTS, metadata={"format": "pt"})
+    problem = refused(model)
+    assert "9 parameters are missing" in problem.what
+    assert "9 others in the files are not used" in problem.what
+    assert f"`{wrapper}`" in problem.hint
+
+
+def test_flex_attention_is_refused_where_it_has_no_gradient(model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    change_settings(model, attn_implementation="flex_attention")
+    problem = refused(model)
+    assert "FlexAttention" in problem.what
+    assert "`model.attention`" in problem.hint
+    assert load_policy(str(model), Trust(attention="sdpa")).config._attn_implementation == "sdpa"
