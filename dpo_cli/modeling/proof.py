@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_cli.data.records import TokenizedPair
+from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import CannotPack
 from dpo_cli.modeling.batch import Layout, Packed, Padded
 from dpo_cli.modeling.scorer import Scorer
@@ -68,6 +69,9 @@ def prove(
         seen: Pairs whose response tokens are all compared, without a gradient.
         trained: Further pairs, for which the gradient is compared as well; none: it is not looked at.
         autocast: Opens the precision that the run computes in.
+
+    Raises:
+        UserError: The gradient is zero.
     """
     padded, packed = Padded(), Packed()
     with autocast():
@@ -76,6 +80,9 @@ def prove(
         # A model that is broken under both layouts; the checks that follow say so.
         packed.prepare(model)
         return Proof(0.0, 0.0)
+    if trained and not expected_norm:
+        hint = "its weights are zeros, as an interrupted save leaves them: save or download it again"
+        raise UserError("no weight of the model has a gradient: nothing would be learnt", type(model).__name__, hint)
     try:
         packed.prepare(model)
         with autocast():

@@ -324,3 +324,15 @@ def test_what_the_disk_did_not_keep_is_found_when_it_is_saved(tmp_path, put, fol
         save_file(spoilt, tmp_path / "saved/model.safetensors")
         with pytest.raises(UserError, match=f"`{re.escape(first)}` was not saved"):
             check_saved(tmp_path / "saved", model)
+
+
+@pytest.mark.parametrize("layout", ["auto", "packed"])
+def test_a_model_of_zeros_has_nothing_to_learn_with(train, put, folder, layout):
+    put("llama")
+    weights = load_file(folder / "model.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
+    save_file(zeros, folder / "model.safetensors", metadata={"format": "pt"})
+    result = train(f"training.layout={layout}")
+    assert result.returncode == 2, result.stderr
+    assert "no weight of the model has a gradient" in result.stderr
+    assert "Traceback" not in result.stderr
