@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_cli.data import fields
+from dpo_cli.data.conversations import is_messages
 from dpo_cli.data.media import check_media
-from dpo_cli.data.records import LABELS, NUMBERS, BadRow
+from dpo_cli.data.records import LABELS, NUMBERS, BadRow, Cell
 
 
 def read_columns(row: Mapping[str, object]) -> dict[str, Any]:
@@ -45,10 +46,16 @@ def _label(value: object, name: str) -> str:
 
 def _tools(row: Mapping[str, object]) -> dict[str, Any]:
     """Return the tools that the model may call, if the row has any."""
-    if (value := row.get("tools")) in (None, ""):
+    prompt, place = row.get("prompt"), "tools"
+    value = row.get(place)
+    if value in (None, "") and isinstance(prompt, Cell) and is_messages(prompt):
+        prompt = fields.from_cell(prompt, "prompt")
+    if value in (None, "") and isinstance(prompt, Mapping):
+        value, place = prompt.get("tools"), "prompt.tools"
+    if value in (None, ""):
         return {}
-    tools = fields.mappings(value, "tools", "objects")
-    return {"tools": fields.plain_json(tools, "tools")} if tools else {}
+    tools = fields.mappings(value, place, "objects")
+    return {"tools": fields.plain_json(tools, place)} if tools else {}
 
 
 def _template_arguments(row: Mapping[str, object]) -> dict[str, Any]:

@@ -115,6 +115,9 @@ def read_messages(value: object, place: str) -> Messages:
     Raises:
         BadRow: It is not a list of messages, or it is empty.
     """
+    value = fields.from_cell(value, place)
+    if isinstance(value, Mapping) and "messages" in value:
+        value, place = value["messages"], f"{place}.messages"
     listed = fields.items(value, place, "messages")
     if not listed:
         raise BadRow("empty field", f"`{place}` is an empty list")
@@ -170,19 +173,24 @@ def is_messages(value: object) -> bool:
     """Tell whether a value looks like a list of messages, or a cell with the JSON of one."""
     if isinstance(value, str):
         return _is_cell_of(value, list)
+    if isinstance(value, Mapping):
+        return is_messages(value.get("messages"))
     return isinstance(value, list) and bool(value) and all(map(is_message, value))
 
 
 def _is_cell_of(value: str, kind: type) -> bool:
     """Tell whether a text is a cell that holds a message, or a list of them, rather than an answer that is JSON."""
-    if not isinstance(value, Cell) or (like := _LIKE_MESSAGES.match(value)) is None or bool(like[1]) != (kind is list):
+    if not isinstance(value, Cell) or (like := _LIKE_MESSAGES.match(value)) is None:
         return False
     try:
         found = fields.from_json(value, "")
     except BadRow:
-        return True  # What is meant as messages and broken is refused as such.
+        return bool(like[1]) == (kind is list)  # What is meant as messages and broken is refused as such.
+    if isinstance(found, Mapping) and "messages" in found:
+        return kind is list and is_messages(found)
     said = found if isinstance(found, list) else [found]
-    return all(isinstance(one, Mapping) and is_message(one) and not _TURN.isdisjoint(one) for one in said)
+    are_turns = all(isinstance(one, Mapping) and is_message(one) and not _TURN.isdisjoint(one) for one in said)
+    return isinstance(found, kind) and are_turns
 
 
 def is_hh(value: object) -> bool:

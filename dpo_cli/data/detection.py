@@ -54,12 +54,24 @@ def _hint(rows: Sequence[Mapping[str, object]]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     if guess := guessed_columns(rows):
         return f"set `data.columns: {shown_columns(guess)}`, if that is what they are"
+    if written := list(dict.fromkeys(name for row in rows for name in _lists_as_text(row))):
+        return (
+            f"{listed(written)} hold lists or objects written as JSON text, as only CSV and TSV may: write them as such"
+        )
     there = {name: [need for need in _needed(shape) if need in names] for name, shape in FORMATS.items()}
     # Of several that share as much, most people mean plain texts.
     nearest = max(FORMATS, key=lambda name: (len(there[name]), name == "text"))
     lacking = [need for need in _needed(FORMATS[nearest]) if need not in there[nearest]]
     what = f"the nearest shape is `{nearest}`, and lacks {listed(lacking)}"
     return f"{what}: name the data's columns by `data.columns: {{{', '.join(f'{name}: …' for name in lacking)}}}`"
+
+
+def _lists_as_text(row: Mapping[str, object]) -> list[str]:
+    """Return the columns that keep a row from fitting a shape by being JSON text: in a CSV file the row would fit."""
+    read = {name: Cell(value) if isinstance(value, str) else value for name, value in row.items()}
+    if not any(shape.fits(read) for shape in FORMATS.values()):
+        return []
+    return [name for name, value in read.items() if isinstance(value, Cell) and value.lstrip()[:1] in ("[", "{")]
 
 
 def guessed_columns(rows: Sequence[Mapping[str, object]]) -> dict[str, str] | None:

@@ -93,7 +93,8 @@ def messages(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
     """Read `{"prompt", "chosen", "rejected"}`: a message list, and two answers to it.
 
     The prompt ends with a turn that is not the assistant's. An answer is a text, a message or a message list, which
-    begins with the assistant's turn or repeats the prompt as a whole.
+    begins with the assistant's turn or repeats the prompt as a whole. The prompt may be an object that holds the list
+    in `messages` and, optionally, `tools`, as in OpenAI's format.
     """
     return [_of_turns(read_messages(fields.field(row, "prompt"), "prompt"), row, origin)]
 
@@ -208,9 +209,9 @@ def compared(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
     """Read `{"prompt", "response_a", "response_b", "winner"}`: two answers, and which of them is better.
 
     The answers may also be `response_1` and `response_2`, or `response_0` and `response_1`. `winner` names one of them
-    by its letter or number: `a`, `model_b`, `Response 1`, 2. In its place may be a `label`: of a and b, true or 1 says
-    that the first is better, false or 0 the second; of answers with numbers a number is that of the better one. A tie
-    (`tie`, `both`, `neither`, …) is dropped and counted.
+    by its letter or number (`a`, `model_b`, `Response 1`, 2), or by the name that is in `model_a` or `model_b`. In its
+    place may be a `label`: of a and b, true or 1 says that the first is better, false or 0 the second; of answers with
+    numbers a number is that of the better one. A tie (`tie`, `both`, `neither`, …) is dropped and counted.
 
     Prompt and answers are as in any other shape of two answers: texts, messages, or whole conversations without a
     prompt.

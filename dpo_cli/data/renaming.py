@@ -52,6 +52,7 @@ _AS_THEY_ARE = ("prompt", "instruction", "conversations", "conversation")
 
 _PREFERENCES = (
     ("chosen", "rejected"), ("accepted", "rejected"), ("preferred", "rejected"), ("preferred", "dispreferred"),
+    ("preferred", "non_preferred"),
     ("positive", "negative"), ("pos", "neg"), ("good", "bad"), ("better", "worse"), ("best", "worst"),
     ("winner", "loser"), ("win", "lose"), ("w", "l"), ("j", "k"),
 )  # fmt: skip

@@ -42,12 +42,22 @@ def better_and_worse(row: Mapping[str, object]) -> tuple[str, str]:
         fields.field(row, name)
     name = next((name for name in VERDICTS if row.get(name) is not None), VERDICTS[0])
     value = fields.field(row, name)
-    first = _first_is_better(value, name, two)
+    first = _by_model(value, row, two)
+    if first is None:
+        first = _first_is_better(value, name, two)
     if first is None:
         said = fields.printable(value) if isinstance(value, (str, int, float)) else fields.kind(value)
         what = f"`{name}` is `{said}`, which names neither `{two[0]}` nor `{two[1]}`"
         raise BadRow("wrong label", what + _other_names(value, two))
     return two if first else (two[1], two[0])
+
+
+def _by_model(value: object, row: Mapping[str, object], two: tuple[str, str]) -> bool | None:
+    """Tell whether a verdict is the name of the first answer's model; None where it is not that of one of both."""
+    models = [row.get(f"model_{column.rpartition('_')[2]}") for column in two]
+    if not isinstance(value, str) or models[0] == models[1] or value not in models:
+        return None
+    return value == models[0]
 
 
 def _first_is_better(value: object, name: str, two: tuple[str, str]) -> bool | None:

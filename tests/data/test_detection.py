@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 
@@ -11,6 +12,8 @@ from dpo_cli.data.formats import FORMATS
 from dpo_cli.data.records import Row
 from dpo_cli.errors import UserError
 from tests.conftest import ROW_OF
+
+TURN = {"role": "user", "content": "x"}
 
 
 def rows_of(*values):
@@ -81,6 +84,15 @@ def test_a_copy_of_a_conversation_in_messages_does_not_make_it_a_prompt(last):
     copy = [{"role": "user", "content": "x"}, {"role": last, "content": "y"}]
     assert detect(rows_of(ROW_OF["conversations"] | {"messages": copy}), "f") == "conversations"
     assert detect(rows_of(ROW_OF["repeated"] | {"messages": copy}), "f") == "repeated"
+
+
+@pytest.mark.parametrize("row", [ROW_OF["conversations"], {"messages": [TURN], "chosen": "a", "rejected": "b"}])
+def test_lists_written_as_json_text_are_what_differs(row):
+    with pytest.raises(UserError) as caught:
+        detect(rows_of({n: v if isinstance(v, str) else json.dumps(v) for n, v in row.items()}), "f")
+    written = [name for name, value in row.items() if not isinstance(value, str)]
+    assert all(f"`{name}`" in caught.value.hint for name in written)
+    assert "written as JSON text" in caught.value.hint
 
 
 def test_a_row_of_a_thousand_strange_columns_is_told_in_one_line():

@@ -199,6 +199,10 @@ def test_what_a_source_says_of_its_columns_is_named_and_part_of_its_fingerprint(
         ("prompt preferred dispreferred", {"chosen": "preferred", "rejected": "dispreferred"}),
         ("userPrompt answerGood answerBad", {"prompt": "userPrompt", "chosen": "answerGood", "rejected": "answerBad"}),
         ("question answer label", {"prompt": "question", "completion": "answer"}),
+        (
+            "input preferred_output non_preferred_output",
+            {"prompt": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"},
+        ),
         ("question candidates ratings", {"prompt": "question", "responses": "candidates", "scores": "ratings"}),
         ("prompt rejected chosen rejected_model chosen_model", None),
         (
@@ -248,6 +252,7 @@ def test_no_other_names_are_proposed_to_rows_that_have_their_own(shape):
         {"question": "A river?", "answer": "Elbe", "label": 1},
         {"good": ROW_OF["conversations"]["chosen"], "bad": ROW_OF["conversations"]["rejected"]},
         {"query": "A river?", "candidates": ["a", "b"], "ranking": [1, 2]},
+        {"input": {"messages": [TURN]}, "preferred_output": [SAID], "non_preferred_output": [SAID]},
         {"winner": "tie", "model_a": "x", "model_b": "y", "conversation_a": [TURN, SAID], "conversation_b": [TURN]},
         {"history": "A river?", "human_ref_A": "Elbe", "human_ref_B": "No", "labels": 0},
         {"question": "A river?", "answer_1": "Elbe", "answer_2": "No", "preference": 1},

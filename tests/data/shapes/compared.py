@@ -39,6 +39,11 @@ CASES = [
         [BETTER] * 5,
     ),
     Case(
+        "the winner by the name of its model",
+        [texts("No.", "The Elbe.", model_a="tiny-7b", model_b="big-a", winner="big-a")],
+        [BETTER],
+    ),
+    Case(
         "whole conversations",
         [
             {

@@ -6,6 +6,7 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"t
 ASKED = [{"role": "user", "content": "A river?"}]
 SAID = {"role": "assistant", "content": "The Elbe."}
 AGAIN = {"role": "user", "content": "Another?"}
+TOOL = {"type": "function", "function": {"name": "f"}}
 
 CASES = [
     Case(
@@ -153,6 +154,18 @@ CASES = [
                 f"⟦{said}<|im_end|>\n⟧",
             )
             for said in ("No.", "No.", '{"value": "No."}')
+        ],
+    ),
+    Case(
+        "a prompt as an object with its messages",
+        [{"prompt": {"messages": ASKED, "tools": [TOOL]}, "chosen": [SAID], "rejected": "No."}],
+        [
+            Expected(
+                pair([user("A river?")], [assistant("The Elbe.")], [assistant("No.")], arguments={"tools": [TOOL]}),
+                "<|im_start|>user\nA river?<|im_end|>\n<|im_start|>assistant\n",
+                "⟦The Elbe.<|im_end|>\n⟧",
+                "⟦No.<|im_end|>\n⟧",
+            )
         ],
     ),
     Case(
