@@ -120,7 +120,7 @@ A refused row is counted by its reason and named by file and line; the message s
 | `wrong role` | nobody known speaks | broken |
 | `wrong length` | scores or ranks are not as many as responses; an exchange of the history is not two texts | broken |
 | `wrong label` | a label is not true or false, 1 or 0; a winner is neither answer | broken |
-| `scores against ranks` | a list has both, and they call different answers the better one | broken |
+| `scores against ranks` | scores call another answer the better one than ranks, or a winner or label, do | broken |
 | `nothing scored` | no turn of a response is scored, by its `weight` or `train` | broken |
 | `number out of range` | not finite with 32 bits, or a weight below 0 | broken |
 | `undecodable text` | half of a surrogate pair | broken |

@@ -211,7 +211,8 @@ def compared(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
     The answers may also be `response_1` and `response_2`, or `response_0` and `response_1`. `winner` names one of them
     by its letter or number (`a`, `model_b`, `Response 1`, 2), or by the name that is in `model_a` or `model_b`. In its
     place may be a `label`: of a and b, true or 1 says that the first is better, false or 0 the second; of answers with
-    numbers a number is that of the better one. A tie (`tie`, `both`, `neither`, …) is dropped and counted.
+    numbers a number is that of the better one. A tie (`tie`, `both`, `neither`, …) is dropped and counted. Numbers in
+    `score_a` and `score_b` (or with the answers' numbers) must not say the opposite.
 
     Prompt and answers are as in any other shape of two answers: texts, messages, or whole conversations without a
     prompt.

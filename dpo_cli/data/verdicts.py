@@ -35,7 +35,7 @@ def better_and_worse(row: Mapping[str, object]) -> tuple[str, str]:
     """Return the columns of the better answer and of the worse one.
 
     Raises:
-        BadRow: The verdict is a tie, missing, or names neither; or an answer is missing.
+        BadRow: The verdict is a tie, missing, or names neither, or is against the scores; or an answer is missing.
     """
     two = two_answers(row)
     for name in two:
@@ -49,7 +49,19 @@ def better_and_worse(row: Mapping[str, object]) -> tuple[str, str]:
         said = fields.printable(value) if isinstance(value, (str, int, float)) else fields.kind(value)
         what = f"`{name}` is `{said}`, which names neither `{two[0]}` nor `{two[1]}`"
         raise BadRow("wrong label", what + _other_names(value, two))
-    return two if first else (two[1], two[0])
+    better, worse = two if first else (two[1], two[0])
+    _check_scores(row, better, worse, name)
+    return better, worse
+
+
+def _check_scores(row: Mapping[str, object], better: str, worse: str, verdict: str) -> None:
+    """Refuse a verdict that is against the scores of both answers, `score_a` and `score_b`, where a row has them."""
+    scores = {name.lower(): value for name, value in row.items() if name.lower().startswith("score_")}
+    names = [f"score_{column.rpartition('_')[2]}" for column in (better, worse)]
+    high, low = (scores.get(name) for name in names)
+    if isinstance(high, (int, float)) and isinstance(low, (int, float)) and high < low:
+        said = f"`{verdict}` says that `{better}` is better, and `{names[0]}` is lower than `{names[1]}`"
+        raise BadRow("scores against ranks", said)
 
 
 def _by_model(value: object, row: Mapping[str, object], two: tuple[str, str]) -> bool | None:

@@ -270,6 +270,7 @@ OF_SHAPE: dict[str, dict[tuple[str | int, ...], list[Change]]] = {
         ("winner",): [
             ("null", None, "missing field", "`winner` is null"),
             ("a tie", "tie (both bad)", "no preference", "`winner` is a tie"),
+            ("null in words", "none", "wrong label", "`winner` is `none`, which names neither"),
             ("a third", "model_c", "wrong label", "`winner` is `model_c`, which names neither `response_a` nor"),
             ("a number", 1, "wrong label", "call them `response_0` and `response_1`, or `response_1` and `response_2`"),
             ("both names", "a or b", "wrong label", "names neither"),

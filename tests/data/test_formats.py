@@ -381,6 +381,15 @@ def test_scores_and_ranks_that_call_different_answers_better_are_refused(scores,
         assert (bad.reason, bad.structural) == ("scores against ranks", True)
 
 
+@pytest.mark.parametrize("verdict", [{"label": 1}, {"winner": "a"}])
+def test_a_verdict_against_the_scores_of_both_answers_is_refused(verdict):
+    row = {"prompt": "A river?", "response_a": "Elbe", "response_b": "No", **verdict}
+    for scores in ({"score_A": 5, "score_B": 2}, {"score_a": 2, "score_b": 2}, {"score_a": 1}, {"score_chosen": 1}):
+        assert only("compared", row | scores).chosen[0].text == "Elbe"
+    bad = refusal("compared", row | {"score_A": 2, "score_B": 5})
+    assert (bad.reason, bad.structural) == ("scores against ranks", True)
+
+
 @pytest.mark.parametrize("rule", ["extremes", "all"])
 def test_the_margin_of_a_ranked_pair_is_the_difference_of_its_scores(rule):
     scores = [0.5, 2.0, -1.0]
