@@ -44,6 +44,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NO_PART_OF_A_MODEL = {"transformers_version", "_name_or_path", "architectures", "dtype", "use_cache"}
 """Settings that say where a model came from or how it is called, not what it answers."""
 
+_CONVERSION = 2
+"""Counts up when GGUF files are converted otherwise than before."""
+
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -243,7 +246,7 @@ def _complete(loader: Any, folder: str, **settings: Any) -> PreTrainedModel:
     model: PreTrainedModel
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = loader.from_pretrained(folder, dtype=torch.float32, **told, **settings)
-    check_complete(model, report, folder)
+    check_complete(model, report, str(Path(folder, settings.get("gguf_file", ""))))
     return model.eval()
 
 
@@ -353,7 +356,7 @@ def _resolved(name: str) -> Path | str:
 def _converted(path: Path) -> Path:
     """Dequantize a GGUF file into a model folder in the cache, once for each content."""
     try:
-        folder = cache_root() / "models" / file_digest(path)[:32]
+        folder = cache_root() / "models" / f"{file_digest(path)[:32]}-{_CONVERSION}"
     except OSError as error:
         raise from_os_error(error, "reading the model", str(path), status=2) from error
     if folder.exists():
@@ -367,22 +370,21 @@ def _converted(path: Path) -> Path:
     except ImportError:
         hint = "install it with `pip install 'dpo-cli[gguf]'`"
         raise UserError("reading a GGUF file needs the package `gguf`", str(path), hint) from None
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from dpo_cli.modeling.gguf_files import check_all_read, settle_positions
     from dpo_cli.modeling.saving import saved_model
 
     _log.warning("converting %s to an ordinary model folder, once; this takes up to a minute", path.name)
     parent, file = str(path.parent), path.name
     with _explained(str(path), "model"):
-        _check_room(sum(4 * int(tensor.n_elements) for tensor in gguf.GGUFReader(path).tensors))
+        reader = gguf.GGUFReader(path)
+        _check_room(sum(4 * int(tensor.n_elements) for tensor in reader.tensors))
         tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
-        model = AutoModelForCausalLM.from_pretrained(
-            parent,
-            gguf_file=file,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(gguf_file=file, dequantize=True),
-        )
+        told = {"gguf_file": file, "quantization_config": GgufConfig(gguf_file=file, dequantize=True)}
+        model = _complete(AutoModelForCausalLM, parent, **told)
+        check_all_read(model, reader)
+        settle_positions(model, reader)
     # What is left are ordinary float32 weights; while these marks stay, transformers refuses to save them.
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)

@@ -1,0 +1,91 @@
+"""What a GGUF file holds that transformers passes over: how positions are scaled, and weights without a place."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from dpo_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_FREQUENCIES = "rope_freqs.weight"
+"""By what each frequency of the positions is divided."""
+
+_TABLES = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
+"""Constants among the weights."""
+
+_LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA_3_POSITIONS = 8192
+"""What Llama 3.1 and later scale positions by, which such files hold as a table alone."""
+
+_HINT = "train the model that the file was made of: a folder with config.json and .safetensors files"
+
+
+def check_all_read(model: PreTrainedModel, reader: GGUFReader) -> None:
+    """Refuse a file that holds more weights than the model that was read from it; a head that is tied counts once.
+
+    Raises:
+        UserError: It does.
+    """
+    tied = bool(model.all_tied_weights_keys)
+    tensors = [t for t in reader.tensors if not _TABLES.fullmatch(t.name) and not (tied and t.name == "output.weight")]
+    held = sum(int(tensor.n_elements) for tensor in tensors)
+    used = sum(parameter.numel() for parameter in model.parameters())
+    if held > used:
+        layers = model.config.get_text_config().num_hidden_layers
+        what = (
+            f"the file has {held:,} weights, and {type(model).__name__} with {layers} layers has a place for {used:,}"
+        )
+        raise UserError(what, None, _HINT)
+
+
+def settle_positions(model: PreTrainedModel, reader: GGUFReader) -> None:
+    """Let a model's settings scale its positions as the file says.
+
+    Raises:
+        UserError: It says it in a way that is not known here.
+    """
+    config = model.config.get_text_config()
+    known = getattr(config, "rope_parameters", None)
+    if known and known.get("rope_type", "default") != "default":
+        return  # transformers has read it.
+    kind, factor = _scaling(reader)
+    tables = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors if _TABLES.fullmatch(tensor.name)}
+    divided = tables.pop(_FREQUENCIES, torch.ones(1))
+    if kind == "none" and not tables and bool((divided == 1).all()):
+        return
+    found: dict[str, Any] | None = None
+    if kind == "linear" and not tables:
+        found = {"rope_type": "linear", "factor": factor}
+    elif kind == "none" and not tables:
+        found = {**_LLAMA_3, "factor": float(divided.max()), "original_max_position_embeddings": _LLAMA_3_POSITIONS}
+    if found is None or not known or "rope_type" not in known or not _divides(config, found, divided):
+        what = f"its positions are scaled ({kind if kind != 'none' else 'by a table'}) as transformers does not read it"
+        raise UserError(what, None, _HINT)
+    config.rope_parameters = {**known, **found}
+
+
+def _scaling(reader: GGUFReader) -> tuple[str, float]:
+    """Return how positions are scaled by the settings of a file, and by how much; "none": not at all."""
+    said = {key.partition(".rope.")[2]: field.contents() for key, field in reader.fields.items() if ".rope.scal" in key}
+    factor = float(said.get("scaling.factor", said.get("scale_linear", 1.0)))
+    kind = str(said.get("scaling.type", "linear"))
+    return ("none" if factor == 1 and kind == "linear" else kind), factor
+
+
+def _divides(config: PretrainedConfig, scaling: dict[str, Any], divided: torch.Tensor) -> bool:
+    """Tell whether settings divide the frequencies by what a file's table says; linear ones come without a table."""
+    if scaling["rope_type"] == "linear":
+        return bool((divided == 1).all())
+    scaled = copy.deepcopy(config)
+    scaled.rope_parameters = {**config.rope_parameters, **scaling}
+    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(len(divided)) / len(divided))
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))
+    return frequencies.shape == plain.shape and torch.allclose(frequencies * divided, plain, rtol=1e-4)
