@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli import plain_yaml
+from dpo_cli.config.schema import TrainingSettings
 from dpo_cli.data.sources import Source, as_sources, check_source, read_rows
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.modeling.loading import check_model
@@ -22,8 +24,19 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from dpo_cli.data.prepared import PreparedPairs
+
 _ROWS = 1000
 """How many of the first rows are looked at."""
+
+_COUNTED = 5000
+"""How many rows are counted: the steps of so many are enough for any of the intervals below."""
+
+_PAIRS = 32
+"""Pairs of a step, unless there are few."""
+
+_EVALUATE, _SAVE = 50, 100
+"""Steps between evaluations and between checkpoints, where a run has four times and twice as many."""
 
 _COVERED = 0.99
 """The share of the pairs that `data.max_length` is to hold whole."""
@@ -62,17 +75,39 @@ class _Data:
         shape: The shape of the rows.
         columns: What `data.columns` has to be for that, or None.
         rows: How many were looked at.
-        all_rows: Whether these are all.
+        num_rows: How many there are, counted up to `_COUNTED`.
         lengths: Tokens of each pair's longer sequence, `[pairs]`, or None where there is no tokenizer.
         dropped: How many of the rows cannot be read as pairs.
+        divisible: Whether some of the pairs can be held out.
     """
 
     shape: str
     columns: dict[str, str] | None
     rows: int
-    all_rows: bool
+    num_rows: int
     lengths: NDArray[np.int64] | None
     dropped: int
+    divisible: bool
+
+    @property
+    def num_pairs(self) -> int:
+        """About how many pairs the rows are, counted as they are."""
+        return self.num_rows if self.lengths is None else self.num_rows * len(self.lengths) // self.rows
+
+    @property
+    def pairs_per_step(self) -> int:
+        """So many pairs that an epoch has steps enough to learn something."""
+        return next(pairs for pairs in (_PAIRS, 16, 8, 4) if self.num_pairs >= 20 * pairs or pairs == 4)
+
+    @property
+    def held_out(self) -> float | None:
+        """The fraction of the pairs that is held out."""
+        return _fraction(self.pairs_per_step) if self.divisible else None
+
+    def every(self, steps: int, times: int) -> int:
+        """Return an interval of so many steps, or a smaller one that an epoch holds some times."""
+        num_steps = self.num_pairs * (1 - (self.held_out or 0)) / self.pairs_per_step
+        return max(1, min(steps, int(num_steps / times)))
 
 
 def init(console: Console, *, model: str | None, data: str | None, out: Path) -> None:
@@ -104,6 +139,8 @@ def init(console: Console, *, model: str | None, data: str | None, out: Path) ->
     )
     found_model = _look_at_model(model) if model else None
     found_data = _look_at_data(as_sources(data)[0], found_model) if data else None
+    if found_model and found_data and (too_long := _too_long(found_data, found_model)):
+        console.warning(too_long)
     text = "\n".join(_lines(model, found_model, data, found_data)) + "\n"
     try:
         with out.open("x", encoding="utf-8") as file:
@@ -128,28 +165,33 @@ def _look_at_data(source: Source, model: _Model | None) -> _Data:
     from dpo_cli.data.detection import detect, guessed_columns
     from dpo_cli.data.renaming import renamed
 
-    rows = list(itertools.islice(read_rows(source), _ROWS + 1))
-    all_rows, rows = len(rows) <= _ROWS, rows[:_ROWS]
+    there = read_rows(source)
+    rows = list(itertools.islice(there, _ROWS))
+    num_rows = len(rows) + sum(1 for _ in itertools.islice(there, _COUNTED - _ROWS))
     if not rows:
         raise UserError("the data has no rows", source.path, "name data with pairs in it")
     columns = guessed_columns([row.values for row in rows if row.values is not None])
     shape = detect(list(renamed(rows, columns or {}, "")), source.path)
     if model is None:
-        return _Data(shape, columns, len(rows), all_rows, None, 0)
-    lengths, dropped = _lengths(source.model_copy(update={"limit": _ROWS, "columns": columns}), model)
-    return _Data(shape, columns, len(rows), all_rows, lengths, dropped)
+        return _Data(shape, columns, len(rows), num_rows, None, 0, len(rows) > 1)
+    with _tokenized(source.model_copy(update={"limit": _ROWS, "columns": columns}), model) as pairs:
+        lengths, dropped = pairs.sizes.longest.copy(), sum(pairs.manifest["statistics"]["dropped"].values())
+        found = _Data(shape, columns, len(rows), num_rows, lengths, dropped, divisible=True)
+        assert found.held_out is not None
+        sides = pairs.hold_out(found.held_out, TrainingSettings().seed)
+        return replace(found, divisible=all(map(len, sides)))
 
 
-def _lengths(source: Source, model: _Model) -> tuple[NDArray[np.int64], int]:
-    """Tokenize the rows of a source; return the tokens of each pair's longer sequence, and how many rows fail."""
+@contextlib.contextmanager
+def _tokenized(source: Source, model: _Model) -> Iterator[PreparedPairs]:
+    """Tokenize the rows of a source, those that can be read."""
     from dpo_cli.data.prepare import prepare
     from dpo_cli.data.prepared import Reading
     from dpo_cli.data.tokenize import PairTokenizer
 
     tokenize = PairTokenizer(model.tokenizer, template=model.template, max_length=_UNLIMITED, on_too_long="drop")
     with tempfile.TemporaryDirectory() as folder:
-        pairs = prepare([source], Reading(on_bad_row="drop"), tokenize, Path(folder) / "pairs")
-        return pairs.sizes.longest.copy(), sum(pairs.manifest["statistics"]["dropped"].values())
+        yield prepare([source], Reading(on_bad_row="drop"), tokenize, Path(folder) / "pairs")
 
 
 def _lines(model: str | None, found: _Model | None, data: str | None, rows: _Data | None) -> Iterator[str]:
@@ -168,8 +210,11 @@ def _lines(model: str | None, found: _Model | None, data: str | None, rows: _Dat
     yield ""
     yield from _training_lines(found, rows)
     yield ""
-    yield from ("evaluation:", "  every_steps: 50    # null: once, at the end", "")
-    yield from ("checkpoints:", "  every_steps: 100", "  keep: 2")
+    if rows is None or rows.held_out is not None:
+        yield "evaluation:"
+        yield f"  every_steps: {rows.every(_EVALUATE, 4) if rows else _EVALUATE}    # null: once, at the end"
+        yield ""
+    yield from ("checkpoints:", f"  every_steps: {rows.every(_SAVE, 2) if rows else _SAVE}", "  keep: 2")
 
 
 def _model_lines(model: str | None, found: _Model | None) -> Iterator[str]:
@@ -188,35 +233,52 @@ def _data_lines(data: str | None, rows: _Data | None, model: _Model | None) -> I
         yield "  train: pairs.jsonl    # put yours here: a file, a glob, a folder or a Hub id"
     else:
         yield f"  train: {plain_yaml.written(escape_path(data))}"
-        counted = f"{rows.rows:,} rows" if rows.all_rows else f"the first {rows.rows:,} rows"
+        counted = f"{rows.rows:,} rows" if rows.rows == rows.num_rows else f"the first {rows.rows:,} rows"
         yield f"  # {counted} looked at, of the shape {rows.shape}"
         if rows.columns:
             yield f"  columns: {plain_yaml.written(rows.columns)}    # guessed by their names: check them"
         if rows.dropped:
             yield f"  on_bad_row: drop    # {rows.dropped:,} of them cannot be read: `dpo prepare-data` names them"
-    yield f"  eval: {0.1 if _pairs_per_step(rows) < 32 else 0.05}    # the fraction held out"
+    if rows and rows.held_out is None:
+        yield "  eval: null    # there are too few prompts to hold some out"
+    else:
+        yield f"  eval: {rows.held_out if rows else _fraction(_PAIRS)}    # the fraction held out"
     yield from _length_lines(rows, model)
     yield "  on_too_long: drop    # or truncate: cut the prompt from the left"
 
 
 def _length_lines(rows: _Data | None, model: _Model | None) -> Iterator[str]:
-    if rows is None or rows.lengths is None or not len(rows.lengths):
+    if rows is None or rows.lengths is None or model is None:
         yield f"  max_length: {_LENGTH}    # tokens of prompt and response together"
         return
+    length, covered = _length(rows.lengths, model)
+    longest = int(rows.lengths.max())
+    yield f"  max_length: {length}    # tokens; holds {covered:.1%} of the pairs, the longest has {longest:,}"
+
+
+def _length(lengths: NDArray[np.int64], model: _Model) -> tuple[int, float]:
+    """Return the `data.max_length` that holds nearly all pairs, if the model reads so much, and the share it holds."""
     import numpy as np
 
-    lengths = np.sort(rows.lengths)
-    wanted = int(lengths[min(len(lengths) - 1, int(_COVERED * len(lengths)))])
-    limit = model.positions if model and model.positions else _UNLIMITED
-    length = min(-(-wanted // 64) * 64, limit)
-    covered = float((lengths <= length).mean())
-    yield f"  max_length: {length}    # tokens; holds {covered:.1%} of the pairs, the longest has {lengths[-1]:,}"
+    wanted = int(np.sort(lengths)[min(len(lengths) - 1, int(_COVERED * len(lengths)))])
+    length = min(-(-wanted // 64) * 64, model.positions or _UNLIMITED)
+    return length, float((lengths <= length).mean())
+
+
+def _too_long(rows: _Data, model: _Model) -> str | None:
+    """Say which share of the pairs the model cannot read, unless nearly all of them fit."""
+    if rows.lengths is None:
+        return None
+    length, covered = _length(rows.lengths, model)
+    if covered >= _COVERED:
+        return None
+    return f"{1 - covered:.1%} of the pairs have more than the {length:,} tokens that the model reads; they are dropped"
 
 
 def _training_lines(found: _Model | None, rows: _Data | None) -> Iterator[str]:
     yield "training:"
     yield "  epochs: 1"
-    yield f"  pairs_per_step: {_pairs_per_step(rows)}    # across all processes"
+    yield f"  pairs_per_step: {rows.pairs_per_step if rows else _PAIRS}    # across all processes"
     if found is None:
         yield "  learning_rate: 1e-6    # the larger the model, the lower: 5e-7 for 7B, 5e-6 below 500M"
         return
@@ -229,11 +291,9 @@ def _training_lines(found: _Model | None, rows: _Data | None) -> Iterator[str]:
     yield f"  optimizer: adamw    # takes {held:.1f} GB with weights and gradients; adafactor takes half"
 
 
-def _pairs_per_step(rows: _Data | None) -> int:
-    """Return so many pairs that an epoch has steps enough to learn something."""
-    if rows is None or not rows.all_rows:
-        return 32
-    return next(pairs for pairs in (32, 16, 8, 4) if rows.rows >= 20 * pairs or pairs == 4)
+def _fraction(pairs_per_step: int) -> float:
+    """Return the fraction to hold out: more of few pairs."""
+    return 0.1 if pairs_per_step < _PAIRS else 0.05
 
 
 def _counted(number: int) -> str:

@@ -59,11 +59,32 @@ def test_the_length_holds_nearly_all_pairs_and_the_share_is_said(tmp_path, tiny_
     assert np.gcd(one, two) % 64 == 0
 
 
-def test_the_length_is_no_more_than_the_model_reads(tmp_path, tiny_llama):
-    rows = [{"instruction": "Go.", "chosen": "a b c " * 400, "rejected": "b"}] * 3
-    text = init(tmp_path / "dpo.yaml", tiny_llama, write_rows(tmp_path / "pairs.jsonl", rows))
-    assert load_config(tmp_path / "dpo.yaml").data.max_length == 512
-    assert "holds 0.0% of the pairs" in text
+def test_the_length_is_no_more_than_the_model_reads(tmp_path, tiny_llama, capsys):
+    """A response of more tokens than the model reads is dropped; the screen says so before a run does."""
+    rows = [{"instruction": f"Go {n}.", "chosen": "a b c " * (400 if n else 1), "rejected": "b"} for n in range(4)]
+    data, out = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "dpo.yaml"
+    write(Console(), model=str(tiny_llama), data=str(data), out=out)
+    assert load_config(out).data.max_length == 512
+    assert "holds 25.0% of the pairs" in out.read_text(encoding="utf-8")
+    assert "75.0% of the pairs have more than the 512 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("num_pairs", [1, 5, 6, 1100])
+def test_what_it_writes_is_within_the_run_however_few_pairs_there_are(tmp_path, tiny_llama, demo_rows, num_pairs):
+    """Evaluations and checkpoints come before the last step, and where pairs are held out, both sides have some."""
+    rows = [{**demo_rows[n % 300], "instruction": f"Task {n}."} for n in range(num_pairs)]
+    init(tmp_path / "my.yaml", tiny_llama, write_rows(tmp_path / "pairs.jsonl", rows))
+    done = run_dpo("train", "my.yaml", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "never reached" not in done.stderr
+    assert (load_config(tmp_path / "my.yaml").data.eval is None) == (num_pairs <= 5)
+
+
+def test_pairs_of_one_prompt_are_not_held_out(tmp_path, tiny_llama, demo_rows):
+    """All pairs of a prompt are on one side, so that the other would be empty."""
+    rows = [{**row, "instruction": "Help.", "input": ""} for row in demo_rows[:30]]
+    init(tmp_path / "my.yaml", tiny_llama, write_rows(tmp_path / "pairs.jsonl", rows))
+    assert load_config(tmp_path / "my.yaml").data.eval is None
 
 
 @pytest.mark.parametrize(
