@@ -178,7 +178,8 @@ def _open_reference(
     layout = choose_layout(config, [base], pairs, held_out, accelerator, console, trained=False)
     batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, base, accelerator), accelerator.device))
     prove_logps(base, batches, held_out, accelerator)
-    with console.progress("reference log-probabilities", len(held_out)) as progress:
+    num_asked = config.reference.num_asked(len(held_out), 0)
+    with console.progress("reference log-probabilities", num_asked) as progress:
         work = ReferenceWork(base, None, accelerator, held_out, batches, progress)
         return config.reference.open(work), layout if config.reference.holds_model else None
 

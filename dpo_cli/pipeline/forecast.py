@@ -130,10 +130,10 @@ def time_rows(
     asked = pace.scoring * other * config.reference.holds_model
     step = tokens_of_step * (pace.training + asked) / size + pace.update
     scoring = tokens_of_pair / num_ranks / size
-    needed = {"cached": len({*plan.trained_on(), *data.held_out}), "synced": len(data.held_out)}
+    num_asked = config.reference.num_asked(len({*plan.trained_on(), *data.held_out}), len(data.held_out))
     seconds = {
         "training": step * (plan.num_steps - done),
-        "reference, unless it is cached": needed.get(config.reference.type, 0) * scoring * pace.scoring * other,
+        "reference, unless it is cached": num_asked * scoring * pace.scoring * other,
         "evaluation": _num_evaluations(config, data, plan, done)
         * len(data.held_out)
         * scoring

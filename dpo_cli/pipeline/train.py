@@ -214,7 +214,8 @@ def _build(
     if other is not policy:
         stands_on["reference"] = weights_digest(other)
     needed = np.union1d(plan.trained_on(), data.held_out)
-    with console.progress("reference log-probabilities", len(needed)) as progress:
+    num_asked = config.reference.num_asked(len(needed), len(data.held_out))
+    with console.progress("reference log-probabilities", num_asked) as progress:
         passes = without_gradient(batches)
         digest = stands_on.get("reference", stands_on["model"])
         work = ReferenceWork(other, policy, accelerator, needed, passes, progress, data.held_out, digest)

@@ -87,6 +87,10 @@ class Cached(Settings):
 
     holds_model: ClassVar[bool] = False
 
+    def num_asked(self, needed: int, held_out: int) -> int:
+        """Return of how many pairs log-probabilities are computed before step 1, of those needed and held out."""
+        return needed
+
     def open(self, work: ReferenceWork) -> OpenReference:
         """Look up what the cache has of the pairs, compute and keep the rest."""
         return OpenReference(_from_cache(work, _scoring(work.model, work.accelerator)))
@@ -101,6 +105,10 @@ class Frozen(Settings):
     """The reference model: a folder, a .gguf file or a Hub id; null: the policy before step 1."""
 
     holds_model: ClassVar[bool] = True
+
+    def num_asked(self, needed: int, held_out: int) -> int:
+        """Return 0: it is asked for every batch."""
+        return 0
 
     def open(self, work: ReferenceWork) -> OpenReference:
         """Clone the policy, or take the other model."""
@@ -125,6 +133,10 @@ class Synced(Settings):
     """α: the share of the way to the policy that it moves; 1: it becomes the policy."""
 
     holds_model: ClassVar[bool] = True
+
+    def num_asked(self, needed: int, held_out: int) -> int:
+        """Return how many pairs are held out: evaluations compare with what it was before step 1."""
+        return held_out
 
     def open(self, work: ReferenceWork) -> OpenReference:
         """Clone the policy, or take the other model, and let it follow."""
@@ -157,6 +169,10 @@ class NoReference(Settings):
 
     model: ClassVar[None] = None
     holds_model: ClassVar[bool] = False
+
+    def num_asked(self, needed: int, held_out: int) -> int:
+        """Return 0: there is none."""
+        return 0
 
     def open(self, work: ReferenceWork | None = None) -> OpenReference:
         """Answer with zeros."""

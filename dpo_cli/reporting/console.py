@@ -129,8 +129,11 @@ class Console:
     def progress(self, what: str, num_pairs: int) -> Iterator[Advance]:
         """Show how far a long job on pairs is: a line with the time left, or on a pipe a line now and then.
 
-        What it yields is called with the pairs of all processes.
+        What it yields is called with the pairs of all processes. Where there are none, nothing is said.
         """
+        if not num_pairs:
+            yield lambda done, total: None
+            return
         if not self._lives:
             self.notice(f"{what}: {num_pairs} pairs")
         line = StatusLine(f"{what}:", 0, num_pairs)

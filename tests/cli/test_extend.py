@@ -76,8 +76,8 @@ def test_an_extended_run_is_byte_for_byte_one_that_was_started_longer(train, tmp
     assert state_after(ours, after) == state_after(theirs, after)
     assert without_clock(read_metrics(ours)) == without_clock(read_metrics(theirs))
     held_out = {row["step"]: row for row in read_metrics(ours, "eval")}
-    assert held_out.keys() == {before, after}
-    assert held_out[after] == read_metrics(theirs, "eval")[0]
+    assert held_out.keys() == {0, before, after}
+    assert [held_out[0], held_out[after]] == read_metrics(theirs, "eval")
     configs = [yaml.safe_load((run / "config.yaml").read_text()) for run in (ours, theirs)]
     assert configs[0]["training"] == configs[1]["training"]
     assert f"optimizer steps | {after}" in (ours / "final/README.md").read_text()

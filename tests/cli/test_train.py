@@ -401,6 +401,24 @@ def test_dpo_eval_judges_as_the_run_did(forked_dpo, write_config, tmp_path, sett
         assert found[name] == pytest.approx(row[name], abs=1e-5), name
 
 
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"reference": "frozen"}, []),
+        ({"reference": {"type": "synced", "every_steps": 1}}, ["8"]),
+        ({"loss": "simpo"}, []),
+    ],
+    ids=["frozen", "synced", "none"],
+)
+def test_only_pairs_that_a_reference_is_asked_about_before_step_1_are_counted(
+    forked_dpo, write_config, settings, asked
+):
+    """A frozen one is asked batch by batch, one that moves about the held-out pairs, and none about nothing."""
+    trained = forked_dpo("train", "--config", write_config(training={"max_steps": 1}, **settings))
+    assert trained.returncode == 0, trained.stderr
+    assert re.findall(r"reference log-probabilities: (\d+) pairs", trained.stderr) == asked
+
+
 def test_reference_strategies_train_to_the_same_losses(forked_dpo, write_config, tmp_path):
     losses = {}
     for name in ("cached", "frozen"):
