@@ -152,13 +152,17 @@ def train(
     """Train a policy on preference pairs."""
     from dpo_cli.config import load_config
     from dpo_cli.pipeline import train as run
+    from dpo_cli.training.run_folder import RunFolder
 
     with _job(quiet=quiet) as (console, signals):
         resume = resume or extend
         if resume and overwrite:
             what = f"`{'--extend' if extend else '--resume'}` and `--overwrite` exclude each other"
             raise UserError(what, "the command line", "choose one of them")
-        settings = load_config(*split_arguments(config, arguments or ()))
+        file, overrides = split_arguments(config, arguments or ())
+        settings = load_config(file, overrides)
+        if resume and not any(text.startswith("output_dir=") for text in overrides):
+            RunFolder(Path(settings.output_dir)).check_moved(file)
         run(settings, console, signals, resume=resume, overwrite=overwrite, dry_run=dry_run, extend=extend)
 
 

@@ -151,6 +151,20 @@ class RunFolder:
             return self._taken(holder)
         return None
 
+    def check_moved(self, file: Path) -> None:
+        """Refuse to begin anew a run that is to be resumed by its own config.yaml and whose folder was moved.
+
+        Args:
+            file: The configuration, of which `output_dir` is this folder.
+
+        Raises:
+            UserError: Beside the file is a run, and none is here.
+        """
+        run = RunFolder(file.parent)
+        if file.name == run.config.name and run.checkpoints.is_dir() and run._is_a_run() and not self.path.exists():
+            what = f"the run was moved: its `output_dir` is {self.path}, and there is no such folder"
+            raise UserError(what, str(file), f"add `output_dir={run.path}` to go on with it, or leave `--resume` out")
+
     def check_inputs(self, inputs: Sequence[str]) -> UserError | None:
         """Say which input `clear` would remove, if one."""
         doomed = [path.resolve() for path in self._own_folders]

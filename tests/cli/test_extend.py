@@ -177,5 +177,20 @@ def test_length_that_somebody_wrote_into_the_runs_settings_is_not_believed(train
     assert "cannot be read" in said
 
 
+def test_a_run_that_was_moved_goes_on_where_it_is_and_is_not_begun_anew(train, zygote, tmp_path):
+    """Its own config.yaml still names the old folder; a copy of the file alone starts a run there as before."""
+    done(train("run", max_steps=2))
+    old, new = tmp_path / "runs" / "run", tmp_path / "runs" / "renamed"
+    old.rename(new)
+    said = refused(zygote.run("train", new / "config.yaml", "--resume", "training.max_steps=4"))
+    assert f"`output_dir={new}`" in said
+    assert not old.exists()
+    shutil.copy(new / "config.yaml", tmp_path / "config.yaml")
+    said = done(zygote.run("train", new / "config.yaml", f"output_dir={new}", "--resume", "training.max_steps=4"))
+    assert "resuming after step 2" in said
+    said = done(zygote.run("train", tmp_path / "config.yaml", "--resume", "training.max_steps=1"))
+    assert "starting from step 1" in said
+
+
 def test_extend_and_overwrite_exclude_each_other(train):
     assert "`--extend` and `--overwrite` exclude each other" in refused(train("run", "--extend", "--overwrite"))
