@@ -58,6 +58,8 @@ def _hint(rows: Sequence[Mapping[str, object]]) -> str:
         return (
             f"{listed(written)} hold lists or objects written as JSON text, as only CSV and TSV may: write them as such"
         )
+    if any(is_messages(row.get("messages")) and row.keys() >= {"chosen", "rejected"} for row in rows):
+        return "`messages` is a prompt where it ends with a turn that is not the assistant's: take the answer out of it"
     there = {name: [need for need in _needed(shape) if need in names] for name, shape in FORMATS.items()}
     # Of several that share as much, most people mean plain texts.
     nearest = max(FORMATS, key=lambda name: (len(there[name]), name == "text"))

@@ -76,9 +76,13 @@ def read_pairs(shape: Shape, row: Row, ranked: RankedRule = "extremes") -> Seque
 def instruction(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
     """Read `{"instruction", "chosen", "rejected"}`, all of them text.
 
-    Optional are `input`, text that the instruction works on, and `history`, what was said before.
+    An answer may also be a message, or a list of messages that begins with the assistant's. Optional are `input`, text
+    that the instruction works on, and `history`, what was said before.
     """
-    return [_of_texts(read_question(row, "instruction"), row, origin)]
+    asked = read_question(row, "instruction")
+    if any(_is_turns(row.get(name)) for name in _BOTH):
+        return [_of_turns(asked, row, origin)]
+    return [_of_texts(asked, row, origin)]
 
 
 def text(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
@@ -96,7 +100,9 @@ def messages(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
     begins with the assistant's turn or repeats the prompt as a whole. The prompt may be an object that holds the list
     in `messages` and, optionally, `tools`, as in OpenAI's format.
     """
-    return [_of_turns(read_messages(fields.field(row, "prompt"), "prompt"), row, origin)]
+    prompt = fields.field(row, "prompt")
+    asked = (read_message(prompt, "prompt"),) if is_message(prompt) else read_messages(prompt, "prompt")
+    return [_of_turns(asked, row, origin)]
 
 
 def repeated(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
@@ -104,12 +110,16 @@ def repeated(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
 
     The user's first turn in both must be the text of `prompt`, but for white space around it. The lists say
     everything; UltraFeedback's binarized pairs are of this shape. Where no user says anything in either list, and both
-    begin with the assistant, they are answers to `prompt`. An answer may be a single message.
+    begin with the assistant, they are answers to `prompt`. An answer may be a message, and one of the two a text.
     """
     prompt = read_user(row, "prompt").content
     values = [fields.field(row, name) for name in _BOTH]
+    # Beside a conversation that repeats the prompt, a text is none.
+    are_answers = not any(map(_begins_otherwise, values)) and any(map(_is_turns, values))
     chosen, rejected = (
-        (read_message(value, name),) if is_message(value) else read_messages(value, name)
+        read_turns(value, name)
+        if is_message(value) or (are_answers and _is_answer(value))
+        else read_messages(value, name)
         for name, value in zip(_BOTH, values, strict=True)
     )
     if chosen[0].role == rejected[0].role == "assistant" and not any(m.role == "user" for m in chosen + rejected):
@@ -268,7 +278,11 @@ def _messages(row: Mapping[str, object], name: str) -> Messages:
 
 
 def _like_instruction(row: Mapping[str, object]) -> bool:
-    return _are(_is_text, row, "instruction", *_BOTH)
+    return (
+        _are(_is_text, row, "instruction")
+        and _are(_is_answer, row, *_BOTH)
+        and not _are(_begins_otherwise, row, *_BOTH)
+    )
 
 
 def _like_text(row: Mapping[str, object]) -> bool:
@@ -276,15 +290,16 @@ def _like_text(row: Mapping[str, object]) -> bool:
 
 
 def _like_messages(row: Mapping[str, object]) -> bool:
-    return _are(is_messages, row, "prompt") and _are(_is_answer, row, *_BOTH)
+    return _are(_is_turns, row, "prompt") and _are(_is_answer, row, *_BOTH)
 
 
 def _like_repeated(row: Mapping[str, object]) -> bool:
-    return _are(_is_text, row, "prompt") and _are(_is_turns, row, *_BOTH)
+    return _are(_is_text, row, "prompt") and _are(_is_answer, row, *_BOTH) and not _are(_is_text, row, *_BOTH)
 
 
 def _like_conversations(row: Mapping[str, object]) -> bool:
-    return _are(is_messages, row, *_BOTH) and not _has_any(row, "prompt", *_SHAREGPT_TURNS) and not _asks(row)
+    asked = _has_any(row, "prompt", *_SHAREGPT_TURNS) or _asks(row) or _like_instruction(row)
+    return _are(is_messages, row, *_BOTH) and not asked
 
 
 def _like_hh(row: Mapping[str, object]) -> bool:
@@ -348,7 +363,7 @@ def _has_any(row: Mapping[str, object], *names: str) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not is_messages(value)
+    return isinstance(value, str) and not _is_turns(value)
 
 
 def _is_prompt(value: object) -> bool:
@@ -376,7 +391,7 @@ FORMATS: dict[str, Shape] = {
     "instruction": Shape(
         instruction,
         _like_instruction,
-        "`instruction`, `chosen` and `rejected` are text.",
+        "`instruction` is text, `chosen` and `rejected` are text, or turns that begin with the assistant's.",
         {"instruction": "Sort these numbers.", "input": "3, 1, 2", "chosen": "1, 2, 3", "rejected": "3, 2, 1"},
     ),
     "text": Shape(
@@ -394,7 +409,7 @@ FORMATS: dict[str, Shape] = {
     "repeated": Shape(
         repeated,
         _like_repeated,
-        "`prompt` is text, `chosen` and `rejected` are messages or lists of messages.",
+        "`prompt` is text, `chosen` and `rejected` are messages or lists of messages, at least one of them.",
         {"prompt": _ASKED, "chosen": [_TURN, _GOOD], "rejected": [_TURN, _BAD]},
     ),
     "conversations": Shape(

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from dpo_cli.data.detection import detect
-from dpo_cli.data.formats import FORMATS
+from dpo_cli.data.formats import FORMATS, read_pairs
 from dpo_cli.data.records import Row
 from dpo_cli.errors import UserError
 from tests.conftest import ROW_OF
@@ -93,6 +93,23 @@ def test_lists_written_as_json_text_are_what_differs(row):
     written = [name for name, value in row.items() if not isinstance(value, str)]
     assert all(f"`{name}`" in caught.value.hint for name in written)
     assert "written as JSON text" in caught.value.hint
+
+
+def test_messages_that_end_with_an_answer_are_what_differs():
+    turns = [TURN, {"role": "assistant", "content": "y"}]
+    with pytest.raises(UserError) as caught:
+        detect(rows_of({"messages": turns, "chosen": turns[1], "rejected": "z"}), "f")
+    assert "`messages` is a prompt where it ends with a turn that is not the assistant's" in caught.value.hint
+
+
+@pytest.mark.parametrize("asked", [{"prompt": "Q"}, {"prompt": TURN}, {"prompt": [TURN]}, {"instruction": "Q"}])
+@pytest.mark.parametrize("answers", list(itertools.product(("text", "message", "list"), repeat=2)))
+def test_answers_may_be_text_messages_or_lists_beside_any_prompt(asked, answers):
+    forms = [{"text": said, "message": (one := {"role": "assistant", "content": said}), "list": [one]} for said in "ab"]
+    row = asked | {name: form[kind] for name, form, kind in zip(("chosen", "rejected"), forms, answers, strict=True)}
+    (pair,) = read_pairs(FORMATS[detect(rows_of(row), "f")], Row("f:1", row))
+    assert [[m.content for m in turns] for turns in (pair.chosen, pair.rejected)] == [["a"], ["b"]]
+    assert [m.content for m in pair.prompt] == ["x" if asked.get("prompt", "Q") != "Q" else "Q"]
 
 
 def test_a_row_of_a_thousand_strange_columns_is_told_in_one_line():
