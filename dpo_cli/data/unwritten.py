@@ -6,7 +6,9 @@ said in a particular row (it may strip thoughts, say) is not looked for here.
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +17,8 @@ from dpo_cli.data.kinds import Kind
 from dpo_cli.data.records import Message, Pair
 
 _MOST_KINDS = 4096
+_LONGEST_WORD = 24
+"""Characters of an argument of the template that is told apart from others: `high`, `false`."""
 
 _ANOTHER = "Use a template that writes them, or take them out of the data."
 
@@ -76,10 +80,21 @@ class _Spot:
     mark: str
 
     def changed(self, message: Message) -> Message:
-        """Return the message with the mark in the place of what is there."""
+        """Return the message with the mark in the place of what is there.
+
+        A text keeps its length: what a template may write is bounded by what it is given.
+        """
         if not self.path:
-            return replace(message, content=self.mark, input="")
+            return replace(message, content=self.mark.ljust(len(message.text), self.mark[-1]), input="")
         return replace(message, extras=_put(message.extras, self.path, self.mark))
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A part of a JSON value, and what makes another one of it that holds a mark."""
+
+    path: tuple[str | int, ...]
+    make: Callable[[str], Any]
 
 
 class Unwritten:
@@ -121,7 +136,8 @@ class Unwritten:
         """Yield the parts of messages that are not written."""
         spots = _spots(messages)
         text = self._write(_changed(messages, spots), arguments, False)
-        missing = [spot for spot in spots if text is None or spot.mark not in text]
+        seen = _marks(text)
+        missing = [spot for spot in spots if spot.mark not in seen]
         for part in dict.fromkeys(spot.part for spot in missing):
             if self._any_unseen(messages, [spot for spot in missing if spot.part == part], arguments):
                 yield part
@@ -135,14 +151,14 @@ class Unwritten:
     def _tools_missing(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> bool:
         """Tell whether a tool may change and the text stays the same."""
         tools = arguments.get("tools") or []
-        marks = [_mark(number) for number in range(len(tools))]
-        changed = [_with_mark(tool, mark) for tool, mark in zip(tools, marks, strict=True)]
-        text = self._write(messages, {**arguments, "tools": changed}, False) if tools else ""
-        missing = [number for number, mark in enumerate(marks) if text is None or mark not in text]
+        parts = [_Change((n, *path), change) for n, tool in enumerate(tools) for path, change in _parts_of_tool(tool)]
+        marks = {_mark(number): part for number, part in enumerate(parts)}
+        text = self._write(messages, {**arguments, "tools": _all_changed(tools, marks)}, False) if tools else ""
+        seen = _marks(text)
+        missing = [{mark: part} for mark, part in marks.items() if mark not in seen]
         before = self._write(messages, arguments, False) if missing else None
         return any(
-            self._write(messages, {**arguments, "tools": [*tools[:n], changed[n], *tools[n + 1 :]]}, False) == before
-            for n in missing
+            self._write(messages, {**arguments, "tools": _all_changed(tools, one)}, False) == before for one in missing
         )
 
     def _arguments_missing(self, pair: Pair, both: Sequence[Sequence[Message]]) -> bool:
@@ -165,14 +181,19 @@ def _form(pair: Pair) -> Hashable:
     kind = len(pair.prompt), len(pair.chosen), *turns
     if not pair.arguments:
         return kind
-    arguments = sorted(name for name, value in pair.arguments.items() if value is not None)
-    return kind, *arguments, len(pair.arguments.get("tools") or ())
+    # A value decides what a template writes, but one that is not a word or a switch may be another in each row.
+    arguments = sorted(
+        (name, repr(value) if isinstance(value, (bool, int, float)) or len(str(value)) <= _LONGEST_WORD else "")
+        for name, value in pair.arguments.items()
+        if name != "tools" and value is not None
+    )
+    tools = [[path for path, _ in _parts_of_tool(tool)] for tool in pair.arguments.get("tools") or ()]
+    return kind, *arguments, repr(tools)
 
 
 def _parts(message: Message) -> Hashable:
     """Return who speaks, and which parts there are."""
-    calls = len(message.extras.get("tool_calls", ()))
-    return message.role, bool(message.content), calls, *sorted(message.extras)
+    return message.role, *sorted(message.extras), *_parts_of(message)
 
 
 def _spots(messages: Sequence[Message]) -> list[_Spot]:
@@ -203,9 +224,47 @@ def _parts_of_call(part: str, called: Any, path: tuple[str | int, ...]) -> Itera
             yield part, (*path, name)
 
 
+def _parts_of_tool(tool: Any) -> Iterator[tuple[tuple[str, ...], Callable[[str], Any]]]:
+    """Yield where each part of a tool's description is, and what makes another one of it that holds a mark."""
+    inner = ("function",) if isinstance(tool.get("function"), Mapping) else ()
+    described = tool["function"] if inner else tool
+    found = False
+    for name in ("name", "description"):
+        if isinstance(text := described.get(name), str) and text:
+            found = True
+            yield (*inner, name), text.__add__
+    parameters = described.get("parameters")
+    if (
+        isinstance(parameters, Mapping)
+        and isinstance(properties := parameters.get("properties"), Mapping)
+        and properties
+    ):
+        found = True
+        yield (*inner, "parameters", "properties"), functools.partial(_with_property, properties)
+    if not found:
+        yield (), functools.partial(_with_mark, tool)
+
+
+def _all_changed(value: Any, marks: Mapping[str, _Change]) -> Any:
+    """Return a JSON value with a mark in each of some parts."""
+    for mark, change in marks.items():
+        value = _replaced(value, change.path, change.make(mark))
+    return value
+
+
+def _with_property(properties: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    """Return the parameters of a tool and one more like the first, whose name is a mark."""
+    return {**properties, mark: next(iter(properties.values()))}
+
+
 def _mark(number: int) -> str:
     """Return a text that neither data nor templates have: of code points that are no characters."""
     return f"\ufdd5{number}\ufdd5"
+
+
+def _marks(text: str | None) -> frozenset[str]:
+    """Return all marks in what was written."""
+    return frozenset(re.findall("\ufdd5[0-9]+\ufdd5", text or ""))
 
 
 def _changed(messages: Sequence[Message], spots: Sequence[_Spot]) -> list[Message]:
@@ -218,13 +277,19 @@ def _changed(messages: Sequence[Message], spots: Sequence[_Spot]) -> list[Messag
 
 def _put(value: Any, path: Sequence[str | int], mark: str) -> Any:
     """Return a JSON value with a mark at a path; an object, and the JSON text of one, stay what they are."""
+    there = functools.reduce(lambda outer, step: outer[step], path, value)
+    other: Any = {mark: mark} if isinstance(there, Mapping) else mark
+    if path[-1] == "arguments" and isinstance(there, str):
+        other = json.dumps({mark: mark}, ensure_ascii=False)
+    return _replaced(value, path, other)
+
+
+def _replaced(value: Any, path: Sequence[str | int], other: Any) -> Any:
+    """Return a JSON value with another at a path."""
     if not path:
-        changed = {mark: mark}
-        return changed if isinstance(value, Mapping) else mark
+        return other
     first, *rest = path
-    if first == "arguments" and isinstance(value[first], str):
-        return {**value, first: json.dumps({mark: mark}, ensure_ascii=False)}
-    inner = _put(value[first], rest, mark)
+    inner = _replaced(value[first], rest, other)
     if isinstance(first, int):
         return [*value[:first], inner, *value[first + 1 :]]
     return {**value, first: inner}

@@ -70,7 +70,7 @@ def tight(monkeypatch):
 
 
 def render(tokenizer, template):
-    return rendering.Renderer(tokenizer, template, "all", TextEncoder(tokenizer))([PAIR, PAIR])
+    return rendering.Renderer(tokenizer, {"default": template}, "all", TextEncoder(tokenizer))([PAIR, PAIR])
 
 
 @pytest.mark.parametrize("name", ESCAPES)
@@ -123,7 +123,7 @@ def test_a_template_without_an_end_ends_the_command(tight, project, dpo):
 def test_a_long_conversation_is_written_whatever_its_length(tokenizer):
     long = Message("user", "word " * 2_000_000)
     pair = Pair((long,), PAIR.chosen, PAIR.rejected, "a.jsonl:1")
-    (found,) = rendering.Renderer(tokenizer, CHATML, "all", TextEncoder(tokenizer))([pair])
+    (found,) = rendering.Renderer(tokenizer, {"default": CHATML}, "all", TextEncoder(tokenizer))([pair])
     assert long.content in found.prompt
 
 
@@ -132,14 +132,14 @@ def test_what_is_said_is_not_written_over_and_over(tokenizer):
     pair = Pair((long, *PAIR.prompt), PAIR.chosen, PAIR.rejected, "a.jsonl:1")
     with pytest.raises(UserError, match=r"chat template writes [\d,]+ characters"):
         again = "{% for m in messages %}" + "{{ messages[0].content }}" * 8 + "{% endfor %}"
-        rendering.Renderer(tokenizer, again, "all", TextEncoder(tokenizer))([pair])
+        rendering.Renderer(tokenizer, {"default": again}, "all", TextEncoder(tokenizer))([pair])
 
 
 def test_many_short_turns_may_take_more_words_of_the_template_than_are_said(tokenizer):
     turns = tuple(Message(role, "word " * 40) for _ in range(5_000) for role in ("user", "assistant"))
     pair = Pair((*turns, *PAIR.prompt), PAIR.chosen, PAIR.rejected, "a.jsonl:1")
     wordy = "{% for m in messages %}" + "w" * 120 + "{{ m.content }}{% endfor %}"
-    (found,) = rendering.Renderer(tokenizer, wordy, "all", TextEncoder(tokenizer))([pair])
+    (found,) = rendering.Renderer(tokenizer, {"default": wordy}, "all", TextEncoder(tokenizer))([pair])
     assert found.prompt == "".join("w" * 120 + message.content for message in pair.prompt)
 
 
