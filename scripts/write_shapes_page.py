@@ -66,9 +66,14 @@ REST = """
 Upper and lower case do not matter. Any other role is an error. A turn of `function_call` or `tool_call` says, as JSON,
 one call or a list of them (`{"name": …, "arguments": …}`), which become the turn's `tool_calls`.
 
+A call is `{"type": "function", "function": {"name": …, "arguments": …}}`, as in OpenAI's format, or has name and
+arguments itself. The arguments may be called `parameters`, `args` or `input` as well. However it is spelled, a call
+becomes the same tokens. One that names no function, or has arguments under two of these names, is an error.
+
 The content is text, or a list of parts `{"type": "text", "text": …}`, which are joined. It may be null in a turn that
 calls tools. A message's `tool_calls`, `function_call`, `tool_call_id`, `name` and `reasoning_content` (or `reasoning`,
-or `thinking`) are given to the chat template. Nulls with which Parquet and Arrow fill up objects count as not there.
+or `thinking`, or the same thoughts in several) are given to the chat template. Nulls with which Parquet and Arrow fill
+up objects count as not there.
 
 A message with `"weight": 0` or `"train": false` is context and not scored, wherever it is in a response; 1 and true,
 and null, say nothing. A response of which no turn is scored is refused.
@@ -121,6 +126,7 @@ A refused row is counted by its reason and named by file and line; the message s
 | `wrong length` | scores or ranks are not as many as responses; an exchange of the history is not two texts | broken |
 | `wrong label` | a label is not true or false, 1 or 0; a winner is neither answer | broken |
 | `scores against ranks` | scores call another answer the better one than ranks, or a winner or label, do | broken |
+| `two thoughts` | a message has other thoughts in one field than in another | broken |
 | `nothing scored` | no turn of a response is scored, by its `weight` or `train` | broken |
 | `number out of range` | not finite with 32 bits, or a weight below 0 | broken |
 | `undecodable text` | half of a surrogate pair | broken |

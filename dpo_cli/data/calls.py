@@ -1,13 +1,14 @@
-"""The arguments of tool calls, JSON text or an object: as the chat template wants them, whichever a row has.
+"""Calls of tools, however a row spells them, and their arguments, JSON text or an object, as the template wants them.
 
-OpenAI's format has them as text. Most templates write objects (by `tojson`, or item by item), so that text would become
-JSON within JSON; a few join them to other text, and want text. Inference servers do the same.
+OpenAI's format has the arguments as text. Most templates write objects (by `tojson`, or item by item), so that text
+would become JSON within JSON; a few join them to other text, and want text. Inference servers do the same.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dpo_cli.data import fields
@@ -15,6 +16,12 @@ from dpo_cli.data.records import BadRow, Message
 
 CALLED = frozenset({"tool_calls", "function_call"})
 """Where a message says what is called: a list of calls, or what is called alone."""
+
+_ARGUMENTS = ("arguments", "parameters", "args", "input")
+"""What data calls the arguments of a call; templates know the first."""
+
+_OF_CALL = ("id", "type", "index")
+"""What a call says beside what is called."""
 
 _Conversation = list[dict[str, Any]]
 
@@ -29,33 +36,81 @@ _TOOL = {
 }
 
 
-def wants_text(write: Callable[[_Conversation, dict[str, Any]], str | None]) -> bool:
-    """Tell whether a template wants the arguments of calls as JSON text, by trying.
+def read_call(call: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return a call as OpenAI's format has it, which templates know: name and arguments in an object of their own.
+
+    Args:
+        call: That, or an object that holds both itself.
+        place: What it is called.
+
+    Raises:
+        BadRow: It does not say what it calls, or gives its arguments twice.
+    """
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "type": call.get("type") or "function", "function": read_called(call["function"], place)}
+    called = {name: value for name, value in call.items() if name not in _OF_CALL}
+    if "function" in called and "name" not in called:
+        called = {"name": called.pop("function"), **called}
+    beside = {name: call[name] for name in _OF_CALL if name in call}
+    return {**beside, "type": "function", "function": read_called(called, place)}
+
+
+def read_called(called: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Return the name of what is called and the arguments, under the names that templates know.
+
+    Raises:
+        BadRow: As `read_call` does.
+    """
+    name = called.get("name")
+    if not isinstance(name, str) or not name.strip():
+        raise BadRow("wrong type", f"`{place}` does not say which function it calls by `name`")
+    given = [spelled for spelled in _ARGUMENTS if called.get(spelled) is not None]
+    if len(given) > 1:
+        raise BadRow("wrong type", f"`{place}` has arguments twice: as `{given[0]}` and as `{given[1]}`")
+    return {"arguments" if spelled in given else spelled: value for spelled, value in called.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class CallForm:
+    """How a template wants calls.
+
+    Attributes:
+        as_text: The arguments as JSON text, and not as an object.
+        flat: Name and arguments in the call itself, and not in its `function`.
+    """
+
+    as_text: bool = False
+    flat: bool = False
+
+
+def wanted_form(write: Callable[[_Conversation, dict[str, Any]], str | None]) -> CallForm:
+    """Find out how a template wants calls, by trying.
 
     Args:
         write: Writes a conversation with the template's arguments; None where the template fails.
     """
     arguments = {_NAME: _VALUE}
     text = json.dumps(arguments)
-    for conversation, settings in _tried():
-        as_object, as_text = (write(_calling(conversation, form), settings) for form in (arguments, text))
-        # What is joined to text without more shows as Python writes it.
-        if as_object and _VALUE in as_object and repr(arguments) not in as_object:
-            return False
-        if as_text and _VALUE in as_text:
-            return True
-    return False
+    for flat in (False, True):
+        for conversation, settings in _tried():
+            as_object, as_text = (write(_calling(conversation, form, flat), settings) for form in (arguments, text))
+            # What is joined to text without more shows as Python writes it.
+            if as_object and _VALUE in as_object and repr(arguments) not in as_object:
+                return CallForm(as_text=False, flat=flat)
+            if as_text and _VALUE in as_text:
+                return CallForm(as_text=True, flat=flat)
+    return CallForm()
 
 
-def with_arguments(message: Message, *, as_text: bool) -> Message:
-    """Return a message whose calls have their arguments as text or as objects; what is not JSON stays text."""
+def in_form(message: Message, form: CallForm) -> Message:
+    """Return a message whose calls are as a template wants them; arguments that are not JSON stay text."""
     if CALLED.isdisjoint(message.extras):
         return message
     extras = dict(message.extras)
     if "tool_calls" in extras:
-        extras["tool_calls"] = [_call(call, as_text=as_text) for call in extras["tool_calls"]]
+        extras["tool_calls"] = [_call(call, form) for call in extras["tool_calls"]]
     if isinstance(called := extras.get("function_call"), Mapping):
-        extras["function_call"] = _called(called, as_text=as_text)
+        extras["function_call"] = _called(called, form)
     return Message(message.role, message.content, message.input, extras, message.scored)
 
 
@@ -73,15 +128,20 @@ def what_is_called(message: Message) -> Iterator[Mapping[str, Any]]:
         yield called
 
 
-def _call(call: Mapping[str, Any], *, as_text: bool) -> Mapping[str, Any]:
-    if isinstance(inner := call.get("function"), Mapping):
-        return {**call, "function": _called(inner, as_text=as_text)}
-    return _called(call, as_text=as_text)
+def _call(call: Mapping[str, Any], form: CallForm) -> Mapping[str, Any]:
+    if not isinstance(inner := call.get("function"), Mapping):
+        return _called(call, form)
+    return _flat(call, _called(inner, form)) if form.flat else {**call, "function": _called(inner, form)}
 
 
-def _called(called: Mapping[str, Any], *, as_text: bool) -> Mapping[str, Any]:
+def _flat(call: Mapping[str, Any], called: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call that is what it calls."""
+    return {**{name: value for name, value in call.items() if name not in ("type", "function")}, **called}
+
+
+def _called(called: Mapping[str, Any], form: CallForm) -> Mapping[str, Any]:
     found = called.get("arguments")
-    return {**called, "arguments": _as_text(found) if as_text else _as_object(found)}
+    return {**called, "arguments": _as_text(found) if form.as_text else _as_object(found)}
 
 
 def _as_text(arguments: Any) -> Any:
@@ -122,9 +182,10 @@ def _tried() -> Iterator[tuple[_Conversation, dict[str, Any]]]:
             yield conversation[:end], settings
 
 
-def _calling(conversation: _Conversation, arguments: Any) -> _Conversation:
+def _calling(conversation: _Conversation, arguments: Any, flat: bool) -> _Conversation:
     """Put the arguments into the call."""
     asked, calling, *rest = conversation
     (call,) = calling["tool_calls"]
-    called = {**call, "function": {**call["function"], "arguments": arguments}}
+    inner = {**call["function"], "arguments": arguments}
+    called = _flat(call, inner) if flat else {**call, "function": inner}
     return [asked, {**calling, "tool_calls": [called]}, *rest]

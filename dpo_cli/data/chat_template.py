@@ -83,9 +83,22 @@ class ChatTemplate:
         return texts
 
     @functools.cached_property
-    def wants_text(self) -> bool:
-        """Whether the arguments of tool calls are to be JSON text, and not objects."""
-        return calls.wants_text(self._tried)
+    def call_form(self) -> calls.CallForm:
+        """How calls of tools are to be given."""
+        return calls.wanted_form(self._tried)
+
+    @functools.cached_property
+    def always_asks(self) -> bool:
+        """Whether it writes a generation prompt behind an answer too, as if another were to follow."""
+        turns = [
+            {"role": role, "content": f"\ufdd2{place}"} for place, role in enumerate(("user", "assistant", "user"))
+        ]
+        asked, answered, going_on = (self._tried(turns[:stop], {}) or "" for stop in (1, 2, 3))
+        if not asked or not answered.startswith(asked):
+            return False
+        behind, next_turn = (text.partition(turns[1]["content"])[2] for text in (answered, going_on))
+        more = behind[common_length(behind, next_turn) :]
+        return bool(more.strip()) and asked.endswith(more)
 
     def _tried(self, conversation: list[dict[str, Any]], settings: _Settings) -> str | None:
         """Write a conversation that the template may fail on; None where it does."""
@@ -223,6 +236,12 @@ def template_errors() -> tuple[type[Exception], ...]:
     return TemplateError, *found
 
 
+def common_length(one: str, other: str) -> int:
+    """Count the characters with which two texts begin alike."""
+    differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
+
+
 def _as_mapping(message: Message) -> dict[str, Any]:
     """Return a message as chat templates know it."""
     return {"role": message.role, "content": message.text, **message.extras}
@@ -249,4 +268,4 @@ def _arguments_taken() -> frozenset[str]:
     from transformers import PreTrainedTokenizerBase
 
     names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    return frozenset(names) - {"tools", "documents"}
+    return frozenset(names) - {"tools", "documents"} | {"messages"}

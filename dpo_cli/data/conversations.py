@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_cli.data import fields
-from dpo_cli.data.calls import CALLED
+from dpo_cli.data.calls import CALLED, read_call, read_called
 from dpo_cli.data.records import BadRow, Cell, Message, Pair, Role
 
 Messages = tuple[Message, ...]
@@ -320,9 +320,9 @@ def _calls(content: str, place: str) -> list[dict[str, Any]]:
     """Read what a turn says that is nothing but calls of tools."""
     found = fields.from_json(content, place)
     calls = found if isinstance(found, list) else [found]
-    if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
+    if not calls or not all(isinstance(call, dict) for call in calls):
         raise BadRow("wrong type", f"`{place}` does not say, as JSON, which function it calls by `name`")
-    return [{"type": "function", "function": fields.plain_json(call, place)} for call in calls]
+    return [read_call(fields.plain_json(call, place), place) for call in calls]
 
 
 def _content(message: Mapping[str, object], place: str, extras: Mapping[str, Any]) -> str:
@@ -353,16 +353,27 @@ def _extras(message: Mapping[str, object], place: str) -> dict[str, Any]:
     if message.keys() <= _PLAIN:
         return extras
     if (calls := message.get("tool_calls")) and (listed := fields.mappings(calls, f"{place}.tool_calls", "calls")):
-        extras["tool_calls"] = fields.plain_json(listed, f"{place}.tool_calls")
+        plain = fields.plain_json(listed, f"{place}.tool_calls")
+        extras["tool_calls"] = [read_call(call, f"{place}.tool_calls[{n}]") for n, call in enumerate(plain)]
     if called := message.get("function_call"):
         found = fields.mapping(fields.from_json(called, f"{place}.function_call"), f"{place}.function_call")
-        extras["function_call"] = fields.plain_json(dict(found), f"{place}.function_call")
+        plain = fields.plain_json(dict(found), f"{place}.function_call")
+        extras["function_call"] = read_called(plain, f"{place}.function_call")
     for name in _TEXT_EXTRAS:
         if (value := message.get(name)) not in (None, ""):
             extras[name] = fields.text(value, f"{place}.{name}")
-    if (spelled := _present(message, _REASONING)) and message[spelled] != "":
-        extras["reasoning_content"] = fields.text(message[spelled], f"{place}.{spelled}")
+    if thoughts := _thoughts(message, place):
+        extras["reasoning_content"] = thoughts
     return extras
+
+
+def _thoughts(message: Mapping[str, object], place: str) -> str:
+    """Return what is thought before a turn; under several names it must be the same."""
+    found = {name: fields.text(message[name], f"{place}.{name}") for name in _REASONING if message.get(name)}
+    if len(set(found.values())) > 1:
+        one, other, *_ = found
+        raise BadRow("two thoughts", f"`{place}` has other thoughts in `{one}` than in `{other}`")
+    return next(iter(found.values()), "")
 
 
 def _is_scored(message: Mapping[str, object], place: str) -> bool:

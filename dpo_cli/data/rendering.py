@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal
 
-from dpo_cli.data.calls import has_broken_arguments, what_is_called, with_arguments
-from dpo_cli.data.chat_template import ChatTemplates, template_errors
+from dpo_cli.data.calls import has_broken_arguments, in_form, what_is_called
+from dpo_cli.data.chat_template import ChatTemplates, common_length, template_errors
 from dpo_cli.data.encode import TextEncoder
 from dpo_cli.data.literals import LITERAL_START, STAND_IN, STAND_IN_TURN, Literals
 from dpo_cli.data.records import BadRow, Message, Pair
@@ -102,7 +102,8 @@ class Renderer:
             return []
         arguments = pairs[0].arguments
         try:
-            pairs = [self._with_arguments(pair) for pair in pairs]
+            self._check_template(arguments)
+            pairs = [self._with_calls(pair) for pair in pairs]
             asked = [self._marked(pair.prompt) for pair in pairs]
             both = [
                 prompt + self._marked(response)
@@ -124,16 +125,25 @@ class Renderer:
         """Find out which of several pairs cannot be written."""
         return [item for pair in pairs for item in self._write_all([pair])]
 
+    def _check_template(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse a template under which every answer would end with the beginning of the next."""
+        if self._templates is not None and self._templates.of(arguments).always_asks:
+            raise BadRow(
+                "template error",
+                "the chat template writes a generation prompt behind an answered conversation too: let it do so only "
+                "`if add_generation_prompt`",
+            )
+
     def _as_given(self, pair: Pair) -> Pair:
         """Return a pair as the template is given it: with the control tokens marked that it spells out."""
         return _each_message(pair, self._literals.marked)
 
-    def _with_arguments(self, pair: Pair) -> Pair:
-        """Return a pair whose tool calls have their arguments as the template wants them."""
+    def _with_calls(self, pair: Pair) -> Pair:
+        """Return a pair whose tool calls are as the template wants them."""
         if self._templates is None or not _has_extras(pair):
             return pair
-        as_text = self._templates.of(pair.arguments).wants_text
-        return _each_message(pair, functools.partial(with_arguments, as_text=as_text))
+        form = self._templates.of(pair.arguments).call_form
+        return _each_message(pair, lambda message: in_form(message, form))
 
     def _located(self, pair: Pair, prompt: str, chosen: str, rejected: str) -> Rendered:
         """Find the end of the prompt in both conversations, and the turns behind it."""
@@ -190,15 +200,13 @@ class Renderer:
             missing: The turns of which the text does not hold what was said.
         """
         calling = [place for place, turn in enumerate(response) if turn.extras and not turn.text.strip()]
-        last = len(response) - 1
-        for place in sorted({*missing, *calling}):
-            turn = response[place]
-            if turn.role != "assistant" or not turn.scored or (self.turns == "last" and place != last):
-                continue
+        scored = [place for place, turn in enumerate(response) if turn.role == "assistant" and turn.scored]
+        judged = scored if self.turns == "all" else scored[-1:]
+        for place in sorted({*missing, *calling}.intersection(judged)):
             before, after = (*pair.prompt, *response[:place]), response[place + 1 :]
             empty = self.tried([*before, Message("assistant", ""), *after], pair.arguments)
             if empty is not None and "".join(empty.split()) == "".join(text.split()):
-                which = f"turn {place + 1} of `{name}`" if last else f"`{name}`"
+                which = f"turn {place + 1} of `{name}`" if len(response) > 1 else f"`{name}`"
                 kept = "what it calls" if any(what_is_called(response[place])) else "what it says"
                 raise BadRow("empty turn", f"{which} becomes empty: the chat template does not write {kept}")
 
@@ -225,12 +233,17 @@ class Renderer:
         """Write a prompt as inference sends it, what is said last left out; return what stands before it and behind.
 
         Raises:
-            BadRow: The template does not write what is said last.
+            BadRow: The template does not write what is said last, or fails without it.
         """
-        pair = self._with_arguments(pair)
+        pair = self._with_calls(pair)
         *before, last = pair.prompt
         messages = [*before, Message(last.role, STAND_IN, extras=last.extras)]
-        head, found, tail = self.write(messages, pair.arguments, add_generation_prompt=True).partition(STAND_IN)
+        try:
+            text = self.write(messages, pair.arguments, add_generation_prompt=True)
+        except template_errors() as error:
+            detail = f"the chat template fails where what is said last in the prompt is cut: {_reason(error)}"
+            raise BadRow("template error", detail) from None
+        head, found, tail = text.partition(STAND_IN)
         if not found:
             raise BadRow("template error", "the chat template leaves out what is said last in the prompt")
         return head, tail
@@ -318,15 +331,15 @@ class _Turns:
         Raises:
             BadRow: It cannot be told.
         """
-        shared = _common(sent, self.whole)
+        shared = common_length(sent, self.whole)
         if shared == len(sent):
             return shared
         before, _ = self._around_stand_in(place, len(self.response))
-        own = _common(before, self.whole)
+        own = common_length(before, self.whole)
         # Within the generation prompt they part between two tokens, which need not be where their letters part;
         # what the answer begins with may look like the generation prompt's own end.
         tokens = [self._tokens(text) for text in (sent, self.whole)]
-        for edge in range(min(shared, own), max(1, _common(sent, self._write(place))) - 1, -1):
+        for edge in range(min(shared, own), max(1, common_length(sent, self._write(place))) - 1, -1):
             upto = self._tokens(self.whole[:edge])
             if all(found[: len(upto)] == upto for found in tokens):
                 return edge
@@ -347,7 +360,7 @@ class _Turns:
         _, closing = self._around_stand_in(place, place + 1)
         if not rest.startswith(closing):
             closing = self._inner_closing(place)
-        return len(self.whole) - len(rest) + _common(closing, rest)
+        return len(self.whole) - len(rest) + common_length(closing, rest)
 
     def _inner_closing(self, place: int) -> str:
         """Return what the template writes behind a turn that is not the last: what stands before another's header."""
@@ -390,12 +403,6 @@ def _each_message(pair: Pair, change: Callable[[Message], Message]) -> Pair:
     return replace(pair, prompt=prompt, chosen=chosen, rejected=rejected)
 
 
-def _common(one: str, other: str) -> int:
-    """Count the characters with which two texts begin alike."""
-    differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differing, min(len(one), len(other)))
-
-
 def _without_answers_space(before: str, sent: str) -> str:
     """Return what stands before an answer's text without the white space that is the answer's to write.
 
@@ -404,7 +411,7 @@ def _without_answers_space(before: str, sent: str) -> str:
         sent: What inference sends before the answer: white space at its end is not the answer's.
     """
     space = before[len(before.rstrip()) :]
-    return before[: len(before) - len(space) + _common(space, sent[len(sent.rstrip()) :])]
+    return before[: len(before) - len(space) + common_length(space, sent[len(sent.rstrip()) :])]
 
 
 def _lost(what: str) -> BadRow:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cli.data.formats import FORMATS, read_pairs
-from dpo_cli.data.records import Message, Pair, Row
+from dpo_cli.data.records import BadRow, Message, Pair, Row
 from dpo_cli.data.tokenize import Tokenized
 from tests.data.awkward_texts import NO_CHARACTERS
 from tests.data.chat_templates import TEMPLATES
@@ -150,3 +150,55 @@ def test_arguments_of_a_whole_row_are_text_or_object_alike():
 
 
 ANSWER = {"role": "assistant", "content": "It rains."}
+
+
+SPELLINGS = {
+    "OpenAI's": lambda given: {
+        "id": "call00001",
+        "type": "function",
+        "function": {"name": "weather", "arguments": given},
+    },
+    "OpenAI's without a type": lambda given: {"function": {"name": "weather", "arguments": given}},
+    "flat": lambda given: {"name": "weather", "arguments": given},
+    "flat with an id": lambda given: {"id": "call00001", "type": "tool_call", "name": "weather", "args": given},
+    "parameters": lambda given: {"name": "weather", "parameters": given},
+    "parameters within": lambda given: {"type": "function", "function": {"name": "weather", "parameters": given}},
+    "input": lambda given: {"type": "tool_use", "id": "call00001", "name": "weather", "input": given},
+    "a function by its name": lambda given: {"function": "weather", "arguments": given},
+    "nulls beside": lambda given: {"name": "weather", "arguments": None, "parameters": given, "function": None},
+}
+"""The same call as data has it, by who writes it so."""
+
+
+def of_row(call: Any) -> Pair:
+    asked = [{"role": "user", "content": "Weather?"}]
+    chosen = [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "Rain."}, ANSWER]
+    row = {"prompt": asked, "chosen": chosen, "rejected": [ANSWER], "tools": [TOOL]}
+    (pair,) = read_pairs(FORMATS["messages"], Row("f:1", row))
+    return pair
+
+
+FLAT_ALONE = TOOL_TEMPLATES["gpt-oss"].replace("call.function.", "call.")
+
+
+@pytest.mark.parametrize("template", [*TOOL_TEMPLATES.values(), FLAT_ALONE])
+@pytest.mark.parametrize("form", [CITY, json.dumps(CITY)])
+def test_a_call_becomes_the_same_tokens_however_it_is_spelled(template, form):
+    first, *others = (tokens(of_row(spell(form)), template) for spell in SPELLINGS.values())
+    assert all(other == first for other in others)
+    assert "Bonn" in tokenizer_of("Qwen 3").decode(first)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ({"type": "function", "function": {"arguments": CITY}}, "by `name`"),
+        ({"name": " ", "arguments": CITY}, "by `name`"),
+        ({"tool": "weather", "arguments": CITY}, "by `name`"),
+        ({"name": "weather", "arguments": CITY, "parameters": {}}, "`arguments` and as `parameters`"),
+    ],
+)
+def test_a_call_that_names_nothing_or_gives_its_arguments_twice_is_refused(call, said):
+    with pytest.raises(BadRow, match=said) as found:
+        of_row(call)
+    assert "`chosen[0].tool_calls[0]`" in found.value.detail

@@ -328,6 +328,21 @@ def test_an_answer_that_only_calls_a_tool_is_not_empty():
     assert only("messages", {"prompt": [TURN], "chosen": [as_text], "rejected": [BAD]}).chosen == pair.chosen
 
 
+def test_thoughts_are_read_by_any_of_their_names():
+    for fields in (
+        {"thinking": "Hm."},
+        {"reasoning_content": "", "thinking": "Hm."},
+        {"reasoning": "Hm.", "thinking": "Hm."},
+    ):
+        pair = only("messages", {"prompt": [TURN], "chosen": [GOOD | fields], "rejected": [BAD]})
+        assert pair.chosen[0].extras == {"reasoning_content": "Hm."}
+    bad = refusal(
+        "messages", {"prompt": [TURN], "chosen": [GOOD | {"reasoning": "Hm.", "thinking": "Ah."}], "rejected": [BAD]}
+    )
+    assert (bad.reason, bad.structural) == ("two thoughts", True)
+    assert "`reasoning` than in `thinking`" in bad.detail
+
+
 def test_a_call_in_the_older_field_is_kept_and_no_empty_answer():
     calling = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     pair = only("messages", {"prompt": [TURN], "chosen": [calling], "rejected": [BAD]})

@@ -183,6 +183,47 @@ def test_an_answer_that_begins_like_the_end_of_the_generation_prompt_keeps_its_b
     assert [*found.prompt, *found.chosen] == own_tokens("DeepSeek-R1", pair.prompt + pair.chosen, chat_template=text)
 
 
+NAMES_ALONE = TOOL_TEMPLATES["Qwen 2.5"].replace("call.arguments | tojson", "''")
+DESCRIBED = {**TOOL["function"], "parameters": {"type": "object", "properties": {"a": {"type": "number"}}}}
+SWITCHED = TEMPLATES["ChatML"].text + "{%- if mode == 'on' or level == 2 -%}{{- 'on' -}}{%- endif -%}"
+
+
+def found_in_turn(pairs: list[Pair], name: str, template: str) -> list[frozenset[str]]:
+    """Return what is found missing in each of several pairs that go through one preparation."""
+    found = tokenizing(name, template=template)(pairs)
+    return [frozenset({one.reason}) if isinstance(one, BadRow) else one.unwritten for one in found]
+
+
+def test_a_row_with_less_to_write_does_not_speak_for_those_like_it():
+    """A call without arguments for calls with some, one value of an argument for others."""
+    without = {**CALL, "function": {"name": "add", "arguments": {}}}
+    calls = [answered(said("See.", tool_calls=[call])) for call in (without, CALL)]
+    assert found_in_turn(calls, "Qwen 3", NAMES_ALONE) == [frozenset(), {"tool_calls_unwritten"}]
+    for arguments in ({"mode": "on"}, {"level": 2}):
+        (name,) = arguments
+        both = [answered(FOUR, **arguments), answered(FOUR, **{name: "off"})]
+        wanted = [frozenset(), frozenset({"template_arguments_unwritten"})]
+        assert found_in_turn(both, "ChatML", SWITCHED) == wanted
+        assert found_in_turn(both[::-1], "ChatML", SWITCHED) == wanted[::-1]
+
+
+@pytest.mark.parametrize("written", ["name", "description", "parameters", None])
+@pytest.mark.parametrize("nested", [True, False])
+def test_of_a_tool_each_part_is_looked_for(written, nested):
+    tool = {"type": "function", "function": DESCRIBED} if nested else DESCRIBED
+    shown = ("tool.function" if nested else "tool") + (f".{written}" if written else "")
+    text = f"{{%- for tool in tools -%}}{{{{- {shown} | tojson -}}}}{{%- endfor -%}}" + TEMPLATES["ChatML"].text
+    found = tokenized("ChatML", answered(FOUR, tools=[tool]), template=text)
+    assert found.unwritten == (frozenset({"tools_unwritten"}) if written else frozenset())
+
+
+def test_the_turn_that_is_judged_must_not_become_empty_though_a_later_one_is_not_scored():
+    last = Message("assistant", "It is four.", scored=False)
+    (found,) = tokenizing("ChatML", turns="last")([answered(CALLING, RESULT, last)])
+    assert isinstance(found, BadRow)
+    assert found.reason == "empty turn"
+
+
 PART = {
     "content": {"system": "system_unwritten", "tool": "tool_results_unwritten"},
     "reasoning_content": "reasoning_unwritten",
