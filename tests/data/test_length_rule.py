@@ -113,6 +113,27 @@ def test_a_last_turn_that_is_too_long_loses_its_beginning_and_the_prompt_keeps_i
         assert not refused.structural
 
 
+LOOKS = {
+    "a sign": "':' not in messages[-1].content",
+    "a length": "messages[-1].content | length < 5",
+    "a part": "messages[-1].content.split(':')[1] + '' == 'none'",
+}
+
+
+@pytest.mark.parametrize("looks", LOOKS)
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_a_prompt_whose_end_cannot_be_cut_since_the_template_looks_at_it_is_refused(looks, role):
+    last = Message(role, "sum: " + "4 and " * 60)
+    pair = Pair((*long_pair().prompt[:1], last), *2 * ((Message("assistant", "8"),),), "f:1")
+    text = (
+        f"{{%- if add_generation_prompt and ({LOOKS[looks]}) -%}}{{{{- raise_exception('no sum') -}}}}{{%- endif -%}}"
+    )
+    settings = {"template": text + TEMPLATES["ChatML"].text, "max_length": 60, "on_too_long": "truncate"}
+    (found,) = tokenizing("ChatML", **settings)([pair])
+    assert isinstance(found, BadRow)
+    assert "fails where what is said last in the prompt is cut" in found.detail
+
+
 def test_a_response_is_cut_only_where_the_prompt_alone_does_not_give_way():
     pair = long_pair(chosen="because " * 30)
     _, longest = sizes("ChatML", pair)

@@ -250,6 +250,24 @@ def test_a_template_that_reaches_out_of_its_sandbox_refuses_the_row(reach):
     assert refused.reason == "template error"
 
 
+@pytest.mark.parametrize("name", ["ChatML", "Zephyr", "Command R"])
+def test_a_template_that_opens_another_answer_behind_each_is_refused(name):
+    """Under it every answer would end with the beginning of the next."""
+    text = TEMPLATES[name].text.replace("if add_generation_prompt", "if true")
+    for found in tokenizing(name, template=text)([simple(), simple()]):
+        assert isinstance(found, BadRow)
+        assert "behind an answered conversation too" in found.detail
+
+
+@pytest.mark.parametrize("name", ["ChatML", "Zephyr", "Command R"])
+@pytest.mark.parametrize("asks", ["false", "messages[-1].role != 'assistant'"])
+def test_a_template_that_does_not_heed_when_to_ask_for_an_answer_is_taken_as_it_is(name, asks):
+    text = TEMPLATES[name].text.replace("if add_generation_prompt", f"if {asks}")
+    pair = simple()
+    found = tokenized(name, pair, template=text).pair
+    assert [*found.prompt, *found.chosen] == own_tokens(name, pair.prompt + pair.chosen, chat_template=text)
+
+
 @pytest.mark.parametrize("name", ["add_generation_prompt", "chat_template", "tokenize", "messages"])
 def test_a_row_cannot_set_what_decides_how_it_is_written(name):
     refused, kept = tokenizing("ChatML")([simple({name: True}), simple()])
