@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -78,6 +79,19 @@ def located(path: str | Path) -> str:
     """Quote a path for a message that it does not exist: a relative one with where that is."""
     text = str(path)
     return f"`{text}`" if os.path.isabs(text) else f"`{text}` ({os.path.abspath(text)})"  # noqa: PTH100, PTH117
+
+
+def nearest_file(path: Path) -> Path | None:
+    """Return what is called nearly so in the folder of a path that there is not; endings alike are no likeness."""
+    folder = path.parent if path.parent.is_dir() else Path()
+    names = [inside.name for inside in folder.iterdir()]
+    stems = difflib.get_close_matches(_stem(path.name), {_stem(name) for name in names})
+    near = difflib.get_close_matches(path.name, [name for name in names if _stem(name) in stems], n=1, cutoff=0.0)
+    return folder / near[0] if near else None
+
+
+def _stem(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _expand(text: str) -> str:

@@ -112,7 +112,19 @@ def _explain_one(path: tuple[str, ...], details: list[Any], tree: Tree) -> UserE
             return _wrong_type(path, detail["input"], place)
     wanted = [*dict.fromkeys(_wanted(one) for one in details), *(["null"] if _takes_null(path) else [])]
     what = f"`{dotted}` should be {' or '.join(wanted)}, but is {_show(detail['input'])}"
-    return UserError(what, place, _how_to_set(path, detail["input"]))
+    return UserError(what, place, _near_choice(details) or _how_to_set(path, detail["input"]))
+
+
+def _near_choice(details: list[Any]) -> str | None:
+    """Suggest the value that is spelled nearly as what was given, where a setting has some to choose from."""
+    choices = [one for detail in details if detail["type"] == "literal_error" for one in _choices(detail)]
+    near = difflib.get_close_matches(str(details[0]["input"]), choices, n=1)
+    return f"did you mean `{near[0]}`?" if near else None
+
+
+def _choices(detail: Any) -> list[str]:
+    """Return the values that a setting has to choose from."""
+    return _QUOTED.findall(detail["ctx"]["expected"])
 
 
 def _unknown(path: tuple[str, ...], detail: Any, place: str) -> UserError:
@@ -175,7 +187,7 @@ def _wanted(detail: Any) -> str:
         case "string_too_short":
             return "a text that is not empty"
         case "literal_error":
-            known = _QUOTED.findall(detail["ctx"]["expected"])
+            known = _choices(detail)
             return f"one of {_listed(known)}" if len(known) > 1 else f"`{known[0]}`"
         case "model_type" | "dict_type" | "model_attributes_type":
             return "a group of settings"

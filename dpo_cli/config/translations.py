@@ -15,7 +15,7 @@ _FIXED = "leave it out: it cannot be set here"
 
 _TABLE: tuple[tuple[str, str], ...] = (
     # The model.
-    ("model_name_or_path model_id model_path base_model pretrained_model_name_or_path model_id_or_path",
+    ("model_name_or_path name_or_path model_id model_path base_model pretrained_model_name_or_path model_id_or_path",
      "set `model.name`"),
     ("ref_model ref_model_name_or_path ref_model_path reference_model",
      "set `reference.model`; without it the reference is the model before step 1"),
@@ -28,7 +28,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "leave it out: `training.layout` decides how attention is computed"),
     ("revision model_revision tokenizer_name tokenizer_name_or_path adapter_name_or_path",
      "leave it out, and name a local folder in `model.name`"),
-    ("peft_config use_peft use_lora adapter adapters finetuning_type train_type tuner_type lora_model_dir qlora "
+    ("peft peft_config use_peft lora lora_config use_lora adapter adapters finetuning_type train_type tuner_type lora_model_dir qlora "
      "lora_r lora_rank lora_alpha lora_dropout lora_target lora_target_modules target_modules lora_target_linear "
      "modules_to_save lora_modules_to_save use_dora use_rslora freeze_trainable_layers",
      _NO_ADAPTERS),
@@ -59,6 +59,9 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "leave it out: data is prepared once, by all CPU cores, and read from disk"),
     ("packing sample_packing neat_packing padding_free pad_to_sequence_len pad_to_multiple_of",
      "set `training.layout`: `packed` holds no padding, and `auto` chooses it where it is exact"),
+    ("prompt_column chosen_column rejected_column prompt_field chosen_field rejected_field field_prompt field_chosen "
+     "field_rejected prompt_text_column text_column rejected_text_column column_mapping",
+     "set `data.columns`, as in `data: {columns: {prompt: question, chosen: good, rejected: bad}}`"),
     # The loss and the reference.
     ("loss_type pref_loss rlhf rl rlhf_type stage preference_loss", "set `loss.type`"),
     ("loss_weights", "set `weight` of each loss: `loss: [{type: dpo, weight: 1.0}, {type: sft, weight: 0.1}]`"),

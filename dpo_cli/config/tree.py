@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from dpo_cli import plain_yaml
 from dpo_cli.config.schema import expand_short_form
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.plain_yaml import NotPlain
-from dpo_cli.settings import located
+from dpo_cli.settings import located, nearest_file
 
 
 @dataclass
@@ -80,8 +79,8 @@ def _text(file: Path) -> str:
     except UnicodeDecodeError:
         raise UserError("the configuration is not UTF-8 text", str(file), "save the file as UTF-8") from None
     except FileNotFoundError:
-        near = difflib.get_close_matches(file.name, [p.name for p in _siblings(file)], n=1, cutoff=0.4)
-        hint = f"did you mean `{file.parent / near[0]}`?" if near else "check the path"
+        near = nearest_file(file)
+        hint = f"did you mean `{near}`?" if near else "check the path; `dpo init` writes a configuration"
         raise UserError(f"there is no configuration file {located(file)}", None, hint) from None
     except OSError as error:
         raise from_os_error(error, "reading the configuration", str(file), status=2) from error
@@ -124,7 +123,3 @@ def _misplaced(group: Any, name: str, path: Sequence[str], where: str) -> UserEr
     dotted = ".".join(path)
     what = f"`{dotted}` is a list of {len(group)}, and index `{name}` is out of range"
     return UserError(what, where, f"name a member, such as `{dotted}.0`, or set `{dotted}` as a whole")
-
-
-def _siblings(file: Path) -> list[Path]:
-    return list(file.parent.iterdir()) if file.parent.is_dir() else []

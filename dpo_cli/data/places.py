@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import json
 import re
@@ -13,7 +12,7 @@ from dpo_cli.data.fields import listed, printable
 from dpo_cli.data.files import ENDINGS, reader_for, reader_of
 from dpo_cli.data.hub import is_path, name_hint
 from dpo_cli.errors import UserError
-from dpo_cli.settings import located
+from dpo_cli.settings import located, nearest_file
 from dpo_cli.storage import MANIFEST
 
 SPLITS = "dataset_dict.json"
@@ -145,6 +144,5 @@ def _is_hidden(path: Path) -> bool:
 
 def _nearest(path: Path) -> str:
     """Suggest a file of a near name."""
-    folder = path.parent if path.parent.is_dir() else Path()
-    near = difflib.get_close_matches(path.name, [inside.name for inside in folder.iterdir()], n=1)
-    return f"did you mean `{folder / near[0]}`?" if near else _WHAT_TO_NAME
+    near = nearest_file(path)
+    return f"did you mean `{near}`?" if near else _WHAT_TO_NAME

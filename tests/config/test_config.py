@@ -349,6 +349,25 @@ def test_an_unknown_setting_names_the_nearest_known_one(tmp_path, line, suggesti
     assert error.hint == f"did you mean `{suggestion}`?"
 
 
+@pytest.mark.parametrize(
+    ("line", "suggestion"),
+    [
+        ("training: {schedule: cosin}", "cosine"),
+        ("training: {optimizer: adam}", "adamw"),
+        ("data: {train: p.jsonl, format: mesages}", "messages"),
+        ("model: {name: a/b, dtype: bfloat}", "bfloat16"),
+    ],
+)
+def test_a_choice_that_is_misspelled_names_the_nearest_one(tmp_path, line, suggestion):
+    error = next(e for e in problems(write(tmp_path, f"{line}\n")) if "should be one of" in e.what)
+    assert error.hint == f"did you mean `{suggestion}`?"
+
+
+def test_a_choice_that_is_nothing_like_the_known_ones_is_told_the_default(tmp_path):
+    (error,) = problems(write(tmp_path, MINIMAL), "training.schedule=wsd")
+    assert error.hint.startswith("leave it out for the default, `schedule: linear`")
+
+
 def test_a_setting_without_effect_is_an_error(tmp_path):
     text = MINIMAL + "  eval: null\nevaluation:\n  every_steps: 5\n"
     (error,) = problems(write(tmp_path, text))
@@ -395,6 +414,12 @@ def test_a_missing_file_suggests_one_that_exists(tmp_path):
     write(tmp_path, MINIMAL, "quickstart.yaml")
     (error,) = problems(tmp_path / "quickstrat.yaml")
     assert error.hint == f"did you mean `{tmp_path / 'quickstart.yaml'}`?"
+
+
+def test_a_file_that_shares_the_ending_alone_is_not_suggested(tmp_path):
+    write(tmp_path, MINIMAL, "co.yaml")
+    (error,) = problems(tmp_path / "nope.yaml")
+    assert error.hint.startswith("check the path")
 
 
 def test_the_resolved_configuration_is_the_same_configuration(tmp_path):

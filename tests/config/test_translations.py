@@ -32,13 +32,16 @@ SETTINGS = {
     "logging_steps": "logging.every_steps",
     "output": "output_dir",
     "model_name_or_path": "model.name",
+    "name_or_path": "model.name",
+    "prompt_column": "data.columns",
+    "field_rejected": "data.columns",
     "dataset": "data.train",
     "dataset_name": "data.train",
     "template": "model.chat_template",
     "padding_free": "training.layout",
     "packing": "training.layout",
 }
-ABSENT = ["peft_config", "lora_r", "deepspeed", "fsdp", "logging_strategy", "load_in_4bit"]
+ABSENT = ["peft_config", "lora", "lora_r", "deepspeed", "fsdp", "logging_strategy", "load_in_4bit"]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
