@@ -28,9 +28,9 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "leave it out: `training.layout` decides how attention is computed"),
     ("revision model_revision tokenizer_name tokenizer_name_or_path adapter_name_or_path",
      "leave it out, and name a local folder in `model.name`"),
-    ("peft peft_config use_peft lora lora_config use_lora adapter adapters finetuning_type train_type tuner_type lora_model_dir qlora "
-     "lora_r lora_rank lora_alpha lora_dropout lora_target lora_target_modules target_modules lora_target_linear "
-     "modules_to_save lora_modules_to_save use_dora use_rslora freeze_trainable_layers",
+    ("peft peft_config use_peft lora lora_config use_lora adapter adapters finetuning_type train_type tuner_type "
+     "lora_model_dir qlora lora_r lora_rank lora_alpha lora_dropout lora_target lora_target_modules target_modules "
+     "lora_target_linear modules_to_save lora_modules_to_save use_dora use_rslora freeze_trainable_layers",
      _NO_ADAPTERS),
     ("load_in_4bit load_in_8bit quantization_bit quantization_config quant_bits quant_method bnb_4bit_quant_type "
      "bnb_4bit_compute_dtype use_bnb_nested_quant",

@@ -77,7 +77,8 @@ class _Data:
         rows: How many were looked at.
         num_rows: How many there are, counted up to `_COUNTED`.
         lengths: Tokens of each pair's longer sequence, `[pairs]`, or None where there is no tokenizer.
-        dropped: How many of the rows cannot be read as pairs.
+        dropped: How many of the rows become no pair.
+        broken: Whether any of these would stop a run.
         divisible: Whether some of the pairs can be held out.
     """
 
@@ -87,7 +88,14 @@ class _Data:
     num_rows: int
     lengths: NDArray[np.int64] | None
     dropped: int
+    broken: bool
     divisible: bool
+
+    @property
+    def looked_at(self) -> str:
+        """Say how many rows were looked at, and what they are."""
+        counted = f"{self.rows:,} rows" if self.rows == self.num_rows else f"the first {self.rows:,} rows"
+        return f"{counted} looked at, of the shape {self.shape}"
 
     @property
     def num_pairs(self) -> int:
@@ -139,8 +147,8 @@ def init(console: Console, *, model: str | None, data: str | None, out: Path) ->
     )
     found_model = _look_at_model(model) if model else None
     found_data = _look_at_data(as_sources(data)[0], found_model) if data else None
-    if found_model and found_data and (too_long := _too_long(found_data, found_model)):
-        console.warning(too_long)
+    if found_data:
+        _say_what_was_found(console, found_data, found_model)
     text = "\n".join(_lines(model, found_model, data, found_data)) + "\n"
     try:
         with out.open("x", encoding="utf-8") as file:
@@ -148,6 +156,21 @@ def init(console: Console, *, model: str | None, data: str | None, out: Path) ->
     except OSError as error:
         raise from_os_error(error, "writing the configuration", str(out)) from error
     console.notice(f"configuration written: {out}; next: dpo train {out} --dry-run")
+
+
+def _say_what_was_found(console: Console, data: _Data, model: _Model | None) -> None:
+    """Show what the comments of the configuration say, and warn of what should be looked at before it is run."""
+    console.notice(data.looked_at)
+    if data.columns:
+        console.warning(
+            f"`data.columns` is guessed by the columns' names, check it: {plain_yaml.written(data.columns)}"
+        )
+    if data.dropped:
+        console.warning(f"{data.dropped:,} of the rows become no pair; `dpo prepare-data` names them")
+    if model and model.template:
+        console.warning("the tokenizer has no chat template; `model.chat_template: plain` puts headings before turns")
+    if model and (too_long := _too_long(data, model)):
+        console.warning(too_long)
 
 
 def _look_at_model(name: str) -> _Model:
@@ -173,25 +196,30 @@ def _look_at_data(source: Source, model: _Model | None) -> _Data:
     columns = guessed_columns([row.values for row in rows if row.values is not None])
     shape = detect(list(renamed(rows, columns or {}, "")), source.path)
     if model is None:
-        return _Data(shape, columns, len(rows), num_rows, None, 0, len(rows) > 1)
-    with _tokenized(source.model_copy(update={"limit": _ROWS, "columns": columns}), model) as pairs:
+        return _Data(shape, columns, len(rows), num_rows, None, 0, broken=False, divisible=len(rows) > 1)
+    with _tokenized(source.model_copy(update={"limit": _ROWS, "columns": columns}), model) as (pairs, broken):
         lengths, dropped = pairs.sizes.longest.copy(), sum(pairs.manifest["statistics"]["dropped"].values())
-        found = _Data(shape, columns, len(rows), num_rows, lengths, dropped, divisible=True)
+        found = _Data(shape, columns, len(rows), num_rows, lengths, dropped, broken, divisible=True)
         assert found.held_out is not None
         sides = pairs.hold_out(found.held_out, TrainingSettings().seed)
         return replace(found, divisible=all(map(len, sides)))
 
 
 @contextlib.contextmanager
-def _tokenized(source: Source, model: _Model) -> Iterator[PreparedPairs]:
-    """Tokenize the rows of a source, those that can be read."""
+def _tokenized(source: Source, model: _Model) -> Iterator[tuple[PreparedPairs, bool]]:
+    """Tokenize the rows of a source, those that can be read; tell whether others would stop a run."""
     from dpo_cli.data.prepare import prepare
     from dpo_cli.data.prepared import Reading
     from dpo_cli.data.tokenize import PairTokenizer
 
     tokenize = PairTokenizer(model.tokenizer, template=model.template, max_length=_UNLIMITED, on_too_long="drop")
     with tempfile.TemporaryDirectory() as folder:
-        yield prepare([source], Reading(on_bad_row="drop"), tokenize, Path(folder) / "pairs")
+        try:
+            pairs, broken = prepare([source], Reading(), tokenize, Path(folder) / "pairs"), False
+        except (UserError, ExceptionGroup):
+            # What has another reason than broken rows is raised again.
+            pairs, broken = prepare([source], Reading(on_bad_row="drop"), tokenize, Path(folder) / "pairs"), True
+        yield pairs, broken
 
 
 def _lines(model: str | None, found: _Model | None, data: str | None, rows: _Data | None) -> Iterator[str]:
@@ -233,12 +261,12 @@ def _data_lines(data: str | None, rows: _Data | None, model: _Model | None) -> I
         yield "  train: pairs.jsonl    # put yours here: a file, a glob, a folder or a Hub id"
     else:
         yield f"  train: {plain_yaml.written(escape_path(data))}"
-        counted = f"{rows.rows:,} rows" if rows.rows == rows.num_rows else f"the first {rows.rows:,} rows"
-        yield f"  # {counted} looked at, of the shape {rows.shape}"
+        yield f"  # {rows.looked_at}"
         if rows.columns:
             yield f"  columns: {plain_yaml.written(rows.columns)}    # guessed by their names: check them"
         if rows.dropped:
-            yield f"  on_bad_row: drop    # {rows.dropped:,} of them cannot be read: `dpo prepare-data` names them"
+            setting = "on_bad_row: drop    " if rows.broken else ""
+            yield f"  {setting}# {rows.dropped:,} of them become no pair: `dpo prepare-data` names them"
     if rows and rows.held_out is None:
         yield "  eval: null    # there are too few prompts to hold some out"
     else:

@@ -122,7 +122,34 @@ def test_rows_that_cannot_be_read_are_counted_and_dropped_by_what_is_written(tmp
     rows = [*demo_rows[:30], {"instruction": "What?", "chosen": None, "rejected": "no"}]
     text = init(tmp_path / "dpo.yaml", tiny_llama, write_rows(tmp_path / "pairs.jsonl", rows))
     assert load_config(tmp_path / "dpo.yaml").data.on_bad_row == "drop"
-    assert "1 of them cannot be read" in text
+    assert "1 of them become no pair" in text
+
+
+def test_rows_that_teach_nothing_are_counted_and_stop_at_no_setting(tmp_path, tiny_llama, demo_rows):
+    """Pairs whose responses are the same are dropped in any case: broken rows that come later still stop a run."""
+    rows = [*demo_rows[:30], {"instruction": "What?", "chosen": "no", "rejected": "no"}]
+    text = init(tmp_path / "dpo.yaml", tiny_llama, write_rows(tmp_path / "pairs.jsonl", rows))
+    assert load_config(tmp_path / "dpo.yaml").data.on_bad_row == "error"
+    assert "1 of them become no pair" in text
+
+
+def test_it_shows_what_it_found_and_warns_of_what_it_guessed(tmp_path, tiny_llama, capsys):
+    """What the comments of the file say is on the screen as well: the guess, and the rows without a pair."""
+    rows = [{"question": f"Go {n}.", "answer_good": "a" if n else "b", "answer_bad": "b"} for n in range(4)]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    write(Console(), model=str(tiny_llama), data=str(data), out=tmp_path / "dpo.yaml")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "4 rows looked at, of the shape text" in said
+    assert "{prompt: question, chosen: answer_good, rejected: answer_bad}" in said
+    assert "warning: 1 of the rows become no pair" in said
+
+
+def test_nothing_is_warned_of_where_all_is_well(tmp_path, tiny_llama, demo_rows, capsys):
+    data = write_rows(tmp_path / "pairs.jsonl", demo_rows[:30])
+    write(Console(), model=str(tiny_llama), data=str(data), out=tmp_path / "dpo.yaml")
+    said = capsys.readouterr().err
+    assert "30 rows looked at, of the shape instruction" in said
+    assert "warning" not in said
 
 
 def test_nothing_is_overwritten_and_all_that_is_wrong_is_said_at_once(tmp_path):
