@@ -87,6 +87,35 @@ and this MPO ([Wang et al. 2024](https://arxiv.org/abs/2411.10442)), with the we
 Rewards are reported of one of them: of that which follows the rewards of the run (`bco`, adaptive β), of which there
 may be one; else of the first that needs a reference; else of the first.
 """
+EXPERTS = """
+## Experts
+
+`router_aux` is a setting of every loss: the coefficient of the load-balancing loss of a mixture of experts, which keeps
+its routers from sending all tokens to a few experts. 0, the default, leaves that loss out. `router_aux_loss_coef` in
+config.json is not read; it says what the model was trained with, often 0.001 to 0.02.
+
+    loss:
+      type: dpo
+      router_aux: 0.001
+
+For N decisions of the routers, one for each token in each layer with experts, among E experts:
+
+    E · Σ_e f_e · P_e
+
+f_e is the number of decisions that have e among their top k, over N, and has no gradient; P_e is the mean probability
+of e. The loss is k where the load is even. It is that of the Switch Transformer (Fedus et al. 2021,
+[arXiv 2101.03961](https://arxiv.org/abs/2101.03961)) as transformers computes it, over all layers together.
+
+- All tokens of a step count, those of prompts included and padding excluded. A token counts once for each sequence that
+  contains it, also under the packed layout, where it is computed once.
+- f_e and P_e are those of the whole step over all processes, so that the result does not depend on how the step is cut.
+  Where a step has several forward passes, or several processes share it, this costs one more pass over its pairs,
+  without gradient.
+- It is added to the step's loss once: `weight` does not multiply it, and only one of several losses may set it.
+- In the metrics `loss` does not contain it; `router_aux` is its value before it is multiplied by the coefficient.
+  Evaluations do not compute it.
+- A model without experts, or for which transformers has no such loss (DeepSeek-V3), is an error before it is loaded.
+"""
 DATA = """
 ## Columns of the data
 
@@ -250,6 +279,7 @@ def page() -> str:
         HEAD,
         *overview(losses),
         SEVERAL,
+        EXPERTS,
         REFERENCES,
         *references(),
         NO_REFERENCE,

@@ -69,6 +69,9 @@ def train_in_process(
     """Train and return the metrics of every step and the weights after the last."""
     accelerator = Accelerator(cpu=True)
     policy = load_policy(str(model)).to(dtype)
+    if dtype == torch.float64:
+        # Faster products of experts know no float64.
+        policy.set_experts_implementation("eager")
     objective = Objective.of(loss or DPO())
     indices = np.arange(len(pairs))
     LAYOUTS[layout].prepare(policy)
@@ -81,6 +84,8 @@ def train_in_process(
     plan = Plan(indices, pairs.sizes.longest, pairs_per_step, 1, max_steps, True, 0)
     rates = schedule(optimizer, "constant", 0.0, plan.num_steps)
     scorer, optimizer = accelerator.prepare(Scorer(policy, collisions=objective.wpo), optimizer)
+    # As a run has it: ranks may look ahead at different numbers of micro-batches.
+    scorer.broadcast_buffers = False
 
     results = train_steps(
         scorer,

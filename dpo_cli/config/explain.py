@@ -77,6 +77,9 @@ def contradictions(config: Config, tree: Tree) -> list[UserError]:
         what = f"only one loss may keep running statistics, and {both} all do"
         hint = "set `running_mean: false` for `bco`, or leave `adaptive_beta` out"
         problems.append(UserError(what, tree.place(("loss",)), hint))
+    if sum(loss.router_aux > 0 for loss in objective.losses) > 1:
+        what = "`router_aux` is added once, and several losses set it"
+        problems.append(UserError(what, tree.place(("loss",)), "set it in one of them"))
     return problems
 
 

@@ -71,6 +71,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "add the loss `sft` with that weight: `loss: [dpo, {type: sft, weight: …}]`"),
     ("simpo_gamma cpo_simpo_gamma gamma_beta_ratio", "set `loss.gamma` of the loss `simpo`"),
     ("use_weighting wpo_weighting", "set `loss.wpo: true`"),
+    ("router_aux_loss_coef moe_aux_loss_coef moe_aux_loss_coeff", "set `loss.router_aux`"),
     ("f_divergence_type f_alpha_divergence_coef", "set `loss.divergence`"),
     ("average_log_prob ld_alpha", "set `loss.logps`: `sum` or `mean`"),
     ("reference_free", "choose a loss without a reference, such as `simpo`"),

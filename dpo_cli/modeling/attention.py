@@ -39,9 +39,10 @@ _PARTS = {1: 1.0, 2: 1.15, 4: 1.35}
 
 _WITHOUT_EFFECT = {
     "sliding_window", "position_ids", "position_embeddings", "cache_position", "use_cache", "past_key_values",
-    "is_causal",
+    "is_causal", "output_router_logits",
 }  # fmt: skip
-"""What models hand to their attention and a tree has said already: the window comes with the mask."""
+"""What models hand to their attention and a tree has said already, or that is not for it: the window comes with the
+mask, and router logits are of the experts."""
 
 _IN_WORDS = {"s_aux": "sinks", "position_bias": "a position bias", "is_causal": "both directions"}
 """What else they may ask for, by its name in transformers."""

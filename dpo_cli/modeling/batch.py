@@ -36,6 +36,7 @@ class PairBatch:
         input_ids: `[R, T]`.
         attention_mask: `[R, T]`, 1 where a token stands, 0 where there is padding; None where a tree says it.
         tree: Which token sees which, where one row holds them all; else None.
+        counts: `[R·T]`, in how many of the sequences each token is; 0 where there is padding.
         positions: `[N]`, into the `R·T` hidden states: the one that predicts each response token that is judged.
         targets: `[N]`, the response tokens that are judged.
         weights: `[B]`, float32: what each pair's loss is multiplied by.
@@ -49,6 +50,7 @@ class PairBatch:
     input_ids: Tensor
     attention_mask: Tensor | None
     tree: TokenTree | None
+    counts: Tensor
     positions: Tensor
     targets: Tensor
     weights: Tensor
@@ -195,6 +197,7 @@ def _batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
         tree=tree,
+        counts=torch.from_numpy(np.bincount(np.concatenate(places), minlength=input_ids.numel())),
         positions=torch.from_numpy(np.concatenate(positions)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),

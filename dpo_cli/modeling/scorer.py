@@ -15,6 +15,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import reading
 from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.logps import Head, token_logps
+from dpo_cli.modeling.routing import expert_load, experts_per_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,16 +40,20 @@ class Scorer(nn.Module):
         self.policy = policy
         self.collisions = collisions
 
-    def forward(self, batch: PairBatch) -> Tensor:
+    def forward(self, batch: PairBatch, *, with_load: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Return the log-probability of each response token of the batch, `[N]`, in nats.
 
-        With `collisions` `[2, N]`, as `token_logps` does.
+        With `collisions` `[2, N]`, as `token_logps` does; `with_load` the `expert_load` of the batch beside it.
         """
+        # Where experts were not asked about, the model is called as one that has none.
+        asked = {"output_router_logits": True} if with_load else {}
         with reading(batch.tree):
-            states = self.policy.base_model(**model_inputs(batch))[0]
-        return token_logps(
-            states.flatten(0, 1), batch.positions, batch.targets, self.head(), collisions=self.collisions
-        )
+            outputs = self.policy.base_model(**model_inputs(batch), **asked)
+        states = outputs[0].flatten(0, 1)
+        logps = token_logps(states, batch.positions, batch.targets, self.head(), collisions=self.collisions)
+        if not with_load:
+            return logps
+        return logps, expert_load(outputs.router_logits, experts_per_token(self.policy), batch.counts)
 
     def head(self) -> Head:
         """Return the projection on the vocabulary, with what the architecture does to its logits."""

@@ -116,6 +116,7 @@ def _run(
     from dpo_cli.data.endings import end_tokens
     from dpo_cli.modeling.loading import empty_policy, end_at, load_policy
     from dpo_cli.modeling.memory import resident_bytes
+    from dpo_cli.modeling.routing import check_routers
     from dpo_cli.modeling.saving import prove_saving
     from dpo_cli.preference.reference import reference_model, refuse_other_shapes
     from dpo_cli.training.checkpoints import newest_step
@@ -123,6 +124,8 @@ def _run(
 
     name, trust, program_bytes = config.model.name, config.model.trust, resident_bytes()
     policy = empty_policy(name, trust)
+    if config.objective.router_aux:
+        check_routers(policy)
     if not (resume and folder.state() is RunState.FINISHED):
         check_memory(config, policy, accelerator, program_bytes)
     day = _first_day(folder, accelerator, resume=resume)

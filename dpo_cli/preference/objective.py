@@ -53,6 +53,11 @@ class Objective:
         return any(loss.wpo for loss in self.losses)
 
     @property
+    def router_aux(self) -> float:
+        """The coefficient of the load-balancing loss of the policy's routers; one of the losses at most sets it."""
+        return max(loss.router_aux for loss in self.losses)
+
+    @property
     def indivisible(self) -> str:
         """The type of a loss that cannot be told apart by pairs, and so not be weighed by pairs; empty: none."""
         return next((loss.type for loss in self.losses if not loss.takes_weights), "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from dpo_cli.data.schedule import MicroBatch
 from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.logps import SequenceLogps
+from dpo_cli.modeling.routing import balance_loss
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import ReferenceLogps
 from dpo_cli.preference.terms import Memory, PairLosses, StepFacts
@@ -27,6 +28,48 @@ if TYPE_CHECKING:
 
 TokenLogps = Callable[[PairBatch], Tensor]
 """Answers with the log-probability of each response token of a batch, as a `Scorer` does."""
+
+
+class ExpertWatch:
+    """A scorer that also adds up, over a step, how the policy's experts are loaded.
+
+    Args:
+        scorer: A `Scorer` of a policy with routers, or what Accelerate prepared of one.
+    """
+
+    def __init__(self, scorer: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        self._scorer = scorer
+        self._loads: list[Tensor] = []
+        self._whole: Tensor | None = None
+
+    def __call__(self, batch: PairBatch) -> Tensor:
+        """Answer as the scorer does."""
+        logps, load = self._scorer(batch, with_load=True)
+        self._loads.append(load)
+        return logps
+
+    @torch.no_grad()
+    def look_at(self, batches: Iterable[PairBatch]) -> None:
+        """Ask about batches for the sake of their load alone."""
+        for batch in batches:
+            self(batch)
+
+    def settle(self) -> None:
+        """Take the batches so far, those of other ranks included, for the whole step."""
+        loads: list[Tensor] = gather_object([load.detach().cpu() for load in self._loads])
+        self._whole, self._loads = torch.stack(loads).sum(0), []
+
+    def share(self) -> Tensor:
+        """Return the share of the step's load-balancing loss that the last batch has; all of it if none was settled."""
+        load = self._loads.pop()
+        if self._whole is None:
+            self._whole = load.detach()
+        return balance_loss(load, self._whole.to(load.device))
+
+    def loss(self) -> float:
+        """Return the load-balancing loss of the whole step."""
+        assert self._whole is not None, "no batch was asked about"
+        return float(balance_loss(self._whole, self._whole))
 
 
 def step_facts(sizes: PairSizes, pairs: Sequence[int], memory: Memory) -> StepFacts:

@@ -62,6 +62,8 @@ class LossSettings(Settings):
     """Factor on this loss where several are added up."""
     wpo: bool = False
     """Whether a pair counts by how likely the policy itself is to say its responses (WPO); there is no upper bound."""
+    router_aux: float = Field(0.0, ge=0)
+    """Coefficient of the load-balancing loss of a mixture of experts, added once, whatever `weight`; 0: left out."""
 
     needs_reference: ClassVar[bool] = True
     takes_weights: ClassVar[bool] = True

@@ -15,7 +15,7 @@ from dpo_cli.data.schedule import Step
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import OpenReference
-from dpo_cli.preference.scoring import judge_step, score_pairs, step_facts
+from dpo_cli.preference.scoring import ExpertWatch, judge_step, score_pairs, step_facts
 from dpo_cli.preference.terms import Memory
 from dpo_cli.reporting.metrics import StepSums
 
@@ -114,7 +114,7 @@ def train_steps(
         NotFinite: Such a step may not be left out. It was not taken.
     """
     for step in steps:
-        sums, not_finite = _add_up_gradients(step, scorer, objective, reference, batches, accelerator, memory)
+        sums, not_finite, further = _add_up_gradients(step, scorer, objective, reference, batches, accelerator, memory)
         if asked_to_stop():
             sums.ask_to_stop()
         metrics, num_tokens, stop = sums.reduce(accelerator)
@@ -128,7 +128,7 @@ def train_steps(
                 broken = NotFinite(step.number, step.pairs, "gradient")
         if broken and not may_skip(broken):
             raise broken
-        metrics |= {"grad_norm": norm, "learning_rate": float(schedule.get_last_lr()[0])}
+        metrics |= {**further, "grad_norm": norm, "learning_rate": float(schedule.get_last_lr()[0])}
         # A scaler has to be told of every gradient that it unscaled; it leaves out by itself what overflowed.
         if not broken or (accelerator.scaler is not None and broken.what == "gradient"):
             optimizer.step()
@@ -148,31 +148,45 @@ def _add_up_gradients(
     batches: Batches,
     accelerator: Accelerator,
     memory: Memory,
-) -> tuple[StepSums, list[int]]:
-    """Run this rank's micro-batches forward and backward; return their sums, and the pairs whose loss is not finite."""
+) -> tuple[StepSums, list[int], dict[str, float]]:
+    """Run this rank's micro-batches forward and backward.
+
+    Returns:
+        Their sums, the pairs whose loss is not finite, and metrics of the whole step.
+    """
     sums, not_finite = StepSums(accelerator.device), []
     facts = step_facts(batches.pairs.sizes, step.pairs, memory)
-    judged = None
-    if objective.looks_at_step and (len(step.micro_batches) > 1 or accelerator.num_processes > 1):
-        judged = iter(judge_step(scorer, objective, reference, batches, step.micro_batches, facts, accelerator))
+    judged, watch = None, ExpertWatch(scorer) if objective.router_aux else None
+    ask = watch or scorer
+    if len(step.micro_batches) > 1 or accelerator.num_processes > 1:
+        # What depends on the whole step takes a pass without gradient before the first one with it.
+        if objective.looks_at_step:
+            judged = iter(judge_step(ask, objective, reference, batches, step.micro_batches, facts, accelerator))
+        elif watch:
+            watch.look_at(batches(micro_batch) for micro_batch in step.micro_batches if not micro_batch.filler)
+        if watch:
+            watch.settle()
     for place, micro_batch in enumerate(step.micro_batches, 1):
         last = place == len(step.micro_batches)
         # Ranks may have different numbers of micro-batches; gradients are exchanged once, on the last.
         with contextlib.nullcontext() if last else accelerator.no_sync(scorer):
             batch = batches(micro_batch)
             if judged is None or micro_batch.filler:
-                pairs, values = score_pairs(scorer, objective, reference, batch, facts)
+                pairs, values = score_pairs(ask, objective, reference, batch, facts)
                 losses, pull = pairs.losses, pairs.losses.sum()
             else:
                 found = next(judged)
-                losses, values, pull = found.losses, found.values, (found.slopes * scorer(batch)).sum()
+                losses, values, pull = found.losses, found.values, (found.slopes * ask(batch)).sum()
+            if watch:
+                # The loss of a step is a mean over its pairs, to which this is added as it is.
+                pull = pull + objective.router_aux * step.num_pairs * watch.share()
             # Gradients are averaged over ranks, so the step's sum is restored before it is divided.
             weight = 0.0 if micro_batch.filler else accelerator.num_processes / step.num_pairs
             accelerator.backward(pull * weight)
         if not micro_batch.filler:
             sums.add(values, batch.num_tokens)
             not_finite += _not_finite(batch.pairs, losses)
-    return sums, not_finite
+    return sums, not_finite, {"router_aux": watch.loss()} if watch else {}
 
 
 def _not_finite(indices: tuple[int, ...], losses: Tensor) -> list[int]:

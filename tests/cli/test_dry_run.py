@@ -131,7 +131,8 @@ def test_a_model_that_is_too_large_to_be_measured_is_not(tmp_path, tokenizer):
     size = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 200, "head_dim": 16384}
     (large / "config.json").write_text(json.dumps({**settings, **size}))
     ids = torch.zeros(1, 4, dtype=torch.int64)
-    batch = PairBatch((0,), ids, torch.ones_like(ids), None, ids[0], ids[0], ids[0], ids[0], (2, 2), 8)
+    ones = torch.ones_like(ids)
+    batch = PairBatch((0,), ids, ones, None, ones[0], ids[0], ids[0], ids[0], ids[0], (2, 2), 8)
     with pytest.raises(MemoryError, match="too little memory is free"):
         measure_pace(
             empty_policy(str(large)),

@@ -24,6 +24,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
 )
 
+from dpo_cli.config.loading import load_config
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.saving import check_saved, prove_saving, saved_model
@@ -95,6 +96,52 @@ def test_what_settings_ask_for_beside_the_logits_changes_no_weight_and_is_saved_
     assert {name: settings[name] for name in asked} == asked
     for name, tensor in load_file(final(tmp_path) / "model.safetensors").items():
         assert torch.equal(tensor, weights[name]), name
+
+
+def test_a_run_balances_experts_logs_it_and_goes_on_under_the_same_coefficient_alone(train, put, tmp_path):
+    put("olmoe")
+    settings = ["training.gradient_checkpointing=true", "training.micro_batch_tokens=1"]
+    result = train("loss.router_aux=0.5", *settings)
+    assert result.returncode == 0, result.stderr
+    assert "router_aux 0.5" in result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
+    assert [row["router_aux"] > 1 for row in rows if row["split"] == "train"] == [True, True]
+    assert not any("router_aux" in row for row in rows if row["split"] == "eval")
+    weights = load_file(final(tmp_path) / "model.safetensors")
+    shutil.rmtree(final(tmp_path))
+    result = train("--resume", *settings)
+    assert result.returncode == 2
+    assert "`loss.router_aux` was 0.5 and is 0.0" in result.stderr
+    assert load_config(tmp_path / "runs/run/config.yaml", []).objective.router_aux == 0.5
+    result = train("--resume", "loss.router_aux=0.5", *settings)
+    assert result.returncode == 0, result.stderr
+    for name, tensor in load_file(final(tmp_path) / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+    shutil.rmtree(tmp_path / "runs")
+    result = train(*settings)
+    assert result.returncode == 0, result.stderr
+    other = load_file(final(tmp_path) / "model.safetensors")
+    assert any(not torch.equal(tensor, weights[name]) for name, tensor in other.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("llama", "LlamaForCausalLM has no experts"),
+        ("deepseek_v3", "transformers has no load-balancing loss for DeepseekV3ForCausalLM"),
+    ],
+)
+def test_experts_to_balance_that_a_model_lacks_are_an_error_before_it_is_loaded(
+    train, put, folder, tmp_path, kind, what
+):
+    put(kind)
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    for arguments in (["--dry-run"], []):
+        result = train("loss.router_aux=0.01", *arguments)
+        assert result.returncode == 2
+        assert what in result.stderr
+        assert "in `loss.router_aux`" in result.stderr
+        assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "lfm2", "mamba"])

@@ -60,6 +60,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path):
         "loss": {
             "weight": 1.0,
             "wpo": False,
+            "router_aux": 0.0,
             "margin_scale": None,
             "type": "dpo",
             "beta": 0.1,
@@ -281,6 +282,8 @@ def test_a_reference_is_had_where_a_loss_needs_one_and_only_there(tmp_path, loss
         ("loss: {type: hinge, label_smoothing: 0.1}\n", "`loss.label_smoothing` is not a setting of `hinge`"),
         ("loss: [dpo, {type: simpo, gama: 1}]\n", "`loss.1.gama` is not a setting of `simpo`"),
         ("loss: {type: aot, wpo: true}\n", "compares the pairs of a step with each other"),
+        ("loss: [{type: dpo, router_aux: 0.1}, {type: sft, router_aux: 0.1}]\n", "several losses set it"),
+        ("loss: {type: dpo, router_aux: -0.1}\n", "`loss.router_aux` should be greater than or equal to 0"),
         ("loss: {type: dpo, divergence: {type: alpha, alpha: 1.0}}\n", "`loss.divergence.alpha` should be less than 1"),
         ("loss: {type: dpo, divergence: hellinger}\n", "`loss.divergence.type` should be one of `reverse_kl`"),
         ("loss: {divergence: {alpha: 0.3}}\n", "`loss.divergence.type` is missing"),

@@ -25,6 +25,7 @@ SETTINGS = {
     "max_prompt_length": "data.max_length",
     "cutoff_len": "data.max_length",
     "loss_type": "loss.type",
+    "router_aux_loss_coef": "loss.router_aux",
     "ref_model": "reference.model",
     "save_steps": "checkpoints.every_steps",
     "save_total_limit": "checkpoints.keep",

@@ -44,6 +44,17 @@ def test_targets_lengths_and_predicting_tokens_are_those_of_the_pairs(name, list
     assert before == [token for prompt, response in sequences for token in [prompt[-1], *response[:-1]]]
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+@given(lists=pair_lists)
+def test_a_token_counts_as_often_as_there_are_sequences_that_it_is_in(name, lists):
+    pairs, sequences = sequences_of(lists)
+    batch = LAYOUTS[name].batch(range(len(pairs)), pairs)
+    counted = batch.input_ids.flatten().repeat_interleave(batch.counts)
+    assert sorted(counted.tolist()) == sorted(token for prompt, response in sequences for token in prompt + response)
+    if batch.attention_mask is not None:
+        assert torch.equal(batch.counts, batch.attention_mask.flatten())
+
+
 @given(pair_lists)
 def test_padded_rows_are_the_sequences(lists):
     pairs, sequences = sequences_of(lists)

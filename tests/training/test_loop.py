@@ -7,9 +7,11 @@ import subprocess
 import sys
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 
+from dpo_cli.data.schedule import MicroBatch, Plan
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.preference.losses import AOT, BCO, DPO, SFT, AdaptiveBeta, Loss, SimPO
 from dpo_cli.preference.objective import Objective
@@ -62,17 +64,103 @@ def test_no_loss_depends_on_how_a_step_is_cut(tiny_llama, pairs, loss):
         assert_same(train_in_process(tiny_llama, pairs, micro_batch_tokens=budget, **settings), whole)
 
 
+def trained_by_ranks(model, losses, tmp_path):
+    """Train with a list of losses of this module, each on two ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "tests.training.ranks", model, losses, tmp_path / "prepared", tmp_path / "found.pt"]
+    ended = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return torch.load(tmp_path / "found.pt", weights_only=True)
+
+
 def test_no_loss_depends_on_how_many_ranks_share_a_step(tiny_llama, pairs, tmp_path):
     """Steps of five pairs, so that one rank has more of them than the other."""
     from tests.training.ranks import SETTINGS
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "tests.training.ranks", tiny_llama, tmp_path / "prepared", tmp_path / "found.pt"]
-    ended = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    by_ranks = torch.load(tmp_path / "found.pt", weights_only=True)
+    by_ranks = trained_by_ranks(tiny_llama, "EVERY_LOSS", tmp_path)
     for loss, found in zip(EVERY_LOSS, by_ranks, strict=True):
         assert_same(found, train_in_process(tiny_llama, pairs, loss=loss, **SETTINGS))
+
+
+BALANCED = [DPO(router_aux=0.5), [AOT(router_aux=0.5, weight=2), SFT()]]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory, tokenizer):
+    """A model of four experts a layer, of which a token goes to two."""
+    from tiny_models import build  # Other processes import this module, and do not find it.
+
+    folder = tmp_path_factory.mktemp("mixture")
+    build("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(folder)
+    return folder
+
+
+ROUTED = {"max_steps": 2, "dtype": torch.float64, "learning_rate": 1e-4}
+ROUNDED = {"rel": 1e-6, "rtol": 1e-5, "atol": 1e-6}
+"""Routers compute probabilities in float32, whatever is asked."""
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("loss", BALANCED, ids=lambda loss: str(Objective.of(loss)))
+def test_the_load_of_experts_is_balanced_alike_however_a_step_is_cut(mixture, pairs, loss, layout):
+    whole = train_in_process(mixture, pairs, loss=loss, **ROUTED)
+    for budget in (1, 400, 10_000):
+        cut = train_in_process(mixture, pairs, loss=loss, layout=layout, micro_batch_tokens=budget, **ROUTED)
+        assert_same(cut, whole, **ROUNDED)
+
+
+def test_the_load_of_experts_is_balanced_alike_by_one_rank_and_by_two(mixture, pairs, tmp_path):
+    from tests.training.ranks import SETTINGS
+
+    by_ranks = trained_by_ranks(mixture, "BALANCED", tmp_path)
+    for loss, found in zip(BALANCED, by_ranks, strict=True):
+        assert_same(found, train_in_process(mixture, pairs, loss=loss, **SETTINGS), **ROUNDED)
+
+
+def test_the_load_of_experts_is_balanced_alike_where_activations_are_recomputed(mixture, pairs):
+    kept, recomputed = (
+        train_in_process(mixture, pairs, loss=DPO(router_aux=0.5), checkpointing=recomputed, **ROUTED)
+        for recomputed in (False, True)
+    )
+    assert_same(recomputed, kept)
+
+
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_a_step_goes_along_the_gradient_of_the_mean_loss_and_of_transformers_loss_of_all_tokens(mixture, pairs, budget):
+    """At step 1 policy and reference are equal: the pairs' gradient is −β/2 of the margin's mean."""
+    coefficient, beta = 0.5, 0.1
+    loss = DPO(beta=beta, router_aux=coefficient)
+    metrics, _ = train_in_process(mixture, pairs, loss=loss, micro_batch_tokens=budget, max_grad_norm=None, **ROUTED)
+    plan = Plan(np.arange(len(pairs)), pairs.sizes.longest, 8, 1, 1, True, 0)
+    (step,) = plan.steps(lambda indices: [MicroBatch(tuple(indices))])
+    policy = load_policy(str(mixture)).double()
+    policy.set_experts_implementation("eager")
+    sequences = [[*pairs[i].prompt, *response] for i in step.pairs for response in (pairs[i].chosen, pairs[i].rejected)]
+    ids, mask = torch.zeros(2, len(sequences), max(map(len, sequences)), dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence)], mask[row, : len(sequence)] = torch.tensor(sequence), 1
+    output = policy(ids, attention_mask=mask, output_router_logits=True)
+    logps = output.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    margin = 0.0
+    for row, i in enumerate(index for index in step.pairs for _ in range(2)):
+        part = logps[row, len(pairs[i].prompt) - 1 : len(sequences[row]) - 1].sum()
+        margin = margin + (part if row % 2 == 0 else -part)
+    (-beta / 2 * margin / len(step.pairs) + coefficient * output.aux_loss).backward()
+    norm = torch.stack([p.grad.norm() for p in policy.parameters() if p.grad is not None]).norm()
+    assert metrics[0]["router_aux"] == pytest.approx(output.aux_loss.item(), rel=1e-6)
+    assert metrics[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_balancing_evens_the_load_out_and_nothing_is_balanced_by_default(mixture, pairs):
+    settings = {"max_steps": 5, "learning_rate": 1e-2}
+    balanced, _ = train_in_process(mixture, pairs, loss=DPO(router_aux=10.0), **settings)
+    assert balanced[-1]["router_aux"] < balanced[0]["router_aux"]
+    off, left = train_in_process(mixture, pairs, loss=DPO(router_aux=0.0), **settings)
+    plain, weights = train_in_process(mixture, pairs, **settings)
+    assert off == plain
+    assert "router_aux" not in plain[0]
+    assert all(torch.equal(left[name], tensor) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -120,10 +208,6 @@ def plain_training(model, pairs, steps, loss, learning_rate, max_grad_norm):
     "loss", [DPO(), DPO(beta=0.5, label_smoothing=0.2), DPO(beta=5.0, logps="mean")], ids=["dpo", "smoothed", "mean"]
 )
 def test_losses_and_weights_are_those_of_a_trainer_written_out_plainly(tiny_llama, pairs, loss):
-    import numpy as np
-
-    from dpo_cli.data.schedule import MicroBatch, Plan
-
     def one_by_one(indices):
         return [MicroBatch((index,)) for index in indices]
 
