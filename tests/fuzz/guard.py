@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,12 +100,22 @@ def confined(folder: Path, *, reads_elsewhere: bool = True) -> Iterator[None]:
         Forbidden: Something else was tried.
     """
     _install()
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), _temporary_folders_in(folder):
         _watches.append(_Watch(str(folder.resolve()), reads_elsewhere))
         try:
             yield
         finally:
             _watches.pop()
+
+
+@contextlib.contextmanager
+def _temporary_folders_in(folder: Path) -> Iterator[None]:
+    """Make temporary folders in a folder: where the system has them, no input decides."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 @contextlib.contextmanager
