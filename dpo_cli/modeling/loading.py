@@ -263,6 +263,10 @@ def _empty(folder: str, trust: Trust) -> PreTrainedModel:
     if model.config._attn_implementation == "flex_attention" and not torch.cuda.is_available():
         hint = "set `model.attention` to `eager` or `sdpa`"
         raise UserError("FlexAttention, which it asks for, computes no gradient without a GPU", None, hint)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window is not None and window < 1:
+        what = f"{CONFIG} says `sliding_window: {window}`: no token would see any"
+        raise UserError(what, None, "set it to null in config.json where tokens see all that are before them")
     logits_alone(model)
     _train_text_alone(model)
     return model

@@ -44,6 +44,11 @@ _LANGUAGE_MODEL = re.compile(r"\w*(ForCausalLM|LMHead(Model)?|ForConditionalGene
 _SPARE_ELEMENTS = 1 << 26
 """What a model may hold beyond its weights: masks, tables of positions."""
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that stands for a large one until Git fetches that."""
+
+_MOST_POINTER_BYTES = 1024
+
 _DAMAGED = "the model is damaged: save or download it again"
 
 
@@ -79,6 +84,7 @@ def check_folder(folder: Path, trust: Trust, where: str | None = None) -> UserEr
         settings = _read_json(folder / CONFIG)
         _check_settings(settings)
         files = weights_files(folder, settings)
+        _check_fetched([*files, *(path for path in folder.iterdir() if path.suffix in _TEXTS)])
         check_headers([file for file in files if file.suffix == ".safetensors"])
     except UserError as error:
         return UserError(f"`{folder}` is not loaded: {error.what}", where, error.hint)
@@ -183,6 +189,14 @@ def _check_company(folder: Path) -> None:
             raise UserError(f"`{path.name}` is larger than {MOST_TEXT_BYTES:,} bytes", None, _DAMAGED)
 
 
+def _check_fetched(files: list[Path]) -> None:
+    """Refuse files of which only the pointer is there."""
+    for file in files:
+        if file.is_file() and file.stat().st_size <= _MOST_POINTER_BYTES and file.read_bytes().startswith(_POINTER):
+            hint = "run `git lfs pull` in the folder"
+            raise UserError(f"`{file.name}` is a pointer of Git LFS: the file itself was not fetched", None, hint)
+
+
 def _check_generation(file: Path) -> None:
     """Refuse settings of generation that cannot be read: transformers would go on without them."""
     try:
@@ -211,7 +225,8 @@ def _check_architecture(settings: dict[str, Any]) -> None:
         # Code of its own has names of its own.
         return
     hint = "choose a model that continues text: its architecture's name ends in `ForCausalLM`"
-    for name in settings.get("architectures") or []:
+    named = settings.get("architectures") or []
+    for name in [named] if isinstance(named, str) else named:
         if settings.get("is_encoder_decoder") is True:
             raise UserError(f"`{name}` is not a causal language model: an encoder reads its prompts", None, hint)
         if not _LANGUAGE_MODEL.fullmatch(name):

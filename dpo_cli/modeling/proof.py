@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -71,17 +72,17 @@ def prove(
         autocast: Opens the precision that the run computes in.
 
     Raises:
-        UserError: The gradient is zero.
+        UserError: The model fails, or its gradient is zero.
     """
     padded, packed = Padded(), Packed()
-    with autocast():
+    with asking(model), autocast():
         expected, expected_norm = _answers(model, padded, seen, trained)
     if not torch.isfinite(expected).all():
         # A model that is broken under both layouts; the checks that follow say so.
         packed.prepare(model)
         return Proof(0.0, 0.0)
     if trained and not expected_norm:
-        hint = "its weights are zeros, as an interrupted save leaves them: save or download it again"
+        hint = "its weights are zeros, as an interrupted save leaves them, or a factor in config.json is"
         raise UserError("no weight of the model has a gradient: nothing would be learnt", type(model).__name__, hint)
     try:
         packed.prepare(model)
@@ -95,6 +96,22 @@ def prove(
         return Proof(refusal=_reason(error))
     difference = float((found - expected).abs().max())
     return Proof(difference, abs(norm - expected_norm) / expected_norm if trained else 0.0)
+
+
+@contextlib.contextmanager
+def asking(model: PreTrainedModel) -> Iterator[None]:
+    """Say of a model that fails on its first pairs that it does: no setting of the run is at fault.
+
+    Raises:
+        UserError: It fails.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS as error:
+        what = f"the model fails on the first pairs, {type(error).__name__}: {_first_line(error)}"
+        raise UserError(what, type(model).__name__, "look for a value in its config.json that does not fit") from error
 
 
 def _answers(
@@ -133,5 +150,9 @@ def _by_pair(tokens: Tensor, lengths: Sequence[int]) -> list[Tensor]:
 
 def _reason(error: Exception) -> str:
     """Return what a refusal says; what a model was never made for it says in terms of its code."""
-    first = (str(error).splitlines() or [""])[0]
+    first = _first_line(error)
     return first if isinstance(error, CannotPack) else f"it fails on packed pairs, {type(error).__name__}: {first}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

@@ -40,6 +40,8 @@ def reason_and_hint(error: Exception, name: str, folder: Path | None) -> tuple[s
     if reason.startswith("Unrecognized configuration class"):
         named = re.search(r"(\w+)Config'", reason)
         return f"{named[1] if named else 'it'} is no causal language model", "choose a model that continues text"
+    if "not supported yet" in reason:
+        return reason, "choose another model, or update transformers, where the model is newer"
     if folder is None:
         return (
             reason,

@@ -51,10 +51,12 @@ class Origin:
     Attributes:
         asked: What its settings asked for beside the logits, by the name of the model within; the whole is "".
         files: The files that belong to it, by name.
+        generation: What it says of generation, what transformers does not know included.
     """
 
     asked: dict[str, dict[str, Any]]
     files: dict[str, bytes]
+    generation: dict[str, Any]
 
 
 def remember(model: PreTrainedModel, folder: Path, trust: Trust) -> None:
@@ -72,7 +74,9 @@ def remember(model: PreTrainedModel, folder: Path, trust: Trust) -> None:
         and path.is_file()
         and path.stat().st_size <= MOST_TEXT_BYTES
     }
-    model.origin = Origin(logits_alone(model), files)
+    said = folder / GENERATION
+    generation = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
+    model.origin = Origin(logits_alone(model), files, generation)
 
 
 def logits_alone(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
@@ -122,8 +126,10 @@ def saved_model(
 
 def write_beside_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Complete a folder into which a model was saved: what opened the model before opens it as well."""
-    origin: Origin = getattr(model, "origin", Origin({}, {}))
+    origin: Origin = getattr(model, "origin", Origin({}, {}, {}))
     _ask_again(folder / CONFIG, origin.asked)
+    if (generation := folder / GENERATION).is_file():
+        _write_json(generation, {**origin.generation, **json.loads(generation.read_text(encoding="utf-8"))})
     tokenizer.save_pretrained(folder)
     for name, content in origin.files.items():
         (folder / name).write_bytes(content)
@@ -201,7 +207,12 @@ def _ask_again(file: Path, asked: dict[str, dict[str, Any]]) -> None:
         written = json.loads(file.read_text(encoding="utf-8"))
         for name, settings in asked.items():
             (written[name] if name else written).update(settings)
-        file.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _write_json(file, written)
+
+
+def _write_json(file: Path, settings: dict[str, Any]) -> None:
+    """Write settings as transformers does."""
+    file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _name_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -15,7 +15,7 @@ from dpo_cli.data.prepared import RESPONSE_CUT, PreparedPairs
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.model_files import most_tokens
-from dpo_cli.modeling.proof import TOKEN_TOLERANCE
+from dpo_cli.modeling.proof import TOKEN_TOLERANCE, asking
 from dpo_cli.preference.terms import StepFacts
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -
     Raises:
         UserError: They are not, or not finite.
     """
-    with accelerator.autocast():
+    with asking(scorer.policy), accelerator.autocast():
         difference, ahead = scorer.largest_difference(shortest), scorer.looks_ahead(shortest)
     if not math.isfinite(difference):
         what = "the model's log-probabilities are not finite before step 1"

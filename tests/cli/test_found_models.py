@@ -383,3 +383,28 @@ def test_a_model_of_zeros_has_nothing_to_learn_with(train, put, folder, layout):
     assert result.returncode == 2, result.stderr
     assert "no weight of the model has a gradient" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [("mixtral", {"num_experts_per_tok": 10}), ("cohere", {"logit_scale": None}), ("deepseek_v3", {"n_group": 3})],
+    ids=str,
+)
+def test_a_model_that_fails_on_its_first_pairs_is_told_by_what_it_says(train, put, kind, asked, layout):
+    put(kind, **asked)
+    result = train(f"training.layout={layout}")
+    assert result.returncode == 2, result.stderr
+    assert "the model fails on the first pairs" in result.stderr
+    assert "config.json" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_what_a_model_says_of_generation_is_saved_with_what_no_library_knows(train, put, folder, tmp_path):
+    put("llama")
+    file = folder / "generation_config.json"
+    said = {**json.loads(file.read_text()), "chat_format": "chatml", "temperature": 0.3, "suppress_tokens": None}
+    file.write_text(json.dumps(said))
+    result = train()
+    assert result.returncode == 0, result.stderr
+    assert json.loads((final(tmp_path) / "generation_config.json").read_text()) == said

@@ -392,3 +392,27 @@ def test_flex_attention_is_refused_where_it_has_no_gradient(model, monkeypatch):
     assert "FlexAttention" in problem.what
     assert "`model.attention`" in problem.hint
     assert load_policy(str(model), Trust(attention="sdpa")).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json", "tokenizer.model"])
+def test_a_pointer_in_place_of_a_file_is_told_with_what_fetches_the_file(model, name):
+    (model / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 131\n")
+    problem = check_model(str(model), "`model.name`")
+    assert problem is not None
+    assert f"`{name}` is a pointer of Git LFS" in problem.what
+    assert "git lfs pull" in problem.hint
+
+
+def test_an_architecture_that_is_written_without_brackets_is_named_whole(model):
+    change_settings(model, architectures="LlamaForTokenClassification")
+    assert "`LlamaForTokenClassification` is not a causal language model" in refused(model).what
+    change_settings(model, architectures="LlamaForCausalLM")
+    load_policy(str(model))
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_a_window_through_which_nothing_is_seen_is_refused(model, window):
+    change_settings(model, model_type="mistral", sliding_window=window)
+    assert f"`sliding_window: {window}`" in refused(model).what
+    change_settings(model, sliding_window=None)
+    load_policy(str(model))
