@@ -65,6 +65,8 @@ def _hint(rows: Sequence[Mapping[str, object]]) -> str:
     nearest = max(FORMATS, key=lambda name: (len(there[name]), name == "text"))
     lacking = [need for need in _needed(FORMATS[nearest]) if need not in there[nearest]]
     what = f"the nearest shape is `{nearest}`, and lacks {listed(lacking)}"
+    if len(names) - len(there[nearest]) < len(lacking):
+        return f"{what}, for which the rows have no columns left: write rows that have a better and a worse answer"
     return f"{what}: name the data's columns by `data.columns: {{{', '.join(f'{name}: …' for name in lacking)}}}`"
 
 

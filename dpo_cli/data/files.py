@@ -104,7 +104,7 @@ def _decoded(line: bytes, origin: str) -> Row:
     except UnicodeDecodeError as error:
         return Row(origin, None, f"the row is not UTF-8: byte {line[error.start]:#04x}")
     except json.JSONDecodeError as error:
-        return Row(origin, None, f"the row is not valid JSON: {error.msg} at column {error.colno}")
+        return Row(origin, None, f"the row is not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return Row(origin, None, "the row is not valid JSON: it is nested too deeply")
     except ValueError as error:

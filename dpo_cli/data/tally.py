@@ -39,7 +39,7 @@ MEASURED = ("prompt", "chosen", "rejected", "longest")
 """Whose tokens are counted of pairs that were dropped as too long; the longest is prompt and longer response."""
 
 
-_FIX = "fix the row"
+_FIX, _UTF_8 = "fix the row", "save the file as UTF-8"
 _ADVICE = {
     "too long": "raise `data.max_length`, or set `data.on_too_long: truncate`",
     "response too long": "raise `data.max_length`, or set `data.min_response` to let responses be cut",
@@ -136,7 +136,8 @@ class Tally:
         if not self.num_kept:
             counts = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
             (reason, _), *_ = self.dropped.most_common(1)
-            hint = f"{_ADVICE.get(reason, _FIX)}; the first: {self.examples[reason][0]}"
+            example = self.examples[reason][0]
+            hint = f"{_UTF_8 if 'not UTF-8' in example else _ADVICE.get(reason, _FIX)}; the first: {example}"
             raise UserError(f"none of {self.num_read:,} rows is left: {counts}", where, hint)
 
     def statistics(self) -> dict[str, Any]:
@@ -158,7 +159,7 @@ def _how_to_fix(bad: BadRow) -> str:
     if bad.reason == "too long":
         return "raise `data.max_length`, or set `data.on_too_long` to drop or truncate"
     if "not UTF-8" in bad.detail:
-        return f"save the file as UTF-8, or {drop}"
+        return f"{_UTF_8}, or {drop}"
     return f"{_ADVICE.get(bad.reason, _FIX)}, or {drop}"
 
 

@@ -271,12 +271,22 @@ def test_what_the_error_proposes_can_be_pasted(tmp_path, row):
     ("row", "hint"),
     [
         (
-            {"chosen": "a", "rejected": "b"},
+            {"chosen": "a", "rejected": "b", "said": "c"},
             "nearest shape is `text`, and lacks `prompt`: .*`data.columns: {prompt: …}`",
         ),
         ({"instruction": "a", "chosen": "b", "output": "c"}, "nearest shape is `instruction`, and lacks `rejected`"),
-        ({"a": 1}, "`text`, and lacks `prompt`, `chosen`, `rejected`: .*{prompt: …, chosen: …, rejected: …}"),
+        (
+            dict.fromkeys("abc", 1),
+            "`text`, and lacks `prompt`, `chosen`, `rejected`: .*{prompt: …, chosen: …, rejected: …}",
+        ),
         ({"prompt": "a", "responses": ["b"]}, "nearest shape is `ranked`, and lacks `scores`"),
+        ({"chosen": "a", "rejected": "b"}, "lacks `prompt`, for which the rows have no columns left"),
+        ({"prompt": "a", "completion": "b"}, "lacks `label`, for which the rows have no columns left"),
+        (
+            {"data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]},
+            "`rejected`, for which the rows have no columns left",
+        ),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "`rejected`, for which the rows have no columns left"),
     ],
 )
 def test_what_cannot_be_guessed_is_told_by_the_one_thing_that_differs(row, hint):
