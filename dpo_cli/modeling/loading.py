@@ -61,7 +61,7 @@ def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) ->
     if path.is_dir():
         if (path / CONFIG).is_file():
             return check_folder(path, trust, where)
-        hint = "a model folder holds config.json, the weights and the tokenizer's files"
+        hint = _model_inside(path) or "a model folder holds config.json, the weights and the tokenizer's files"
         return UserError(f"`{name}` is not a model folder: it has no config.json", where, hint)
     if path.is_file():
         hint = "name the folder that holds config.json, a .gguf file, or a Hub id"
@@ -75,6 +75,25 @@ def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) ->
 def names_hub_model(name: str) -> bool:
     """Tell whether a name is a Hub id, given that it is nothing on this disk."""
     return not Path(name).exists() and not is_path(name) and bool(_HUB_ID.fullmatch(name))
+
+
+def _model_inside(folder: Path) -> str | None:
+    """Suggest what people mean who name a run's folder, or one that GGUF files lie in."""
+    inside = [folder / "final"] if (folder / "final" / CONFIG).is_file() else sorted(folder.glob("*.gguf"))
+    return f"did you mean `{inside[0]}`?" if len(inside) == 1 else None
+
+
+def missing_weights(name: str, where: str) -> UserError | None:
+    """Say which file of weights a model folder lacks, without loading any; what is broken is left to the loader."""
+    folder = Path(name)
+    try:
+        files = weights_files(folder)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        # A name that is no folder ends here as well.
+        return None
+    lost = next((file.name for file in files if not file.is_file()), None if files else "model.safetensors")
+    hint = "the model is incomplete: save or download it again"
+    return UserError(f"the weights are missing: there is no {lost} in `{name}`", where, hint) if lost else None
 
 
 def look_up_model(name: str, where: str) -> UserError | None:
@@ -106,7 +125,13 @@ def load_tokenizer(name: str, trust: Trust = NO_TRUST) -> PreTrainedTokenizerBas
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
         return tokenizer
 
-    return _load(name, "tokenizer", load, trust)
+    try:
+        return _load(name, "tokenizer", load, trust)
+    except UserError as error:
+        if not Path(name).is_dir() or holds_tokenizer(Path(name)):
+            raise
+        hint = "copy tokenizer.json and tokenizer_config.json there, or save or download the model again"
+        raise UserError("the model has no tokenizer: its files are missing", name, hint) from error
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, name: str, where: str, trust: Trust = NO_TRUST) -> None:

@@ -176,7 +176,7 @@ def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, resu
         record.saved(step, path, background=config.checkpoints.background)
     else:
         writer.finish()
-        run.console.answer(f"stopped after step {step}; saved {path}")
+        run.console.answer(f"stopped after step {step}; saved {path}; `--resume` goes on from there")
         asked = [number for number in gather_object([run.signals.received]) if number]
         raise Interrupted(asked[0])
 

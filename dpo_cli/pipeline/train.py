@@ -65,13 +65,16 @@ def train(
         UserError: Something is wrong that the user can fix.
         Interrupted: A signal came; what was done is saved.
     """
+    from dpo_cli.modeling.loading import missing_weights
+
     folder = RunFolder(Path(config.output_dir))
     beside = dry_run and not resume and not overwrite
     unusable = folder.check(resume=resume, overwrite=overwrite, beside=beside) or (
         folder.check_inputs(setup.named_inputs(config)) if overwrite else None
     )
     untracked = check_trackers(config.trackers, "`tracking`")
-    raise_all([*setup.check_inputs(config), *untracked, *([unusable] if unusable else [])])
+    missing = missing_weights(config.model.name, "`model.name`")
+    raise_all([*setup.check_inputs(config), *untracked, *(one for one in (unusable, missing) if one)])
     if beside and folder.state() is not RunState.FREE:
         console.notice(f"{folder.path} holds another run: a real run needs `--resume` or `--overwrite` there")
     if resume:

@@ -121,6 +121,15 @@ def folder(name: str) -> Callable[[Project], None]:
     return lambda project: (project.folder / name).mkdir(parents=True)
 
 
+def lost_part(project: Project) -> None:
+    """Cut a model's weights into two parts of which only the first is there."""
+    weights = project.folder / "model" / "model.safetensors"
+    weights.rename(weights.with_name("model-1.safetensors"))
+    parts = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    listed = json.dumps({"metadata": {}, "weight_map": parts})
+    weights.with_name("model.safetensors.index.json").write_text(listed, encoding="utf-8")
+
+
 def gone(*names: str) -> Callable[[Project], None]:
     def remove(project: Project) -> None:
         for name in names:
@@ -429,7 +438,14 @@ DATA_CASES = {
     "data empty": Case(data(""), PREPARE, 2, r"there are no rows", r"at least one row"),
     "line cut off": Case(data(PAIR, '{"instruction": "S'), PREPARE, 2, r"is not valid JSON.*column", r"fix the row"),
     "line in Latin-1": Case(
-        data('{"instruction": "é"}'.encode("latin-1")), PREPARE, 2, r"is not UTF-8: byte 0xe9", r"."
+        data('{"instruction": "é"}'.encode("latin-1")), PREPARE, 2, r"is not UTF-8: byte 0xe9", r"as UTF-8"
+    ),
+    "data in Latin-1 alone": Case(
+        data('{"instruction": "é"}'.encode("latin-1")), f"{PREPARE} data.on_bad_row=drop", 2,
+        r"none of 1 rows is left", r"^save the file as UTF-8; the first",
+    ),
+    "a quote that nothing closes": Case(
+        data('{"instruction": "x}'), PREPARE, 2, r"valid JSON: Unterminated string starting at column 17", r"fix the"
     ),
     "file in UTF-16": Case(in_utf_16, PREPARE, 2, r"not UTF-8", r"as UTF-8"),
     "null for a row": Case(data(PAIR, "null"), PREPARE, 2, r"is not a JSON object", r"fix the row"),
@@ -546,7 +562,17 @@ MODEL_CASES = {
     "config.json broken": Case(file("model/config.json", "{"), TRAIN, 2, r"cannot be loaded", r"incomplete or damaged"),
     "config.json a list": Case(file("model/config.json", "[]"), TRAIN, 2, r"cannot be loaded", r"incomplete"),
     "config.json without a kind": Case(file("model/config.json", "{}"), TRAIN, 2, r"cannot be loaded", r"incomplete"),
-    "weights missing": Case(gone("model/model.safetensors"), TRAIN, 2, r"cannot be loaded", r"incomplete or damaged"),
+    "weights missing": Case(gone("model/model.safetensors"), TRAIN, 2, r"no model.safetensors in", r"incomplete"),
+    "weights missing in a dry run": Case(
+        gone("model/model.safetensors"), f"{TRAIN} --dry-run", 2, r"the weights are missing", r"incomplete"
+    ),
+    "part of the weights missing": Case(lost_part, f"{TRAIN} --dry-run", 2, r"no model-2.safetensors in", r"incompl"),
+    "model a folder of GGUF files": Case(
+        file("ggufs/a.gguf", b"GGUF"), f"{TRAIN} model.name=ggufs", 2, r"no config.json", r"mean `ggufs/a.gguf`"
+    ),
+    "model a run": Case(
+        file("earlier/final/config.json", b"{}"), f"{TRAIN} model.name=earlier", 2, r"no config", r"`earlier/final`"
+    ),
     "weights truncated": Case(cut("model/model.safetensors"), TRAIN, 2, r"cannot be loaded", r"incomplete or damaged"),
     "weights of garbage": Case(file("model/model.safetensors", b"\xff" * 99), TRAIN, 2, r"cannot be load", r"damaged"),
     "weights of fewer layers": Case(
@@ -580,7 +606,7 @@ MODEL_CASES = {
     "code in the model folder": Case(code_in_the_model_folder, TRAIN, 2, r"cannot be loaded.*code", r"never run"),
     "weights unreadable": Case(unreadable("model/model.safetensors"), TRAIN, 2, r"cannot be loaded", r"damaged|read"),
     "tokenizer missing": Case(
-        gone("model/tokenizer.json", "model/tokenizer_config.json"), PREPARE, 2, r"tokenizer cannot be loaded", r"inc"
+        gone("model/tokenizer.json", "model/tokenizer_config.json"), PREPARE, 2, r"has no tokenizer: its files", r"copy"
     ),
     "tokenizer broken": Case(file("model/tokenizer.json", "{}"), PREPARE, 2, r"tokenizer cannot be loaded", r"damaged"),
     "tokenizer truncated": Case(cut("model/tokenizer.json"), PREPARE, 2, r"tokenizer cannot be loaded", r"damaged"),
