@@ -30,7 +30,11 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse, and refuse an option of one value that is given twice: one of the two would be ignored."""
-        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        try:
+            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        except _USAGE_ERROR as error:
+            error.ctx = error.ctx or ctx
+            raise
         for option in given:
             several = option.nargs != 1 or getattr(option, "multiple", False) or getattr(option, "is_flag", False)
             if not several and given.count(option) > 1 and not ctx.resilient_parsing:

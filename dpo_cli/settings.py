@@ -46,8 +46,12 @@ class UndefinedVariable(ValueError):
     """
 
     def __init__(self, name: str) -> None:
-        super().__init__(f"the environment variable `{name}` is not defined")
-        self.hint = f"define it (`export {name}=…`), or write `$$` for a dollar sign"
+        if re.fullmatch(r"[A-Za-z_]\w*", name):
+            super().__init__(f"the environment variable `{name}` is not defined")
+            self.hint = f"define it (`export {name}=…`), or write `$$` for a dollar sign"
+        else:
+            super().__init__(f"`${{{name}}}` names no environment variable")
+            self.hint = "write `$NAME` or `${NAME}`; `$$` is a dollar sign"
 
 
 def expand_path(text: str) -> str:

@@ -412,7 +412,9 @@ USAGE_CASES = {
         nothing, f"{TRAIN} --resum", 2, r"`--resum` is not an option of `dpo train`", r"mean `--resume`"
     ),
     "no config named": Case(nothing, "train", 2, r"no configuration is named", r"dpo train my.yaml"),
-    "option without its value": Case(nothing, f"{EVAL} --json", 2, r"`--json` requires an argument", r"--help"),
+    "option without its value": Case(
+        nothing, f"{EVAL} --json", 2, r"`--json` requires an argument", r"dpo eval --help"
+    ),
     "a negative number of pairs to show": Case(
         nothing, f"{PREPARE} --show -1", 2, r"invalid value for `--show`", r"--help"
     ),

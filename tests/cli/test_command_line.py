@@ -59,6 +59,8 @@ def test_a_configuration_is_named_once(config, arguments, what):
         ("train a.yaml --resum", "`--resum` is not an option of `dpo train`", "did you mean `--resume`?"),
         ("prepare-data a.yaml --show x", "invalid value for `--show`", "dpo prepare-data --help"),
         ("eval a.yaml --data $NOWHERE/x", "the environment variable `NOWHERE` is not defined", "export NOWHERE="),
+        ("eval a.yaml --data ${}/x", "`${}` names no environment variable", "`$$` is a dollar sign"),
+        ("eval a.yaml --data ${HOME:-x}", "`${HOME:-x}` names no environment variable", "`$$` is a dollar sign"),
         ("eval a.yaml --model ${NOWHERE}/x", "the environment variable `NOWHERE` is not defined", "export NOWHERE="),
         ("prepare-data a.yaml --report ${NOWHERE}", "the environment variable `NOWHERE`", "export NOWHERE="),
         ("train $NOWHERE/a.yaml", "the environment variable `NOWHERE` is not defined", "export NOWHERE="),
