@@ -85,7 +85,10 @@ def init(
         str | None, typer.Option(parser=expanded, metavar="SOURCE", help="Preference pairs: a file, folder or Hub id.")
     ] = None,
     out: Annotated[
-        Path, typer.Option(parser=expanded_path, metavar="FILE", help="The file to write; none is overwritten.")
+        Path,
+        typer.Option(
+            parser=expanded_path, metavar="FILE", help="The file to write, never over another; `-`: standard output."
+        ),
     ] = Path("dpo.yaml"),
     quiet: Quiet = False,
 ) -> None:

@@ -14,7 +14,7 @@ from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import choose_layout, prove_logps, wanted_tokens, without_gradient
 from dpo_cli.pipeline.plan import described_loss
-from dpo_cli.reporting.console import Console
+from dpo_cli.reporting.console import STANDARD_OUTPUT, Console
 from dpo_cli.reporting.tables import figures_table, groups_table
 from dpo_cli.settings import located
 from dpo_cli.storage import MANIFEST, DamagedFolder, verify
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from dpo_cli.evaluation.evaluate import PairResult
     from dpo_cli.modeling.batch import Layout
     from dpo_cli.preference.reference import OpenReference
-
-_STANDARD_OUTPUT = Path("-")
-"""What `--json` is given to write the figures to standard output."""
 
 
 def evaluate(config: Config, console: Console, *, model: str | None, data: str | None, json_file: Path | None) -> None:
@@ -97,7 +94,7 @@ def _score(
         "data": source,
         "objective": config.model_dump(mode="json")["loss"],
     }
-    if json_file == _STANDARD_OUTPUT:
+    if json_file == STANDARD_OUTPUT:
         console.result(json.dumps(found, indent=1))
         return
     _show(config, found, console)
@@ -146,7 +143,7 @@ def _check(config: Config, scored: str, model: str | None, data: str | None, jso
     if data is None and config.data.eval is None:
         hint = "set `data.eval`, or name pairs with --data"
         problems.append(UserError("the configuration holds no pairs out", "`data.eval`", hint))
-    if json_file is None or json_file == _STANDARD_OUTPUT:
+    if json_file is None or json_file == STANDARD_OUTPUT:
         return problems
     if json_file.is_dir():
         problems.append(UserError("the JSON file is a folder", f"--json {json_file}", "name a file in it"))

@@ -16,7 +16,7 @@ from dpo_cli.data.sources import Source, as_sources, check_source, read_rows
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.modeling.loading import check_model
 from dpo_cli.modeling.model_files import most_tokens
-from dpo_cli.reporting.console import Console
+from dpo_cli.reporting.console import STANDARD_OUTPUT, Console
 from dpo_cli.settings import escape_path, located
 from dpo_cli.storage import MANIFEST
 
@@ -125,12 +125,16 @@ def init(console: Console, *, model: str | None, data: str | None, out: Path) ->
         console: Says what was found.
         model: A model folder, a .gguf file or a Hub id; None: a placeholder is written.
         data: A source of pairs; None: a placeholder is written.
-        out: The file to write, which must not exist.
+        out: The file to write, which must not exist; `-`: standard output.
 
     Raises:
         UserError: The file exists or cannot be written; the model or the data cannot be read.
     """
-    problems = [UserError(f"{located(out)} exists already", "--out", "choose another file")] if out.exists() else []
+    problems = (
+        [UserError(f"{located(out)} exists already", "--out", "choose another file")]
+        if out != STANDARD_OUTPUT and out.exists()
+        else []
+    )
     if not out.parent.is_dir():
         problems.append(UserError(f"there is no folder {located(out.parent)}", "--out", "create it"))
     if model is not None and (problem := check_model(model, "--model")):
@@ -150,6 +154,9 @@ def init(console: Console, *, model: str | None, data: str | None, out: Path) ->
     if found_data:
         _say_what_was_found(console, found_data, found_model)
     text = "\n".join(_lines(model, found_model, data, found_data)) + "\n"
+    if out == STANDARD_OUTPUT:
+        console.result(text.rstrip("\n"))
+        return
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(text)

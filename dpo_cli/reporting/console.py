@@ -30,6 +30,9 @@ from dpo_cli.reporting.secrets import covered
 Advance = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
 
+STANDARD_OUTPUT = Path("-")
+"""What an option that names a file is given for standard output."""
+
 _SECONDS_BETWEEN_LINES = 10.0
 _STEP_LINES = {True: 20, False: 200}
 """How many lines of steps a run has on a terminal, where a line below them lives, and on a pipe."""

@@ -169,3 +169,12 @@ def test_data_that_is_prepared_already_is_refused(tmp_path, tokenizer, pairs_fil
     prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
     with pytest.raises(UserError, match="is a prepared folder"):
         init(tmp_path / "dpo.yaml", None, tmp_path / "prepared")
+
+
+def test_it_is_written_to_standard_output_on_demand(tmp_path, tiny_llama, pairs_file):
+    """What is printed is what the file would be: nothing else is on standard output, and no file appears."""
+    arguments = ("init", "--model", tiny_llama, "--data", pairs_file, "--out")
+    printed, written = (run_dpo(*arguments, out, cwd=tmp_path) for out in ("-", "my.yaml"))
+    assert (printed.returncode, written.returncode) == (0, 0), printed.stderr + written.stderr
+    assert printed.stdout == (tmp_path / "my.yaml").read_text(encoding="utf-8")
+    assert not (tmp_path / "-").exists()
