@@ -210,7 +210,7 @@ def tell_day(tokenize: PairTokenizer, console: Console) -> None:
     """Say which date the template writes, if it writes any."""
     if tokenize.day:
         today = " (today)" if tokenize.day == date.today() else " (the day on which the run began)"
-        console.notice(f"the chat template asks for the date: it is told {tokenize.day.isoformat()}{today}")
+        console.notice(f"the chat template writes a date: {tokenize.day.isoformat()}{today}")
 
 
 def prepared_pairs(

@@ -132,7 +132,8 @@ def newest_whole(folder: Path, stands_on: Mapping[str, str]) -> Path | None:
         if other is None:
             return path
         _log.warning("passing over the checkpoint %s: the %s is not this run's", path, other)
-        hint = f"bring back the {other} that the run was started with, or start again with `--overwrite`"
+        same = " (another version of the program may prepare the same data otherwise)" * (other == "data")
+        hint = f"bring back the {other} that the run was started with{same}, or start again with `--overwrite`"
         what = f"the {other} is not the one that the run was started with"
         refusal = refusal or UserError(what, str(path), hint)
     if refusal:
