@@ -135,7 +135,7 @@ A refused row is counted by its reason and named by file and line; the message s
 | `empty field` | nobody asks anything, or a list is empty | broken |
 | `no human turn` | an HH text does not begin with `Human:` | broken |
 | `no answer` | a conversation ends with a turn that is not the assistant's | broken |
-| `prompt not repeated` | a list that shall repeat the prompt begins with something else | broken |
+| `prompt not repeated` | a list that should repeat the prompt begins with something else | broken |
 | `prompt ends with an answer` | the last turn of the prompt is the assistant's | broken |
 | `two system prompts` | one in the column `system` and one in the conversation | broken |
 | `empty response` | a turn of the assistant that is judged says and calls nothing | dropped |

@@ -54,7 +54,7 @@ OF_TOKENS = (
         "warning",
         "a text spells out a control token",
         "A text holds what is a control token of the template; it was encoded as text.",
-        "Look whether the data was written out by a template before; if so, take it apart into messages.",
+        "Check whether a template wrote the data before; if so, take it apart into messages.",
     ),
     Kind(
         "responses_cut",

@@ -58,7 +58,7 @@ def prepare(sources: Sequence[Source], reading: Reading, tokenize: PairTokenizer
         sources: Where rows come from, in order.
         reading: How rows become pairs.
         tokenize: The template and the length rule.
-        folder: Where the prepared folder shall stand; an older one is replaced.
+        folder: Where the prepared folder should stand; an older one is replaced.
 
     Raises:
         UserError: A source cannot be read, or has no shape that is known; rows are broken under `error`, or nothing

@@ -171,7 +171,7 @@ class IPO(LossSettings):
 class Hinge(LossSettings):
     """A margin of 1 in βΔ, and nothing beyond it.
 
-    Use: pairs that are told apart clearly shall stop pulling.
+    Use: pairs that are told apart clearly should stop pulling.
     Watch: beyond a margin of 1/β a pair has no gradient; where all have it, nothing more is learned.
     Takes: sums
     Source: SLiC, Zhao et al. 2023, arXiv 2305.10425, with the log-ratios of RSO, Liu et al. 2023, arXiv 2309.06657.
@@ -193,7 +193,7 @@ class Hinge(LossSettings):
 class EXO(LossSettings):
     """The reverse KL from the policy's preference to the labels'.
 
-    Use: the policy shall settle on what is surely preferred, rather than cover all that is.
+    Use: the policy should settle on what is surely preferred, rather than cover all that is.
     Watch: it has its minimum at βΔ = log((1−ε)/ε), 6.9 by default, and a pair that stands far the wrong way round pulls
     little.
     Takes: sums
@@ -220,7 +220,7 @@ class EXO(LossSettings):
 class NCA(LossSettings):
     """Noise Contrastive Alignment: raises the chosen response's own likelihood, not the difference alone.
 
-    Use: the chosen response shall not become less likely, as in reasoning or code.
+    Use: the chosen response should not become less likely, as in reasoning or code.
     Watch: βc is led to log 2 and no further; then margins grow by rejected responses alone. It begins at 2 log 2.
     Takes: sums
     Source: Chen et al. 2024, arXiv 2402.05369, for two responses.
@@ -301,7 +301,7 @@ class SPPO(LossSettings):
 
 
 class AOT(LossSettings):
-    """Alignment via Optimal Transport: the policy's preferences as a whole shall exceed the reference's.
+    """Alignment via Optimal Transport: the policy's preferences as a whole should exceed the reference's.
 
     The differences log π(chosen) − log π(rejected) of a step are sorted, those of the reference too, and compared
     rank by rank.
@@ -336,7 +336,7 @@ class AOT(LossSettings):
 
 
 class AOTUnpaired(LossSettings):
-    """Alignment via Optimal Transport without pairs: chosen responses as a whole shall exceed rejected ones.
+    """Alignment via Optimal Transport without pairs: chosen responses as a whole should exceed rejected ones.
 
     The log-ratios of a step's chosen responses are sorted, those of its rejected ones too, and compared rank by rank.
 
@@ -467,7 +467,7 @@ class DPOP(LossSettings):
 class SimPO(LossSettings):
     """Simple Preference Optimization: mean log-probabilities and a target margin, without a reference.
 
-    Use: no memory or time for a reference, and length shall not count.
+    Use: no memory or time for a reference, and length should not count.
     Watch: nothing but small steps holds the policy near where it began: keep the learning rate low and read what the
     model writes. Of γ it is the ratio γ/β that matters.
     Takes: means
@@ -479,7 +479,7 @@ class SimPO(LossSettings):
     beta: Beta = 2.0
     """The scale of the mean log-probabilities."""
     gamma: float = Field(1.0, ge=0, le=100)
-    """γ: the margin that chosen shall have before rejected."""
+    """γ: the margin that chosen should have before rejected."""
 
     needs_reference: ClassVar[bool] = False
 
@@ -544,7 +544,7 @@ class RDPO(LossSettings):
     Where r − α|y| is to be maximised, the reward is β · log-ratio + α|y|: a chosen response that is the longer one
     has explained its preference by its length alone, and moves the policy less.
 
-    Use: longer responses win among your pairs, and the policy shall not learn that.
+    Use: longer responses win among your pairs, and the policy should not learn that.
     Watch: α counts every token: at 0.01 a hundred of them weigh as much as βΔ = 1. It does not begin at log 2.
     Takes: sums and lengths
     Source: Park et al. 2024, arXiv 2403.19159.

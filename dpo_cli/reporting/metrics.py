@@ -84,7 +84,7 @@ class StepSums:
         self._sums[-1] += 1
 
     def reduce(self, accelerator: Accelerator) -> tuple[dict[str, float], int, bool]:
-        """Add the ranks' sums together, once; return means, tokens, and whether any rank shall stop."""
+        """Add the ranks' sums together, once; return means, tokens, and whether any rank should stop."""
         total = accelerator.reduce(self._sums, reduction="sum").tolist()
         *sums, num_pairs, num_tokens, stops = total
         means = {name: value / num_pairs for name, value in zip(PAIR_METRICS, sums, strict=True)}

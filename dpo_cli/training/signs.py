@@ -126,7 +126,7 @@ class Sightings:
             now: The time, in seconds.
             patience: How long a rank may be silent, or stand still within a step, in seconds.
             grace: How long one may go on after another failed, or after the store was lost, in seconds: who fails
-                for the same reason shall say so itself, and who is done shall not be taken for gone.
+                for the same reason should say so itself, and who is done should not be taken for gone.
         """
         return self._blamed() or self._failed(now, grace) or self._silent(now, patience, grace) or self._still(patience)
 

@@ -17,7 +17,7 @@ from tests.conftest import ROOT, dpo_command, read_metrics
 
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 STATUSES = {int(status): again for status, again in re.findall(r"^\| (\d+) \| .* \| (.*) \|$", PAGE, re.M)}
-"""Every exit status of the page's table, and whether a run shall be started again then."""
+"""Every exit status of the page's table, and whether a run should be started again then."""
 
 FOUR_STEPS = {"training": {"max_steps": 4}, "data": {"eval": None}, "checkpoints": {"every_steps": 100}}
 

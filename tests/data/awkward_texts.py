@@ -35,7 +35,7 @@ def texts(*more: str, without: Collection[str] = ()) -> st.SearchStrategy[str]:
     """Draw texts that are not blank.
 
     Args:
-        more: Pieces that shall come up beside the usual ones.
+        more: Pieces that should come up beside the usual ones.
         without: What no text may hold.
     """
     characters = st.characters(exclude_categories=["Cs"], exclude_characters=NO_CHARACTERS)

@@ -70,7 +70,7 @@ def as_line(row: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Damage:
-    """What is put in the place of a good row, and what shall be said of it."""
+    """What is put in the place of a good row, and what should be said of it."""
 
     about: str
     line: bytes
@@ -279,7 +279,7 @@ OF_SHAPE: dict[str, dict[tuple[str | int, ...], list[Change]]] = {
         ],
     },
 }
-"""What may be wrong within a row of each shape: where, what stands there, and what shall be said of it."""
+"""What may be wrong within a row of each shape: where, what stands there, and what should be said of it."""
 
 
 def changed(row: dict[str, Any], path: tuple[str | int, ...], value: Any) -> dict[str, Any]:

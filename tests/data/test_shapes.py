@@ -69,7 +69,7 @@ def tokens_and_gaps(tokenizer, marked):
 
 @pytest.fixture(scope="module", params=sorted({(shape, case.ranked) for shape in CASES for case in CASES[shape]}))
 def prepared(request, tmp_path_factory, tokenizer):
-    """All cases of a shape and a rule, prepared together, and what shall be found."""
+    """All cases of a shape and a rule, prepared together, and what should be found."""
     shape, rule = request.param
     cases = [case for case in CASES[shape] if case.ranked == rule]
     folder = tmp_path_factory.mktemp("shapes")

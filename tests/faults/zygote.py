@@ -143,7 +143,7 @@ class Zygote:
             cwd: The folder that it runs in.
             fault: A function as `module:name` and its keyword arguments, called in the new process before the
                 command runs: it arranges for something to go wrong.
-            printed: The file that takes standard output, if it shall be told apart.
+            printed: The file that takes standard output, if it should be told apart.
         """
         self._count += 1
         output = self._folder / f"run-{self._count}.txt"

@@ -26,7 +26,7 @@ class Expected:
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of a file, and what shall become of them; rows that stand together are read together."""
+    """Rows of a file, and what should become of them; rows that stand together are read together."""
 
     about: str
     rows: Sequence[dict[str, Any]]
