@@ -94,7 +94,7 @@ def test_a_run_that_goes_on_another_day_keeps_its_own(tmp_path, tiny_llama, demo
         return said
 
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache 1"))
-    assert "told 2024-02-29 (today)" in run("whole", "train", "training.max_steps=4")
+    assert "date: 2024-02-29 (today)" in run("whole", "train", "training.max_steps=4")
     run("stopped", "train", "training.max_steps=4")
     stopped = tmp_path / "runs" / "stopped"
     shutil.rmtree(stopped / "final")
@@ -102,14 +102,14 @@ def test_a_run_that_goes_on_another_day_keeps_its_own(tmp_path, tiny_llama, demo
     monkeypatch.setattr(_Day, "shown", date(2024, 3, 1))
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache 2"))
     said = run("stopped", "train", "training.max_steps=4", "--resume")
-    assert "told 2024-02-29 (the day on which the run began)" in said
+    assert "date: 2024-02-29 (the day on which the run began)" in said
     assert "resuming after step 2" in said
     weights = [(tmp_path / "runs" / name / "final" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert weights[0] == weights[1]
     losses = [[row["loss"] for row in read_metrics(tmp_path / "runs" / name)] for name in ("whole", "stopped")]
     assert losses[0] == losses[1]
-    assert "told 2024-02-29" in run("stopped", "eval")
-    assert "told 2024-03-01 (today)" in run("new", "train", "training.max_steps=1")
-    assert "told 2024-03-01 (today)" in run("stopped", "train", "training.max_steps=1", "--overwrite")
+    assert "date: 2024-02-29" in run("stopped", "eval")
+    assert "date: 2024-03-01 (today)" in run("new", "train", "training.max_steps=1")
+    assert "date: 2024-03-01 (today)" in run("stopped", "train", "training.max_steps=1", "--overwrite")
     first_day = json.loads((stopped / "environment.json").read_text(encoding="utf-8"))["first_day"]
     assert first_day == "2024-03-01"
