@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
-import sys
 from datetime import date
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def test_a_run_that_goes_on_another_day_keeps_its_own(tmp_path, tiny_llama, demo
     template.write_text(DATED, encoding="utf-8")
     pairs = write_rows(tmp_path / "pairs.jsonl", demo_rows[:16])
     for module in ("setup", "train"):
-        monkeypatch.setattr(sys.modules[f"dpo_cli.pipeline.{module}"], "date", _Day)
+        monkeypatch.setattr(importlib.import_module(f"dpo_cli.pipeline.{module}"), "date", _Day)
 
     def run(name: str, *arguments: object) -> str:
         config = make_config(tmp_path, tiny_llama, pairs, name, model={"chat_template": str(template)})
