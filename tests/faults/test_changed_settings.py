@@ -21,8 +21,10 @@ from dpo_cli.training.run_folder import RESOLVED, RunFolder
 from tests.faults.conftest import FULL
 
 DECIDES = {
-    "model.name", "model.dtype", "model.chat_template", "model.allow_pickle", "model.trust_remote_code",
-    "data.train", "data.eval", "data.format", "data.on_bad_row", "data.max_length", "data.on_too_long",
+    "model.name", "model.dtype", "model.attention", "model.chat_template", "model.eos_token", "model.allow_pickle",
+    "model.trust_remote_code",
+    "data.train", "data.eval", "data.format", "data.columns", "data.system", "data.on_bad_row",
+    "data.max_length", "data.on_too_long",
     "data.min_response", "data.turns", "data.ranked", "data.drop",
     "training.pairs_per_step", "training.shuffle", "training.optimizer",
     "training.learning_rate", "training.schedule", "training.warmup_ratio", "training.weight_decay",
@@ -33,7 +35,7 @@ DECIDES = {
 WATCHES = {
     "training.micro_batch_tokens", "training.layout", "training.gradient_checkpointing", "training.rank_timeout",
     "training.on_nonfinite", "training.max_skipped",
-    "evaluation.every_steps",
+    "evaluation.every_steps", "logging.every_steps",
     "checkpoints.every_steps", "checkpoints.at_end", "checkpoints.keep", "checkpoints.background",
     "tracking", "output_dir",
 }  # fmt: skip
@@ -125,6 +127,7 @@ OTHERS = {
     "training.on_nonfinite": "skip",
     "training.max_skipped": 3,
     "evaluation.every_steps": 1,
+    "logging.every_steps": 2,
     "checkpoints.every_steps": 3,
     "checkpoints.at_end": "false",
     "checkpoints.keep": 1,
