@@ -8,7 +8,7 @@ FUZZ_INSTALLED := .venv/.installed-fuzz
 FUZZ_SECONDS ?= 60
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install model quickstart test check format generated faults plots check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup fuzz clean
+.PHONY: help install model quickstart test check format generated faults plots plot-runs check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup fuzz clean
 
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
@@ -27,6 +27,7 @@ help:
 	@echo "make bench-startup  time of --help and of the report of a wrong configuration"
 	@echo "make generated      write the demo pairs, the schema and the pages of settings, losses, shapes and layouts again"
 	@echo "make plots          draw the losses again"
+	@echo "make plot-runs      train a healthy, an over-fitted and a diverged run of the real model and draw them (half an hour)"
 
 install: $(INSTALLED)
 
@@ -87,6 +88,9 @@ $(BENCH_INSTALLED): $(INSTALLED)
 
 plots: $(BENCH_INSTALLED)
 	$(BIN)/python scripts/plot_losses.py
+
+plot-runs: $(BENCH_INSTALLED) model
+	$(BIN)/python scripts/plot_runs.py
 
 bench: $(BENCH_INSTALLED) model
 	$(BIN)/python scripts/benchmark.py $(BENCH)
