@@ -71,9 +71,9 @@ arguments itself. The arguments may be called `parameters`, `args` or `input` as
 becomes the same tokens. One that names no function, or has arguments under two of these names, is an error.
 
 The content is text, or a list of parts `{"type": "text", "text": …}`, which are joined. It may be null in a turn that
-calls tools. A message's `tool_calls`, `function_call`, `tool_call_id`, `name` and `reasoning_content` (or `reasoning`,
-or `thinking`, or the same thoughts in several) are given to the chat template. Nulls with which Parquet and Arrow fill
-up objects count as not there.
+calls tools. A message's `tool_calls`, `function_call`, `tool_call_id`, `name`, `tools` and `reasoning_content` (or
+`reasoning`, or `thinking`, or the same thoughts in several) are given to the chat template. Nulls with which Parquet
+and Arrow fill up objects count as not there.
 
 A message with `"weight": 0` or `"train": false` is context and not scored, wherever it is in a response; 1 and true,
 and null, say nothing. A response of which no turn is scored is refused.

@@ -115,8 +115,8 @@ def in_form(message: Message, form: CallForm) -> Message:
 
 
 def has_broken_arguments(message: Message) -> bool:
-    """Tell whether the arguments of a call are text that is not the JSON of an object."""
-    return any(isinstance(_as_object(called.get("arguments")), str) for called in what_is_called(message))
+    """Tell whether the arguments of a call are not an object, nor text that is the JSON of one."""
+    return any(not isinstance(_as_object(called.get("arguments")), Mapping) for called in what_is_called(message))
 
 
 def what_is_called(message: Message) -> Iterator[Mapping[str, Any]]:
@@ -159,7 +159,8 @@ def _as_object(arguments: Any) -> Any:
         return arguments
     try:
         found = fields.plain_json(fields.from_json(arguments, "arguments"), "arguments")
-    except BadRow:
+        json.dumps(found, allow_nan=False)  # Python reads `NaN`, and numbers that are too large as `Infinity`.
+    except (BadRow, ValueError):
         return arguments
     return found if isinstance(found, dict) else arguments
 

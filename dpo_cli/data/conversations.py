@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -136,6 +137,8 @@ def read_message(value: object, place: str) -> Message:
     content = _content(message, place, extras)
     scored = message.keys() <= _PLAIN or _is_scored(message, place)
     if name in CALLERS:
+        if "tool_calls" in extras:
+            raise BadRow("wrong type", f"`{place}` calls tools twice: in what it says and in `tool_calls`")
         return Message("assistant", "", extras={**extras, "tool_calls": _calls(content, place)}, scored=scored)
     return Message(ROLES[name], content, extras=extras, scored=scored)
 
@@ -209,7 +212,7 @@ def after(prompt: Messages, response: Messages, place: str) -> Messages:
         raise BadRow("prompt ends with an answer", "the prompt's last turn is the assistant's")
     if response[0].role == "assistant":
         return prompt + response
-    if response[: len(prompt)] != prompt:
+    if len(response) < len(prompt) or not all(map(_same, prompt, response)):
         said = f"`{place}` begins with a turn of the {response[0].role} and does not repeat the prompt"
         raise BadRow("prompt not repeated", said)
     return response
@@ -251,7 +254,7 @@ def preference(
     """
     check_end(chosen, places[0])
     check_end(rejected, places[1])
-    if chosen == rejected:
+    if len(chosen) == len(rejected) and all(map(_same, chosen, rejected)):
         check_answers(chosen, len(chosen) - 1, places[0])
         raise BadRow("identical responses", "`{}` and `{}` are the same text".format(*places), structural=False)
     start = _parting(chosen, rejected, places)
@@ -280,7 +283,7 @@ def _history(row: Mapping[str, object]) -> Messages:
 def _parting(chosen: Messages, rejected: Messages, places: tuple[str, str]) -> int:
     """Return where the responses of two conversations begin."""
     both = enumerate(zip(chosen, rejected, strict=False))
-    differing = next((place for place, (one, other) in both if one != other), min(len(chosen), len(rejected)))
+    differing = next((place for place, (one, other) in both if not _same(one, other)), min(len(chosen), len(rejected)))
     start = differing
     while start and chosen[start - 1].role == "assistant":
         start -= 1
@@ -290,6 +293,13 @@ def _parting(chosen: Messages, rejected: Messages, places: tuple[str, str]) -> i
         said = "`{}` and `{}` part at turn {}, which is not the assistant's in both".format(*places, differing + 1)
         raise BadRow("different contexts", said, structural=False)
     return start
+
+
+def _same(one: Message, other: Message) -> bool:
+    """Tell whether two messages are the same, the order of names and the spelling of numbers in a call included."""
+    if one != other:
+        return False
+    return not one.extras or json.dumps(one.extras) == json.dumps(other.extras)
 
 
 def _is_answer(conversation: Messages, place: int) -> bool:
@@ -362,6 +372,8 @@ def _extras(message: Mapping[str, object], place: str) -> dict[str, Any]:
     for name in _TEXT_EXTRAS:
         if (value := message.get(name)) not in (None, ""):
             extras[name] = fields.text(value, f"{place}.{name}")
+    if tools := message.get("tools"):
+        extras["tools"] = fields.plain_json(tools, f"{place}.tools")
     if thoughts := _thoughts(message, place):
         extras["reasoning_content"] = thoughts
     return extras

@@ -52,7 +52,7 @@ NOT_JSON = Kind(
     "tool_arguments_not_json",
     "warning",
     "the arguments of a tool call are not a JSON object",
-    "The arguments of a tool call are text that is not a JSON object: they were left as they are.",
+    "The arguments of a tool call are another value than a JSON object, or no JSON: they were left as they are.",
     "Write them as an object, or as the JSON text of one.",
 )
 
@@ -60,7 +60,7 @@ OF_TEMPLATE = (*UNWRITTEN, NOT_JSON.name)
 """The names of all findings that are made where a template writes pairs."""
 
 _TURNS = {"system": "system_unwritten", "tool": "tool_results_unwritten"}
-_FIELDS = {"reasoning_content": "reasoning_unwritten", "name": "names_unwritten"}
+_FIELDS = {"reasoning_content": "reasoning_unwritten", "name": "names_unwritten", "tools": "tools_unwritten"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,3 +202,59 @@ def test_a_call_that_names_nothing_or_gives_its_arguments_twice_is_refused(call,
     with pytest.raises(BadRow, match=said) as found:
         of_row(call)
     assert "`chosen[0].tool_calls[0]`" in found.value.detail
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [({"a": 1}, {"a": 1.0}), ({"a": 1}, {"a": True}), ({"a": 1, "b": 2}, {"b": 2, "a": 1}), ({"a": 0}, {"a": False})],
+)
+def test_calls_that_are_written_otherwise_are_no_identical_answers_nor_shared_turns(one, other):
+    def answers(given: Any) -> list[dict[str, Any]]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": given}}
+        return [
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "Rain."},
+            ANSWER,
+        ]
+
+    asked = [{"role": "user", "content": "Weather?"}]
+    row = {"prompt": asked, "chosen": answers(one), "rejected": answers(other)}
+    (pair,) = read_pairs(FORMATS["messages"], Row("f:1", row))
+    assert len(pair.prompt) == 1
+    (found,) = tokenizing("Qwen 3")([pair])
+    assert isinstance(found, Tokenized)
+    assert found.pair.chosen.tolist() != found.pair.rejected.tolist()
+    assert json.dumps(other) in tokenizer_of("Qwen 3").decode(found.pair.rejected)
+    last = {"role": "assistant", "content": "It snows."}
+    row = {"prompt": asked, "chosen": answers(one), "rejected": [*answers(other)[:2], last]}
+    (pair,) = read_pairs(FORMATS["messages"], Row("f:1", row))
+    assert len(pair.prompt) == 1
+
+
+@pytest.mark.parametrize("value", [[1, 2], 5, '{"a": 1e400}', '{"a": NaN}', '{"a": -Infinity}'])
+def test_arguments_that_are_no_json_object_are_found_whatever_they_are(value):
+    assert "tool_arguments_not_json" in tokenized("Qwen 3", calling(value)).unwritten
+    written = tokenizer_of("Qwen 3").decode(tokens(calling(value), TOOL_TEMPLATES["Qwen 2.5"]))
+    assert f'"arguments": {json.dumps(value)}' in written
+
+
+def test_a_turn_that_calls_in_two_places_is_refused():
+    call = {"name": "weather", "arguments": CITY}
+    turn = {"from": "function_call", "value": json.dumps(call), "tool_calls": [call]}
+    row = {"prompt": [{"role": "user", "content": "Weather?"}], "chosen": [turn], "rejected": [ANSWER]}
+    with pytest.raises(BadRow, match=r"`chosen\[0\]` calls tools twice"):
+        read_pairs(FORMATS["messages"], Row("f:1", row))
+
+
+@pytest.mark.parametrize("tools", ['[{"name": "weather"}]', [{"name": "weather"}]])
+def test_tools_in_a_message_reach_the_template_or_are_found_missing(tools):
+    """Some templates look for them in the system's message: Phi-4-mini's kind."""
+    system = {"role": "system", "content": "Be brief.", "tools": tools}
+    asked = [system, {"role": "user", "content": "Weather?"}]
+    row = {"prompt": asked, "chosen": [ANSWER], "rejected": [{"role": "assistant", "content": "No."}]}
+    (pair,) = read_pairs(FORMATS["messages"], Row("f:1", row))
+    assert tokenized("ChatML", pair).unwritten == {"tools_unwritten"}
+    within = "message.content + ('<|tool|>' ~ message.tools ~ '<|/tool|>' if message.tools else '')"
+    found = tokenized("ChatML", pair, template=TEMPLATES["ChatML"].text.replace("message.content", within))
+    assert found.unwritten == frozenset()
+    assert f"Be brief.<|tool|>{tools}<|/tool|>" in tokenizer_of("ChatML").decode(found.pair.prompt)
