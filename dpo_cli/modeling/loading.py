@@ -123,6 +123,10 @@ def load_tokenizer(name: str, trust: Trust = NO_TRUST) -> PreTrainedTokenizerBas
 
     def load(folder: str) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        words: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        if getattr(words, "dropout", None):
+            # As that of models it is for their training; with it a text has other tokens each time.
+            words.dropout = None
         return tokenizer
 
     try:
@@ -212,6 +216,7 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
     model = _load(name, "model", load, trust)
     if any(path.suffix == ".bin" for path in weights_files(Path(model.name_or_path))):
         _log.warning("`model.allow_pickle`: the weights of %s are read out of a pickle, as bare tensors", name)
+    _warn_of_another_name(model, name)
     if others := untied(model):
         say_untied(model)
         _log.warning(
@@ -221,6 +226,18 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
             ", ".join(others),
         )
     return model
+
+
+def _warn_of_another_name(model: PreTrainedModel, name: str) -> None:
+    """Say where settings name an architecture of another type than theirs: other programs go by that name."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    kind = model.config.model_type
+    for other in model.config.architectures or []:
+        kinds = {known for known, called in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if called == other}
+        if kinds and kind not in kinds and other != type(model).__name__:
+            told = f"config.json of {name} says `model_type: {kind}` and names `{other}`, which is of another type"
+            _log.warning("%s: it is trained as %s, and what is saved says so", told, type(model).__name__)
 
 
 def empty_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import SMALL
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import check_model, load_policy
+from dpo_cli.modeling.loading import check_model, load_policy, load_tokenizer
 from dpo_cli.modeling.model_files import Trust
 
 WEIGHTS = "model.safetensors"
@@ -416,3 +417,24 @@ def test_a_window_through_which_nothing_is_seen_is_refused(model, window):
     assert f"`sliding_window: {window}`" in refused(model).what
     change_settings(model, sliding_window=None)
     load_policy(str(model))
+
+
+def test_a_name_of_another_architecture_than_that_of_the_type_is_told(model, caplog):
+    load_policy(str(model))
+    assert not caplog.messages
+    change_settings(model, model_type="mistral")
+    assert type(load_policy(str(model))).__name__ == "MistralForCausalLM"
+    (message,) = caplog.messages
+    assert "`model_type: mistral` and names `LlamaForCausalLM`" in message
+
+
+def test_a_tokenizer_reads_a_text_the_same_each_time(model):
+    text = "The quick brown fox jumps over the lazy dog. " * 20
+    expected = load_tokenizer(str(model))(text)["input_ids"]
+    file = model / "tokenizer.json"
+    words = json.loads(file.read_text())
+    words["model"]["dropout"] = 0.5
+    file.write_text(json.dumps(words))
+    tokenizer = load_tokenizer(str(model))
+    for reader in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        assert reader(text)["input_ids"] == expected
