@@ -242,7 +242,13 @@ def _warn_of_another_name(model: PreTrainedModel, name: str) -> None:
 
 def empty_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
     """Build a model without its weights, which takes no time and no memory: its shapes and settings alone."""
-    return _load(name, "model", lambda folder: _empty(folder, trust), trust)
+
+    def build(folder: str) -> PreTrainedModel:
+        empty = _empty(folder, trust)
+        _check_elements(empty, Path(folder))
+        return empty
+
+    return _load(name, "model", build, trust)
 
 
 def load_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -335,9 +341,17 @@ def _check_size(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         UserError: It is more than either.
     """
-    tensors = (*model.parameters(), *model.buffers())
-    check_elements(sum(tensor.numel() for tensor in tensors), folder)
-    _check_room(sum(tensor.nbytes for tensor in tensors))
+    _check_elements(model, folder)
+    _check_room(sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())))
+
+
+def _check_elements(model: PreTrainedModel, folder: Path) -> None:
+    """Compare what a model would hold with its files.
+
+    Raises:
+        UserError: It is more.
+    """
+    check_elements(sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers())), folder)
 
 
 def _check_room(needed: int) -> None:

@@ -118,10 +118,15 @@ def saved_model(
     except OSError as error:
         raise refused(error, doing, target) from error
     except Exception as error:
-        # What the system refuses them, safetensors and tokenizers tell by errors of their own.
-        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+        if (refusal := _os_error(error)) is None:
             raise
-        raise refused(OSError(int(number[1]), ""), doing, target) from error
+        raise refused(refusal, doing, target) from error
+
+
+def _os_error(error: Exception) -> OSError | None:
+    """Return what the system refused, which safetensors and tokenizers tell by errors of their own; or None."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), "") if number else None
 
 
 def write_beside_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -162,6 +167,8 @@ def prove_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             raise from_os_error(error, "trying to save the model", scratch) from error
         except Exception as error:
             # What libraries raise for what they cannot write or read is of every kind.
+            if refusal := _os_error(error):
+                raise from_os_error(refusal, "trying to save the model", scratch) from error
             reason, hint = reason_and_hint(error, model.name_or_path, folder)
             raise UserError(f"what is trained could not be saved: {reason}", model.name_or_path, hint) from error
     check_complete(model, report, model.name_or_path)

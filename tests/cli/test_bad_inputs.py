@@ -821,8 +821,8 @@ FULL_CASES = {
         f"{TRAIN} data.train=prepared", 1, r"reference cache failed: file too large", r"file is larger",
     ),
     "disk full while logging": Case(
-        limit(5000),
-        f"{TRAIN} training.pairs_per_step=1 checkpoints.every_steps=99",
+        limit(40_000),
+        f"{TRAIN} training.pairs_per_step=1 training.epochs=5 checkpoints.every_steps=999 data.eval=null",
         1, r"metrics.* failed: file too large", r"file is larger",
     ),
     "disk full while a checkpoint is saved": Case(

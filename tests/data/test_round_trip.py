@@ -176,7 +176,9 @@ class Project:
     def prepare(self, *overrides: str) -> tuple[str, bool]:
         """Return the folder that was found or written, and whether it was found."""
         arguments = ["prepare-data", "--config", str(self.config), *overrides]
-        assert app(arguments, standalone_mode=False) in (None, 0)
+        with pytest.raises(SystemExit) as ended:
+            app(arguments)
+        assert ended.value.code == 0
         said = self.capsys.readouterr().err
         (found,) = re.findall(r"prepared data (found|written): (.+)", said)
         return found[1], found[0] == "found"
