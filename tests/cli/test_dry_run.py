@@ -90,7 +90,7 @@ def test_it_checks_whether_a_run_can_be_extended(write_config, forked_dpo):
     ("groups", "error"),
     [
         ({"reference": {"type": "frozen", "model": "./nowhere"}}, "there is no model folder"),
-        ({"tracking": ["nosuch"]}, "`nosuch` is not a tracker"),
+        ({"tracking": ["wandb"]}, "the tracker `wandb` is not installed"),
         ({"model": {"chat_template": "nowhere.jinja"}}, "chat template"),
     ],
     ids=["reference", "tracker", "template"],

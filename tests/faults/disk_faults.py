@@ -47,12 +47,13 @@ def largest_file(num_bytes: int) -> None:
 
 
 def full_for_tokenizer() -> None:
-    """Let the disk be full while a tokenizer is saved, which its library does in a way of its own."""
+    """Let the disk be full while a checkpoint's tokenizer is saved, which its library does in a way of its own."""
     save = PreTrainedTokenizerBase.save_pretrained
 
-    def saved(self: PreTrainedTokenizerBase, *arguments: Any, **keywords: Any) -> Any:
-        largest_file(4096)
-        return save(self, *arguments, **keywords)
+    def saved(self: PreTrainedTokenizerBase, folder: Any, *arguments: Any, **keywords: Any) -> Any:
+        if "checkpoints" in str(folder):
+            largest_file(4096)
+        return save(self, folder, *arguments, **keywords)
 
     PreTrainedTokenizerBase.save_pretrained = saved
 
