@@ -81,7 +81,9 @@ class OnTerminal:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
         streams: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-        surroundings = {**os.environ, "TERM": "xterm-256color", **(env or {})}
+        # A size in the environment would count for more than that of the terminal.
+        inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+        surroundings = {**inherited, "TERM": "xterm-256color", **(env or {})}
         self.process = subprocess.Popen(
             dpo_command(*arguments), env=surroundings, start_new_session=True, preexec_fn=_control, **streams
         )
