@@ -127,6 +127,7 @@ def test_a_disk_that_is_too_small_is_told_and_one_that_is_not_is_not(tmp_path, c
 
 def test_a_model_that_is_too_large_to_be_measured_is_not(tmp_path, tokenizer):
     large = build_llama(tmp_path / "large", tokenizer, seed=0)
+    (large / "model.safetensors").unlink()
     settings = json.loads((large / "config.json").read_text())
     size = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 200, "head_dim": 16384}
     (large / "config.json").write_text(json.dumps({**settings, **size}))
