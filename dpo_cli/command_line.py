@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -122,7 +123,12 @@ def split_arguments(config: Path | None, arguments: Sequence[str]) -> tuple[Path
     if len(named) > 1:
         what = f"several configurations are named: {', '.join(f'`{name}`' for name in named)}"
         raise UserError(what, _WHERE, "name one; settings that differ follow it as `training.epochs=2`")
-    return config or expanded_path(files[0]), [text for text in arguments if text not in files]
+    overrides = [text for text in arguments if text not in files]
+    for name, value in itertools.pairwise(overrides):
+        if "." in name and "=" not in name + value:
+            what = f"`{name} {value}` is not a setting and its value"
+            raise UserError(what, _WHERE, f"write `{name}={value}`")
+    return config or expanded_path(files[0]), overrides
 
 
 def _like_a_file(text: str) -> bool:

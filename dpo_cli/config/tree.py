@@ -13,6 +13,8 @@ from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.plain_yaml import NotPlain
 from dpo_cli.settings import located, nearest_file
 
+_DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+
 
 @dataclass
 class Tree:
@@ -51,12 +53,12 @@ def read_tree(file: Path) -> tuple[Tree, list[UserError]]:
     try:
         values, lines = plain_yaml.parse(_text(file), unreadable)
     except NotPlain as error:
-        raise UserError(error.what, f"{file}, line {error.line}", error.hint) from None
+        raise UserError(error.what, f"{file}, line {error.line}", _if_data(file) or error.hint) from None
     if values is None:
         raise UserError("the configuration is empty", str(file), "set at least `model` and `data.train`")
     if not isinstance(values, dict):
         what = f"the configuration is not a mapping of settings, but {_kind(values)}"
-        raise UserError(what, f"{file}, line 1", "write `model: …` and the like")
+        raise UserError(what, f"{file}, line 1", _if_data(file) or "write `model: …` and the like")
     places = {path: f"{file}, line {line}" for path, line in lines.items()}
     problems = [_unreadable(error, file) for error in unreadable]
     return Tree(values, {(): str(file), **places}, [error.path for error in unreadable if error.path]), problems
@@ -67,6 +69,13 @@ def _unreadable(error: NotPlain, file: Path) -> UserError:
     dotted = f"`{'.'.join(error.path or ())}`"
     what = error.what if error.what.startswith(dotted) else f"the value of {dotted} is {error.what}"
     return UserError(what, f"{file}, line {error.line}", error.hint)
+
+
+def _if_data(file: Path) -> str | None:
+    """Say what to do with a file that is named like data and is no configuration."""
+    if file.suffix.lower() not in _DATA_ENDINGS:
+        return None
+    return f"it looks like a data file: `dpo init --data {file}` writes a configuration that names it in `data.train`"
 
 
 def _kind(values: Any) -> str:

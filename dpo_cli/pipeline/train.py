@@ -81,7 +81,7 @@ def train(
         folder.check_unchanged(config.model_dump(mode="json"))
         same_length = folder.recorded_length() == (config.training.epochs, config.training.max_steps)
         if same_length and folder.state() is RunState.FINISHED:
-            _tell_finished(folder, console)
+            _tell_finished(folder, console, extend=extend)
             return
     # Ranks of one run share its folder; a dry run writes nothing.
     with folder.locked() if is_main_process() and not dry_run else contextlib.nullcontext():
@@ -96,10 +96,12 @@ def train(
         accelerator.end_training()
 
 
-def _tell_finished(folder: RunFolder, console: Console) -> None:
+def _tell_finished(folder: RunFolder, console: Console, *, extend: bool) -> None:
     """Say that nothing is left to do, if the trained model is whole."""
     folder.check_final()
     console.notice(f"the run in {folder.path} is finished: {folder.final}")
+    if extend:
+        console.notice("to extend it, raise `training.epochs` or `training.max_steps`")
 
 
 def _run(
@@ -141,7 +143,7 @@ def _run(
         if longer := check_length(config, folder, plan, extend=extend):
             console.notice(longer)
         elif folder.state() is RunState.FINISHED:
-            _tell_finished(folder, console)
+            _tell_finished(folder, console, extend=extend)
             return
     if not dry_run:
         policy = load_policy(name, trust).to(accelerator.device)

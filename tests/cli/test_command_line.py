@@ -63,10 +63,15 @@ def test_a_configuration_is_named_once(config, arguments, what):
         ("eval a.yaml --data ${HOME:-x}", "`${HOME:-x}` names no environment variable", "`$$` is a dollar sign"),
         ("eval a.yaml --model ${NOWHERE}/x", "the environment variable `NOWHERE` is not defined", "export NOWHERE="),
         ("prepare-data a.yaml --report ${NOWHERE}", "the environment variable `NOWHERE`", "export NOWHERE="),
+        ("train a.yaml training.epochs 2", "`training.epochs 2` is not a setting", "`training.epochs=2`"),
+        ("train pairs.jsonl", "the configuration", "dpo init --data pairs.jsonl"),
+        ("train pairs.json", "not a mapping of settings, but a list", "dpo init --data pairs.json"),
         ("train $NOWHERE/a.yaml", "the environment variable `NOWHERE` is not defined", "export NOWHERE="),
     ],
 )
 def test_a_wrong_command_line_is_one_error_with_a_hint(tmp_path, arguments, what, hint):
+    (tmp_path / "pairs.jsonl").write_text('"a text"\n')
+    (tmp_path / "pairs.json").write_text('[{"prompt": "p", "chosen": "c", "rejected": "r"}]')
     done = run_dpo(*arguments.split(), cwd=tmp_path)
     error, _, advice = done.stderr.partition("\nhint: ")
     assert done.returncode == 2
