@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import io
 import json
 import lzma
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -93,14 +93,16 @@ def test_numbers_of_ten_million_digits_are_read_or_refused(project, number, name
 
 
 def packed_zeros(name: str, size: int) -> Path:
-    kind = {".gz": "gzip", ".zst": "zstd"}[Path(name).suffix]
+    kind = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}[Path(name).suffix]
     with pa.OSFile(name, "wb") as file, pa.CompressedOutputStream(file, kind) as packed:
         for _ in range(size // MEGABYTE):
             packed.write(bytes(MEGABYTE))
     return Path(name)
 
 
-@pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.json.gz", "bomb.csv.gz", "bomb.jsonl.zst", "bomb.csv.zst"])
+@pytest.mark.parametrize(
+    "name", ["bomb.jsonl.gz", "bomb.json.gz", "bomb.csv.gz", "bomb.jsonl.zst", "bomb.csv.zst", "bomb.jsonl.bz2"]
+)
 def test_a_compressed_bomb_is_refused(project, monkeypatch, name):
     for limit, size in (("MAX_ROW_BYTES", 2), ("MAX_LINE_BYTES", 16), ("FREE_BYTES", 8)):
         monkeypatch.setattr(streams, limit, size * MEGABYTE)
@@ -177,20 +179,20 @@ def archived(name: str) -> None:
         with zipfile.ZipFile(name, "w") as archive:
             archive.writestr(outside, data)
     elif ".tar" in name:
-        with tarfile.open(name, "w") as archive:
+        with tarfile.open(name, "w:gz" if name.endswith("gz") else "w") as archive:
             member = tarfile.TarInfo(outside)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     else:
-        Path(name).write_bytes((bz2 if name.endswith("bz2") else lzma).compress(data))
+        Path(name).write_bytes(lzma.compress(data))
 
 
-@pytest.mark.parametrize("name", ["pairs.zip", "pairs.tar", "pairs.tar.gz", "pairs.jsonl.bz2", "pairs.jsonl.xz"])
+@pytest.mark.parametrize("name", ["pairs.zip", "pairs.tar", "pairs.tar.gz", "pairs.jsonl.xz"])
 def test_archives_are_not_opened(project, dpo, name):
     archived(name)
     result = dpo(f"{PREPARE} data.train={name}")
     assert result.status == 2
-    assert "not a kind of data file" in result.errors[0][0]
+    assert re.search("not a kind of data file|is a tar archive", result.errors[0][0])
     assert not Path("../../outside.jsonl").exists()
 
 
