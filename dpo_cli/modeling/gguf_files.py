@@ -67,7 +67,7 @@ def settle_positions(model: PreTrainedModel, reader: GGUFReader) -> None:
     elif kind == "none" and not tables:
         found = {**_LLAMA_3, "factor": float(divided.max()), "original_max_position_embeddings": _LLAMA_3_POSITIONS}
     if found is None or not known or "rope_type" not in known or not _divides(config, found, divided):
-        what = f"its positions are scaled ({kind if kind != 'none' else 'by a table'}) as transformers does not read it"
+        what = f"the positions are scaled ({kind if kind != 'none' else 'by a table'}) as transformers does not read it"
         raise UserError(what, None, _HINT)
     config.rope_parameters = {**known, **found}
 
