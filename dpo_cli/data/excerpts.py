@@ -49,8 +49,8 @@ class Excerpts:
             return {}
         pair = self._pairs[index]
         parting = max(0, common_beginning(pair.chosen, pair.rejected) - _TOKENS_BEFORE)
-        # What all prompts begin with says nothing of this one.
-        opening = min(self._pairs.sizes.opening, len(pair.prompt) - 1)
+        # What all prompts begin with says nothing of this one, unless it is all that it has.
+        opening = self._pairs.sizes.opening if self._pairs.sizes.opening < len(pair.prompt) - 1 else 0
         parts = {
             "prompt": (pair.prompt, opening),
             "chosen": (pair.chosen, parting),

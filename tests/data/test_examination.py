@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dpo_cli.data.comparison import COMPARED, drops, without_copies
+from dpo_cli.data.comparison import COMPARED, Found, drops, without_copies
 from dpo_cli.data.examination import DROPPED_ROWS, LENGTH_BIAS, NO_END, OF_TOKENS, UNLIKE_ENDS, examine
+from dpo_cli.data.excerpts import Excerpts
 from dpo_cli.data.inspection import NOTICED
 from dpo_cli.data.prepare import prepare
 from dpo_cli.data.prepared import FACTS, PAIRS, SCHEMA, PreparedPairs, Reading
@@ -416,3 +417,11 @@ def test_the_report_is_plain_json(tmp_path, tokenizer):
     assert (found["num_train"], found["num_held_out"], found["left_out"]) == (2, 0, {"duplicates": 2})
     assert found["findings"][0]["examples"][0]["texts"]["chosen"] == "Paris."
     assert found["read"]["data.train"]["rows_read"] == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_excerpt_shows_the_prompt_that_all_pairs_have(tmp_path, tokenizer, rows):
+    """What all prompts begin with is left out of it, but not where nothing else is left."""
+    pairs = prepared(tmp_path, [pair("Add 1 and 2.", "3", "4")] * rows, tokenizer)
+    texts = Excerpts(pairs, tokenizer).examples(Found(np.array([0]), None))[0].texts
+    assert "Add 1 and 2." in texts["prompt"]
