@@ -67,7 +67,7 @@ def test_losses_that_look_at_the_whole_step_see_the_other_ranks_pairs(write_conf
 
 def test_a_step_with_fewer_pairs_than_processes_and_a_resume(write_config, tmp_path):
     """32 pairs in steps of 31 leave one pair for two processes."""
-    settings = {"training": {"pairs_per_step": 31, "epochs": 2}, "checkpoints": {"every_steps": 3}}
+    settings = {"training": {"pairs_per_step": 31, "epochs": 2}, "checkpoints": {"every_steps": 3, "at_end": False}}
     one = run_dpo("train", "--config", write_config("one", **settings))
     assert one.returncode == 0, one.stderr
     file = write_config("two", **settings)
