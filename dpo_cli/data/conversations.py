@@ -75,8 +75,8 @@ def read_question(row: Mapping[str, object], name: str) -> Messages:
     Raises:
         BadRow: It is empty, or one of them is of another form.
     """
-    user = dataclasses.replace(read_user(row, name), input=fields.optional_text(row, "input"))
-    return (*_history(row), user)
+    user, given = read_user(row, name), fields.optional_text(row, "input")
+    return (*_history(row), dataclasses.replace(user, input=given) if given else user)
 
 
 def read_user(row: Mapping[str, object], name: str) -> Message:

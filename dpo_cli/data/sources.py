@@ -171,7 +171,8 @@ def weighted(rows: Iterable[Row], weight: float) -> Iterator[Row]:
         # What is broken is told of once, whatever the weight.
         if times := _times(number, weight) if row.values is not None else 1:
             yield row
-            yield from itertools.repeat(dataclasses.replace(row, copy=True), times - 1)
+            if times > 1:
+                yield from itertools.repeat(dataclasses.replace(row, copy=True), times - 1)
 
 
 def source_digest(source: Source) -> str:
