@@ -373,7 +373,7 @@ def test_a_prepared_folder_is_a_source_and_is_refused_under_another_length_rule(
     assert "prepared data" not in trained.stderr
     refused = forked_dpo("train", "--config", file, "--overwrite", f"data.train={folder}", "data.max_length=300")
     assert refused.returncode == 2
-    assert "another data.max_length" in refused.stderr
+    assert "another `data.max_length`" in refused.stderr
 
 
 @pytest.mark.parametrize(
