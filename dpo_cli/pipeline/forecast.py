@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_cli.config import Config
+from dpo_cli.pipeline.passes import STEPS_LOOKED_AT
 from dpo_cli.reporting.console import Console, gib
 from dpo_cli.reporting.progress import clock
 from dpo_cli.training.run_folder import RunFolder
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.pipeline.setup import RunData
 
-_STEPS_LOOKED_AT = 500
 _TOKENS_ON_CPU = 512
 """The most tokens that are measured on a CPU, where a pass of so many is as fast by the token as a larger one."""
 
@@ -106,7 +106,7 @@ def time_rows(
 
     training = config.training
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    looked_at = list(itertools.islice(plan.steps(batches.cut, done, rank, num_ranks), _STEPS_LOOKED_AT))
+    looked_at = list(itertools.islice(plan.steps(batches.cut, done, rank, num_ranks), STEPS_LOOKED_AT))
     if not looked_at:
         return {}
     cuts = [cut for step in looked_at for cut in step.micro_batches]

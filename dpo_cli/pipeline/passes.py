@@ -30,7 +30,8 @@ SHARE_OF_FREE = 0.8
 """How much of the free memory `micro_batch_tokens: auto` lets a run take."""
 
 _FEWEST_TOKENS = 64
-_STEPS_LOOKED_AT = 500
+STEPS_LOOKED_AT = 500
+"""Steps of a run that are looked at for what its forward passes take."""
 
 
 def settle_passes(
@@ -282,7 +283,7 @@ def estimate(
     from dpo_cli.modeling.proof import REFUSALS
 
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    steps = list(itertools.islice(plan.steps(batches.cut, 0, rank, num_ranks), _STEPS_LOOKED_AT))
+    steps = list(itertools.islice(plan.steps(batches.cut, 0, rank, num_ranks), STEPS_LOOKED_AT))
     cuts = [cut for step in steps for cut in step.micro_batches]
     sizes = batches.pairs.sizes
     cuts.append(MicroBatch((int(plan.indices[sizes.longest[plan.indices].argmax()]),)))
