@@ -19,8 +19,8 @@ import typer
 from dpo_cli import __version__
 from dpo_cli.command_line import Command, Program, expanded, expanded_path, split_arguments
 from dpo_cli.errors import UserError, raise_all
-from dpo_cli.interrupts import Interrupted, StopSignals, ignore_signals
-from dpo_cli.launchers import environment_errors, is_main_process, settle_environment
+from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
+from dpo_cli.system.signals import Interrupted, StopSignals, ignore_signals
 
 if TYPE_CHECKING:
     from dpo_cli.reporting.console import Console

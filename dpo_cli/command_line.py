@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
-from dpo_cli.launchers import is_main_process
+from dpo_cli.system.launchers import is_main_process
 
 _WHERE = "the command line"
 _USAGE_ERROR: type[Any] = typer.BadParameter.__mro__[1]

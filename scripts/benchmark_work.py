@@ -148,9 +148,9 @@ def workload_rows(source: Path, num_pairs: int, tokenizer: Any, *, join: bool) -
 
 def token_lengths(rows: Sequence[Row], tokenizer: Any) -> list[Lengths]:
     """Tokenize pairs as the program does and return how long they are; none may be dropped or cut."""
-    from dpo_cli.data.formats import FORMATS
+    from dpo_cli.data.pairs.shapes import FORMATS
     from dpo_cli.data.records import BadRow
-    from dpo_cli.data.tokenize import PairTokenizer
+    from dpo_cli.data.tokens.tokenize import PairTokenizer
 
     tokenize = PairTokenizer(tokenizer, template=None, max_length=MAX_LENGTH, on_too_long="error")
     try:

@@ -1,4 +1,4 @@
-"""Hold the floors of the house: a room imports from its own floor or from those below, never from above.
+"""Hold the floors of the house: a room imports from itself or from the floors below, never from above or beside it.
 
 `config` and everything under it is seen by `cli`, `pipeline` and `config` alone, since they share the upper
 floors. Exit status 1 names every import that breaks the rule.
@@ -13,51 +13,52 @@ from pathlib import Path
 
 PACKAGE = "dpo_cli"
 FLOORS = {
-    "__main__": 6,
-    "cli": 5,
-    "command_line": 5,
-    "pipeline": 4,
-    "config": 4,
-    "training": 3,
-    "evaluation": 3,
-    "preference": 2,
-    "modeling": 1,
-    "reporting": 1,
-    "data": 0,
-    "errors": 0,
-    "interrupts": 0,
-    "launchers": 0,
-    "locks": 0,
-    "plain_yaml": 0,
-    "settings": 0,
-    "storage": 0,
+    room: floor
+    for floor, rooms in enumerate(
+        (
+            ("errors",),
+            ("system",),
+            ("settings",),
+            ("data.records", "data.findings"),
+            ("data.rows",),
+            ("data.pairs",),
+            ("data.tokens",),
+            ("data.prepared",),
+            ("data.checkup",),
+            ("modeling", "reporting"),
+            ("preference",),
+            ("training", "evaluation"),
+            ("config",),
+            ("pipeline",),
+            ("command_line",),
+            ("cli",),
+            ("__main__",),
+        )
+    )
+    for room in rooms
 }
-SAME_FLOOR = {
-    ("cli", "command_line"),
-    ("pipeline", "config"),
-    *(
-        (room, base)
-        for room in ("data", "storage", "errors", "interrupts", "launchers", "locks", "settings")
-        for base in ("errors", "plain_yaml", "settings", "storage")
-    ),
-}
-"""Rooms of one floor do not know each other, except that the job reads the configuration, and that all of
-the ground floor may use the ground itself."""
+"""Every room, from the ground up. Rooms of one floor do not know each other."""
 
 
 def broken_floors(root: Path) -> Iterator[str]:
     """Yield a line for every import that goes up, or across to a room of the same floor."""
     for path in sorted((root / PACKAGE).rglob("*.py")):
-        room = path.relative_to(root / PACKAGE).parts[0].removesuffix(".py")
-        if room == "__init__":
+        module = ".".join(path.relative_to(root / PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if module in ("__init__", "data"):
             continue
-        if room not in FLOORS:
-            yield f"{path.relative_to(root)}: `{room}` stands on no floor; add it to the table"
+        room = _room(module)
+        if room is None:
+            yield f"{path.relative_to(root)}: `{module}` stands on no floor; add it to the table"
             continue
         for line, other in _imported_rooms(path):
-            across = FLOORS[other] == FLOORS[room] and other != room and (room, other) not in SAME_FLOOR
-            if FLOORS[other] > FLOORS[room] or across:
+            if other != room and FLOORS[other] >= FLOORS[room]:
                 yield f"{path.relative_to(root)}:{line}: `{room}` imports `{other}`"
+
+
+def _room(module: str) -> str | None:
+    """Return the room that a module of the package, named without the package, belongs to."""
+    parts = module.split(".")
+    return next((room for room in (parts[0], ".".join(parts[:2])) if room in FLOORS), None)
 
 
 def _imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
@@ -70,9 +71,8 @@ def _imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
         else:
             continue
         for name in names:
-            parts = name.split(".")
-            if parts[0] == PACKAGE and len(parts) > 1 and parts[1] in FLOORS:
-                yield node.lineno, parts[1]
+            if name.startswith(PACKAGE + ".") and (room := _room(name.removeprefix(PACKAGE + "."))):
+                yield node.lineno, room
 
 
 def main() -> int:

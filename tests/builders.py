@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from dpo_cli.data.formats import RankedRule
-from dpo_cli.data.prepare import prepare
-from dpo_cli.data.prepared import BadRowRule, PreparedPairs, Reading
-from dpo_cli.data.schedule import Plan
-from dpo_cli.data.sources import Source
-from dpo_cli.data.tokenize import PairTokenizer
+from dpo_cli.data.pairs.shapes import RankedRule
+from dpo_cli.data.pairs.sources import Source
+from dpo_cli.data.prepared.folder import BadRowRule, PreparedPairs, Reading
+from dpo_cli.data.prepared.step_plan import Plan
+from dpo_cli.data.prepared.writing import prepare
+from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.modeling.batch import LAYOUTS, Batches
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer, recompute_activations

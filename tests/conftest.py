@@ -174,7 +174,7 @@ def build_llama(folder: Path, tokenizer: Any, seed: int, **settings: Any) -> Pat
 @pytest.fixture
 def patient_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for worker processes to start, instead of doing the work here until they have."""
-    from dpo_cli.data.workers import _Workers
+    from dpo_cli.system.workers import _Workers
 
     have_started = _Workers.have_started
 

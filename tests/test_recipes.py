@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dpo_cli.data.sources import Source, read_rows
+from dpo_cli.data.pairs.sources import Source, read_rows
 from tests.conftest import ROOT, write_rows
 
 RECIPES = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "sources.md").read_text(encoding="utf-8"), re.M | re.S)

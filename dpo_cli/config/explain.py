@@ -10,12 +10,13 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from dpo_cli import plain_yaml, settings
+from dpo_cli import settings
 from dpo_cli.config import translations
 from dpo_cli.config.schema import APART, ONE, ONE_TRACKER, SEVERAL, SHARE, TRACKERS, Config
 from dpo_cli.config.tree import Tree
-from dpo_cli.data import sources
+from dpo_cli.data.pairs import sources
 from dpo_cli.errors import UserError
+from dpo_cli.system import plain_yaml
 
 _WAYS = {ONE, SEVERAL, ONE_TRACKER, TRACKERS, SHARE, APART, sources.NAME, sources.GROUP, sources.SEVERAL}
 """What pydantic puts into a path where a setting may be written in several ways."""

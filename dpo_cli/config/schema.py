@@ -6,17 +6,17 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from dpo_cli import plain_yaml
-from dpo_cli.data.formats import FORMATS, RankedRule
-from dpo_cli.data.kinds import Droppable
-from dpo_cli.data.renaming import ColumnNames
-from dpo_cli.data.sources import Sources
+from dpo_cli.data.findings import Droppable
+from dpo_cli.data.pairs.renaming import ColumnNames
+from dpo_cli.data.pairs.shapes import FORMATS, RankedRule
+from dpo_cli.data.pairs.sources import Sources
 from dpo_cli.modeling.model_files import Trust
 from dpo_cli.preference.losses import DPO, Loss
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Cached, NoReference, Reference
 from dpo_cli.reporting.trackers import Tracker
 from dpo_cli.settings import PathText, Settings, contradiction
+from dpo_cli.system import plain_yaml
 
 SHORT_FORMS = {
     "model": "name",

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_cli import plain_yaml
 from dpo_cli.config.schema import expand_short_form
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.plain_yaml import NotPlain
 from dpo_cli.settings import located, nearest_file
+from dpo_cli.system import plain_yaml
+from dpo_cli.system.plain_yaml import NotPlain
 
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 

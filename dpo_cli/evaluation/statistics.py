@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_cli.data.intervals import wilson_interval
+from dpo_cli.data.checkup.intervals import wilson_interval
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.reporting.metrics import PAIR_METRICS
 

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_cli.data.prepared.step_plan import MicroBatch, PairSizes, cut_packed, cut_padded, packed_tokens
 from dpo_cli.data.records import Gaps, TokenizedPair, Tokens
-from dpo_cli.data.schedule import MicroBatch, PairSizes, cut_packed, cut_padded, packed_tokens
 from dpo_cli.modeling.attention import TokenTree, attend_to_trees
 from dpo_cli.modeling.tree import grow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.data.prepared.folder import PreparedPairs
 
 
 @dataclass(frozen=True)

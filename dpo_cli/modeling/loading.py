@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dpo_cli.data.hub import cached_config, is_path, look_up, name_hint
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.completeness import check_complete, say_untied, untied
 from dpo_cli.modeling.hub import fetch_weights, fetched
@@ -35,7 +34,8 @@ from dpo_cli.modeling.model_files import (
 from dpo_cli.modeling.quantization import check_pickles
 from dpo_cli.modeling.refusals import reason_and_hint
 from dpo_cli.settings import located
-from dpo_cli.storage import DamagedFolder, cache_root, file_digest, verify
+from dpo_cli.system.hub import cached_config, is_path, look_up, name_hint
+from dpo_cli.system.storage import DamagedFolder, cache_root, file_digest, verify
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -20,7 +20,7 @@ from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.modeling.completeness import check_complete, configs
 from dpo_cli.modeling.model_files import CONFIG, GENERATION, MOST_TEXT_BYTES, Trust, weights_files
 from dpo_cli.modeling.refusals import reason_and_hint
-from dpo_cli.storage import refused, sealed_folder
+from dpo_cli.system.storage import refused, sealed_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

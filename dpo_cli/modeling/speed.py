@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dpo_cli.storage import cache_root, text_digest, write_text
+from dpo_cli.system.storage import cache_root, text_digest, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_cli.data.encode import common_beginning
+from dpo_cli.data.tokens.encoding import common_beginning
 
 _BRANCH_TOKENS = 4
 """The fewest tokens that are worth a branch of their own: each branch costs every layer one more piece of attention."""

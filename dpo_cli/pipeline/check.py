@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
-from dpo_cli.data.sources import as_sources
+from dpo_cli.data.pairs.sources import as_sources
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.pipeline.setup import RunData, shown_counts
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.data_check import findings
-from dpo_cli.storage import why_no_folder, write_text
+from dpo_cli.system.storage import why_no_folder, write_text
 
 if TYPE_CHECKING:
-    from dpo_cli.data.prepared import PreparedPairs
-    from dpo_cli.data.report import Report
+    from dpo_cli.data.checkup.report import Report
+    from dpo_cli.data.prepared.folder import PreparedPairs
 
 JSON, PAGE = "report.json", "report.html"
 
@@ -27,8 +27,8 @@ _UNSEEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 def check(config: Config, data: RunData, tokenizer: Any) -> Report:
     """Examine the data of a run."""
-    from dpo_cli.data.endings import end_tokens
-    from dpo_cli.data.examination import examine
+    from dpo_cli.data.checkup.endings import end_tokens
+    from dpo_cli.data.checkup.examination import examine
     from dpo_cli.modeling.loading import generation_config
 
     return examine(
@@ -77,7 +77,7 @@ def check_report_folder(folder: Path | None) -> list[UserError]:
 
 def default_report_folder(config: Config, pairs: PreparedPairs, out: Path | None) -> Path:
     """Return the folder beside the prepared training pairs in which their report is kept."""
-    from dpo_cli.data.prepared import default_folder, is_prepared
+    from dpo_cli.data.prepared.folder import default_folder, is_prepared
 
     first = as_sources(config.data.train)[0].path
     prepared = Path(first) if is_prepared(first) else out or default_folder(pairs.manifest["fingerprint"])

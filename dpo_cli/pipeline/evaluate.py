@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
+from dpo_cli.data.pairs.sources import as_sources, check_source, describe
 from dpo_cli.data.records import LABELS
-from dpo_cli.data.sources import as_sources, check_source, describe
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import choose_layout, prove_logps, wanted_tokens, without_gradient
@@ -17,7 +17,7 @@ from dpo_cli.pipeline.plan import described_loss
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console
 from dpo_cli.reporting.tables import figures_table, groups_table
 from dpo_cli.settings import located
-from dpo_cli.storage import MANIFEST, DamagedFolder, verify
+from dpo_cli.system.storage import MANIFEST, DamagedFolder, verify
 from dpo_cli.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from numpy.typing import NDArray
 
-    from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.data.prepared.folder import PreparedPairs
     from dpo_cli.evaluation.evaluate import PairResult
     from dpo_cli.modeling.batch import Layout
     from dpo_cli.preference.reference import OpenReference
@@ -185,7 +185,7 @@ def _held_out(config: Config, data: str | None, tokenize: Any, console: Console)
     """Return pairs, the indices to score, and what they are called."""
     import numpy as np
 
-    from dpo_cli.data.comparison import without_copies
+    from dpo_cli.data.checkup.comparison import without_copies
 
     if data is not None:
         pairs = setup.prepared_pairs(config, as_sources(data), tokenize, console)
@@ -210,7 +210,7 @@ def _by_label(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, 
 
 
 def _write(file: Path, found: dict[str, Any]) -> None:
-    from dpo_cli.storage import write_text
+    from dpo_cli.system.storage import write_text
 
     text = json.dumps(found, indent=1) + "\n"
     try:

@@ -12,7 +12,7 @@ from dpo_cli.training.run_folder import RunFolder, RunState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dpo_cli.data.schedule import Plan
+    from dpo_cli.data.prepared.step_plan import Plan
 
 
 def check_length(config: Config, folder: RunFolder, plan: Plan, *, extend: bool) -> str | None:

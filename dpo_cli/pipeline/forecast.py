@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from dpo_cli.data.schedule import MicroBatch, Plan
+    from dpo_cli.data.prepared.step_plan import MicroBatch, Plan
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.pipeline.setup import RunData
 
@@ -151,7 +151,7 @@ def time_rows(
 
 def _typical(batches: Batches, cuts: Iterable[MicroBatch]) -> MicroBatch:
     """Return a micro-batch of median size; on a CPU only the first of its pairs where it is large."""
-    from dpo_cli.data.schedule import MicroBatch
+    from dpo_cli.data.prepared.step_plan import MicroBatch
 
     sizes, count = batches.pairs.sizes, batches.layout.tokens
     ordered = sorted(cuts, key=lambda cut: count(sizes, cut.pairs))

@@ -10,21 +10,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_cli import plain_yaml
 from dpo_cli.config.schema import TrainingSettings
-from dpo_cli.data.sources import Source, as_sources, check_source, read_rows
+from dpo_cli.data.pairs.sources import Source, as_sources, check_source, read_rows
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.modeling.loading import check_model
 from dpo_cli.modeling.model_files import most_tokens
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console
 from dpo_cli.settings import escape_path, located
-from dpo_cli.storage import MANIFEST
+from dpo_cli.system import plain_yaml
+from dpo_cli.system.storage import MANIFEST
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.data.prepared.folder import PreparedPairs
 
 _ROWS = 1000
 """How many of the first rows are looked at."""
@@ -192,8 +192,8 @@ def _look_at_model(name: str) -> _Model:
 
 def _look_at_data(source: Source, model: _Model | None) -> _Data:
     """Find the shape of the first rows, and their lengths where there is a tokenizer."""
-    from dpo_cli.data.detection import detect, guessed_columns
-    from dpo_cli.data.renaming import renamed
+    from dpo_cli.data.pairs.detection import detect, guessed_columns
+    from dpo_cli.data.pairs.renaming import renamed
 
     there = read_rows(source)
     rows = list(itertools.islice(there, _ROWS))
@@ -215,9 +215,9 @@ def _look_at_data(source: Source, model: _Model | None) -> _Data:
 @contextlib.contextmanager
 def _tokenized(source: Source, model: _Model) -> Iterator[tuple[PreparedPairs, bool]]:
     """Tokenize the rows of a source, those that can be read; tell whether others would stop a run."""
-    from dpo_cli.data.prepare import prepare
-    from dpo_cli.data.prepared import Reading
-    from dpo_cli.data.tokenize import PairTokenizer
+    from dpo_cli.data.prepared.folder import Reading
+    from dpo_cli.data.prepared.writing import prepare
+    from dpo_cli.data.tokens.tokenize import PairTokenizer
 
     tokenize = PairTokenizer(model.tokenizer, template=model.template, max_length=_UNLIMITED, on_too_long="drop")
     with tempfile.TemporaryDirectory() as folder:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from dpo_cli.data.prepared import PreparedPairs
-    from dpo_cli.data.schedule import Plan
+    from dpo_cli.data.prepared.folder import PreparedPairs
+    from dpo_cli.data.prepared.step_plan import Plan
     from dpo_cli.modeling.batch import Batches, Layout, PairBatch
     from dpo_cli.modeling.memory import MemoryEstimate
     from dpo_cli.pipeline.setup import RunData
@@ -248,7 +248,7 @@ def prove_logps(model: PreTrainedModel, batches: Batches, indices: NDArray[np.in
 
 def shortest_pair(batches: Batches, indices: NDArray[np.int64]) -> PairBatch:
     """Return the shortest of some pairs: what holds of all of them is proved on it in the least time."""
-    from dpo_cli.data.schedule import MicroBatch
+    from dpo_cli.data.prepared.step_plan import MicroBatch
 
     return batches(MicroBatch((int(indices[batches.pairs.sizes.longest[indices].argmin()]),)))
 
@@ -278,7 +278,7 @@ def estimate(
     """Estimate a run's memory by its largest micro-batch, found among its first steps and its longest pair."""
     import torch
 
-    from dpo_cli.data.schedule import MicroBatch, largest
+    from dpo_cli.data.prepared.step_plan import MicroBatch, largest
     from dpo_cli.modeling.memory import activation_bytes, logits_bytes
     from dpo_cli.modeling.proof import REFUSALS
 

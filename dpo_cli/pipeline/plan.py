@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from dpo_cli.data.schedule import Plan
+    from dpo_cli.data.prepared.step_plan import Plan
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.memory import MemoryEstimate
 
@@ -29,7 +29,7 @@ def make_plan(config: Config, data: setup.RunData) -> Plan:
         UserError: `training.max_steps`, or the first move of a reference, lies behind what the epochs give, and so
             has no effect.
     """
-    from dpo_cli.data.schedule import Plan
+    from dpo_cli.data.prepared.step_plan import Plan
 
     training = config.training
     plan = Plan(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
-from dpo_cli.data.sources import as_sources
+from dpo_cli.data.pairs.sources import as_sources
 from dpo_cli.errors import raise_all
 from dpo_cli.pipeline.check import (
     PAGE,
@@ -31,7 +31,7 @@ from dpo_cli.reporting.data_check import PathLine, Wrapped, reading
 from dpo_cli.reporting.tables import marked_pair
 
 if TYPE_CHECKING:
-    from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.data.prepared.folder import PreparedPairs
     from dpo_cli.data.records import Gaps
 
 

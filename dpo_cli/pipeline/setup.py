@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
-from dpo_cli.data.sources import as_sources, check_source, describe, look_up_source, paths_of
+from dpo_cli.data.pairs.sources import as_sources, check_source, describe, look_up_source, paths_of
 from dpo_cli.errors import FAILED, UserError, raise_all
-from dpo_cli.locks import lock_beside, locked
 from dpo_cli.modeling.loading import check_model, look_up_model, names_hub_model
 from dpo_cli.reporting.console import Console
 from dpo_cli.settings import located
+from dpo_cli.system.locks import lock_beside, locked
 
 if TYPE_CHECKING:
     import numpy as np
     from accelerate import Accelerator
     from numpy.typing import NDArray
 
-    from dpo_cli.data.prepared import PreparedPairs
-    from dpo_cli.data.sources import Source
-    from dpo_cli.data.tokenize import PairTokenizer
+    from dpo_cli.data.pairs.sources import Source
+    from dpo_cli.data.prepared.folder import PreparedPairs
+    from dpo_cli.data.tokens.tokenize import PairTokenizer
     from dpo_cli.evaluation.evaluate import PairResult
 
 
@@ -174,10 +174,10 @@ def load_tokenizer(config: Config, name: str, day: date | None = None) -> tuple[
     Raises:
         UserError: Tokenizer or template cannot be read, or the tokenizer lacks what the configuration names.
     """
-    from dpo_cli.data.chat_template import named_templates
-    from dpo_cli.data.endings import set_end
-    from dpo_cli.data.rendering import PLAIN
-    from dpo_cli.data.tokenize import PairTokenizer, read_template
+    from dpo_cli.data.checkup.endings import set_end
+    from dpo_cli.data.tokens.chat_template import named_templates
+    from dpo_cli.data.tokens.rendering import PLAIN
+    from dpo_cli.data.tokens.tokenize import PairTokenizer, read_template
     from dpo_cli.modeling import loading
 
     tokenizer = loading.load_tokenizer(name, config.model.trust)
@@ -229,8 +229,8 @@ def prepared_pairs(
         console: Says what is done.
         folder: Where to keep them, or None for the cache.
     """
-    from dpo_cli.data import prepared
-    from dpo_cli.data.prepare import prepare
+    from dpo_cli.data.prepared import folder as prepared
+    from dpo_cli.data.prepared.writing import prepare
 
     names = describe(sources)
     data = config.data
@@ -269,7 +269,7 @@ def prepared_pairs(
 
 def _check_out(folder: Path) -> UserError | None:
     """Say why pairs cannot be kept in a folder, if so: what is there and is not prepared data stays."""
-    from dpo_cli.storage import MANIFEST, why_no_folder
+    from dpo_cli.system.storage import MANIFEST, why_no_folder
 
     hint = "choose another folder with --out"
     if obstacle := why_no_folder(folder):
@@ -341,8 +341,8 @@ def split(config: Config, pairs: PreparedPairs, others: PreparedPairs | None) ->
     """
     import numpy as np
 
-    from dpo_cli.data.comparison import without_copies
-    from dpo_cli.storage import text_digest
+    from dpo_cli.data.checkup.comparison import without_copies
+    from dpo_cli.system.storage import text_digest
 
     digest, fraction = pairs.manifest["fingerprint"], config.data.eval
     read = {"data.train": pairs.manifest["statistics"]}
@@ -364,8 +364,8 @@ def _without_dropped(config: Config, data: RunData) -> RunData:
     """Leave out what `data.drop` names."""
     import numpy as np
 
-    from dpo_cli.data.comparison import drops
-    from dpo_cli.storage import text_digest
+    from dpo_cli.data.checkup.comparison import drops
+    from dpo_cli.system.storage import text_digest
 
     names = config.data.drop
     if not names:

@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config
-from dpo_cli.data.sources import as_sources, describe
+from dpo_cli.data.pairs.sources import as_sources, describe
 from dpo_cli.errors import FAILED, UserError
-from dpo_cli.interrupts import Interrupted, StopSignals
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import without_gradient
 from dpo_cli.reporting.console import Console, Record
 from dpo_cli.reporting.progress import clock
+from dpo_cli.system.signals import Interrupted, StopSignals
 from dpo_cli.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dpo_cli.data.schedule import Plan
+    from dpo_cli.data.prepared.step_plan import Plan
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.preference.reference import OpenReference, ReferenceLogps
     from dpo_cli.preference.scoring import TokenLogps

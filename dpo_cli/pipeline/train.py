@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config, resolved_yaml
 from dpo_cli.errors import from_os_error, raise_all
-from dpo_cli.interrupts import StopSignals
-from dpo_cli.launchers import is_main_process
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.check import check, show_check
 from dpo_cli.pipeline.extend import check_length
@@ -29,13 +27,15 @@ from dpo_cli.pipeline.plan import header, make_plan, out_of_reach, print_plan
 from dpo_cli.pipeline.steps import Run, walk
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.trackers import TrackedRun, check_trackers, start_trackers
+from dpo_cli.system.launchers import is_main_process
+from dpo_cli.system.signals import StopSignals
 from dpo_cli.training.run_folder import FIRST_DAY, RESOLVED, RunFolder, RunState, settings_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
-    from dpo_cli.data.schedule import Plan
+    from dpo_cli.data.prepared.step_plan import Plan
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.training.ranks import Progress
 
@@ -118,7 +118,7 @@ def _run(
     extend: bool,
 ) -> None:
     """Walk the road from the pairs to the trained model, alone or as one of several ranks."""
-    from dpo_cli.data.endings import end_tokens
+    from dpo_cli.data.checkup.endings import end_tokens
     from dpo_cli.modeling.loading import empty_policy, end_at, load_policy
     from dpo_cli.modeling.memory import resident_bytes
     from dpo_cli.modeling.routing import check_routers
@@ -306,7 +306,7 @@ def _describe(run: Run, day: date, *, resume: bool, overwrite: bool) -> None:
         UserError: The disk refuses, or another run began in the folder meanwhile.
     """
     from dpo_cli.reporting.environment import environment
-    from dpo_cli.storage import discard, make_folder, remove_strays, write_text
+    from dpo_cli.system.storage import discard, make_folder, remove_strays, write_text
 
     described = json.dumps({**environment(run.accelerator), FIRST_DAY: day.isoformat()}, indent=1)
     try:

@@ -20,13 +20,13 @@ from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpo_cli.locks import locked
-from dpo_cli.storage import cache_root, file_digest, refused, remove, remove_strays, text_digest, write_bytes
+from dpo_cli.system.locks import locked
+from dpo_cli.system.storage import cache_root, file_digest, refused, remove, remove_strays, text_digest, write_bytes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dpo_cli.data.prepared import PreparedPairs
+    from dpo_cli.data.prepared.folder import PreparedPairs
     from dpo_cli.modeling.batch import PairBatch
     from dpo_cli.preference.reference import ReferenceLogps, ReferenceWork
 

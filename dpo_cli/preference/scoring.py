@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from dpo_cli.data.schedule import MicroBatch
+from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.routing import balance_loss
@@ -23,7 +23,7 @@ from dpo_cli.reporting.metrics import pair_values
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dpo_cli.data.schedule import PairSizes
+    from dpo_cli.data.prepared.step_plan import PairSizes
 
 
 TokenLogps = Callable[[PairBatch], Tensor]

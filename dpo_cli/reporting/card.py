@@ -12,9 +12,10 @@ from typing import Any
 
 import yaml
 
-from dpo_cli import __version__, plain_yaml
+from dpo_cli import __version__
 from dpo_cli.reporting.secrets import covered
 from dpo_cli.reporting.tables import FIGURES, visible
+from dpo_cli.system import plain_yaml
 
 _MEANS_SOMETHING = re.compile(r"[\\`*{}\[\]<>#!~$&]|://|www\.")
 """What Markdown may take for more than text."""

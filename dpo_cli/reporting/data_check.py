@@ -13,7 +13,7 @@ from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.data.report import Example, Finding, LengthBias, Report
+from dpo_cli.data.checkup.report import Example, Finding, LengthBias, Report
 from dpo_cli.reporting.console import as_text
 from dpo_cli.reporting.tables import PART_STYLES, percent, tokens_table, visible
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from dpo_cli import __version__
-from dpo_cli.data.report import EXAMPLES, Boundary, Example, Finding, LengthBias, Lengths, Margins, Report
+from dpo_cli.data.checkup.report import EXAMPLES, Boundary, Example, Finding, LengthBias, Lengths, Margins, Report
 from dpo_cli.reporting.plots import bars, histogram, plane
 from dpo_cli.reporting.tables import percent, visible
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
-from dpo_cli.locks import is_open_at
-from dpo_cli.storage import write_text
+from dpo_cli.system.locks import is_open_at
+from dpo_cli.system.storage import write_text
 
 
 class MetricsLog:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.settings import Settings
-from dpo_cli.storage import make_folder, write_text
+from dpo_cli.system.storage import make_folder, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

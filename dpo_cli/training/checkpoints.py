@@ -24,7 +24,7 @@ from accelerate.utils import gather_object
 
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.saving import saved_model
-from dpo_cli.storage import DamagedFolder, discard, make_folder, remove_strays, verify
+from dpo_cli.system.storage import DamagedFolder, discard, make_folder, remove_strays, verify
 from dpo_cli.training.loop import NotFinite
 from dpo_cli.training.state import State, TrainingParts, random_states, read_facts
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
-from dpo_cli.data.schedule import Step
+from dpo_cli.data.prepared.step_plan import Step
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import OpenReference

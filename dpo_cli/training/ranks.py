@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, TypeVar
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from dpo_cli.errors import FAILED, UserError
-from dpo_cli.interrupts import STOPPING
-from dpo_cli.launchers import is_main_process
 from dpo_cli.reporting.console import Console
+from dpo_cli.system.launchers import is_main_process
+from dpo_cli.system.signals import STOPPING
 from dpo_cli.training.signs import Sightings, Sign, Verdict
 
 if TYPE_CHECKING:

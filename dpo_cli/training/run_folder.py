@@ -12,11 +12,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from dpo_cli import plain_yaml
 from dpo_cli.errors import USAGE, UserError, from_os_error
-from dpo_cli.locks import Locked, locked
-from dpo_cli.plain_yaml import NotPlain
-from dpo_cli.storage import MANIFEST, DamagedFolder, strays, text_digest, verify, why_no_folder
+from dpo_cli.system import plain_yaml
+from dpo_cli.system.locks import Locked, locked
+from dpo_cli.system.plain_yaml import NotPlain
+from dpo_cli.system.storage import MANIFEST, DamagedFolder, strays, text_digest, verify, why_no_folder
 
 RESOLVED = "# The configuration as resolved: `dpo train --config` runs it again.\n"
 """The first line of a run's config.yaml, by which it is told from a configuration of the user's own."""

@@ -18,7 +18,7 @@ from torch.backends import cpu
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.loading import load_weights
-from dpo_cli.storage import DamagedFolder
+from dpo_cli.system.storage import DamagedFolder
 from dpo_cli.training.loop import Skips
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli import plain_yaml
 from dpo_cli.command_line import split_arguments
 from dpo_cli.config import Config, load_config, resolved_yaml
 from dpo_cli.errors import UserError
+from dpo_cli.system import plain_yaml
 from tests.conftest import run_dpo, write_rows
 
 

@@ -89,7 +89,7 @@ import os
 os.environ.pop("ARROW_DEFAULT_MEMORY_POOL", None)
 import pyarrow
 from pathlib import Path
-from dpo_cli.data.files import reader_of
+from dpo_cli.data.rows.files import reader_of
 print([row.problem for row in reader_of(Path("pairs.parquet"))(Path("pairs.parquet"))])
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.launchers import environment_errors, is_main_process, settle_environment
+from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
 from tests.conftest import dpo_command, read_metrics, run_dpo
 
 LEFT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_MIXED_PRECISION")

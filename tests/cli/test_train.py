@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from dpo_cli.reporting.metrics import PAIR_METRICS
-from dpo_cli.storage import verify
+from dpo_cli.system.storage import verify
 from tests.conftest import build_llama, make_config, read_metrics, run_dpo, without_clock, write_rows
 
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli import plain_yaml
 from dpo_cli.config import Config, json_schema, load_config, resolved_yaml
-from dpo_cli.data.sources import Source, as_sources
+from dpo_cli.data.pairs.sources import Source, as_sources
 from dpo_cli.errors import UserError
 from dpo_cli.reporting.trackers import TensorBoard, WandB
+from dpo_cli.system import plain_yaml
 from tests.conftest import ROOT
 
 MINIMAL = "model: some/name\ndata:\n  train: pairs.jsonl\n"

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 
-from dpo_cli.data.files import reader_of
 from dpo_cli.data.records import Row
+from dpo_cli.data.rows.files import reader_of
 from dpo_cli.errors import UserError
 
 ROWS = [

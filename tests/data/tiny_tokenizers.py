@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpo_cli.data.records import Message, Pair
-from dpo_cli.data.tokenize import PairTokenizer, Tokenized
+from dpo_cli.data.tokens.tokenize import PairTokenizer, Tokenized
 from tests.conftest import DEMO_PAIRS
 from tests.data.chat_templates import TEMPLATES
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_cli.data.intervals import wilson_interval
+from dpo_cli.data.checkup.intervals import wilson_interval
 from dpo_cli.evaluation.diagnosis import COLLAPSE, worsened
 
 TOKENS = 10.0

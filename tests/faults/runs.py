@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.storage import DamagedFolder, verify
+from dpo_cli.system.storage import DamagedFolder, verify
 from tests.conftest import make_config, without_clock, write_rows
 from tests.faults.ledger import Ledger, Outcome
 from tests.faults.zygote import Ended, Running, Zygote

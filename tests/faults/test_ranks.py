@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.storage import verify
+from dpo_cli.system.storage import verify
 from tests.conftest import make_config, read_metrics, without_clock, write_rows
 from tests.faults.conftest import FULL
 from tests.faults.launching import start_ranks

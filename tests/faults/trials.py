@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.storage import DamagedFolder, verify
+from dpo_cli.system.storage import DamagedFolder, verify
 from tests.conftest import make_config, read_metrics, without_clock, write_rows
 from tests.faults.disk_faults import OPEN, REACHED
 from tests.faults.ledger import Ledger, Outcome

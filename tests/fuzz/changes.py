@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from hypothesis import strategies as st
 
-from dpo_cli.storage import MANIFEST, sealed_folder
+from dpo_cli.system.storage import MANIFEST, sealed_folder
 
 WORDS = (
     *("", " ", "a", "é", "true", "null", "-1", "1e999", "[", "{}", "user", "step", "files", "type", "bytes"),

@@ -97,9 +97,9 @@ def run_config(folder: Path) -> Config:
 
 def resume(folder: Path) -> None:
     """Run what `dpo train --resume` runs, without a word."""
-    from dpo_cli.interrupts import StopSignals
     from dpo_cli.pipeline import train
     from dpo_cli.reporting.console import Console
+    from dpo_cli.system.signals import StopSignals
 
     train(run_config(folder), Console(speaks=False), StopSignals(), resume=True, overwrite=False, dry_run=False)
 

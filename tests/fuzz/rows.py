@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from dpo_cli.data.formats import FORMATS
+from dpo_cli.data.pairs.shapes import FORMATS
 from tests.conftest import ROW_OF
 
 COLUMNS = sorted({name for row in ROW_OF.values() for name in row})

@@ -20,11 +20,11 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from dpo_cli.data.files import READERS
-from dpo_cli.data.formats import FORMATS, read_pairs
+from dpo_cli.data.pairs.shapes import FORMATS, read_pairs
 from dpo_cli.data.records import BadRow, Row
+from dpo_cli.data.rows.files import READERS
 from dpo_cli.errors import UserError, raise_all
-from dpo_cli.storage import MANIFEST, DamagedFolder, verify
+from dpo_cli.system.storage import MANIFEST, DamagedFolder, verify
 from tests.conftest import ROW_OF, write_rows
 from tests.data import data_files
 from tests.fuzz import configurations, parts, rows
@@ -118,7 +118,7 @@ def _leads_up(text: str) -> bool:
 
 def read_source(value: tuple[str, str, Damage], folder: Path) -> None:
     """What a source names is found and read, and nothing beside it."""
-    from dpo_cli.data.sources import Source, check_source, paths_of, read_rows, source_digest
+    from dpo_cli.data.pairs.sources import Source, check_source, paths_of, read_rows, source_digest
 
     name, split, damage = value
     parts.saved_dataset(Path("saved"))
@@ -159,7 +159,7 @@ def _whole_files() -> dict[str, bytes]:
 
 def read_row(value: tuple[str, dict[str, Any]], folder: Path) -> None:
     """A row becomes pairs of which both responses are the assistant's and differ, or is refused with a reason."""
-    from dpo_cli.data.detection import detect
+    from dpo_cli.data.pairs.detection import detect
 
     shape, change = value
     row = Row("f:1", ROW_OF[shape] | change)
@@ -201,7 +201,7 @@ def _prepare_and_examine(source: Path, shape: str) -> None:
 def _examine(pairs: Any) -> None:
     from rich.console import Console
 
-    from dpo_cli.data.examination import examine
+    from dpo_cli.data.checkup.examination import examine
     from dpo_cli.reporting.data_check import findings, reading
     from dpo_cli.reporting.data_page import data_page
 
@@ -217,7 +217,7 @@ def _examine(pairs: Any) -> None:
 def write_by_template(template: str, folder: Path) -> None:
     """Whatever a chat template is, a pair becomes tokens or is refused with a reason."""
     from dpo_cli.data.records import Message, Pair
-    from dpo_cli.data.tokenize import PairTokenizer, Tokenized
+    from dpo_cli.data.tokens.tokenize import PairTokenizer, Tokenized
 
     question, no = (Message("user", "Add 1 and 2."),), (Message("assistant", "No."),)
     turns = (Message("assistant", "Let me see."), Message("user", "Go on."), Message("assistant", "3"))
@@ -249,8 +249,8 @@ def read_manifest_of(content: bytes | Change, folder: Path) -> None:
 
 def read_prepared(damage: Damage, folder: Path) -> None:
     """A prepared folder is opened and checked, or refused."""
-    from dpo_cli.data.prepared import Reading, find, open_for
-    from dpo_cli.data.tokenize import PairTokenizer
+    from dpo_cli.data.prepared.folder import Reading, find, open_for
+    from dpo_cli.data.tokens.tokenize import PairTokenizer
 
     shutil.copytree(parts.prepared(), "prepared")
     damage.to(Path("prepared"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.storage import MANIFEST
+from dpo_cli.system.storage import MANIFEST
 from dpo_cli.training.run_folder import RESOLVED
 from tests.fuzz import parts
 from tests.fuzz.changes import seal_again

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from write_layouts_page import PAGE, page
 
 from dpo_cli.config import Config
-from dpo_cli.data.schedule import PairSizes
+from dpo_cli.data.prepared.step_plan import PairSizes
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import TREE_ATTENTION
 from dpo_cli.modeling.batch import LAYOUTS, Packed, Padded

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.config.schema import TrainingSettings
+from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.data.records import TokenizedPair
-from dpo_cli.data.schedule import MicroBatch
 from dpo_cli.modeling.batch import LAYOUTS, Batches
 from tests.builders import prepare_pairs
 from tests.conftest import ROW_OF, write_rows

@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 from trl import DPOConfig
 from trl.import_utils import TRLExperimentalWarning
 
-from dpo_cli.data.prepared import PreparedPairs
-from dpo_cli.data.schedule import MicroBatch, Step
+from dpo_cli.data.prepared.folder import PreparedPairs
+from dpo_cli.data.prepared.step_plan import MicroBatch, Step
 from dpo_cli.modeling.batch import LAYOUTS, Batches
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer

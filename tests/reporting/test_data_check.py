@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from dpo_cli.data.report import Example, Finding, LengthBias, Lengths, Margins, Report
+from dpo_cli.data.checkup.report import Example, Finding, LengthBias, Lengths, Margins, Report
 from dpo_cli.reporting.data_check import PathLine, Wrapped, findings, length_bias_line, reading
 
 WIDTHS = [60, 80, 120]

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dpo_cli.data.report import Boundary, Cut, Example, Finding, LengthBias, Lengths, Margins, Report
+from dpo_cli.data.checkup.report import Boundary, Cut, Example, Finding, LengthBias, Lengths, Margins, Report
 from dpo_cli.reporting.data_page import data_page
 from dpo_cli.reporting.plots import histogram, plane
 

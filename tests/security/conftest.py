@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dpo_cli.data.bounds import bounded_memory
+from dpo_cli.system.bounds import bounded_memory
 from tests.cli.test_bad_inputs import Project, call, enter, errors, finished
 from tests.conftest import write_rows
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.data import bounds, chat_template, rendering
-from dpo_cli.data.bounds import TookTooLong, bounded_memory, bounded_time
-from dpo_cli.data.encode import TextEncoder
 from dpo_cli.data.records import BadRow, Message, Pair
+from dpo_cli.data.tokens import chat_template, rendering
+from dpo_cli.data.tokens.encoding import TextEncoder
 from dpo_cli.errors import UserError
+from dpo_cli.system import bounds
+from dpo_cli.system.bounds import TookTooLong, bounded_memory, bounded_time
 from tests.cli.test_bad_inputs import PREPARE
 from tests.conftest import CHATML
 

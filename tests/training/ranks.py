@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from dpo_cli.data.prepared import PreparedPairs
+from dpo_cli.data.prepared.folder import PreparedPairs
 from tests.builders import train_in_process
 from tests.training import test_loop
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from dpo_cli.errors import UserError
-from dpo_cli.storage import sealed_folder
+from dpo_cli.system.storage import sealed_folder
 from dpo_cli.training.checkpoints import _prune, newest_whole
 
 STANDS_ON = {"model": "m", "data": "d", "settings": "s"}

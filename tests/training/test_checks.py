@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from transformers import BertConfig, BertLMHeadModel
 
-from dpo_cli.data.endings import end_tokens
+from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches, Padded
 from dpo_cli.modeling.loading import load_policy

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_cli.data.schedule import MicroBatch, Plan
+from dpo_cli.data.prepared.step_plan import MicroBatch, Plan
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.preference.losses import AOT, BCO, DPO, SFT, AdaptiveBeta, Loss, SimPO
 from dpo_cli.preference.objective import Objective

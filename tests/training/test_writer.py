@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.loading import load_policy
-from dpo_cli.storage import verify
+from dpo_cli.system.storage import verify
 from dpo_cli.training import state
 from dpo_cli.training.checkpoints import CheckpointWriter, check_finite, newest_whole
 from dpo_cli.training.loop import NotFinite, Skips

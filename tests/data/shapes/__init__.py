@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_cli.data.formats import RankedRule
+from dpo_cli.data.pairs.shapes import RankedRule
 from dpo_cli.data.records import Message, Pair
 
 

@@ -1,0 +1,1 @@
+"""The check of the data: what is compared, measured and reported of prepared pairs."""

@@ -1,0 +1,1 @@
+"""Rows become pairs: sources, dataset shapes, conversations, ranked and labelled answers."""

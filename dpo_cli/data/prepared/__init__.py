@@ -1,0 +1,1 @@
+"""The prepared folder, and the plan of steps over its pairs."""

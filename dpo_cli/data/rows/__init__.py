@@ -1,0 +1,1 @@
+"""Bytes become rows: paths, compressed streams, kinds of files, the fields of a row."""

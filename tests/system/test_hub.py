@@ -1,0 +1,136 @@
+"""Which names are asked for on the Hub, and what becomes of a run where it cannot be reached."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpo_cli.data.pairs.sources import Source, as_sources, check_source
+from dpo_cli.modeling.loading import check_model
+from tests.conftest import dpo_command
+
+NOT_ON_THE_HUB = ["./some/name", "./name", "../name", "/name", "~/name", "~name", ".name/other", "here/name"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NOT_ON_THE_HUB)
+def test_what_looks_like_a_path_is_never_asked_for(folder, name):
+    assert f"no model folder `{name}`" in check_model(name).what
+    (source,) = as_sources(name)
+    assert f"no file or folder `{name}`" in check_source(source).what
+
+
+def test_a_name_that_begins_with_a_folder_says_so(folder):
+    for problem in (check_model("here/name"), check_source(Source(path="here/name"))):
+        assert "`here` is a folder here" in problem.hint
+    assert check_model("there/name") is None
+    assert check_source(Source(path="there/name")) is None
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A Hub that has nothing, or breaks."""
+
+    status = 404
+    asked: list[str] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.send_response(self.status)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[type[Hub]]:
+    """Serve a Hub of its own on this machine."""
+    kind = type("OwnHub", (Hub,), {"asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        kind.address = f"http://127.0.0.1:{server.server_port}"
+        yield kind
+        server.shutdown()
+
+
+def run(*arguments: object, address: str, cache: Path) -> subprocess.CompletedProcess[str]:
+    """Run the program where the Hub stands at an address; no proxy is asked for it."""
+    told = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    told |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(cache)}
+    return subprocess.run(dpo_command(*arguments), env=told, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "model.name=some/name"),
+        ("train", "reference.model=some/name"),
+        ("train", "data.eval=some/name"),
+        ("prepare-data", "data.train=some/name"),
+        ("eval", "--model", "some/name"),
+        ("eval", "--model", "some/name", "--data", "other/name"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("there", [True, False], ids=["it has none", "it is not there"])
+def test_what_is_not_available_is_an_error_at_once(write_config, tmp_path, hub, arguments, there):
+    address = hub.address if there else "http://127.0.0.1:9"
+    command, *rest = arguments
+    started = time.monotonic()
+    result = run(command, "--config", write_config(), *rest, address=address, cache=tmp_path / "hf")
+    took = time.monotonic() - started
+    assert result.returncode == 2, result.stderr
+    assert "`some/name` cannot be loaded" in result.stderr
+    assert "Retrying" not in result.stderr
+    assert "prepar" not in result.stderr.replace("prepare-data", "")
+    assert took < 15
+    if there:
+        assert len([path for path in hub.asked if "some/name" in path]) == 1
+        assert result.stderr.count("error: ") == 1 + ("other/name" in arguments)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_model_in_the_hubs_cache_is_used_where_the_hub_cannot_be_reached(write_config, tmp_path, tiny_llama):
+    cached = tmp_path / "hf/hub/models--some--body"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("abc")
+    shutil.copytree(tiny_llama, cached / "snapshots/abc")
+    file = write_config(training={"max_steps": 1})
+    result = run("train", "--config", file, "model.name=some/body", address="http://127.0.0.1:9", cache=tmp_path / "hf")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("the Hub cannot be reached") == 1
+    assert "Retrying" not in result.stderr
+    assert json.loads((tmp_path / "runs/run/final/config.json").read_text())["model_type"] == "llama"
+
+
+def test_a_hub_that_is_broken_is_one_that_cannot_be_reached(write_config, tmp_path, hub):
+    hub.status = 503
+    result = run("train", "--config", write_config(), "model.name=some/body", address=hub.address, cache=tmp_path)
+    assert result.returncode == 2
+    assert "the Hub cannot be reached (status 503)" in result.stderr
+
+
+def test_nothing_heavy_is_needed_to_ask(tmp_path):
+    look = "import sys; from dpo_cli.system.hub import look_up; look_up('model', 'some/name', 'here'); "
+    heavy = "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", look + heavy], capture_output=True, text=True, check=False)
+    assert ended.stdout == "[]\n", ended.stderr
