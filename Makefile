@@ -25,7 +25,7 @@ help:
 	@echo "make bench-scaling  time and memory by the number of pairs (BENCH='--pairs 64 1024')"
 	@echo "make bench-saving   time of saving a checkpoint, beside writing it without any promise"
 	@echo "make bench-startup  time of --help and of the report of a wrong configuration"
-	@echo "make generated      write the demo pairs, the schema and the pages of settings, losses, shapes and layouts again"
+	@echo "make generated      write the schema and the pages of settings, losses, shapes and layouts again"
 	@echo "make plots          draw the losses again"
 	@echo "make plot-runs      train a healthy, an over-fitted and a diverged run of the real model and draw them (half an hour)"
 
@@ -55,7 +55,6 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_floors.py
-	$(BIN)/python scripts/make_demo_pairs.py --check
 	$(BIN)/dpo config schema | diff - configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py --check
 	$(BIN)/python scripts/write_losses_page.py --check
@@ -66,7 +65,6 @@ format: install
 	$(BIN)/ruff check --fix .
 
 generated: install
-	$(BIN)/python scripts/make_demo_pairs.py
 	$(BIN)/dpo config schema > configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py
 	$(BIN)/python scripts/write_losses_page.py
