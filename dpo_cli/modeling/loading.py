@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import pickle
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,16 +30,14 @@ from dpo_cli.modeling.model_files import (
     holds_tokenizer,
     weights_files,
 )
+from dpo_cli.modeling.model_names import check_model
 from dpo_cli.modeling.quantization import check_pickles
 from dpo_cli.modeling.refusals import reason_and_hint
-from dpo_cli.settings import located
-from dpo_cli.system.hub import cached_config, is_path, look_up, name_hint
 from dpo_cli.system.storage import DamagedFolder, cache_root, file_digest, verify
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _NO_PART_OF_A_MODEL = {"transformers_version", "_name_or_path", "architectures", "dtype", "use_cache"}
 """Settings that say where a model came from or how it is called, not what it answers."""
 
@@ -49,62 +46,6 @@ _CONVERSION = 2
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
-
-
-def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) -> UserError | None:
-    """Say what is wrong with a model's name or with what its folder brings along, without loading anything."""
-    path = Path(name)
-    if path.suffix.lower() == ".gguf":
-        if path.is_file():
-            return None
-        return UserError(f"there is no GGUF file {located(name)}", where, "check the path")
-    if path.is_dir():
-        if (path / CONFIG).is_file():
-            return check_folder(path, trust, where)
-        hint = _model_inside(path) or "a model folder holds config.json, the weights and the tokenizer's files"
-        return UserError(f"`{name}` is not a model folder: it has no config.json", where, hint)
-    if path.is_file():
-        hint = "name the folder that holds config.json, a .gguf file, or a Hub id"
-        return UserError(f"`{name}` is neither a model folder nor a .gguf file", where, hint)
-    if names_hub_model(name):
-        return None
-    hint = name_hint(name, "name a folder, a .gguf file or a Hub id")
-    return UserError(f"there is no model folder {located(name)}", where, hint)
-
-
-def names_hub_model(name: str) -> bool:
-    """Tell whether a name is a Hub id, given that it is nothing on this disk."""
-    return not Path(name).exists() and not is_path(name) and bool(_HUB_ID.fullmatch(name))
-
-
-def _model_inside(folder: Path) -> str | None:
-    """Suggest what people mean who name a run's folder, or one that GGUF files lie in."""
-    inside = [folder / "final"] if (folder / "final" / CONFIG).is_file() else sorted(folder.glob("*.gguf"))
-    return f"did you mean `{inside[0]}`?" if len(inside) == 1 else None
-
-
-def missing_weights(name: str, where: str) -> UserError | None:
-    """Say which file of weights a model folder lacks, without loading any; what is broken is left to the loader."""
-    folder = Path(name)
-    try:
-        files = weights_files(folder)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        # A name that is no folder ends here as well.
-        return None
-    lost = next((file.name for file in files if not file.is_file()), None if files else "model.safetensors")
-    hint = "the model is incomplete: save or download it again"
-    return UserError(f"the weights are missing: there is no {lost} in `{name}`", where, hint) if lost else None
-
-
-def look_up_model(name: str, where: str) -> UserError | None:
-    """Say what is wrong with a model that is asked for on the Hub, without loading anything but a few facts."""
-    try:
-        if look_up("model", name, where) or cached_config(name):
-            return None
-    except UserError as error:
-        return error
-    hint = "check the name; a Hub id needs the network, unless the model is in the Hub's cache already"
-    return UserError(f"the model `{name}` cannot be loaded: the Hub cannot be reached", where, hint)
 
 
 def load_tokenizer(name: str, trust: Trust = NO_TRUST) -> PreTrainedTokenizerBase:

@@ -123,7 +123,7 @@ def _show(config: Config, found: dict[str, Any], console: Console) -> None:
 
 def _check(config: Config, scored: str, model: str | None, data: str | None, json_file: Path | None) -> list[UserError]:
     """Find what is missing before anything slow is imported."""
-    from dpo_cli.modeling.loading import check_model
+    from dpo_cli.modeling.model_names import check_model
 
     problems = setup.check_inputs(config, needs_train=data is None)
     if model is None and not Path(scored).is_dir():

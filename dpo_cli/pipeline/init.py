@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.config.schema import TrainingSettings
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source, read_rows
 from dpo_cli.errors import UserError, from_os_error, raise_all
-from dpo_cli.modeling.loading import check_model
 from dpo_cli.modeling.model_files import most_tokens
+from dpo_cli.modeling.model_names import check_model
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console
 from dpo_cli.settings import escape_path, located
 from dpo_cli.system import plain_yaml

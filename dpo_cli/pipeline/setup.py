@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.config import Config
 from dpo_cli.data.pairs.sources import as_sources, check_source, describe, look_up_source, paths_of
 from dpo_cli.errors import FAILED, UserError, raise_all
-from dpo_cli.modeling.loading import check_model, look_up_model, names_hub_model
+from dpo_cli.modeling.model_names import check_model, look_up_model, names_hub_model
 from dpo_cli.reporting.console import Console
 from dpo_cli.settings import located
 from dpo_cli.system.locks import lock_beside, locked

@@ -65,7 +65,7 @@ def train(
         UserError: Something is wrong that the user can fix.
         Interrupted: A signal came; what was done is saved.
     """
-    from dpo_cli.modeling.loading import missing_weights
+    from dpo_cli.modeling.model_names import missing_weights
 
     folder = RunFolder(Path(config.output_dir))
     beside = dry_run and not resume and not overwrite

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source
-from dpo_cli.modeling.loading import check_model
+from dpo_cli.modeling.model_names import check_model
 from tests.conftest import dpo_command
 
 NOT_ON_THE_HUB = ["./some/name", "./name", "../name", "/name", "~/name", "~name", ".name/other", "here/name"]
