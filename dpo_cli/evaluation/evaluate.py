@@ -10,10 +10,10 @@ import torch
 from accelerate.utils import gather_object
 
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.preference.metrics import PAIR_METRICS
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import ReferenceLogps
 from dpo_cli.preference.scoring import TokenLogps, judge_step, score_pairs, step_facts
-from dpo_cli.reporting.metrics import PAIR_METRICS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

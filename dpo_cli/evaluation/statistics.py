@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_cli.data.checkup.intervals import wilson_interval
 from dpo_cli.evaluation.evaluate import PairResult
-from dpo_cli.reporting.metrics import PAIR_METRICS
+from dpo_cli.preference.metrics import PAIR_METRICS
 
 
 def figures(results: Sequence[PairResult]) -> dict[str, Any]:

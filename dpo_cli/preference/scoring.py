@@ -15,10 +15,10 @@ from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.routing import balance_loss
+from dpo_cli.preference.metrics import pair_values
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import ReferenceLogps
 from dpo_cli.preference.terms import Memory, PairLosses, StepFacts
-from dpo_cli.reporting.metrics import pair_values
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -210,13 +210,4 @@ def _judge(
     """Apply the objective and the pairs' own weights."""
     pairs = objective(policy, reference, dataclasses.replace(step, margins=margins))
     pairs = dataclasses.replace(pairs, losses=weights * pairs.losses)
-    values = pair_values(
-        pairs.losses,
-        pairs.chosen_rewards,
-        pairs.rejected_rewards,
-        policy.chosen,
-        policy.rejected,
-        policy.chosen_lengths,
-        policy.rejected_lengths,
-    )
-    return pairs, values
+    return pairs, pair_values(pairs.losses, pairs.chosen_rewards, pairs.rejected_rewards, policy)

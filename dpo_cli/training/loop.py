@@ -17,7 +17,7 @@ from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import OpenReference
 from dpo_cli.preference.scoring import ExpertWatch, judge_step, score_pairs, step_facts
 from dpo_cli.preference.terms import Memory
-from dpo_cli.reporting.metrics import StepSums
+from dpo_cli.training.step_sums import StepSums
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

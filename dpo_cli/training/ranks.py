@@ -293,7 +293,7 @@ def _standing() -> tuple[bool, str]:
     while frame:
         module = str(frame.f_globals.get("__name__"))
         # A backward pass exchanges gradients; the sums of a step are where a GPU is waited for.
-        waits |= module.startswith("torch.distributed") or module in ("torch.autograd", "dpo_cli.reporting.metrics")
+        waits |= module.startswith("torch.distributed") or module in ("torch.autograd", "dpo_cli.training.step_sums")
         if not place and module.startswith("dpo_cli.") and module != __name__:
             place = f"{module.rpartition('.')[2]}.{frame.f_code.co_qualname.partition('.<')[0]}"
         frame = frame.f_back

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from dpo_cli.reporting.metrics import PAIR_METRICS
+from dpo_cli.preference.metrics import PAIR_METRICS
 from dpo_cli.system.storage import verify
 from tests.conftest import build_llama, make_config, read_metrics, run_dpo, without_clock, write_rows
 

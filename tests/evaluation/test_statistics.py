@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.statistics import figures, figures_by, wilson_interval
-from dpo_cli.reporting.metrics import PAIR_METRICS
+from dpo_cli.preference.metrics import PAIR_METRICS
 
 
 @given(st.integers(1, 500), st.floats(0, 1))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
-from dpo_cli.reporting.metrics import PAIR_METRICS, TIE, pair_values
 from dpo_cli.reporting.metrics_log import MetricsLog
 
 
@@ -66,18 +64,3 @@ def test_a_value_that_json_has_no_word_for_is_null(tmp_path):
     log.append(row(1, loss=0.5, grad_norm=float("inf")))
     assert read(tmp_path / "m.jsonl") == [row(1, loss=0.5, grad_norm=None)]
     log.close()
-
-
-def test_pair_values_are_columns_in_the_order_of_their_names_and_a_tie_is_half():
-    chosen, rejected = torch.tensor([2.0, 1.0, 1.0]), torch.tensor([1.0, 1.0 + TIE / 2, 3.0])
-    logps = torch.tensor([-4.0, -6.0, -6.0]), torch.tensor([-5.0, -6.0, -4.0])
-    lengths = torch.tensor([2.0, 2.0, 6.0]), torch.tensor([5.0, 3.0, 2.0])
-    values = pair_values(torch.zeros(3), chosen, rejected, *logps, *lengths)
-    column = {name: values[:, place].tolist() for place, name in enumerate(PAIR_METRICS)}
-    assert column["rewards/accuracies"] == [1.0, 0.5, 0.0]
-    assert column["rewards/margins"] == pytest.approx([1.0, 0.0, -2.0], abs=TIE)
-    assert column["logps/rejected"] == [-5.0, -6.0, -4.0]
-    # −4 > −5, −6 = −6, −6 < −4; of a token: −2 < −1, −3 < −2, −1 > −2.
-    assert column["logps/accuracies"] == [1.0, 0.5, 0.0]
-    assert column["logps/accuracies_mean"] == [0.0, 0.0, 1.0]
-    assert values.dtype == torch.float64

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from dpo_cli.reporting.metrics import PAIR_METRICS
+from dpo_cli.preference.metrics import PAIR_METRICS
 from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.tables import (
     figures_table,
