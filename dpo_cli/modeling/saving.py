@@ -91,29 +91,18 @@ def logits_alone(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def saved_model(
-    target: Path,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    doing: str,
-    weights: dict[str, Tensor] | None = None,
-) -> Iterator[Path]:
-    """Write model and tokenizer as a sealed Hugging Face folder, to which the caller may add files.
+def saved_folder(target: Path, doing: str) -> Iterator[Path]:
+    """Yield a folder to write into, which appears as `target`, sealed, when all of it is written.
 
     Args:
         target: The folder to appear.
-        model: Its settings are written, and its weights unless `weights` are given.
-        tokenizer: Written beside it.
         doing: What failed, where it fails.
-        weights: The weights to write, by name, tied ones under each of their names.
 
     Raises:
         UserError: The disk refuses. `target` is as it was then.
     """
     try:
         with sealed_folder(target, {}) as temporary:
-            model.save_pretrained(temporary, state_dict=weights)
-            write_beside_weights(temporary, model, tokenizer)
             yield temporary
     except OSError as error:
         raise refused(error, doing, target) from error
@@ -121,6 +110,32 @@ def saved_model(
         if (refusal := _os_error(error)) is None:
             raise
         raise refused(refusal, doing, target) from error
+
+
+@contextlib.contextmanager
+def saved_model(target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, doing: str) -> Iterator[Path]:
+    """Write model and tokenizer as a sealed Hugging Face folder, as `saved_folder` does, and yield it."""
+    with saved_folder(target, doing) as temporary:
+        write_model(temporary, model, tokenizer)
+        yield temporary
+
+
+def write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """Write model and tokenizer into a folder, so that what opened the model before opens it as well.
+
+    Args:
+        folder: A folder that exists.
+        model: Its settings are written, and its weights unless `weights` are given.
+        tokenizer: Written beside it.
+        weights: The weights to write, by name, tied ones under each of their names.
+    """
+    model.save_pretrained(folder, state_dict=weights)
+    write_beside_weights(folder, model, tokenizer)
 
 
 def _os_error(error: Exception) -> OSError | None:

@@ -23,7 +23,7 @@ import torch
 from accelerate.utils import gather_object
 
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.modeling.saving import saved_model
+from dpo_cli.modeling.saving import saved_folder, write_model
 from dpo_cli.system.storage import DamagedFolder, discard, make_folder, remove_strays, verify
 from dpo_cli.training.loop import NotFinite
 from dpo_cli.training.state import State, TrainingParts, random_states, read_facts
@@ -103,7 +103,8 @@ class CheckpointWriter:
             remove_strays(self.folder)
         except OSError as error:
             raise from_os_error(error, "saving a checkpoint", str(target)) from error
-        with saved_model(target, state.policy, state.tokenizer, "saving a checkpoint", state.weights) as temporary:
+        with saved_folder(target, "saving a checkpoint") as temporary:
+            write_model(temporary, state.policy, state.tokenizer, state.weights)
             state.write_beside_model(temporary)
         self.newest = state.facts.step
         _prune(self.folder, self.keep, state.facts.step)

@@ -1,0 +1,101 @@
+"""Where weights are, among the processes of a run: `Placement` at the end lists the ways.
+
+A way wraps what answers, adds gradients up over a step and over the processes, clips them, and makes weights whole
+where they are saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+    from torch.nn import Parameter
+
+    from dpo_cli.modeling.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One process has all weights.
+
+    Attributes:
+        accelerator: Knows device and precision.
+    """
+
+    accelerator: Accelerator
+
+    @classmethod
+    def suits(cls, accelerator: Accelerator) -> bool:
+        """Tell whether it is for as many processes as there are."""
+        return int(accelerator.num_processes) == 1
+
+    def wrap(self, scorer: Scorer, *, trained: bool) -> nn.Module:
+        """Return what answers in the run's precision, on its device.
+
+        Args:
+            scorer: What answers.
+            trained: Whether it takes gradients.
+        """
+        wrapped: nn.Module = self.accelerator.prepare_model(scorer, evaluation_mode=not trained)
+        return wrapped
+
+    def adding_up(self, scorer: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+        """Return the context of a backward pass whose gradients are added to those of the step's passes before it."""
+        return contextlib.nullcontext()
+
+    def clip(self, trained: Iterable[Parameter], norm: float | None) -> float:
+        """Clip the step's gradients to a norm, or to none; return the norm before, over all processes."""
+        return float(self.accelerator.clip_grad_norm_(trained, norm or math.inf))
+
+    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights made whole, those that other processes have included."""
+        return dict(state)
+
+    def gathered_bytes(self, held: int) -> int:
+        """Return what a forward pass holds for a time of weights that other processes have."""
+        return 0
+
+    def everywhere(self, holds: bool) -> bool:
+        """Tell whether something holds of the weights of all processes."""
+        return holds
+
+
+@dataclass(frozen=True)
+class Replicated(Alone):
+    """Every process has all weights; gradients are averaged on the last pass of a step."""
+
+    @classmethod
+    def suits(cls, accelerator: Accelerator) -> bool:
+        """Tell whether it is for as many processes as there are."""
+        return int(accelerator.num_processes) > 1
+
+    def wrap(self, scorer: Scorer, *, trained: bool) -> nn.Module:
+        """Return what answers, and averages gradients over the processes where it takes any."""
+        wrapped = super().wrap(scorer, trained=trained)
+        if isinstance(wrapped, DistributedDataParallel):
+            # A model's buffers are constants; sending them around would tie ranks to the same number of passes.
+            wrapped.broadcast_buffers = False
+        return wrapped
+
+    def adding_up(self, scorer: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
+        """Return the context of a backward pass: gradients are exchanged once, on the last."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(scorer)
+
+
+Placement = Alone | Replicated
+"""The closed union of all placements."""
+
+
+def placement_for(accelerator: Accelerator) -> Placement:
+    """Return the placement for as many processes as there are."""
+    found: Placement = next(one for one in get_args(Placement) if one.suits(accelerator))(accelerator)
+    return found

@@ -1,0 +1,269 @@
+"""The policy: the one place that knows which weights there are, which train, how they are held and where they are.
+
+Whatever else needs something of the weights asks for it here; a reference that is a model of its own is asked in the
+same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpo_cli.modeling.held import Float32, Held
+from dpo_cli.modeling.loading import empty_policy, load_policy, weights_digest
+from dpo_cli.modeling.model_files import NO_TRUST, Trust
+from dpo_cli.modeling.placement import Placement, placement_for
+from dpo_cli.modeling.saving import check_saved, write_model
+from dpo_cli.modeling.scorer import Scorer, recompute_activations
+from dpo_cli.modeling.trained import Trained, Whole
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor, nn
+    from torch.nn import Parameter
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dpo_cli.modeling.batch import Layout
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a policy's weights come to.
+
+    Attributes:
+        numbers: How many numbers they are.
+        held: Their bytes in memory.
+        present: How many of these are in memory already: none of a policy whose weights were left out.
+        trained: The bytes of the gradients of those that train.
+        gathered: The bytes that a forward pass holds for a time of weights that other processes have.
+        beginning: The bytes that it takes to answer as before step 1 while training goes on.
+    """
+
+    numbers: int
+    held: int
+    present: int
+    trained: int
+    gathered: int
+    beginning: int
+
+
+class Policy:
+    """A causal language model whose weights are asked about, trained, saved and restored through this object alone.
+
+    Args:
+        model: The model; code outside this room reads its settings and calls it, and leaves its weights alone.
+        trained: Which weights train.
+        held: How they are held.
+
+    Attributes:
+        model: As above.
+    """
+
+    def __init__(self, model: PreTrainedModel, trained: Trained | None = None, held: Held | None = None) -> None:
+        self.model = model
+        self._trained, self._held = trained or Whole(), held or Float32()
+        self._own_attention: str = model.config._attn_implementation
+        self._placement: Placement | None = None
+        self._scorer: nn.Module | None = None
+        self._beginning: nn.Module | None = None
+        self._trained.choose(model)
+
+    @classmethod
+    def load(cls, name: str, trust: Trust = NO_TRUST, device: torch.device | str = "cpu") -> Policy:
+        """Load a model and all of its weights.
+
+        Raises:
+            UserError: It cannot be loaded, as `load_policy` says.
+        """
+        return cls(load_policy(name, trust).to(device))
+
+    @classmethod
+    def empty(cls, name: str, trust: Trust = NO_TRUST) -> Policy:
+        """Build a model without its weights: it has sizes and settings, and answers nothing."""
+        return cls(empty_policy(name, trust))
+
+    def __str__(self) -> str:
+        """Name the architecture."""
+        return type(self.model).__name__
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A digest of the weights that training starts from; it has to be asked for before step 1."""
+        return weights_digest(self.model)
+
+    @property
+    def scorer(self) -> nn.Module:
+        """What answers with the log-probabilities of a batch of pairs: a `Scorer`, as `place` wrapped it."""
+        if self._scorer is None:
+            self._scorer = Scorer(self.model)
+        return self._scorer
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens have an embedding."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    def trained(self) -> list[Parameter]:
+        """Return what an optimizer steps on."""
+        return self._held.stepped(self._trained.weights(self.model))
+
+    def sizes(self) -> Sizes:
+        """Return what the weights come to, whether they are in memory or not."""
+        parameters, held = list(self.model.parameters()), self._held.bytes_of(self.model)
+        return Sizes(
+            numbers=sum(parameter.numel() for parameter in parameters),
+            held=held,
+            present=0 if any(parameter.is_meta for parameter in parameters) else held,
+            trained=self._held.gradient_bytes(self._trained.weights(self.model)),
+            gathered=self._placement.gathered_bytes(held) if self._placement else 0,
+            beginning=self._trained.beginning_bytes(self.model),
+        )
+
+    def read(self, layout: Layout) -> None:
+        """Prepare the model for pairs of a layout.
+
+        Raises:
+            CannotPack: Its architecture cannot read it; the model is as it was.
+        """
+        layout.prepare(self.model)
+
+    @contextlib.contextmanager
+    def reading_plainly(self) -> Iterator[PreTrainedModel]:
+        """Yield the model with its own attention, for `generate` and the padded layout, whatever layout it reads."""
+        attention = self.model.config._attn_implementation
+        if attention == self._own_attention:
+            yield self.model
+            return
+        self.model.set_attn_implementation(self._own_attention)
+        try:
+            yield self.model
+        finally:
+            self.model.set_attn_implementation(attention)
+
+    def place(
+        self, accelerator: Accelerator, *, trained: bool, collisions: bool = False, recomputed: bool = False
+    ) -> None:
+        """Bring the policy to where the run computes, with whatever processes the run has.
+
+        Args:
+            accelerator: Knows them, device and precision.
+            trained: Whether it takes gradients.
+            collisions: As in `Scorer`.
+            recomputed: Whether activations are computed again in the backward pass.
+
+        Raises:
+            UserError: The architecture cannot recompute activations, or has no plain vocabulary projection.
+        """
+        if recomputed:
+            recompute_activations(self.model)
+        self._placement = placement_for(accelerator)
+        self._scorer = self._placement.wrap(Scorer(self.model, collisions=collisions), trained=trained)
+
+    @property
+    def placement(self) -> Placement:
+        """Where the weights are; `place` has to have been called."""
+        assert self._placement is not None, "the policy was not placed"
+        return self._placement
+
+    def keep_beginning(self) -> None:
+        """Keep what it takes to answer as now, for `at_beginning`; to be called before step 1."""
+        beginning = self._trained.keep_beginning(self.model)
+        self._beginning = self.placement.wrap(Scorer(beginning), trained=False) if beginning else self.scorer
+
+    @contextlib.contextmanager
+    def at_beginning(self) -> Iterator[None]:
+        """Let the policy answer as it did when `keep_beginning` was called."""
+        assert self._beginning is not None, "the beginning was not kept"
+        scorer, self._scorer = self._scorer, self._beginning
+        try:
+            with self._trained.at_beginning(self.model):
+                yield
+        finally:
+            self._scorer = scorer
+
+    def frozen_copy(self) -> Policy:
+        """Return a policy of its own with the same weights, none of which trains."""
+        return Policy(copy.deepcopy(self.model), self._trained, self._held).frozen()
+
+    def frozen(self) -> Policy:
+        """Let no weight of this policy train, and return it: it is a reference."""
+        self.model.requires_grad_(False)
+        return self
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of every weight by name."""
+        return {name: parameter.shape for name, parameter in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def move_towards(self, other: Policy, share: float) -> None:
+        """Move every weight a share of the way to another policy's: θ ← share·θ' + (1 − share)·θ."""
+        for ours, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            ours.lerp_(theirs, share)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return every weight by name, tied ones once, without copying it."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace every weight by what `weights` returned.
+
+        Raises:
+            ValueError: Names or shapes are others.
+        """
+        if {name: tensor.shape for name, tensor in weights.items()} != self.shapes():
+            raise ValueError("the weights are another model's")
+        for name, ours in self.weights().items():
+            ours.copy_(weights[name])
+
+    def adding_up(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Return the context of a backward pass whose gradients add to the step's; the last exchanges them."""
+        return self.placement.adding_up(self.scorer, last=last)
+
+    def clip(self, norm: float | None) -> float:
+        """Clip the step's gradients to a norm, or to none; return the norm before."""
+        return self.placement.clip(self._trained.weights(self.model), norm)
+
+    def finite(self) -> bool:
+        """Tell whether no weight is NaN or infinite."""
+        finite = all(bool(torch.isfinite(weights).all()) for weights in self.model.parameters())
+        return self._placement.everywhere(finite) if self._placement else finite
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint holds of the policy, by name, without copying it."""
+        state = self._trained.state(self.model)
+        return self._placement.whole(state) if self._placement else state
+
+    def restore(self, folder: Path) -> None:
+        """Replace the weights by those that `write` wrote into a folder.
+
+        Raises:
+            UserError: They are another model's.
+        """
+        self._trained.restore(self.model, folder)
+
+    def write(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write the policy and its tokenizer as a Hugging Face folder.
+
+        Args:
+            folder: A folder that exists.
+            tokenizer: Written beside the weights.
+            state: What `state` returned, where the weights may have changed since.
+        """
+        write_model(folder, self.model, tokenizer, dict(state) if state else None)
+
+    def check_written(self, folder: Path) -> None:
+        """Compare the weights in a folder, tensor by tensor, with those of the policy.
+
+        Raises:
+            UserError: The disk did not keep them.
+        """
+        check_saved(folder, self.model)

@@ -1,0 +1,70 @@
+"""Which weights train: `Trained` at the end lists the ways.
+
+A way says which weights an optimizer moves, how the policy answers as before step 1, and what a checkpoint holds of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dpo_cli.modeling.loading import load_weights
+from dpo_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
+    from transformers import PreTrainedModel
+
+
+class Whole(Settings):
+    """Train every weight that text reaches."""
+
+    type: Literal["whole"] = "whole"
+    """Which weights train."""
+
+    def choose(self, model: PreTrainedModel) -> None:
+        """Mark what trains: in a model that reads more than text, the gradient knows nothing of the rest."""
+        if model.config.get_text_config() is not model.config:
+            parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+            reached = {id(parameter) for part in parts for parameter in part.parameters()}
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in reached)
+
+    def weights(self, model: PreTrainedModel) -> list[Parameter]:
+        """Return the weights that train."""
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def beginning_bytes(self, model: PreTrainedModel) -> int:
+        """Return what `keep_beginning` takes in memory: a copy of every weight."""
+        return sum(parameter.nbytes for parameter in model.parameters())
+
+    def keep_beginning(self, model: PreTrainedModel) -> PreTrainedModel | None:
+        """Return a model that answers as this one does now; None: this one does, inside `at_beginning`."""
+        beginning = copy.deepcopy(model)
+        beginning.requires_grad_(False)
+        return beginning
+
+    def at_beginning(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Return the context in which what trains has no effect on this model; here it has, and a copy answers."""
+        return contextlib.nullcontext()
+
+    def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Return what a checkpoint holds of the model, by name, tied weights under each of their names."""
+        state: dict[str, Tensor] = model.state_dict()
+        return state
+
+    def restore(self, model: PreTrainedModel, folder: Path) -> None:
+        """Replace the weights by those in a folder.
+
+        Raises:
+            UserError: They are another model's.
+        """
+        load_weights(model, folder)
+
+
+Trained = Whole
+"""The closed union of all ways to choose what trains, told apart by `type`."""
