@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
-from dpo_cli.system.locks import is_open_at
-from dpo_cli.system.storage import write_text
+from dpo_cli.system.storage import is_open_at, write_text
 
 
 class MetricsLog:

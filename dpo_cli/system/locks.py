@@ -1,4 +1,4 @@
-"""One process at a time: locks of the operating system on small files that name their holder.
+"""One process at a time: locked files that name their holder.
 
 Such a lock ends with its process, however that ends; a file that a killed process left does no harm.
 """
@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from dpo_cli.system.storage import make_folder, refused
 
-_POLL_SECONDS = 0.2
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _log = logging.getLogger(__name__)
 
@@ -47,72 +46,56 @@ def locked(path: Path, doing: str, waiting: Callable[[str], None] | None = None)
     """
     path = path.absolute()
     missing = [folder for folder in path.parents if not folder.exists()]
-    descriptor = None
+    # A soft lock would outlive a process that is killed.
+    lock, taken = FileLock(path, poll_interval=0.2, fallback_to_soft=False), None
     try:
         try:
-            descriptor = _take(path, waiting)
+            _acquire(lock, path.parent, waiting)
         except OSError as error:
-            raise refused(error, doing, path.parent) from error
+            if error.errno not in _NO_LOCKS:
+                raise refused(error, doing, path.parent) from error
+            _log.warning("the file system of %s has no locks: let no other process write there", path.parent)
+        # Where the disk is full, the name is missing.
+        with contextlib.suppress(OSError):
+            taken = path.stat()
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
-        if descriptor is not None:
-            # A file that cannot be removed does no harm.
-            with contextlib.suppress(OSError):
-                if is_open_at(descriptor, path):
-                    path.unlink()
-            os.close(descriptor)
+        # A file that cannot be removed does no harm; one that took its place is another's.
+        with contextlib.suppress(OSError):
+            if taken and os.path.samestat(taken, path.stat()):
+                path.unlink()
+        lock.release()
         for folder in missing:
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
-def _take(path: Path, waiting: Callable[[str], None] | None) -> int:
-    """Open and lock a file that is still at its path then; return its descriptor."""
-    while True:
-        make_folder(path.parent)
+def _acquire(lock: BaseFileLock, folder: Path, waiting: Callable[[str], None] | None) -> None:
+    """Take a lock whose file lies in a folder, which another process may remove meanwhile if it made it."""
+    while not lock.is_locked:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            if path.parent.exists():
-                raise
-            # Whoever made the folder with us has just removed it.
-            continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if is_open_at(descriptor, path):
-                _sign(descriptor)
-                return descriptor
-            os.close(descriptor)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 300, 0).decode("utf-8", "replace") or "another process"
-            os.close(descriptor)
+            make_folder(folder)
+            lock.acquire(blocking=False)
+        except Timeout:
+            holder = _holder(Path(lock.lock_file))
             if waiting is None:
                 raise Locked(holder) from None
             waiting(holder)
             waiting = _wait_in_silence
-            time.sleep(_POLL_SECONDS)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                lock.acquire()
+        except FileNotFoundError:
+            if folder.exists():
                 raise
-            _log.warning("the file system of %s has no locks: let no other process write there", path.parent)
-            return descriptor
 
 
 def _wait_in_silence(holder: str) -> None:
     """Say nothing: it was said."""
 
 
-def _sign(descriptor: int) -> None:
-    """Write into a lock file who holds it; where the disk is full, nobody is told."""
+def _holder(path: Path) -> str:
+    """Return what a lock file says of its holder."""
     with contextlib.suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-
-
-def is_open_at(descriptor: int, path: Path) -> bool:
-    """Tell whether an open file is the one that stands at a path, not one that was removed or replaced."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+        return path.read_text(encoding="utf-8", errors="replace")[:300] or "another process"
+    return "another process"

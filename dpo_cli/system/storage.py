@@ -122,6 +122,14 @@ def make_folder(folder: Path) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
 
 
+def is_open_at(descriptor: int, path: Path) -> bool:
+    """Tell whether an open file is the one at a path, not one that was removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 @contextlib.contextmanager
 def sealed_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
     """Yield a temporary folder to fill; on leaving it is sealed, flushed and renamed to `target`.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +14,7 @@ import time
 import pytest
 
 from dpo_cli.errors import UserError
-from dpo_cli.system.locks import Locked, is_open_at, lock_beside, locked
+from dpo_cli.system.locks import Locked, lock_beside, locked
 
 HOLD = """
 import sys, time
@@ -117,12 +121,22 @@ def test_a_disk_that_refuses_the_lock_is_an_error_that_says_what_it_was_for(tmp_
     assert refused.value.where == str(tmp_path / "file")
 
 
-def test_an_open_file_is_told_from_one_that_took_its_place(tmp_path):
-    path = tmp_path / "file"
-    with path.open("w") as file:
-        assert is_open_at(file.fileno(), path)
-        path.unlink()
-        assert not is_open_at(file.fileno(), path)
-        path.touch()
-        assert not is_open_at(file.fileno(), path)
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+def test_a_file_system_without_locks_is_named_in_a_warning(path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with locked(path, "testing"):
+        assert f"the file system of {path.parent} has no locks" in caplog.text
+    assert not path.parent.exists()
+
+
+def test_the_lock_file_of_one_that_came_after_the_folder_was_removed_is_left_alone(path):
+    with locked(path, "testing"):
+        shutil.rmtree(path.parent)
+        process = hold(path, 60)
+    assert path.is_file()
+    with pytest.raises(Locked), locked(path, "testing"):
+        pass
+    process.kill()
+    process.communicate()

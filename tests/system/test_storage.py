@@ -15,6 +15,7 @@ from dpo_cli.system import storage
 from dpo_cli.system.storage import (
     DamagedFolder,
     discard,
+    is_open_at,
     remove_old_strays,
     remove_strays,
     sealed_folder,
@@ -220,3 +221,14 @@ def test_files_in_a_sealed_folder_may_be_read_by_whom_the_umask_lets(tmp_path, u
         os.umask(before)
     files = [path for path in (tmp_path / "sealed").rglob("*") if path.is_file()]
     assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~umask}
+
+
+def test_an_open_file_is_told_from_one_that_took_its_place(tmp_path):
+    path = tmp_path / "file"
+    with path.open("w") as file:
+        assert is_open_at(file.fileno(), path)
+        path.unlink()
+        assert not is_open_at(file.fileno(), path)
+        path.touch()
+        assert not is_open_at(file.fileno(), path)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
