@@ -91,19 +91,19 @@ plot-runs: $(BENCH_INSTALLED) model
 	$(BIN)/python scripts/plot_runs.py
 
 bench: $(BENCH_INSTALLED) model
-	$(BIN)/python scripts/benchmark.py $(BENCH)
+	PYTHONPATH=scripts $(BIN)/python -m benchmark $(BENCH)
 
 bench-prepare: install model
 	$(BIN)/python scripts/bench_prepare.py $(BENCH)
 
 bench-scaling: install model
-	$(BIN)/python scripts/bench_scaling.py $(BENCH)
+	PYTHONPATH=scripts $(BIN)/python -m benchmark.scaling $(BENCH)
 
 bench-saving: install model
-	$(BIN)/python scripts/bench_saving.py $(BENCH)
+	PYTHONPATH=scripts $(BIN)/python -m benchmark.saving $(BENCH)
 
 bench-startup: install
-	$(BIN)/python scripts/bench_startup.py
+	PYTHONPATH=scripts $(BIN)/python -m benchmark.startup
 
 # Of another Python than those that atheris knows, nothing is lost but the search.
 $(FUZZ_INSTALLED): $(INSTALLED)

@@ -28,8 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from benchmark_runs import DEMO_MODEL, DEMO_PAIRS
-from benchmark_work import model_folder
+from benchmark.runs import DEMO_MODEL, DEMO_PAIRS
+from benchmark.work import model_folder
 
 _RESIDENT = re.compile(r"^VmRSS:\s+(\d+) kB", re.MULTILINE)
 

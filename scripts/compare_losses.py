@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmark_runs import ROOT, RunFailed, environment_of, positive, run_process
+from benchmark.runs import ROOT, RunFailed, environment_of, positive, run_process
 from write_losses_page import kind, members
 
 from dpo_cli.config import load_config

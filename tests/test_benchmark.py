@@ -12,13 +12,13 @@ import subprocess
 import sys
 import time
 
-import benchmark
-import benchmark_speed
 import pytest
-from benchmark_report import Case, Disagreement, Machine, Results, Run, check_losses, joined, page, plot, write_report
-from benchmark_runs import OUR_CLOCK, THEIR_CLOCK, RunFailed, as_run, run_process
-from benchmark_speed import Gauge, GaugeFailed, Pause
-from benchmark_work import LONG_TOKENS, Lengths, NotCounted, arithmetic, long_rows
+from benchmark import __main__ as benchmark
+from benchmark import speed
+from benchmark.report import Case, Disagreement, Machine, Results, Run, check_losses, joined, page, plot, write_report
+from benchmark.runs import OUR_CLOCK, THEIR_CLOCK, RunFailed, as_run, run_process
+from benchmark.speed import Gauge, GaugeFailed, Pause
+from benchmark.work import LONG_TOKENS, Lengths, NotCounted, arithmetic, long_rows
 
 from tests.conftest import ROOT
 
@@ -179,7 +179,7 @@ def test_a_run_is_held_while_the_machine_is_measured_and_only_while_it_trains(mo
         time.sleep(0.3)
         return 7.0
 
-    monkeypatch.setattr(benchmark_speed, "SECONDS_BETWEEN", 0.2)
+    monkeypatch.setattr(speed, "SECONDS_BETWEEN", 0.2)
     started = time.monotonic()
     ended = run_process([sys.executable, "-c", TICKING], dict(os.environ), (THEIR_CLOCK, measure))
     in_all = time.monotonic() - started
@@ -212,7 +212,7 @@ def test_a_run_whose_machine_cannot_be_measured_is_ended_at_once(monkeypatch):
     def measure():
         raise GaugeFailed("gone")
 
-    monkeypatch.setattr(benchmark_speed, "SECONDS_BETWEEN", 0.2)
+    monkeypatch.setattr(speed, "SECONDS_BETWEEN", 0.2)
     started = time.monotonic()
     with pytest.raises(GaugeFailed, match="gone"):
         run_process(
@@ -227,14 +227,14 @@ def test_a_benchmark_that_is_told_to_end_leaves_no_run_behind(tmp_path):
     held = told + TICKING.replace("tick(2)", "tick(60)")
     program = f"""
 import os, signal, sys, time
-import benchmark_speed
-from benchmark_runs import THEIR_CLOCK, end_when_told, run_process
+from benchmark import speed
+from benchmark.runs import THEIR_CLOCK, end_when_told, run_process
 def measure():
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.5)
     return 1.0
 end_when_told()
-benchmark_speed.SECONDS_BETWEEN = 0.2
+speed.SECONDS_BETWEEN = 0.2
 run_process([sys.executable, "-c", {held!r}], dict(os.environ), (THEIR_CLOCK, measure))
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
@@ -268,7 +268,7 @@ def test_peak_memory_is_that_of_the_very_process():
     # A process counts what its starter held, so the starter must be smaller than pytest with torch.
     program = """
 import os, sys
-from benchmark_runs import run_process
+from benchmark.runs import run_process
 for text in ("b'x' * 300_000_000", "b'x'"):
     ended = run_process([sys.executable, "-c", f"print(len({text}))"], dict(os.environ))
     print(ended.peak_bytes, ended.output.strip())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import check_losses
 import pytest
-from benchmark_runs import run_process
+from benchmark.runs import run_process
 
 from tests.conftest import DEMO_PAIRS, GGUF, dpo_command, make_config
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from benchmark_peer import InOrder, conversations
+from benchmark.peer import InOrder, conversations
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from transformers import AutoTokenizer

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from benchmark_runs import DEMO_MODEL, positive
 
+from benchmark.runs import DEMO_MODEL, positive
 from dpo_cli.modeling.loading import load_policy, load_tokenizer
 from dpo_cli.training.checkpoints import CheckpointWriter
 from dpo_cli.training.loop import Skips

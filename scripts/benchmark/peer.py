@@ -1,6 +1,6 @@
 """Train on given pairs with TRL's DPOTrainer; the benchmark starts this as a process of its own.
 
-    python scripts/benchmark_peer.py MODEL PAIRS PAIRS_PER_STEP EPOCHS OUTPUT_FOLDER
+    python peer.py MODEL PAIRS PAIRS_PER_STEP EPOCHS OUTPUT_FOLDER
 
 Lines on standard error say when training begins and ends; the last line of standard output is the losses as JSON.
 """

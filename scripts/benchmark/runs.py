@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from benchmark_report import Run
-from benchmark_speed import Gauge, GaugeFailed, Holder, Pause
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmark.report import Run
+from benchmark.speed import Gauge, GaugeFailed, Holder, Pause
+
+ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
-SCRIPTS = ROOT / "scripts"
+FOLDER = Path(__file__).parent
 LINES_OF_A_FAILURE = 20
 
 StampedLines = list[tuple[float, str]]
@@ -146,7 +147,7 @@ def environment_of(threads: int | None, **more: str) -> dict[str, str]:
 
 def ask(threads: int | None, *arguments: str) -> dict[str, Any]:
     """Let a process of its own do what needs torch, and return its answer."""
-    ended = run_process([sys.executable, str(SCRIPTS / "benchmark_work.py"), *arguments], environment_of(threads))
+    ended = run_process([sys.executable, str(FOLDER / "work.py"), *arguments], environment_of(threads))
     answer: dict[str, Any] = json.loads(ended.output.splitlines()[-1])
     return answer
 
@@ -186,7 +187,7 @@ def run_theirs(work: Work, threads: int | None, gauge: Gauge) -> Run:
     """Train with TRL."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = [work.model, work.pairs, str(work.pairs_per_step), str(work.epochs), folder]
-        command = [sys.executable, str(SCRIPTS / "benchmark_peer.py"), *arguments]
+        command = [sys.executable, str(FOLDER / "peer.py"), *arguments]
         ended = run_process(command, environment_of(threads), (THEIR_CLOCK, gauge))
     return as_run(ended, THEIR_CLOCK, json.loads(ended.output.splitlines()[-1]))
 

@@ -1,10 +1,10 @@
 """Run this program and TRL in turn on the same work and write a page that sets them side by side.
 
-    python scripts/benchmark.py                                      the demo model and pairs, about 100 minutes
-    python scripts/benchmark.py --repeats 1 --epochs 1               the same in 10 to 20 minutes
-    python scripts/benchmark.py --model DIR --short a.json --long b.jsonl
-    python scripts/benchmark.py --from docs/benchmark/results.json   page and plot again, without running
-    python scripts/benchmark.py --from a/results.json b/results.json one page of what was run in parts
+    make bench                                                     the demo model and pairs, about 100 minutes
+    make bench BENCH='--repeats 1 --epochs 1'                      the same in 10 to 20 minutes
+    make bench BENCH='--model DIR --short a.json --long b.jsonl'
+    make bench BENCH='--from docs/benchmark/results.json'          page and plot again, without running
+    make bench BENCH='--from a/results.json b/results.json'        one page of what was run in parts
 
 Exit status 1 where the losses of both differ by more than 2e-4 at any step, or a run fails. `make bench` installs
 what is needed first.
@@ -27,8 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmark_report import PACKAGES, Case, Disagreement, Machine, Results, Run, check_losses, joined, write_report
-from benchmark_runs import (
+from pydantic import ValidationError
+
+from benchmark.report import PACKAGES, Case, Disagreement, Machine, Results, Run, check_losses, joined, write_report
+from benchmark.runs import (
     DEMO_MODEL,
     DEMO_PAIRS,
     ROOT,
@@ -41,8 +43,7 @@ from benchmark_runs import (
     run_ours,
     run_theirs,
 )
-from benchmark_speed import Gauge, GaugeFailed
-from pydantic import ValidationError
+from benchmark.speed import Gauge, GaugeFailed
 
 WORKLOADS = ("short", "long")
 

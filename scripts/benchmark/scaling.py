@@ -1,11 +1,11 @@
 """Show that time and memory grow with nothing but the work: training on more pairs, and with larger steps.
 
-    python scripts/bench_scaling.py                                   the demo model: 64, 256 and 1,024 pairs
-    python scripts/bench_scaling.py --model DIR --pairs 64 1024 --per-step 8 64
+    make bench-scaling                                                 the demo model: 64, 256 and 1,024 pairs
+    make bench-scaling BENCH='--model DIR --pairs 64 1024 --per-step 8 64'
 
 Every run is a process of its own on the same distinct pairs, the reference pass included, and prints a row of the
 table: pairs, pairs a step, seconds a pair, peak memory, and how fast the machine multiplied matrices meanwhile, which
-is the mean of what was measured in pauses of the run (`benchmark_speed`).
+is the mean of what was measured in pauses of the run (`speed`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmark_report import Run
-from benchmark_runs import DEMO_MODEL, DEMO_PAIRS, RunFailed, Work, end_when_told, environment_of, run_ours
-from benchmark_speed import Gauge, GaugeFailed
+from benchmark.report import Run
+from benchmark.runs import DEMO_MODEL, DEMO_PAIRS, RunFailed, Work, end_when_told, environment_of, run_ours
+from benchmark.speed import Gauge, GaugeFailed
 
 
 def distinct_pairs(num_pairs: int, target: Path) -> None:

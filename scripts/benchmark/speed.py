@@ -45,7 +45,7 @@ class Gauge:
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("benchmark_work.py")), "matmul"]
+        command = [sys.executable, str(Path(__file__).with_name("work.py")), "matmul"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
 
