@@ -67,13 +67,13 @@ def test_the_tests_of_the_source_archive_run(unpacked):
     assert "100%" in printed
 
 
-def test_the_wheel_holds_the_package_with_schema_and_example_and_nothing_else(dist):
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(dist):
     (wheel,) = dist.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"dpo_cli"}
-    assert {"dpo_cli/config/schema.json", "dpo_cli/config/example.yaml", "dpo_cli/py.typed"} <= set(names)
-    modules = {str(file.relative_to(ROOT)) for file in (ROOT / "dpo_cli").rglob("*.py")}
-    assert modules <= set(names)
+    files = [file for file in (ROOT / "dpo_cli").rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+    assert {str(file.relative_to(ROOT)) for file in files} == {name for name in names if name.startswith("dpo_cli/")}
+    assert {file.suffix for file in files} >= {".html", ".css", ".json", ".yaml", ".typed"}
 
 
 def test_the_wheel_works_where_there_is_nothing_else(dist, tmp_path):
@@ -89,6 +89,8 @@ def test_the_wheel_works_where_there_is_nothing_else(dist, tmp_path):
     assert run(dpo, "config", "example", cwd=tmp_path) == (ROOT / "configs/full.yaml").read_text(encoding="utf-8")
     assert run(dpo, "config", "schema", cwd=tmp_path) == (ROOT / "configs/schema.json").read_text(encoding="utf-8")
     assert "Usage: dpo" in run(dpo, "--help", cwd=tmp_path)
+    render = "from dpo_cli.reporting.pages.rendering import render; print(render('base.html'))"
+    assert "<!doctype html>" in run(python, "-c", render, cwd=tmp_path)
 
 
 def test_the_page_of_the_package_has_no_link_that_leads_nowhere_outside_the_repository():

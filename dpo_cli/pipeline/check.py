@@ -56,7 +56,7 @@ def write_check(report: Report, folder: Path) -> None:
     Raises:
         UserError: The folder cannot be written to.
     """
-    from dpo_cli.reporting.data_page import data_page
+    from dpo_cli.reporting.pages.data import data_page
 
     text = json.dumps(report.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
     try:

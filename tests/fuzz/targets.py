@@ -203,7 +203,7 @@ def _examine(pairs: Any) -> None:
 
     from dpo_cli.data.checkup.examination import examine
     from dpo_cli.reporting.data_check import findings, reading
-    from dpo_cli.reporting.data_page import data_page
+    from dpo_cli.reporting.pages.data import data_page
 
     statistics = pairs.manifest["statistics"]
     read = {"data.train": statistics}

@@ -6,10 +6,12 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from jinja2 import UndefinedError
 
 from dpo_cli.data.checkup.report import Boundary, Cut, Example, Finding, LengthBias, Lengths, Margins, Report
-from dpo_cli.reporting.data_page import data_page
-from dpo_cli.reporting.plots import histogram, plane
+from dpo_cli.reporting.pages.data import data_page
+from dpo_cli.reporting.pages.plots import histogram, plane
+from dpo_cli.reporting.pages.rendering import code_in_backticks, render
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -141,31 +143,43 @@ def test_without_a_tokenizer_and_findings_the_page_is_whole():
 
 
 def test_a_bar_is_as_high_as_its_share_of_the_highest():
-    drawn = Page(histogram("prompt", (1, 0, 9), 10))
-    heights = [float(value) for name, value in drawn.attributes if name == "height"]
-    assert heights == pytest.approx([heights[2] / 9, 0, heights[2]], abs=0.1)
-    assert "0 to 9 tokens: 1" in drawn.text
-    assert "20 to 29 tokens: 9" in drawn.text
+    drawn = histogram("prompt", (1, 0, 9), 10).rectangles
+    assert [bar.height / drawn[2].height for bar in drawn] == pytest.approx([1 / 9, 0, 1])
+    assert [bar.hint for bar in drawn[::2]] == ["0 to 9 tokens: 1", "20 to 29 tokens: 9"]
+    assert len({round(bar.y + bar.height, 6) for bar in drawn}) == 1
 
 
 def test_what_was_dropped_as_too_long_is_drawn_above_what_is_kept_in_another_shade():
-    drawn = histogram("prompt", (1, 2), 10, (0, 4), open_ended=True)
-    bars = re.findall(r'<rect class="(.*?)" x="(.*?)" y="(.*?)" width=".*?" height="(.*?)">', drawn)
-    assert [shade for shade, *_ in bars] == ["prompt", "prompt", "prompt gone"]
-    (x, y, height), (x_gone, y_gone, height_gone) = (map(float, bar[1:]) for bar in bars[1:])
-    assert x_gone == x
-    assert y_gone + height_gone == pytest.approx(y, abs=0.11)
-    assert height_gone == pytest.approx(2 * height, abs=0.11)
-    assert "10 and more tokens: 4 dropped as too long" in Page(drawn).text
+    first, kept, gone = histogram("prompt", (1, 2), 10, (0, 4), open_ended=True).rectangles
+    assert [bar.style for bar in (first, kept, gone)] == ["prompt", "prompt", "prompt gone"]
+    assert gone.x == kept.x
+    assert gone.y + gone.height == pytest.approx(kept.y)
+    assert gone.height == pytest.approx(2 * kept.height)
+    assert gone.hint == "10 and more tokens: 4 dropped as too long"
 
 
-def test_in_the_plane_pairs_with_a_longer_chosen_response_stand_above_the_line():
-    drawn = Page(plane(((2, 0, 5), (0, 2, 1)), 10))
-    (left, top), (right, bottom) = corners(drawn)
-    assert left < right
-    assert top < bottom
+def test_in_the_plane_pairs_with_a_longer_chosen_response_are_above_the_line():
+    longer_chosen, longer_rejected = plane(((2, 0, 5), (0, 2, 1)), 10).rectangles
+    assert longer_chosen.x < longer_rejected.x
+    assert longer_chosen.y < longer_rejected.y
 
 
-def corners(drawn):
-    values = [float(value) for name, value in drawn.attributes if name in ("x", "y") and "." in value]
-    return list(zip(values[::2], values[1::2], strict=True))[:2]
+def test_every_plot_is_on_the_page_as_it_was_computed():
+    drawn = data_page(report())
+    assert Page(drawn).tags.count("rect") == 1 + 4 + 4 + 2
+    assert "20 and more tokens: 47 dropped as too long" in Page(drawn).text
+    heights = re.findall(r'<rect class="longest.*?" .*? height="(.*?)"', drawn)
+    expected = histogram("longest", (0, 0, 10), 10, (0, 0, 47), open_ended=True).rectangles
+    assert list(map(float, heights)) == pytest.approx([bar.height for bar in expected], abs=0.05)
+
+
+def test_a_name_that_a_template_does_not_know_is_an_error():
+    with pytest.raises(UndefinedError, match="'report' is undefined"):
+        render("data.html", severities={})
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_code_in_a_sentence_is_harmless(text):
+    shown = Page(f"<p>{code_in_backticks(f'{text} `{text}`')}</p>")
+    assert set(shown.tags) == {"p", "code"}
+    assert shown.text.isprintable()
