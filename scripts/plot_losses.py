@@ -15,7 +15,7 @@ from write_losses_page import kind, members
 
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.preference.losses import Loss
-from dpo_cli.preference.terms import StepFacts
+from dpo_cli.preference.terms import StepInfo
 
 PICTURE = Path(__file__).parent.parent / "docs" / "losses.png"
 MARGINS = [step / 20 for step in range(-80, 81)]
@@ -44,7 +44,7 @@ def point(loss: Any, margin: float) -> tuple[float, float]:
     half, start = x / (2 * loss.beta), 0.0 if loss.needs_reference else START
     policy = SequenceLogps(torch.stack([start + half, start - half]), (1, 1))
     reference = SequenceLogps(torch.zeros(2, dtype=torch.float64), (1, 1))
-    value = loss(policy, reference, StepFacts(1, 1)).losses.sum()
+    value = loss(policy, reference, StepInfo(1, 1)).losses.sum()
     if loss.type in TIMES_BETA_SQUARED:
         value = value * loss.beta**2
     (slope,) = torch.autograd.grad(value, x)

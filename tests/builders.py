@@ -20,7 +20,8 @@ from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.objective import Objective
-from dpo_cli.preference.reference import Frozen, NoReference, ReferenceWork
+from dpo_cli.preference.reference import Frozen, NoReference
+from dpo_cli.preference.reference_work import ReferenceWork
 from dpo_cli.training.loop import train_steps
 from dpo_cli.training.optimizer import optimizer as build_optimizer
 from dpo_cli.training.optimizer import schedule

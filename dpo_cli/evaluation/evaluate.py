@@ -10,10 +10,10 @@ import torch
 from accelerate.utils import gather_object
 
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.preference.metrics import PAIR_METRICS
 from dpo_cli.preference.objective import Objective
-from dpo_cli.preference.reference import ReferenceLogps
-from dpo_cli.preference.scoring import TokenLogps, judge_step, score_pairs, step_facts
+from dpo_cli.preference.scoring import score_pairs, score_step, step_info
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PairResult:
-    """What was found of one held-out pair.
+    """The metrics of one held-out pair.
 
     Attributes:
         index: The pair's index in the data.
@@ -33,9 +33,9 @@ class PairResult:
 
 
 def evaluate(
-    scorer: TokenLogps,
+    scorer: BatchScorer,
     objective: Objective,
-    reference: ReferenceLogps,
+    reference: BatchScorer,
     indices: Sequence[int],
     batches: Batches,
     accelerator: Accelerator,
@@ -44,9 +44,9 @@ def evaluate(
     """Score pairs, their micro-batches dealt to the ranks; return all results, in the order of the data.
 
     Args:
-        scorer: The prepared scorer, or anything else that answers for the policy.
-        objective: Loss and rewards of pairs; it is told of all of them as of one step.
-        reference: Answers with the reference's token log-probabilities.
+        scorer: The policy, as Accelerate prepared it or not.
+        objective: Loss and rewards of pairs; all pairs count as one step.
+        reference: Returns the reference's token log-probabilities.
         indices: The pairs' indices in the data.
         batches: Cuts pairs into micro-batches and lays them out.
         accelerator: Knows the ranks.
@@ -54,15 +54,15 @@ def evaluate(
     """
     cuts, num_ranks = batches.cut(indices), accelerator.num_processes
     mine = cuts[accelerator.process_index :: num_ranks]
-    # Nothing is remembered here, so that a model is judged the same by the run that made it and later.
-    step = step_facts(batches.pairs.sizes, indices, {})
-    judged = None
+    # Without memory, so that a model gets the same figures from the run that made it and later.
+    step = step_info(batches.pairs.sizes, indices, {})
+    scored = None
     if objective.looks_at_step:
-        judged = judge_step(scorer, objective, reference, batches, mine, step, accelerator)
+        scored = score_step(scorer, objective, reference, batches, mine, step, accelerator)
     results: list[PairResult] = []
     for place, micro_batch in enumerate(mine):
-        if judged is not None:
-            values = judged[place].values
+        if scored is not None:
+            values = scored[place].values
         else:
             with torch.no_grad():
                 _, values = score_pairs(scorer, objective, reference, batches(micro_batch), step)

@@ -6,6 +6,7 @@ gradients see everything the loss depends on.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,9 @@ from dpo_cli.modeling.routing import expert_load, experts_per_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+BatchScorer = Callable[[PairBatch], Tensor]
+"""Returns the log-probability of each response token of a batch, `[N]`, in nats, as a `Scorer` does."""
 
 
 class Scorer(nn.Module):

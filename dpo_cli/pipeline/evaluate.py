@@ -162,7 +162,8 @@ def _open_reference(
     """Open the reference that the run began with; return it, and the layout of a model that is asked batch by batch."""
     from dpo_cli.modeling.batch import Batches
     from dpo_cli.modeling.loading import load_policy
-    from dpo_cli.preference.reference import NoReference, ReferenceWork, reference_model
+    from dpo_cli.preference.reference import NoReference
+    from dpo_cli.preference.reference_work import ReferenceWork, reference_model
     from dpo_cli.training.checks import check_fits
 
     if isinstance(config.reference, NoReference):

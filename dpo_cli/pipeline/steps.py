@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from dpo_cli.data.prepared.step_plan import Plan
     from dpo_cli.modeling.batch import Batches
-    from dpo_cli.preference.reference import OpenReference, ReferenceLogps
-    from dpo_cli.preference.scoring import TokenLogps
+    from dpo_cli.modeling.scorer import BatchScorer
+    from dpo_cli.preference.reference import OpenReference
     from dpo_cli.reporting.metrics_log import MetricsLog
     from dpo_cli.training.checkpoints import CheckpointWriter
     from dpo_cli.training.loop import NotFinite, StepResult
@@ -207,12 +207,12 @@ def _measure_before(run: Run, log: MetricsLog | None) -> None:
     _log(run, log, "eval", 0, {"epoch": 0.0, **run.parts.before})
 
 
-def _reference(run: Run) -> OpenReference | ReferenceLogps:
+def _reference(run: Run) -> OpenReference | BatchScorer:
     """Return what held-out pairs are compared with: the reference, or what it was before it moved."""
     return run.reference.beginning or run.reference
 
 
-def _evaluate(run: Run, scorer: TokenLogps, what: str = "evaluating") -> dict[str, Any]:
+def _evaluate(run: Run, scorer: BatchScorer, what: str = "evaluating") -> dict[str, Any]:
     """Score the held-out pairs with what answers for the policy."""
     from dpo_cli.evaluation.evaluate import evaluate
 

@@ -123,7 +123,7 @@ def _run(
     from dpo_cli.modeling.memory import resident_bytes
     from dpo_cli.modeling.routing import check_routers
     from dpo_cli.modeling.saving import prove_saving
-    from dpo_cli.preference.reference import reference_model, refuse_other_shapes
+    from dpo_cli.preference.reference_work import reference_model, refuse_other_shapes
     from dpo_cli.training.checkpoints import newest_step
     from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_tokens
 
@@ -209,7 +209,7 @@ def _build(
 
     from dpo_cli.modeling.loading import weights_digest
     from dpo_cli.modeling.scorer import Scorer, recompute_activations
-    from dpo_cli.preference.reference import ReferenceWork
+    from dpo_cli.preference.reference_work import ReferenceWork
     from dpo_cli.training.loop import Skips
     from dpo_cli.training.optimizer import optimizer as build_optimizer
     from dpo_cli.training.optimizer import schedule

@@ -26,12 +26,11 @@ from dpo_cli.system.storage import cache_root, file_digest, refused, remove, rem
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dpo_cli.data.prepared.folder import PreparedPairs
-    from dpo_cli.modeling.batch import PairBatch
-    from dpo_cli.preference.reference import ReferenceLogps, ReferenceWork
+    from dpo_cli.modeling.batch import Batches, PairBatch
+    from dpo_cli.modeling.scorer import BatchScorer
 
 _VERSION = "2"
-"""Raised whenever the same reference would answer with other numbers."""
+"""Raised whenever the same reference would give other numbers."""
 
 _BLOCK_PAIRS = 512
 """Pairs that are computed and written together: what an interruption can cost."""
@@ -47,89 +46,90 @@ def reference_identity(digest: str, accelerator: Accelerator) -> str:
     """Return a digest of everything but the pair that decides a reference log-probability.
 
     Args:
-        digest: What `weights_digest` says of the reference.
+        digest: The `weights_digest` of the reference.
         accelerator: Decides device and precision.
     """
     return text_digest(_VERSION, digest, accelerator.mixed_precision, accelerator.device.type)
 
 
 class ReferenceCache:
-    """The log-probabilities that are known of one reference.
+    """The known log-probabilities of one reference.
 
     Args:
-        identity: What `reference_identity` says of it.
+        identity: Its `reference_identity`.
+        batches: Cuts the run's pairs into micro-batches and lays them out.
+        accelerator: Knows the ranks and the device.
     """
 
-    def __init__(self, identity: str) -> None:
+    def __init__(self, identity: str, batches: Batches, accelerator: Accelerator) -> None:
         self.folder = cache_root() / "reference" / identity[:32]
+        self._batches, self._accelerator, self._keys = batches, accelerator, batches.pairs.keys()
         self._schema = _COLUMNS.with_metadata({"reference": identity})
         self._entries: dict[bytes, Entry] = {}
         self._read()
 
-    def complete(self, work: ReferenceWork, score: ReferenceLogps) -> None:
+    def complete(self, needed: Sequence[int], scorer: BatchScorer, progress: Callable[[int, int], None]) -> None:
         """Compute and write what is missing, block by block, while no other process does.
 
         What a block's numbers are depends on the block alone, not on where an earlier attempt was
         interrupted or on the number of ranks: a resumed run finds the same bytes.
+
+        Args:
+            needed: Indices of the pairs that will be looked up, ascending.
+            scorer: The reference.
+            progress: Called with pairs done and pairs in all.
         """
-        keys, indices, main = work.batches.pairs.keys(), work.needed.tolist(), work.accelerator.is_main_process
-        wanted = {keys[index] for index in indices}
+        keys, main = self._keys, self._accelerator.is_main_process
+        wanted = {keys[index] for index in needed}
         # Ranks may have caches of their own, or look at one at different moments.
         if not any(gather_object([not wanted <= self._entries.keys()])):
             return
-        with self._alone(work.accelerator):
+        with self._locked():
             if main:
                 self._read()
             lacking = set().union(*gather_object([wanted - self._entries.keys()]))
             known = [{key: self._entries[key] for key in lacking & self._entries.keys()} if main else {}]
             self._entries.update(broadcast_object_list(known)[0])
             lacking -= known[0].keys()
-            for start in range(0, len(indices), _BLOCK_PAIRS):
-                stop = min(start + _BLOCK_PAIRS, len(indices))
-                block = indices[start:stop]
+            for start in range(0, len(needed), _BLOCK_PAIRS):
+                stop = min(start + _BLOCK_PAIRS, len(needed))
+                block = needed[start:stop]
                 missing = list({keys[i]: i for i in block if keys[i] in lacking}.values())
                 if missing:
-                    self._compute(missing, keys, work, score, stop - len(missing))
-                work.progress(stop, len(indices))
+                    self._compute(missing, scorer, progress, stop - len(missing), len(needed))
+                progress(stop, len(needed))
 
-    def lookup(self, pairs: PreparedPairs, device: torch.device) -> Callable[[PairBatch], Tensor]:
-        """Return the function that answers for batches of these pairs."""
-        keys = pairs.keys()
-
-        def logps(batch: PairBatch) -> Tensor:
-            entries = [self._entries[keys[index]] for index in batch.pairs]
-            parts = [chosen for chosen, _ in entries] + [rejected for _, rejected in entries]
-            return torch.from_numpy(np.concatenate(parts)).to(device)
-
-        return logps
+    def lookup(self, batch: PairBatch) -> Tensor:
+        """Return the log-probability of each response token of a batch, `[N]`, in nats."""
+        entries = [self._entries[self._keys[index]] for index in batch.pairs]
+        parts = [chosen for chosen, _ in entries] + [rejected for _, rejected in entries]
+        return torch.from_numpy(np.concatenate(parts)).to(self._accelerator.device)
 
     def _compute(
-        self, missing: Sequence[int], keys: Sequence[bytes], work: ReferenceWork, score: ReferenceLogps, done: int
+        self, missing: Sequence[int], scorer: BatchScorer, progress: Callable[[int, int], None], done: int, total: int
     ) -> None:
         """Score one block, its micro-batches dealt to the ranks, and let the main process write it.
 
         Args:
             missing: The pairs of the block that are not known.
-            keys: The keys of all pairs.
-            work: What the reference has to answer for.
-            score: Answers.
-            done: How many pairs need no more work.
+            scorer: The reference.
+            progress: Called with pairs done and pairs in all.
+            done: Pairs that are done before.
+            total: Pairs in all.
         """
-        accelerator = work.accelerator
-        cuts, num_ranks = work.batches.cut(missing), accelerator.num_processes
+        cuts, num_ranks = self._batches.cut(missing), self._accelerator.num_processes
         mine: list[tuple[bytes, Entry]] = []
-        for place, cut in enumerate(cuts[accelerator.process_index :: num_ranks], 1):
-            batch = work.batches(cut)
-            tokens = score(batch).cpu().split(list(batch.lengths))
+        for turn, cut in enumerate(cuts[self._accelerator.process_index :: num_ranks], 1):
+            batch = self._batches(cut)
+            tokens = scorer(batch).cpu().split(list(batch.lengths))
             for place, index in enumerate(cut.pairs):
                 entry = tokens[place].numpy().copy(), tokens[len(cut.pairs) + place].numpy().copy()
-                mine.append((keys[index], entry))
+                mine.append((self._keys[index], entry))
             # The ranks go through as many micro-batches in about the same time; the last are waited for below.
-            if place * num_ranks < len(cuts):
-                dealt = cuts[: place * num_ranks]
-                work.progress(done + sum(len(one.pairs) for one in dealt), len(work.needed))
+            if turn * num_ranks < len(cuts):
+                progress(done + sum(len(one.pairs) for one in cuts[: turn * num_ranks]), total)
         found: list[tuple[bytes, Entry]] = gather_object(mine)
-        if accelerator.is_main_process:
+        if self._accelerator.is_main_process:
             self._write(sorted(found, key=lambda item: item[0]))
         self._entries.update(found)
 
@@ -151,15 +151,15 @@ class ReferenceCache:
             raise refused(error, "writing the reference cache", self.folder) from error
 
     @contextlib.contextmanager
-    def _alone(self, accelerator: Accelerator) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Let the main process keep other runs out, so that two do not compute the same."""
-        lock = locked(self.folder / ".lock", "locking the reference cache", _tell)
-        with lock if accelerator.is_main_process else contextlib.nullcontext():
-            accelerator.wait_for_everyone()
+        lock = locked(self.folder / ".lock", "locking the reference cache", _say_waiting)
+        with lock if self._accelerator.is_main_process else contextlib.nullcontext():
+            self._accelerator.wait_for_everyone()
             yield
 
     def _read(self) -> None:
-        """Take in what the folder has, but for what is damaged or was computed by another reference."""
+        """Load the folder's files, except those that are damaged or belong to another reference."""
         for path in sorted(self.folder.glob("*.arrow")):
             if reason := self._refusal(path):
                 _log.warning("%s of the reference cache %s; computing its pairs again", path.name, reason)
@@ -168,7 +168,7 @@ class ReferenceCache:
                     self._remember(pa.ipc.open_stream(source).read_all())
 
     def _refusal(self, path: Path) -> str:
-        """Say why a file is not to be believed, or nothing; one that will never be is removed."""
+        """Return why a file cannot be used, or nothing; one that never can be is removed."""
         reason = "is another reference's"
         try:
             if file_digest(path) != path.stem:
@@ -191,6 +191,6 @@ class ReferenceCache:
             self._entries[key.as_py()] = chosen.values.to_numpy(), rejected.values.to_numpy()
 
 
-def _tell(holder: str) -> None:
-    """Say for whom this process waits."""
+def _say_waiting(holder: str) -> None:
+    """Warn which process this one waits for."""
     _log.warning("waiting for %s, which computes the same reference log-probabilities", holder)

@@ -22,7 +22,7 @@ from dpo_cli.preference.terms import (
     MarginLossSettings,
     Memory,
     PairLosses,
-    StepFacts,
+    StepInfo,
     chosen_nll,
     log_ratios,
     ls,
@@ -96,13 +96,13 @@ class DPO(MarginLossSettings):
             raise contradiction(what, "set `logps: sum`, or leave `divergence` out")
         return self
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """−(1−ε)·ls(βΔ − m) − ε·ls(−βΔ + m), m = `margin_scale` · the pair's margin in the data; 0 where it is null."""
         c, r = log_ratios(policy, reference, self.logps)
         z = self._beta(c - r, step) * (self.divergence(c) - self.divergence(r)) - self.margins(step)
         return rewards(_logistic(z, self.label_smoothing), self.beta, c, r)
 
-    def _beta(self, delta: Tensor, step: StepFacts) -> float:
+    def _beta(self, delta: Tensor, step: StepInfo) -> float:
         """Return the step's β."""
         if self.adaptive_beta is None or "margin" not in step.memory:
             return self.beta
@@ -137,7 +137,7 @@ class Robust(LossSettings):
     divergence: Divergence = ReverseKL()
     """What holds the policy to the reference."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """[−(1−ε)·ls(βΔ) + ε·ls(−βΔ)] / (1−2ε)."""
         c, r = log_ratios(policy, reference)
         z, epsilon = self.beta * (self.divergence(c) - self.divergence(r)), self.label_smoothing
@@ -162,7 +162,7 @@ class IPO(LossSettings):
     logps: Literal["sum", "mean"] = "mean"
     """Whether a response's log-probability is the sum over its tokens or their mean."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """(Δ − 1/(2β))²."""
         c, r = log_ratios(policy, reference, self.logps)
         return rewards((c - r - 1 / (2 * self.beta)).square(), self.beta, c, r)
@@ -184,7 +184,7 @@ class Hinge(LossSettings):
     divergence: Divergence = ReverseKL()
     """What holds the policy to the reference."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """max(0, 1 − βΔ)."""
         c, r = log_ratios(policy, reference)
         return rewards((1 - self.beta * (self.divergence(c) - self.divergence(r))).relu(), self.beta, c, r)
@@ -209,7 +209,7 @@ class EXO(LossSettings):
     divergence: Divergence = ReverseKL()
     """What holds the policy to the reference."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """σ(βΔ)·[ls(βΔ) − log(1−ε)] + σ(−βΔ)·[ls(−βΔ) − log ε]."""
         c, r = log_ratios(policy, reference)
         z, epsilon = self.beta * (self.divergence(c) - self.divergence(r)), self.label_smoothing
@@ -231,7 +231,7 @@ class NCA(LossSettings):
     beta: Beta = 0.1
     """How hard the policy is held to the reference."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """−ls(βc) − ½·ls(−βc) − ½·ls(−βr)."""
         c, r = log_ratios(policy, reference)
         x, y = self.beta * c, self.beta * r
@@ -262,7 +262,7 @@ class BCO(LossSettings):
         """Whether there is a running mean."""
         return self.running_mean
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """−ls(βc − δ) − ls(−(βr − δ))."""
         c, r = log_ratios(policy, reference)
         delta = step.memory.get("reward", 0.0)
@@ -293,7 +293,7 @@ class SPPO(LossSettings):
     beta: Beta = 1e-3
     """The target of a log-ratio is 1 / (2β)."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """(c − 1/(2β))² + (r + 1/(2β))²."""
         c, r = log_ratios(policy, reference)
         target = 1 / (2 * self.beta)
@@ -325,7 +325,7 @@ class AOT(LossSettings):
         """It sorts all pairs of the step."""
         return True
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """−(1−ε)·ls(βδ) − ε·ls(−βδ), δ = the policy's k-th difference − the reference's k-th."""
         c, r = log_ratios(policy, reference)
         of_policy, order = (policy.chosen - policy.rejected).sort()
@@ -360,7 +360,7 @@ class AOTUnpaired(LossSettings):
         """It sorts all responses of the step."""
         return True
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """−(1−ε)·ls(βδ) − ε·ls(−βδ), δ = the k-th c − the k-th r."""
         c, r = log_ratios(policy, reference)
         sorted_c, order = c.sort()
@@ -386,7 +386,7 @@ class APOZero(LossSettings):
     beta: Beta = 0.1
     """How hard the policy is held to the reference."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """1 − σ(βc) + σ(βr)."""
         c, r = log_ratios(policy, reference)
         return rewards(1 - (self.beta * c).sigmoid() + (self.beta * r).sigmoid(), self.beta, c, r)
@@ -408,7 +408,7 @@ class APODown(LossSettings):
     beta: Beta = 0.1
     """How hard the policy is held to the reference."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """σ(βc) + 1 − σ(βΔ)."""
         c, r = log_ratios(policy, reference)
         return rewards((self.beta * c).sigmoid() + 1 - (self.beta * (c - r)).sigmoid(), self.beta, c, r)
@@ -433,7 +433,7 @@ class DiscoPOP(LossSettings):
     divergence: Divergence = ReverseKL()
     """What holds the policy to the reference."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """(1−m)·(−ls(βΔ)) + m·e^(−βΔ), m = σ(βΔ/τ)."""
         c, r = log_ratios(policy, reference)
         z = self.beta * (self.divergence(c) - self.divergence(r))
@@ -458,7 +458,7 @@ class DPOP(LossSettings):
     penalty: float = Field(50.0, ge=0, le=1000)
     """λ: the weight of the penalty."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """−ls(β(Δ − λ·max(0, −c)))."""
         c, r = log_ratios(policy, reference)
         return rewards(-ls(self.beta * (c - r - self.penalty * (-c).relu())), self.beta, c, r)
@@ -483,7 +483,7 @@ class SimPO(LossSettings):
 
     needs_reference: ClassVar[bool] = False
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """−ls(β(log π(y_c)/|y_c| − log π(y_r)/|y_r|) − γ)."""
         c, r = log_ratios(policy, reference, "mean")
         return rewards(-ls(self.beta * (c - r) - self.gamma), self.beta, c, r)
@@ -506,7 +506,7 @@ class ORPO(LossSettings):
 
     needs_reference: ClassVar[bool] = False
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """NLL of chosen − λ·ls(log odds of chosen − log odds of rejected), odds = p/(1−p), p = e^(mean log π)."""
         c, r = log_ratios(policy, reference, "mean")
         odds_ratio = c - r - (_log_one_minus_exp(c) - _log_one_minus_exp(r))
@@ -532,7 +532,7 @@ class CPO(LossSettings):
 
     needs_reference: ClassVar[bool] = False
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """−ls(β(log π(y_c) − log π(y_r))) + α·NLL of chosen."""
         c, r = log_ratios(policy, reference)
         return rewards(-ls(self.beta * (c - r)) + self.alpha * chosen_nll(policy, step), self.beta, c, r)
@@ -557,7 +557,7 @@ class RDPO(LossSettings):
     alpha: float = Field(0.01, ge=0, le=10)
     """α: what a token of length is worth."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """−ls(βΔ + α(|y_c| − |y_r|))."""
         c, r = log_ratios(policy, reference)
         longer = policy.chosen_lengths - policy.rejected_lengths
@@ -580,7 +580,7 @@ class LDDPO(LossSettings):
     alpha: float = Field(0.5, ge=0, le=1)
     """α: what such a token counts; 1 is DPO."""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """−ls(βΔ), with log π(y) = the first min(|y_c|, |y_r|) tokens + α · the others."""
         c, r = log_ratios(policy.desensitized(self.alpha), reference.desensitized(self.alpha))
         return rewards(-ls(self.beta * (c - r)), self.beta, c, r)
@@ -600,7 +600,7 @@ class SFT(LossSettings):
 
     needs_reference: ClassVar[bool] = False
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """−log π(y_c) / |y_c|, over all tokens of the step."""
         return rewards(chosen_nll(policy, step), 1.0, *log_ratios(policy, reference, "mean"))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpo_cli.preference.losses import Loss
-from dpo_cli.preference.terms import MarginLossSettings, Memory, PairLosses, StepFacts
+from dpo_cli.preference.terms import MarginLossSettings, Memory, PairLosses, StepInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ class Objective:
         setting = "`loss.margin_scale`" if len(self.losses) == 1 else f"`margin_scale` of `{next(iter(able), '')}`"
         return f"set {setting} to use it" if able else ""
 
-    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepFacts) -> PairLosses:
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """Return the weighted sum of the losses of each pair, and the rewards of one of them."""
         import torch
 

@@ -15,19 +15,15 @@ from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.routing import balance_loss
+from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.preference.metrics import pair_values
 from dpo_cli.preference.objective import Objective
-from dpo_cli.preference.reference import ReferenceLogps
-from dpo_cli.preference.terms import Memory, PairLosses, StepFacts
+from dpo_cli.preference.terms import Memory, PairLosses, StepInfo
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from dpo_cli.data.prepared.step_plan import PairSizes
-
-
-TokenLogps = Callable[[PairBatch], Tensor]
-"""Answers with the log-probability of each response token of a batch, as a `Scorer` does."""
 
 
 class ExpertWatch:
@@ -72,38 +68,38 @@ class ExpertWatch:
         return float(balance_loss(self._whole, self._whole))
 
 
-def step_facts(sizes: PairSizes, pairs: Sequence[int], memory: Memory) -> StepFacts:
-    """Return what a loss may know of a step of these pairs."""
-    return StepFacts(len(pairs), int(sizes.chosen_judged[list(pairs)].sum()), memory=memory)
+def step_info(sizes: PairSizes, pairs: Sequence[int], memory: Memory) -> StepInfo:
+    """Return what a loss knows of a step of these pairs."""
+    return StepInfo(len(pairs), int(sizes.chosen_judged[list(pairs)].sum()), memory=memory)
 
 
 def score_pairs(
-    scorer: TokenLogps, objective: Objective, reference: ReferenceLogps, batch: PairBatch, step: StepFacts
+    scorer: BatchScorer, objective: Objective, reference: BatchScorer, batch: PairBatch, step: StepInfo
 ) -> tuple[PairLosses, Tensor]:
-    """Ask policy and reference and apply the objective.
+    """Score a micro-batch with policy and reference, and apply the objective.
 
     Args:
         scorer: A `Scorer`, or what Accelerate prepared of one.
         objective: Loss and rewards of pairs.
-        reference: Answers with the reference's token log-probabilities.
+        reference: Returns the reference's token log-probabilities.
         batch: B pairs.
         step: The step that they belong to.
 
     Returns:
-        What the objective says, and the `pair_values`, `[B, 9]`.
+        Losses and rewards, and the `pair_values`, `[B, 9]`.
     """
     policy, answers = SequenceLogps.of(scorer(batch), batch.lengths), SequenceLogps(reference(batch), batch.lengths)
-    return _judge(objective, policy, answers, step, batch.weights, batch.margins)
+    return _apply(objective, policy, answers, step, batch.weights, batch.margins)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What an objective that looks at a whole step says of one micro-batch of it.
+class ScoredMicroBatch:
+    """One micro-batch of a step whose pairs are compared with each other.
 
     Attributes:
         losses: `[B]`, without gradient.
         values: The `pair_values`, `[B, 9]`.
-        slopes: The gradient of the sum of the step's losses by what the scorer answers, of the same shape.
+        slopes: The gradient of the sum of the step's losses by the scorer's output, of the same shape.
     """
 
     losses: Tensor
@@ -111,15 +107,15 @@ class Judged:
     slopes: Tensor
 
 
-def judge_step(
-    scorer: TokenLogps,
+def score_step(
+    scorer: BatchScorer,
     objective: Objective,
-    reference: ReferenceLogps,
+    reference: BatchScorer,
     batches: Batches,
     micro_batches: Sequence[MicroBatch],
-    step: StepFacts,
+    step: StepInfo,
     accelerator: Accelerator,
-) -> list[Judged]:
+) -> list[ScoredMicroBatch]:
     """Apply an objective to all pairs of a step at once, those of other ranks included.
 
     The log-probabilities of all micro-batches are computed without gradient and put together, since the losses of
@@ -129,14 +125,14 @@ def judge_step(
     Args:
         scorer: A `Scorer`, or what Accelerate prepared of one.
         objective: Loss and rewards of pairs.
-        reference: Answers with the reference's token log-probabilities.
+        reference: Returns the reference's token log-probabilities.
         batches: Makes micro-batches into tensors.
         micro_batches: This rank's share of the step.
         step: The step.
         accelerator: Knows the ranks.
 
     Returns:
-        An answer for each of this rank's micro-batches that is no filler.
+        One for each of this rank's micro-batches that is no filler.
     """
     mine = []
     for micro_batch in micro_batches:
@@ -144,15 +140,15 @@ def judge_step(
             batch = batches(micro_batch)
             with torch.no_grad():
                 parts = (scorer(batch), reference(batch), batch.weights, batch.margins)
-            mine.append(_Scored(accelerator.process_index, batch.lengths, *(part.cpu() for part in parts)))
-    scored: list[_Scored] = gather_object(mine)
+            mine.append(_MicroBatchLogps(accelerator.process_index, batch.lengths, *(part.cpu() for part in parts)))
+    scored: list[_MicroBatchLogps] = gather_object(mine)
     lengths = tuple(
         length for side in zip(*(part.halves() for part in scored), strict=True) for half in side for length in half
     )
     policy, answers = (_joined([getattr(part, name) for part in scored], scored) for name in ("policy", "reference"))
     policy.requires_grad_()
     weights, margins = (torch.cat([getattr(part, name) for part in scored]) for name in ("weights", "margins"))
-    pairs, values = _judge(
+    pairs, values = _apply(
         objective, SequenceLogps.of(policy, lengths), SequenceLogps(answers, lengths), step, weights, margins
     )
     (slopes,) = torch.autograd.grad(pairs.losses.sum(), policy)
@@ -162,15 +158,15 @@ def judge_step(
         strict=True,
     )
     return [
-        Judged(losses.to(accelerator.device), rows.to(accelerator.device), slopes.to(accelerator.device))
+        ScoredMicroBatch(losses.to(accelerator.device), rows.to(accelerator.device), slopes.to(accelerator.device))
         for part, (slopes, losses, rows) in zip(scored, shares, strict=True)
         if part.rank == accelerator.process_index
     ]
 
 
 @dataclass(frozen=True)
-class _Scored:
-    """What is known of a micro-batch, on its way to the other ranks; tensors as in `PairBatch` and from a `Scorer`."""
+class _MicroBatchLogps:
+    """A micro-batch as it is sent to the other ranks; tensors as in `PairBatch` and from a `Scorer`."""
 
     rank: int
     lengths: tuple[int, ...]
@@ -184,7 +180,7 @@ class _Scored:
         return self.lengths[: len(self.weights)], self.lengths[len(self.weights) :]
 
 
-def _joined(answers: Sequence[Tensor], scored: Sequence[_Scored]) -> Tensor:
+def _joined(answers: Sequence[Tensor], scored: Sequence[_MicroBatchLogps]) -> Tensor:
     """Join `[…, N]` of several micro-batches: all of their chosen responses, then all of their rejected ones."""
     halves = [
         answer.split([sum(half) for half in part.halves()], -1) for answer, part in zip(answers, scored, strict=True)
@@ -192,18 +188,18 @@ def _joined(answers: Sequence[Tensor], scored: Sequence[_Scored]) -> Tensor:
     return torch.cat([half for side in zip(*halves, strict=True) for half in side], -1)
 
 
-def _parted(joined: Tensor, scored: Sequence[_Scored]) -> list[Tensor]:
+def _parted(joined: Tensor, scored: Sequence[_MicroBatchLogps]) -> list[Tensor]:
     """Undo `_joined`."""
     sizes = [sum(half) for side in zip(*(part.halves() for part in scored), strict=True) for half in side]
     pieces = joined.split(sizes, -1)
     return [torch.cat(sides, -1) for sides in zip(pieces[: len(scored)], pieces[len(scored) :], strict=True)]
 
 
-def _judge(
+def _apply(
     objective: Objective,
     policy: SequenceLogps,
     reference: SequenceLogps,
-    step: StepFacts,
+    step: StepInfo,
     weights: Tensor,
     margins: Tensor,
 ) -> tuple[PairLosses, Tensor]:

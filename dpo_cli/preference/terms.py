@@ -39,8 +39,8 @@ class PairLosses:
 
 
 @dataclass(frozen=True)
-class StepFacts:
-    """What a loss knows of a step beyond the pairs at hand, so that it does not matter how the step is cut.
+class StepInfo:
+    """What a loss knows of a step beyond the pairs at hand, so that losses do not depend on how the step is cut.
 
     Attributes:
         num_pairs: Pairs of the whole step, over all ranks.
@@ -106,7 +106,7 @@ class MarginLossSettings(LossSettings):
         """Whether margins have a scale."""
         return self.margin_scale is not None
 
-    def margins(self, step: StepFacts) -> Tensor | float:
+    def margins(self, step: StepInfo) -> Tensor | float:
         """Return m of each pair, `[B]`, in units of the reward; 0 where margins are not used."""
         return 0.0 if self.margin_scale is None else self.margin_scale * step.margins
 
@@ -119,7 +119,7 @@ def log_ratios(policy: SequenceLogps, reference: SequenceLogps, logps: str = "su
     return c, r
 
 
-def chosen_nll(policy: SequenceLogps, step: StepFacts) -> Tensor:
+def chosen_nll(policy: SequenceLogps, step: StepInfo) -> Tensor:
     """Return each pair's share, `[B]`, of the chosen responses' negative log-likelihood as a mean over tokens.
 
     The mean of all shares over the step's pairs is the mean over the step's tokens.

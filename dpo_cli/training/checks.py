@@ -16,7 +16,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.model_files import most_tokens
 from dpo_cli.modeling.proof import TOKEN_TOLERANCE, asking
-from dpo_cli.preference.terms import StepFacts
+from dpo_cli.preference.terms import StepInfo
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dpo_cli.modeling.batch import PairBatch
-    from dpo_cli.modeling.scorer import Scorer
+    from dpo_cli.modeling.scorer import BatchScorer, Scorer
     from dpo_cli.preference.objective import Objective
-    from dpo_cli.preference.reference import ReferenceLogps
 
 
 def check_fits(pairs: PreparedPairs, model: PreTrainedModel, where: str) -> None:
@@ -163,7 +162,7 @@ def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -
 
 
 def check_reference(
-    scorer: nn.Module, objective: Objective, reference: ReferenceLogps, batch: PairBatch, accelerator: Accelerator
+    scorer: nn.Module, objective: Objective, reference: BatchScorer, batch: PairBatch, accelerator: Accelerator
 ) -> str:
     """Prove that the policy equals its reference before step 1; return a line that says so.
 
@@ -186,7 +185,7 @@ def check_reference(
             f"the policy is not its reference before step 1: a token's log-probability differs by {difference:.2g} nats"
         )
         raise UserError(what, f"{len(batch.pairs)} of the run's pairs", "report it: this is a defect of the program")
-    step = StepFacts(len(batch.pairs), sum(batch.lengths[: len(batch.pairs)]), batch.margins)
+    step = StepInfo(len(batch.pairs), sum(batch.lengths[: len(batch.pairs)]), batch.margins)
     losses = objective(policy, answers, step).losses
     counted = objective.uses_margins and bool(batch.margins.any())
     about = f" with {'its margin' if len(batch.pairs) == 1 else 'their margins'} in the data" if counted else ""

@@ -15,7 +15,7 @@ from dpo_cli.data.prepared.step_plan import Step
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import OpenReference
-from dpo_cli.preference.scoring import ExpertWatch, judge_step, score_pairs, step_facts
+from dpo_cli.preference.scoring import ExpertWatch, score_pairs, score_step, step_info
 from dpo_cli.preference.terms import Memory
 from dpo_cli.training.step_sums import StepSums
 
@@ -108,7 +108,7 @@ def train_steps(
         max_grad_norm: Where gradients are clipped, or None.
         memory: What the objective keeps from step to step; changed in place.
         asked_to_stop: Whether this process was asked to stop; looked at once a step.
-        may_skip: Whether a step that would have spoilt the weights may be left out; asked on all ranks alike.
+        may_skip: Whether a step whose loss or gradient is not finite may be left out; asked on all ranks alike.
 
     Raises:
         NotFinite: Such a step may not be left out. It was not taken.
@@ -155,13 +155,13 @@ def _add_up_gradients(
         Their sums, the pairs whose loss is not finite, and metrics of the whole step.
     """
     sums, not_finite = StepSums(accelerator.device), []
-    facts = step_facts(batches.pairs.sizes, step.pairs, memory)
-    judged, watch = None, ExpertWatch(scorer) if objective.router_aux else None
+    info = step_info(batches.pairs.sizes, step.pairs, memory)
+    scored, watch = None, ExpertWatch(scorer) if objective.router_aux else None
     ask = watch or scorer
     if len(step.micro_batches) > 1 or accelerator.num_processes > 1:
         # What depends on the whole step takes a pass without gradient before the first one with it.
         if objective.looks_at_step:
-            judged = iter(judge_step(ask, objective, reference, batches, step.micro_batches, facts, accelerator))
+            scored = iter(score_step(ask, objective, reference, batches, step.micro_batches, info, accelerator))
         elif watch:
             watch.look_at(batches(micro_batch) for micro_batch in step.micro_batches if not micro_batch.filler)
         if watch:
@@ -171,11 +171,11 @@ def _add_up_gradients(
         # Ranks may have different numbers of micro-batches; gradients are exchanged once, on the last.
         with contextlib.nullcontext() if last else accelerator.no_sync(scorer):
             batch = batches(micro_batch)
-            if judged is None or micro_batch.filler:
-                pairs, values = score_pairs(ask, objective, reference, batch, facts)
+            if scored is None or micro_batch.filler:
+                pairs, values = score_pairs(ask, objective, reference, batch, info)
                 losses, pull = pairs.losses, pairs.losses.sum()
             else:
-                found = next(judged)
+                found = next(scored)
                 losses, values, pull = found.losses, found.values, (found.slopes * ask(batch)).sum()
             if watch:
                 # The loss of a step is a mean over its pairs, to which this is added as it is.

@@ -31,7 +31,7 @@ WHEREVER = r"(before step 1|at step \d)"
 """The last sign of life may be a few of these quick steps old."""
 
 LOADING = "dpo_cli.modeling.loading:load_policy"
-STEP = "dpo_cli.training.loop:step_facts"
+STEP = "dpo_cli.training.loop:step_info"
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from dpo_cli.pipeline.passes import choose_layout
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.scoring import score_pairs
-from dpo_cli.preference.terms import StepFacts
+from dpo_cli.preference.terms import StepInfo
 from tests.conftest import make_config, read_metrics
 
 FALLING_BACK = {
@@ -44,7 +44,7 @@ FALLING_BACK = {
 }
 PACKED = [name for name in KINDS if name not in FALLING_BACK]
 PAIRS = example_pairs()
-FACTS = StepFacts(len(PAIRS), sum(len(pair.chosen) for pair in PAIRS))
+FACTS = StepInfo(len(PAIRS), sum(len(pair.chosen) for pair in PAIRS))
 
 
 def fixed_reference(batch):

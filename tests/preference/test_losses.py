@@ -44,7 +44,7 @@ from dpo_cli.preference.losses import (
     Robust,
     SimPO,
 )
-from dpo_cli.preference.terms import StepFacts
+from dpo_cli.preference.terms import StepInfo
 
 LOSSES: tuple[Any, ...] = get_args(get_args(Loss)[0])
 
@@ -98,8 +98,8 @@ def sequences(pairs: list[Pair], *, reference: bool = False) -> SequenceLogps:
     return SequenceLogps(tokens.requires_grad_(not reference), tuple(map(len, responses)))
 
 
-def facts(pairs: list[Pair], **more: Any) -> StepFacts:
-    return StepFacts(len(pairs), sum(pair.m for pair in pairs), **more)
+def facts(pairs: list[Pair], **more: Any) -> StepInfo:
+    return StepInfo(len(pairs), sum(pair.m for pair in pairs), **more)
 
 
 def apply(loss: Any, pairs: list[Pair], **more: Any) -> Any:
@@ -233,7 +233,7 @@ def test_gradients_are_those_of_finite_differences_of_the_class(loss, form):
     reference = -3 * torch.rand(sum(lengths), dtype=torch.float64) if loss.needs_reference else torch.zeros(17).double()
 
     def losses(values: torch.Tensor) -> torch.Tensor:
-        return loss(SequenceLogps(values, lengths), SequenceLogps(reference, lengths), StepFacts(3, 8)).losses
+        return loss(SequenceLogps(values, lengths), SequenceLogps(reference, lengths), StepInfo(3, 8)).losses
 
     assert torch.autograd.gradcheck(losses, (tokens,), eps=1e-7, atol=1e-5)
 
@@ -251,7 +251,7 @@ def test_at_the_limits_loss_and_gradient_are_finite(loss, beta, size, sign):
     base = [-size if s > 0 else 0.0 for s in sign]
     policy = SequenceLogps(torch.tensor(values * 2, requires_grad=True), (1, 1, 1, 1))
     reference = SequenceLogps(torch.tensor(base * 2 if loss.needs_reference else [0.0] * 4), (1, 1, 1, 1))
-    found = loss(policy, reference, StepFacts(2, 2))
+    found = loss(policy, reference, StepInfo(2, 2))
     found.losses.sum().backward()
     assert torch.isfinite(found.losses).all()
     assert torch.isfinite(policy.tokens.grad).all()
@@ -262,7 +262,7 @@ def test_at_the_limits_loss_and_gradient_are_finite(loss, beta, size, sign):
 def test_under_every_divergence_extreme_ratios_stay_finite(kind, divergence):
     for chosen, rejected in ((1e4, -1e4), (-1e4, 1e4), (-1e4, -1e4)):
         policy = SequenceLogps(torch.tensor([chosen, rejected], requires_grad=True), (1, 1))
-        found = kind(divergence=divergence)(policy, SequenceLogps(torch.zeros(2), (1, 1)), StepFacts(1, 1))
+        found = kind(divergence=divergence)(policy, SequenceLogps(torch.zeros(2), (1, 1)), StepInfo(1, 1))
         found.losses.sum().backward()
         assert torch.isfinite(found.losses).all()
         assert torch.isfinite(policy.tokens.grad).all()
@@ -279,7 +279,7 @@ def test_alpha_lies_between_forward_and_reverse_kl():
 @pytest.mark.parametrize("logps", ["sum", "mean"])
 def test_where_policy_equals_reference_the_loss_is_ln_2_and_the_margin_0(epsilon, logps):
     same = SequenceLogps(-torch.rand(10, dtype=torch.float64), (2, 3, 4, 1))
-    found = DPO(label_smoothing=epsilon, logps=logps)(same, same, StepFacts(2, 5))
+    found = DPO(label_smoothing=epsilon, logps=logps)(same, same, StepInfo(2, 5))
     assert found.losses.tolist() == pytest.approx([math.log(2)] * 2)
     assert (found.chosen_rewards - found.rejected_rewards).tolist() == [0.0, 0.0]
 

@@ -10,7 +10,7 @@ from write_losses_page import PAGE, described, kind, members, page
 from dpo_cli.config import load_config
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.preference.losses import DPO, Loss
-from dpo_cli.preference.terms import StepFacts
+from dpo_cli.preference.terms import StepInfo
 from tests.conftest import ROOT
 
 LOSSES = members(Loss)
@@ -30,7 +30,7 @@ def value(loss, tokens: list[float], lengths: tuple[int, ...]) -> float:
     """Return the loss of one pair against a reference whose logs are 0."""
     policy = SequenceLogps(torch.tensor(tokens, dtype=torch.float64), lengths)
     reference = SequenceLogps(torch.zeros(len(tokens), dtype=torch.float64), lengths)
-    return float(loss(policy, reference, StepFacts(1, lengths[0])).losses.sum())
+    return float(loss(policy, reference, StepInfo(1, lengths[0])).losses.sum())
 
 
 @pytest.mark.parametrize("model", LOSSES, ids=kind)

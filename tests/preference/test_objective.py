@@ -11,12 +11,12 @@ from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import BCO, CPO, DPO, IPO, ORPO, SFT, SimPO
 from dpo_cli.preference.objective import Objective
-from dpo_cli.preference.terms import StepFacts
+from dpo_cli.preference.terms import StepInfo
 from tests.builders import prepare_pairs, train_in_process
 from tests.conftest import write_rows
 
 LENGTHS = (2, 3, 4, 1)
-STEP = StepFacts(2, 5)
+STEP = StepInfo(2, 5)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_wpo_weighs_a_pair_by_equation_2_written_out(tiny_llama, pairs_file, tok
     batch = Padded().batch(range(4), pairs[:4])
     answer = SequenceLogps.of(Scorer(policy, collisions=True)(batch), batch.lengths)
     reference = SequenceLogps(-torch.rand(len(batch.targets)).double(), batch.lengths)
-    step = StepFacts(4, sum(batch.lengths[:4]))
+    step = StepInfo(4, sum(batch.lengths[:4]))
     plain, weighed = (Objective((DPO(wpo=wpo),))(answer, reference, step).losses for wpo in (False, True))
     torch.testing.assert_close(weighed, plain * torch.tensor(weights).double())
 
@@ -76,7 +76,7 @@ def test_wpo_weights_are_constants_to_the_gradient(tiny_llama, pairs_file, token
     pairs = prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
     policy = load_policy(str(tiny_llama)).double()
     batch = Padded().batch([0], pairs[:1])
-    step = StepFacts(1, batch.lengths[0])
+    step = StepInfo(1, batch.lengths[0])
     gradients, losses = [], []
     for wpo in (False, True):
         scored = Scorer(policy, collisions=wpo)(batch)

@@ -15,7 +15,8 @@ from dpo_cli.modeling.batch import LAYOUTS, Batches, Padded
 from dpo_cli.modeling.loading import load_policy, weights_digest
 from dpo_cli.preference import cache
 from dpo_cli.preference.losses import CPO
-from dpo_cli.preference.reference import Cached, Frozen, ReferenceWork, Synced, reference_model
+from dpo_cli.preference.reference import Cached, Frozen, Synced
+from dpo_cli.preference.reference_work import ReferenceWork, reference_model
 from tests.builders import prepare_pairs, silent, train_in_process
 from tests.conftest import build_llama
 
@@ -114,6 +115,15 @@ def test_what_is_cached_is_computed_once_and_read_as_the_same_bytes(tiny_llama, 
     again = answers(open_reference(Cached(), tiny_llama, pairs), pairs)
     assert torch.equal(first, again)
     assert {path: path.read_bytes() for path in empty_cache.rglob("*.arrow")} == files
+
+
+def test_progress_grows_with_every_micro_batch_up_to_the_last_pair(tiny_llama, pairs):
+    seen = []
+    open_reference(Cached(), tiny_llama, pairs, progress=lambda done, total: seen.append((done, total)))
+    counts = [done for done, _ in seen]
+    assert len(counts) > 3
+    assert counts == sorted(set(counts))
+    assert seen[-1] == (len(pairs), len(pairs))
 
 
 def test_only_new_pairs_are_computed(tiny_llama, pairs, monkeypatch):

@@ -52,7 +52,8 @@ from dpo_cli.preference.losses import (
     SimPO,
 )
 from dpo_cli.preference.objective import Objective
-from dpo_cli.preference.reference import Frozen, NoReference, ReferenceWork
+from dpo_cli.preference.reference import Frozen, NoReference
+from dpo_cli.preference.reference_work import ReferenceWork
 from dpo_cli.training.loop import train_steps
 from dpo_cli.training.optimizer import optimizer as build_optimizer
 from dpo_cli.training.optimizer import schedule

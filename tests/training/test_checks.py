@@ -19,7 +19,8 @@ from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import BCO, DPO, IPO, SFT, AOTUnpaired
 from dpo_cli.preference.objective import Objective
-from dpo_cli.preference.reference import Frozen, ReferenceWork
+from dpo_cli.preference.reference import Frozen
+from dpo_cli.preference.reference_work import ReferenceWork
 from dpo_cli.training.checks import check_columns, check_fits, check_logps, check_reference, check_tokens
 from tests.builders import prepare_pairs, silent
 from tests.conftest import CHATML, write_rows
