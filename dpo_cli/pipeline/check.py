@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.pipeline.setup import RunData, shown_counts
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.data_check import findings
+from dpo_cli.reporting.safe_text import as_json
 from dpo_cli.system.storage import why_no_folder, write_text
 
 if TYPE_CHECKING:
@@ -20,9 +19,6 @@ if TYPE_CHECKING:
     from dpo_cli.data.prepared.folder import PreparedPairs
 
 JSON, PAGE = "report.json", "report.html"
-
-_UNSEEN = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
-"""What a terminal obeys or nobody sees; in JSON it can be written by its number."""
 
 
 def check(config: Config, data: RunData, tokenizer: Any) -> Report:
@@ -58,10 +54,9 @@ def write_check(report: Report, folder: Path) -> None:
     """
     from dpo_cli.reporting.pages.data import data_page
 
-    text = json.dumps(report.as_json(), indent=1, ensure_ascii=False, allow_nan=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / JSON, _UNSEEN.sub(lambda mark: f"\\u{ord(mark[0]):04x}", text) + "\n")
+        write_text(folder / JSON, as_json(report.as_json()))
         write_text(folder / PAGE, data_page(report))
     except OSError as error:
         raise from_os_error(error, "writing the report", str(folder)) from error

@@ -5,7 +5,6 @@ Names of models, data and folders stand in it as text: they are neither Markdown
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,10 @@ from typing import Any
 import yaml
 
 from dpo_cli import __version__
+from dpo_cli.reporting.safe_text import as_markdown, markdown_code, markdown_fence, visible
 from dpo_cli.reporting.secrets import covered
-from dpo_cli.reporting.tables import FIGURES, visible
+from dpo_cli.reporting.tables import FIGURES
 from dpo_cli.system import plain_yaml
-
-_MEANS_SOMETHING = re.compile(r"[\\`*{}\[\]<>#!~$&]|://|www\.")
-"""What Markdown may take for more than text."""
 
 
 def model_card(
@@ -38,8 +35,8 @@ def model_card(
         front["base_model"] = covered(base)
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {_text(name)}",
-        f"Fine-tuned from {_code(visible(covered(base)))} on preference pairs by dpo {__version__}.",
+        f"# {as_markdown(name)}",
+        f"Fine-tuned from {markdown_code(visible(covered(base)))} on preference pairs by dpo {__version__}.",
         "## Data and steps",
         _table({name: [fact] for name, fact in facts.items()}),
     ]
@@ -49,7 +46,7 @@ def model_card(
     else:
         sections += ["## Held-out figures", "None: the run had no held-out pairs."]
     settings_text = covered(plain_yaml.dump(_covered_within(settings)))
-    fence = _fence(settings_text, 3)
+    fence = markdown_fence(settings_text, 3)
     sections += ["## Settings", f"{fence}yaml\n{settings_text}{fence}"]
     return "\n\n".join(sections) + "\n"
 
@@ -65,22 +62,5 @@ def _covered_within(value: Any) -> Any:
 
 def _table(rows: Mapping[str, Sequence[Any]], columns: Sequence[str] = ("",)) -> str:
     lines = [["", *columns], ["---"] * (1 + len(columns))]
-    lines += [[name, *(_text(cell).replace("|", "\\|") for cell in cells)] for name, cells in rows.items()]
+    lines += [[name, *(as_markdown(cell).replace("|", "\\|") for cell in cells)] for name, cells in rows.items()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def _text(value: Any) -> str:
-    """Write a value on one line, as code where Markdown would take it for more than text."""
-    text = visible(covered(str(value)))
-    return _code(text) if _MEANS_SOMETHING.search(text) else text
-
-
-def _code(text: str) -> str:
-    fence = _fence(text, 1)
-    space = " " if "`" in text else ""
-    return f"{fence}{space}{text}{space}{fence}"
-
-
-def _fence(text: str, least: int) -> str:
-    """Return backticks that end no sooner than the text between them does."""
-    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))

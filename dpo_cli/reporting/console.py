@@ -12,7 +12,6 @@ import errno
 import logging
 import os
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -25,7 +24,7 @@ from rich.text import Text
 
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.reporting.progress import StatusLine, clock, fitted, held_out_figures, lines_between, step_figures
-from dpo_cli.reporting.secrets import covered
+from dpo_cli.reporting.safe_text import as_text
 
 Advance = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
@@ -325,14 +324,6 @@ class _Harmless:
     def __rich_console__(self, console: RichConsole, options: ConsoleOptions) -> Iterator[Segment]:
         for segment in console.render(self._inner, options):
             yield segment if segment.control else segment._replace(text=as_text(segment.text))
-
-
-def as_text(said: str) -> str:
-    r"""Return what can be shown: secrets covered, and what a terminal would obey written out, as `\x1b`."""
-    return "".join(
-        c if c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs" else c.encode("unicode_escape").decode()
-        for c in covered(said)
-    )
 
 
 def gib(num_bytes: int) -> str:

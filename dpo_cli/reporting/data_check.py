@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.data.checkup.report import Example, Finding, LengthBias, Report
-from dpo_cli.reporting.console import as_text
-from dpo_cli.reporting.tables import PART_STYLES, percent, tokens_table, visible
+from dpo_cli.reporting.safe_text import as_text, visible
+from dpo_cli.reporting.tables import PART_STYLES, percent, tokens_table
 
 _SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 _INDENT, _LABEL_WIDTH = 4, 10

@@ -6,12 +6,12 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from accelerate import Accelerator
 
 from dpo_cli.reporting.secrets import covered_command
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 _PACKAGES = ("dpo-cli", "torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "pyarrow")
 
@@ -29,8 +29,6 @@ def versions() -> dict[str, str]:
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
     """Describe this process's surroundings: no environment variable, and no secret of the command line."""
-    import torch
-
     device = accelerator.device
     on_cuda = device.type == "cuda"
     return {

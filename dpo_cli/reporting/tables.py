@@ -8,6 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.reporting.safe_text import visible
+
 PART_STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 _GROUPS = 20
 """Groups of held-out pairs that a table has, at most."""
@@ -121,9 +123,3 @@ def marked_pair(
                 text.append("|")
         text.append("\n")
     return text
-
-
-def visible(token: str) -> str:
-    """Write a token so that white space and control characters are seen."""
-    shown = token.replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown)

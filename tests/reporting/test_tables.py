@@ -9,13 +9,7 @@ from rich.console import Console
 
 from dpo_cli.preference.metrics import PAIR_METRICS
 from dpo_cli.reporting.progress import clock
-from dpo_cli.reporting.tables import (
-    figures_table,
-    groups_table,
-    marked_pair,
-    percent,
-    visible,
-)
+from dpo_cli.reporting.tables import figures_table, groups_table, marked_pair, percent
 
 
 def text(renderable) -> str:
@@ -59,13 +53,6 @@ def test_figures_stand_beside_each_other_and_nothing_is_minus_zero():
     assert "25.0 – 87.5 %" in shown
     (margins,) = (line for line in shown.splitlines() if "margin" in line)
     assert margins.split() == ["reward", "margin", "0.0000", "+1.2500"]
-
-
-@pytest.mark.parametrize(
-    ("token", "shown"), [("a\n", "a⏎"), ("\t", "⇥"), ("\x1b[31m", "\\x1b[31m"), ("\x00é", "\\x00é"), ("[red]", "[red]")]
-)
-def test_control_characters_are_shown_and_never_sent(token, shown):
-    assert visible(token) == shown
 
 
 def test_without_colour_the_parts_are_told_apart_by_marks():

@@ -13,7 +13,8 @@ import pytest
 from rich.table import Table
 
 from dpo_cli.reporting.card import model_card
-from dpo_cli.reporting.console import Console, as_text
+from dpo_cli.reporting.console import Console
+from dpo_cli.reporting.safe_text import as_text
 from tests.cli.test_bad_inputs import PREPARE, TRAIN
 from tests.conftest import dpo_command, write_rows
 

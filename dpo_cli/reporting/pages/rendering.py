@@ -12,7 +12,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from dpo_cli import __version__
-from dpo_cli.reporting.tables import percent, visible
+from dpo_cli.reporting.safe_text import visible
+from dpo_cli.reporting.tables import percent
 
 
 def render(template: str, **values: Any) -> str:
