@@ -18,6 +18,7 @@ import yaml
 
 from tests.faults.ledger import PROPERTY, table
 from tests.faults.zygote import Zygote
+from tests.waiting import PATIENCE
 
 # Read when the Hub's library is imported, which test modules do while they are collected.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -230,7 +231,7 @@ def dpo_command(*arguments: object) -> list[str]:
 
 
 def run_dpo(
-    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None, timeout: float = 300
+    *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the program as a user does, in a process of its own."""
     return subprocess.run(
@@ -239,7 +240,7 @@ def run_dpo(
         env={**os.environ, **(env or {})},
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=PATIENCE,
         check=False,
     )
 

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, dpo_command, write_rows
+from tests.waiting import PATIENCE
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "CONTRIBUTING.md"]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
@@ -56,7 +57,7 @@ def test_a_command_runs(project, command):
         words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--main_process_port", "0", *words[2:]]
     if "eval" in words and not (project / "runs" / "quickstart").exists():
         subprocess.run(dpo_command("train", "--config", "configs/quickstart.yaml"), cwd=project, check=True)
-    done = subprocess.run(words, cwd=project, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(words, cwd=project, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
 
 

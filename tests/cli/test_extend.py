@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import read_metrics, without_clock
+from tests.faults.trials import Gate, named
 
 NUM_STEPS = 8
 """Steps of an epoch: 32 pairs by fours, eight held out."""
@@ -124,9 +125,13 @@ def test_interrupted_while_it_is_extended_it_goes_on(train, write_config, zygote
     done(train("whole", "--extend", epochs=2, **linear))
 
     file = write_config("broken", training={**CONSTANT, **linear, "epochs": 2}, **AT_END)
-    running = zygote.start("train", "--config", file, "--extend")
-    running.until("step 10/16")
+    gate = Gate(tmp_path / "gate")
+    running = zygote.start("train", "--config", file, "--extend", fault=named(gate.at_step(2)))
+    gate.wait_for(running)
     running.send(number)
+    if number == signal.SIGTERM:
+        running.until("stopping after this step")
+        gate.open()
     assert running.wait().status == (143 if number == signal.SIGTERM else -signal.SIGKILL)
     assert not (runs / "broken" / "final").exists()
     # By now the run is one of 16 steps, and nobody has to allow that again.

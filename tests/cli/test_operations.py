@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, dpo_command, read_metrics
+from tests.faults.trials import Gate, named
+from tests.waiting import PATIENCE
 
 PAGE = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 STATUSES = {int(status): again for status, again in re.findall(r"^\| (\d+) \| .* \| (.*) \|$", PAGE, re.M)}
@@ -51,7 +53,7 @@ def run_script(text: str, folder: Path, **env: str) -> subprocess.CompletedProce
         env={**os.environ, "PATH": path, **env},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
         check=False,
     )
 
@@ -77,9 +79,12 @@ def test_every_status_of_the_page_is_tested_here():
 def test_a_signal_ahead_of_the_end_saves_the_step_and_the_same_command_goes_on(zygote, write_config, tmp_path, status):
     file = write_config(**{**FOUR_STEPS, "training": {"max_steps": 8}})
     run = tmp_path / "runs" / "run"
-    running = zygote.start("train", "--config", file, "--resume")
-    running.until("step 1/8")
+    gate = Gate(tmp_path / "gate")
+    running = zygote.start("train", "--config", file, "--resume", fault=named(gate.at_step(1)))
+    gate.wait_for(running)
     running.send(signal.Signals(status - 128))
+    running.until("stopping after this step")
+    gate.open()
     ended = running.wait()
     assert ended.status == status, ended.said
     assert "Traceback" not in ended.said
@@ -174,13 +179,14 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path):
     unit = tmp_path / "dpo.service"
     unit.write_text(block("[Service]").replace("/srv/dpo/.venv/bin/dpo", str(program)))
     command = ["systemd-analyze", "verify", "--recursive-errors=no", str(unit)]
-    asked = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     about_it = [line for line in asked.stderr.splitlines() if "dpo.service" in line]
     assert (asked.returncode, about_it) == (0, []), asked.stderr
 
 
 def test_torchrun_hands_on_a_signal_and_its_workers_save(write_config, tmp_path):
-    file = write_config(**{**FOUR_STEPS, "training": {"max_steps": 8}})
+    # They are stopped long before: nobody is too late to tell them.
+    file = write_config(**{**FOUR_STEPS, "training": {"epochs": 1000}})
     run = tmp_path / "runs" / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launch += ["--signals-to-handle", re.search(r"--signals-to-handle (\S+)`", PAGE)[1], "-m", "dpo_cli"]
@@ -188,7 +194,7 @@ def test_torchrun_hands_on_a_signal_and_its_workers_save(write_config, tmp_path)
         [*launch, "train", "--config", str(file), "--resume"], stderr=subprocess.PIPE, text=True
     ) as running:
         for line in running.stderr:
-            if line.startswith("step 1/8"):
+            if line.startswith("step 1/"):
                 running.send_signal(signal.SIGUSR1)
                 break
         said = running.stderr.read()

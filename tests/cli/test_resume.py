@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import pty
+import select
 import shutil
 import signal
-import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import build_llama, dpo_command, make_config, read_metrics, run_dpo, without_clock, write_rows
+from tests.conftest import ROOT, build_llama, make_config, read_metrics, run_dpo, without_clock, write_rows
+from tests.faults.disk_faults import OPEN, REACHED
+from tests.faults.trials import Gate, named
 
 WEIGHTS = "final/model.safetensors"
 
@@ -35,14 +37,14 @@ def uninterrupted(tmp_path_factory, tiny_llama, demo_rows):
     return file, folder / "runs" / "whole"
 
 
-def start(file, *arguments, env=None):
-    return subprocess.Popen(
-        dpo_command("train", "--config", file, *arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
-    )
+HELD = """
+import sys
+from dpo_cli.cli import main
+from tests.faults.disk_faults import held_at_step
+held_at_step(2, sys.argv.pop(1))
+main()
+"""
+"""The program, which stands still after its second step until a gate is opened."""
 
 
 def assert_same_run(run, whole):
@@ -68,18 +70,20 @@ def test_a_run_does_not_go_on_with_another_reference(forked_dpo, write_config, t
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(forked_dpo, uninterrupted, tmp_path, number, status):
+def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(
+    zygote, forked_dpo, uninterrupted, tmp_path, number, status
+):
     file, whole = uninterrupted
-    run = tmp_path / "stopped"
-    process = start(file, f"output_dir={run}")
-    for line in process.stdout:
-        if line.startswith("step 2/"):
-            process.send_signal(number)
-            break
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == status
-    assert "saved" in said
-    assert "Traceback" not in said
+    run, gate = tmp_path / "stopped", Gate(tmp_path / "gate")
+    running = zygote.start("train", "--config", file, f"output_dir={run}", fault=named(gate.at_step(2)))
+    gate.wait_for(running)
+    running.send(number)
+    running.until("stopping after this step")
+    gate.open()
+    ended = running.wait()
+    assert ended.status == status
+    assert "saved" in ended.said
+    assert "Traceback" not in ended.said
     done = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{done:06d}").is_dir()
     result = forked_dpo("train", "--config", file, "--resume", f"output_dir={run}")
@@ -91,13 +95,17 @@ def test_asked_to_stop_it_finishes_the_step_saves_and_says_so(forked_dpo, uninte
 def test_when_the_terminal_is_closed_the_step_is_finished_and_saved(forked_dpo, uninterrupted, tmp_path):
     """As an ssh connection that breaks: the terminal takes no more words, and SIGHUP comes."""
     file, whole = uninterrupted
-    run = tmp_path / "hung-up"
+    run, gate = tmp_path / "hung-up", tmp_path / "gate"
+    gate.mkdir()
+    command = [sys.executable, "-c", HELD, str(gate), "train", "--config", str(file), f"output_dir={run}"]
     pid, terminal = pty.fork()
     if not pid:
-        os.execv(sys.executable, dpo_command("train", "--config", file, f"output_dir={run}"))
-    while not (run / "metrics.jsonl").is_file() or not read_metrics(run):
-        os.read(terminal, 1 << 16)
+        os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": str(ROOT)})
+    while not (gate / REACHED).exists():
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 1 << 16)
     os.close(terminal)
+    (gate / OPEN).touch()
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     done = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / f"step-{done:06d}").is_dir()
@@ -106,16 +114,15 @@ def test_when_the_terminal_is_closed_the_step_is_finished_and_saved(forked_dpo, 
     assert_same_run(run, whole)
 
 
-def test_asked_to_stop_while_loading_it_stops_at_once(uninterrupted, tmp_path):
+def test_asked_to_stop_while_loading_it_stops_at_once(zygote, uninterrupted, tmp_path):
     file, _ = uninterrupted
-    process = start(file, f"output_dir={tmp_path / 'early'}")
-    for line in process.stdout:
-        if line.startswith("loading"):
-            process.send_signal(signal.SIGTERM)
-            break
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert "Traceback" not in said
+    # It would go on for so long that nobody is too late to tell it.
+    running = zygote.start("train", "--config", file, f"output_dir={tmp_path / 'early'}", "training.epochs=1000")
+    running.until("loading")
+    running.send(signal.SIGTERM)
+    ended = running.wait()
+    assert ended.status == 143
+    assert "Traceback" not in ended.said
 
 
 def test_what_only_decides_memory_may_change_when_a_run_goes_on(forked_dpo, uninterrupted, tmp_path):

@@ -161,9 +161,9 @@ def test_every_loss_names_its_beta_in_the_header():
 
 
 def test_ctrl_c_is_answered_at_once_and_says_what_another_would_cost(write_config, tmp_path):
-    settings = {"training": {"max_steps": 200, "epochs": 100}, "checkpoints": {"every_steps": 1000}}
+    settings = {"training": {"max_steps": 2000, "epochs": 1000}, "checkpoints": {"every_steps": 10_000}}
     run = OnTerminal("train", "--config", write_config(**settings, logging={"every_steps": 1}), width=80)
-    run.until("step 3/200 ")
+    run.until("step 3/2000 ")
     run.press(b"\x03")
     screen = run.wait()
     assert run.process.returncode == 130, screen.lines
@@ -178,7 +178,8 @@ def test_ctrl_c_is_answered_at_once_and_says_what_another_would_cost(write_confi
 
 
 def test_a_signal_during_an_evaluation_says_which_and_what_it_waits_for(zygote, write_config, tmp_path):
-    settings = {"training": {"max_steps": 8}, "evaluation": {"every_steps": 2}}
+    # It is stopped long before its end: nobody is too late to tell it.
+    settings = {"training": {"epochs": 1000}, "evaluation": {"every_steps": 2}}
     running = zygote.start("train", "--config", write_config(**settings))
     running.until("evaluating: ")
     running.send(10)

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import read_metrics, run_dpo
+from tests.waiting import PATIENCE
 
 
 def torchrun(*arguments):
@@ -20,7 +21,7 @@ def torchrun(*arguments):
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )  # fmt: skip
 

@@ -112,13 +112,18 @@ def signal_at(root: str, operation: int, number: int) -> None:
     install(root, before)
 
 
-def slow(root: str, kind: str, seconds: float) -> None:
-    """Let every operation of a kind take its time, and say so: `slow fsync`."""
+HELD = "held at an operation"
+"""What a run says that `hold_at` stops."""
+
+
+def hold_at(root: str, operation: int) -> None:
+    """Stand still before an operation, for ever."""
 
     def before(found: Operation) -> None:
-        if found.kind == kind:
-            print(f"slow {kind}", file=sys.stderr, flush=True)
-            time.sleep(seconds)
+        if found.number == operation:
+            print(HELD, file=sys.stderr, flush=True)
+            while True:
+                time.sleep(1)
 
     install(root, before)
 

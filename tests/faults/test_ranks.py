@@ -21,6 +21,7 @@ from tests.conftest import make_config, read_metrics, without_clock, write_rows
 from tests.faults.conftest import FULL
 from tests.faults.launching import start_ranks
 from tests.faults.strokes import STRUCK
+from tests.waiting import PATIENCE
 
 TIMEOUT = 3.0
 """`training.rank_timeout` of these runs, in seconds."""
@@ -145,7 +146,7 @@ def assert_named(said, rank, at, word="is gone", *, loading=False):
 
 def seconds_to_end(survivors, since):
     for survivor in survivors:
-        survivor.wait(60)
+        survivor.wait()
     return time.monotonic() - since
 
 
@@ -208,7 +209,7 @@ def test_one_is_stopped_or_hangs_and_the_others_do_not_wait_for_it(runs, ledger,
     if how == "stop":
         # One that was stopped finds the others gone when it goes on.
         struck.send(signal.SIGCONT)
-    assert struck.wait(60).status == 1, struck.said
+    assert struck.wait().status == 1, struck.said
     at, word = (moment.at, "hangs") if how == "hang" else (WHEREVER, "is gone")
     assert_named(survivors[0].said, victim, at, word)
     assert_checkpoints_whole(run)
@@ -239,7 +240,7 @@ def test_one_that_never_comes_is_not_waited_for(runs, ledger):
     main, struck = runs.start(run, 2, fault=fault)
     struck.wait()
     since = time.monotonic()
-    assert main.wait(60).status == 1
+    assert main.wait().status == 1
     assert time.monotonic() - since < LIMIT
     assert "not all 2 ranks have come within 3 s" in main.said
     assert "Traceback" not in main.said
@@ -264,7 +265,7 @@ def test_one_that_is_told_to_stop_while_loading_takes_the_others_with_it(runs, l
     run = runs.new()
     main, other = runs.start(run, 2, fault=(1, {"where": LOADING, "how": "terminate"}))
     assert other.wait().status == 143
-    assert main.wait(60).status == 143
+    assert main.wait().status == 143
     assert_named(main.said, 1, "stopped by SIGTERM", "ended")
     ledger.record("a rank told to stop while loading")
 
@@ -314,7 +315,7 @@ def test_under_torchrun_no_traceback_of_ours_is_shown(runs, ledger):
             said += line
             if line.startswith("step 2/"):
                 os.kill(_child(launched.pid, rank=1), signal.SIGKILL)
-        assert launched.wait(60) == 1
+        assert launched.wait(PATIENCE) == 1
     # The launcher shows one of its own.
     assert "dpo_cli/" not in said, said
     assert_checkpoints_whole(run)

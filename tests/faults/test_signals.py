@@ -11,8 +11,9 @@ import pytest
 
 from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
-from tests.faults.runs import Bench, Case
+from tests.faults.runs import SAVED_EVERY, Bench, Case
 from tests.faults.shares import SHARES, SOME, chosen, report
+from tests.faults.shim import HELD
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGHUP: 129}
 
@@ -72,21 +73,18 @@ def test_a_signal_at_any_file_operation_stops_and_loses_nothing(
 def test_a_second_interrupt_during_the_save_stops_at_once(
     bench: Callable[[str, int], Bench], ledger: Ledger, attempt: int
 ) -> None:
-    """Every fsync takes its time, so that the save takes long; the first checkpoint stands by then."""
-    run, chance, seconds = bench("dpo", 1), random.Random(attempt), 0.2
+    """It stands still where it syncs the second checkpoint, and would for ever; the first is whole by then."""
+    run, second = bench("dpo", 1), f"step-{2 * SAVED_EVERY:06d}"
+    syncs = [number for number, found in enumerate(run.operations, 1)
+             if found["kind"] == "fsync" and second in found["path"]]  # fmt: skip
     case = run.case()
-    where = {"root": str(case.output / "checkpoints"), "kind": "fsync", "seconds": seconds}
-    [process] = case.start(fault=("tests.faults.shim:slow", where))
-    process.until("step 3/")
+    where = {"root": str(case.folder), "operation": syncs[attempt * len(syncs) // 10]}
+    [process] = case.start(fault=("tests.faults.shim:hold_at", where))
+    process.until(HELD)
     process.send(signal.SIGINT)
-    before = process.said.count("slow fsync")
-    while process.said.count("slow fsync") < before + 1 + attempt % 5:
-        time.sleep(0.01)
-    time.sleep(chance.uniform(0, seconds))
+    process.until("press Ctrl-C again")
     process.send(signal.SIGINT)
-    asked = time.monotonic()
-    status, needed = case.wait([process]).status, time.monotonic() - asked
-    assert [path.name for path in (case.output / "checkpoints").iterdir()] == ["step-000002"]
-    assert needed < 3 * seconds
+    status = case.wait([process]).status
+    assert [path.name for path in (case.output / "checkpoints").iterdir()] == [f"step-{SAVED_EVERY:06d}"]
     wrong = "" if status == 130 else f"ended with status {status}"
     report([case.finish(ledger, "a second SIGINT during a save", wrong=wrong)])

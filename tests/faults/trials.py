@@ -10,7 +10,6 @@ import contextlib
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +22,17 @@ from tests.conftest import make_config, read_metrics, without_clock, write_rows
 from tests.faults.disk_faults import OPEN, REACHED
 from tests.faults.ledger import Ledger, Outcome
 from tests.faults.zygote import Ended, Running, Zygote
+from tests.waiting import wait_until
 
-FAULTS = "tests.faults.disk_faults"
 NUM_STEPS = 6
 
 Fault = tuple[str, Mapping[str, Any]]
 """A function of `disk_faults`, by name, and its keyword arguments."""
+
+
+def named(fault: Fault) -> Fault:
+    """Return a fault as a zygote takes it."""
+    return f"tests.faults.disk_faults:{fault[0]}", fault[1]
 
 
 class Broken(AssertionError):
@@ -93,8 +97,10 @@ class Trial:
 
     def start(self, *arguments: str, fault: Fault | None = None) -> Running:
         """Start training."""
-        where, named = {"DPO_CACHE_DIR": str(self.cache)}, fault and (f"{FAULTS}:{fault[0]}", fault[1])
-        return self.zygote.start("train", "--config", self.config, *arguments, env=where, cwd=self.folder, fault=named)
+        where, arranged = {"DPO_CACHE_DIR": str(self.cache)}, fault and named(fault)
+        return self.zygote.start(
+            "train", "--config", self.config, *arguments, env=where, cwd=self.folder, fault=arranged
+        )
 
     def train(self, *arguments: str, fault: Fault | None = None) -> Ended:
         """Train."""
@@ -136,17 +142,19 @@ class Gate:
         """Return the fault that stops a run after a step."""
         return self._fault("held_at_step", step=step)
 
-    def wait_for(self, running: Running, timeout: float = 60) -> None:
+    def wait_for(self, running: Running) -> None:
         """Wait until the run stands there.
 
         Raises:
             TimeoutError: It does not get there.
         """
-        deadline = time.monotonic() + timeout
-        while not (self.folder / REACHED).exists():
-            if time.monotonic() > deadline or not running.runs:
-                raise TimeoutError(f"has not come to the gate:\n{running.said}")
-            time.sleep(0.01)
+
+        def is_reached() -> bool:
+            if not running.runs:
+                raise TimeoutError(f"ended without coming to the gate:\n{running.said}")
+            return (self.folder / REACHED).exists()
+
+        wait_until(is_reached, lambda: f"has not come to the gate:\n{running.said}")
 
     def open(self) -> None:
         """Let the run go on."""

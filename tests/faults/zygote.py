@@ -16,12 +16,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
 _POLL_SECONDS = 0.005
@@ -70,37 +71,40 @@ class Running:
         """Whether it has not ended yet."""
         return self._zygote.status(self.pid) is None
 
-    def until(self, text: str, timeout: float = 60) -> None:
+    def until(self, text: str) -> None:
         """Wait until it has said something.
 
         Raises:
             TimeoutError: It does not, or ends before.
         """
-        deadline = time.monotonic() + timeout
-        while text not in self.said:
+
+        def is_said() -> bool:
+            if text in self.said:
+                return True
             if not self.runs and text not in self.said:
                 raise TimeoutError(f"ended without saying {text!r}:\n{self.said}")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"has not said {text!r}:\n{self.said}")
-            time.sleep(_POLL_SECONDS)
+            return False
+
+        wait_until(is_said, lambda: f"has not said {text!r}:\n{self.said}")
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if it still runs."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
-    def wait(self, timeout: float = 120) -> Ended:
+    def wait(self) -> Ended:
         """Wait for its end.
 
         Raises:
             TimeoutError: It goes on for longer; it is killed then.
         """
-        deadline = time.monotonic() + timeout
-        while (status := self._zygote.status(self.pid)) is None:
-            if time.monotonic() > deadline:
-                self.send(signal.SIGKILL)
-                raise TimeoutError(f"still running after {timeout:.0f} s:\n{self.said}")
-            time.sleep(_POLL_SECONDS)
+        try:
+            wait_until(lambda: not self.runs, lambda: f"still running after {PATIENCE:.0f} s:\n{self.said}")
+        except TimeoutError:
+            self.send(signal.SIGKILL)
+            raise
+        status = self._zygote.status(self.pid)
+        assert status is not None
         return Ended(status, self.said)
 
 
@@ -162,9 +166,9 @@ class Zygote:
         pid, self._pid = self._pid, None
         return Running(self, pid, output)
 
-    def run(self, *arguments: object, timeout: float = 120, **more: Any) -> Ended:
+    def run(self, *arguments: object, **more: Any) -> Ended:
         """Run `dpo` to its end."""
-        return self.start(*arguments, **more).wait(timeout)
+        return self.start(*arguments, **more).wait()
 
     def status(self, pid: int) -> int | None:
         """Return how a run ended, or None."""
@@ -176,7 +180,7 @@ class Zygote:
         """End the process that forks; runs under way are killed."""
         self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        self._process.wait(timeout=30)
+        self._process.wait(timeout=PATIENCE)
 
     def _read(self) -> None:
         """Take one answer: the process that was forked, or one that ended."""

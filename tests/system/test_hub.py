@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source
 from dpo_cli.modeling.model_names import check_model
 from tests.conftest import dpo_command
+from tests.waiting import PATIENCE
 
 NOT_ON_THE_HUB = ["./some/name", "./name", "../name", "/name", "~/name", "~name", ".name/other", "here/name"]
 
@@ -72,11 +72,37 @@ def hub() -> Iterator[type[Hub]]:
         server.shutdown()
 
 
-def run(*arguments: object, address: str, cache: Path) -> subprocess.CompletedProcess[str]:
+SITE = """
+import time
+real = time.sleep
+def sleep(seconds):
+    with open({file!r}, "a") as file:
+        file.write(f"{{seconds}}\\n")
+    real(seconds)
+time.sleep = sleep
+"""
+"""Writes down how long a program sleeps, which a slow machine does not change: before it tries again, say."""
+
+
+@pytest.fixture
+def slept(tmp_path) -> Path:
+    """Return the file that `run` writes all sleeps of a program into."""
+    file = tmp_path / "site" / "slept"
+    file.parent.mkdir()
+    file.touch()
+    (file.parent / "sitecustomize.py").write_text(SITE.format(file=str(file)))
+    return file
+
+
+def run(*arguments: object, address: str, cache: Path, slept: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the program where the Hub stands at an address; no proxy is asked for it."""
     told = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     told |= {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": address, "HF_HOME": str(cache)}
-    return subprocess.run(dpo_command(*arguments), env=told, capture_output=True, text=True, timeout=120, check=False)
+    if slept:
+        told["PYTHONPATH"] = os.pathsep.join(filter(None, [str(slept.parent), told.get("PYTHONPATH")]))
+    return subprocess.run(
+        dpo_command(*arguments), env=told, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,17 +118,15 @@ def run(*arguments: object, address: str, cache: Path) -> subprocess.CompletedPr
     ids=" ".join,
 )
 @pytest.mark.parametrize("there", [True, False], ids=["it has none", "it is not there"])
-def test_what_is_not_available_is_an_error_at_once(write_config, tmp_path, hub, arguments, there):
+def test_what_is_not_available_is_an_error_at_once(write_config, tmp_path, hub, slept, arguments, there):
     address = hub.address if there else "http://127.0.0.1:9"
     command, *rest = arguments
-    started = time.monotonic()
-    result = run(command, "--config", write_config(), *rest, address=address, cache=tmp_path / "hf")
-    took = time.monotonic() - started
+    result = run(command, "--config", write_config(), *rest, address=address, cache=tmp_path / "hf", slept=slept)
     assert result.returncode == 2, result.stderr
     assert "`some/name` cannot be loaded" in result.stderr
     assert "Retrying" not in result.stderr
     assert "prepar" not in result.stderr.replace("prepare-data", "")
-    assert took < 15
+    assert sum(map(float, slept.read_text().split())) < 1
     if there:
         assert len([path for path in hub.asked if "some/name" in path]) == 1
         assert result.stderr.count("error: ") == 1 + ("other/name" in arguments)

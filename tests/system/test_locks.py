@@ -9,25 +9,28 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import threading
 
 import pytest
 
 from dpo_cli.errors import UserError
 from dpo_cli.system.locks import Locked, lock_beside, locked
+from tests.waiting import PATIENCE
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from dpo_cli.system.locks import locked
 with locked(Path(sys.argv[1]), "testing"):
     print("held", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.read()
 """
+"""Holds a lock until its standard input is closed."""
 
 
-def hold(path, seconds):
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path), str(seconds)], stdout=subprocess.PIPE, text=True)
+def hold(path):
+    command = [sys.executable, "-c", HOLD, str(path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -50,25 +53,29 @@ def test_what_else_came_into_the_folder_stays(path, tmp_path):
 
 
 def test_a_held_lock_is_refused_and_its_holder_named(path):
-    with hold(path, 60) as process:
+    with hold(path) as process:
         with pytest.raises(Locked, match=f"process {process.pid} on "), locked(path, "testing"):
             pass
         assert path.is_file()
-        process.kill()
 
 
 def test_a_held_lock_is_waited_for_and_said_once(path):
     said = []
-    with hold(path, 1.0) as process, locked(path, "testing", said.append):
-        assert process.wait(timeout=10) == 0
+    with hold(path) as process:
+
+        def release(holder):
+            said.append(holder)
+            threading.Timer(1, process.stdin.close).start()
+
+        with locked(path, "testing", release):
+            assert process.wait(timeout=PATIENCE) == 0
     assert len(said) == 1
     assert f"process {process.pid} on " in said[0]
 
 
 def test_what_a_killed_process_left_does_no_harm(path):
-    process = hold(path, 60)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with hold(path) as process:
+        process.kill()
     assert path.is_file()
     with locked(path, "testing"):
         pass
@@ -77,10 +84,13 @@ def test_what_a_killed_process_left_does_no_harm(path):
 
 def test_a_lock_file_that_was_removed_meanwhile_protects_nobody_and_is_not_believed(path):
     """Whoever waited on a file that its holder removed takes the one that stands there now."""
-    with hold(path, 0.5), hold(lock_beside(path), 0), locked(path, "testing", lambda holder: None):
-        assert path.is_file()
-        with pytest.raises(Locked), locked(path, "testing"):
+    with hold(path) as process:
+        with hold(lock_beside(path)):
             pass
+        with locked(path, "testing", lambda holder: process.stdin.close()):
+            assert path.is_file()
+            with pytest.raises(Locked), locked(path, "testing"):
+                pass
 
 
 def test_many_processes_take_turns(tmp_path):
@@ -98,19 +108,18 @@ for _ in range(5):
 """
     (tmp_path / "count").write_text("0")
     processes = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)]) for _ in range(4)]
-    assert [process.wait(timeout=60) for process in processes] == [0] * 4
+    assert [process.wait(timeout=PATIENCE) for process in processes] == [0] * 4
     assert (tmp_path / "count").read_text() == "20"
 
 
 def test_an_interrupted_wait_ends_at_once(path):
-    with hold(path, 60) as process:
-        signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        signal.setitimer(signal.ITIMER_REAL, 0.3)
-        started = time.monotonic()
-        with pytest.raises(KeyboardInterrupt), locked(path, "testing", lambda holder: None):
+    def interrupt_soon(holder):
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with hold(path) as process:
+        with pytest.raises(KeyboardInterrupt), locked(path, "testing", interrupt_soon):
             pass
-        assert time.monotonic() - started < 10
-        process.kill()
+        assert process.poll() is None
 
 
 def test_a_disk_that_refuses_the_lock_is_an_error_that_says_what_it_was_for(tmp_path):
@@ -134,7 +143,7 @@ def test_a_file_system_without_locks_is_named_in_a_warning(path, monkeypatch, ca
 def test_the_lock_file_of_one_that_came_after_the_folder_was_removed_is_left_alone(path):
     with locked(path, "testing"):
         shutil.rmtree(path.parent)
-        process = hold(path, 60)
+        process = hold(path)
     assert path.is_file()
     with pytest.raises(Locked), locked(path, "testing"):
         pass

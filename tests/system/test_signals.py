@@ -5,12 +5,12 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 
 import pytest
 
 from dpo_cli.system.signals import Interrupted, StopSignals
+from tests.waiting import PATIENCE, wait_until
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_ctrl_c_is_answered_in_the_middle_of_a_long_step_and_another_ends_it(bus
     promise = answered(busy, signal.SIGINT)
     assert promise == "stopping after this step; press Ctrl-C again to stop at once and lose 7 steps"
     assert answered(busy, signal.SIGINT) == "stopped by SIGINT"
-    assert busy.wait(timeout=20) == 130
+    assert busy.wait(timeout=PATIENCE) == 130
 
 
 @pytest.mark.parametrize("busy", ["deferred"], indirect=True)
@@ -104,14 +104,14 @@ def test_other_signals_are_named_and_one_that_comes_twice_ends_nothing(busy, num
     with pytest.raises(subprocess.TimeoutExpired):
         busy.wait(timeout=1.5)
     assert answered(busy, signal.SIGINT) == "stopped by SIGINT"
-    assert busy.wait(timeout=20) == 130
+    assert busy.wait(timeout=PATIENCE) == 130
 
 
 @pytest.mark.parametrize("busy", ["at once"], indirect=True)
 def test_where_it_cannot_stop_at_once_it_says_so(busy):
     assert answered(busy, signal.SIGINT) == "SIGINT received: stopping; Ctrl-C ends the program at once"
     assert answered(busy, signal.SIGINT) == "stopped by SIGINT"
-    assert busy.wait(timeout=20) == 130
+    assert busy.wait(timeout=PATIENCE) == 130
 
 
 def test_what_is_at_hand_and_how_much_is_unsaved_are_said():
@@ -120,9 +120,7 @@ def test_what_is_at_hand_and_how_much_is_unsaved_are_said():
         signals.unsaved = lambda: 1
         with signals.during("this evaluation"):
             signal.raise_signal(signal.SIGINT)
-            until = time.monotonic() + 5
-            while not said and time.monotonic() < until:
-                time.sleep(0.01)
+            wait_until(lambda: said, lambda: "nothing is said")
     assert said == [("stopping after this evaluation; press Ctrl-C again to stop at once and lose 1 step", False)]
 
 
