@@ -68,8 +68,16 @@ def test_every_make_target_that_is_named_exists():
     assert named <= targets
 
 
-def test_every_link_to_a_file_leads_somewhere():
+def test_every_link_to_a_file_or_a_heading_leads_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+        for name, _, heading in re.findall(r"\]\(([^)#:]*)(#([^)]+))?\)", page.read_text(encoding="utf-8")):
+            target = page.parent / name if name else page
+            assert target.exists(), f"{page.name} links to {name}"
+            if heading:
+                assert heading in _anchors(target), f"{page.name} links to {name}#{heading}"
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return what links call the headings of a page: lower case, hyphens for spaces, no punctuation."""
+    headings = re.findall(r"^#+ +(.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
