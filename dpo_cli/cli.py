@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dpo_cli import __version__
+import dpo_cli
 from dpo_cli.command_line import Command, Program, expanded, expanded_path, split_arguments
 from dpo_cli.errors import UserError, raise_all
 from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
@@ -93,7 +93,7 @@ def init(
     quiet: Quiet = False,
 ) -> None:
     """Write a configuration that fits a model and data."""
-    from dpo_cli.pipeline import init as write
+    from dpo_cli.pipeline.init import init as write
 
     with _job(quiet=quiet) as (console, _):
         write(console, model=model, data=data, out=out)
@@ -121,17 +121,10 @@ def prepare_data(
 ) -> None:
     """Read, check and tokenize the pairs; report on them."""
     from dpo_cli.config import load_config
-    from dpo_cli.pipeline import prepare
 
     with _job(quiet=quiet) as (console, _):
-        prepare(
-            load_config(*split_arguments(config, arguments or ())),
-            console,
-            out=out,
-            report=report,
-            strict=strict,
-            show=show,
-        )
+        settings = load_config(*split_arguments(config, arguments or ()))
+        dpo_cli.prepare(settings, out=out, report=report, strict=strict, show=show, console=console)
 
 
 @app.command(
@@ -154,7 +147,6 @@ def train(
 ) -> None:
     """Train a policy on preference pairs."""
     from dpo_cli.config import load_config
-    from dpo_cli.pipeline import train as run
     from dpo_cli.training.run_folder import RunFolder
 
     with _job(quiet=quiet) as (console, signals):
@@ -166,7 +158,9 @@ def train(
         settings = load_config(file, overrides)
         if resume and not any(text.startswith("output_dir=") for text in overrides):
             RunFolder(Path(settings.output_dir)).check_moved(file)
-        run(settings, console, signals, resume=resume, overwrite=overwrite, dry_run=dry_run, extend=extend)
+        how = {"resume": resume, "overwrite": overwrite, "extend": extend, "dry_run": dry_run}
+        for _ in dpo_cli.train(settings, **how, console=console, signals=signals):
+            pass
 
 
 @app.command(
@@ -193,11 +187,10 @@ def evaluate(
 ) -> None:
     """Score held-out pairs against the reference."""
     from dpo_cli.config import load_config
-    from dpo_cli.pipeline import evaluate as run
 
     with _job(quiet=quiet) as (console, _):
         settings = load_config(*split_arguments(config, arguments or ()))
-        run(settings, console, model=model, data=data, json_file=json_file)
+        dpo_cli.evaluate(settings, model=model, data=data, json_file=json_file, console=console)
 
 
 @config_app.command(cls=Command)
@@ -219,7 +212,7 @@ def schema() -> None:
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version:
-        typer.echo(f"dpo {__version__}")
+        typer.echo(f"dpo {dpo_cli.__version__}")
         raise typer.Exit()
 
 

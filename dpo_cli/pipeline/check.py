@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_cli.config import Config
+from dpo_cli.data.checkup.endings import end_tokens
+from dpo_cli.data.checkup.examination import examine
+from dpo_cli.data.checkup.report import Report
 from dpo_cli.data.pairs.sources import as_sources
+from dpo_cli.data.prepared.folder import PreparedPairs, default_folder, is_prepared
 from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.modeling.loading import generation_config
 from dpo_cli.pipeline.setup import RunData, shown_counts
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.data_check import findings
+from dpo_cli.reporting.pages.data import data_page
 from dpo_cli.reporting.safe_text import as_json
-from dpo_cli.system.storage import why_no_folder, write_text
-
-if TYPE_CHECKING:
-    from dpo_cli.data.checkup.report import Report
-    from dpo_cli.data.prepared.folder import PreparedPairs
+from dpo_cli.system.storage import write_text
 
 JSON, PAGE = "report.json", "report.html"
 
 
 def check(config: Config, data: RunData, tokenizer: Any) -> Report:
     """Examine the data of a run."""
-    from dpo_cli.data.checkup.endings import end_tokens
-    from dpo_cli.data.checkup.examination import examine
-    from dpo_cli.modeling.loading import generation_config
-
     return examine(
         data.pairs,
         data.train,
@@ -52,8 +50,6 @@ def write_check(report: Report, folder: Path) -> None:
     Raises:
         UserError: The folder cannot be written to.
     """
-    from dpo_cli.reporting.pages.data import data_page
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / JSON, as_json(report.as_json()))
@@ -62,18 +58,8 @@ def write_check(report: Report, folder: Path) -> None:
         raise from_os_error(error, "writing the report", str(folder)) from error
 
 
-def check_report_folder(folder: Path | None) -> list[UserError]:
-    """Say why a report cannot be kept in a folder, if so."""
-    if folder is None or (obstacle := why_no_folder(folder)) is None:
-        return []
-    what = f"the folder of the report cannot be made: {obstacle}"
-    return [UserError(what, f"--report {folder}", "choose another with --report")]
-
-
 def default_report_folder(config: Config, pairs: PreparedPairs, out: Path | None) -> Path:
     """Return the folder beside the prepared training pairs in which their report is kept."""
-    from dpo_cli.data.prepared.folder import default_folder, is_prepared
-
     first = as_sources(config.data.train)[0].path
     prepared = Path(first) if is_prepared(first) else out or default_folder(pairs.manifest["fingerprint"])
     prepared = prepared.resolve()

@@ -5,66 +5,61 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from dpo_cli.config import Config
-from dpo_cli.data.pairs.sources import as_sources, check_source, describe
+from dpo_cli.data.checkup.comparison import without_copies
+from dpo_cli.data.pairs.sources import as_sources, describe
+from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.records import LABELS
-from dpo_cli.errors import UserError, from_os_error, raise_all
+from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.evaluation.evaluate import PairResult
+from dpo_cli.evaluation.evaluate import evaluate as score
+from dpo_cli.evaluation.statistics import figures_by
+from dpo_cli.modeling.batch import Batches, Layout
+from dpo_cli.modeling.loading import check_same_tokens, load_policy
+from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import choose_layout, prove_logps, wanted_tokens, without_gradient
 from dpo_cli.pipeline.plan import described_loss
+from dpo_cli.preference.reference import NoReference, OpenReference
+from dpo_cli.preference.reference_work import ReferenceWork, reference_model
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console
 from dpo_cli.reporting.tables import figures_table, groups_table
-from dpo_cli.settings import located
-from dpo_cli.system.storage import MANIFEST, DamagedFolder, verify
+from dpo_cli.system.storage import write_text
+from dpo_cli.training.checks import check_columns, check_fits
+from dpo_cli.training.ranks import watched
 from dpo_cli.training.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    import numpy as np
-    from accelerate import Accelerator
-    from numpy.typing import NDArray
 
-    from dpo_cli.data.prepared.folder import PreparedPairs
-    from dpo_cli.evaluation.evaluate import PairResult
-    from dpo_cli.modeling.batch import Layout
-    from dpo_cli.preference.reference import OpenReference
-
-
-def evaluate(config: Config, console: Console, *, model: str | None, data: str | None, json_file: Path | None) -> None:
-    """Score a model on held-out pairs and print the figures.
+def evaluate(
+    config: Config, console: Console, *, model: str, data: str | None, json_file: Path | None
+) -> dict[str, Any]:
+    """Score a model on held-out pairs, print the figures and return them.
 
     Args:
         config: The run's configuration; it names the reference, the loss and the held-out pairs.
         console: Where the table goes.
-        model: What to score: a folder, a .gguf file or a Hub id; None: the run's trained model.
+        model: What to score: a folder, a .gguf file or a Hub id.
         data: Pairs to score, all of them; None: what the configuration holds out.
         json_file: Where to write the figures; `-`: standard output, in place of the table; or None.
 
     Raises:
         UserError: Something is wrong that the user can fix.
     """
-    scored = model or str(RunFolder(Path(config.output_dir)).final)
-    raise_all(_check(config, scored, model, data, json_file))
-    console.notice("loading …")
-    setup.look_up_on_hub(config, model=model, data=data)
-    from dpo_cli.training.ranks import watched
-
     accelerator = setup.start_accelerator(config)
     with watched(accelerator, config.training.rank_timeout):
-        _score(config, console, accelerator, scored, data, json_file)
+        return _score(config, console, accelerator, model, data, json_file)
 
 
 def _score(
     config: Config, console: Console, accelerator: Accelerator, scored: str, data: str | None, json_file: Path | None
-) -> None:
+) -> dict[str, Any]:
     """Score what was named, and show and write what was found."""
-    from dpo_cli.evaluation.evaluate import evaluate as score
-    from dpo_cli.modeling.batch import Batches
-    from dpo_cli.modeling.loading import check_same_tokens, load_policy
-    from dpo_cli.modeling.scorer import Scorer
-    from dpo_cli.training.checks import check_columns, check_fits
-
     with accelerator.main_process_first():
         # Where there is a run, its prompts are as they were on its first day.
         day = RunFolder(Path(config.output_dir)).first_day()
@@ -96,11 +91,12 @@ def _score(
     }
     if json_file == STANDARD_OUTPUT:
         console.result(json.dumps(found, indent=1))
-        return
+        return found
     _show(config, found, console)
     if json_file and accelerator.is_main_process:
         _write(json_file, found)
         console.notice(f"figures written: {json_file}")
+    return found
 
 
 def _show(config: Config, found: dict[str, Any], console: Console) -> None:
@@ -121,51 +117,10 @@ def _show(config: Config, found: dict[str, Any], console: Console) -> None:
             console.result(groups_table(label, groups))
 
 
-def _check(config: Config, scored: str, model: str | None, data: str | None, json_file: Path | None) -> list[UserError]:
-    """Find what is missing before anything slow is imported."""
-    from dpo_cli.modeling.model_names import check_model
-
-    problems = setup.check_inputs(config, needs_train=data is None)
-    if model is None and not Path(scored).is_dir():
-        hint = "train first, or name a model with --model"
-        problems.append(
-            UserError(f"the run has no trained model yet: there is no folder {located(scored)}", "`output_dir`", hint)
-        )
-    elif problem := check_model(scored, "--model", config.model.trust):
-        problems.append(problem)
-    elif model is None or (Path(scored) / MANIFEST).is_file():
-        try:
-            verify(Path(scored))
-        except DamagedFolder as damage:
-            hint = "score another checkpoint, or train again"
-            problems.append(UserError(f"the model is damaged: {damage}", scored, hint))
-    problems += [problem for source in as_sources(data) if (problem := check_source(source, "--data"))]
-    if data is None and config.data.eval is None:
-        hint = "set `data.eval`, or name pairs with --data"
-        problems.append(UserError("the configuration holds no pairs out", "`data.eval`", hint))
-    if json_file is None or json_file == STANDARD_OUTPUT:
-        return problems
-    if json_file.is_dir():
-        problems.append(UserError("the JSON file is a folder", f"--json {json_file}", "name a file in it"))
-    elif not json_file.parent.is_dir():
-        problems.append(
-            UserError(
-                f"there is no folder {located(json_file.parent)} for the JSON file", f"--json {json_file}", "create it"
-            )
-        )
-    return problems
-
-
 def _open_reference(
     config: Config, pairs: PreparedPairs, held_out: NDArray[np.int64], accelerator: Accelerator, console: Console
 ) -> tuple[OpenReference, Layout | None]:
     """Open the reference that the run began with; return it, and the layout of a model that is asked batch by batch."""
-    from dpo_cli.modeling.batch import Batches
-    from dpo_cli.modeling.loading import load_policy
-    from dpo_cli.preference.reference import NoReference
-    from dpo_cli.preference.reference_work import ReferenceWork, reference_model
-    from dpo_cli.training.checks import check_fits
-
     if isinstance(config.reference, NoReference):
         return config.reference.open(), None
     base = load_policy(config.model.name, config.model.trust).to(accelerator.device)
@@ -184,10 +139,6 @@ def _open_reference(
 
 def _held_out(config: Config, data: str | None, tokenize: Any, console: Console) -> tuple[Any, Any, str]:
     """Return pairs, the indices to score, and what they are called."""
-    import numpy as np
-
-    from dpo_cli.data.checkup.comparison import without_copies
-
     if data is not None:
         pairs = setup.prepared_pairs(config, as_sources(data), tokenize, console)
         return pairs, without_copies(pairs, np.arange(len(pairs))), data
@@ -202,8 +153,6 @@ def _held_out(config: Config, data: str | None, tokenize: Any, console: Console)
 
 def _by_label(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, Any]:
     """Return the figures of the pairs of each source and of each category, where the data tells several."""
-    from dpo_cli.evaluation.statistics import figures_by
-
     found = {
         f"by_{name}": figures_by(results, [pairs.label(name, result.index) for result in results]) for name in LABELS
     }
@@ -211,7 +160,6 @@ def _by_label(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, 
 
 
 def _write(file: Path, found: dict[str, Any]) -> None:
-    from dpo_cli.system.storage import write_text
 
     text = json.dumps(found, indent=1) + "\n"
     try:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from dpo_cli.config import Config
+from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import UserError
+from dpo_cli.training.checkpoints import newest_step
+from dpo_cli.training.optimizer import rate_factor
 from dpo_cli.training.run_folder import RunFolder, RunState
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from dpo_cli.data.prepared.step_plan import Plan
 
 
 def check_length(config: Config, folder: RunFolder, plan: Plan, *, extend: bool) -> str | None:
@@ -30,9 +28,6 @@ def check_length(config: Config, folder: RunFolder, plan: Plan, *, extend: bool)
     Raises:
         UserError: It would have fewer steps; or it has no checkpoint to be extended from; or `extend` is needed.
     """
-    from dpo_cli.training.checkpoints import newest_step
-    from dpo_cli.training.optimizer import rate_factor
-
     length, done = folder.recorded_length(), newest_step(folder.checkpoints)
     finished = folder.state() is RunState.FINISHED
     if length is None or not (done or finished):

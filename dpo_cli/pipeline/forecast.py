@@ -7,21 +7,21 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from dpo_cli.config import Config
+from dpo_cli.data.prepared.step_plan import MicroBatch, Plan
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.pace import measure_pace, measured_layers
+from dpo_cli.modeling.proof import REFUSALS
 from dpo_cli.pipeline.passes import STEPS_LOOKED_AT
+from dpo_cli.pipeline.setup import RunData
 from dpo_cli.reporting.console import Console, gib
 from dpo_cli.reporting.progress import clock
+from dpo_cli.training.optimizer import optimizer, state_bytes
 from dpo_cli.training.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import PreTrainedModel
-
-    from dpo_cli.data.prepared.step_plan import MicroBatch, Plan
-    from dpo_cli.modeling.batch import Batches
-    from dpo_cli.pipeline.setup import RunData
 
 _TOKENS_ON_CPU = 512
 """The most tokens that are measured on a CPU, where a pass of so many is as fast by the token as a larger one."""
@@ -58,8 +58,6 @@ class DiskNeed:
 
 def disk_need(config: Config, folder: RunFolder, plan: Plan, policy: PreTrainedModel) -> DiskNeed:
     """Count what a run writes, and look at what is free for it; the policy's weights may be missing."""
-    from dpo_cli.training.optimizer import state_bytes
-
     saving, weights = config.checkpoints, sum(parameter.nbytes for parameter in policy.parameters())
     checkpoint = weights + state_bytes(config.training.optimizer, policy)
     if config.reference.type == "synced":
@@ -100,10 +98,6 @@ def time_rows(
         accelerator: Knows device, precision and ranks.
         done: Steps that were taken before.
     """
-    from dpo_cli.modeling.pace import measure_pace, measured_layers
-    from dpo_cli.modeling.proof import REFUSALS
-    from dpo_cli.training.optimizer import optimizer
-
     training = config.training
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     looked_at = list(itertools.islice(plan.steps(batches.cut, done, rank, num_ranks), STEPS_LOOKED_AT))
@@ -151,8 +145,6 @@ def time_rows(
 
 def _typical(batches: Batches, cuts: Iterable[MicroBatch]) -> MicroBatch:
     """Return a micro-batch of median size; on a CPU only the first of its pairs where it is large."""
-    from dpo_cli.data.prepared.step_plan import MicroBatch
-
     sizes, count = batches.pairs.sizes, batches.layout.tokens
     ordered = sorted(cuts, key=lambda cut: count(sizes, cut.pairs))
     pairs = ordered[len(ordered) // 2].pairs

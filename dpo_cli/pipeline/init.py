@@ -10,15 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_cli.config.inputs import check_new_file
 from dpo_cli.config.schema import TrainingSettings
-from dpo_cli.data.pairs.sources import Source, as_sources, check_source, read_rows
-from dpo_cli.errors import UserError, from_os_error, raise_all
+from dpo_cli.data.pairs.sources import Source, as_sources, read_rows
+from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.model_files import most_tokens
-from dpo_cli.modeling.model_names import check_model
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console
-from dpo_cli.settings import escape_path, located
+from dpo_cli.settings import escape_path
 from dpo_cli.system import plain_yaml
-from dpo_cli.system.storage import MANIFEST
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,22 +129,7 @@ def init(console: Console, *, model: str | None, data: str | None, out: Path) ->
     Raises:
         UserError: The file exists or cannot be written; the model or the data cannot be read.
     """
-    problems = (
-        [UserError(f"{located(out)} exists already", "--out", "choose another file")]
-        if out != STANDARD_OUTPUT and out.exists()
-        else []
-    )
-    if not out.parent.is_dir():
-        problems.append(UserError(f"there is no folder {located(out.parent)}", "--out", "create it"))
-    if model is not None and (problem := check_model(model, "--model")):
-        problems.append(problem)
-    for source in as_sources(data):
-        if problem := check_source(source, "--data"):
-            problems.append(problem)
-        elif (Path(source.path) / MANIFEST).is_file():
-            hint = "name the data that it was prepared from"
-            problems.append(UserError(f"`{source.path}` is a prepared folder", "--data", hint))
-    raise_all(problems)
+    check_new_file(out, model, data)
     console.notice(
         "looking at the model and the data …" if model or data else "writing placeholders: no model, no data"
     )

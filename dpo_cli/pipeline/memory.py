@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
 
 from dpo_cli.config import Config
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.memory import MemoryEstimate, free_bytes
+from dpo_cli.preference.reference import Cached
 from dpo_cli.reporting.console import gib
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import PreTrainedModel
-
-    from dpo_cli.modeling.memory import MemoryEstimate
+from dpo_cli.training.optimizer import state_bytes
 
 
 def without_passes(
     config: Config, model: PreTrainedModel, accelerator: Accelerator, program_bytes: int
 ) -> MemoryEstimate:
     """Estimate what a run takes whatever its pairs are: without activations and logits."""
-    from dpo_cli.modeling.memory import MemoryEstimate
-    from dpo_cli.training.optimizer import state_bytes
-
     weights = sum(parameter.nbytes for parameter in model.parameters())
     on_cpu = accelerator.device.type == "cpu"
     state = state_bytes(config.training.optimizer, model)
@@ -53,7 +49,6 @@ def check_memory(config: Config, model: PreTrainedModel, accelerator: Accelerato
     Raises:
         UserError: It does not fit; it names the parts, and what would fit.
     """
-    from dpo_cli.modeling.memory import free_bytes
 
     def needed(config: Config) -> tuple[int, dict[str, int]]:
         memory = without_passes(config, model, accelerator, program_bytes)
@@ -81,8 +76,6 @@ def check_memory(config: Config, model: PreTrainedModel, accelerator: Accelerato
 
 def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
     """Yield settings that take less memory, each with the configuration that has it and all before."""
-    from dpo_cli.preference.reference import Cached
-
     if config.checkpoints.background:
         config = config.model_copy(update={"checkpoints": config.checkpoints.model_copy(update={"background": False})})
         yield "checkpoints.background: false", config

@@ -6,25 +6,29 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from dpo_cli.config import Config
+from dpo_cli.data.prepared.folder import PreparedPairs
+from dpo_cli.data.prepared.step_plan import MicroBatch, Plan, largest
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
+from dpo_cli.modeling.attention import CannotPack
+from dpo_cli.modeling.batch import LAYOUTS, Batches, Layout, PairBatch
+from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes
+from dpo_cli.modeling.proof import REFUSALS, prove
+from dpo_cli.modeling.scorer import Scorer
+from dpo_cli.modeling.speed import enough_tokens
 from dpo_cli.pipeline.memory import without_passes
+from dpo_cli.pipeline.setup import RunData
 from dpo_cli.reporting.console import Console, gib
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from accelerate import Accelerator
-    from numpy.typing import NDArray
-    from transformers import PreTrainedModel
-
-    from dpo_cli.data.prepared.folder import PreparedPairs
-    from dpo_cli.data.prepared.step_plan import Plan
-    from dpo_cli.modeling.batch import Batches, Layout, PairBatch
-    from dpo_cli.modeling.memory import MemoryEstimate
-    from dpo_cli.pipeline.setup import RunData
+from dpo_cli.training.checks import check_logps
 
 SHARE_OF_FREE = 0.8
 """How much of the free memory `micro_batch_tokens: auto` lets a run take."""
@@ -59,10 +63,6 @@ def settle_passes(
     Returns:
         The configuration in which the tokens are settled, and the batches.
     """
-    import numpy as np
-
-    from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
-
     policy = models[0]
 
     def settle(layout: Layout) -> tuple[Batches, MemoryEstimate]:
@@ -111,11 +111,6 @@ def choose_layout(
     Raises:
         UserError: The packed layout was asked for by name and is not exact.
     """
-    from accelerate.utils import gather_object
-
-    from dpo_cli.modeling.batch import LAYOUTS
-    from dpo_cli.modeling.proof import prove
-
     wanted = config.training.layout
     if wanted == "padded":
         return LAYOUTS[wanted]
@@ -155,11 +150,6 @@ def expected_layout(config: Config, model: PreTrainedModel, pairs: PreparedPairs
     Raises:
         UserError: The packed layout was asked for by name and the model refuses it.
     """
-    from dpo_cli.modeling.attention import CannotPack
-    from dpo_cli.modeling.batch import LAYOUTS
-    from dpo_cli.modeling.memory import activation_bytes
-    from dpo_cli.modeling.proof import REFUSALS
-
     wanted, packed = config.training.layout, LAYOUTS["packed"]
     if wanted == "padded":
         return LAYOUTS[wanted]
@@ -203,11 +193,6 @@ def settle_tokens(
     Returns:
         The batches under that number, the same on all ranks, and the estimate.
     """
-    from accelerate.utils import gather_object
-
-    from dpo_cli.modeling.batch import Batches
-    from dpo_cli.modeling.memory import free_bytes
-
     device = accelerator.device
 
     def with_budget(num_tokens: int) -> tuple[Batches, MemoryEstimate]:
@@ -240,25 +225,16 @@ def prove_logps(model: PreTrainedModel, batches: Batches, indices: NDArray[np.in
     Raises:
         UserError: They are not, or not finite.
     """
-    from dpo_cli.modeling.scorer import Scorer
-    from dpo_cli.training.checks import check_logps
-
     return check_logps(Scorer(model), shortest_pair(batches, indices), accelerator)
 
 
 def shortest_pair(batches: Batches, indices: NDArray[np.int64]) -> PairBatch:
     """Return the shortest of some pairs: what holds of all of them is proved on it in the least time."""
-    from dpo_cli.data.prepared.step_plan import MicroBatch
-
     return batches(MicroBatch((int(indices[batches.pairs.sizes.longest[indices].argmin()]),)))
 
 
 def wanted_tokens(config: Config, model: PreTrainedModel, accelerator: Accelerator) -> int:
     """Return the tokens of a forward pass that are asked for; `auto`: as many as still gain speed."""
-    from accelerate.utils import broadcast_object_list
-
-    from dpo_cli.modeling.speed import enough_tokens
-
     asked = config.training.micro_batch_tokens
     if asked != "auto":
         return asked
@@ -276,12 +252,6 @@ def estimate(
     program_bytes: int,
 ) -> MemoryEstimate:
     """Estimate a run's memory by its largest micro-batch, found among its first steps and its longest pair."""
-    import torch
-
-    from dpo_cli.data.prepared.step_plan import MicroBatch, largest
-    from dpo_cli.modeling.memory import activation_bytes, logits_bytes
-    from dpo_cli.modeling.proof import REFUSALS
-
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     steps = list(itertools.islice(plan.steps(batches.cut, 0, rank, num_ranks), STEPS_LOOKED_AT))
     cuts = [cut for step in steps for cut in step.micro_batches]
@@ -319,8 +289,6 @@ def _facts(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:
 
 def compute_dtype(accelerator: Accelerator) -> torch.dtype:
     """Return what is computed in."""
-    import torch
-
     return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
 
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+from accelerate import Accelerator
+from rich.table import Table
+from transformers import PreTrainedModel
 
 from dpo_cli.config import Config
+from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import compute_dtype
 from dpo_cli.reporting.console import Console, gib
 from dpo_cli.settings import Settings
+from dpo_cli.training.optimizer import warmup_steps
 from dpo_cli.training.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import PreTrainedModel
-
-    from dpo_cli.data.prepared.step_plan import Plan
-    from dpo_cli.modeling.batch import Batches
-    from dpo_cli.modeling.memory import MemoryEstimate
 
 
 def make_plan(config: Config, data: setup.RunData) -> Plan:
@@ -29,8 +28,6 @@ def make_plan(config: Config, data: setup.RunData) -> Plan:
         UserError: `training.max_steps`, or the first move of a reference, lies behind what the epochs give, and so
             has no effect.
     """
-    from dpo_cli.data.prepared.step_plan import Plan
-
     training = config.training
     plan = Plan(
         indices=data.train,
@@ -87,8 +84,6 @@ def _steps(plan: Plan) -> str:
 
 def _schedule(config: Config, plan: Plan) -> str:
     """Say how the learning rate goes."""
-    from dpo_cli.training.optimizer import warmup_steps
-
     num_steps = warmup_steps(config.training.warmup_ratio, plan.num_steps)
     return config.training.schedule + (f", warm-up until step {num_steps:,}" if num_steps else "")
 
@@ -154,8 +149,6 @@ def print_plan(
         takes: What it takes beside memory.
         console: Takes the plan.
     """
-    from rich.table import Table
-
     table = Table(box=None, pad_edge=False, show_header=False)
     asked = config.training.layout
     proviso = ", if it proves exact" if asked == "auto" and batches.layout.name == "packed" else ""

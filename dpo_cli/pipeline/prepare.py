@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_cli.config import Config
+from dpo_cli.config.inputs import held_out_sources
+from dpo_cli.data.checkup.report import Report
 from dpo_cli.data.pairs.sources import as_sources
-from dpo_cli.errors import raise_all
+from dpo_cli.data.prepared.folder import PreparedPairs
+from dpo_cli.data.records import Gaps
 from dpo_cli.pipeline.check import (
     PAGE,
     check,
-    check_report_folder,
     default_report_folder,
     refuse_grave,
     show_check,
     write_check,
 )
 from dpo_cli.pipeline.setup import (
-    check_inputs,
-    held_out_sources,
     load_tokenizer,
-    look_up_on_hub,
     prepared_pairs,
     split,
     tell_day,
@@ -30,14 +29,10 @@ from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.data_check import PathLine, Wrapped, reading
 from dpo_cli.reporting.tables import marked_pair
 
-if TYPE_CHECKING:
-    from dpo_cli.data.prepared.folder import PreparedPairs
-    from dpo_cli.data.records import Gaps
-
 
 def prepare(
     config: Config, console: Console, *, out: Path | None, report: Path | None, strict: bool, show: int
-) -> None:
+) -> Report:
     """Prepare the training pairs and, where they have a source of their own, the held-out pairs; check them all.
 
     Args:
@@ -51,8 +46,6 @@ def prepare(
     Raises:
         UserError: Something is wrong that the user can fix.
     """
-    raise_all([*check_inputs(config), *check_report_folder(report)])
-    look_up_on_hub(config)
     tokenizer, tokenize = load_tokenizer(config, config.model.name)
     tell_day(tokenize, console)
     assert config.data.train is not None
@@ -73,6 +66,7 @@ def prepare(
     console.result(PathLine("report", folder / PAGE))
     if strict:
         refuse_grave(found, str(folder))
+    return found
 
 
 def _show(pairs: PreparedPairs, tokenizer: Any, count: int, console: Console) -> None:

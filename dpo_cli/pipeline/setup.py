@@ -6,106 +6,36 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from numpy.typing import NDArray
+from transformers.utils import logging as hf_logging
 
 from dpo_cli.config import Config
-from dpo_cli.data.pairs.sources import as_sources, check_source, describe, look_up_source, paths_of
-from dpo_cli.errors import FAILED, UserError, raise_all
-from dpo_cli.modeling.model_names import check_model, look_up_model, names_hub_model
+from dpo_cli.config.inputs import held_out_sources, is_file, no_template
+from dpo_cli.data.checkup.comparison import drops, without_copies
+from dpo_cli.data.checkup.endings import set_end
+from dpo_cli.data.pairs.sources import Source, as_sources, describe
+from dpo_cli.data.prepared import folder as prepared
+from dpo_cli.data.prepared.folder import PreparedPairs
+from dpo_cli.data.prepared.writing import prepare
+from dpo_cli.data.tokens.chat_template import named_templates
+from dpo_cli.data.tokens.rendering import PLAIN
+from dpo_cli.data.tokens.tokenize import PairTokenizer, read_template
+from dpo_cli.errors import FAILED, UserError
+from dpo_cli.evaluation.evaluate import PairResult
+from dpo_cli.evaluation.statistics import figures
+from dpo_cli.modeling import loading
+from dpo_cli.modeling.allocator import return_freed_memory
 from dpo_cli.reporting.console import Console
-from dpo_cli.settings import located
 from dpo_cli.system.locks import lock_beside, locked
-
-if TYPE_CHECKING:
-    import numpy as np
-    from accelerate import Accelerator
-    from numpy.typing import NDArray
-
-    from dpo_cli.data.pairs.sources import Source
-    from dpo_cli.data.prepared.folder import PreparedPairs
-    from dpo_cli.data.tokens.tokenize import PairTokenizer
-    from dpo_cli.evaluation.evaluate import PairResult
-
-
-def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]:
-    """Find what the configuration names and is not there, before anything slow is imported."""
-    problems = [check_model(config.model.name, "`model.name`", config.model.trust)]
-    if config.reference.model is not None:
-        problems.append(check_model(config.reference.model, "`reference.model`", config.model.trust))
-    template = config.model.chat_template
-    if template is not None and template != "plain" and not _is_file(template) and not _may_be_named(config):
-        problems.append(_no_template(template, ()))
-    if config.data.train is None and needs_train:
-        hint = "name a data file: `data: {train: pairs.jsonl}`"
-        problems.append(UserError("`data.train` is missing", "the configuration", hint))
-    for setting, named in (("train", config.data.train), ("eval", config.data.eval)):
-        if named is not None and not isinstance(named, float):
-            problems += [check_source(source, f"`data.{setting}`") for source in as_sources(named)]
-            if not as_sources(named):
-                problems.append(UserError(f"`data.{setting}` is empty", None, "name at least one source"))
-    return [problem for problem in problems if problem]
-
-
-def look_up_on_hub(config: Config, *, model: str | None = None, data: str | None = None) -> None:
-    """Ask the Hub for every model and dataset that is named and is not on this disk, before any work is done.
-
-    Args:
-        config: What the configuration names was checked before.
-        model: A model that `--model` names, or None.
-        data: Pairs that `--data` names in place of the configuration's, or None.
-
-    Raises:
-        UserError: The Hub has something not, or cannot be reached and it was not downloaded before.
-    """
-    models = {"`model.name`": config.model.name, "`reference.model`": config.reference.model, "--model": model}
-    problems = [look_up_model(name, where) for where, name in models.items() if name and names_hub_model(name)]
-    sources = {"`data.train`": as_sources(config.data.train), "`data.eval`": held_out_sources(config)}
-    if data is not None:
-        sources = {"--data": as_sources(data)}
-    problems += [look_up_source(source, where) for where, named in sources.items() for source in named]
-    raise_all(problem for problem in problems if problem)
-
-
-def _is_file(name: str) -> bool:
-    """Tell whether there is such a file; a template's own text, say, is too long for a name."""
-    try:
-        return Path(name).is_file()
-    except OSError:
-        return False
-
-
-def _may_be_named(config: Config) -> bool:
-    """Tell whether `model.chat_template` may be the name of one of the model's own; the Hub's are not known yet."""
-    name, folder = str(config.model.chat_template), Path(config.model.name)
-    if not name.isidentifier() or folder.is_file():
-        return False
-    if not folder.is_dir() or name == "default" or (folder / "additional_chat_templates" / f"{name}.jinja").is_file():
-        return True
-    listing = folder / "tokenizer_config.json"
-    return listing.is_file() and f'"{name}"' in listing.read_text(encoding="utf-8", errors="replace")
-
-
-def _no_template(name: str, known: Sequence[str]) -> UserError:
-    own = f"one of the tokenizer's own ({', '.join(f'`{one}`' for one in known)}), " if known else ""
-    hint = f"name {own}a Jinja file, `plain`, or null for the tokenizer's own"
-    # A template's own text, say, is no path.
-    shown = located(name) if len(name) <= 255 else f"`{name[:57]}…`"
-    return UserError(f"there is no chat template {shown}", "`model.chat_template`", hint)
-
-
-def held_out_sources(config: Config) -> list[Source]:
-    """Return where the held-out pairs come from, if they have sources of their own."""
-    return [] if isinstance(config.data.eval, float) else as_sources(config.data.eval)
-
-
-def named_inputs(config: Config) -> list[str]:
-    """Return what the configuration names as a model, a template or data."""
-    named = [config.model.name, config.model.chat_template, config.reference.model]
-    for source in (*as_sources(config.data.train), *held_out_sources(config)):
-        named += paths_of(source)
-    return [name for name in named if name]
+from dpo_cli.system.storage import MANIFEST, text_digest, why_no_folder
+from dpo_cli.training.ranks import gathering
 
 
 def start_accelerator(config: Config) -> Accelerator:
@@ -115,15 +45,6 @@ def start_accelerator(config: Config) -> Accelerator:
         UserError: The precision is not available here; or Accelerate cannot start, or is configured to
             accumulate gradients, which is what `training.pairs_per_step` does.
     """
-    from datetime import timedelta
-
-    import torch
-    from accelerate import Accelerator, InitProcessGroupKwargs
-    from transformers.utils import logging as hf_logging
-
-    from dpo_cli.modeling.allocator import return_freed_memory
-    from dpo_cli.training.ranks import gathering
-
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
         return_freed_memory()
@@ -152,8 +73,6 @@ def start_accelerator(config: Config) -> Accelerator:
 
 def _precision(dtype: str, *, on_cpu: bool) -> str:
     """Return Accelerate's name of the precision that is computed in."""
-    import torch
-
     if dtype == "auto":
         has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         return "bf16" if has_bfloat16 else "no"
@@ -174,21 +93,15 @@ def load_tokenizer(config: Config, name: str, day: date | None = None) -> tuple[
     Raises:
         UserError: Tokenizer or template cannot be read, or the tokenizer lacks what the configuration names.
     """
-    from dpo_cli.data.checkup.endings import set_end
-    from dpo_cli.data.tokens.chat_template import named_templates
-    from dpo_cli.data.tokens.rendering import PLAIN
-    from dpo_cli.data.tokens.tokenize import PairTokenizer, read_template
-    from dpo_cli.modeling import loading
-
     tokenizer = loading.load_tokenizer(name, config.model.trust)
     if config.reference.model is not None:
         loading.check_same_tokens(tokenizer, config.reference.model, "`reference.model`", config.model.trust)
     if config.model.eos_token is not None:
         set_end(tokenizer, config.model.eos_token)
     own, asked = named_templates(tokenizer), config.model.chat_template
-    is_named = asked is not None and asked in own and not _is_file(asked)
-    if asked is not None and asked != PLAIN and not is_named and not _is_file(asked):
-        raise _no_template(asked, list(own))
+    is_named = asked is not None and asked in own and not is_file(asked)
+    if asked is not None and asked != PLAIN and not is_named and not is_file(asked):
+        raise no_template(asked, list(own))
     template = own[str(asked)] if is_named else read_template(asked)
     tokenize = PairTokenizer(
         tokenizer,
@@ -229,9 +142,6 @@ def prepared_pairs(
         console: Says what is done.
         folder: Where to keep them, or None for the cache.
     """
-    from dpo_cli.data.prepared import folder as prepared
-    from dpo_cli.data.prepared.writing import prepare
-
     names = describe(sources)
     data = config.data
     reading = prepared.Reading(data.format, data.on_bad_row, data.ranked, data.columns or {}, data.system or "")
@@ -269,8 +179,6 @@ def prepared_pairs(
 
 def _check_out(folder: Path) -> UserError | None:
     """Say why pairs cannot be kept in a folder, if so: what is there and is not prepared data stays."""
-    from dpo_cli.system.storage import MANIFEST, why_no_folder
-
     hint = "choose another folder with --out"
     if obstacle := why_no_folder(folder):
         return UserError(f"the folder for the prepared pairs cannot be made: {obstacle}", f"--out {folder}", hint)
@@ -339,11 +247,6 @@ def split(config: Config, pairs: PreparedPairs, others: PreparedPairs | None) ->
     Raises:
         UserError: `data.drop` leaves a side empty, or names what cannot be found.
     """
-    import numpy as np
-
-    from dpo_cli.data.checkup.comparison import without_copies
-    from dpo_cli.system.storage import text_digest
-
     digest, fraction = pairs.manifest["fingerprint"], config.data.eval
     read = {"data.train": pairs.manifest["statistics"]}
     if others is not None:
@@ -362,11 +265,6 @@ def split(config: Config, pairs: PreparedPairs, others: PreparedPairs | None) ->
 
 def _without_dropped(config: Config, data: RunData) -> RunData:
     """Leave out what `data.drop` names."""
-    import numpy as np
-
-    from dpo_cli.data.checkup.comparison import drops
-    from dpo_cli.system.storage import text_digest
-
     names = config.data.drop
     if not names:
         return data
@@ -401,8 +299,6 @@ def finite_figures(results: Sequence[PairResult], pairs: PreparedPairs, where: s
     Raises:
         UserError: A pair's loss is NaN or infinite; it is named by file and line.
     """
-    from dpo_cli.evaluation.statistics import figures
-
     broken = [result.index for result in results if not math.isfinite(result.metrics["loss"])]
     if broken:
         what = f"the held-out loss is not finite; its pairs: {named_pairs(pairs, broken)}"

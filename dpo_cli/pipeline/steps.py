@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from dpo_cli.config import Config
 from dpo_cli.data.pairs.sources import as_sources, describe
+from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import FAILED, UserError
+from dpo_cli.evaluation.diagnosis import worsened
+from dpo_cli.evaluation.evaluate import evaluate
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.saving import check_saved, saved_model
+from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import without_gradient
+from dpo_cli.preference.reference import OpenReference
+from dpo_cli.reporting.card import model_card
 from dpo_cli.reporting.console import Console, Record
+from dpo_cli.reporting.environment import versions
+from dpo_cli.reporting.metrics_log import MetricsLog
 from dpo_cli.reporting.progress import clock
+from dpo_cli.reporting.tables import figures_table
 from dpo_cli.system.signals import Interrupted, StopSignals
+from dpo_cli.training.checkpoints import CheckpointWriter, check_finite
+from dpo_cli.training.loop import NotFinite, StepResult, train_steps
+from dpo_cli.training.ranks import Progress
 from dpo_cli.training.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from dpo_cli.data.prepared.step_plan import Plan
-    from dpo_cli.modeling.batch import Batches
-    from dpo_cli.modeling.scorer import BatchScorer
-    from dpo_cli.preference.reference import OpenReference
-    from dpo_cli.reporting.metrics_log import MetricsLog
-    from dpo_cli.training.checkpoints import CheckpointWriter
-    from dpo_cli.training.loop import NotFinite, StepResult
-    from dpo_cli.training.ranks import Progress
-    from dpo_cli.training.state import TrainingParts
+from dpo_cli.training.state import TrainingParts
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class Run:
     parts: TrainingParts
 
 
-def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
+def walk(run: Run, progress: Progress, done: int, metrics: str) -> Iterator[StepResult]:
     """Take the steps, do after each what is due, and finish the run.
 
     Args:
@@ -57,9 +63,6 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
         done: Steps that were taken before.
         metrics: The digest that the rows of those steps have in metrics.jsonl, or nothing.
     """
-    from dpo_cli.reporting.metrics_log import MetricsLog
-    from dpo_cli.training.checkpoints import CheckpointWriter
-
     accelerator, saving = run.accelerator, run.config.checkpoints
     first = {"split": "eval", "step": 0, "epoch": 0.0, **run.parts.before} if run.parts.before else None
     log = MetricsLog(run.folder.metrics, done, first) if accelerator.is_main_process else None
@@ -75,7 +78,7 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
         if not done and len(run.data.held_out):
             _measure_before(run, log)
         with run.signals.deferred():
-            _take_steps(run, progress, done, log, writer)
+            yield from _take_steps(run, progress, done, log, writer)
             with run.signals.during("the trained model is saved"):
                 if again:
                     _evaluate_again(run, log, spoilt=spoilt)
@@ -86,7 +89,7 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
                     _save_final(run, figures)
         if log:
             _summary(run, figures, time.monotonic() - started)
-    except Exception:
+    except (Exception, GeneratorExit):
         # The last checkpoint may still be on its way to the disk.
         with contextlib.suppress(Exception):
             writer.finish()
@@ -97,15 +100,15 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> None:
     accelerator.wait_for_everyone()
 
 
-def _take_steps(run: Run, progress: Progress, done: int, log: MetricsLog | None, writer: CheckpointWriter) -> None:
-    """Take one step after the other.
+def _take_steps(
+    run: Run, progress: Progress, done: int, log: MetricsLog | None, writer: CheckpointWriter
+) -> Iterator[StepResult]:
+    """Take one step after the other, and do what is due after it.
 
     Raises:
         UserError: A loss, a gradient or the weights are not finite; or the disk refuses.
         Interrupted: A signal came; what was done is saved.
     """
-    from dpo_cli.training.loop import NotFinite, train_steps
-
     accelerator = run.accelerator
     results = train_steps(
         run.scorer,
@@ -139,6 +142,7 @@ def _take_steps(run: Run, progress: Progress, done: int, log: MetricsLog | None,
                 _log(run, log, "train", result.number, metrics)
                 record.step(result.number, metrics)
                 _after_step(run, log, writer, result, record)
+                yield result
                 before = time.monotonic()
     except NotFinite as broken:
         hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is as it was"
@@ -149,10 +153,6 @@ def _take_steps(run: Run, progress: Progress, done: int, log: MetricsLog | None,
 
 def _after_step(run: Run, log: MetricsLog | None, writer: CheckpointWriter, result: StepResult, record: Record) -> None:
     """Evaluate and save when due, which depends on the step alone, and stop where any process was asked to."""
-    from accelerate.utils import gather_object
-
-    from dpo_cli.training.checkpoints import check_finite
-
     config, step = run.config, result.number
     last = step == run.plan.num_steps
     stop = result.stop
@@ -214,8 +214,6 @@ def _reference(run: Run) -> OpenReference | BatchScorer:
 
 def _evaluate(run: Run, scorer: BatchScorer, what: str = "evaluating") -> dict[str, Any]:
     """Score the held-out pairs with what answers for the policy."""
-    from dpo_cli.evaluation.evaluate import evaluate
-
     held_out = run.data.held_out.tolist()
     with run.console.progress(what, len(held_out)) as progress:
         results = evaluate(
@@ -235,8 +233,6 @@ def _evaluate_again(run: Run, log: MetricsLog | None, *, spoilt: bool) -> None:
 
     Otherwise the trained model's card would have those of another step, or what somebody made up.
     """
-    from accelerate.utils import gather_object
-
     step = run.plan.num_steps
     if any(gather_object([spoilt])):
         figures = {"epoch": run.plan.epochs_after(step), **_evaluate(run, run.scorer)}
@@ -264,10 +260,6 @@ def _described(run: Run, broken: NotFinite) -> str:
 
 def _save_final(run: Run, figures: dict[str, Any] | None) -> None:
     """Write the trained model as a complete Hugging Face folder, whole or not at all."""
-    from dpo_cli.modeling.saving import check_saved, saved_model
-    from dpo_cli.reporting.card import model_card
-    from dpo_cli.reporting.environment import versions
-
     facts = {
         "training pairs": len(run.data.train),
         "optimizer steps": run.plan.num_steps,
@@ -284,8 +276,6 @@ def _save_final(run: Run, figures: dict[str, Any] | None) -> None:
 
 def _worsened(run: Run, figures: dict[str, Any]) -> str:
     """Say in one line what is worse than before step 1, and which settings to change; nothing where all is well."""
-    from dpo_cli.evaluation.diagnosis import worsened
-
     objective, training = run.config.objective, run.config.training
     chosen_tokens = float(run.data.pairs.sizes.chosen_judged[run.data.held_out].mean())
     advice = [f"lower `training.learning_rate` ({training.learning_rate:g})"]
@@ -303,7 +293,6 @@ def _before_and_after(run: Run, figures: dict[str, Any] | None) -> dict[str, dic
 
 
 def _summary(run: Run, figures: dict[str, Any] | None, seconds: float) -> None:
-    from dpo_cli.reporting.tables import figures_table
 
     run.console.block()
     run.console.notice(f"done in {clock(seconds)}")

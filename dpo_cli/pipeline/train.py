@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
 
 from dpo_cli.config import Config, resolved_yaml
-from dpo_cli.errors import from_os_error, raise_all
+from dpo_cli.data.checkup.endings import end_tokens
+from dpo_cli.data.prepared.step_plan import Plan
+from dpo_cli.errors import from_os_error
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.loading import empty_policy, end_at, load_policy, weights_digest
+from dpo_cli.modeling.memory import resident_bytes
+from dpo_cli.modeling.routing import check_routers
+from dpo_cli.modeling.saving import prove_saving
+from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.check import check, show_check
 from dpo_cli.pipeline.extend import check_length
@@ -25,19 +39,20 @@ from dpo_cli.pipeline.passes import (
 )
 from dpo_cli.pipeline.plan import header, make_plan, out_of_reach, print_plan
 from dpo_cli.pipeline.steps import Run, walk
+from dpo_cli.preference.reference_work import ReferenceWork, reference_model, refuse_other_shapes
 from dpo_cli.reporting.console import Console
-from dpo_cli.reporting.trackers import TrackedRun, check_trackers, start_trackers
-from dpo_cli.system.launchers import is_main_process
+from dpo_cli.reporting.environment import environment
+from dpo_cli.reporting.trackers import TrackedRun, start_trackers
 from dpo_cli.system.signals import StopSignals
+from dpo_cli.system.storage import discard, make_folder, remove_strays, write_text
+from dpo_cli.training.checkpoints import newest_step, newest_whole
+from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_reference, check_tokens
+from dpo_cli.training.loop import Skips, StepResult
+from dpo_cli.training.optimizer import optimizer as build_optimizer
+from dpo_cli.training.optimizer import schedule
+from dpo_cli.training.ranks import Progress, watched
 from dpo_cli.training.run_folder import FIRST_DAY, RESOLVED, RunFolder, RunState, settings_digest
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from transformers import PreTrainedModel
-
-    from dpo_cli.data.prepared.step_plan import Plan
-    from dpo_cli.modeling.batch import Batches
-    from dpo_cli.training.ranks import Progress
+from dpo_cli.training.state import TrainingParts, load_checkpoint
 
 
 def train(
@@ -49,8 +64,8 @@ def train(
     overwrite: bool,
     dry_run: bool,
     extend: bool = False,
-) -> None:
-    """Train a policy, or with `dry_run` check everything and print the plan.
+) -> Iterator[StepResult]:
+    """Train a policy, yielding a result after each step, or with `dry_run` check everything and print the plan.
 
     Args:
         config: What to do.
@@ -65,43 +80,12 @@ def train(
         UserError: Something is wrong that the user can fix.
         Interrupted: A signal came; what was done is saved.
     """
-    from dpo_cli.modeling.model_names import missing_weights
-
     folder = RunFolder(Path(config.output_dir))
-    beside = dry_run and not resume and not overwrite
-    unusable = folder.check(resume=resume, overwrite=overwrite, beside=beside) or (
-        folder.check_inputs(setup.named_inputs(config)) if overwrite else None
-    )
-    untracked = check_trackers(config.trackers, "`tracking`")
-    missing = missing_weights(config.model.name, "`model.name`")
-    raise_all([*setup.check_inputs(config), *untracked, *(one for one in (unusable, missing) if one)])
-    if beside and folder.state() is not RunState.FREE:
-        console.notice(f"{folder.path} holds another run: a real run needs `--resume` or `--overwrite` there")
-    if resume:
-        folder.check_unchanged(config.model_dump(mode="json"))
-        same_length = folder.recorded_length() == (config.training.epochs, config.training.max_steps)
-        if same_length and folder.state() is RunState.FINISHED:
-            _tell_finished(folder, console, extend=extend)
-            return
-    # Ranks of one run share its folder; a dry run writes nothing.
-    with folder.locked() if is_main_process() and not dry_run else contextlib.nullcontext():
-        console.notice("loading …")
-        setup.look_up_on_hub(config)
-        from dpo_cli.training.ranks import watched
-
-        accelerator = setup.start_accelerator(config)
-        with watched(accelerator, config.training.rank_timeout) as progress:
-            how = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "extend": extend}
-            _run(config, folder, console, signals, accelerator, progress, **how)
-        accelerator.end_training()
-
-
-def _tell_finished(folder: RunFolder, console: Console, *, extend: bool) -> None:
-    """Say that nothing is left to do, if the trained model is whole."""
-    folder.check_final()
-    console.notice(f"the run in {folder.path} is finished: {folder.final}")
-    if extend:
-        console.notice("to extend it, raise `training.epochs` or `training.max_steps`")
+    accelerator = setup.start_accelerator(config)
+    with watched(accelerator, config.training.rank_timeout) as progress:
+        how = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "extend": extend}
+        yield from _run(config, folder, console, signals, accelerator, progress, **how)
+    accelerator.end_training()
 
 
 def _run(
@@ -116,17 +100,8 @@ def _run(
     overwrite: bool,
     dry_run: bool,
     extend: bool,
-) -> None:
+) -> Iterator[StepResult]:
     """Walk the road from the pairs to the trained model, alone or as one of several ranks."""
-    from dpo_cli.data.checkup.endings import end_tokens
-    from dpo_cli.modeling.loading import empty_policy, end_at, load_policy
-    from dpo_cli.modeling.memory import resident_bytes
-    from dpo_cli.modeling.routing import check_routers
-    from dpo_cli.modeling.saving import prove_saving
-    from dpo_cli.preference.reference_work import reference_model, refuse_other_shapes
-    from dpo_cli.training.checkpoints import newest_step
-    from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_tokens
-
     name, trust, program_bytes = config.model.name, config.model.trust, resident_bytes()
     policy = empty_policy(name, trust)
     if config.objective.router_aux:
@@ -143,7 +118,7 @@ def _run(
         if longer := check_length(config, folder, plan, extend=extend):
             console.notice(longer)
         elif folder.state() is RunState.FINISHED:
-            _tell_finished(folder, console, extend=extend)
+            console.notices(folder.nothing_left(extend=extend))
             return
     if not dry_run:
         policy = load_policy(name, trust).to(accelerator.device)
@@ -188,7 +163,7 @@ def _run(
         # transformers writes on the first rank alone.
         console.notice(f"checked: {prove_saving(policy, tokenizer)}")
     done, metrics = _start_folder(run, day, resume=resume, overwrite=overwrite)
-    walk(run, progress, done, metrics)
+    yield from walk(run, progress, done, metrics)
 
 
 def _build(
@@ -204,17 +179,6 @@ def _build(
     tokenizer: Any,
 ) -> Run:
     """Open the reference before anything can change, then let Accelerate prepare the rest."""
-    import numpy as np
-    from torch.nn.parallel import DistributedDataParallel
-
-    from dpo_cli.modeling.loading import weights_digest
-    from dpo_cli.modeling.scorer import Scorer, recompute_activations
-    from dpo_cli.preference.reference_work import ReferenceWork
-    from dpo_cli.training.loop import Skips
-    from dpo_cli.training.optimizer import optimizer as build_optimizer
-    from dpo_cli.training.optimizer import schedule
-    from dpo_cli.training.state import TrainingParts
-
     policy, other = models[0], models[-1]
     training = config.training
     settings = settings_digest(config.model_dump(mode="json"))
@@ -256,8 +220,6 @@ def _build(
 
 def _check_reference(run: Run) -> None:
     """Prove, before anything has moved, that training starts where the reference stands."""
-    from dpo_cli.training.checks import check_reference
-
     shortest = shortest_pair(run.batches, run.plan.trained_on())
     proved = check_reference(run.scorer, run.config.objective, run.reference, shortest, run.accelerator)
     run.console.notice(f"checked: {proved}")
@@ -265,8 +227,6 @@ def _check_reference(run: Run) -> None:
 
 def _first_day(folder: RunFolder, accelerator: Accelerator, *, resume: bool) -> date:
     """Return the day on which the run began: a template that writes the date writes that one, also when it goes on."""
-    from accelerate.utils import broadcast_object_list
-
     found: list[date] = [(folder.first_day() if resume else None) or date.today()]
     return found[0] if accelerator.num_processes == 1 else broadcast_object_list(found)[0]
 
@@ -277,11 +237,6 @@ def _start_folder(run: Run, day: date, *, resume: bool, overwrite: bool) -> tupl
     Returns:
         The steps that were taken, and the digest of their metrics; empty where there are none.
     """
-    from accelerate.utils import broadcast_object_list
-
-    from dpo_cli.training.checkpoints import newest_whole
-    from dpo_cli.training.state import load_checkpoint
-
     found: list[Path | None] = [None]
     if resume and run.accelerator.is_main_process:
         found = [newest_whole(run.folder.checkpoints, run.parts.stands_on)]
@@ -305,9 +260,6 @@ def _describe(run: Run, day: date, *, resume: bool, overwrite: bool) -> None:
     Raises:
         UserError: The disk refuses, or another run began in the folder meanwhile.
     """
-    from dpo_cli.reporting.environment import environment
-    from dpo_cli.system.storage import discard, make_folder, remove_strays, write_text
-
     described = json.dumps({**environment(run.accelerator), FIRST_DAY: day.isoformat()}, indent=1)
     try:
         if meanwhile := run.folder.check(resume=resume, overwrite=overwrite):

@@ -12,7 +12,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -66,6 +66,11 @@ class Console:
         """Say what is going on."""
         if not self._quiet:
             self._say(text)
+
+    def notices(self, lines: Iterable[str]) -> None:
+        """Say several things that are going on."""
+        for line in lines:
+            self.notice(line)
 
     def warning(self, text: str) -> None:
         """Say what deserves attention."""
@@ -213,6 +218,17 @@ def _wrapped(stream: RichConsole, text: str, indent: int = 0) -> Text:
     for line in lines:
         line.rstrip()
     return Text(f"\n{' ' * indent}").join(lines)
+
+
+class Unattended(Console):
+    """For callers that are programs: prints nothing and logs warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(speaks=False)
+
+    def warning(self, text: str) -> None:
+        """Log what deserves attention."""
+        logging.getLogger("dpo_cli").warning(text)
 
 
 class Record:

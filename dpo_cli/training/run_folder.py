@@ -174,17 +174,22 @@ class RunFolder:
                 return UserError(what, str(self.path), "choose another `output_dir`")
         return None
 
-    def check_final(self) -> None:
-        """Check that the trained model is as it was saved.
+    def nothing_left(self, *, extend: bool) -> list[str]:
+        """Check that the trained model of a finished run is as it was saved; say that nothing is left to do.
+
+        Args:
+            extend: Whether the run was to be extended.
 
         Raises:
-            UserError: It is not.
+            UserError: The model is damaged.
         """
         try:
             verify(self.final)
         except DamagedFolder as damage:
             hint = f"remove {self.final} and `--resume` writes it again, or start again with `--overwrite`"
             raise UserError(f"the trained model is damaged: {damage}", str(self.final), hint) from None
+        more = ["to extend it, raise `training.epochs` or `training.max_steps`"] if extend else []
+        return [f"the run in {self.path} is finished: {self.final}", *more]
 
     def _is_a_run(self) -> bool:
         """Tell whether config.yaml is one that a run wrote, not the user's own of the same name."""

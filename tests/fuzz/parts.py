@@ -97,11 +97,10 @@ def run_config(folder: Path) -> Config:
 
 def resume(folder: Path) -> None:
     """Run what `dpo train --resume` runs, without a word."""
-    from dpo_cli.pipeline import train
-    from dpo_cli.reporting.console import Console
-    from dpo_cli.system.signals import StopSignals
+    from dpo_cli import train
 
-    train(run_config(folder), Console(speaks=False), StopSignals(), resume=True, overwrite=False, dry_run=False)
+    for _ in train(run_config(folder), resume=True):
+        pass
 
 
 @functools.cache

@@ -95,7 +95,7 @@ def _check_shown(error: Exception) -> None:
 def read_configuration(value: tuple[bytes, list[str]], folder: Path) -> None:
     """A configuration that loads is written out as one that loads as the same; then what it names is looked for."""
     from dpo_cli.config import load_config, resolved_yaml
-    from dpo_cli.pipeline.setup import check_inputs
+    from dpo_cli.config.inputs import check_inputs
     from dpo_cli.training.run_folder import RunFolder
 
     content, overrides = value

@@ -1,0 +1,194 @@
+"""What is wrong with a configuration and what it names, as far as it can be said before anything slow is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_cli.config.schema import Config
+from dpo_cli.data.pairs.sources import Source, as_sources, check_source, look_up_source, paths_of
+from dpo_cli.errors import UserError, raise_all
+from dpo_cli.modeling.model_names import check_model, look_up_model, missing_weights, names_hub_model
+from dpo_cli.reporting.console import STANDARD_OUTPUT
+from dpo_cli.reporting.trackers import check_trackers
+from dpo_cli.settings import located
+from dpo_cli.system.storage import MANIFEST, DamagedFolder, verify, why_no_folder
+from dpo_cli.training.run_folder import RunFolder
+
+
+def check_new_file(out: Path, model: str | None, data: str | None) -> None:
+    """Check what `dpo init` is given: the file to write, the model and the data.
+
+    Raises:
+        UserError: Something is wrong; an `ExceptionGroup` where several things are.
+    """
+    problems = []
+    if out != STANDARD_OUTPUT and out.exists():
+        problems.append(UserError(f"{located(out)} exists already", "--out", "choose another file"))
+    if not out.parent.is_dir():
+        problems.append(UserError(f"there is no folder {located(out.parent)}", "--out", "create it"))
+    if model is not None and (problem := check_model(model, "--model")):
+        problems.append(problem)
+    for source in as_sources(data):
+        if problem := check_source(source, "--data"):
+            problems.append(problem)
+        elif (Path(source.path) / MANIFEST).is_file():
+            hint = "name the data that it was prepared from"
+            problems.append(UserError(f"`{source.path}` is a prepared folder", "--data", hint))
+    raise_all(problems)
+
+
+def check_preparation(config: Config, report: Path | None) -> None:
+    """Check what is read, and the folder of the report.
+
+    Raises:
+        UserError: Something is wrong; an `ExceptionGroup` where several things are.
+    """
+    problems = check_inputs(config)
+    if report is not None and (obstacle := why_no_folder(report)):
+        what = f"the folder of the report cannot be made: {obstacle}"
+        problems.append(UserError(what, f"--report {report}", "choose another with --report"))
+    raise_all(problems)
+
+
+def check_training(config: Config, *, resume: bool, overwrite: bool, dry_run: bool) -> None:
+    """Check what is read, the trackers, and whether the run's folder can be used as asked.
+
+    Raises:
+        UserError: Something is wrong; an `ExceptionGroup` where several things are.
+    """
+    if not config.output_dir:
+        hint = "name the run's folder, as in `output_dir: runs/my`"
+        raise UserError("`output_dir` is missing", "the configuration", hint)
+    folder = RunFolder(Path(config.output_dir))
+    unusable = folder.check(resume=resume, overwrite=overwrite, beside=dry_run and not resume and not overwrite)
+    if overwrite and not unusable:
+        unusable = folder.check_inputs(_named_inputs(config))
+    untracked = check_trackers(config.trackers, "`tracking`")
+    missing = missing_weights(config.model.name, "`model.name`")
+    raise_all([*check_inputs(config), *untracked, *(one for one in (unusable, missing) if one)])
+    if resume:
+        folder.check_unchanged(config.model_dump(mode="json"))
+
+
+def check_evaluation(config: Config, model: str | None, data: str | None, json_file: Path | None) -> None:
+    """Check what is read, the model that is scored, and the file of the figures.
+
+    Raises:
+        UserError: Something is wrong; an `ExceptionGroup` where several things are.
+    """
+    problems = [*check_inputs(config, needs_train=data is None), *_check_scored(config, model)]
+    problems += [problem for source in as_sources(data) if (problem := check_source(source, "--data"))]
+    if data is None and config.data.eval is None:
+        hint = "set `data.eval`, or name pairs with --data"
+        problems.append(UserError("the configuration holds no pairs out", "`data.eval`", hint))
+    if json_file is not None and json_file != STANDARD_OUTPUT:
+        where = f"--json {json_file}"
+        if json_file.is_dir():
+            problems.append(UserError("the JSON file is a folder", where, "name a file in it"))
+        elif not json_file.parent.is_dir():
+            what = f"there is no folder {located(json_file.parent)} for the JSON file"
+            problems.append(UserError(what, where, "create it"))
+    raise_all(problems)
+
+
+def scored_model(config: Config, model: str | None) -> str:
+    """Return the model that is scored: the one that is named, or what the run has trained."""
+    return model or str(RunFolder(Path(config.output_dir)).final)
+
+
+def _check_scored(config: Config, model: str | None) -> list[UserError]:
+    """Say what is wrong with the model that is scored."""
+    scored = scored_model(config, model)
+    if model is None and not Path(scored).is_dir():
+        what = f"the run has no trained model yet: there is no folder {located(scored)}"
+        return [UserError(what, "`output_dir`", "train first, or name a model with --model")]
+    if problem := check_model(scored, "--model", config.model.trust):
+        return [problem]
+    if model is None or (Path(scored) / MANIFEST).is_file():
+        try:
+            verify(Path(scored))
+        except DamagedFolder as damage:
+            hint = "score another checkpoint, or train again"
+            return [UserError(f"the model is damaged: {damage}", scored, hint)]
+    return []
+
+
+def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]:
+    """Say what the configuration names and is missing or unusable: models, template, data."""
+    problems = [check_model(config.model.name, "`model.name`", config.model.trust)]
+    if config.reference.model is not None:
+        problems.append(check_model(config.reference.model, "`reference.model`", config.model.trust))
+    template = config.model.chat_template
+    if template is not None and template != "plain" and not is_file(template) and not _may_be_named(config):
+        problems.append(no_template(template, ()))
+    if config.data.train is None and needs_train:
+        hint = "name a data file: `data: {train: pairs.jsonl}`"
+        problems.append(UserError("`data.train` is missing", "the configuration", hint))
+    for setting, named in (("train", config.data.train), ("eval", config.data.eval)):
+        if named is not None and not isinstance(named, float):
+            problems += [check_source(source, f"`data.{setting}`") for source in as_sources(named)]
+            if not as_sources(named):
+                problems.append(UserError(f"`data.{setting}` is empty", None, "name at least one source"))
+    return [problem for problem in problems if problem]
+
+
+def look_up_on_hub(config: Config, *, model: str | None = None, data: str | None = None) -> None:
+    """Ask the Hub for every model and dataset that is named and is not on this disk, before any work is done.
+
+    Args:
+        config: What the configuration names was checked before.
+        model: A model that `--model` names, or None.
+        data: Pairs that `--data` names in place of the configuration's, or None.
+
+    Raises:
+        UserError: The Hub has something not, or cannot be reached and it was not downloaded before.
+    """
+    models = {"`model.name`": config.model.name, "`reference.model`": config.reference.model, "--model": model}
+    problems = [look_up_model(name, where) for where, name in models.items() if name and names_hub_model(name)]
+    sources = {"`data.train`": as_sources(config.data.train), "`data.eval`": held_out_sources(config)}
+    if data is not None:
+        sources = {"--data": as_sources(data)}
+    problems += [look_up_source(source, where) for where, named in sources.items() for source in named]
+    raise_all(problem for problem in problems if problem)
+
+
+def held_out_sources(config: Config) -> list[Source]:
+    """Return where the held-out pairs come from, if they have sources of their own."""
+    return [] if isinstance(config.data.eval, float) else as_sources(config.data.eval)
+
+
+def no_template(name: str, known: Sequence[str]) -> UserError:
+    """Say that there is no such chat template, of those that are known."""
+    own = f"one of the tokenizer's own ({', '.join(f'`{one}`' for one in known)}), " if known else ""
+    hint = f"name {own}a Jinja file, `plain`, or null for the tokenizer's own"
+    # A template's own text, say, is no path.
+    shown = located(name) if len(name) <= 255 else f"`{name[:57]}…`"
+    return UserError(f"there is no chat template {shown}", "`model.chat_template`", hint)
+
+
+def is_file(name: str) -> bool:
+    """Tell whether there is such a file; a template's own text, say, is too long for a name."""
+    try:
+        return Path(name).is_file()
+    except OSError:
+        return False
+
+
+def _may_be_named(config: Config) -> bool:
+    """Tell whether `model.chat_template` may be the name of one of the model's own; the Hub's are not known yet."""
+    name, folder = str(config.model.chat_template), Path(config.model.name)
+    if not name.isidentifier() or folder.is_file():
+        return False
+    if not folder.is_dir() or name == "default" or (folder / "additional_chat_templates" / f"{name}.jinja").is_file():
+        return True
+    listing = folder / "tokenizer_config.json"
+    return listing.is_file() and f'"{name}"' in listing.read_text(encoding="utf-8", errors="replace")
+
+
+def _named_inputs(config: Config) -> list[str]:
+    """Return what the configuration names as a model, a template or data."""
+    named = [config.model.name, config.model.chat_template, config.reference.model]
+    for source in (*as_sources(config.data.train), *held_out_sources(config)):
+        named += paths_of(source)
+    return [name for name in named if name]
