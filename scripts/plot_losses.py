@@ -15,7 +15,7 @@ from write_losses_page import kind, members
 
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.preference.losses import Loss
-from dpo_cli.preference.terms import StepInfo
+from dpo_cli.preference.losses.base import StepInfo
 
 PICTURE = Path(__file__).parent.parent / "docs" / "losses.png"
 MARGINS = [step / 20 for step in range(-80, 81)]

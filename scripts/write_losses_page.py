@@ -1,6 +1,6 @@
 """Write docs/losses.md from the losses themselves; with `--check` say whether it is current.
 
-What the page says of a loss stands beside it: the equation is the docstring of its `__call__`; the lines of the
+What the page says of a loss stands beside it: the equation is the docstring of its `losses`; the lines of the
 class's docstring from `Use:`, `Watch:`, `Takes:` and `Source:` on say when it is good, what to look out for, which
 figures of a response it is computed from, and where it comes from.
 """
@@ -17,10 +17,11 @@ from typing import Any, get_args
 from write_settings_page import allowed, shown
 from written_page import write_or_check
 
-from dpo_cli.preference.divergences import Divergence
-from dpo_cli.preference.losses import AdaptiveBeta, Loss
+from dpo_cli.preference.losses import Loss
+from dpo_cli.preference.losses.base import MarginLossSettings
+from dpo_cli.preference.losses.divergences import Divergence
+from dpo_cli.preference.losses.pairwise import AdaptiveBeta
 from dpo_cli.preference.reference import Reference
-from dpo_cli.preference.terms import MarginLossSettings
 
 PAGE = Path(__file__).parent.parent / "docs" / "losses.md"
 HEAD = """# Losses
@@ -181,9 +182,9 @@ def described(model: type[Any]) -> dict[str, str]:
     return {"": "\n\n".join(paragraphs), **parts}
 
 
-def equation(model: type[Any]) -> str:
-    """Return what the docstring of `__call__` says."""
-    text = " ".join((inspect.getdoc(model.__call__) or "").split())
+def equation(method: Any) -> str:
+    """Return what the docstring of a method says."""
+    text = " ".join((inspect.getdoc(method) or "").split())
     return text.removeprefix("Return ").removesuffix(".")
 
 
@@ -220,7 +221,7 @@ def section(model: type[Any]) -> str:
     lines = [
         f"\n## {kind(model)}\n",
         parts[""],
-        f"\n    {equation(model)}\n",
+        f"\n    {equation(model.losses)}\n",
         f"- **Use:** {parts['Use']}",
         f"- **Watch:** {parts['Watch']}",
         f"- **Needs:** {needs(model, parts['Takes'])}.",
@@ -255,7 +256,7 @@ def references() -> Iterator[str]:
 def divergences() -> Iterator[str]:
     """Yield a row for each divergence."""
     for model in members(Divergence):
-        yield f"| `{kind(model)}` | {equation(model)} | {described(model)['']} |\n"
+        yield f"| `{kind(model)}` | {equation(model.__call__)} | {described(model)['']} |\n"
 
 
 def adaptive_beta() -> str:

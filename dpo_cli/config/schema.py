@@ -11,7 +11,8 @@ from dpo_cli.data.pairs.renaming import ColumnNames
 from dpo_cli.data.pairs.shapes import FORMATS, RankedRule
 from dpo_cli.data.pairs.sources import Sources
 from dpo_cli.modeling.model_files import Trust
-from dpo_cli.preference.losses import DPO, Loss
+from dpo_cli.preference.losses import Loss
+from dpo_cli.preference.losses.pairwise import DPO
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Cached, NoReference, Reference
 from dpo_cli.reporting.trackers import Tracker

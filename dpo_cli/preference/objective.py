@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpo_cli.preference.losses import Loss
-from dpo_cli.preference.terms import MarginLossSettings, Memory, PairLosses, StepInfo
+from dpo_cli.preference.losses.base import MarginLossSettings, Memory, PairLosses, StepInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,11 +76,7 @@ class Objective:
 
     def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """Return the weighted sum of the losses of each pair, and the rewards of one of them."""
-        import torch
-
-        # In a list, too, a loss that needs no reference is told of none.
-        none = dataclasses.replace(reference, tokens=torch.zeros_like(reference.tokens))
-        answers = [loss(policy, reference if loss.needs_reference else none, step) for loss in self.losses]
+        answers = [loss(policy, reference, step) for loss in self.losses]
         factors = [loss.weight * (_wpo_weights(policy) if loss.wpo else 1.0) for loss in self.losses]
         losses = [factor * answer.losses for factor, answer in zip(factors, answers, strict=True)]
         rewards = answers[self.losses.index(self.rewarding)]
@@ -105,8 +101,6 @@ def _wpo_weights(policy: SequenceLogps) -> Tensor:
 
     Source: WPO, Zhou et al. 2024, arXiv 2406.11827, equation 2.
     """
-    from dpo_cli.modeling.logps import SequenceLogps
-
     assert policy.log_collisions is not None, "the scorer was not asked for collisions"
-    aligned = SequenceLogps(policy.tokens.detach() - policy.log_collisions, policy.lengths)
+    aligned = dataclasses.replace(policy, tokens=policy.tokens.detach() - policy.log_collisions)
     return (aligned.chosen / aligned.chosen_lengths + aligned.rejected / aligned.rejected_lengths).exp()

@@ -16,9 +16,9 @@ from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.routing import balance_loss
 from dpo_cli.modeling.scorer import BatchScorer
+from dpo_cli.preference.losses.base import Memory, PairLosses, StepInfo
 from dpo_cli.preference.metrics import pair_values
 from dpo_cli.preference.objective import Objective
-from dpo_cli.preference.terms import Memory, PairLosses, StepInfo
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -16,7 +16,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.model_files import most_tokens
 from dpo_cli.modeling.proof import TOKEN_TOLERANCE, asking
-from dpo_cli.preference.terms import StepInfo
+from dpo_cli.preference.losses.base import StepInfo
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

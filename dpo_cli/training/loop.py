@@ -13,10 +13,10 @@ from accelerate.utils import gather_object
 
 from dpo_cli.data.prepared.step_plan import Step
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.preference.losses.base import Memory
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import OpenReference
 from dpo_cli.preference.scoring import ExpertWatch, score_pairs, score_step, step_info
-from dpo_cli.preference.terms import Memory
 from dpo_cli.training.step_sums import StepSums
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LambdaLR
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dpo_cli.preference.terms import Memory
+    from dpo_cli.preference.losses.base import Memory
 
 _STATE, _OPTIMIZER, _RANDOM = "training_state.json", "optimizer.safetensors", "random_states.safetensors"
 _REFERENCE = "reference.safetensors"

@@ -27,9 +27,9 @@ from dpo_cli.modeling.saving import saved_model
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.pipeline.passes import choose_layout
 from dpo_cli.preference.losses import DPO
+from dpo_cli.preference.losses.base import StepInfo
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.scoring import score_pairs
-from dpo_cli.preference.terms import StepInfo
 from tests.conftest import make_config, read_metrics
 
 FALLING_BACK = {

@@ -30,16 +30,18 @@ def example() -> str:
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory, example):
-    """A folder with a copy of the package: one class more in it, and one name more in the union."""
+    """A folder with a copy of the package: one class more in a family's file, and one name more in the union."""
     folder = tmp_path_factory.mktemp("package")
     shutil.copytree(ROOT / "dpo_cli", folder / "dpo_cli", ignore=shutil.ignore_patterns("__pycache__"))
-    file = folder / "dpo_cli" / "preference" / "losses.py"
-    text = file.read_text(encoding="utf-8")
+    losses = folder / "dpo_cli" / "preference" / "losses"
+    with (losses / "pairwise.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n\n{example}")
     name = re.match(r"class (\w+)", example)[1]
-    text, classes = re.subn(r"^Loss = Annotated\[$", f"{example}\n\nLoss = Annotated[", text, flags=re.M)
+    text = (losses / "__init__.py").read_text(encoding="utf-8")
+    text, imports = re.subn(r"(?<=losses\.pairwise import )", f"{name}, ", text)
     text, entries = re.subn(r"^    \| SFT,$", f"    | SFT\n    | {name},", text, flags=re.M)
-    assert (classes, entries) == (1, 1)
-    file.write_text(text, encoding="utf-8")
+    assert (imports, entries) == (1, 1)
+    (losses / "__init__.py").write_text(text, encoding="utf-8")
     return folder
 
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dpo_cli.modeling.logps import SequenceLogps
-from dpo_cli.preference.divergences import Alpha, ForwardKL, JensenShannon, ReverseKL
 from dpo_cli.preference.losses import (
     AOT,
     BCO,
@@ -34,7 +33,6 @@ from dpo_cli.preference.losses import (
     RDPO,
     SFT,
     SPPO,
-    AdaptiveBeta,
     AOTUnpaired,
     APODown,
     APOZero,
@@ -44,7 +42,9 @@ from dpo_cli.preference.losses import (
     Robust,
     SimPO,
 )
-from dpo_cli.preference.terms import StepInfo
+from dpo_cli.preference.losses.base import StepInfo
+from dpo_cli.preference.losses.divergences import Alpha, ForwardKL, JensenShannon, ReverseKL
+from dpo_cli.preference.losses.pairwise import AdaptiveBeta
 
 LOSSES: tuple[Any, ...] = get_args(get_args(Loss)[0])
 

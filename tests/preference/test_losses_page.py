@@ -10,7 +10,7 @@ from write_losses_page import PAGE, described, kind, members, page
 from dpo_cli.config import load_config
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.preference.losses import DPO, Loss
-from dpo_cli.preference.terms import StepInfo
+from dpo_cli.preference.losses.base import StepInfo
 from tests.conftest import ROOT
 
 LOSSES = members(Loss)

@@ -10,8 +10,8 @@ from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import BCO, CPO, DPO, IPO, ORPO, SFT, SimPO
+from dpo_cli.preference.losses.base import StepInfo
 from dpo_cli.preference.objective import Objective
-from dpo_cli.preference.terms import StepInfo
 from tests.builders import prepare_pairs, train_in_process
 from tests.conftest import write_rows
 

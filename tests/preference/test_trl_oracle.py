@@ -30,7 +30,6 @@ from dpo_cli.data.prepared.step_plan import MicroBatch, Step
 from dpo_cli.modeling.batch import LAYOUTS, Batches
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer
-from dpo_cli.preference.divergences import Alpha, ForwardKL, JensenShannon, ReverseKL
 from dpo_cli.preference.losses import (
     AOT,
     BCO,
@@ -51,6 +50,7 @@ from dpo_cli.preference.losses import (
     Robust,
     SimPO,
 )
+from dpo_cli.preference.losses.divergences import Alpha, ForwardKL, JensenShannon, ReverseKL
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Frozen, NoReference
 from dpo_cli.preference.reference_work import ReferenceWork

@@ -13,7 +13,8 @@ import torch
 
 from dpo_cli.data.prepared.step_plan import MicroBatch, Plan
 from dpo_cli.modeling.loading import load_policy
-from dpo_cli.preference.losses import AOT, BCO, DPO, SFT, AdaptiveBeta, Loss, SimPO
+from dpo_cli.preference.losses import AOT, BCO, DPO, SFT, Loss, SimPO
+from dpo_cli.preference.losses.pairwise import AdaptiveBeta
 from dpo_cli.preference.objective import Objective
 from dpo_cli.training.loop import NotFinite, Skips
 from tests.builders import prepare_pairs, train_in_process

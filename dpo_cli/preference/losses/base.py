@@ -1,8 +1,10 @@
-"""The words that all losses share: what they are told of a step, what they answer, how they average."""
+"""The base of all losses: their settings in common, the log-ratios that they compare, and the rewards."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
@@ -21,16 +23,21 @@ Memory = dict[str, float]
 Beta = Annotated[float, Field(ge=1e-4, le=100)]
 """The range in which no loss overflows, whatever the log-ratios."""
 
+Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
+"""Share of the labels that are taken to be the wrong way round."""
+
+LogRatios = tuple["Tensor", "Tensor"]
+"""c and r of B pairs, `[B]` each."""
+
 
 @dataclass(frozen=True)
 class PairLosses:
-    """What a loss says of B pairs.
+    """Losses and rewards of B pairs.
 
     Attributes:
         losses: `[B]`, with gradient.
-        chosen_rewards: `[B]`, β · (policy − reference) of the chosen responses, without gradient; β · policy where
-            the loss needs no reference; of means over the tokens where the loss takes means.
-        rejected_rewards: `[B]`, the same of the rejected ones.
+        chosen_rewards: `[B]`, βc, without gradient.
+        rejected_rewards: `[B]`, βr, without gradient.
     """
 
     losses: Tensor
@@ -55,8 +62,44 @@ class StepInfo:
     memory: Memory = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ScoredPairs:
+    """B pairs as a loss sees them.
+
+    Attributes:
+        c: `[B]`, log π − log π_ref of the chosen responses; log π where the loss needs no reference.
+        r: `[B]`, the same of the rejected ones.
+        policy: The policy's log-probabilities.
+        reference: The reference's.
+        step: The step that they belong to.
+    """
+
+    c: Tensor
+    r: Tensor
+    policy: SequenceLogps
+    reference: SequenceLogps
+    step: StepInfo
+
+    @property
+    def delta(self) -> Tensor:
+        """Δ = c − r, `[B]`."""
+        return self.c - self.r
+
+    def difference(self, divergence: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return f(c) − f(r), `[B]`, with the f of a divergence: Δ for the reverse KL."""
+        return divergence(self.c) - divergence(self.r)
+
+    @property
+    def chosen_nll(self) -> Tensor:
+        """Each pair's share, `[B]`, of the chosen responses' negative log-likelihood as a mean over tokens.
+
+        The mean of all shares over the step's pairs is the mean over the step's tokens.
+        """
+        return -self.policy.chosen * (self.step.num_pairs / self.step.chosen_tokens)
+
+
 class LossSettings(Settings):
-    """What a configuration may say of every loss, and what a run has to know of it."""
+    """The settings that every loss has, and what a run has to know of it."""
 
     weight: float = Field(1.0, gt=0)
     """Factor on this loss where several are added up."""
@@ -74,6 +117,24 @@ class LossSettings(Settings):
             what = "`wpo` weights pairs one by one, and this loss compares the pairs of a step with each other"
             raise contradiction(what, "leave `wpo` out, or choose another loss")
         return self
+
+    def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
+        """Return losses and rewards of B pairs; a loss that needs no reference ignores it."""
+        if not self.needs_reference:
+            reference = dataclasses.replace(reference, tokens=reference.tokens.new_zeros(reference.tokens.shape))
+        c, r = self.log_ratios(policy, reference)
+        losses = self.losses(ScoredPairs(c, r, policy, reference, step))
+        # A loss without β reports the log-probabilities themselves.
+        beta = getattr(self, "beta", 1.0)
+        return PairLosses(losses, (beta * c).detach(), (beta * r).detach())
+
+    @abstractmethod
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """Return the loss of each pair, `[B]`."""
+
+    def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
+        """Return what the loss compares and rewards are made of: c and r of each pair, `[B]`."""
+        return sum_log_ratios(policy, reference)
 
     @property
     def looks_at_step(self) -> bool:
@@ -111,20 +172,15 @@ class MarginLossSettings(LossSettings):
         return 0.0 if self.margin_scale is None else self.margin_scale * step.margins
 
 
-def log_ratios(policy: SequenceLogps, reference: SequenceLogps, logps: str = "sum") -> tuple[Tensor, Tensor]:
-    """Return c and r of each pair, `[B]`, as sums or as means over the response tokens."""
-    c, r = policy.chosen - reference.chosen, policy.rejected - reference.rejected
-    if logps == "mean":
-        return c / policy.chosen_lengths, r / policy.rejected_lengths
-    return c, r
+def sum_log_ratios(policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
+    """Return c and r of each pair as sums over the response tokens."""
+    return policy.chosen - reference.chosen, policy.rejected - reference.rejected
 
 
-def chosen_nll(policy: SequenceLogps, step: StepInfo) -> Tensor:
-    """Return each pair's share, `[B]`, of the chosen responses' negative log-likelihood as a mean over tokens.
-
-    The mean of all shares over the step's pairs is the mean over the step's tokens.
-    """
-    return -policy.chosen * (step.num_pairs / step.chosen_tokens)
+def mean_log_ratios(policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
+    """Return c and r of each pair as means over the response tokens."""
+    c, r = sum_log_ratios(policy, reference)
+    return c / policy.chosen_lengths, r / policy.rejected_lengths
 
 
 def ls(x: Tensor) -> Tensor:
@@ -134,6 +190,6 @@ def ls(x: Tensor) -> Tensor:
     return logsigmoid(x)
 
 
-def rewards(losses: Tensor, beta: float, c: Tensor, r: Tensor) -> PairLosses:
-    """Put losses beside the rewards β · c and β · r."""
-    return PairLosses(losses, (beta * c).detach(), (beta * r).detach())
+def logistic(z: Tensor, epsilon: float) -> Tensor:
+    """Return −(1−ε)·ls(z) − ε·ls(−z)."""
+    return -(1 - epsilon) * ls(z) - epsilon * ls(-z)

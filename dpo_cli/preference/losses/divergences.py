@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from dpo_cli.preference.losses.base import ls
 from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -50,9 +51,7 @@ class JensenShannon(Settings):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return log 2 + log σ(x)."""
-        from torch.nn.functional import logsigmoid
-
-        return math.log(2) + logsigmoid(x)
+        return math.log(2) + ls(x)
 
 
 class Alpha(Settings):

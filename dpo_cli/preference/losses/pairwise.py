@@ -1,0 +1,310 @@
+"""Losses of Δ, by how much the chosen response is ahead of the rejected one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from dpo_cli.preference.losses.base import (
+    Beta,
+    LogRatios,
+    LossSettings,
+    MarginLossSettings,
+    Memory,
+    ScoredPairs,
+    Smoothing,
+    StepInfo,
+    logistic,
+    ls,
+    mean_log_ratios,
+    sum_log_ratios,
+)
+from dpo_cli.preference.losses.divergences import Divergence, ReverseKL
+from dpo_cli.settings import Settings, contradiction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpo_cli.modeling.logps import SequenceLogps
+
+
+class AdaptiveBeta(Settings):
+    """A β for each step, larger where its pairs are told apart more clearly than those before.
+
+    β of a step = β · (1 + α · (mean reward margin of its pairs − M₀)), M₀ a moving average of those means, held
+    between β / 1,000 and 100. Step 1 and evaluations take β itself.
+
+    Use: pairs of mixed quality, some told apart at a glance and some hardly.
+    Watch: the mean of a few pairs is noisy: it wants steps of many.
+    Source: β-DPO, Wu et al. 2024, arXiv 2407.08639.
+    """
+
+    alpha: float = Field(0.6, gt=0, le=10)
+    """α: how strongly β follows the margin."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """How much of the moving average M₀ stays at every step."""
+
+
+class DPO(MarginLossSettings):
+    """Direct Preference Optimization: a logistic loss on the difference of the two log-ratios.
+
+    Use: the first choice for pairs, and what the others are measured against.
+    Watch: it sees the difference alone, so both responses may become less likely while it falls (`logps/chosen` tells):
+    add `sft`, or take `dpop` or `nca`. On clean labels it drives Δ on and on: few epochs, small steps, or `ipo`.
+    Takes: sums, or means by `logps`
+    Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7; with `label_smoothing` the conservative variant
+    (Mitchell 2023); with `logps: mean` the length-normalised variant (Tülu 3, arXiv 2411.15124).
+    """
+
+    type: Literal["dpo"] = "dpo"
+    """Which loss."""
+    beta: Beta = 0.1
+    """How hard the policy is held to the reference: 0.01 to 0.5 for sums, 2 to 10 for means."""
+    label_smoothing: Smoothing = 0.0
+    """Share of the labels that are taken to be the wrong way round (conservative DPO)."""
+    logps: Literal["sum", "mean"] = "sum"
+    """Whether a response's log-probability is the sum over its tokens or their mean."""
+    divergence: Divergence = ReverseKL()
+    """What holds the policy to the reference; others than reverse_kl only for sums."""
+    adaptive_beta: AdaptiveBeta | None = None
+    """null: the same β for every step; else β-DPO."""
+
+    @property
+    def looks_at_step(self) -> bool:
+        """Whether β depends on all pairs of the step."""
+        return self.adaptive_beta is not None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether β depends on the steps before."""
+        return self.adaptive_beta is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> DPO:
+        if self.logps == "mean" and self.divergence.type != "reverse_kl":
+            what = f"`divergence: {self.divergence.type}` is not defined for `logps: mean`"
+            raise contradiction(what, "set `logps: sum`, or leave `divergence` out")
+        return self
+
+    def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
+        """Take sums or means over the tokens, by `logps`."""
+        return (mean_log_ratios if self.logps == "mean" else sum_log_ratios)(policy, reference)
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """−(1−ε)·ls(βΔ − m) − ε·ls(−βΔ + m), m = `margin_scale` · the pair's margin in the data; 0 where it is null."""
+        z = self._beta(pairs.delta, pairs.step) * pairs.difference(self.divergence) - self.margins(pairs.step)
+        return logistic(z, self.label_smoothing)
+
+    def _beta(self, delta: Tensor, step: StepInfo) -> float:
+        """Return the step's β."""
+        if self.adaptive_beta is None or "margin" not in step.memory:
+            return self.beta
+        excess = self.beta * float(delta.detach().mean()) - step.memory["margin"]
+        # A step of bad pairs may not turn the loss round.
+        return min(self.beta * max(1 + self.adaptive_beta.alpha * excess, 1e-3), 100.0)
+
+    def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
+        """M₀ ← m·M₀ + (1−m)·mean reward margin; the first step's margin begins it."""
+        if self.adaptive_beta is None:
+            return memory
+        m, margin = self.adaptive_beta.momentum, means["rewards/margins"]
+        return {"margin": m * memory.get("margin", margin) + (1 - m) * margin}
+
+
+class Robust(LossSettings):
+    """DPO made unbiased for labels of which a known share is wrong.
+
+    Use: labels of which a share is flipped at random, where that share is known or well estimated.
+    Watch: it has no lower bound and its slope never vanishes, so that Δ grows as long as training goes on; towards
+    ε = ½ the division makes noise large.
+    Takes: sums
+    Source: Chowdhury et al. 2024, arXiv 2403.00409.
+    """
+
+    type: Literal["robust"] = "robust"
+    """Which loss."""
+    beta: Beta = 0.1
+    """How hard the policy is held to the reference."""
+    label_smoothing: Smoothing = 0.1
+    """ε: the share of wrong labels."""
+    divergence: Divergence = ReverseKL()
+    """What holds the policy to the reference."""
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """[−(1−ε)·ls(βΔ) + ε·ls(−βΔ)] / (1−2ε)."""
+        z, epsilon = self.beta * pairs.difference(self.divergence), self.label_smoothing
+        return (-(1 - epsilon) * ls(z) + epsilon * ls(-z)) / (1 - 2 * epsilon)
+
+
+class IPO(LossSettings):
+    """Identity Preference Optimization: Δ is led to a finite target instead of to infinity.
+
+    Use: few pairs, or labels so clean that a logistic loss would run off to infinity.
+    Watch: a small β is a far target: at 0.1 and with means it is 5 nats for every token. It begins at 1/(4β²), and a
+    pair that is beyond the target is pulled back.
+    Takes: sums or means, by `logps`
+    Source: Azar et al. 2023, arXiv 2310.12036, equation 17; its τ is β here. The authors' results are those of means
+    over the tokens.
+    """
+
+    type: Literal["ipo"] = "ipo"
+    """Which loss."""
+    beta: Beta = 0.1
+    """The target of the difference is 1 / (2β)."""
+    logps: Literal["sum", "mean"] = "mean"
+    """Whether a response's log-probability is the sum over its tokens or their mean."""
+
+    def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
+        """Take sums or means over the tokens, by `logps`."""
+        return (mean_log_ratios if self.logps == "mean" else sum_log_ratios)(policy, reference)
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """(Δ − 1/(2β))²."""
+        return (pairs.delta - 1 / (2 * self.beta)).square()
+
+
+class Hinge(LossSettings):
+    """A margin of 1 in βΔ, and nothing beyond it.
+
+    Use: pairs that are told apart clearly should stop pulling.
+    Watch: beyond a margin of 1/β a pair has no gradient; where all have it, nothing more is learned.
+    Takes: sums
+    Source: SLiC, Zhao et al. 2023, arXiv 2305.10425, with the log-ratios of RSO, Liu et al. 2023, arXiv 2309.06657.
+    """
+
+    type: Literal["hinge"] = "hinge"
+    """Which loss."""
+    beta: Beta = 0.1
+    """The inverse of the margin."""
+    divergence: Divergence = ReverseKL()
+    """What holds the policy to the reference."""
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """max(0, 1 − βΔ)."""
+        return (1 - self.beta * pairs.difference(self.divergence)).relu()
+
+
+class EXO(LossSettings):
+    """The reverse KL from the policy's preference to the labels'.
+
+    Use: the policy should settle on what is surely preferred, rather than cover all that is.
+    Watch: it has its minimum at βΔ = log((1−ε)/ε), 6.9 by default, and a pair that stands far the wrong way round pulls
+    little.
+    Takes: sums
+    Source: Ji et al. 2024, arXiv 2402.00856, equation 16.
+    """
+
+    type: Literal["exo"] = "exo"
+    """Which loss."""
+    beta: Beta = 0.1
+    """How hard the policy is held to the reference."""
+    label_smoothing: float = Field(1e-3, ge=1e-6, lt=0.5)
+    """ε: the probability that the labels give to the rejected response."""
+    divergence: Divergence = ReverseKL()
+    """What holds the policy to the reference."""
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """σ(βΔ)·[ls(βΔ) − log(1−ε)] + σ(−βΔ)·[ls(−βΔ) − log ε]."""
+        z, epsilon = self.beta * pairs.difference(self.divergence), self.label_smoothing
+        chosen = z.sigmoid() * (ls(z) - math.log1p(-epsilon))
+        return chosen + (-z).sigmoid() * (ls(-z) - math.log(epsilon))
+
+
+class DiscoPOP(LossSettings):
+    """A blend of logistic and exponential loss that a language model proposed.
+
+    Use: to compare with the paper.
+    Watch: it is not convex. At the default τ it has a minimum at βΔ = −0.12 and falls for good only past βΔ = 0.07;
+    where training begins, at 0, it rises with the margin.
+    Takes: sums
+    Source: Lu et al. 2024, arXiv 2406.08414, equation 5.
+    """
+
+    type: Literal["discopop"] = "discopop"
+    """Which loss."""
+    beta: Beta = 0.05
+    """How hard the policy is held to the reference."""
+    tau: float = Field(0.05, ge=1e-3, le=1)
+    """τ: how sharply the blend goes from one to the other."""
+    divergence: Divergence = ReverseKL()
+    """What holds the policy to the reference."""
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """(1−m)·(−ls(βΔ)) + m·e^(−βΔ), m = σ(βΔ/τ)."""
+        z = self.beta * pairs.difference(self.divergence)
+        # m·e^(−z) as one exponential, since e^(−z) alone overflows where m vanishes.
+        return (-z / self.tau).sigmoid() * -ls(z) + (ls(z / self.tau) - z).exp()
+
+
+class DPOP(LossSettings):
+    """DPO-Positive: a penalty where the chosen response becomes less likely than under the reference.
+
+    Use: responses that differ in a few tokens only, as in mathematics, where `dpo` makes the chosen one less likely.
+    Watch: λ counts before β: at 50, a nat that chosen has lost weighs as much as 50 nats of Δ. At 0 it is `dpo`.
+    Takes: sums
+    Source: Smaug, Pal et al. 2024, arXiv 2402.13228.
+    """
+
+    type: Literal["dpop"] = "dpop"
+    """Which loss."""
+    beta: Beta = 0.3
+    """How hard the policy is held to the reference."""
+    penalty: float = Field(50.0, ge=0, le=1000)
+    """λ: the weight of the penalty."""
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """−ls(β(Δ − λ·max(0, −c)))."""
+        return -ls(self.beta * (pairs.delta - self.penalty * (-pairs.c).relu()))
+
+
+class RDPO(LossSettings):
+    """DPO for a reward from which every token of length is subtracted.
+
+    Where r − α|y| is to be maximised, the reward is β · log-ratio + α|y|: a chosen response that is the longer one
+    has explained its preference by its length alone, and moves the policy less.
+
+    Use: longer responses win among your pairs, and the policy should not learn that.
+    Watch: α counts every token: at 0.01 a hundred of them weigh as much as βΔ = 1. It does not begin at log 2.
+    Takes: sums and lengths
+    Source: Park et al. 2024, arXiv 2403.19159.
+    """
+
+    type: Literal["r_dpo"] = "r_dpo"
+    """Which loss."""
+    beta: Beta = 0.1
+    """How hard the policy is held to the reference."""
+    alpha: float = Field(0.01, ge=0, le=10)
+    """α: what a token of length is worth."""
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """−ls(βΔ + α(|y_c| − |y_r|))."""
+        longer = pairs.policy.chosen_lengths - pairs.policy.rejected_lengths
+        return -ls(self.beta * pairs.delta + self.alpha * longer)
+
+
+class LDDPO(LossSettings):
+    """Length-Desensitized DPO: tokens beyond the shorter response's length count less.
+
+    Use: as for `r_dpo`, by counting the tail of the longer response less.
+    Watch: at α near 0 what stands in that tail is hardly trained, the end token included.
+    Takes: token values, of the first tokens and of the others
+    Source: Liu et al. 2024, arXiv 2409.06411.
+    """
+
+    type: Literal["ld_dpo"] = "ld_dpo"
+    """Which loss."""
+    beta: Beta = 0.1
+    """How hard the policy is held to the reference."""
+    alpha: float = Field(0.5, ge=0, le=1)
+    """α: what such a token counts; 1 is DPO."""
+
+    def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
+        """Weigh the tokens beyond the shorter response's length by α."""
+        return sum_log_ratios(policy.desensitized(self.alpha), reference.desensitized(self.alpha))
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """−ls(βΔ), with log π(y) = the first min(|y_c|, |y_r|) tokens + α · the others."""
+        return -ls(self.beta * pairs.delta)

@@ -1,0 +1,134 @@
+"""Losses in which a response counts by itself, and not only by its difference to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+from dpo_cli.preference.losses.base import Beta, LossSettings, Memory, ScoredPairs, ls
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class NCA(LossSettings):
+    """Noise Contrastive Alignment: raises the chosen response's own likelihood, not the difference alone.
+
+    Use: the chosen response should not become less likely, as in reasoning or code.
+    Watch: βc is led to log 2 and no further; then margins grow by rejected responses alone. It begins at 2 log 2.
+    Takes: sums
+    Source: Chen et al. 2024, arXiv 2402.05369, for two responses.
+    """
+
+    type: Literal["nca"] = "nca"
+    """Which loss."""
+    beta: Beta = 0.1
+    """How hard the policy is held to the reference."""
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """−ls(βc) − ½·ls(−βc) − ½·ls(−βr)."""
+        x, y = self.beta * pairs.c, self.beta * pairs.r
+        return -ls(x) - ls(-x) / 2 - ls(-y) / 2
+
+
+class BCO(LossSettings):
+    """Binary Classifier Optimization: tells chosen responses from rejected ones, each by itself.
+
+    δ is the mean reward of a response, averaged over the steps before; evaluations take 0.
+
+    Use: responses that are good or bad by themselves, such as thumbs up and down, rather than better than another.
+    Watch: δ moves, so the loss of one step is not quite comparable with that of another: follow the margins. It begins
+    at 2 log 2. The paper's weights for prompts that differ between good and bad responses are not part of it.
+    Takes: sums
+    Source: Jung et al. 2024, arXiv 2404.04656.
+    """
+
+    type: Literal["bco"] = "bco"
+    """Which loss."""
+    beta: Beta = 0.1
+    """How hard the policy is held to the reference."""
+    running_mean: bool = True
+    """Whether rewards are compared with their running mean; else with 0."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a running mean."""
+        return self.running_mean
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """−ls(βc − δ) − ls(−(βr − δ))."""
+        delta = pairs.step.memory.get("reward", 0.0)
+        return -ls(self.beta * pairs.c - delta) - ls(delta - self.beta * pairs.r)
+
+    def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
+        """Take the step's mean reward into the mean over all steps."""
+        if not self.running_mean:
+            return memory
+        steps = memory.get("steps", 0.0) + 1
+        reward = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
+        before = memory.get("reward", 0.0)
+        return {"steps": steps, "reward": before + (reward - before) / steps}
+
+
+class SPPO(LossSettings):
+    """Self-Play Preference Optimization with certain labels: c is led to 1/(2β), r to −1/(2β).
+
+    Use: pairs sampled from the policy itself and ranked anew in every round.
+    Watch: at the default β the targets are 500 nats away, so that its values are huge, gradients are always clipped
+    and the learning rate alone sets the pace. Rewards are small by the same β: those nearer than 1e-4 count as a tie.
+    Takes: sums
+    Source: Wu et al. 2024, arXiv 2405.00675, equation 4.7, its η being 1/β, with probabilities 1 and 0.
+    """
+
+    type: Literal["sppo"] = "sppo"
+    """Which loss."""
+    beta: Beta = 1e-3
+    """The target of a log-ratio is 1 / (2β)."""
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """(c − 1/(2β))² + (r + 1/(2β))²."""
+        target = 1 / (2 * self.beta)
+        return (pairs.c - target).square() + (pairs.r + target).square()
+
+
+class APOZero(LossSettings):
+    """Anchored Preference Optimization: chosen becomes likelier, rejected less likely, each for itself.
+
+    For chosen responses that are better than what the model would say.
+
+    Use: chosen responses that are better than the model's own.
+    Watch: it makes chosen responses likelier even where they are no better. Its slopes vanish at both ends, so pairs
+    that stand far the wrong way round pull little.
+    Takes: sums
+    Source: D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7.
+    """
+
+    type: Literal["apo_zero"] = "apo_zero"
+    """Which loss."""
+    beta: Beta = 0.1
+    """How hard the policy is held to the reference."""
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """1 − σ(βc) + σ(βr)."""
+        return 1 - (self.beta * pairs.c).sigmoid() + (self.beta * pairs.r).sigmoid()
+
+
+class APODown(LossSettings):
+    """Anchored Preference Optimization: chosen becomes less likely, rejected still less.
+
+    For chosen responses that are worse than what the model would say.
+
+    Use: chosen responses that are worse than the model's own, of which the difference to the rejected ones is right.
+    Watch: chosen responses become less likely by intention; look at what the model writes.
+    Takes: sums
+    Source: D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8.
+    """
+
+    type: Literal["apo_down"] = "apo_down"
+    """Which loss."""
+    beta: Beta = 0.1
+    """How hard the policy is held to the reference."""
+
+    def losses(self, pairs: ScoredPairs) -> Tensor:
+        """σ(βc) + 1 − σ(βΔ)."""
+        return (self.beta * pairs.c).sigmoid() + 1 - (self.beta * pairs.delta).sigmoid()
