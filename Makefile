@@ -6,13 +6,17 @@ INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.installed-bench
 FUZZ_INSTALLED := .venv/.installed-fuzz
 FUZZ_SECONDS ?= 60
+TESTS ?= tests
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal --untouched
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install model quickstart test check format generated faults plots plot-runs check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup fuzz clean
+.PHONY: help install model quickstart test test-rest test-all check format generated faults plots plot-runs check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup fuzz clean
 
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
-	@echo "make test           every test"
+	@echo "make test           a test of every promise, in minutes (TESTS='tests/data tests/cli -x' for a part)"
+	@echo "make test-rest      the slow tests, which make test leaves out"
+	@echo "make test-all       every test"
 	@echo "make faults         break runs in every way at every point and write docs/faults.md; goes on where it was broken off (an hour or more)"
 	@echo "make check          formatting, lint, types, floors, generated files"
 	@echo "make format         format the code"
@@ -45,7 +49,13 @@ quickstart: install model
 	$(BIN)/python scripts/quickstart.py
 
 test: install model
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+	$(PYTEST) -m "not slow" $(TESTS)
+
+test-rest: install model
+	$(PYTEST) -m slow $(TESTS)
+
+test-all: install model
+	$(PYTEST) $(TESTS)
 
 faults: fuzz
 	$(BIN)/python scripts/write_faults_page.py $(FAULTS)

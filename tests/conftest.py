@@ -13,18 +13,27 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import yaml
 
 from tests.faults.ledger import PROPERTY, table
 from tests.faults.zygote import Zygote
+from tests.surroundings import move_out_of_home, stamped_files
 from tests.waiting import PATIENCE
 
+move_out_of_home()
 # Read when the Hub's library is imported, which test modules do while they are collected.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 # As many test processes run as there are cores; threads of each would wait for each other's.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# The same examples every time, on however slow a machine; `make fuzz` searches for others.
+hypothesis.settings.register_profile(
+    "same", derandomize=True, database=None, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("same")
 
 ROOT = Path(__file__).parent.parent
 DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
@@ -68,19 +77,68 @@ ROW_OF = {
 """A good row of every shape."""
 
 
+_MARKS = {"cli": ["program"], "faults": ["program", "faults"]}
+"""What all tests of a folder are marked with."""
+
+_CHECKOUT, _TOUCHED = pytest.StashKey[dict[str, int]](), pytest.StashKey[list[str]]()
+_running: list[pytest.Item] = []
+"""The test that runs, if one does."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--faults-ledger", type=Path, metavar="FILE", help="write there what became of each fault, as JSON"
     )
+    parser.addoption("--untouched", action="store_true", help="fail if a file of the checkout is another afterwards")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # One process looks for all of its workers.
+    if session.config.getoption("--untouched") and not hasattr(session.config, "workerinput"):
+        session.config.stash[_CHECKOUT] = stamped_files(ROOT)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail where the tests, which have folders of their own, wrote into the checkout."""
+    before = session.config.stash.get(_CHECKOUT, None)
+    if before is not None and (touched := before.items() ^ stamped_files(ROOT).items()):
+        session.config.stash[_TOUCHED] = sorted({name for name, _ in touched})
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run what takes longest first: at the end, one process would wait for the other."""
+    """Mark the tests of some folders, and run what takes longest first: at the end, one process would wait."""
+    for item in items:
+        for name in _MARKS.get(item.path.parent.name, ()):
+            item.add_marker(name)
     items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    _running.append(item)
+    try:
+        return (yield)
+    finally:
+        _running.pop()
+
+
+def _require_mark(event: str, arguments: tuple[Any, ...]) -> None:
+    """Fail a test that starts a program without being marked for it, so that `-m "not program"` is quick."""
+    if event == "subprocess.Popen" and _running and not _running[-1].get_closest_marker("program"):
+        program = Path(os.fsdecode(arguments[0])).name
+        if program.startswith(("python", "dpo", "bash")):
+            pytest.fail(f"starts {program}, and is not marked `program`")
+
+
+sys.addaudithook(_require_mark)
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Show what became of the cases of all tests of faults; their reports come from the workers as well."""
+    """Show what was touched, and what became of the cases of faults; their reports come from the workers as well."""
+    if touched := config.stash.get(_TOUCHED, None):
+        terminalreporter.section("files of the checkout that are others than before the tests")
+        terminalreporter.write_line("\n".join(touched))
     reports = [report for some in terminalreporter.stats.values() for report in some]
     # A test takes its cases down as it is torn down; the reports before have none of them.
     torn_down = [report for report in reports if getattr(report, "when", "") == "teardown"]

@@ -23,6 +23,8 @@ from benchmark.work import LONG_TOKENS, Lengths, NotCounted, arithmetic, long_ro
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE
 
+pytestmark = [pytest.mark.program, pytest.mark.slow]
+
 
 def make_run(seconds=10.0, losses=(0.6931, 0.6), peak=2e9, gflops=(90.0, 100.0)) -> Run:
     return Run(

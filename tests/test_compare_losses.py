@@ -33,6 +33,7 @@ def test_every_loss_has_a_learning_rate(loss):
     assert 1e-6 <= learning_rate(loss) <= 1e-4
 
 
+@pytest.mark.program
 def test_a_loss_is_trained_and_lowers_its_objective(tiny_llama, tmp_path):
     page = tmp_path / "page.md"
     options = ["--losses", "orpo", "--steps", "6", "--model", str(tiny_llama), "--out", str(page)]

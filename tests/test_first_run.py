@@ -12,6 +12,8 @@ import pytest
 
 from tests.conftest import ROOT, run_dpo, write_rows
 
+pytestmark = pytest.mark.program
+
 PAGE = (ROOT / "docs" / "first-run.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^    dpo (.*)$", PAGE, re.M)
 (SNIPPET,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)

@@ -18,6 +18,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.program
+
 BUILD = "from setuptools import build_meta; build_meta.build_sdist('dist'); build_meta.build_wheel('dist')"
 LEFT = shutil.ignore_patterns(".*", "__pycache__", "models", "runs", "build", "dist", "*.egg-info")
 

@@ -14,6 +14,8 @@ import yaml
 from tests.conftest import ROOT, dpo_command, write_rows
 from tests.waiting import PATIENCE
 
+pytestmark = pytest.mark.program
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")), ROOT / "CONTRIBUTING.md"]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 # The page of the first run is followed in its own order, by test_first_run.

@@ -12,7 +12,7 @@ from benchmark.runs import run_process
 
 from tests.conftest import DEMO_PAIRS, GGUF, dpo_command, make_config
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.program]
 
 
 def test_a_few_steps_log_the_losses_of_an_independent_trainer(tmp_path):

@@ -11,6 +11,8 @@ import pytest
 from dpo_cli.data.pairs.sources import Source, read_rows
 from tests.conftest import ROOT, write_rows
 
+pytestmark = pytest.mark.program
+
 RECIPES = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "sources.md").read_text(encoding="utf-8"), re.M | re.S)
 SCORED = [{"response": text, "overall_score": score} for text, score in (("fair", 5.0), ("bad", 2.5), ("good", 9.0))]
 TALK = [{"role": "user", "content": "Add 1 and 2."}]

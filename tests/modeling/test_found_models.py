@@ -266,6 +266,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

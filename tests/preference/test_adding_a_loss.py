@@ -17,6 +17,8 @@ FACTS = """
 import json
 from dpo_cli.config import json_schema
 from write_losses_page import page
+
+pytestmark = pytest.mark.program
 print(json.dumps([json_schema(), page()]))
 """
 

@@ -169,6 +169,7 @@ def test_links_to_nowhere_hide_nothing_that_a_folder_brings_along(project):
         load_policy("model")
 
 
+@pytest.mark.program
 @pytest.mark.parametrize(
     "changes", [{"num_hidden_layers": 10**9}, {"attn_implementation": "somebody/attention"}], ids=str
 )

@@ -78,6 +78,7 @@ def test_names_in_errors_are_text(project, capfd, arguments):
     assert not _OBEYED.search(printed + said)
 
 
+@pytest.mark.program
 def test_a_terminal_sees_no_codes_but_the_programs_own(project):
     Path("evil.yaml").write_text(json.dumps({"model": "m", f"x{EVIL}": 1}, ensure_ascii=True))
     ours, theirs = pty.openpty()

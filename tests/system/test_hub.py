@@ -19,6 +19,8 @@ from dpo_cli.modeling.model_names import check_model
 from tests.conftest import dpo_command
 from tests.waiting import PATIENCE
 
+pytestmark = pytest.mark.program
+
 NOT_ON_THE_HUB = ["./some/name", "./name", "../name", "/name", "~/name", "~name", ".name/other", "here/name"]
 
 

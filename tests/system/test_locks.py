@@ -21,6 +21,8 @@ HOLD = """
 import sys
 from pathlib import Path
 from dpo_cli.system.locks import locked
+
+pytestmark = pytest.mark.program
 with locked(Path(sys.argv[1]), "testing"):
     print("held", flush=True)
     sys.stdin.read()

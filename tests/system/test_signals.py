@@ -53,6 +53,8 @@ BUSY = """
 import contextlib, hashlib, sys, threading, time
 from dpo_cli.system.signals import Interrupted, StopSignals
 
+pytestmark = pytest.mark.program
+
 def say(line, ends):
     print(line, flush=True)
 

@@ -12,6 +12,8 @@ import pytest
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.system.workers import _Workers, in_order
 
+pytestmark = pytest.mark.program
+
 
 def work(item: int) -> tuple[int, int]:
     if item == 900:

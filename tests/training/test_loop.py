@@ -74,6 +74,7 @@ def trained_by_ranks(model, losses, tmp_path):
     return torch.load(tmp_path / "found.pt", weights_only=True)
 
 
+@pytest.mark.program
 def test_no_loss_depends_on_how_many_ranks_share_a_step(tiny_llama, pairs, tmp_path):
     """Steps of five pairs, so that one rank has more of them than the other."""
     from tests.training.ranks import SETTINGS
@@ -110,6 +111,7 @@ def test_the_load_of_experts_is_balanced_alike_however_a_step_is_cut(mixture, pa
         assert_same(cut, whole, **ROUNDED)
 
 
+@pytest.mark.program
 def test_the_load_of_experts_is_balanced_alike_by_one_rank_and_by_two(mixture, pairs, tmp_path):
     from tests.training.ranks import SETTINGS
 

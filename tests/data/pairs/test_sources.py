@@ -52,6 +52,7 @@ def problem_of(path, **settings):
     return problem
 
 
+@pytest.mark.program
 def test_naming_sources_imports_nothing_that_is_slow_to_import():
     code = "import sys, dpo_cli.data.pairs.sources; print({'datasets', 'numpy', 'pyarrow'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
