@@ -1,6 +1,6 @@
 """Draw every pairwise loss and its slope against the reward margin, docs/losses.png; `make plots` runs it.
 
-What is drawn, and how it is to be read, stands below the picture in docs/losses.md.
+docs/losses.md explains the picture.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from dpo_cli.preference.losses.base import StepInfo
 PICTURE = Path(__file__).parent.parent / "docs" / "losses.png"
 MARGINS = [step / 20 for step in range(-80, 81)]
 BETA_DRAWN = {"orpo": 1.0, "cpo": 1.0}
-"""At 0.1 their preference term is too flat to be seen beside the likelihood."""
+"""At 0.1 their preference term is invisible beside the likelihood."""
 TIMES_BETA_SQUARED = ("ipo", "sppo")
 WITHOUT_MARGIN = ("sft",)
 START = -2.5
-"""Where log-probabilities begin that are compared with nothing; they stay below 0 at every margin."""
+"""Where log-probabilities begin for losses without a reference; they stay below 0 at every margin."""
 LINES = ("-", "--", "-.", ":", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
 WIDTH_PIXELS, DPI = 1600, 100
 
@@ -52,7 +52,7 @@ def point(loss: Any, margin: float) -> tuple[float, float]:
 
 
 def curves() -> dict[str, Curve]:
-    """Return every curve by its label; losses that are the same here share one."""
+    """Return every curve by its label; losses with equal curves share one."""
     found: dict[Curve, list[str]] = {}
     for model in members(Loss):
         name = kind(model)
@@ -65,7 +65,7 @@ def curves() -> dict[str, Curve]:
 
 
 def label(loss: Any) -> str:
-    """Name a loss, and what is not its default."""
+    """Return the name of a loss, with what is not its default."""
     if loss.type in TIMES_BETA_SQUARED:
         return f"{loss.type} · β²"
     return f"{loss.type}, β = {loss.beta:g}" if loss.type in BETA_DRAWN else str(loss.type)

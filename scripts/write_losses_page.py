@@ -1,8 +1,8 @@
-"""Write docs/losses.md from the losses themselves; with `--check` say whether it is current.
+"""Write docs/losses.md from the losses themselves; with `--check` report whether it is current.
 
-What the page says of a loss stands beside it: the equation is the docstring of its `losses`; the lines of the
-class's docstring from `Use:`, `Watch:`, `Takes:` and `Source:` on say when it is good, what to look out for, which
-figures of a response it is computed from, and where it comes from.
+What the page says about a loss is in its class: the equation is the docstring of its `losses`; the lines of the
+class's docstring from `Use:`, `Watch:`, `Takes:` and `Source:` on say when to use it, what to watch, what it is
+computed from, and where it comes from.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dpo_cli.preference.reference import Reference
 PAGE = Path(__file__).parent.parent / "docs" / "losses.md"
 HEAD = """# Losses
 
-A loss turns the log-probabilities of a pair into the number that training lowers. One is chosen by its type, with
+A loss turns the log-probabilities of a pair into the number that training minimises. It is chosen by its type, with
 `loss: ipo`, or with settings:
 
     loss:
@@ -40,7 +40,7 @@ suit it: of `dpo` with several of its settings, of `sft` in `rpo.yaml`.
 
 | | |
 |---|---|
-| log π(y) | log-probability of a response in nats, a sum over its tokens; of *means*, that divided by their number |
+| log π(y) | log-probability of a response in nats, a sum over its tokens; for *means*, that divided by their number |
 | c | log π(chosen) − log π_ref(chosen) |
 | r | log π(rejected) − log π_ref(rejected) |
 | Δ | c − r |
@@ -49,27 +49,27 @@ suit it: of `dpo` with several of its settings, of `sft` in `rpo.yaml`.
 | NLL of chosen | −log π(y_c), as a mean over all chosen tokens of the step |
 
 The loss of a step is the mean over its pairs, however they are cut into forward passes. Rewards are βc and βr. A β that
-suits sums (0.01 to 0.5) is too small for means (2 to 10). What 20 steps with each of them make of a small model:
+suits sums (0.01 to 0.5) is too small for means (2 to 10). What 20 steps with each loss do to a small model:
 [losses, trained](losses-trained.md).
 
 ![Every loss and its slope against the reward margin](losses.png)
 
-Left the loss of one pair, right its slope, against the reward margin βΔ, along c = Δ/2 and r = −Δ/2: chosen gains what
-rejected loses. Responses are one token long, so that sums and means are the same, and `dpo`, `aot`, `aot_unpaired`,
-`r_dpo` and `ld_dpo` as well. Each loss has its defaults, but for `orpo` and `cpo`, which have β = 1: at 0.1 one would
-see the likelihood of chosen alone. `ipo` and `sppo` are multiplied by β², since they would leave the picture otherwise.
-Losses without a reference begin at a log-probability of −2.5. `sft` knows no margin. `make plots` draws it.
+Left: the loss of one pair; right: its slope, both against the reward margin βΔ, along c = Δ/2 and r = −Δ/2. Responses
+are one token long, so that sums and means are the same, and so are `dpo`, `aot`, `aot_unpaired`, `r_dpo` and `ld_dpo`.
+Losses have their defaults, except β = 1 for `orpo` and `cpo`: at 0.1 only the likelihood of chosen would be visible.
+`ipo` and `sppo` are multiplied by β² to fit the picture. Losses without a reference begin at a log-probability of −2.5.
+`sft` has no margin. `make plots` draws the picture.
 
 ## Which one
 
-| loss | | reference | takes |
+| loss | when to use it | reference | takes |
 |---|---|---|---|
 """
 SEVERAL = """
 ## Several at once
 
-A list of losses is added up, each times its `weight`, 1 by default. This is RPO
-([Pang et al. 2024](https://arxiv.org/abs/2404.19733)), which keeps the chosen response likely:
+A list of losses is summed, each multiplied by its `weight`, 1 by default. This is RPO
+([Pang et al. 2024](https://arxiv.org/abs/2404.19733)), which keeps chosen responses likely:
 
     loss:
       - dpo
@@ -85,15 +85,15 @@ and this MPO ([Wang et al. 2024](https://arxiv.org/abs/2411.10442)), with the we
         weight: 0.2
       - type: sft
 
-Rewards are reported of one of them: of that which follows the rewards of the run (`bco`, adaptive β), of which there
-may be one; else of the first that needs a reference; else of the first.
+Rewards are those of one of the losses: of the one that keeps running statistics (`bco`, adaptive β), of which there may
+be one; else of the first that needs a reference; else of the first.
 """
 EXPERTS = """
 ## Experts
 
 `router_aux` is a setting of every loss: the coefficient of the load-balancing loss of a mixture of experts, which keeps
 its routers from sending all tokens to a few experts. 0, the default, leaves that loss out. `router_aux_loss_coef` in
-config.json is not read; it says what the model was trained with, often 0.001 to 0.02.
+config.json is ignored; models are often trained with 0.001 to 0.02.
 
     loss:
       type: dpo
@@ -123,12 +123,12 @@ DATA = """
 | column | |
 |---|---|
 | `weight` | multiplies the pair's loss; {refusers}, which compares responses of different pairs, refuses the column |
-| `margin` | how much better chosen is; ignored but by {takers} with a `margin_scale` s: βΔ has to exceed s · margin |
+| `margin` | how much better chosen is; ignored except by {takers} with `margin_scale: s`: βΔ should exceed s · margin |
 
-Both are optional: [data](data.md). A pair out of a [ranked list](shapes.md#ranked) has the difference of its scores as
-its margin. m is in units of the reward, of which a run rarely gains more than a few: scores from 1 to 10 need a scale
-such as 0.1. `dpo prepare-data` shows the range of the margins, and `dpo train` says where they are ignored. The loss of
-a step or of an evaluation is the sum over its pairs divided by their number, not by their weights.
+Both are optional: [data](data.md). The margin of a pair from a [ranked list](shapes.md#ranked) is the difference of its
+scores. m is in units of the reward, of which a run rarely gains more than a few: scores from 1 to 10 need a scale such
+as 0.1. `dpo prepare-data` shows the range of the margins, and `dpo train` reports where they are ignored. The loss of a
+step or of an evaluation is the sum over its pairs divided by their number, not by their weights.
 """
 REFERENCES = """
 ## The reference
@@ -137,15 +137,15 @@ REFERENCES = """
 |---|---|---|
 """
 NO_REFERENCE = """
-Where no loss needs a reference, `none` is chosen by itself, and any other is an error; so is `none` where one is
-needed. Then log π_ref is 0, and rewards are β · log-probability: of sums or of means, as the loss takes them. An
-accuracy says how often the policy finds chosen likelier than rejected, before training too, where with a reference
+Where no loss needs a reference, `none` is the default, and any other is an error; so is `none` where one is needed.
+Then log π_ref is 0, and rewards are β · log-probability: of sums or of means, as the loss takes them. An accuracy is
+the share of pairs whose chosen response is likelier under the policy, also before training, where with a reference
 every pair is a tie.
 """
 DIVERGENCES = """
 ## Divergences
 
-What holds the policy to its reference. x is c or r; {takers} put f(c) − f(r) in the place of Δ. One is named by its
+What holds the policy to its reference. x is c or r; {takers} use f(c) − f(r) instead of Δ. A divergence is named by its
 type, or as a group where it has a setting: `divergence: {{type: alpha, alpha: 0.5}}`, α above 0 and below 1.
 
 | `divergence` | f(x) | |
@@ -175,7 +175,7 @@ def named(models: list[type[Any]]) -> str:
 
 
 def described(model: type[Any]) -> dict[str, str]:
-    """Return what a class's docstring says: "" is the text before the parts that have a name."""
+    """Return the parts of a class's docstring by name; "" is the text before them."""
     text, *rest = re.split(rf"^({'|'.join(PARTS)}): ", inspect.getdoc(model) or "", flags=re.MULTILINE)
     paragraphs = [" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n")]
     parts = {name: " ".join(part.split()) for name, part in zip(rest[::2], rest[1::2], strict=True)}
@@ -183,7 +183,7 @@ def described(model: type[Any]) -> dict[str, str]:
 
 
 def equation(method: Any) -> str:
-    """Return what the docstring of a method says."""
+    """Return the equation in the docstring of a method."""
     text = " ".join((inspect.getdoc(method) or "").split())
     return text.removeprefix("Return ").removesuffix(".")
 
@@ -199,7 +199,7 @@ def settings(model: type[Any]) -> str:
 
 
 def needs(model: type[Any], takes: str) -> str:
-    """Say in one line what a loss has to be given."""
+    """Say in one line what a loss needs."""
     loss = model()
     words = ["a reference" if loss.needs_reference else "no reference", takes]
     if loss.looks_at_step:

@@ -59,7 +59,7 @@ class Objective:
 
     @property
     def indivisible(self) -> str:
-        """The type of a loss that cannot be told apart by pairs, and so not be weighed by pairs; empty: none."""
+        """The type of a loss that belongs to no single pair, so that pairs cannot be weighted; empty: none."""
         return next((loss.type for loss in self.losses if not loss.takes_weights), "")
 
     @property
@@ -76,10 +76,10 @@ class Objective:
 
     def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """Return the weighted sum of the losses of each pair, and the rewards of one of them."""
-        answers = [loss(policy, reference, step) for loss in self.losses]
+        results = [loss(policy, reference, step) for loss in self.losses]
         factors = [loss.weight * (_wpo_weights(policy) if loss.wpo else 1.0) for loss in self.losses]
-        losses = [factor * answer.losses for factor, answer in zip(factors, answers, strict=True)]
-        rewards = answers[self.losses.index(self.rewarding)]
+        losses = [factor * result.losses for factor, result in zip(factors, results, strict=True)]
+        rewards = results[self.losses.index(self.rewarding)]
         return PairLosses(sum(losses[1:], losses[0]), rewards.chosen_rewards, rewards.rejected_rewards)
 
     def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
@@ -96,8 +96,8 @@ class Objective:
 def _wpo_weights(policy: SequenceLogps) -> Tensor:
     """Return the weight of each pair, `[B]`, without gradient: that of its chosen times that of its rejected response.
 
-    A response's is exp(mean over its tokens of log π(token) − log Σ π²): 1 where the policy says it as likely as what
-    it says by itself.
+    A response's is exp(mean over its tokens of log π(token) − log Σ π²): 1 where the response is as likely as
+    what the policy samples itself.
 
     Source: WPO, Zhou et al. 2024, arXiv 2406.11827, equation 2.
     """

@@ -85,7 +85,7 @@ class Frozen(Settings):
 
 
 class Synced(Settings):
-    """Hold a model beside the policy that follows it: every so many steps it moves a share of the way (TR-DPO).
+    """Hold a model beside the policy that follows it: every so many steps it moves a part of the way (TR-DPO).
 
     Evaluations compare with it as it was before step 1, so that they can be compared with each other.
 
@@ -99,7 +99,7 @@ class Synced(Settings):
     every_steps: int = Field(512, ge=1)
     """Optimizer steps between two moves."""
     alpha: float = Field(0.6, gt=0, le=1)
-    """α: the share of the way to the policy that it moves; 1: it becomes the policy."""
+    """α: the part of the way to the policy that it moves; 1: it becomes the policy."""
 
     holds_model: ClassVar[bool] = True
 
@@ -126,7 +126,7 @@ class Synced(Settings):
 
 
 class NoReference(Settings):
-    """Compare with nothing, for objectives that have no use for a reference: every log π_ref is 0."""
+    """Use no reference, for losses that need none: every log π_ref is 0."""
 
     type: Literal["none"] = "none"
     """Where the reference log-probabilities come from."""
@@ -144,4 +144,4 @@ class NoReference(Settings):
 
 
 Reference = Annotated[Cached | Frozen | Synced | NoReference, Field(discriminator="type")]
-"""The closed union of all reference strategies, told apart by `type`."""
+"""The closed union of all reference strategies, discriminated by `type`."""

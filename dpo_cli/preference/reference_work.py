@@ -66,7 +66,7 @@ class ReferenceWork:
         return logps
 
     def cached(self, indices: NDArray[np.int64], scorer: BatchScorer) -> BatchScorer:
-        """Look up what the cache has of some pairs, compute and keep the rest; return what answers for them."""
+        """Look up what the cache has of some pairs, compute and keep the rest; return the cache's scorer."""
         identity = reference_identity(self.digest or weights_digest(self.model), self.accelerator)
         cache = ReferenceCache(identity, self.batches, self.accelerator)
         cache.complete(indices.tolist(), scorer, self.progress)

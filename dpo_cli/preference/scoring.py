@@ -88,8 +88,11 @@ def score_pairs(
     Returns:
         Losses and rewards, and the `pair_values`, `[B, 9]`.
     """
-    policy, answers = SequenceLogps.of(scorer(batch), batch.lengths), SequenceLogps(reference(batch), batch.lengths)
-    return _apply(objective, policy, answers, step, batch.weights, batch.margins)
+    policy, of_reference = (
+        SequenceLogps.of(scorer(batch), batch.lengths),
+        SequenceLogps(reference(batch), batch.lengths),
+    )
+    return _apply(objective, policy, of_reference, step, batch.weights, batch.margins)
 
 
 @dataclass(frozen=True)
@@ -145,11 +148,13 @@ def score_step(
     lengths = tuple(
         length for side in zip(*(part.halves() for part in scored), strict=True) for half in side for length in half
     )
-    policy, answers = (_joined([getattr(part, name) for part in scored], scored) for name in ("policy", "reference"))
+    policy, of_reference = (
+        _joined([getattr(part, name) for part in scored], scored) for name in ("policy", "reference")
+    )
     policy.requires_grad_()
     weights, margins = (torch.cat([getattr(part, name) for part in scored]) for name in ("weights", "margins"))
     pairs, values = _apply(
-        objective, SequenceLogps.of(policy, lengths), SequenceLogps(answers, lengths), step, weights, margins
+        objective, SequenceLogps.of(policy, lengths), SequenceLogps(of_reference, lengths), step, weights, margins
     )
     (slopes,) = torch.autograd.grad(pairs.losses.sum(), policy)
     shares = zip(
@@ -180,11 +185,9 @@ class _MicroBatchLogps:
         return self.lengths[: len(self.weights)], self.lengths[len(self.weights) :]
 
 
-def _joined(answers: Sequence[Tensor], scored: Sequence[_MicroBatchLogps]) -> Tensor:
+def _joined(logps: Sequence[Tensor], scored: Sequence[_MicroBatchLogps]) -> Tensor:
     """Join `[…, N]` of several micro-batches: all of their chosen responses, then all of their rejected ones."""
-    halves = [
-        answer.split([sum(half) for half in part.halves()], -1) for answer, part in zip(answers, scored, strict=True)
-    ]
+    halves = [whole.split([sum(half) for half in part.halves()], -1) for whole, part in zip(logps, scored, strict=True)]
     return torch.cat([half for side in zip(*halves, strict=True) for half in side], -1)
 
 

@@ -1,7 +1,7 @@
 """Every loss: one small frozen model each, its equation beside the line; `Loss` at the end lists them.
 
 For a pair: c = log π(chosen) − log π_ref(chosen), r the same of rejected, Δ = c − r, ls = log σ, |y| the number of a
-response's tokens. Logs of sequences are sums over the response tokens unless said. Where there is no reference, log
+response's tokens. Logs of sequences are sums over the response tokens unless noted. Where there is no reference, log
 π_ref is 0. The loss of a step is the mean over its pairs.
 
 The classes are settings as well, and are read before torch is needed: they compute with methods of tensors, and `ls`
@@ -42,4 +42,4 @@ Loss = Annotated[
     | SFT,
     Field(discriminator="type"),
 ]
-"""The closed union of all losses, told apart by `type`."""
+"""The closed union of all losses, discriminated by `type`."""

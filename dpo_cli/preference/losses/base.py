@@ -24,7 +24,7 @@ Beta = Annotated[float, Field(ge=1e-4, le=100)]
 """The range in which no loss overflows, whatever the log-ratios."""
 
 Smoothing = Annotated[float, Field(ge=0, lt=0.5)]
-"""Share of the labels that are taken to be the wrong way round."""
+"""The share of labels that are assumed to be swapped."""
 
 LogRatios = tuple["Tensor", "Tensor"]
 """c and r of B pairs, `[B]` each."""
@@ -104,7 +104,7 @@ class LossSettings(Settings):
     weight: float = Field(1.0, gt=0)
     """Factor on this loss where several are added up."""
     wpo: bool = False
-    """Whether a pair counts by how likely the policy itself is to say its responses (WPO); there is no upper bound."""
+    """Whether a pair is weighted by how likely its responses are under the policy (WPO), without an upper bound."""
     router_aux: float = Field(0.0, ge=0)
     """Coefficient of the load-balancing loss of a mixture of experts, added once, whatever `weight`; 0: left out."""
 
@@ -160,7 +160,7 @@ class MarginLossSettings(LossSettings):
     """The settings of a loss that can use the margins in the data."""
 
     margin_scale: float | None = Field(None, gt=0)
-    """s: the reward of chosen has to exceed that of rejected by s · the pair's margin in the data; null: by nothing."""
+    """s: chosen's reward should exceed rejected's by s · the pair's margin in the data; null: margins are ignored."""
 
     @property
     def uses_margins(self) -> bool:

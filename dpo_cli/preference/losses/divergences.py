@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LARGEST_EXPONENT = 40.0
-"""Beyond it an exponential is held: its square, as a gradient's norm takes it, is then a float32 still."""
+"""Exponents are clamped to it, so that the square of an exponential, as in a gradient's norm, is finite in float32."""
 
 
 class ReverseKL(Settings):
@@ -33,7 +33,7 @@ class ReverseKL(Settings):
 
 
 class ForwardKL(Settings):
-    """KL(π_ref ‖ π): covers what the reference does instead of seeking its best mode."""
+    """KL(π_ref ‖ π): mode-covering rather than mode-seeking."""
 
     type: Literal["forward_kl"] = "forward_kl"
     """Which divergence."""
@@ -44,7 +44,7 @@ class ForwardKL(Settings):
 
 
 class JensenShannon(Settings):
-    """The Jensen–Shannon divergence, between both directions of KL."""
+    """The Jensen–Shannon divergence, between the two directions of KL."""
 
     type: Literal["js"] = "js"
     """Which divergence."""
@@ -55,12 +55,12 @@ class JensenShannon(Settings):
 
 
 class Alpha(Settings):
-    """The α-divergences, which lead from forward KL (α → 0) to reverse KL (α → 1); the paper's α is 1 − α here."""
+    """The α-divergences, from forward KL (α → 0) to reverse KL (α → 1); the paper's α is 1 − α here."""
 
     type: Literal["alpha"] = "alpha"
     """Which divergence."""
     alpha: float = Field(0.5, gt=0, lt=1)
-    """Where between forward KL, 0, and reverse KL, 1."""
+    """Between forward KL, 0, and reverse KL, 1."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return (e^((α−1)x) − 1) / (α−1)."""
@@ -77,4 +77,4 @@ Divergence = Annotated[
     _Divergence,
     BeforeValidator(_named, json_schema_input_type=Literal["reverse_kl", "forward_kl", "js", "alpha"] | _Divergence),
 ]
-"""The closed union of all divergences, told apart by `type`; a word alone is a type."""
+"""The closed union of all divergences, discriminated by `type`; a string alone is a type."""

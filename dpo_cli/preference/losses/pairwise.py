@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 class AdaptiveBeta(Settings):
-    """A β for each step, larger where its pairs are told apart more clearly than those before.
+    """A β for each step, larger where its margin is above the average of the steps before.
 
-    β of a step = β · (1 + α · (mean reward margin of its pairs − M₀)), M₀ a moving average of those means, held
-    between β / 1,000 and 100. Step 1 and evaluations take β itself.
+    β of a step = β · (1 + α · (mean reward margin of its pairs − M₀)), M₀ a moving average of those means, clamped
+    to β / 1,000 … 100. Step 1 and evaluations use β itself.
 
-    Use: pairs of mixed quality, some told apart at a glance and some hardly.
-    Watch: the mean of a few pairs is noisy: it wants steps of many.
+    Use: pairs of mixed quality, some with a clear winner and some without.
+    Watch: the mean over a few pairs is noisy: use many pairs per step.
     Source: β-DPO, Wu et al. 2024, arXiv 2407.08639.
     """
 
@@ -51,9 +51,10 @@ class AdaptiveBeta(Settings):
 class DPO(MarginLossSettings):
     """Direct Preference Optimization: a logistic loss on the difference of the two log-ratios.
 
-    Use: the first choice for pairs, and what the others are measured against.
-    Watch: it sees the difference alone, so both responses may become less likely while it falls (`logps/chosen` tells):
-    add `sft`, or take `dpop` or `nca`. On clean labels it drives Δ on and on: few epochs, small steps, or `ipo`.
+    Use: the first choice for pairs, and the baseline for the others.
+    Watch: it depends on the difference alone, so both responses may become less likely while it falls (see
+    `logps/chosen`): add `sft`, or use `dpop` or `nca`. On clean labels Δ grows without bound: train few epochs with a
+    small learning rate, or use `ipo`.
     Takes: sums, or means by `logps`
     Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7; with `label_smoothing` the conservative variant
     (Mitchell 2023); with `logps: mean` the length-normalised variant (Tülu 3, arXiv 2411.15124).
@@ -62,13 +63,13 @@ class DPO(MarginLossSettings):
     type: Literal["dpo"] = "dpo"
     """Which loss."""
     beta: Beta = 0.1
-    """How hard the policy is held to the reference: 0.01 to 0.5 for sums, 2 to 10 for means."""
+    """How strongly the policy is held to the reference: 0.01 to 0.5 for sums, 2 to 10 for means."""
     label_smoothing: Smoothing = 0.0
-    """Share of the labels that are taken to be the wrong way round (conservative DPO)."""
+    """ε: the share of labels that are assumed to be swapped (conservative DPO)."""
     logps: Literal["sum", "mean"] = "sum"
     """Whether a response's log-probability is the sum over its tokens or their mean."""
     divergence: Divergence = ReverseKL()
-    """What holds the policy to the reference; others than reverse_kl only for sums."""
+    """What holds the policy to the reference; only reverse_kl can be used with means."""
     adaptive_beta: AdaptiveBeta | None = None
     """null: the same β for every step; else β-DPO."""
 
@@ -103,7 +104,7 @@ class DPO(MarginLossSettings):
         if self.adaptive_beta is None or "margin" not in step.memory:
             return self.beta
         excess = self.beta * float(delta.detach().mean()) - step.memory["margin"]
-        # A step of bad pairs may not turn the loss round.
+        # A step of bad pairs must not make β negative.
         return min(self.beta * max(1 + self.adaptive_beta.alpha * excess, 1e-3), 100.0)
 
     def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
@@ -115,11 +116,11 @@ class DPO(MarginLossSettings):
 
 
 class Robust(LossSettings):
-    """DPO made unbiased for labels of which a known share is wrong.
+    """DPO, unbiased where a known share of the labels is wrong.
 
-    Use: labels of which a share is flipped at random, where that share is known or well estimated.
-    Watch: it has no lower bound and its slope never vanishes, so that Δ grows as long as training goes on; towards
-    ε = ½ the division makes noise large.
+    Use: a share of the labels is flipped at random, and that share is known or well estimated.
+    Watch: it has no lower bound and its slope never vanishes, so Δ grows as long as training continues; near ε = ½
+    the division amplifies noise.
     Takes: sums
     Source: Chowdhury et al. 2024, arXiv 2403.00409.
     """
@@ -127,7 +128,7 @@ class Robust(LossSettings):
     type: Literal["robust"] = "robust"
     """Which loss."""
     beta: Beta = 0.1
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
     label_smoothing: Smoothing = 0.1
     """ε: the share of wrong labels."""
     divergence: Divergence = ReverseKL()
@@ -140,14 +141,14 @@ class Robust(LossSettings):
 
 
 class IPO(LossSettings):
-    """Identity Preference Optimization: Δ is led to a finite target instead of to infinity.
+    """Identity Preference Optimization: Δ has a finite target instead of growing without bound.
 
-    Use: few pairs, or labels so clean that a logistic loss would run off to infinity.
-    Watch: a small β is a far target: at 0.1 and with means it is 5 nats for every token. It begins at 1/(4β²), and a
-    pair that is beyond the target is pulled back.
+    Use: few pairs, or labels so clean that Δ would grow without bound under a logistic loss.
+    Watch: a small β is a distant target: with means and β = 0.1 it is 5 nats per token. The loss begins at 1/(4β²), and
+    a pair beyond the target is pulled back.
     Takes: sums or means, by `logps`
-    Source: Azar et al. 2023, arXiv 2310.12036, equation 17; its τ is β here. The authors' results are those of means
-    over the tokens.
+    Source: Azar et al. 2023, arXiv 2310.12036, equation 17; its τ is β here. The authors' results use means over the
+    tokens.
     """
 
     type: Literal["ipo"] = "ipo"
@@ -167,10 +168,10 @@ class IPO(LossSettings):
 
 
 class Hinge(LossSettings):
-    """A margin of 1 in βΔ, and nothing beyond it.
+    """A linear loss up to a margin of 1 in βΔ, and 0 beyond it.
 
-    Use: pairs that are told apart clearly should stop pulling.
-    Watch: beyond a margin of 1/β a pair has no gradient; where all have it, nothing more is learned.
+    Use: pairs whose margin is large enough should have no more influence.
+    Watch: a pair with Δ above 1/β has no gradient; once all pairs are there, nothing more is learned.
     Takes: sums
     Source: SLiC, Zhao et al. 2023, arXiv 2305.10425, with the log-ratios of RSO, Liu et al. 2023, arXiv 2309.06657.
     """
@@ -188,11 +189,11 @@ class Hinge(LossSettings):
 
 
 class EXO(LossSettings):
-    """The reverse KL from the policy's preference to the labels'.
+    """The reverse KL divergence from the policy's preferences to the labels.
 
-    Use: the policy should settle on what is surely preferred, rather than cover all that is.
-    Watch: it has its minimum at βΔ = log((1−ε)/ε), 6.9 by default, and a pair that stands far the wrong way round pulls
-    little.
+    Use: the policy should concentrate on clearly preferred responses rather than cover all of them.
+    Watch: it has its minimum at βΔ = log((1−ε)/ε), 6.9 by default, and a pair with a very negative margin has
+    little gradient.
     Takes: sums
     Source: Ji et al. 2024, arXiv 2402.00856, equation 16.
     """
@@ -200,7 +201,7 @@ class EXO(LossSettings):
     type: Literal["exo"] = "exo"
     """Which loss."""
     beta: Beta = 0.1
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
     label_smoothing: float = Field(1e-3, ge=1e-6, lt=0.5)
     """ε: the probability that the labels give to the rejected response."""
     divergence: Divergence = ReverseKL()
@@ -214,11 +215,11 @@ class EXO(LossSettings):
 
 
 class DiscoPOP(LossSettings):
-    """A blend of logistic and exponential loss that a language model proposed.
+    """A blend of logistic and exponential loss, proposed by a language model.
 
-    Use: to compare with the paper.
-    Watch: it is not convex. At the default τ it has a minimum at βΔ = −0.12 and falls for good only past βΔ = 0.07;
-    where training begins, at 0, it rises with the margin.
+    Use: comparison with the paper.
+    Watch: it is not convex. At the default τ it has a local minimum at βΔ = −0.12 and decreases for good only above
+    βΔ = 0.07; at 0, where training begins, it increases with the margin.
     Takes: sums
     Source: Lu et al. 2024, arXiv 2406.08414, equation 5.
     """
@@ -226,9 +227,9 @@ class DiscoPOP(LossSettings):
     type: Literal["discopop"] = "discopop"
     """Which loss."""
     beta: Beta = 0.05
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
     tau: float = Field(0.05, ge=1e-3, le=1)
-    """τ: how sharply the blend goes from one to the other."""
+    """τ: how sharply the blend changes from one to the other."""
     divergence: Divergence = ReverseKL()
     """What holds the policy to the reference."""
 
@@ -243,7 +244,7 @@ class DPOP(LossSettings):
     """DPO-Positive: a penalty where the chosen response becomes less likely than under the reference.
 
     Use: responses that differ in a few tokens only, as in mathematics, where `dpo` makes the chosen one less likely.
-    Watch: λ counts before β: at 50, a nat that chosen has lost weighs as much as 50 nats of Δ. At 0 it is `dpo`.
+    Watch: λ is multiplied by β: at 50, a nat lost by chosen weighs as much as 50 nats of Δ. At 0 it is `dpo`.
     Takes: sums
     Source: Smaug, Pal et al. 2024, arXiv 2402.13228.
     """
@@ -251,7 +252,7 @@ class DPOP(LossSettings):
     type: Literal["dpop"] = "dpop"
     """Which loss."""
     beta: Beta = 0.3
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
     penalty: float = Field(50.0, ge=0, le=1000)
     """λ: the weight of the penalty."""
 
@@ -263,11 +264,11 @@ class DPOP(LossSettings):
 class RDPO(LossSettings):
     """DPO for a reward from which every token of length is subtracted.
 
-    Where r − α|y| is to be maximised, the reward is β · log-ratio + α|y|: a chosen response that is the longer one
-    has explained its preference by its length alone, and moves the policy less.
+    To maximise r − α|y|, the reward is β · log-ratio + α|y|: where chosen is longer, its length explains a part of the
+    preference, and the pair moves the policy less.
 
-    Use: longer responses win among your pairs, and the policy should not learn that.
-    Watch: α counts every token: at 0.01 a hundred of them weigh as much as βΔ = 1. It does not begin at log 2.
+    Use: chosen responses tend to be longer in your pairs, and the policy should not learn that.
+    Watch: α applies to every token: at 0.01, 100 tokens weigh as much as βΔ = 1. The loss does not begin at log 2.
     Takes: sums and lengths
     Source: Park et al. 2024, arXiv 2403.19159.
     """
@@ -275,9 +276,9 @@ class RDPO(LossSettings):
     type: Literal["r_dpo"] = "r_dpo"
     """Which loss."""
     beta: Beta = 0.1
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
     alpha: float = Field(0.01, ge=0, le=10)
-    """α: what a token of length is worth."""
+    """α: the reward of a token of length."""
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """−ls(βΔ + α(|y_c| − |y_r|))."""
@@ -286,10 +287,10 @@ class RDPO(LossSettings):
 
 
 class LDDPO(LossSettings):
-    """Length-Desensitized DPO: tokens beyond the shorter response's length count less.
+    """Length-Desensitized DPO: tokens beyond the length of the shorter response count less.
 
-    Use: as for `r_dpo`, by counting the tail of the longer response less.
-    Watch: at α near 0 what stands in that tail is hardly trained, the end token included.
+    Use: as for `r_dpo`; here the tail of the longer response counts less.
+    Watch: with α near 0 that tail is hardly trained, the end token included.
     Takes: token values, of the first tokens and of the others
     Source: Liu et al. 2024, arXiv 2409.06411.
     """
@@ -297,9 +298,9 @@ class LDDPO(LossSettings):
     type: Literal["ld_dpo"] = "ld_dpo"
     """Which loss."""
     beta: Beta = 0.1
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
     alpha: float = Field(0.5, ge=0, le=1)
-    """α: what such a token counts; 1 is DPO."""
+    """α: the weight of such a token; 1 is DPO."""
 
     def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
         """Weigh the tokens beyond the shorter response's length by α."""

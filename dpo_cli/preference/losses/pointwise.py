@@ -15,7 +15,8 @@ class NCA(LossSettings):
     """Noise Contrastive Alignment: raises the chosen response's own likelihood, not the difference alone.
 
     Use: the chosen response should not become less likely, as in reasoning or code.
-    Watch: βc is led to log 2 and no further; then margins grow by rejected responses alone. It begins at 2 log 2.
+    Watch: βc has its target at log 2; beyond it margins grow only through rejected responses. The loss begins at
+    2 log 2.
     Takes: sums
     Source: Chen et al. 2024, arXiv 2402.05369, for two responses.
     """
@@ -23,7 +24,7 @@ class NCA(LossSettings):
     type: Literal["nca"] = "nca"
     """Which loss."""
     beta: Beta = 0.1
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """−ls(βc) − ½·ls(−βc) − ½·ls(−βr)."""
@@ -32,13 +33,13 @@ class NCA(LossSettings):
 
 
 class BCO(LossSettings):
-    """Binary Classifier Optimization: tells chosen responses from rejected ones, each by itself.
+    """Binary Classifier Optimization: classifies each response by itself as chosen or rejected.
 
-    δ is the mean reward of a response, averaged over the steps before; evaluations take 0.
+    δ is the mean reward of a response, averaged over the steps before; evaluations use 0.
 
     Use: responses that are good or bad by themselves, such as thumbs up and down, rather than better than another.
-    Watch: δ moves, so the loss of one step is not quite comparable with that of another: follow the margins. It begins
-    at 2 log 2. The paper's weights for prompts that differ between good and bad responses are not part of it.
+    Watch: δ changes, so the losses of two steps are not quite comparable: follow the margins. It begins at 2 log 2. The
+    paper's weights for prompts that differ between good and bad responses are not included.
     Takes: sums
     Source: Jung et al. 2024, arXiv 2404.04656.
     """
@@ -46,7 +47,7 @@ class BCO(LossSettings):
     type: Literal["bco"] = "bco"
     """Which loss."""
     beta: Beta = 0.1
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
     running_mean: bool = True
     """Whether rewards are compared with their running mean; else with 0."""
 
@@ -71,11 +72,11 @@ class BCO(LossSettings):
 
 
 class SPPO(LossSettings):
-    """Self-Play Preference Optimization with certain labels: c is led to 1/(2β), r to −1/(2β).
+    """Self-Play Preference Optimization with certain labels: the target of c is 1/(2β), that of r −1/(2β).
 
     Use: pairs sampled from the policy itself and ranked anew in every round.
-    Watch: at the default β the targets are 500 nats away, so that its values are huge, gradients are always clipped
-    and the learning rate alone sets the pace. Rewards are small by the same β: those nearer than 1e-4 count as a tie.
+    Watch: at the default β the targets are 500 nats away, so losses are huge, gradients are always clipped, and the
+    learning rate alone decides how fast it learns. The same β makes rewards small: closer than 1e-4 is a tie.
     Takes: sums
     Source: Wu et al. 2024, arXiv 2405.00675, equation 4.7, its η being 1/β, with probabilities 1 and 0.
     """
@@ -92,13 +93,13 @@ class SPPO(LossSettings):
 
 
 class APOZero(LossSettings):
-    """Anchored Preference Optimization: chosen becomes likelier, rejected less likely, each for itself.
+    """Anchored Preference Optimization: chosen becomes likelier, rejected less likely, each by itself.
 
-    For chosen responses that are better than what the model would say.
+    For chosen responses that are better than what the model would write.
 
     Use: chosen responses that are better than the model's own.
     Watch: it makes chosen responses likelier even where they are no better. Its slopes vanish at both ends, so pairs
-    that stand far the wrong way round pull little.
+    with a very negative margin have little gradient.
     Takes: sums
     Source: D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7.
     """
@@ -106,7 +107,7 @@ class APOZero(LossSettings):
     type: Literal["apo_zero"] = "apo_zero"
     """Which loss."""
     beta: Beta = 0.1
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """1 − σ(βc) + σ(βr)."""
@@ -116,10 +117,10 @@ class APOZero(LossSettings):
 class APODown(LossSettings):
     """Anchored Preference Optimization: chosen becomes less likely, rejected still less.
 
-    For chosen responses that are worse than what the model would say.
+    For chosen responses that are worse than what the model would write.
 
-    Use: chosen responses that are worse than the model's own, of which the difference to the rejected ones is right.
-    Watch: chosen responses become less likely by intention; look at what the model writes.
+    Use: chosen responses that are worse than the model's own, but better than the rejected ones.
+    Watch: chosen responses become less likely by design: read what the model writes.
     Takes: sums
     Source: D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8.
     """
@@ -127,7 +128,7 @@ class APODown(LossSettings):
     type: Literal["apo_down"] = "apo_down"
     """Which loss."""
     beta: Beta = 0.1
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """σ(βc) + 1 − σ(βΔ)."""

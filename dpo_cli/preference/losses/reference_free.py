@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 class SimPO(LossSettings):
     """Simple Preference Optimization: mean log-probabilities and a target margin, without a reference.
 
-    Use: no memory or time for a reference, and length should not count.
-    Watch: nothing but small steps holds the policy near where it began: keep the learning rate low and read what the
-    model writes. Of γ it is the ratio γ/β that matters.
+    Use: there is no memory or time for a reference, and length should not count.
+    Watch: only a low learning rate keeps the policy near where it began: read what the model writes. What matters of γ
+    is the ratio γ/β.
     Takes: means
     Source: Meng et al. 2024, arXiv 2405.14734, equation 6.
     """
@@ -29,7 +29,7 @@ class SimPO(LossSettings):
     beta: Beta = 2.0
     """The scale of the mean log-probabilities."""
     gamma: float = Field(1.0, ge=0, le=100)
-    """γ: the margin that chosen should have before rejected."""
+    """γ: the margin by which chosen should exceed rejected."""
 
     needs_reference: ClassVar[bool] = False
 
@@ -45,9 +45,9 @@ class SimPO(LossSettings):
 class ORPO(LossSettings):
     """Odds Ratio Preference Optimization: supervised fine-tuning and a preference term in one, without a reference.
 
-    Use: a base model, in one stage instead of fine-tuning first.
-    Watch: at the default λ it is fine-tuning above all: chosen responses have to be worth imitating, and the learning
-    rate is that of fine-tuning.
+    Use: a base model, in one stage instead of fine-tuning before.
+    Watch: at the default λ it is mostly fine-tuning: chosen responses must be worth imitating; use a learning rate for
+    fine-tuning.
     Takes: means, and the mean over the step's chosen tokens
     Source: Hong et al. 2024, arXiv 2403.07691, equations 6 and 7.
     """
@@ -72,8 +72,8 @@ class ORPO(LossSettings):
 class CPO(LossSettings):
     """Contrastive Preference Optimization: DPO against a uniform reference, and the chosen response's likelihood.
 
-    Use: chosen responses that are next to perfect, such as good translations, and no reference.
-    Watch: sums without a reference: of two responses the longer one is less likely by its length alone. At α = 0
+    Use: chosen responses are near-perfect, such as good translations, and there is no reference.
+    Watch: it compares sums without a reference, so a longer response is less likely by its length alone. At α = 0
     nothing holds the policy.
     Takes: sums, and the mean over the step's chosen tokens
     Source: Xu et al. 2024, arXiv 2401.08417.
@@ -96,8 +96,8 @@ class CPO(LossSettings):
 class SFT(LossSettings):
     """Supervised fine-tuning on the chosen responses, to be added to another loss.
 
-    Use: beside a preference loss that would let the chosen response become less likely.
-    Watch: alone it is fine-tuning on chosen responses, and rejected ones are never looked at.
+    Use: together with a preference loss under which the chosen response becomes less likely.
+    Watch: alone it is fine-tuning on chosen responses; rejected ones are ignored.
     Takes: the mean over the step's chosen tokens
     Source: the negative log-likelihood, a mean over all chosen tokens of the step.
     """

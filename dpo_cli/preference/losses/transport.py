@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 class AOT(LossSettings):
     """Alignment via Optimal Transport: the policy's preferences as a whole should exceed the reference's.
 
-    The differences log π(chosen) − log π(rejected) of a step are sorted, those of the reference too, and compared
-    rank by rank.
+    The differences log π(chosen) − log π(rejected) of a step are sorted, as are those of the reference, and compared
+    by rank.
 
-    Use: preferences that hold on the whole rather than pair by pair.
-    Watch: ranks among a few pairs say little, so steps want many. A step of several forward passes is computed twice
-    forward. The loss logged for a pair is that of its rank.
+    Use: preferences that hold for the data as a whole rather than pair by pair.
+    Watch: ranks among a few pairs say little: use many pairs per step. A step of several micro-batches takes two
+    forward passes for each. The loss logged for a pair is that of its rank.
     Takes: sums
     Source: Melnyk et al. 2024, arXiv 2406.05882, the paired variant.
     """
@@ -26,7 +26,7 @@ class AOT(LossSettings):
     type: Literal["aot"] = "aot"
     """Which loss."""
     beta: Beta = 0.1
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
     label_smoothing: Smoothing = 0.0
     """ε: the share of wrong labels."""
 
@@ -46,10 +46,10 @@ class AOT(LossSettings):
 class AOTUnpaired(LossSettings):
     """Alignment via Optimal Transport without pairs: chosen responses as a whole should exceed rejected ones.
 
-    The log-ratios of a step's chosen responses are sorted, those of its rejected ones too, and compared rank by rank.
+    The log-ratios of a step's chosen responses are sorted, as are those of its rejected ones, and compared by rank.
 
-    Use: chosen and rejected responses that have little to do with each other, or answer different prompts.
-    Watch: as for `aot`: steps want many pairs, and several forward passes are computed twice.
+    Use: chosen and rejected responses that are unrelated, or answer different prompts.
+    Watch: as for `aot`: use many pairs per step; several micro-batches take two forward passes each.
     Takes: sums
     Source: Melnyk et al. 2024, arXiv 2406.05882, the unpaired variant.
     """
@@ -57,7 +57,7 @@ class AOTUnpaired(LossSettings):
     type: Literal["aot_unpaired"] = "aot_unpaired"
     """Which loss."""
     beta: Beta = 0.1
-    """How hard the policy is held to the reference."""
+    """How strongly the policy is held to the reference."""
     label_smoothing: Smoothing = 0.0
     """ε: the share of wrong labels."""
 
