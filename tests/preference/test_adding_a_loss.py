@@ -13,12 +13,12 @@ import pytest
 
 from tests.conftest import ROOT, dpo_command, read_metrics
 
+pytestmark = pytest.mark.program
+
 FACTS = """
 import json
 from dpo_cli.config import json_schema
 from write_losses_page import page
-
-pytestmark = pytest.mark.program
 print(json.dumps([json_schema(), page()]))
 """
 
