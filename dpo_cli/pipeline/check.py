@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.data_check import findings
 from dpo_cli.reporting.pages.data import data_page
 from dpo_cli.reporting.safe_text import as_json
+from dpo_cli.reporting.tables import MarkedPair
 from dpo_cli.system.storage import write_text
 
 JSON, PAGE = "report.json", "report.html"
@@ -44,8 +46,8 @@ def show_check(report: Report, console: Console) -> None:
     console.result(findings(report))
 
 
-def write_check(report: Report, folder: Path) -> None:
-    """Write the report as JSON and as a page.
+def write_check(report: Report, pairs: Sequence[MarkedPair], folder: Path) -> None:
+    """Write the report as JSON and as a page, which also shows some pairs token by token.
 
     Raises:
         UserError: The folder cannot be written to.
@@ -53,7 +55,7 @@ def write_check(report: Report, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / JSON, as_json(report.as_json()))
-        write_text(folder / PAGE, data_page(report))
+        write_text(folder / PAGE, data_page(report, pairs))
     except OSError as error:
         raise from_os_error(error, "writing the report", str(folder)) from error
 

@@ -27,7 +27,7 @@ from dpo_cli.pipeline.setup import (
 )
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.data_check import PathLine, Wrapped, reading
-from dpo_cli.reporting.tables import marked_pair
+from dpo_cli.reporting.tables import MarkedPair, marked_pair
 
 
 def prepare(
@@ -52,7 +52,10 @@ def prepare(
     pairs = prepared_pairs(config, as_sources(config.data.train), tokenize, console, out)
     console.block()
     console.result(reading("data.train", pairs.manifest["statistics"]))
-    _show(pairs, tokenizer, show, console)
+    marked = _marked(pairs, tokenizer, show)
+    for pair in marked:
+        console.block()
+        console.result(Wrapped(marked_pair(pair, colour=console.has_colour)))
     others = None
     if sources := held_out_sources(config):
         others = prepared_pairs(config, sources, tokenize, console)
@@ -61,7 +64,7 @@ def prepare(
     found = check(config, split(config, pairs, others), tokenizer)
     show_check(found, console)
     folder = report or default_report_folder(config, pairs, out)
-    write_check(found, folder)
+    write_check(found, marked, folder)
     console.block()
     console.result(PathLine("report", folder / PAGE))
     if strict:
@@ -69,17 +72,23 @@ def prepare(
     return found
 
 
-def _show(pairs: PreparedPairs, tokenizer: Any, count: int, console: Console) -> None:
-    """Print the first pairs token by token, special tokens visible."""
-    for pair in pairs[: min(count, len(pairs))]:
-        parts = {
-            name: [tokenizer.decode([token]) for token in getattr(pair, name).tolist()]
-            for name in ("prompt", "chosen", "rejected")
-        }
-        console.block()
-        gaps = {"chosen": pair.chosen_gaps, "rejected": pair.rejected_gaps}
-        context = {name: _places(found) for name, found in gaps.items() if found is not None}
-        console.result(Wrapped(marked_pair(pair.origin, parts, context, colour=console.has_colour)))
+def _marked(pairs: PreparedPairs, tokenizer: Any, count: int) -> list[MarkedPair]:
+    """Return the first pairs token by token, special tokens visible."""
+    return [
+        MarkedPair(
+            pair.origin,
+            {
+                name: [tokenizer.decode([token]) for token in getattr(pair, name).tolist()]
+                for name in ("prompt", "chosen", "rejected")
+            },
+            {
+                name: _places(gaps)
+                for name, gaps in (("chosen", pair.chosen_gaps), ("rejected", pair.rejected_gaps))
+                if gaps is not None
+            },
+        )
+        for pair in pairs[: min(count, len(pairs))]
+    ]
 
 
 def _places(gaps: Gaps) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
@@ -92,34 +93,41 @@ def _signed(reward: float) -> str:
     return f"{rounded:+.4f}" if rounded else "0.0000"
 
 
-def marked_pair(
-    origin: str,
-    parts: Mapping[str, Sequence[str]],
-    context: Mapping[str, Collection[int]],
-    *,
-    colour: bool,
-) -> Text:
-    """Show a pair token by token, its parts told apart by colour, and by their names in any case.
+@dataclass(frozen=True, slots=True)
+class MarkedPair:
+    """A pair token by token.
 
-    Args:
+    Attributes:
         origin: Where the pair was read.
         parts: The decoded tokens of prompt, chosen and rejected.
-        context: Places of tokens within the responses that are not judged.
-        colour: Whether colours are seen; without them a bar stands between tokens.
+        context: Indices of tokens within the responses that are not scored, by part.
     """
-    text = Text.assemble((f"{visible(origin)}\n", "bold" if colour else ""))
-    for name, tokens in parts.items():
-        unjudged = context.get(name, ())
-        about = f", {len(unjudged)} of them context: in ⟨ ⟩" if unjudged else ""
+
+    origin: str
+    parts: Mapping[str, Sequence[str]]
+    context: Mapping[str, Collection[int]]
+
+
+def marked_pair(pair: MarkedPair, *, colour: bool) -> Text:
+    """Show a pair token by token, its parts distinguished by colour, and by their names in any case.
+
+    Args:
+        pair: The pair.
+        colour: Whether colours are seen; without them a bar is between tokens.
+    """
+    text = Text.assemble((f"{visible(pair.origin)}\n", "bold" if colour else ""))
+    for name, tokens in pair.parts.items():
+        unscored = pair.context.get(name, ())
+        about = f", {len(unscored)} of them context: in ⟨ ⟩" if unscored else ""
         text.append(f"{name} ({len(tokens)} tokens{about})\n", style="dim" if colour else "")
-        for place, token in enumerate(tokens):
-            style = PART_STYLES["prompt" if place in unjudged else name] if colour else ""
-            if place in unjudged and place - 1 not in unjudged:
+        for index, token in enumerate(tokens):
+            style = PART_STYLES["prompt" if index in unscored else name] if colour else ""
+            if index in unscored and index - 1 not in unscored:
                 text.append("⟨")
-            text.append(visible(token), style=f"{style}{' reverse' if colour and place % 2 else ''}")
-            if place in unjudged and place + 1 not in unjudged:
+            text.append(visible(token), style=f"{style}{' reverse' if colour and index % 2 else ''}")
+            if index in unscored and index + 1 not in unscored:
                 text.append("⟩")
-            if not colour and place + 1 < len(tokens):
+            if not colour and index + 1 < len(tokens):
                 text.append("|")
         text.append("\n")
     return text

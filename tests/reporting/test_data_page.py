@@ -12,6 +12,7 @@ from dpo_cli.data.checkup.report import Boundary, Cut, Example, Finding, LengthB
 from dpo_cli.reporting.pages.data import data_page
 from dpo_cli.reporting.pages.plots import histogram, plane
 from dpo_cli.reporting.pages.rendering import code_in_backticks, render
+from dpo_cli.reporting.tables import MarkedPair
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -134,6 +135,25 @@ def test_every_figure_of_the_report_is_on_the_page():
         "47 dropped as too long", "30 tokens and more", "1,234", "0.5", "margin_scale",
     ):  # fmt: skip
         assert part in shown, part
+
+
+def test_pairs_are_shown_token_by_token_with_what_is_not_scored_marked():
+    pair = MarkedPair(
+        "f:1", {"prompt": ["<b>", "\n"], "chosen": ["a", "tool", "b"], "rejected": ["c"]}, {"chosen": {1}}
+    )
+    written = data_page(report(), [pair])
+    assert Page(written).text.count("<b>⏎") == 1
+    assert "chosen, 3 tokens" in written and "rejected, 1 token<" in written
+    assert "<span>a</span><span class=context>tool</span><span>b</span>" in written
+    assert "token by token" not in data_page(report())
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_token_is_harmless(text):
+    pairs = [MarkedPair(shown, {"prompt": [shown]}, {}) for shown in (text, "plain")]
+    hostile, plain = (Page(data_page(report(), [pair])) for pair in pairs)
+    assert hostile.tags == plain.tags
+    assert hostile.text.replace("\n", "").isprintable()
 
 
 def test_without_a_tokenizer_and_findings_the_page_is_whole():

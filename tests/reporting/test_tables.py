@@ -9,7 +9,7 @@ from rich.console import Console
 
 from dpo_cli.preference.metrics import PAIR_METRICS
 from dpo_cli.reporting.progress import clock
-from dpo_cli.reporting.tables import figures_table, groups_table, marked_pair, percent
+from dpo_cli.reporting.tables import MarkedPair, figures_table, groups_table, marked_pair, percent
 
 
 def text(renderable) -> str:
@@ -56,20 +56,21 @@ def test_figures_stand_beside_each_other_and_nothing_is_minus_zero():
 
 
 def test_without_colour_the_parts_are_told_apart_by_marks():
-    shown = marked_pair("f:1", {"prompt": ["a", "b"], "chosen": ["c"], "rejected": ["d\n"]}, {}, colour=False).plain
+    parts = {"prompt": ["a", "b"], "chosen": ["c"], "rejected": ["d\n"]}
+    shown = marked_pair(MarkedPair("f:1", parts, {}), colour=False).plain
     assert shown == "f:1\nprompt (2 tokens)\na|b\nchosen (1 tokens)\nc\nrejected (1 tokens)\nd⏎\n"
 
 
-def test_what_is_not_judged_within_a_response_is_marked():
+def test_what_is_not_scored_within_a_response_is_marked():
     parts = {"prompt": ["a"], "chosen": ["b", "c", "d", "e"], "rejected": ["f", "g"]}
-    shown = marked_pair("f:1", parts, {"chosen": {1, 2}, "rejected": {1}}, colour=False).plain
+    shown = marked_pair(MarkedPair("f:1", parts, {"chosen": {1, 2}, "rejected": {1}}), colour=False).plain
     assert "chosen (4 tokens, 2 of them context: in ⟨ ⟩)\nb|⟨c|d⟩|e\n" in shown
     assert shown.endswith("f|⟨g⟩\n")
 
 
 @pytest.mark.parametrize("colour", [True, False])
 def test_the_name_of_a_file_sends_no_control_characters(colour):
-    assert marked_pair("f\x1b[2J:1", {"prompt": ["a"]}, {}, colour=colour).plain.startswith("f\\x1b[2J:1\n")
+    assert marked_pair(MarkedPair("f\x1b[2J:1", {"prompt": ["a"]}, {}), colour=colour).plain.startswith("f\\x1b[2J:1\n")
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (125, "2:05"), (3723, "1:02:03")])

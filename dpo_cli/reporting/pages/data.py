@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from dpo_cli.data.checkup.report import EXAMPLES, Report
 from dpo_cli.reporting.pages.plots import Plot, bars, histogram, plane
 from dpo_cli.reporting.pages.rendering import render
+from dpo_cli.reporting.tables import MarkedPair
 
 _PART_NAMES = {
     "prompt": "Prompt",
@@ -16,12 +17,18 @@ _PART_NAMES = {
 }
 
 
-def data_page(report: Report) -> str:
-    """Return the page."""
+def data_page(report: Report, pairs: Sequence[MarkedPair] = ()) -> str:
+    """Return the page.
+
+    Args:
+        report: What was found.
+        pairs: Pairs to show token by token.
+    """
     severities = [finding.severity for finding in report.findings]
     return render(
         "data.html",
         report=report,
+        pairs=pairs,
         severities={severity: severities.count(severity) for severity in ("error", "warning", "info")},
         examples=EXAMPLES,
         dropped={
