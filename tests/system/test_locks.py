@@ -17,12 +17,13 @@ from dpo_cli.errors import UserError
 from dpo_cli.system.locks import Locked, lock_beside, locked
 from tests.waiting import PATIENCE
 
+pytestmark = pytest.mark.program
+
 HOLD = """
 import sys
 from pathlib import Path
 from dpo_cli.system.locks import locked
 
-pytestmark = pytest.mark.program
 with locked(Path(sys.argv[1]), "testing"):
     print("held", flush=True)
     sys.stdin.read()

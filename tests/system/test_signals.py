@@ -12,6 +12,8 @@ import pytest
 from dpo_cli.system.signals import Interrupted, StopSignals
 from tests.waiting import PATIENCE, wait_until
 
+pytestmark = pytest.mark.program
+
 
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGHUP, 129)]
@@ -53,7 +55,6 @@ BUSY = """
 import contextlib, hashlib, sys, threading, time
 from dpo_cli.system.signals import Interrupted, StopSignals
 
-pytestmark = pytest.mark.program
 
 def say(line, ends):
     print(line, flush=True)
