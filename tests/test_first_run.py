@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, run_dpo, write_rows
+from tests.conftest import ROOT, write_rows
 
 pytestmark = pytest.mark.program
 
@@ -31,9 +31,9 @@ def test_the_page_holds_every_command_of_a_first_run():
     assert {command.split()[0] for command in COMMANDS} == {"init", "prepare-data", "train", "eval"}
 
 
-def test_every_command_of_the_page_runs_after_those_before_it_and_the_model_answers(folder):
+def test_every_command_of_the_page_runs_after_those_before_it_and_the_model_answers(forked_dpo, folder):
     for command in COMMANDS:
-        done = run_dpo(*command.split(), cwd=folder)
+        done = forked_dpo(*command.split(), cwd=folder)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
     assert (folder / "runs" / "slower" / "final").is_dir()
     answered = subprocess.run([sys.executable, "-c", SNIPPET], cwd=folder, capture_output=True, text=True, check=False)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import ROOT, dpo_command, write_rows
+from tests.conftest import ROOT, write_rows
+from tests.marks import slow_unless
 from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.program
@@ -21,6 +22,10 @@ TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 # The page of the first run is followed in its own order, by test_first_run.
 BY_THEMSELVES = TEXT.replace((ROOT / "docs" / "first-run.md").read_text(encoding="utf-8"), "")
 LAUNCHER = r"(?:torchrun [^\n]*? -m dpo_cli|accelerate launch [^\n]*? -m dpo_cli|dpo)"
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone"],
+    "accelerate": ["accelerate.commands.accelerate_cli", "launch", "--cpu", "--main_process_port", "0"],
+}
 COMMANDS = sorted(
     set(re.findall(rf"^    ({LAUNCHER} (?:prepare-data|train|eval|config)[^#\n]*?) *(?:#.*)?$", BY_THEMSELVES, re.M))
 )
@@ -46,20 +51,23 @@ def test_there_are_commands_to_run():
     assert len(COMMANDS) >= 8
 
 
-@pytest.mark.parametrize("command", sorted(COMMANDS, key=lambda c: (" eval " in c, c)))
-def test_a_command_runs(project, command):
-    words = command.split()
+# Under torchrun, tests/cli/test_two_processes.py trains as well.
+IN_ORDER = slow_unless(lambda c: not c.startswith("torchrun"), sorted(COMMANDS, key=lambda c: (" eval " in c, c)))
+
+
+@pytest.mark.parametrize("command", IN_ORDER)
+def test_a_command_runs(project, forked_dpo, command):
+    program, *words = command.split()
     if "train" in words and "--resume" not in words:
         shutil.rmtree(project / "runs", ignore_errors=True)
-    if words[0] == "dpo":
-        words = dpo_command(*words[1:])
-    elif words[0] == "torchrun":
-        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
-    else:
-        words = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--main_process_port", "0", *words[2:]]
     if "eval" in words and not (project / "runs" / "quickstart").exists():
-        subprocess.run(dpo_command("train", "--config", "configs/quickstart.yaml"), cwd=project, check=True)
-    done = subprocess.run(words, cwd=project, capture_output=True, text=True, timeout=PATIENCE, check=False)
+        forked_dpo("train", "--config", "configs/quickstart.yaml", cwd=project)
+    if program == "dpo":
+        done = forked_dpo(*words, cwd=project)
+    else:
+        words = words[words[0] == "launch" :]
+        launch = [sys.executable, "-m", *LAUNCHERS[program], *words]
+        done = subprocess.run(launch, cwd=project, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -12,6 +12,7 @@ from tiny_models import KINDS, build
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import make_config, read_metrics
+from tests.marks import slow_unless
 
 SAVED_IN = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
@@ -21,7 +22,21 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "saved_in", "computed_in"), CASES)
+STANDING_FOR_ALL = {
+    "llama",
+    "mistral with a window",
+    "gemma2",
+    "gpt2",
+    "qwen3_moe",
+    "mpt",
+    "mamba",
+}
+"""Grouped heads; a window; soft caps; learned positions; experts; a bias by distance; no attention."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "saved_in", "computed_in"), slow_unless(lambda case: case[0] in STANDING_FOR_ALL, CASES)
+)
 def test_what_a_run_trained_is_what_its_folder_holds(
     forked_dpo, tmp_path, tokenizer, pairs_file, kind, saved_in, computed_in
 ):

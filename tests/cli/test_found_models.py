@@ -286,7 +286,7 @@ def test_what_cannot_fit_into_memory_is_refused_in_seconds_before_it_is_loaded(
     assert result.returncode == 2, result.stderr
     kibibytes, seconds = map(float, result.stdout.splitlines()[-1].split())
     assert kibibytes < 1.5 * 2**20
-    assert seconds < 15
+    assert seconds < 60
     assert "Traceback" not in result.stderr
     if first == "eval":
         assert re.search(r"its weights take 1\d\d\.\d GiB in float32, and [\d.]+ GiB of memory are free", result.stderr)
