@@ -52,7 +52,7 @@ def evaluate(
         UserError: Something is wrong that the user can fix.
     """
     accelerator = setup.start_accelerator(config)
-    with watched(accelerator, config.training.rank_timeout):
+    with watched(accelerator, config.training.rank_timeout, Console().error):
         return _score(config, console, accelerator, model, data, json_file)
 
 

@@ -53,7 +53,7 @@ def start_accelerator(config: Config) -> Accelerator:
         # Kernels that are not installed, settings that look odd: what matters of it is checked and said here.
         hf_logging.set_verbosity_error()
     try:
-        with gathering(config.training.rank_timeout):
+        with gathering(config.training.rank_timeout, Console().error):
             accelerator = Accelerator(
                 cpu=on_cpu,
                 mixed_precision=_precision(config.model.dtype, on_cpu=on_cpu),

@@ -72,7 +72,6 @@ def walk(run: Run, progress: Progress, done: int, metrics: str) -> Iterator[Step
         what = f"rows of {run.folder.metrics} are missing or changed that were there at step {done}"
         run.console.warning(what + "; measuring the held-out figures again" * again)
     writer = CheckpointWriter(run.folder.checkpoints, saving.keep, background=saving.background, newest=done)
-    progress.finish = writer.finish
     started = time.monotonic()
     try:
         if not done and len(run.data.held_out):
@@ -133,7 +132,7 @@ def _take_steps(
     every = run.config.logging.every_steps
     try:
         with run.console.steps(done, run.plan.num_steps, None if every == "auto" else every) as record:
-            for result in progress.following(results, done):
+            for result in progress.following(results, done, run.scorer):
                 taken = result.number
                 speed = result.num_tokens / (time.monotonic() - before)
                 metrics: dict[str, Any] = {"epoch": result.epoch, **result.metrics, "tokens_per_second": speed}

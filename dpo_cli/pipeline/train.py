@@ -82,7 +82,7 @@ def train(
     """
     folder = RunFolder(Path(config.output_dir))
     accelerator = setup.start_accelerator(config)
-    with watched(accelerator, config.training.rank_timeout) as progress:
+    with watched(accelerator, config.training.rank_timeout, Console().error) as progress:
         how = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "extend": extend}
         yield from _run(config, folder, console, signals, accelerator, progress, **how)
     accelerator.end_training()

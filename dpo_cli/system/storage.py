@@ -27,6 +27,7 @@ MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
 _DAY_SECONDS = 24 * 60 * 60
 _T = TypeVar("_T")
+_filling: set[Path] = set()
 
 
 class DamagedFolder(Exception):
@@ -144,6 +145,7 @@ def sealed_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
     make_folder(target.parent)
     temporary = target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
     temporary.mkdir()
+    _filling.add(temporary)
     try:
         yield temporary
         _seal(temporary, facts)
@@ -164,6 +166,13 @@ def sealed_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        _filling.discard(temporary)
+
+
+def is_filling() -> bool:
+    """Tell whether any thread of this process is filling a folder that is going to be sealed."""
+    return bool(_filling)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
