@@ -32,7 +32,7 @@ def strike(where: str, how: str, call: int = 1) -> None:
     """Arrange for a function to be a rank's last.
 
     Args:
-        where: The function as its caller finds it, `module:name` or `module:Class.name`.
+        where: The function, `module:name` or `module:Class.name`.
         how: One of `STROKES`.
         call: At which call, counted from 1.
     """
@@ -53,6 +53,10 @@ def strike(where: str, how: str, call: int = 1) -> None:
         return function(*arguments, **keywords)
 
     setattr(owner, name, struck)
+    # Modules that imported it have it, too, under whatever name.
+    for loaded in [module for title, module in sys.modules.items() if title.startswith("dpo_cli.")]:
+        for there in [there for there, value in vars(loaded).items() if value is function]:
+            setattr(loaded, there, struck)
 
 
 def move_elsewhere(threads: int, build: str) -> None:
