@@ -75,7 +75,7 @@ def _score(
     if asked is not None and layout is not asked:
         hint = "set `training.layout=padded`, which both can read"
         raise UserError("only one of the model and its frozen reference can be packed", scored, hint)
-    batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, policy, accelerator), accelerator.device))
+    batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, accelerator), accelerator.device))
     prove_logps(policy, batches, held_out, accelerator)
     scorer = Scorer(policy, collisions=config.objective.wpo)
     scorer = accelerator.prepare_model(scorer, evaluation_mode=True)
@@ -129,7 +129,7 @@ def _open_reference(
         base = reference_model(config.reference.model, base, config.model.trust)
         check_fits(pairs, base, "`reference.model`")
     layout = choose_layout(config, [base], pairs, held_out, accelerator, console, trained=False)
-    batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, base, accelerator), accelerator.device))
+    batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, accelerator), accelerator.device))
     prove_logps(base, batches, held_out, accelerator)
     num_asked = config.reference.num_asked(len(held_out), 0)
     with console.progress("reference log-probabilities", num_asked) as progress:

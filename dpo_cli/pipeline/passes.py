@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
@@ -22,9 +22,9 @@ from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
 from dpo_cli.modeling.attention import CannotPack
 from dpo_cli.modeling.batch import LAYOUTS, Batches, Layout, PairBatch
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes
+from dpo_cli.modeling.pace import enough_tokens
 from dpo_cli.modeling.proof import REFUSALS, prove
 from dpo_cli.modeling.scorer import Scorer
-from dpo_cli.modeling.speed import enough_tokens
 from dpo_cli.pipeline.memory import without_passes
 from dpo_cli.pipeline.setup import RunData
 from dpo_cli.reporting.console import Console, gib
@@ -203,7 +203,7 @@ def settle_tokens(
         return with_budget(config.training.micro_batch_tokens)
     if resumed:
         return with_budget(resumed)
-    batches, found = with_budget(wanted_tokens(config, model, accelerator))
+    batches, found = with_budget(wanted_tokens(config, accelerator))
     free = free_bytes(device) + sum(p.nbytes for p in model.parameters() if not p.is_meta)
     if device.type == "cpu":
         free //= accelerator.num_processes
@@ -233,14 +233,10 @@ def shortest_pair(batches: Batches, indices: NDArray[np.int64]) -> PairBatch:
     return batches(MicroBatch((int(indices[batches.pairs.sizes.longest[indices].argmin()]),)))
 
 
-def wanted_tokens(config: Config, model: PreTrainedModel, accelerator: Accelerator) -> int:
+def wanted_tokens(config: Config, accelerator: Accelerator) -> int:
     """Return the tokens of a forward pass that are asked for; `auto`: as many as still gain speed."""
     asked = config.training.micro_batch_tokens
-    if asked != "auto":
-        return asked
-    # Measured by each rank and taken from one, so that all cut alike.
-    found = enough_tokens(model, compute_dtype(accelerator), accelerator.device)
-    return int(broadcast_object_list([found])[0])
+    return enough_tokens(accelerator.device) if asked == "auto" else asked
 
 
 def estimate(

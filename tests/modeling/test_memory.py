@@ -8,7 +8,7 @@ import torch
 from tiny_models import build
 
 from dpo_cli.data.records import TokenizedPair
-from dpo_cli.modeling import memory, speed
+from dpo_cli.modeling import memory
 from dpo_cli.modeling.batch import LAYOUTS
 from dpo_cli.modeling.loading import empty_policy, load_policy
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
@@ -81,30 +81,6 @@ def test_gradients_stand_beside_activations_only_where_a_step_has_several_passes
     assert one.peak == 1 + 100 + 200 + 100
     assert MemoryEstimate(**parts, activations=70, logits=20, counted=True, several=True).peak == 301 + 70 + 20 + 100
     assert MemoryEstimate(**parts, activations=300, logits=20, counted=True, several=False).peak == 301 + 320
-
-
-def test_how_many_tokens_are_enough_is_measured_once_and_then_known(tiny_llama, tmp_path, monkeypatch):
-    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path))
-    model, cpu = empty_policy(str(tiny_llama)), torch.device("cpu")
-    found = speed.enough_tokens(model, torch.float32, cpu)
-    assert found in {2**power for power in range(9, 15)}
-    monkeypatch.setattr(speed, "_measure", None)
-    assert speed.enough_tokens(model, torch.float32, cpu) == found
-    for file in (tmp_path / "speed").iterdir():
-        file.write_text("{}")
-    with pytest.raises(TypeError):
-        speed.enough_tokens(model, torch.float32, cpu)
-
-
-@pytest.mark.parametrize(("adding", "expected"), [(0.0, 512), (700e-12, 2048), (1.0, 16384)])
-def test_the_more_adding_up_gradients_takes_the_more_tokens_a_pass_has(monkeypatch, adding, expected):
-    """With products at 10 ps a token and weight, 1 % of a pass is 0.3 ps a token: 700 ps are worth 2,333 tokens."""
-    buffer, weight = speed._BUFFER_BYTES // 4, torch.ones(8, 4)
-    times = iter([adding * buffer, 10e-12 * weight.numel() * speed._ROWS])
-    monkeypatch.setattr(speed, "shortest_seconds", lambda *work: next(times))
-    if adding == 0.0:
-        times = iter([1e-15, 1.0])
-    assert speed._measure(weight) == expected
 
 
 @pytest.mark.parametrize(
