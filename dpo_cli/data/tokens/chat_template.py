@@ -11,7 +11,6 @@ from typing import Any
 
 from dpo_cli.data.pairs import calls
 from dpo_cli.data.records import BadRow, Message
-from dpo_cli.data.tokens.forms import STAND_INS, Form, only_writes
 from dpo_cli.errors import UserError
 from dpo_cli.system.bounds import TookTooLong, bounded_memory, bounded_time
 
@@ -20,8 +19,6 @@ MAX_SECONDS, MAX_BYTES = 5.0, 1 << 29
 
 MAX_CHARACTERS, MAX_GROWTH = 1 << 20, 8
 """A template writes no more than this, or than so many times what it was given, whichever is more."""
-
-_MOST_FORMS = 1024
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 """What transformers calls the template for conversations, and the one for those with tools."""
@@ -49,8 +46,6 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, text: str, day: date | None = None) -> None:
         self.tokenizer, self.text = tokenizer, text
         self._on_its_day = with_day(text, day)
-        self._forms: dict[tuple[bool, tuple[str, ...]], Form | None] = {}
-        self._has_forms = _applied_as_usual(tokenizer) and only_writes(text)
 
     def __call__(
         self, conversations: Sequence[Sequence[Message]], arguments: _Settings, *, add_generation_prompt: bool
@@ -70,14 +65,7 @@ class ChatTemplate:
         if taken := _arguments_taken() & arguments.keys():
             raise BadRow("template error", f"a row cannot set `{min(taken)}` of the chat template")
         settings = {**arguments, "add_generation_prompt": add_generation_prompt}
-        forms: list[Form | None] = [None]
-        if self._has_forms and not arguments and not any(message.extras for one in conversations for message in one):
-            forms = [self._form(one, settings) for one in conversations]
-        if None in forms:
-            texts = self._applied([list(map(_as_mapping, one)) for one in conversations], settings)
-        else:
-            said = ([message.text for message in one] for one in conversations)
-            texts = [form.fill(one) for form, one in zip(forms, said, strict=True) if form]
+        texts = self._applied([list(map(_as_mapping, one)) for one in conversations], settings)
         for text, one in zip(texts, conversations, strict=True):
             self._check(text, one, settings)
         return texts
@@ -106,28 +94,6 @@ class ChatTemplate:
             return self._applied([conversation], {**settings, "add_generation_prompt": False})[0]
         except template_errors():
             return None
-
-    def _form(self, conversation: Sequence[Message], settings: _Settings) -> Form | None:
-        """Return the form in which the template writes all conversations of the same roles, if it surely has one."""
-        roles = tuple([message.role for message in conversation])
-        key = settings["add_generation_prompt"], roles
-        if key not in self._forms:
-            if len(self._forms) >= _MOST_FORMS:
-                self._forms.clear()
-            self._forms[key] = self._shown(roles, settings)
-        return self._forms[key]
-
-    def _shown(self, roles: Sequence[str], settings: _Settings) -> Form | None:
-        """Let the template show its form."""
-        shown = [
-            [{"role": role, "content": stand_ins.say(number)} for number, role in enumerate(roles)]
-            for stand_ins in STAND_INS
-        ]
-        written = self._applied(shown, settings)
-        one, other = (stand_ins.read(text) for stand_ins, text in zip(STAND_INS, written, strict=True))
-        # What writes very much, or the same over and over, is left to the bounds.
-        within = len(one.words) <= MAX_CHARACTERS and len(one.places) <= MAX_GROWTH * len(roles)
-        return one if one == other and within else None
 
     def _applied(self, conversations: list[list[dict[str, Any]]], settings: _Settings) -> list[str]:
         """Let the tokenizer apply the template.
@@ -253,13 +219,6 @@ def _num_characters(value: Any) -> int:
         return len(value)
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
     return sum(map(_num_characters, inner))
-
-
-def _applied_as_usual(tokenizer: Any) -> bool:
-    """Tell whether a tokenizer has no way of its own to apply templates."""
-    from transformers import PreTrainedTokenizerBase
-
-    return type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
 
 
 @functools.cache
