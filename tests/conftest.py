@@ -8,8 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -233,16 +234,15 @@ def build_llama(folder: Path, tokenizer: Any, seed: int, **settings: Any) -> Pat
 @pytest.fixture
 def patient_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait for worker processes to start, instead of doing the work here until they have."""
-    from dpo_cli.system.workers import _Workers
+    from dpo_cli.system import workers
 
-    have_started = _Workers.have_started
+    have_started = workers._have_started
 
-    def wait(workers: _Workers) -> bool:
-        while not have_started(workers):
-            time.sleep(0.01)
-        return True
+    def wait(starting: Sequence[Future[int]]) -> bool:
+        futures.wait(starting)
+        return have_started(starting)
 
-    monkeypatch.setattr(_Workers, "have_started", wait)
+    monkeypatch.setattr(workers, "_have_started", wait)
 
 
 @pytest.fixture

@@ -1,23 +1,22 @@
-"""A function over many items, in their order: by this process alone, or with worker processes once it pays.
+"""A function over many items, in their order: by this process alone, or by worker processes once that pays.
 
-The first items are done here, and so are those that follow until a worker has started: little work never waits
-for a process to start. Which process did an item cannot be told from the results.
+The first items are done here, and so are those that follow until the workers have started: little work never waits
+for a process to start. The results do not depend on which process did an item.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
-import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnContext, SpawnProcess
-from multiprocessing.reduction import ForkingPickler
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from dpo_cli.errors import FAILED, UserError
@@ -28,6 +27,9 @@ _MOST = 16
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_function: Callable[[Any], Any]
+"""The function of a worker process."""
+
 
 def num_cores() -> int:
     """Return the cores that this process may use."""
@@ -35,156 +37,119 @@ def num_cores() -> int:
 
 
 def in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int, num_alone: int
+    function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int, seconds_alone: float
 ) -> Generator[Result, None, None]:
     """Yield the function of each item, in the items' order.
 
     Args:
-        function: What is done; it can be pickled, and so can items and results.
+        function: It can be pickled, and so can items and results.
         items: They are read when they are needed: one for each worker ahead, and one more.
         num_workers: Processes to start; with fewer than two everything is done here.
-        num_alone: How many items are done before any process is started.
+        seconds_alone: How long items are done here before any process is started.
 
     Raises:
         UserError: The function raised it, a worker was ended from outside, or none can be started.
-        RuntimeError: The function has a defect; the message holds the worker's traceback.
+        Exception: The function raised it in a worker; its cause has the worker's traceback.
     """
-    waiting = iter(items)
-    yield from map(function, itertools.islice(waiting, num_alone) if num_workers > 1 else waiting)
-    for first in waiting:
-        with _Workers(function, min(num_workers, _MOST)) as workers:
-            yield function(first)
-            for item in waiting:
-                if workers.have_started():
-                    yield from workers.map(itertools.chain([item], waiting))
-                else:
-                    yield function(item)
+    waiting, started = iter(items), time.monotonic()
+    for item in waiting:
+        if num_workers > 1 and time.monotonic() - started >= seconds_alone:
+            yield from _with_workers(function, item, waiting, min(num_workers, _MOST))
+        else:
+            yield function(item)
 
 
-class _Workers(contextlib.AbstractContextManager["_Workers"]):
-    """Worker processes that are started beside this one's work, and ended with the context.
+def _with_workers(
+    function: Callable[[Item], Result], first: Item, others: Iterator[Item], num_workers: int
+) -> Iterator[Result]:
+    """Start workers, and do items here until they have started."""
+    pending: deque[Future[Result]] = deque()
+    with _pool(function, num_workers) as pool:
+        starting = [_submitted(pool, os.getpid) for _ in range(num_workers)]
+        yield function(first)
+        for item in others:
+            if not _have_started(starting):
+                yield function(item)
+                continue
+            pending.append(_submitted(pool, _call, item))
+            if len(pending) > num_workers:
+                yield _result(pending.popleft())
+        yield from map(_result, pending)
+
+
+@contextlib.contextmanager
+def _pool(function: Callable[[Any], Any], num_workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Open a pool of workers that have a function; with the context they end, whatever they are doing.
 
     They are fresh processes (`spawn`): a copy of this one would have its locks without the threads that hold them.
     """
-
-    def __init__(self, function: Callable[[Any], Any], count: int) -> None:
-        self._function, self._count = function, count
-        self._connections: list[Connection] = []
-        self._processes: list[SpawnProcess] = []
-        self._problem: Exception | None = None
-        self._leaving = threading.Event()
-        self._starting = threading.Thread(target=self._start, daemon=True)
-        self._starting.start()
-
-    def __exit__(self, *_: object) -> None:
-        """End the workers, whatever they are doing."""
-        self._leaving.set()
-        while self._starting.is_alive():
-            # It may be waiting for one of them to take the function.
-            self._terminate()
-            self._starting.join(0.05)
-        self._terminate()
-        for process in self._processes:
-            process.join()
-        for connection in self._connections:
-            connection.close()
-
-    def _terminate(self) -> None:
-        for process in self._processes:
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    # A queue is written by a thread: this process does not wait for workers that are still importing.
+    functions = context.Queue()
+    pickled = pickle.dumps(function)
+    for _ in range(num_workers):
+        functions.put(pickled)
+    pool = ProcessPoolExecutor(num_workers, context, initializer=_begin, initargs=(functions,))
+    try:
+        yield pool
+    finally:
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()
-
-    def _start(self) -> None:
-        """Start the processes; each takes its copy of the function when it is up."""
-        try:
-            # What counts the processes' resources would lift the mask, were it started after it is set.
-            resource_tracker.ensure_running()
-            # A worker inherits the mask: an interrupt of the whole group is this process's to answer.
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-            context = multiprocessing.get_context("spawn")
-            for _ in range(self._count):
-                if not self._leaving.is_set():
-                    self._start_one(context)
-            # Sent when all are on their way: a process must be up before it can take it.
-            function = ForkingPickler.dumps(self._function)
-            for connection in self._connections:
-                connection.send_bytes(function)
-        except OSError as error:
-            what = f"worker processes cannot be started: {error.strerror or error}"
-            hint = "allow more processes (`ulimit -u`) or free some memory, and try again"
-            self._problem = UserError(what, "preparing the data", hint, status=FAILED)
-        except Exception as problem:
-            self._problem = problem
-
-    def _start_one(self, context: SpawnContext) -> None:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        self._processes.append(process)
-        self._connections.append(ours)
-
-    def have_started(self) -> bool:
-        """Tell whether all workers wait for items.
-
-        Raises:
-            UserError: They cannot be started.
-        """
-        if self._starting.is_alive():
-            return False
-        if self._problem:
-            raise self._problem
-        return all(connection.poll() for connection in self._connections)
-
-    def map(self, items: Iterator[Any]) -> Iterator[Any]:
-        """Yield the function of each item, dealt to the workers in turn."""
-        turns = itertools.cycle(self._connections)
-        busy: list[Connection] = []
-        for connection in self._connections:
-            _received(connection)
-        for item in items:
-            connection = next(turns)
-            result = [_received(busy.pop(0))] if len(busy) == len(self._connections) else []
-            _send(connection, item)
-            busy.append(connection)
-            yield from result
-        yield from map(_received, busy)
+        pool.shutdown(cancel_futures=True)
+        functions.close()
+        functions.cancel_join_thread()
 
 
-def _serve(connection: Connection) -> None:
-    """Answer items with results until nobody is there any more."""
+def _submitted(pool: ProcessPoolExecutor, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Give a pool something to do, for which it may start a process."""
+    # A process inherits the mask: an interrupt of the whole group is answered by this process.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(function, *arguments)
+    except BrokenProcessPool:
+        raise _ended() from None
+    except OSError as error:
+        what = f"worker processes cannot be started: {error.strerror or error}"
+        hint = "allow more processes (`ulimit -u`) or free some memory, and try again"
+        raise UserError(what, "preparing the data", hint, status=FAILED) from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _have_started(starting: Sequence[Future[int]]) -> bool:
+    """Tell whether workers have done their first task."""
+    return all(future.done() for future in starting)
+
+
+def _result(future: Future[Result]) -> Result:
+    """Return what a worker found, or raise what it met."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        raise _ended() from None
+
+
+def _begin(functions: Any) -> None:
+    """Take the function in a worker that has started, and end with the process that started it."""
+    global _function
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # The workers share the cores already.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        function = connection.recv()
-        connection.send((True, None))
-        while True:
-            item = connection.recv()
-            try:
-                answer = True, function(item)
-            except UserError as error:
-                answer = False, error
-            except Exception:
-                answer = False, RuntimeError(f"in a worker process:\n{traceback.format_exc()}")
-            connection.send(answer)
+    _function = pickle.loads(functions.get())
 
 
-def _send(connection: Connection, item: Any) -> None:
-    """Give a worker an item."""
-    try:
-        connection.send(item)
-    except (BrokenPipeError, ConnectionResetError):
-        raise _ended() from None
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, however that came about: nobody else would end it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(FAILED)
 
 
-def _received(connection: Connection) -> Any:
-    """Return a worker's next result, or raise what it met."""
-    try:
-        good, result = connection.recv()
-    except (EOFError, ConnectionResetError):
-        raise _ended() from None
-    if not good:
-        raise result
-    return result
+def _call(item: Any) -> Any:
+    """Do an item in a worker."""
+    return _function(item)
 
 
 def _ended() -> UserError:
