@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from dpo_cli.data.checkup.endings import TAIL, closing_token, way_out, without_end
-from dpo_cli.data.prepared.folder import RESPONSE_CUT, PreparedPairs
+from dpo_cli.data.prepared.columns import RESPONSE_CUT
+from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.model_files import most_tokens

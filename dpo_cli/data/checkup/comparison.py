@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from dpo_cli.data.findings import Droppable, Kind
 from dpo_cli.data.pairs.inspection import NOTICED
-from dpo_cli.data.prepared.folder import FACTS, PreparedPairs
+from dpo_cli.data.prepared.columns import FLAGS
+from dpo_cli.data.prepared.folder import PreparedPairs
 
 Indices = NDArray[np.int64]
 """Places of pairs in the prepared data, `[found]`."""
@@ -48,7 +49,7 @@ class Comparison:
 
 
 def find(name: str, pairs: PreparedPairs, train: Indices, held_out: Indices) -> Found:
-    """Find the pairs of one of `COMPARED`, `NOTICED` or `FACTS`."""
+    """Find the pairs of one of `COMPARED`, `NOTICED` or `FLAGS`."""
     for comparison in COMPARED:
         if comparison.kind.name == name:
             return comparison.find(pairs, train, held_out)
@@ -154,7 +155,7 @@ def _leakage(pairs: PreparedPairs, train: Indices, held_out: Indices) -> Found:
     return Found(train[leaks], held_out[first[places[leaks]]])
 
 
-_MASKS = {notice.kind.name: 1 << bit for bit, notice in enumerate(NOTICED)} | FACTS
+_MASKS = {notice.kind.name: 1 << bit for bit, notice in enumerate(NOTICED)} | FLAGS
 """The bit of the flags that stands for each finding of a pair by itself."""
 
 COMPARED = (

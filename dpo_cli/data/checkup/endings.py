@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_cli.data.prepared.folder import RESPONSE_CUT, PreparedPairs
+from dpo_cli.data.prepared.columns import RESPONSE_CUT
+from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.errors import UserError
 
 TAIL = 8

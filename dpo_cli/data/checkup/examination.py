@@ -87,7 +87,7 @@ OF_TOKENS = (
         "Nothing to do.",
     ),
 )
-"""What came to light when pairs were tokenized, called as in `FACTS`."""
+"""What came to light when pairs were tokenized, called as in `FLAGS`."""
 
 DROPPED_ROWS = Kind(
     "dropped_rows",

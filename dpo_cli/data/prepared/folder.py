@@ -1,12 +1,7 @@
 """The prepared folder: token ids in Arrow, memory-mapped, with a manifest that says how they came to be.
 
-pairs.arrow      a row for each pair: `SCHEMA`
+pairs.arrow      a row for each pair: `columns.SCHEMA`
 manifest.json    fingerprint, statistics, sizes and digests
-
-Of each pair there are the token ids of prompt, chosen and rejected, and which tokens of the responses are not
-judged (`gaps`); where it was read; weight, margin, source and category; what was noticed of its texts (`flags`); how
-long it was before it was cut, if it was (`cut_from`); and digests by which pairs are compared: of all its tokens
-(`key`), of its prompt (`prompt_key`), and of its tokens whichever response is the better one (`either_key`).
 """
 
 from __future__ import annotations
@@ -20,18 +15,17 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_cli.data.pairs.renaming import Columns, shown_columns
 from dpo_cli.data.pairs.shapes import RankedRule
 from dpo_cli.data.pairs.sources import Source, source_digest
-from dpo_cli.data.prepared.belief import problem_of_manifest, problem_of_rows
+from dpo_cli.data.prepared.columns import SCHEMA, SEQUENCES, list_ends, numbers_of_pairs, problem_of_rows
+from dpo_cli.data.prepared.manifest import problem_of_manifest
 from dpo_cli.data.prepared.step_plan import PairSizes
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.data.rows.fields import listed
 from dpo_cli.data.tokens.tokenize import PairTokenizer
-from dpo_cli.data.tokens.unwritten import OF_TEMPLATE
 from dpo_cli.errors import UserError
 from dpo_cli.system.storage import MANIFEST, DamagedFolder, cache_root, text_digest, verify
 
@@ -39,41 +33,6 @@ _VERSION = "8"
 """Raised whenever the same data would become other tokens or another file."""
 
 PAIRS = "pairs.arrow"
-
-SCHEMA = pa.schema(
-    {
-        "prompt": pa.list_(pa.int32()),
-        "chosen": pa.list_(pa.int32()),
-        "rejected": pa.list_(pa.int32()),
-        "origin": pa.string(),
-        "weight": pa.float32(),
-        "margin": pa.float32(),
-        "source": pa.string(),
-        "category": pa.string(),
-        "chosen_gaps": pa.list_(pa.int32()),
-        "rejected_gaps": pa.list_(pa.int32()),
-        "flags": pa.uint32(),
-        "cut_from": pa.int32(),
-        "key": pa.binary(16),
-        "prompt_key": pa.binary(16),
-        "either_key": pa.binary(16),
-    }
-)
-
-FACTS = {
-    "responses_cut": 1 << 31,
-    "truncated": 1 << 30,
-    "joined_at_boundary": 1 << 29,
-    "control_tokens_as_text": 1 << 28,
-    "context_differs": 1 << 27,
-    "prompt_differs": 1 << 26,
-    "rewritten": 1 << 25,
-    **{name: 1 << (24 - number) for number, name in enumerate(OF_TEMPLATE)},
-}
-"""The bits of `flags` that say what was done to a pair, beside what was noticed of its texts."""
-
-RESPONSE_CUT = FACTS["responses_cut"]
-"""A response that was cut does not end."""
 
 _OF_A_PAIR = [*SCHEMA.names[: SCHEMA.names.index("flags")]]
 """The columns of which a `TokenizedPair` is made, in its order."""
@@ -126,7 +85,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
     @functools.cached_property
     def sizes(self) -> PairSizes:
         """The tokens of each pair, and which pairs have a prompt in common."""
-        prompts, chosen, rejected = (self._of_each[name] for name in SCHEMA.names[:3])
+        prompts, chosen, rejected = (self._of_each[name] for name in SEQUENCES)
         judged = chosen - self._of_each["chosen in gaps"]
         prompt_ids = np.unique(self.key_numbers("prompt_key"), return_inverse=True)[1].reshape(-1)
         return PairSizes(prompts, chosen, rejected, judged, prompt_ids, self._opening(int(prompts.min())))
@@ -237,7 +196,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
 
     def largest_token(self) -> int:
         """Return the largest token id."""
-        return max(int(flat.max(initial=0)) for name in SCHEMA.names[:3] for flat, _ in self._stretches(name))
+        return max(int(flat.max(initial=0)) for name in SEQUENCES for flat, _ in self._stretches(name))
 
     def _window(self, name: str, places: NDArray[np.int64]) -> NDArray[np.int32]:
         """Gather tokens at places from the start (≥ 0) or the end (< 0) of every list of a column."""
@@ -254,7 +213,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
         """What is known of every pair in a few bytes, read in one pass."""
         parts, last_origin = [], None
         for batch in self._batches():
-            parts.append(_few_bytes_of_each(batch, last_origin))
+            parts.append(numbers_of_pairs(batch, last_origin))
             last_origin = batch.column("origin")[-1].as_py()
         found = {name: np.concatenate([part.pop(name) for part in parts]) for name in list(parts[0])}
         found["origin run"] = np.cumsum(found.pop("begins a run"), dtype=np.int64) - 1
@@ -273,7 +232,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
         """Yield a column a stretch of rows at a time: all their tokens, and where each row's end, 0 before them."""
         for batch in self._batches():
             column = batch.column(name)
-            yield column.flatten().to_numpy(), _ends_of(column)
+            yield column.flatten().to_numpy(), list_ends(column)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
         """Read all pairs a stretch of rows at a time.
@@ -309,44 +268,6 @@ class PreparedPairs(Sequence[TokenizedPair]):
         for batch in self._batches():
             for key in batch.column("prompt_key").to_pylist():
                 yield int.from_bytes(hashlib.blake2b(key, key=salt, digest_size=8).digest(), "big")
-
-
-def _few_bytes_of_each(batch: pa.RecordBatch, origin_before: str | None) -> dict[str, NDArray[Any]]:
-    """Return numbers of every pair in a stretch of rows, `[rows]` each and none of them a view.
-
-    They are: the tokens of the three sequences, under the sequence's name; the chosen response's tokens that are not
-    judged; whether responses have gaps; the columns that are numbers; the first 64 bits of each digest; and whether a
-    row was read at another place than the one before.
-    """
-    columns = {name: batch.column(name) for name in SCHEMA.names}
-    origins = columns["origin"]
-    inner = pc.not_equal(origins.slice(1), origins.slice(0, len(origins) - 1)).to_numpy(zero_copy_only=False)
-    return {
-        **{name: np.diff(_ends_of(columns[name])) for name in SCHEMA.names[:3]},
-        "chosen in gaps": _in_gaps(columns["chosen_gaps"]),
-        **{name: np.diff(_ends_of(columns[name])) > 0 for name in ("chosen_gaps", "rejected_gaps")},
-        **{name: columns[name].to_numpy().copy() for name in ("weight", "margin", "flags", "cut_from")},
-        **{name: _first_halves(columns[name]) for name in ("key", "prompt_key", "either_key")},
-        "begins a run": np.concatenate([[origins[0].as_py() != origin_before], inner]),
-    }
-
-
-def _in_gaps(gaps: pa.ListArray) -> NDArray[np.int64]:
-    """Count the tokens of each response that are not judged."""
-    flat = gaps.flatten().to_numpy()
-    signed = np.where(np.arange(len(flat)) % 2, flat, -flat)
-    return np.diff(np.concatenate([[0], np.cumsum(signed, dtype=np.int64)])[_ends_of(gaps)])
-
-
-def _first_halves(digests: pa.FixedSizeBinaryArray) -> NDArray[np.uint64]:
-    """Return the first 64 bits of digests of 16 bytes."""
-    whole = np.frombuffer(digests.buffers()[1], np.uint64, 2 * len(digests), 16 * digests.offset)
-    return whole[::2].copy()
-
-
-def _ends_of(lists: pa.Array) -> NDArray[np.int64]:
-    """Return where each list ends among all elements, 0 before them."""
-    return np.concatenate([[0], np.cumsum(lists.value_lengths().to_numpy(), dtype=np.int64)])
 
 
 class _Keys(Sequence[bytes]):

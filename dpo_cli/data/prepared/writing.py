@@ -24,7 +24,8 @@ from dpo_cli.data.pairs.inspection import inspect
 from dpo_cli.data.pairs.renaming import check_columns, renamed
 from dpo_cli.data.pairs.shapes import FORMATS, read_pairs
 from dpo_cli.data.pairs.sources import Source, describe, read_rows, weighted
-from dpo_cli.data.prepared.folder import FACTS, PAIRS, SCHEMA, PreparedPairs, Reading, fingerprint
+from dpo_cli.data.prepared.columns import FLAGS, SCHEMA
+from dpo_cli.data.prepared.folder import PAIRS, PreparedPairs, Reading, fingerprint
 from dpo_cli.data.prepared.tally import COUNTED, Tally
 from dpo_cli.data.records import LABELS, NUMBERS, BadRow, Gaps, Pair, Row, TokenizedPair, Tokens, total_tokens
 from dpo_cli.data.tokens.tokenize import PairTokenizer, Tokenized
@@ -39,8 +40,8 @@ _PORTION_ROWS = 1024
 _RUN_ROWS = 256
 """Rows that are checked and tokenized in one go: more at once leave the processor's caches."""
 
-_PORTIONS_ALONE = 8
-"""Portions that are made before worker processes are started: as long as it takes to start them."""
+_SECONDS_ALONE = 2.0
+"""How long portions are made before worker processes are started: about as long as it takes to start them."""
 
 
 _SCRATCH = ".scratch"
@@ -137,7 +138,7 @@ def _fill(
     make = _MakePortion(reading, tokenize)
     with sealed_folder(folder, facts) as temporary:
         runs = _runs(sources, reading, read, temporary / _SCRATCH)
-        portions = in_order(make, runs, num_workers=_num_workers(tokenize), num_alone=_PORTIONS_ALONE)
+        portions = in_order(make, runs, num_workers=_num_workers(tokenize), seconds_alone=_SECONDS_ALONE)
         with (
             contextlib.closing(portions),
             pa.OSFile(str(temporary / PAIRS), "wb") as sink,
@@ -233,8 +234,8 @@ def _tokenized(pairs: Sequence[tuple[Pair, bool]], tokenize: PairTokenizer, tall
 
 def _facts(result: Tokenized) -> int:
     """Return the bits of what was done to a pair, and of what is not written of it."""
-    done = sum([FACTS[name] for name, holds in COUNTED.items() if holds(result) and name in FACTS])
-    return done | sum([FACTS[name] for name in result.unwritten])
+    done = sum([FLAGS[name] for name, holds in COUNTED.items() if holds(result) and name in FLAGS])
+    return done | sum([FLAGS[name] for name in result.unwritten])
 
 
 def _record_batch(kept: Sequence[_Kept]) -> pa.RecordBatch:

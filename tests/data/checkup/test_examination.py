@@ -15,7 +15,8 @@ from dpo_cli.data.checkup.excerpts import Excerpts
 from dpo_cli.data.checkup.report import Margins
 from dpo_cli.data.pairs.inspection import NOTICED
 from dpo_cli.data.pairs.sources import Source
-from dpo_cli.data.prepared.folder import FACTS, PAIRS, SCHEMA, PreparedPairs, Reading
+from dpo_cli.data.prepared.columns import FLAGS, SCHEMA
+from dpo_cli.data.prepared.folder import PAIRS, PreparedPairs, Reading
 from dpo_cli.data.prepared.tally import COUNTED, MEASURED, QUANTILES
 from dpo_cli.data.prepared.writing import prepare
 from dpo_cli.data.tokens.tokenize import PairTokenizer
@@ -30,7 +31,7 @@ STATISTICS = {
     "tokens": {part: dict.fromkeys([*QUANTILES, "mean"], 0) for part in ("prompt", "chosen", "rejected")},
     "too_long": {part: [] for part in MEASURED},
 }
-BITS = {notice.kind.name: 1 << bit for bit, notice in enumerate(NOTICED)} | FACTS
+BITS = {notice.kind.name: 1 << bit for bit, notice in enumerate(NOTICED)} | FLAGS
 
 
 def pair(prompt, chosen, rejected, origin=None, *noticed):
@@ -333,7 +334,7 @@ def test_margins_are_measured_over_the_pairs_that_have_one(tmp_path):
     assert examined(prepared(tmp_path / "q", [pair([1], [2, 0], [3, 0])]), uses_margins=True).margins is None
 
 
-@pytest.mark.parametrize("fact", FACTS)
+@pytest.mark.parametrize("fact", FLAGS)
 def test_what_tokenizing_brought_to_light_is_counted_of_the_run_s_pairs_and_has_examples(tmp_path, tokenizer, fact):
     rows = [pair("Where? ", "Paris", f"Lyon {number}", None, *[fact] * (number != 1)) for number in range(6)]
     pairs = prepared(tmp_path / "p", rows, tokenizer)

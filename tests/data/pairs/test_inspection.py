@@ -9,7 +9,7 @@ import pytest
 from dpo_cli.data.checkup.comparison import COMPARED
 from dpo_cli.data.findings import Droppable
 from dpo_cli.data.pairs.inspection import NOTICED, inspect
-from dpo_cli.data.prepared.folder import FACTS
+from dpo_cli.data.prepared.columns import FLAGS
 from dpo_cli.data.records import Message, Pair
 
 RUSSIAN = "Столица Франции — это город Париж, он стоит на Сене."
@@ -207,5 +207,5 @@ def test_broken_surrogates_are_looked_at_like_any_text():
 def test_every_kind_has_a_name_of_its_own_and_what_can_be_dropped_is_a_kind():
     kinds = [one.kind for one in (*COMPARED, *NOTICED)]
     assert len({kind.name for kind in kinds}) == len(kinds)
-    assert all(1 << len(NOTICED) <= bit for bit in FACTS.values())
+    assert all(1 << len(NOTICED) <= bit for bit in FLAGS.values())
     assert set(get_args(Droppable)) == {kind.name for kind in kinds} - {"shared_prompts"}

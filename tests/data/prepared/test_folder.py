@@ -11,6 +11,7 @@ import pytest
 
 from dpo_cli.data.pairs.shapes import FORMATS, read_pairs
 from dpo_cli.data.pairs.sources import Source
+from dpo_cli.data.prepared import columns
 from dpo_cli.data.prepared import folder as prepared
 from dpo_cli.data.prepared import writing as preparing
 from dpo_cli.data.prepared.folder import PreparedPairs, Reading
@@ -140,7 +141,7 @@ def test_the_lengths_are_those_of_all_pairs_whatever_their_number(tmp_path, toke
 
 def test_worker_processes_change_no_byte(tmp_path, tokenizer, demo_rows, monkeypatch, patient_workers):
     monkeypatch.setattr(preparing, "_PORTION_ROWS", 50)
-    monkeypatch.setattr(preparing, "_PORTIONS_ALONE", 0)
+    monkeypatch.setattr(preparing, "_SECONDS_ALONE", 0)
     rows = [*demo_rows, row(chosen=" "), {"instruction": "x"}, "{broken\n", row(rejected="word " * 2000)]
     source = write(tmp_path / "a.jsonl", rows)
     found, by_workers = [], []
@@ -156,8 +157,8 @@ def test_worker_processes_change_no_byte(tmp_path, tokenizer, demo_rows, monkeyp
 
 def note_received(monkeypatch) -> list[bytes]:
     """Note what comes back from worker processes."""
-    received, real = [], workers._received
-    monkeypatch.setattr(workers, "_received", lambda connection: received.append(b"") or real(connection))
+    received, real = [], workers._result
+    monkeypatch.setattr(workers, "_result", lambda future: received.append(b"") or real(future))
     return received
 
 
@@ -357,7 +358,7 @@ def test_what_was_done_to_a_pair_is_kept_with_it(tmp_path, tokenizer):
         ("responses_cut", [False, False, False, True]),
         ("control_tokens_as_text", [False, False, True, False]),
     ):
-        assert (pairs.flags & prepared.FACTS[name] > 0).tolist() == expected, name
+        assert (pairs.flags & columns.FLAGS[name] > 0).tolist() == expected, name
         assert pairs.manifest["statistics"][name] == sum(expected)
 
 

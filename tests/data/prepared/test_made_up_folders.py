@@ -1,4 +1,4 @@
-"""Prepared pairs that somebody made up, with digests that fit, are refused before anything is read by their word."""
+"""Prepared pairs that somebody made up, with digests that fit, are refused before anything is read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dpo_cli.data.prepared.folder import PAIRS, SCHEMA, PreparedPairs
+from dpo_cli.data.prepared.columns import SCHEMA
+from dpo_cli.data.prepared.folder import PAIRS, PreparedPairs
 from dpo_cli.system.storage import MANIFEST, DamagedFolder, sealed_folder
 from tests.builders import prepare_pairs
 from tests.conftest import ROW_OF, write_rows
@@ -41,7 +42,7 @@ def with_columns(whole, **columns) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def test_what_preparing_wrote_is_believed(whole, tmp_path):
+def test_what_preparing_wrote_is_opened(whole, tmp_path):
     assert list(map(str, PreparedPairs.open(made_up(whole, tmp_path / "p")))) == list(map(str, whole))
 
 
@@ -53,10 +54,10 @@ def test_what_preparing_wrote_is_believed(whole, tmp_path):
         ({"prompt": [[1], None]}, "values are missing"),
         ({"prompt": [[1], [2, None]]}, "values are missing"),
         ({"origin": ["a", None]}, "values are missing"),
-        ({"chosen_gaps": [[0, 1, 2], []]}, "lies outside"),
-        ({"chosen_gaps": [[2, 1], []]}, "lies outside"),
-        ({"chosen_gaps": [[0, 10_000], []]}, "lies outside"),
-        ({"rejected_gaps": [[-1, 1], []]}, "lies outside"),
+        ({"chosen_gaps": [[0, 1, 2], []]}, "lie outside"),
+        ({"chosen_gaps": [[2, 1], []]}, "lie outside"),
+        ({"chosen_gaps": [[0, 10_000], []]}, "lie outside"),
+        ({"rejected_gaps": [[-1, 1], []]}, "lie outside"),
         ({"weight": [1, -1]}, "weights or margins"),
         ({"weight": [1, np.nan]}, "weights or margins"),
         ({"margin": [np.inf, 0]}, "weights or margins"),
@@ -97,6 +98,7 @@ def test_offsets_that_lead_out_of_the_file_are_refused(whole, tmp_path):
         (("statistics", "dropped"), {"too long": 0}),
         (("statistics", "examples"), {"too long": ["a:1: too long"]}),
         (("statistics", "truncated"), None),
+        (("statistics", "rewritten"), -1),
         (("statistics", "tokens", "prompt"), {"min": 1}),
         (("statistics", "tokens", "chosen", "max"), float("1e400")),
         (("statistics", "too_long"), {"prompt": []}),
