@@ -103,8 +103,8 @@ plot-runs: $(BENCH_INSTALLED) model
 bench: $(BENCH_INSTALLED) model
 	PYTHONPATH=scripts $(BIN)/python -m benchmark $(BENCH)
 
-bench-prepare: install model
-	$(BIN)/python scripts/bench_prepare.py $(BENCH)
+bench-prepare: $(BENCH_INSTALLED) model
+	PYTHONPATH=scripts $(BIN)/python -m benchmark.preparing $(BENCH)
 
 bench-scaling: install model
 	PYTHONPATH=scripts $(BIN)/python -m benchmark.scaling $(BENCH)
