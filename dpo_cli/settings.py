@@ -1,15 +1,22 @@
-"""The base of every settings value: strict, frozen, and loud about what it does not know; and the names of places."""
+"""What settings are made of: their base, strict and frozen; choices that a table or a union lists; what may change.
+
+A point of variation is a closed union of groups told apart by `type`, or a table by name. What else depends on which
+members there are asks the union or the table: `members`, `types`, `OneOf`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import os
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainSerializer
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 UNDEFINED = "undefined_variable"
 """What pydantic calls the error of a path that names a variable which the environment lacks."""
@@ -26,6 +33,82 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+class OneOf:
+    """What a text may be: `Annotated[str, OneOf(TABLE)]` accepts the names of a table.
+
+    Args:
+        names: All texts that are accepted.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Accept the names alone, as a `Literal` of them would."""
+        return core_schema.literal_schema(list(self.names))
+
+
+@dataclass(frozen=True)
+class OnResume:
+    """Marks a setting, or a whole group, that may be another one when a run is resumed; all others may not.
+
+    Args:
+        may: What it may do, in words.
+    """
+
+    may: str
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Note it in the schema of the setting."""
+        return {**handler(schema), ON_RESUME: self.may}
+
+
+ON_RESUME = "x-on-resume"
+"""Under which name the JSON Schema of a setting has what it may do when a run is resumed."""
+
+MAY_CHANGE = OnResume("may change")
+"""It is no part of what a step computes, rounding aside."""
+
+MAY_GROW = OnResume("may be raised")
+"""It says how many steps there are: more of them are possible where the learning rate of those taken allows it."""
+
+
+def members(union: Any) -> tuple[type[Settings], ...]:
+    """Return the groups of a closed union, `Annotated[A | B, Field(discriminator="type")]`."""
+    return get_args(get_args(union)[0])
+
+
+def types(union: Any) -> tuple[str, ...]:
+    """Return the `type` of each group of a closed union."""
+    return tuple(member.model_fields["type"].default for member in members(union))
+
+
+def groups_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the groups of settings that a type consists of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from groups_in(inner)
+
+
+def walk(group: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the dotted name of each setting of a group and of the groups in it, with its field."""
+    for name, field in group.model_fields.items():
+        yield f"{prefix}{name}", field
+        for inner in groups_in(field.annotation):
+            yield from walk(inner, f"{prefix}{name}.")
+
+
+def on_resume(group: type[BaseModel]) -> dict[str, OnResume]:
+    """Return the settings of a group that are marked by `OnResume`; one that is a group covers all in it."""
+    return {name: mark for name, field in walk(group) for mark in field.metadata if isinstance(mark, OnResume)}
+
+
+def is_within(name: str, names: Iterable[str]) -> bool:
+    """Tell whether a dotted name is one of some, or lies in one of them."""
+    return any(f"{name}.".startswith(f"{above}.") for above in names)
 
 
 def contradiction(what: str, hint: str) -> PydanticCustomError:

@@ -10,6 +10,7 @@ from typing import Any
 from written_page import write_or_check
 
 from dpo_cli.config import json_schema
+from dpo_cli.settings import ON_RESUME
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"
 HEAD = """# Settings
@@ -18,9 +19,12 @@ A configuration is a YAML file. `dpo init` writes one that fits a model and data
 comments, and `dpo config schema` prints all of this page for editors. Any setting can be overridden on the command line
 by its dotted path (`training.learning_rate=1e-5`). An unknown setting and a value out of range are errors, and
 so is one that cannot have an effect (`evaluation.every_steps` without held-out pairs, a `training.max_steps` that is
-never reached). All errors of a file are reported together. `model: NAME`, `loss: TYPE`, `reference: TYPE` and
-`tracking: TYPE` are short for the setting named in them; `loss` and `tracking` may be lists, and by default there are
-no trackers.
+never reached). All errors of a file are reported together. `model: NAME`, `loss: TYPE`, `reference: TYPE`,
+`tracking: TYPE` and `training.optimizer: TYPE` are short for the setting named in them; `loss` and `tracking` may be
+lists, and by default there are no trackers.
+
+A run that goes on with `--resume` has the settings that it was started with. Others are refused, but for those of which
+the tables say here that they may change, or be raised, on resume.
 
 Relative paths start at the working directory, not at the file's folder. In paths `~`, `$NAME` and `${NAME}` are
 expanded, an undefined variable is an error, and `$$` is a dollar sign.
@@ -30,8 +34,8 @@ This page is written by `scripts/write_settings_page.py`.
 
 
 def shown(value: Any) -> str:
-    """Write a value as YAML would; a group of which only the type is said, as that type."""
-    if isinstance(value, dict) and list(value) == ["type"]:
+    """Write a value as YAML would; a group that has a type, which is as it is by default, as that type."""
+    if isinstance(value, dict) and "type" in value:
         return str(value["type"])
     if isinstance(value, bool):
         return str(value).lower()
@@ -56,6 +60,8 @@ def allowed(schema: dict[str, Any]) -> str:
         return "a group"
     if "enum" in schema or "const" in schema:
         return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
+    if choices := schema.get("items", {}).get("enum"):
+        return "list of " + ", ".join(f"`{choice}`" for choice in choices)
     kind = {"number": "number", "integer": "whole number", "string": "text", "boolean": "true, false",
             "array": "list", "object": "names", "null": "null"}.get(schema.get("type", ""), "")  # fmt: skip
     bounds = {"exclusiveMinimum": "above", "minimum": "from", "exclusiveMaximum": "below", "maximum": "to"}
@@ -93,12 +99,18 @@ def groups_within(name: str, member: dict[str, Any], schema: dict[str, Any]) -> 
         yield ", ".join(settings), schema["$defs"][definition]
 
 
-def table(member: dict[str, Any], prefix: str = "") -> str:
-    """Describe a group and its settings."""
-    lines = [f"\n{member['description'].splitlines()[0]}\n", "\n| setting | default | accepts | |\n|---|---|---|---|\n"]
+def described(facts: dict[str, Any]) -> str:
+    """Return the description of a setting, and what it may do when a run is resumed."""
+    return f"{facts.get('description', '')}{f' On resume it {facts[ON_RESUME]}.' if ON_RESUME in facts else ''}"
+
+
+def table(member: dict[str, Any], prefix: str = "", resume: str = "") -> str:
+    """Describe a group and its settings; `resume` says what all of them may do when a run is resumed."""
+    head = f"{member['description'].splitlines()[0]}{f' On resume all of this {resume}.' if resume else ''}"
+    lines = [f"\n{head}\n", "\n| setting | default | accepts | |\n|---|---|---|---|\n"]
     for setting, facts in member["properties"].items():
         default = "required" if setting in member.get("required", ()) else default_of(facts)
-        row = (f"`{prefix}{setting}`", default, allowed(facts), facts.get("description", ""))
+        row = (f"`{prefix}{setting}`", default, allowed(facts), described(facts))
         lines.append("| " + " | ".join(cell.replace("\n", " ") for cell in row) + " |\n")
     return "".join(lines)
 
@@ -113,14 +125,15 @@ def page() -> str:
         for member in members:
             if len(members) > 1:
                 parts.append(f"\n### {name}: {member['properties']['type']['const']}\n")
-            parts.append(table(member, f"{name}."))
+            parts.append(table(member, f"{name}.", schema["properties"][name].get(ON_RESUME, "")))
         if len(members) == 1:
             for settings, group in groups_within(name, members[0], schema):
-                parts.append(f"\n### {settings} as a group\n{table(group)}")
+                kind = group["properties"].get("type", {}).get("const")
+                parts.append(f"\n### {f'{settings}: {kind}' if kind else f'{settings} as a group'}\n{table(group)}")
     parts.append("\n## Others\n\n| setting | default | accepts | |\n|---|---|---|---|\n")
     for name, facts in schema["properties"].items():
         if name not in grouped:
-            parts.append(f"| `{name}` | {default_of(facts)} | {allowed(facts)} | {facts['description']} |\n")
+            parts.append(f"| `{name}` | {default_of(facts)} | {allowed(facts)} | {described(facts)} |\n")
     return "".join(parts)
 
 

@@ -23,8 +23,7 @@ from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Frozen, NoReference
 from dpo_cli.preference.reference_work import ReferenceWork
 from dpo_cli.training.loop import train_steps
-from dpo_cli.training.optimizer import optimizer as build_optimizer
-from dpo_cli.training.optimizer import schedule
+from dpo_cli.training.optimizer import AdamW, schedule
 
 
 def prepare_pairs(
@@ -81,7 +80,7 @@ def train_in_process(
     opened = (reference or (Frozen() if objective.needs_reference else NoReference())).open(work)
     if checkpointing:
         recompute_activations(policy)
-    optimizer = build_optimizer("adamw", policy, learning_rate, 0.0)
+    optimizer = AdamW().over(policy, learning_rate, 0.0)
     plan = Plan(indices, pairs.sizes.longest, pairs_per_step, 1, max_steps, True, 0)
     rates = schedule(optimizer, "constant", 0.0, plan.num_steps)
     scorer, optimizer = accelerator.prepare(Scorer(policy, collisions=objective.wpo), optimizer)

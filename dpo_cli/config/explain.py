@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from dpo_cli import settings
 from dpo_cli.config import translations
@@ -16,6 +15,7 @@ from dpo_cli.config.schema import APART, ONE, ONE_TRACKER, SEVERAL, SHARE, TRACK
 from dpo_cli.config.tree import Tree
 from dpo_cli.data.pairs import sources
 from dpo_cli.errors import UserError
+from dpo_cli.settings import groups_in, walk
 from dpo_cli.system import plain_yaml
 
 _WAYS = {ONE, SEVERAL, ONE_TRACKER, TRACKERS, SHARE, APART, sources.NAME, sources.GROUP, sources.SEVERAL}
@@ -167,7 +167,7 @@ def _how_to_set(path: tuple[str, ...], given: Any) -> str:
     meaning = _decapitalized(field.description or "")
     if path[-1].isdigit():
         return f"change this member of `{_name(path)}`, or take it out: {meaning}"
-    if any(True for _ in _models(field.annotation)) and given is None:
+    if any(True for _ in groups_in(field.annotation)) and given is None:
         return f"indent its settings below `{path[-1]}:`, or leave it out"
     if field.is_required():
         return _how_to_add(path)
@@ -187,7 +187,10 @@ def _wanted(detail: Any) -> str:
     message = str(detail["msg"]).removeprefix("Input should be ").removeprefix("a valid ")
     match detail["type"]:
         case "too_short":
-            return "a list of one at least"
+            least = detail["ctx"]["min_length"]
+            return f"a list of {'one' if least == 1 else least} at least"
+        case "too_long":
+            return f"a list of {detail['ctx']['max_length']} at most"
         case "string_too_short":
             return "a text that is not empty"
         case "literal_error":
@@ -264,27 +267,10 @@ def _tags(path: Sequence[str]) -> list[str]:
     return [str(model.model_fields["type"].default) for model in _UNIONS[_name(path[:-1])]]
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Yield the groups of settings that an annotation speaks of."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _models(inner)
-
-
-def _walk(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every dotted path with what is known of the setting."""
-    for name, info in model.model_fields.items():
-        path = f"{prefix}{name}"
-        yield path, info
-        for member in _models(info.annotation):
-            yield from _walk(member, f"{path}.")
-
-
 def _unions(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, list[type[BaseModel]]]]:
     """Yield every dotted path at which there is a choice of groups by type, with the groups."""
     for name, info in model.model_fields.items():
-        members = list(dict.fromkeys(_models(info.annotation)))
+        members = list(dict.fromkeys(groups_in(info.annotation)))
         if any("type" in member.model_fields for member in members):
             yield f"{prefix}{name}", members
         for member in members:
@@ -293,7 +279,7 @@ def _unions(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, lis
 
 _KNOWN = "known here: "
 _QUOTED = re.compile("'([^']*)'")
-_FIELDS = dict(_walk(Config))
+_FIELDS = dict(walk(Config))
 _SETTINGS = {path: field.description or "" for path, field in _FIELDS.items()}
 _UNIONS = dict(_unions(Config))
 _TAGS = {str(model.model_fields["type"].default) for models in _UNIONS.values() for model in models}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_cli.config.schema import Config
+from dpo_cli.config.schema import Config, changeable
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source, look_up_source, paths_of
 from dpo_cli.errors import UserError, raise_all
 from dpo_cli.modeling.model_names import check_model, look_up_model, missing_weights, names_hub_model
@@ -68,7 +68,7 @@ def check_training(config: Config, *, resume: bool, overwrite: bool, dry_run: bo
     missing = missing_weights(config.model.name, "`model.name`")
     raise_all([*check_inputs(config), *untracked, *(one for one in (unusable, missing) if one)])
     if resume:
-        folder.check_unchanged(config.model_dump(mode="json"))
+        folder.check_unchanged(config.model_dump(mode="json"), changeable())
 
 
 def check_evaluation(config: Config, model: str | None, data: str | None, json_file: Path | None) -> None:

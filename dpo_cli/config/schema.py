@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -16,8 +16,9 @@ from dpo_cli.preference.losses.pairwise import DPO
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Cached, NoReference, Reference
 from dpo_cli.reporting.trackers import Tracker
-from dpo_cli.settings import PathText, Settings, contradiction
+from dpo_cli.settings import MAY_CHANGE, MAY_GROW, OneOf, PathText, Settings, contradiction, on_resume, types
 from dpo_cli.system import plain_yaml
+from dpo_cli.training.optimizer import SCHEDULES, AdamW, Optimizer
 
 SHORT_FORMS = {
     "model": "name",
@@ -25,6 +26,7 @@ SHORT_FORMS = {
     "reference": "type",
     "data.train": "path",
     "data.eval": "path",
+    "training.optimizer": "type",
     "tracking": "type",
 }
 """Groups that may be written as one word, and the setting that the word stands for."""
@@ -48,13 +50,16 @@ def _short(group: str, schema: Any = str) -> BeforeValidator:
     return BeforeValidator(lambda value: expand_short_form(group, value), json_schema_input_type=schema)
 
 
-LossTypes = Literal[tuple(member.model_fields["type"].default for member in get_args(get_args(Loss)[0]))]  # type: ignore[valid-type]
-OneLoss = Annotated[Loss, _typed(DPO().type), _short("loss", LossTypes | Loss)]
+def _short_type(group: str, union: Any) -> BeforeValidator:
+    """Let a group of a closed union be written as its type alone."""
+    return _short(group, Annotated[str, OneOf(*types(union))] | union)
+
+
+OneLoss = Annotated[Loss, _typed(DPO().type), _short_type("loss", Loss)]
 ONE, SEVERAL = "a loss", "a list of losses"
 """What pydantic calls the two ways to write the losses; in no path of a setting."""
 
-TrackerTypes = Literal[tuple(member.model_fields["type"].default for member in get_args(get_args(Tracker)[0]))]  # type: ignore[valid-type]
-OneTracker = Annotated[Tracker, _short("tracking", TrackerTypes | Tracker)]
+OneTracker = Annotated[Tracker, _short_type("tracking", Tracker)]
 ONE_TRACKER, TRACKERS = "a tracker", "a list of trackers"
 """What it calls the two ways to write the trackers."""
 
@@ -98,7 +103,7 @@ class DataSettings(Settings):
     """A data file, a glob, a folder, a prepared folder or a Hub id, with or without settings; or a list of such."""
     eval: HeldOut | None = 0.1
     """The held-out pairs: a fraction of `train`, chosen by `training.seed`; a source or a list; or null."""
-    format: Literal[("auto", *FORMATS)] = "auto"  # type: ignore[valid-type]
+    format: Annotated[str, OneOf("auto", *FORMATS)] = "auto"
     """The shape of the rows."""
     columns: ColumnNames | None = None
     """Columns under other names: `{prompt: question, chosen: response_j}` reads the data's `question` as `prompt`."""
@@ -135,23 +140,23 @@ class DataSettings(Settings):
 class TrainingSettings(Settings):
     """The optimizer's steps."""
 
-    epochs: float = Field(1, gt=0, le=100_000)
+    epochs: Annotated[float, MAY_GROW] = Field(1, gt=0, le=100_000)
     """Passes over the training pairs."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: Annotated[int | None, MAY_GROW] = Field(None, ge=1)
     """Where to stop earlier, in optimizer steps."""
     pairs_per_step: int = Field(32, ge=1)
     """Pairs of one optimizer step, across all processes."""
-    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    micro_batch_tokens: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], MAY_CHANGE] = "auto"
     """The most tokens of one forward pass, padding included; decides memory and speed, never the result."""
     shuffle: bool = True
     """Whether every epoch has an order of its own; else the order of the data."""
-    layout: Literal["auto", "padded", "packed"] = "auto"
+    layout: Annotated[Literal["auto", "padded", "packed"], MAY_CHANGE] = "auto"
     """How pairs are laid out for the model; auto: packed where it proves exact, else padded."""
-    optimizer: Literal["adamw", "adafactor", "rmsprop"] = "adamw"
+    optimizer: Annotated[Optimizer, _typed(AdamW().type), _short_type("training.optimizer", Optimizer)] = AdamW()
     """How gradients become steps; adafactor keeps next to nothing beside the weights, rmsprop half of AdamW's."""
     learning_rate: float = Field(1.0e-6, gt=0)
     """The highest learning rate; adafactor scales it by the size of each matrix's weights."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Annotated[str, OneOf(*SCHEDULES)] = "linear"
     """How the learning rate goes on after the warm-up."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises to its highest value."""
@@ -159,13 +164,13 @@ class TrainingSettings(Settings):
     """Weight decay of the matrices, decoupled from the gradient but for rmsprop; biases and norms have none."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients with a larger norm are scaled down to it; null: never."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
     """Whether a loss or gradient that is NaN or infinite stops the run, or its step is skipped and counted."""
-    max_skipped: int = Field(10, ge=1)
+    max_skipped: Annotated[int, MAY_CHANGE] = Field(10, ge=1)
     """With skip, how many steps a run may skip; one more stops it."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third slower."""
-    rank_timeout: float | None = Field(300, ge=1, le=31_536_000)
+    rank_timeout: Annotated[float | None, MAY_CHANGE] = Field(300, ge=1, le=31_536_000)
     """With several processes, seconds after which one that is silent, or hangs in a step, is given up; null: never."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Decides the order of the pairs and which are held out."""
@@ -210,24 +215,23 @@ class Config(Settings):
         Discriminator(lambda value: SEVERAL if isinstance(value, (list, tuple)) else ONE),
     ] = DPO()
     """The loss, or a list of losses that are added up by their weights."""
-    reference: Annotated[
-        Reference, _typed(Cached().type), _short("reference", Literal["cached", "frozen", "synced", "none"] | Reference)
-    ] = Cached()
+    reference: Annotated[Reference, _typed(Cached().type), _short_type("reference", Reference)] = Cached()
     """What the policy is held against; none, and only that, where no loss needs it."""
     training: TrainingSettings = TrainingSettings()
     """The optimizer's steps."""
-    evaluation: EvaluationSettings = EvaluationSettings()
+    evaluation: Annotated[EvaluationSettings, MAY_CHANGE] = EvaluationSettings()
     """When the held-out pairs are scored."""
-    checkpoints: CheckpointSettings = CheckpointSettings()
+    checkpoints: Annotated[CheckpointSettings, MAY_CHANGE] = CheckpointSettings()
     """What a run keeps while it goes."""
-    logging: LoggingSettings = LoggingSettings()
+    logging: Annotated[LoggingSettings, MAY_CHANGE] = LoggingSettings()
     """How much of the steps is printed; metrics.jsonl has all of them."""
     tracking: Annotated[
         Annotated[OneTracker, Tag(ONE_TRACKER)] | Annotated[list[OneTracker], Tag(TRACKERS)],
         Discriminator(lambda value: TRACKERS if isinstance(value, (list, tuple)) else ONE_TRACKER),
+        MAY_CHANGE,
     ] = Field(default_factory=list)
     """A tracker beside metrics.jsonl, or a list of trackers."""
-    output_dir: PathText = Field("", json_schema_extra={"default": "runs/NAME"})
+    output_dir: Annotated[PathText, MAY_CHANGE] = Field("", json_schema_extra={"default": "runs/NAME"})
     """The run's folder; by default `runs/` and the name of the configuration file."""
 
     @property
@@ -246,6 +250,11 @@ def without_needless_reference(config: Config) -> Config:
     if "reference" in config.model_fields_set or config.objective.needs_reference:
         return config
     return config.model_copy(update={"reference": NoReference()})
+
+
+def changeable() -> frozenset[str]:
+    """Return the settings that may be others when a run is resumed, by dotted name; a group covers all in it."""
+    return frozenset(on_resume(Config))
 
 
 def json_schema() -> dict[str, Any]:

@@ -5,6 +5,18 @@ The names are those of TRL, LLaMA-Factory, Axolotl and ms-swift.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from dpo_cli.settings import types
+from dpo_cli.training.optimizer import SCHEDULES, Optimizer
+
+
+def _either(names: Iterable[str]) -> str:
+    """Write a choice in a row: `` `a`, `b` or `c` ``."""
+    *others, last = (f"`{name}`" for name in names)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
 _STEP = "set `training.pairs_per_step`, which is pairs per device × gradient accumulation × processes"
 _NO_ADAPTERS = "leave it out: adapters are not supported, all weights are trained"
 _NO_QUANTIZATION = "leave it out: quantized training is not supported, weights are held in float32"
@@ -89,11 +101,15 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ("max_train_steps total_steps num_steps train_iters", "set `training.max_steps`"),
     ("lr peak_lr base_lr", "set `training.learning_rate`"),
     ("lr_scheduler_type lr_scheduler lr_decay_style scheduler scheduler_type",
-     "set `training.schedule`: `linear`, `cosine` or `constant`"),
+     f"set `training.schedule`: {_either(SCHEDULES)}"),
     ("warmup_steps num_warmup_steps lr_warmup_steps lr_warmup_fraction warmup_fraction",
      "set `training.warmup_ratio`, which is warm-up steps ÷ all steps"),
-    ("optim optimizer_type optimizer_name", "set `training.optimizer`: `adamw`, `adafactor` or `rmsprop`"),
-    ("adam_beta1 adam_beta2 adam_epsilon adam_eps lr_scheduler_kwargs cosine_min_lr_ratio optim_args", _FIXED),
+    ("optim optimizer_type optimizer_name",
+     f"set `training.optimizer`: {_either(types(Optimizer))}"),
+    ("adam_beta1 adam_beta2 adam_betas betas", "set `training.optimizer: {type: adamw, betas: [0.9, 0.999]}`"),
+    ("adam_epsilon adam_eps", "set `training.optimizer: {type: adamw, eps: 1.0e-8}`"),
+    ("optim_args", "set `training.optimizer` as a group: `{type: adamw, betas: …, eps: …}`"),
+    ("lr_scheduler_kwargs cosine_min_lr_ratio", _FIXED),
     ("gradient_clipping clip_grad max_norm grad_clip max_gradient_norm gradient_clip_val",
      "set `training.max_grad_norm`"),
     ("wd adam_weight_decay", "set `training.weight_decay`"),

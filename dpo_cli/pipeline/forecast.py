@@ -20,7 +20,6 @@ from dpo_cli.pipeline.passes import STEPS_LOOKED_AT
 from dpo_cli.pipeline.setup import RunData
 from dpo_cli.reporting.console import Console, gib
 from dpo_cli.reporting.progress import clock
-from dpo_cli.training.optimizer import optimizer, state_bytes
 from dpo_cli.training.run_folder import RunFolder
 
 _TOKENS_ON_CPU = 512
@@ -59,7 +58,7 @@ class DiskNeed:
 def disk_need(config: Config, folder: RunFolder, plan: Plan, policy: PreTrainedModel) -> DiskNeed:
     """Count what a run writes, and look at what is free for it; the policy's weights may be missing."""
     saving, weights = config.checkpoints, sum(parameter.nbytes for parameter in policy.parameters())
-    checkpoint = weights + state_bytes(config.training.optimizer, policy)
+    checkpoint = weights + config.training.optimizer.state_bytes(policy)
     if config.reference.type == "synced":
         checkpoint += weights
     saved, behind = divmod(plan.num_steps, saving.every_steps)
@@ -111,7 +110,7 @@ def time_rows(
             batches.layout,
             batches(typical),
             accelerator.autocast,
-            lambda model: optimizer(training.optimizer, model, training.learning_rate, training.weight_decay),
+            lambda model: training.optimizer.over(model, training.learning_rate, training.weight_decay),
             recomputed=training.gradient_checkpointing,
             collisions=config.objective.wpo,
         )

@@ -12,7 +12,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.memory import MemoryEstimate, free_bytes
 from dpo_cli.preference.reference import Cached
 from dpo_cli.reporting.console import gib
-from dpo_cli.training.optimizer import state_bytes
+from dpo_cli.training.optimizer import Adafactor
 
 
 def without_passes(
@@ -21,7 +21,7 @@ def without_passes(
     """Estimate what a run takes whatever its pairs are: without activations and logits."""
     weights = sum(parameter.nbytes for parameter in model.parameters())
     on_cpu = accelerator.device.type == "cpu"
-    state = state_bytes(config.training.optimizer, model)
+    state = config.training.optimizer.state_bytes(model)
     saved = weights + state + (weights if config.reference.type == "synced" else 0)
     return MemoryEstimate(
         program=program_bytes if on_cpu else 0,
@@ -82,6 +82,6 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
     if config.reference.holds_model:
         config = config.model_copy(update={"reference": Cached(model=config.reference.model)})
         yield "reference.type: cached", config
-    if config.training.optimizer != "adafactor":
-        training = config.training.model_copy(update={"optimizer": "adafactor"})
+    if config.training.optimizer.type != "adafactor":
+        training = config.training.model_copy(update={"optimizer": Adafactor()})
         yield "training.optimizer: adafactor", config.model_copy(update={"training": training})

@@ -17,7 +17,7 @@ from dpo_cli.pipeline import setup
 from dpo_cli.pipeline.passes import compute_dtype
 from dpo_cli.reporting.console import Console, gib
 from dpo_cli.settings import Settings
-from dpo_cli.training.optimizer import warmup_steps
+from dpo_cli.training.optimizer import Optimizer, warmup_steps
 from dpo_cli.training.run_folder import RunFolder
 
 
@@ -69,7 +69,7 @@ def header(
         "steps": _steps(plan),
         "loss": described_loss(config),
         "reference": _reference(config),
-        "optimizer": ", ".join([training.optimizer, *_changed(training, "weight_decay", "max_grad_norm")]),
+        "optimizer": ", ".join([_optimizer(training.optimizer), *_changed(training, "weight_decay", "max_grad_norm")]),
         "learning rate": f"{training.learning_rate:g}, {_schedule(config, plan)}",
         "device": f"{accelerator.device}, {precision}{processes}",
         "output": str(folder.path),
@@ -86,6 +86,12 @@ def _schedule(config: Config, plan: Plan) -> str:
     """Say how the learning rate goes."""
     num_steps = warmup_steps(config.training.warmup_ratio, plan.num_steps)
     return config.training.schedule + (f", warm-up until step {num_steps:,}" if num_steps else "")
+
+
+def _optimizer(optimizer: Optimizer) -> str:
+    """Name the optimizer, with what is not as it is by default."""
+    details = ", ".join(_changed(optimizer, *type(optimizer).model_fields))
+    return f"{optimizer.type}{f' ({details})' if details else ''}"
 
 
 def described_loss(config: Config) -> str:

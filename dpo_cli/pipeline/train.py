@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from dpo_cli.config import Config, resolved_yaml
+from dpo_cli.config import Config, changeable, resolved_yaml
 from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import from_os_error
@@ -48,7 +48,6 @@ from dpo_cli.system.storage import discard, make_folder, remove_strays, write_te
 from dpo_cli.training.checkpoints import newest_step, newest_whole
 from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_reference, check_tokens
 from dpo_cli.training.loop import Skips, StepResult
-from dpo_cli.training.optimizer import optimizer as build_optimizer
 from dpo_cli.training.optimizer import schedule
 from dpo_cli.training.ranks import Progress, watched
 from dpo_cli.training.run_folder import FIRST_DAY, RESOLVED, RunFolder, RunState, settings_digest
@@ -181,7 +180,7 @@ def _build(
     """Open the reference before anything can change, then let Accelerate prepare the rest."""
     policy, other = models[0], models[-1]
     training = config.training
-    settings = settings_digest(config.model_dump(mode="json"))
+    settings = settings_digest(config.model_dump(mode="json"), changeable())
     stands_on = {"model": weights_digest(policy), "data": data.fingerprint, "settings": settings}
     if other is not policy:
         stands_on["reference"] = weights_digest(other)
@@ -196,7 +195,7 @@ def _build(
     del other, work, models[1:]
     if training.gradient_checkpointing:
         recompute_activations(policy)
-    optimizer = build_optimizer(training.optimizer, policy, training.learning_rate, training.weight_decay)
+    optimizer = training.optimizer.over(policy, training.learning_rate, training.weight_decay)
     rates = schedule(optimizer, training.schedule, training.warmup_ratio, plan.num_steps)
     skips = Skips(training.max_skipped if training.on_nonfinite == "skip" else 0)
     scorer, optimizer = accelerator.prepare(Scorer(policy, collisions=config.objective.wpo), optimizer)

@@ -1,66 +1,155 @@
-"""The optimizers, and the learning rate over the steps."""
+"""The optimizers, of which `Optimizer` lists all, and the learning rate over the steps.
+
+This file is read with the configuration, before torch is needed: import torch inside functions.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from torch import Tensor, nn
-from torch.optim import Adafactor, AdamW, Optimizer, RMSprop
-from torch.optim.lr_scheduler import LambdaLR
+from pydantic import Field
+
+from dpo_cli.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.optim.lr_scheduler import LambdaLR
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
 """Where torch has AdamW as a single kernel."""
 
+Groups = list[dict[str, Any]]
+"""Parameters, and the weight decay that they have."""
 
-@dataclass(frozen=True)
-class OptimizerKind:
-    """One way to turn gradients into steps.
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""What a running mean keeps of itself at a step."""
 
-    Attributes:
-        build: Makes it of groups of parameters and a learning rate.
-        state_numbers: How many numbers it keeps of a parameter.
+Eps = Annotated[float, Field(gt=0)]
+"""What keeps a division from being one by zero."""
+
+
+class OptimizerSettings(Settings):
+    """What all optimizers have in common."""
+
+    def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
+        """Return torch's optimizer."""
+        raise NotImplementedError
+
+    def state_numbers(self, parameter: Tensor) -> int:
+        """Return how many numbers are kept of a parameter."""
+        raise NotImplementedError
+
+    def over(self, model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        """Return the optimizer of a model's parameters; biases and norms are not decayed."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return self.build([group for group in groups if group["params"]], learning_rate)
+
+    def state_bytes(self, model: nn.Module) -> int:
+        """Return what is kept of a model's parameters, in bytes."""
+        return sum(self.state_numbers(p) * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+class AdamW(OptimizerSettings):
+    """AdamW, which keeps two numbers a weight.
+
+    Source: Loshchilov and Hutter 2017, arXiv 1711.05101.
     """
 
-    build: Callable[[list[dict[str, Any]], float], Optimizer]
-    state_numbers: Callable[[Tensor], int]
+    type: Literal["adamw"] = "adamw"
+    """How gradients become steps."""
+    betas: list[Decay] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """What the running means of the gradient and of its square keep of themselves at a step."""
+    eps: Eps = 1e-8
+    """What is added to the root of the squares' mean."""
+
+    def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
+        """Return torch's, as a single kernel where there is one."""
+        from torch.optim import AdamW as TorchAdamW
+
+        fused = all(p.device.type in _FUSED_DEVICES for group in groups for p in group["params"])
+        betas = self.betas[0], self.betas[1]
+        return TorchAdamW(groups, lr=learning_rate, betas=betas, eps=self.eps, fused=fused)
+
+    def state_numbers(self, parameter: Tensor) -> int:
+        """Count both means."""
+        return 2 * parameter.numel()
 
 
-def _adamw(groups: list[dict[str, Any]], learning_rate: float) -> Optimizer:
-    fused = all(p.device.type in _FUSED_DEVICES for group in groups for p in group["params"])
-    return AdamW(groups, lr=learning_rate, fused=fused)
+class Adafactor(OptimizerSettings):
+    """Adafactor, which keeps next to nothing of a matrix: the means of its rows and columns.
+
+    Source: Shazeer and Stern 2018, arXiv 1804.04235.
+    """
+
+    type: Literal["adafactor"] = "adafactor"
+    """How gradients become steps."""
+    beta2_decay: float = Field(-0.8, ge=-1, lt=0)
+    """How the running mean of the gradient's square grows longer: at step t it keeps 1 − t^beta2_decay of itself."""
+    eps1: Eps | None = None
+    """What is added to the gradient's squares; null: the machine epsilon of the weights' dtype."""
+    eps2: Eps = 1e-3
+    """The least root mean square of a matrix's weights that is assumed where it scales the learning rate."""
+    d: float = Field(1.0, ge=1)
+    """Updates whose root mean square is larger, before the learning rate, are scaled down to it."""
+
+    def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
+        """Return torch's."""
+        from torch.optim import Adafactor as TorchAdafactor
+
+        eps = self.eps1, self.eps2
+        return TorchAdafactor(groups, lr=learning_rate, beta2_decay=self.beta2_decay, eps=eps, d=self.d)
+
+    def state_numbers(self, parameter: Tensor) -> int:
+        """Count rows and columns of a matrix; of anything else all numbers."""
+        size = parameter.numel()
+        return size // parameter.shape[-1] + size // parameter.shape[-2] if parameter.ndim >= 2 else size
 
 
-OPTIMIZERS = {
-    # Loshchilov and Hutter 2017, arXiv 1711.05101.
-    "adamw": OptimizerKind(_adamw, lambda p: 2 * p.numel()),
-    # Shazeer and Stern 2018, arXiv 1804.04235: of a matrix only the means of rows and columns are kept.
-    "adafactor": OptimizerKind(
-        lambda groups, rate: Adafactor(groups, lr=rate),
-        lambda p: p.numel() // p.shape[-1] + p.numel() // p.shape[-2] if p.ndim >= 2 else p.numel(),
-    ),
-    # Hinton 2012, lecture 6e; what DPO was first trained with. Its weight decay is added to the gradient.
-    "rmsprop": OptimizerKind(lambda groups, rate: RMSprop(groups, lr=rate), lambda p: p.numel()),
+class RMSprop(OptimizerSettings):
+    """RMSprop, which keeps one number a weight; DPO was first trained with it. Weight decay is added to the gradient.
+
+    Source: Hinton 2012, lecture 6e.
+    """
+
+    type: Literal["rmsprop"] = "rmsprop"
+    """How gradients become steps."""
+    alpha: Decay = 0.99
+    """What the running mean of the gradient's square keeps of itself at a step."""
+    eps: Eps = 1e-8
+    """What is added to the root of that mean."""
+    momentum: Decay = 0.0
+    """What the step before leaves of itself in a step; above 0, a second number a weight is kept."""
+    centered: bool = False
+    """Divide by the gradient's standard deviation instead; one more number a weight is kept."""
+
+    def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
+        """Return torch's."""
+        from torch.optim import RMSprop as TorchRMSprop
+
+        return TorchRMSprop(groups, learning_rate, self.alpha, self.eps, momentum=self.momentum, centered=self.centered)
+
+    def state_numbers(self, parameter: Tensor) -> int:
+        """Count the mean of the squares and, where they are kept, the momentum and the gradient's mean."""
+        return (1 + (self.momentum > 0) + self.centered) * parameter.numel()
+
+
+Optimizer = Annotated[AdamW | Adafactor | RMSprop, Field(discriminator="type")]
+"""The closed union of all optimizers, told apart by `type`."""
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2,
+    "constant": lambda progress: 1.0,
 }
-
-
-def optimizer(kind: str, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """Return one of `OPTIMIZERS` over a model's parameters; biases and norms are not decayed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return OPTIMIZERS[kind].build([group for group in groups if group["params"]], learning_rate)
-
-
-def state_bytes(kind: str, model: nn.Module) -> int:
-    """Return what an optimizer keeps of a model's parameters, in bytes."""
-    numbers = OPTIMIZERS[kind].state_numbers
-    return sum(numbers(p) * p.element_size() for p in model.parameters() if p.requires_grad)
+"""All ways that the learning rate takes after the warm-up: the share of the highest one, by progress from 0 to 1."""
 
 
 def warmup_steps(ratio: float, num_steps: int) -> int:
@@ -72,15 +161,10 @@ def rate_factor(kind: str, warmup_ratio: float, num_steps: int) -> Callable[[int
     """Return the function that gives the share of the highest learning rate for the step after some steps.
 
     Over the first `warmup_ratio` of the steps the rate rises evenly, from its first share and not from
-    zero, so that no step is wasted. Then it stays (`constant`), falls evenly (`linear`) or along half a
-    cosine (`cosine`), and would be zero at the step after the last.
+    zero, so that no step is wasted. Then it goes on as one of `SCHEDULES` says: it stays (`constant`), falls evenly
+    (`linear`) or along half a cosine (`cosine`), and would be zero at the step after the last.
     """
-    num_warmup = warmup_steps(warmup_ratio, num_steps)
-    after: Callable[[float], float] = {
-        "constant": lambda progress: 1.0,
-        "linear": lambda progress: 1.0 - progress,
-        "cosine": lambda progress: (1.0 + math.cos(math.pi * progress)) / 2,
-    }[kind]
+    num_warmup, after = warmup_steps(warmup_ratio, num_steps), SCHEDULES[kind]
 
     def factor(steps_done: int) -> float:
         if steps_done < num_warmup:
@@ -90,6 +174,8 @@ def rate_factor(kind: str, warmup_ratio: float, num_steps: int) -> Callable[[int
     return factor
 
 
-def schedule(optimizer: Optimizer, kind: str, warmup_ratio: float, num_steps: int) -> LambdaLR:
+def schedule(optimizer: torch.optim.Optimizer, kind: str, warmup_ratio: float, num_steps: int) -> LambdaLR:
     """Return the schedule of the learning rate, `rate_factor`, to be stepped once after every optimizer step."""
+    from torch.optim.lr_scheduler import LambdaLR
+
     return LambdaLR(optimizer, rate_factor(kind, warmup_ratio, num_steps))

@@ -6,13 +6,14 @@ import contextlib
 import enum
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import USAGE, UserError, from_os_error
+from dpo_cli.settings import is_within
 from dpo_cli.system import plain_yaml
 from dpo_cli.system.locks import Locked, locked
 from dpo_cli.system.plain_yaml import NotPlain
@@ -239,10 +240,12 @@ class RunFolder:
             return epochs, max_steps
         raise self._unreadable(f"`{_LENGTH[0]}` is {epochs} and `{_LENGTH[1]}` is {max_steps}")
 
-    def check_unchanged(self, settings: dict[str, Any]) -> None:
+    def check_unchanged(self, settings: dict[str, Any], changeable: Collection[str]) -> None:
         """Compare a run's settings with those it was started with, before it is resumed.
 
-        What `_MAY_CHANGE` names may differ, and so may the number of steps, which is looked at apart.
+        Args:
+            settings: Those of now.
+            changeable: The names of settings, or of groups of them, that may differ.
 
         Raises:
             UserError: Settings differ that would make it another run.
@@ -250,11 +253,11 @@ class RunFolder:
         if not self.config.is_file():
             return
         hint = "set them back, or start a new run in another `output_dir`"
-        before, now = dict(_leaves(self._started_with())), dict(_leaves(settings))
+        before, now = _deciding(self._started_with(), changeable), _deciding(settings, changeable)
         changed = [
             f"`{name}` was {_shown(before.get(name))} and is {_shown(now.get(name))}"
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and not name.startswith((*_MAY_CHANGE, *_LENGTH))
+            if before.get(name) != now.get(name)
         ]
         if changed:
             what = f"a run cannot be resumed under other settings: {'; '.join(changed)}"
@@ -280,30 +283,18 @@ class RunFolder:
         return UserError(what, str(self.config), "start again with `--overwrite`")
 
 
-_MAY_CHANGE = (
-    "checkpoints.",
-    "evaluation.",
-    "logging.",
-    "tracking",
-    "output_dir",
-    "training.micro_batch_tokens",
-    "training.gradient_checkpointing",
-    "training.layout",
-    "training.rank_timeout",
-    "training.on_nonfinite",
-    "training.max_skipped",
-)
-"""How a run is watched and cut into passes, and when it stops: none of it is part of what is computed before,
-rounding aside."""
-
 _LENGTH = ("training.epochs", "training.max_steps")
-"""How many steps a run has: it may get more of them, where the learning rate of those it has taken allows."""
+"""How many steps a run has."""
 
 
-def settings_digest(settings: dict[str, Any]) -> str:
-    """Return a digest of all settings that decide what a step of a run computes."""
-    deciding = {name: value for name, value in _leaves(settings) if not name.startswith((*_MAY_CHANGE, *_LENGTH))}
-    return text_digest(json.dumps(deciding, sort_keys=True))
+def settings_digest(settings: dict[str, Any], changeable: Collection[str]) -> str:
+    """Return a digest of the settings that decide what a step of a run computes; for the rest see `check_unchanged`."""
+    return text_digest(json.dumps(_deciding(settings, changeable), sort_keys=True))
+
+
+def _deciding(settings: dict[str, Any], changeable: Collection[str]) -> dict[str, Any]:
+    """Return the settings that may not change, by their dotted names."""
+    return {name: value for name, value in _leaves(settings) if not is_within(name, changeable)}
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -24,8 +24,7 @@ from benchmark.runs import DEMO_MODEL, positive
 from dpo_cli.modeling.loading import load_policy, load_tokenizer
 from dpo_cli.training.checkpoints import CheckpointWriter
 from dpo_cli.training.loop import Skips
-from dpo_cli.training.optimizer import optimizer as build_optimizer
-from dpo_cli.training.optimizer import schedule
+from dpo_cli.training.optimizer import AdamW, schedule
 from dpo_cli.training.state import TrainingParts
 
 
@@ -33,7 +32,7 @@ def training_parts(model: str) -> TrainingParts:
     """Return the state of a run after one step with gradients of 1."""
     accelerator = Accelerator(cpu=True)
     policy = load_policy(model)
-    optimizer = build_optimizer("adamw", policy, 1e-6, 0.0)
+    optimizer = AdamW().over(policy, 1e-6, 0.0)
     rates = schedule(optimizer, "constant", 0.0, 1)
     for parameter in policy.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -14,6 +14,7 @@ from dpo_cli.data.pairs.sources import Source, as_sources
 from dpo_cli.errors import UserError
 from dpo_cli.reporting.trackers import TensorBoard, WandB
 from dpo_cli.system import plain_yaml
+from dpo_cli.training.optimizer import AdamW, RMSprop
 from tests.conftest import ROOT
 
 MINIMAL = "model: some/name\ndata:\n  train: pairs.jsonl\n"
@@ -77,7 +78,7 @@ def test_the_defaults_are_those_of_the_contract(tmp_path):
             "micro_batch_tokens": "auto",
             "shuffle": True,
             "layout": "auto",
-            "optimizer": "adamw",
+            "optimizer": {"type": "adamw", "betas": [0.9, 0.999], "eps": 1e-8},
             "learning_rate": 1.0e-6,
             "schedule": "linear",
             "warmup_ratio": 0.1,
@@ -300,6 +301,32 @@ def test_losses_and_references_that_do_not_go_together_are_errors_with_a_line(tm
     assert what in error.what
     assert "line 4" in error.where or "line 5" in error.where
     assert error.hint
+
+
+@pytest.mark.parametrize(
+    ("asked", "what"),
+    [
+        ("adam", "`training.optimizer.type` should be one of `adamw`, `adafactor`, `rmsprop`, but is 'adam'"),
+        ("{betas: [0.9]}", "`training.optimizer.betas` should be a list of 2 at least"),
+        ("{betas: [0.9, 0.99, 0.999]}", "`training.optimizer.betas` should be a list of 2 at most"),
+        ("{betas: [0.9, 1.0]}", "`training.optimizer.betas.1` should be less than 1"),
+        ("{betas: 0.9}", "`training.optimizer.betas` should be a list"),
+        ("{type: rmsprop, betas: [0.9, 0.99]}", "`training.optimizer.betas` is not a setting of `rmsprop`"),
+        ("{epz: 1e-6}", "`training.optimizer.epz` is not a setting of `adamw`"),
+        ("{eps: 0}", "`training.optimizer.eps` should be greater than 0"),
+    ],
+)
+def test_what_is_wrong_with_an_optimizer_is_reported_with_its_line(tmp_path, asked, what):
+    (error,) = problems(write(tmp_path, f"{MINIMAL}training:\n  optimizer: {asked}\n"))
+    assert what in error.what
+    assert "line 5" in error.where
+    assert error.hint
+
+
+def test_a_setting_of_an_optimizer_that_is_written_as_its_type_can_be_overridden(tmp_path):
+    file = write(tmp_path, f"{MINIMAL}training: {{optimizer: rmsprop}}\n")
+    assert load_config(file, ["training.optimizer.momentum=0.9"]).training.optimizer == RMSprop(momentum=0.9)
+    assert load_config(write(tmp_path, MINIMAL), ["training.optimizer.eps=1e-6"]).training.optimizer == AdamW(eps=1e-6)
 
 
 def test_overrides_reach_every_setting_and_are_parsed_as_yaml(tmp_path):

@@ -1,22 +1,24 @@
 """A run that goes on under other settings: what decides its weights is refused, all in one list; the rest may change.
 
-Both tables have to name every setting there is: a new one is asked for here what it means for a resumed run.
+Each setting says itself, in the schema, whether it may change; the tables say so once more, of every setting there is:
+a new one is asked for here what it means for a resumed run.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
 
-from dpo_cli.config.schema import Config
+from dpo_cli.config.schema import Config, changeable
 from dpo_cli.errors import UserError
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.reference import Reference
-from dpo_cli.settings import Settings
+from dpo_cli.settings import MAY_CHANGE, MAY_GROW, is_within, members, on_resume
+from dpo_cli.training.optimizer import Optimizer
 from dpo_cli.training.run_folder import RESOLVED, RunFolder
 from tests.faults.conftest import FULL
 
@@ -26,7 +28,8 @@ DECIDES = {
     "data.train", "data.eval", "data.format", "data.columns", "data.system", "data.on_bad_row",
     "data.max_length", "data.on_too_long",
     "data.min_response", "data.turns", "data.ranked", "data.drop",
-    "training.pairs_per_step", "training.shuffle", "training.optimizer",
+    "training.pairs_per_step", "training.shuffle", "training.optimizer.type", "training.optimizer.betas",
+    "training.optimizer.eps",
     "training.learning_rate", "training.schedule", "training.warmup_ratio", "training.weight_decay",
     "training.max_grad_norm", "training.seed",
 }  # fmt: skip
@@ -69,10 +72,6 @@ def changed(config: Config, name: str) -> dict[str, Any]:
     return settings
 
 
-def members(union: Any) -> list[type[Settings]]:
-    return list(get_args(get_args(union)[0]))
-
-
 def test_every_setting_is_known_to_decide_the_weights_or_not():
     named = {name for name, _ in leaves(Config(model={"name": "m"}).model_dump(mode="json"))}
     assert {name for name in named if not name.startswith(("loss.", "reference."))} == DECIDES | WATCHES | LENGTH
@@ -83,7 +82,7 @@ def test_every_setting_is_known_to_decide_the_weights_or_not():
 def test_what_decides_the_weights_may_not_change(tmp_path, name):
     config = Config(model={"name": "m"})
     with pytest.raises(UserError, match=f"other settings: `{name}` was .* and is something else") as refused:
-        started(tmp_path, config).check_unchanged(changed(config, name))
+        started(tmp_path, config).check_unchanged(changed(config, name), changeable())
     assert refused.value.status == 2
     assert refused.value.hint
 
@@ -91,17 +90,39 @@ def test_what_decides_the_weights_may_not_change(tmp_path, name):
 @pytest.mark.parametrize("name", sorted(WATCHES | LENGTH))
 def test_what_does_not_may(tmp_path, name):
     config = Config(model={"name": "m"})
-    started(tmp_path, config).check_unchanged(changed(config, name))
+    started(tmp_path, config).check_unchanged(changed(config, name), changeable())
 
 
-@pytest.mark.parametrize("group", ["loss", "reference"])
-def test_nothing_of_a_loss_or_a_reference_may_change(tmp_path, group):
-    for kind in members({"loss": Loss, "reference": Reference}[group]):
-        config = Config(model={"name": "m"}, **{group: kind()})
+def test_every_setting_says_itself_what_it_may_do():
+    marks = on_resume(Config)
+    assert set(marks.values()) == {MAY_CHANGE, MAY_GROW}
+    for name in DECIDES | WATCHES | LENGTH:
+        found = {mark for above, mark in marks.items() if is_within(name, [above])}
+        assert found == ({MAY_CHANGE} if name in WATCHES else {MAY_GROW} if name in LENGTH else set()), name
+
+
+@pytest.mark.parametrize("group", ["loss", "reference", "training.optimizer"])
+def test_nothing_of_a_loss_a_reference_or_an_optimizer_may_change(tmp_path, group):
+    for kind in members({"loss": Loss, "reference": Reference, "training.optimizer": Optimizer}[group]):
+        *above, last = group.split(".")
+        settings = {last: kind().model_dump()}
+        config = Config(model={"name": "m"}, **({above[0]: settings} if above else settings))
         run = started(tmp_path, config)
-        for name, _ in leaves(config.model_dump(mode="json")[group], f"{group}."):
+        for name in (name for name, _ in leaves(config.model_dump(mode="json")) if is_within(name, [group])):
             with pytest.raises(UserError, match=f"`{name}` was"):
-                run.check_unchanged(changed(config, name))
+                run.check_unchanged(changed(config, name), changeable())
+
+
+def test_another_optimizer_is_refused_by_its_name_and_other_betas_by_theirs(tmp_path):
+    run = started(tmp_path, Config(model={"name": "m"}))
+    for asked, said in [
+        ("rmsprop", "`training.optimizer.type` was adamw and is rmsprop"),
+        ({"betas": [0.9, 0.95]}, r"`training.optimizer.betas` was \[0.9, 0.999\] and is \[0.9, 0.95\]"),
+        ({"eps": 1e-6}, "`training.optimizer.eps` was 1e-08 and is 1e-06"),
+    ]:
+        settings = Config(model={"name": "m"}, training={"optimizer": asked}).model_dump(mode="json")
+        with pytest.raises(UserError, match=said):
+            run.check_unchanged(settings, changeable())
 
 
 def test_all_that_changed_stands_in_one_list(tmp_path):
@@ -114,7 +135,7 @@ def test_all_that_changed_stands_in_one_list(tmp_path):
             group = group[part]
         group[last] = "something else"
     with pytest.raises(UserError) as refused:
-        started(tmp_path, config).check_unchanged(settings)
+        started(tmp_path, config).check_unchanged(settings, changeable())
     assert all(f"`{name}`" in refused.value.what for name in DECIDES)
     assert not any(f"`{name}`" in refused.value.what for name in WATCHES)
 

@@ -8,21 +8,20 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from dpo_cli.config.schema import TrainingSettings
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.reference import NoReference, Reference
-from dpo_cli.training.optimizer import OPTIMIZERS
+from dpo_cli.settings import members, types
+from dpo_cli.training.optimizer import SCHEDULES, Optimizer
 from tests.conftest import make_config, read_metrics, without_clock, write_rows
 from tests.faults.conftest import FULL
 from tests.faults.launching import run_ranks
 
-LOSSES = {kind().type: kind() for kind in get_args(get_args(Loss)[0])}
-REFERENCES = [kind().type for kind in get_args(get_args(Reference)[0])]
-SCHEDULES = get_args(TrainingSettings.model_fields["schedule"].annotation)
+LOSSES = {kind().type: kind() for kind in members(Loss)}
+REFERENCES = types(Reference)
 NO_EVALUATION: dict[str, Any] = {"data": {"eval": None}, "evaluation": {"every_steps": None}}
 """All pairs are trained on, so that an epoch has four steps."""
 MOVES = {"type": "synced", "every_steps": 2, "alpha": 0.5}
@@ -79,7 +78,7 @@ OPTIONS = [
     training("in-order", shuffle=False),
     training("max-steps", epochs=3, max_steps=NUM_STEPS),
     training("unclipped", max_grad_norm=None, warmup_ratio=0.5, weight_decay=0.1),
-    *(training(f"optimizer-{kind}", optimizer=kind, weight_decay=0.1) for kind in OPTIMIZERS),
+    *(training(f"optimizer-{kind}", optimizer=kind, weight_decay=0.1) for kind in types(Optimizer)),
     *(training(f"schedule-{kind}", schedule=kind) for kind in SCHEDULES),
     *(training(f"layout-{kind}", layout=kind) for kind in ("padded", "packed")),
     *(Case(f"two-ranks-{reference}", {**of_losses(["aot", "bco", "sft"], reference).settings}, 2)

@@ -276,13 +276,14 @@ def read_run_folder(damage: Damage, folder: Path) -> None:
 
 def take_up(folder: Path) -> None:
     """Read what a run left in a folder beside its checkpoints, as it is read before the run goes on."""
+    from dpo_cli.config import changeable
     from dpo_cli.reporting.metrics_log import MetricsLog
     from dpo_cli.training.run_folder import RunFolder
 
     run = RunFolder(folder / "run")
     if problem := run.check(resume=True, overwrite=False):
         raise problem
-    run.check_unchanged(parts.run_config(folder).model_dump(mode="json"))
+    run.check_unchanged(parts.run_config(folder).model_dump(mode="json"), changeable())
     run.recorded_count("training.micro_batch_tokens")
     with contextlib.closing(MetricsLog(run.metrics, 3)) as log:
         log.append({"split": "train", "step": 4, "loss": 0.5})

@@ -55,8 +55,7 @@ from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Frozen, NoReference
 from dpo_cli.preference.reference_work import ReferenceWork
 from dpo_cli.training.loop import train_steps
-from dpo_cli.training.optimizer import optimizer as build_optimizer
-from dpo_cli.training.optimizer import schedule
+from dpo_cli.training.optimizer import AdamW, schedule
 from tests.builders import never, prepare_pairs, silent
 from tests.conftest import build_llama, write_rows
 
@@ -230,7 +229,7 @@ def keep(policy: nn.Module) -> Kept:
 
 
 def adamw(policy: nn.Module) -> torch.optim.Optimizer:
-    return build_optimizer("adamw", policy, LEARNING_RATE, 0.0)
+    return AdamW().over(policy, LEARNING_RATE, 0.0)
 
 
 def train(

@@ -16,15 +16,14 @@ from dpo_cli.system.storage import verify
 from dpo_cli.training import state
 from dpo_cli.training.checkpoints import CheckpointWriter, check_finite, newest_whole
 from dpo_cli.training.loop import NotFinite, Skips
-from dpo_cli.training.optimizer import optimizer as build_optimizer
-from dpo_cli.training.optimizer import schedule
+from dpo_cli.training.optimizer import AdamW, schedule
 from dpo_cli.training.state import TrainingParts, load_checkpoint
 
 
 @pytest.fixture
 def parts(tiny_llama, tokenizer):
     policy = load_policy(str(tiny_llama))
-    optimizer = build_optimizer("adamw", policy, 1e-3, 0.0)
+    optimizer = AdamW().over(policy, 1e-3, 0.0)
     rates = schedule(optimizer, "constant", 0.0, 10)
     stands_on = {"model": "m", "data": "d", "settings": "s"}
     parts = TrainingParts(policy, tokenizer, optimizer, rates, Accelerator(cpu=True), None, {}, Skips(3, 1), stands_on)
