@@ -29,7 +29,7 @@ from dpo_cli.data.tokens.rendering import PLAIN
 from dpo_cli.data.tokens.tokenize import PairTokenizer, read_template
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.evaluate import PairResult
-from dpo_cli.evaluation.statistics import figures
+from dpo_cli.evaluation.figures import figures
 from dpo_cli.modeling import loading
 from dpo_cli.modeling.allocator import return_freed_memory
 from dpo_cli.reporting.console import Console

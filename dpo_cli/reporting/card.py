@@ -12,9 +12,9 @@ from typing import Any
 import yaml
 
 from dpo_cli import __version__
+from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.reporting.safe_text import as_markdown, markdown_code, markdown_fence, visible
 from dpo_cli.reporting.secrets import covered
-from dpo_cli.reporting.tables import FIGURES
 from dpo_cli.system import plain_yaml
 
 
@@ -41,7 +41,10 @@ def model_card(
         _table({name: [fact] for name, fact in facts.items()}),
     ]
     if columns:
-        shown = {name.strip(): [show(figures) for figures in columns.values()] for name, show in FIGURES.items()}
+        shown = {
+            figure.title.strip(): [figure.show(figures[figure.key]) for figures in columns.values()]
+            for figure in FIGURES
+        }
         sections += ["## Held-out figures", _table(shown, list(columns))]
     else:
         sections += ["## Held-out figures", "None: the run had no held-out pairs."]

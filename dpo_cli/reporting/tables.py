@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.reporting.safe_text import visible
 
 PART_STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
@@ -36,31 +37,14 @@ def percent(share: float) -> str:
     return "> 99.9 %" if shown == "100.0 %" and share < 1 else shown
 
 
-FIGURES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
-    "pairs": lambda f: f"{f['pairs']}",
-    "loss": lambda f: f"{f['loss']:.4f}",
-    "reward accuracy": lambda f: f"{100 * f['rewards/accuracies']:.1f} %",
-    "  95 % interval": lambda f: "{:.1f} – {:.1f} %".format(*(100 * x for x in f["accuracy_interval"])),
-    "  ties (counted half)": lambda f: f"{f['ties']}",
-    "reward margin": lambda f: _signed(f["rewards/margins"]),
-    "reward of chosen": lambda f: _signed(f["rewards/chosen"]),
-    "reward of rejected": lambda f: _signed(f["rewards/rejected"]),
-    "log-probability of chosen": lambda f: f"{f['logps/chosen']:.2f}",
-    "log-probability of rejected": lambda f: f"{f['logps/rejected']:.2f}",
-    "chosen likelier (sum)": lambda f: f"{100 * f['logps/accuracies']:.1f} %",
-    "chosen likelier (mean per token)": lambda f: f"{100 * f['logps/accuracies_mean']:.1f} %",
-}
-"""What is shown of held-out figures: a line each, with its name; one that is indented belongs to the one above."""
-
-
 def figures_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     """Show held-out figures, a column for each model."""
     table = Table(box=None, pad_edge=False)
     table.add_column("held-out pairs", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for name, show in FIGURES.items():
-        table.add_row(name, *(show(figures) for figures in columns.values()))
+    for figure in FIGURES:
+        table.add_row(figure.title, *(figure.show(figures[figure.key]) for figures in columns.values()))
     return table
 
 
@@ -68,29 +52,17 @@ def groups_table(label: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
     """Show held-out figures of groups of pairs, a row for each of the largest, in the order given."""
     table = Table(box=None, pad_edge=False)
     table.add_column(label, no_wrap=True)
-    for name in ("pairs", "loss", "reward accuracy", "95 % interval", "reward margin"):
+    shown = [figure for figure in FIGURES if figure.of_groups]
+    for name in ("pairs", *(figure.title.strip() for figure in shown)):
         table.add_column(name, justify="right", no_wrap=True)
     largest = sorted(groups, key=lambda group: (-groups[group]["pairs"], group))[:_GROUPS]
     for group in (group for group in groups if group in largest):
         figures = groups[group]
-        low, high = figures["accuracy_interval"]
-        table.add_row(
-            Text(visible(group) or "(none)"),
-            f"{figures['pairs']:,}",
-            f"{figures['loss']:.4f}",
-            f"{100 * figures['rewards/accuracies']:.1f} %",
-            f"{100 * low:.1f} – {100 * high:.1f} %",
-            _signed(figures["rewards/margins"]),
-        )
+        cells = (figure.show(figures[figure.key]) for figure in shown)
+        table.add_row(Text(visible(group) or "(none)"), f"{figures['pairs']:,}", *cells)
     if rest := len(groups) - len(largest):
         table.add_row(f"and {rest:,} more, in the JSON")
     return table
-
-
-def _signed(reward: float) -> str:
-    """Write a reward with its sign; what rounds to nothing has none."""
-    rounded = round(reward, 4)
-    return f"{rounded:+.4f}" if rounded else "0.0000"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_cli.data.checkup.intervals import wilson_interval
 from dpo_cli.evaluation.evaluate import PairResult
-from dpo_cli.evaluation.statistics import figures, figures_by, wilson_interval
+from dpo_cli.evaluation.figures import FIGURES, figures, figures_by
 from dpo_cli.preference.metrics import PAIR_METRICS
+from tests.conftest import ROOT
 
 
 @given(st.integers(1, 500), st.floats(0, 1))
@@ -37,6 +39,17 @@ def test_figures_are_means_and_ties_count_half_and_are_reported():
     assert (found["pairs"], found["ties"], found["rewards/accuracies"]) == (4, 2, 0.5)
     assert found["loss"] == pytest.approx(0.5)
     assert found["accuracy_interval"] == list(wilson_interval(0.5, 4))
+
+
+def test_every_figure_has_a_name_of_its_own_is_shown_and_is_explained():
+    results = [PairResult(i, dict.fromkeys(PAIR_METRICS, i / 4)) for i in range(3)]
+    found = figures(results)
+    assert list(found) == [figure.key for figure in FIGURES]
+    assert len({figure.title for figure in FIGURES}) == len(FIGURES)
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    for figure in FIGURES:
+        assert figure.show(found[figure.key])
+        assert f"`{figure.key}`" in page
 
 
 def test_groups_are_told_apart_by_their_label_and_one_group_says_nothing_new():
