@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.config import load_config
-from dpo_cli.config.explain import _FIELDS
+from dpo_cli.config import Config, load_config
 from dpo_cli.errors import UserError
+from dpo_cli.settings import walk
 from tests.config.test_config import MINIMAL, problems, write
 from tests.conftest import ROOT
 
@@ -129,10 +129,13 @@ def test_names_are_listed_in_one_style_and_no_advice_needs_the_repository(call):
         assert "`make " not in text, text
 
 
+FIELDS = dict(walk(Config))
+"""Every setting and group by its dotted path."""
+
 WRONG = ["{no_such: {a: 1}}", "[[1]]", ".nan", "-1e300", "null", "no such thing", "'5'", "1" * 150, "true"]
 
 
-@pytest.mark.parametrize("setting", sorted(_FIELDS))
+@pytest.mark.parametrize("setting", sorted(FIELDS))
 def test_whatever_is_wrong_with_a_setting_is_said_with_advice(tmp_path, setting):
     """Every setting with every kind of wrong value: what is refused is refused with advice, in one style."""
     file = write(tmp_path, MINIMAL)
@@ -150,7 +153,7 @@ def test_whatever_is_wrong_with_a_setting_is_said_with_advice(tmp_path, setting)
             assert one.where
             assert one.hint
             assert one.what.split(" ", 1)[0] not in NO_SUBJECTS
-            assert one.hint != _FIELDS[setting].description
+            assert one.hint != FIELDS[setting].description
             assert not one.hint.startswith(f"{setting}: ")
             assert not QUOTED_LIST.search(one.what + one.hint)
     assert refused
@@ -159,7 +162,7 @@ def test_whatever_is_wrong_with_a_setting_is_said_with_advice(tmp_path, setting)
 @pytest.mark.parametrize("setting", ["model", "model.name", "data.train.path"])
 def test_how_a_missing_setting_is_written_is_said(tmp_path, setting):
     group, _, leaf = setting.rpartition(".")
-    assert _FIELDS[setting].is_required()
+    assert FIELDS[setting].is_required()
     text = {"": "data: {train: a}", "model": "model: {dtype: auto}"}.get(group, "model: a/b\ndata: {train: {limit: 1}}")
     (error,) = problems(write(tmp_path, text))
     assert error.what == f"`{setting}` is missing"
