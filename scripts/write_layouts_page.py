@@ -15,43 +15,43 @@ from dpo_cli.modeling.proof import NORM_TOLERANCE, TOKEN_TOLERANCE, Proof, prove
 PAGE = Path(__file__).parent.parent / "docs" / "layouts.md"
 HEAD = """# Layouts
 
-A layout says how the pairs of a micro-batch stand in the model's input. It changes speed and memory, never the
-result: losses, metrics and gradients are the same, up to the rounding of the precision that is computed in.
-`training.layout` chooses one; `auto`, the default, takes `packed` wherever that is proved to be exact.
+A layout arranges the pairs of a micro-batch in the model's input. It changes speed and memory, never the result: losses,
+metrics and gradients are the same, up to rounding in the precision of the computation.
+`training.layout` chooses one; the default, `auto`, uses `packed` wherever it is proved to be exact.
 
-Some models with LongRoPE read short sequences otherwise when a long one is in the same forward pass, whatever the
-layout. Where a run has sequences on both sides of their limit it is refused, with the `data.max_length` that mends it.
+Some models with LongRoPE encode short sequences differently when a long one is in the same forward pass, whatever the
+layout. A run with sequences on both sides of that limit is refused, with the `data.max_length` that avoids the problem.
 
-**padded**: every chosen and every rejected sequence is a row of its own, filled up on the right to the longest. The
-prompt is computed twice, and the filling as well. Works with every causal language model.
+**padded**: every chosen and every rejected sequence is a separate row, padded on the right to the longest. The prompt is
+computed twice, and the padding too. Works with every causal language model.
 
-**packed**: all sequences of a micro-batch are one row without filling, and what sequences begin with in common is
-computed once:
+**packed**: all sequences of a micro-batch are one row without padding, and common beginnings of sequences are computed
+once:
 
 - a prompt, which is the beginning of its chosen and of its rejected sequence;
-- one prompt that several pairs of a micro-batch have;
-- what different prompts begin with alike, such as a system message;
-- what a chosen and a rejected response begin with alike, before they part.
+- a prompt that several pairs of a micro-batch share;
+- the common beginning of different prompts, such as a system message;
+- the common beginning of a chosen and a rejected response.
 
-The row is a prefix tree in depth-first order. Each token keeps the position that it has in its own sequence, and sees
-the tokens before it in that sequence and no others, as far back as the layer's window goes. Beginnings of fewer than
-four tokens are written again, since each branch costs attention a piece of its own.
+The row is a prefix tree in depth-first order. Each token keeps its position in its own sequence, and attends to the
+earlier tokens of that sequence only, within the layer's window. Common beginnings of fewer than four tokens are repeated,
+since each branch costs a separate piece of attention.
 
-The model computes the rest as ever. Its attention is replaced through the interface that transformers has for this: by
+Everything else in the model is unchanged. Its attention is replaced through the interface of transformers: by
 scaled-dot-product attention piece by piece, or by FlexAttention with the tree's rule on CUDA. No mask over the whole
-row is built. Grouped key-value heads, sliding windows, soft caps and scaling factors are honoured; whatever else an
-architecture asks of its attention (sinks, biases, chunks, masks of its own) is refused.
+row is built. Grouped key-value heads, sliding windows, soft caps and scaling factors are supported; other properties of
+an architecture's attention (sinks, biases, chunks, special masks) are refused.
 
 ## The proof
 
-Nothing about a model is taken on trust. Before step 1 the program computes pairs of the run under both layouts: the
-longest and the two shortest, of which it compares the log-probability of every response token, and the two
-shortest again, of which it compares the gradient's norm. It says what it found in one line:
+Nothing about a model is assumed. Before step 1 the program computes pairs of the run in both layouts. It compares the
+log-probability of every response token of the longest pair and the two shortest ones, and the norm of the gradient of the
+two shortest ones, and reports the result in one line:
 
     checked: packed gives what padded gives, up to 2e-06 nats a token; its gradient's norm by 2e-08
 
-Where a difference is larger than rounding explains, or the model refuses, `auto` says why in one line and takes the
-padded layout; `training.layout: packed` ends the run instead. A model that fell back is as it was before.
+If a difference is larger than rounding explains, or the model is refused, `auto` says why in one line and uses the
+padded layout, and the model gets its own attention back; `training.layout: packed` stops the run instead.
 """
 TOLERANCES = """
 | precision | log-probability of a token, nats | norm of the gradient |
@@ -60,18 +60,19 @@ TOLERANCES = """
 TABLE = """
 ## Architectures
 
-What the proof finds on tiny random models whose weights are large, whose biases are not zero, and whose windows and
-soft caps are small enough to matter: the tests switch windows, caps and factors off and see the answers move. On the
-same models they hold every parameter's gradient of a DPO loss to 1e-5 of its norm. Differences are those of float32,
-rounded up to powers of ten from 1e-5 on. An architecture that is not listed is proved in the same way by every run.
+The results of the proof on tiny random models with large weights, biases other than zero, and windows and soft caps
+small enough to matter: the tests switch off windows, caps and factors and check that the outputs change. On the
+same models they require every parameter's gradient of a DPO loss to agree within 1e-5 of its norm. Differences are those
+of float32, rounded up to powers of ten from 1e-5 on. An architecture that is not listed is proved in the same way by
+every run.
 
-| architecture | layout | comes into play | nats a token | norm of the gradient | why not packed |
+| architecture | layout | features | nats a token | norm of the gradient | why not packed |
 |---|---|---|---|---|---|
 """
 TAIL = """
-What takes no attention from outside has biases by distance in it (bloom, mpt), recurrent layers (mamba, qwen3_next) or
-attention that transformers has no interface to (falcon, stablelm). The convolutions of lfm2 mix neighbours in the row,
-whatever sequence they belong to; here the proof alone finds it out.
+Attention cannot be replaced if it has biases by distance (bloom, mpt), if there are recurrent layers (mamba, qwen3_next),
+or if transformers has no interface to it (falcon, stablelm). The convolutions of lfm2 mix neighbours in the row,
+whatever sequence they belong to; only the proof detects that.
 
 This page is written by `scripts/write_layouts_page.py`.
 """
@@ -90,7 +91,7 @@ def bound(difference: float) -> str:
 
 def row(name: str, proof: Proof) -> str:
     """Return an architecture's line of the table."""
-    reason = proof.refusal or ("its answers differ" if proof.fails("no") else "")
+    reason = proof.refusal or ("its outputs differ" if proof.fails("no") else "")
     cells = (
         name,
         "padded" if reason else "packed",
