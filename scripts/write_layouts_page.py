@@ -15,15 +15,15 @@ from dpo_cli.modeling.proof import NORM_TOLERANCE, TOKEN_TOLERANCE, Proof, prove
 PAGE = Path(__file__).parent.parent / "docs" / "layouts.md"
 HEAD = """# Layouts
 
-A layout arranges the pairs of a micro-batch in the model's input. It changes speed and memory, never the result: losses,
-metrics and gradients are the same, up to rounding in the precision of the computation.
-`training.layout` chooses one; the default, `auto`, uses `packed` wherever it is proved to be exact.
+A layout arranges the pairs of a micro-batch in the model's input. It changes speed and memory, never the result:
+losses, metrics and gradients are the same, up to rounding in the precision of the computation. `training.layout`
+chooses one; the default, `auto`, uses `packed` wherever it is proved to be exact.
 
 Some models with LongRoPE encode short sequences differently when a long one is in the same forward pass, whatever the
 layout. A run with sequences on both sides of that limit is refused, with the `data.max_length` that avoids the problem.
 
-**padded**: every chosen and every rejected sequence is a separate row, padded on the right to the longest. The prompt is
-computed twice, and the padding too. Works with every causal language model.
+**padded**: every chosen and every rejected sequence is a separate row, padded on the right to the longest. The prompt
+is computed twice, and the padding too. Works with every causal language model.
 
 **packed**: all sequences of a micro-batch are one row without padding, and common beginnings of sequences are computed
 once:
@@ -34,8 +34,8 @@ once:
 - the common beginning of a chosen and a rejected response.
 
 The row is a prefix tree in depth-first order. Each token keeps its position in its own sequence, and attends to the
-earlier tokens of that sequence only, within the layer's window. Common beginnings of fewer than four tokens are repeated,
-since each branch costs a separate piece of attention.
+earlier tokens of that sequence only, within the layer's window. Common beginnings of fewer than four tokens are
+repeated, since each branch costs a separate piece of attention.
 
 Everything else in the model is unchanged. Its attention is replaced through the interface of transformers: by
 scaled-dot-product attention piece by piece, or by FlexAttention with the tree's rule on CUDA. No mask over the whole
@@ -45,8 +45,8 @@ an architecture's attention (sinks, biases, chunks, special masks) are refused.
 ## The proof
 
 Nothing about a model is assumed. Before step 1 the program computes pairs of the run in both layouts. It compares the
-log-probability of every response token of the longest pair and the two shortest ones, and the norm of the gradient of the
-two shortest ones, and reports the result in one line:
+log-probability of every response token of the longest pair and the two shortest ones, and the norm of the gradient of
+the two shortest ones, and reports the result in one line:
 
     checked: packed gives what padded gives, up to 2e-06 nats a token; its gradient's norm by 2e-08
 
@@ -61,18 +61,18 @@ TABLE = """
 ## Architectures
 
 The results of the proof on tiny random models with large weights, biases other than zero, and windows and soft caps
-small enough to matter: the tests switch off windows, caps and factors and check that the outputs change. On the
-same models they require every parameter's gradient of a DPO loss to agree within 1e-5 of its norm. Differences are those
-of float32, rounded up to powers of ten from 1e-5 on. An architecture that is not listed is proved in the same way by
+small enough to matter: the tests switch off windows, caps and factors and check that the outputs change. On the same
+models they require every parameter's gradient of a DPO loss to agree within 1e-5 of its norm. Differences are those of
+float32, rounded up to powers of ten from 1e-5 on. An architecture that is not listed is proved in the same way by
 every run.
 
 | architecture | layout | features | nats a token | norm of the gradient | why not packed |
 |---|---|---|---|---|---|
 """
 TAIL = """
-Attention cannot be replaced if it has biases by distance (bloom, mpt), if there are recurrent layers (mamba, qwen3_next),
-or if transformers has no interface to it (falcon, stablelm). The convolutions of lfm2 mix neighbours in the row,
-whatever sequence they belong to; only the proof detects that.
+Attention cannot be replaced if it has biases by distance (bloom, mpt), if there are recurrent layers (mamba,
+qwen3_next), or if transformers has no interface to it (falcon, stablelm). The convolutions of lfm2 mix neighbours in
+the row, whatever sequence they belong to; only the proof detects that.
 
 This page is written by `scripts/write_layouts_page.py`.
 """

@@ -30,11 +30,11 @@ columns express this.
 DETECTION = f"""
 ## Detection
 
-With `data.format: auto`, the default, the first {DETECTION_ROWS:,} rows of a source are compared with every shape,
-by their columns and the types of their values. The source has the shape that most rows match; if several match, the first
-in the table above. Each source has its own shape, and the output names it. If no row matches any shape, the error lists
-the columns of the rows and proposes `data.columns` if their names allow it; otherwise it names the nearest shape and its
-missing columns.
+With `data.format: auto`, the default, the first {DETECTION_ROWS:,} rows of a source are compared with every shape, by
+their columns and the types of their values. The source has the shape that most rows match; if several match, the first
+in the table above. Each source has its own shape, and the output names it. If no row matches any shape, the error
+lists the columns of the rows and proposes `data.columns` if their names allow it; otherwise it names the nearest shape
+and its missing columns.
 
 `data.format: NAME` sets the shape, and every row of another shape is a bad row.
 """
@@ -46,8 +46,8 @@ RENAMING = """
     data:
       columns: {prompt: question, chosen: response_j, rejected: response_k}
 
-Other columns keep their names. Columns are renamed before the shape is detected, so that everything on this page applies
-to the new names. A column that no row has, and a name that the rows already have, are errors.
+Other columns keep their names. Columns are renamed before the shape is detected, so that everything on this page
+applies to the new names. A column that no row has, and a name that the rows already have, are errors.
 
 `data.system: "Answer briefly."` adds a system message to conversations without one. A row's own system message, in the
 column `system` or among its messages, takes precedence.
@@ -64,17 +64,17 @@ A message is `{"role": …, "content": …}` or, as in ShareGPT, `{"from": …, 
 |---|---|
 """
 REST = """
-Upper and lower case do not matter. Any other role is an error. The content of a turn of `function_call` or `tool_call` is
-one call or a list of calls as JSON (`{"name": …, "arguments": …}`), which become the turn's `tool_calls`.
+Upper and lower case do not matter. Any other role is an error. The content of a turn of `function_call` or `tool_call`
+is one call or a list of calls as JSON (`{"name": …, "arguments": …}`), which become the turn's `tool_calls`.
 
 A call is `{"type": "function", "function": {"name": …, "arguments": …}}`, as in OpenAI's format, or only the inner
-object. The arguments may also be called `parameters`, `args` or `input`. All spellings of a call become the same tokens.
-A call without a name, or with arguments under two of these names, is an error.
+object. The arguments may also be called `parameters`, `args` or `input`. All spellings of a call become the same
+tokens. A call without a name, or with arguments under two of these names, is an error.
 
 The content is text, or a list of parts `{"type": "text", "text": …}`, which are joined. It may be null in a turn that
 calls tools. A message's `tool_calls`, `function_call`, `tool_call_id`, `name`, `tools` and `reasoning_content` (or
-`reasoning`, or `thinking`, or the same text in several) are passed to the chat template. Nulls that Parquet and Arrow add
-to objects are ignored.
+`reasoning`, or `thinking`, or the same text in several) are passed to the chat template. Nulls that Parquet and Arrow
+add to objects are ignored.
 
 A message with `"weight": 0` or `"train": false` is context and not scored, wherever it is in a response; 1, true
 and null have no effect. A response without a scored turn is refused.
@@ -89,9 +89,9 @@ which they differ. Everything after that belongs to the response. Turns of other
 the assistant's turns are scored.
 
 - Consecutive turns of the assistant are one answer: if they differ anywhere, the response begins at the first of them.
-- Two conversations that diverge at a turn of the user, the system or a tool are not a preference for one prompt. Neither
-  are two conversations of which one continues with a turn that is not the assistant's where the other has ended. Both are
-  dropped and counted as `different contexts`.
+- Two conversations that diverge at a turn of the user, the system or a tool are not a preference for one prompt.
+  Neither are two conversations of which one continues with a turn that is not the assistant's where the other has
+  ended. Both are dropped and counted as `different contexts`.
 - A response ends with a turn of the assistant. If a scored turn has neither visible text nor a tool call,
   the pair is dropped and counted as `empty response`.
 
@@ -123,7 +123,7 @@ A refused row is counted by its reason and reported with file and line; the mess
 | `missing field` | a column, or a part of a message, is missing or null | broken |
 | `wrong type` | a text, number, list or object in the place of another type | broken |
 | `wrong role` | the role of a message is unknown | broken |
-| `wrong length` | the number of scores or ranks is not that of the responses; an entry of the history is not two texts | broken |
+| `wrong length` | there are more or fewer scores or ranks than responses; a history entry is not two texts | broken |
 | `wrong label` | a label is not true or false, 1 or 0; a winner is neither answer | broken |
 | `scores against ranks` | scores contradict ranks, a winner or a label | broken |
 | `two thoughts` | a message has different reasoning in two fields | broken |
@@ -131,7 +131,7 @@ A refused row is counted by its reason and reported with file and line; the mess
 | `number out of range` | not finite as a 32-bit number, or a weight below 0 | broken |
 | `undecodable text` | half of a surrogate pair | broken |
 | `not text` | a column holds images or sounds, or the texts refer to those of one (`<image>`) | broken |
-| `control token` | the tokenizer cannot encode the characters of a control token, or turns other text into one | broken |
+| `control token` | the tokenizer cannot encode a control token as text, or turns other text into one | broken |
 | `empty field` | there is no question, or a list is empty | broken |
 | `no human turn` | an HH text does not begin with `Human:` | broken |
 | `no answer` | a conversation ends with a turn that is not the assistant's | broken |
