@@ -30,6 +30,7 @@ from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.saving import check_saved, prove_saving, saved_model
 from tests.cli.test_two_processes import torchrun
 from tests.conftest import make_config
+from tests.marks import slow_unless
 
 Run = Callable[..., Any]
 
@@ -68,18 +69,17 @@ def final(tmp_path: Path) -> Path:
     return tmp_path / "runs/run/final"
 
 
-@pytest.mark.parametrize(
-    ("kind", "asked"),
-    [
-        ("llama", {"output_attentions": True}),
-        ("llama", {"output_hidden_states": True, "return_dict": False}),
-        ("gpt2", {"return_dict": False, "use_cache": True, "output_hidden_states": True}),
-        ("mixtral", {"output_router_logits": True}),
-        ("qwen3_moe", {"output_router_logits": True, "output_attentions": True}),
-        ("olmoe", {"output_router_logits": True, "return_dict": False}),
-    ],
-    ids=str,
-)
+ASKED = [
+    ("llama", {"output_attentions": True}),
+    ("llama", {"output_hidden_states": True, "return_dict": False}),
+    ("gpt2", {"return_dict": False, "use_cache": True, "output_hidden_states": True}),
+    ("mixtral", {"output_router_logits": True}),
+    ("qwen3_moe", {"output_router_logits": True, "output_attentions": True}),
+    ("olmoe", {"output_router_logits": True, "return_dict": False}),
+]
+
+
+@pytest.mark.parametrize(("kind", "asked"), slow_unless(lambda case: case[0] in ("gpt2", "qwen3_moe"), ASKED), ids=str)
 def test_what_settings_ask_for_beside_the_logits_changes_no_weight_and_is_saved_as_it_was(
     train, put, folder, tmp_path, kind, asked
 ):
@@ -271,7 +271,9 @@ def large(put: Callable[..., None], folder: Path) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("factor", [4])
-@pytest.mark.parametrize("command", ["train", "train --dry-run", "eval --model"])
+@pytest.mark.parametrize(
+    "command", slow_unless(lambda command: "dry" not in command, ["train", "train --dry-run", "eval --model"])
+)
 def test_what_cannot_fit_into_memory_is_refused_in_seconds_before_it_is_loaded(
     tmp_path, large, folder, tiny_llama, pairs_file, command, factor
 ):
@@ -323,6 +325,7 @@ def test_a_model_that_reads_other_tokens_is_refused_with_the_first_ids_that_diff
     assert forked_dpo(first_word, "--config", config, *others).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_reads_images_as_well_trains_its_text_on_two_processes(
     put, folder, tmp_path, tokenizer, pairs_file
 ):
@@ -386,7 +389,7 @@ def test_a_model_of_zeros_has_nothing_to_learn_with(train, put, folder, layout):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("layout", ["auto", "padded"])
+@pytest.mark.parametrize("layout", slow_unless(lambda layout: layout == "auto", ["auto", "padded"]))
 @pytest.mark.parametrize(
     ("kind", "asked"),
     [("mixtral", {"num_experts_per_tok": 10}), ("cohere", {"logit_scale": None}), ("deepseek_v3", {"n_group": 3})],

@@ -9,6 +9,7 @@ import pytest
 
 from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
 from tests.conftest import dpo_command, read_metrics, run_dpo
+from tests.marks import slow_unless
 
 LEFT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_MIXED_PRECISION")
 ONE_STEP = {"training": {"max_steps": 1}, "data": {"eval": 0.2}, "evaluation": {}}
@@ -98,7 +99,10 @@ def test_a_run_beside_the_traces_of_a_launcher_is_one_of_its_own(write_config, t
     assert [row["step"] for row in read_metrics(tmp_path / "runs" / "run")] == [1]
 
 
-@pytest.mark.parametrize("encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+ENCODINGS = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}]
+
+
+@pytest.mark.parametrize("encoding", slow_unless(lambda encoding: "LC_ALL" in encoding, ENCODINGS))
 def test_a_terminal_that_cannot_show_a_character_costs_no_run(write_config, tmp_path, encoding):
     done = run_dpo("train", "--config", write_config(**ONE_STEP), env=encoding)
     assert done.returncode == 0, done.stderr

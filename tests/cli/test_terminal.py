@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests.conftest import read_metrics
+from tests.marks import slow_unless
 from tests.screen import OnTerminal
 
 STEPS = {"training": {"max_steps": 8}, "evaluation": {"every_steps": 4}, "checkpoints": {"every_steps": 3}}
@@ -22,7 +23,7 @@ def drawn(said: str) -> list[str]:
 # On a terminal
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@pytest.mark.parametrize("width", slow_unless(lambda width: width == 60, [60, 80, 120]))
 def test_a_run_on_a_terminal_fits_its_width_and_leaves_a_record(write_config, width):
     run = OnTerminal("train", "--config", write_config(**STEPS), width=width)
     screen = run.wait()

@@ -50,16 +50,16 @@ def board_of(folder):
     return board
 
 
-def test_tensorboard_shows_one_run_by_its_name_with_all_metrics_also_after_a_crash(write_config, tmp_path):
+def test_tensorboard_shows_one_run_by_its_name_with_all_metrics_also_after_a_crash(forked_dpo, write_config, tmp_path):
     """The crash came after step 7, the last checkpoint is of step 6; a second start does not show steps twice."""
     run = tmp_path / "runs" / "run"
-    result = run_dpo("train", "--config", write_config(tracking="tensorboard"))
+    result = forked_dpo("train", "--config", write_config(tracking="tensorboard"))
     assert result.returncode == 0, result.stderr
     for again in (False, True):
         if again:
             shutil.rmtree(run / "final")
             shutil.rmtree(run / "checkpoints" / "step-000008")
-            resumed = run_dpo("train", "--config", tmp_path / "run.yaml", "--resume")
+            resumed = forked_dpo("train", "--config", tmp_path / "run.yaml", "--resume")
             assert "resuming after step 6" in resumed.stderr
         board = board_of(run / "trackers")
         assert list(board.Runs()) == ["run"]

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import read_metrics, run_dpo
+from tests.marks import slow_unless
 from tests.waiting import PATIENCE
 
 
@@ -39,7 +40,7 @@ def assert_same(two, one):
         assert difference.mean() < 2e-5, name
 
 
-@pytest.mark.parametrize("reference", ["cached", "frozen"])
+@pytest.mark.parametrize("reference", slow_unless(lambda name: name == "cached", ["cached", "frozen"]))
 def test_metrics_and_weights_are_those_of_one_process(write_config, tmp_path, monkeypatch, reference):
     """Thirteen pairs a step leave ranks with unequal shares; the last step of 32 pairs has six."""
     settings = {"training": {"pairs_per_step": 13, "micro_batch_tokens": 300}, "reference": reference}
@@ -56,6 +57,7 @@ def test_metrics_and_weights_are_those_of_one_process(write_config, tmp_path, mo
     assert_same(tmp_path / "runs" / "two", tmp_path / "runs" / "one")
 
 
+@pytest.mark.slow
 def test_losses_that_look_at_the_whole_step_see_the_other_ranks_pairs(write_config, tmp_path):
     loss = ["aot", {"type": "bco", "beta": 0.3}, {"type": "sft", "weight": 0.1}]
     settings = {"training": {"pairs_per_step": 13, "micro_batch_tokens": 300}, "loss": loss}
@@ -66,6 +68,7 @@ def test_losses_that_look_at_the_whole_step_see_the_other_ranks_pairs(write_conf
     assert_same(tmp_path / "runs" / "two", tmp_path / "runs" / "one")
 
 
+@pytest.mark.slow
 def test_a_step_with_fewer_pairs_than_processes_and_a_resume(write_config, tmp_path):
     """32 pairs in steps of 31 leave one pair for two processes."""
     settings = {"training": {"pairs_per_step": 31, "epochs": 2}, "checkpoints": {"every_steps": 3, "at_end": False}}
