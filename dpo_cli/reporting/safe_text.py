@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from typing import Any
 
 from dpo_cli.reporting.secrets import covered
+from dpo_cli.system.text import escaped
 
 _MARKDOWN = re.compile(r"[\\`*{}\[\]<>#!~$&]|://|www\.")
 """What Markdown may take for more than text."""
+
+_SPACES = "\n\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
+"""White space that a terminal shows as such."""
 
 _INVISIBLE = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 """What JSON leaves as it is, although a terminal obeys it or nobody sees it."""
@@ -22,15 +25,12 @@ _INVISIBLE = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff
 
 def as_text(text: str) -> str:
     """Return what a terminal shows: secrets covered, control characters escaped."""
-    return "".join(
-        c if c.isprintable() or c == "\n" or unicodedata.category(c) == "Zs" else _escaped(c) for c in covered(text)
-    )
+    return escaped(covered(text), kept=_SPACES)
 
 
 def visible(text: str) -> str:
     """Return an excerpt on one line, with its white space and control characters visible."""
-    shown = text.replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(c if c.isprintable() else _escaped(c) for c in shown)
+    return escaped(text.replace("\n", "⏎").replace("\t", "⇥"))
 
 
 def as_markdown(value: Any) -> str:
@@ -55,7 +55,3 @@ def as_json(value: Any) -> str:
     """Return a value as readable JSON in which nothing is invisible."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from dpo_cli.data.records import BadRow, Cell
+from dpo_cli.system.text import escaped
 
 _FLOAT32 = struct.Struct("f")
 _COLUMNS_NAMED = 12
@@ -157,7 +158,7 @@ def printable(value: object, most: int = 40) -> str:
     """
     shown = str(value)
     cut = "…" if len(shown) > most else ""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown[:most]) + cut
+    return escaped(shown[:most]) + cut
 
 
 def _kind_read(value: object) -> str:
