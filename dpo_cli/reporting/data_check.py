@@ -63,7 +63,7 @@ def reading(setting: str, statistics: Mapping[str, Any]) -> Group:
     shapes = ", ".join(dict.fromkeys(visible(source["shape"]) for source in sources))
     counts = [f"{statistics['rows_read']:,} rows of the shape {shapes}", f"{statistics['pairs_kept']:,} pairs"]
     for name, what in (
-        ("truncated", "with a prompt that was cut"),
+        ("truncated", "with a truncated prompt"),
         ("weighted", "with a weight other than 1"),
         ("with_margin", "with a margin other than 0"),
     ):
@@ -102,7 +102,7 @@ def _headline(finding: Finding, report: Report) -> Wrapped:
     """Say in a line what was found and how often."""
     share = percent(finding.share)
     pairs = "pair" if finding.count == 1 else "pairs"
-    shown = f"{finding.count:,} {pairs} ({share}): {finding.title}{' (a rule of thumb)' * finding.heuristic}"
+    shown = f"{finding.count:,} {pairs} ({share}): {finding.title}{' (heuristic)' * finding.heuristic}"
     style = ""
     if finding.name == "dropped_rows":
         advice = finding.advice[:1].lower() + finding.advice[1:].rstrip(".")
@@ -173,7 +173,7 @@ def _shown(text: str) -> str:
 def length_bias_line(bias: LengthBias) -> str:
     """Say how often the longer response is the chosen one."""
     low, high = (100 * bound for bound in bias.interval)
-    share = f"{100 * bias.accuracy:.1f} % of pairs (ties half; 95 % interval {low:.1f} – {high:.1f} %)"
+    share = f"{100 * bias.accuracy:.1f} % of pairs (ties count half; 95 % interval {low:.1f} – {high:.1f} %)"
     return f"the longer response is the chosen one in {share}"
 
 

@@ -56,8 +56,8 @@ class MetricsLog:
         """
         try:
             if not is_open_at(self._file.fileno(), self._path):
-                what = "the metrics file was removed or replaced under the run"
-                hint = "`--resume` goes on from the last checkpoint, if that is still there"
+                what = "the metrics file was removed or replaced during the run"
+                hint = "use `--resume` to continue from the last checkpoint if it still exists"
                 raise UserError(what, str(self._path), hint, status=FAILED)
             line = _line(row)
             self._file.write(line)

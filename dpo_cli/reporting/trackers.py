@@ -265,7 +265,7 @@ def start_trackers(
     except Exception as error:
         # What other programs raise where a server does not answer or nobody is logged in is their own.
         names = ", ".join(tracker.type for tracker in trackers)
-        hint = "log in or set what it needs, or leave it out; the run goes on with `--resume`"
+        hint = "log in or configure it, or leave it out; `--resume` continues the run"
         what = f"a tracker did not start ({names}): {type(error).__name__}: {error}"
         raise UserError(what, "`tracking`", hint, status=FAILED) from error
 
