@@ -171,7 +171,7 @@ def tick(seconds):
         last = now
 tick(0.6)
 tell("benchmark: training begins")
-tick(2)
+tick(4)
 tell("benchmark: training ended")
 tick(0.6)
 """
@@ -217,7 +217,7 @@ def test_a_run_whose_machine_cannot_be_measured_is_ended_at_once(monkeypatch):
 
     monkeypatch.setattr(speed, "SECONDS_BETWEEN", 0.2)
     started = time.monotonic()
-    long = TICKING.replace("tick(2)", f"tick({10 * PATIENCE})")
+    long = TICKING.replace("tick(4)", f"tick({10 * PATIENCE})")
     with pytest.raises(GaugeFailed, match="gone"):
         run_process([sys.executable, "-c", long], dict(os.environ), (THEIR_CLOCK, measure))
     assert time.monotonic() - started < PATIENCE
@@ -226,7 +226,7 @@ def test_a_run_whose_machine_cannot_be_measured_is_ended_at_once(monkeypatch):
 def test_a_benchmark_that_is_told_to_end_leaves_no_run_behind(tmp_path):
     """It is told in a pause, when the run is held and would never end by itself."""
     told = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
-    held = told + TICKING.replace("tick(2)", "tick(60)")
+    held = told + TICKING.replace("tick(4)", "tick(60)")
     program = f"""
 import os, signal, sys, time
 from benchmark import speed

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, dpo_command, read_metrics
+from tests.faults.launching import free_port
 from tests.faults.trials import Gate, named
 from tests.waiting import PATIENCE
 
@@ -151,9 +151,6 @@ def test_the_slurm_script_asks_for_the_job_again_after_a_time_limit_alone(tools,
 
 def test_processes_that_srun_starts_find_each_other_and_train_one_run(tools, tmp_path, write_config):
     """In the place of srun, a script that starts two processes as it would on one node."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     tools("dpo", f'exec {" ".join(dpo_command())} "$@"')
     tools(
         "srun",
@@ -164,7 +161,7 @@ def test_processes_that_srun_starts_find_each_other_and_train_one_run(tools, tmp
     )
     tools("scontrol", "echo localhost")
     write_config(**FOUR_STEPS)
-    ended = run_script(block("MASTER_ADDR").replace("29500", str(port)), tmp_path)
+    ended = run_script(block("MASTER_ADDR").replace("29500", str(free_port())), tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert [row["step"] for row in read_metrics(tmp_path / "runs" / "run")] == [1, 2, 3, 4]
     assert (tmp_path / "runs" / "run" / "final" / "model.safetensors").is_file()

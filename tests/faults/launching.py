@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +11,18 @@ from typing import Any
 from tests.faults.zygote import Ended, Running, Zygote
 
 Fault = tuple[str, Mapping[str, Any]]
+
+
+_PORTS = range(10_000, 32_768)
+"""Those that no system gives to whoever asks for any, so that none is taken before the run takes it."""
+
+
+def free_port() -> int:
+    """Return a port at which the processes of a run can find each other."""
+    while True:
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", random.SystemRandom().choice(_PORTS)))
+            return int(found.getsockname()[1])
 
 
 def start_ranks(
@@ -27,10 +41,7 @@ def start_ranks(
         env: More environment variables.
         faults: What goes wrong, by rank.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks), **(env or {})}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks), **(env or {})}
     return [
         zygote.start(
             *arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, fault=(faults or {}).get(rank)

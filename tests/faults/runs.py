@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import signal
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from dpo_cli.system.storage import DamagedFolder, verify
 from tests.conftest import make_config, without_clock, write_rows
+from tests.faults.launching import free_port
 from tests.faults.ledger import Ledger, Outcome
 from tests.faults.zygote import Ended, Running, Zygote
 
@@ -125,7 +125,7 @@ class Case:
 
     def start(self, *arguments: object, fault: Fault | None = None) -> list[Running]:
         """Start the processes of the run; the fault is the first one's."""
-        number, port = self.bench.num_ranks, _free_port()
+        number, port = self.bench.num_ranks, free_port()
         return [
             self.bench.zygote.start(
                 "train",
@@ -220,12 +220,6 @@ def _surroundings(rank: int, number: int, port: int) -> dict[str, str]:
         return {}
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
     return {name: str(value) for name, value in ranks.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _saved(said: str, delay: int) -> int:
