@@ -10,6 +10,7 @@ from pathlib import Path
 from tiny_models import KINDS, build, example_pairs
 from transformers.utils import logging as hf_logging
 
+from dpo_cli.modeling.layouts import PACKED
 from dpo_cli.modeling.proof import NORM_TOLERANCE, TOKEN_TOLERANCE, Proof, prove
 
 PAGE = Path(__file__).parent.parent / "docs" / "layouts.md"
@@ -110,7 +111,7 @@ def page() -> str:
     for precision, name in _PRECISIONS.items():
         parts.append(f"| {name} | {TOKEN_TOLERANCE[precision]:g} | {NORM_TOLERANCE[precision]:.1%} |\n")
     parts.append(TABLE)
-    parts += [row(name, prove(build(name), pairs, pairs, contextlib.nullcontext)) for name in KINDS]
+    parts += [row(name, prove(build(name), PACKED, pairs, pairs, contextlib.nullcontext)) for name in KINDS]
     return "".join([*parts, TAIL])
 
 

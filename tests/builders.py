@@ -15,7 +15,8 @@ from dpo_cli.data.prepared.folder import BadRowRule, PreparedPairs, Reading
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.data.prepared.writing import prepare
 from dpo_cli.data.tokens.tokenize import PairTokenizer
-from dpo_cli.modeling.batch import LAYOUTS, Batches
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.preference.losses import DPO

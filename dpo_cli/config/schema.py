@@ -10,6 +10,7 @@ from dpo_cli.data.findings import Droppable
 from dpo_cli.data.pairs.renaming import ColumnNames
 from dpo_cli.data.pairs.shapes import FORMATS, RankedRule
 from dpo_cli.data.pairs.sources import Sources
+from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.model_files import Trust
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.losses.pairwise import DPO
@@ -150,7 +151,7 @@ class TrainingSettings(Settings):
     """The most tokens of one forward pass, padding included; decides memory and speed, never the result."""
     shuffle: bool = True
     """Whether every epoch has an order of its own; else the order of the data."""
-    layout: Annotated[Literal["auto", "padded", "packed"], MAY_CHANGE] = "auto"
+    layout: Annotated[str, OneOf("auto", *LAYOUTS), MAY_CHANGE] = "auto"
     """How pairs are laid out for the model; auto: packed where it proves exact, else padded."""
     optimizer: Annotated[Optimizer, _typed(AdamW().type), _short_type("training.optimizer", Optimizer)] = AdamW()
     """How gradients become steps; adafactor keeps next to nothing beside the weights, rmsprop half of AdamW's."""

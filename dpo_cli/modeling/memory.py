@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dpo_cli.modeling.attention import reading
-from dpo_cli.modeling.batch import Layout, PairBatch
+from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.logps import CHUNK_BYTES
 from dpo_cli.modeling.scorer import model_inputs
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim import Optimizer
 
-from dpo_cli.modeling.batch import Layout, PairBatch
+from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.memory import free_bytes
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from dpo_cli.modeling.batch import Layout
+    from dpo_cli.modeling.layouts import Layout
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import CannotPack
-from dpo_cli.modeling.batch import Layout, Packed, Padded
+from dpo_cli.modeling.layouts import PADDED, Layout
 from dpo_cli.modeling.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ REFUSALS = (CannotPack, ValueError, TypeError, KeyError, IndexError, AttributeEr
 
 @dataclass(frozen=True)
 class Proof:
-    """How far the packed layout is from the padded one, or why it cannot be had.
+    """How far a layout is from the padded one, or why it cannot be used.
 
     Attributes:
         difference: The largest difference of a response token's log-probability, in nats.
@@ -59,14 +59,16 @@ class Proof:
 
 def prove(
     model: PreTrainedModel,
+    layout: Layout,
     seen: Sequence[TokenizedPair],
     trained: Sequence[TokenizedPair],
     autocast: Callable[[], AbstractContextManager[None]],
 ) -> Proof:
-    """Compare the packed layout with the padded one; leave the model prepared for the packed one.
+    """Compare a layout with the padded one; leave the model prepared for the layout.
 
     Args:
         model: The model; its gradients are cleared.
+        layout: The layout that is to be proved.
         seen: Pairs whose response tokens are all compared, without a gradient.
         trained: Further pairs, for which the gradient is compared as well; none: it is not looked at.
         autocast: Opens the precision that the run computes in.
@@ -74,20 +76,19 @@ def prove(
     Raises:
         UserError: The model fails, or its gradient is zero.
     """
-    padded, packed = Padded(), Packed()
     with asking(model), autocast():
-        expected, expected_norm = _answers(model, padded, seen, trained)
+        expected, expected_norm = _answers(model, PADDED, seen, trained)
     if not torch.isfinite(expected).all():
         # A model that is broken under both layouts; the checks that follow say so.
-        packed.prepare(model)
+        layout.prepare(model)
         return Proof(0.0, 0.0)
     if trained and not expected_norm:
         hint = "its weights are zeros, as an interrupted save leaves them, or a factor in config.json is"
         raise UserError("no weight of the model has a gradient: nothing would be learnt", type(model).__name__, hint)
     try:
-        packed.prepare(model)
+        layout.prepare(model)
         with autocast():
-            found, norm = _answers(model, packed, seen, trained)
+            found, norm = _answers(model, layout, seen, trained)
     except torch.OutOfMemoryError:
         raise
     except REFUSALS as error:
@@ -124,8 +125,8 @@ def _answers(
     score = Scorer(model)
     answers, norm = [], 0.0
     with torch.no_grad():
-        # What is padded goes through alone, what is packed together with all others.
-        for cut in [[pair] for pair in seen] if isinstance(layout, Padded) else [list(seen)] if seen else []:
+        # What is compared with goes through alone, what is proved together with all others.
+        for cut in [[pair] for pair in seen] if not layout.needs_proof else [list(seen)] if seen else []:
             batch = layout.batch(range(len(cut)), cut).to(model.device)
             answers += _by_pair(score(batch), batch.lengths)
     if trained:

@@ -20,7 +20,8 @@ from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.evaluate import evaluate as score
 from dpo_cli.evaluation.figures import figures_by
-from dpo_cli.modeling.batch import Batches, Layout
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.loading import check_same_tokens, load_policy
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.pipeline import setup

@@ -20,7 +20,8 @@ from dpo_cli.data.prepared.step_plan import MicroBatch, Plan, largest
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
 from dpo_cli.modeling.attention import CannotPack
-from dpo_cli.modeling.batch import LAYOUTS, Batches, Layout, PairBatch
+from dpo_cli.modeling.batch import Batches, PairBatch
+from dpo_cli.modeling.layouts import LAYOUTS, PACKED, PADDED, Layout
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes
 from dpo_cli.modeling.pace import enough_tokens
 from dpo_cli.modeling.proof import REFUSALS, prove
@@ -94,7 +95,7 @@ def choose_layout(
     *,
     trained: bool,
 ) -> Layout:
-    """Prove the packed layout on pairs of the run, and take the padded one where that fails.
+    """Prove the layout on pairs of the run where it needs a proof; with `auto`, take the padded one where that fails.
 
     The longest and the two shortest are compared token by token; the gradient on the shortest, since nothing is
     known of the memory yet.
@@ -109,11 +110,11 @@ def choose_layout(
         trained: Whether gradients matter.
 
     Raises:
-        UserError: The packed layout was asked for by name and is not exact.
+        UserError: The layout was asked for by name and is not exact.
     """
-    wanted = config.training.layout
-    if wanted == "padded":
-        return LAYOUTS[wanted]
+    layout = LAYOUTS.get(config.training.layout, PACKED)
+    if not layout.needs_proof:
+        return layout
     lengths = pairs.sizes.longest[indices]
     longest, shortest = indices[lengths.argmax()], indices[lengths.argsort(kind="stable")[:2]]
     learnt = list(shortest) if trained else []
@@ -121,46 +122,46 @@ def choose_layout(
     before = [model.config._attn_implementation for model in models]
     found = ""
     for model in models:
-        proof = prove(model, [pairs[i] for i in seen], [pairs[i] for i in learnt], accelerator.autocast)
+        proof = prove(model, layout, [pairs[i] for i in seen], [pairs[i] for i in learnt], accelerator.autocast)
         # All ranks take the same layout, so the one that fails decides.
         found = next(filter(None, gather_object([proof.fails(accelerator.mixed_precision)])), "")
         if found:
             found = f"{type(model).__name__}: {found}"
             break
         nats, share = f"{proof.difference:.1g} nats a token", f"; its gradient's norm by {proof.norm_difference:.1g}"
-        console.notice(f"checked: packed gives what padded gives, up to {nats}{share if learnt else ''}")
+        console.notice(f"checked: {layout.name} gives what {PADDED.name} gives, up to {nats}{share if learnt else ''}")
     if not found:
-        return LAYOUTS["packed"]
+        return layout
     for model, attention in zip(models, before, strict=True):
         model.set_attn_implementation(attention)
-    if wanted == "packed":
-        raise _inexact(found)
-    console.warning(f"using the padded layout, since the packed one is not exact with this model ({found})")
-    return LAYOUTS["padded"]
+    if config.training.layout in LAYOUTS:
+        raise _inexact(layout, found)
+    console.warning(f"using the padded layout, since the {layout.name} one is not exact with this model ({found})")
+    return PADDED
 
 
-def _inexact(found: str) -> UserError:
-    what = f"the packed layout is not exact with this model ({found})"
-    return UserError(what, "`training.layout: packed`", "set `training.layout: auto` or `padded`")
+def _inexact(layout: Layout, found: str) -> UserError:
+    what = f"the {layout.name} layout is not exact with this model ({found})"
+    return UserError(what, f"`training.layout: {layout.name}`", "set `training.layout: auto` or `padded`")
 
 
 def expected_layout(config: Config, model: PreTrainedModel, pairs: PreparedPairs, accelerator: Accelerator) -> Layout:
     """Return the layout that a run will take unless its proof fails, without the model's weights.
 
     Raises:
-        UserError: The packed layout was asked for by name and the model refuses it.
+        UserError: The layout was asked for by name and the model refuses it.
     """
-    wanted, packed = config.training.layout, LAYOUTS["packed"]
-    if wanted == "padded":
-        return LAYOUTS[wanted]
+    layout = LAYOUTS.get(config.training.layout, PACKED)
+    if not layout.needs_proof:
+        return layout
     with contextlib.suppress(*(kind for kind in REFUSALS if kind is not CannotPack)):
         try:
-            activation_bytes(model, packed, packed.batch([0], [pairs[0]]), compute_dtype(accelerator), recomputed=False)
+            activation_bytes(model, layout, layout.batch([0], [pairs[0]]), compute_dtype(accelerator), recomputed=False)
         except CannotPack as refusal:
-            if wanted == "packed":
-                raise _inexact(f"{type(model).__name__}: {refusal}") from None
-            return LAYOUTS["padded"]
-    return packed
+            if config.training.layout in LAYOUTS:
+                raise _inexact(layout, f"{type(model).__name__}: {refusal}") from None
+            return PADDED
+    return layout
 
 
 def settle_tokens(

@@ -20,7 +20,7 @@ from dpo_cli.config import Config
 from dpo_cli.data.prepared.step_plan import PairSizes
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import TREE_ATTENTION
-from dpo_cli.modeling.batch import LAYOUTS, Packed, Padded
+from dpo_cli.modeling.layouts import LAYOUTS, Packed, Padded
 from dpo_cli.modeling.loading import weights_digest
 from dpo_cli.modeling.proof import Proof, prove
 from dpo_cli.modeling.saving import saved_model
@@ -205,7 +205,7 @@ def test_a_refusal_in_the_middle_of_the_gradient_leaves_no_gradient(monkeypatch)
     attend = attention._attend
     monkeypatch.setattr(attention, "_attend", lambda *arguments: Breaks.apply(attend(*arguments)))
     model = build("llama")
-    proof = prove(model, PAIRS, PAIRS, contextlib.nullcontext)
+    proof = prove(model, Packed(), PAIRS, PAIRS, contextlib.nullcontext)
     assert proof.fails("no") == "it fails on packed pairs, RuntimeError: no backward pass"
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_cli.config.schema import TrainingSettings
-from dpo_cli.data.prepared.step_plan import MicroBatch
+from dpo_cli.data.prepared.step_plan import MicroBatch, PairSizes
 from dpo_cli.data.records import TokenizedPair
-from dpo_cli.modeling.batch import LAYOUTS, Batches
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.layouts import LAYOUTS
 from tests.builders import prepare_pairs
 from tests.conftest import ROW_OF, write_rows
 
@@ -30,6 +31,16 @@ def test_every_layout_can_be_asked_for():
 def sequences_of(lists):
     pairs = [TokenizedPair(*(np.array(part, np.int32) for part in three), origin="f:1") for three in lists]
     return pairs, [(p, c) for p, c, _ in lists] + [(p, r) for p, _, r in lists]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@given(st.lists(st.tuples(*[st.integers(1, 40)] * 3, st.integers(0, 3)), min_size=1, max_size=30), st.integers(1, 300))
+def test_every_layout_cuts_each_pair_once_and_stays_in_the_budget_where_a_pair_alone_does(name, rows, budget):
+    prompts, chosen, rejected, ids = (np.array(column) for column in zip(*rows, strict=True))
+    sizes, layout = PairSizes(prompts, chosen, rejected, chosen, ids), LAYOUTS[name]
+    cuts = [cut.pairs for cut in layout.cut(sizes, range(len(rows)), budget)]
+    assert sorted(index for cut in cuts for index in cut) == list(range(len(rows)))
+    assert all(layout.tokens(sizes, cut) <= budget for cut in cuts if len(cut) > 1)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -9,7 +9,7 @@ from tiny_models import build
 
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.modeling import memory
-from dpo_cli.modeling.batch import LAYOUTS
+from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.loading import empty_policy, load_policy
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
 

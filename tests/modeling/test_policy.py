@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import CannotPack
-from dpo_cli.modeling.batch import LAYOUTS
+from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy
 from tests.builders import prepare_pairs
 from tests.conftest import build_llama

@@ -9,7 +9,7 @@ from tiny_models import KINDS, SMALL, build, example_pairs
 from transformers import AutoModelForCausalLM
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.batch import LAYOUTS
+from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.routing import balance_loss, check_routers
 from dpo_cli.modeling.scorer import Scorer, model_inputs, recompute_activations
 

@@ -8,7 +8,7 @@ import torch
 from tiny_models import KINDS, SMALL, build, example_pairs
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.batch import Padded
+from dpo_cli.modeling.layouts import Padded
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpo_cli.modeling.batch import Padded
+from dpo_cli.modeling.layouts import Padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.scorer import Scorer

@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.batch import LAYOUTS, Batches, Padded
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.layouts import LAYOUTS, Padded
 from dpo_cli.modeling.loading import load_policy, weights_digest
 from dpo_cli.preference import cache
 from dpo_cli.preference.losses import CPO

@@ -27,7 +27,8 @@ from trl.import_utils import TRLExperimentalWarning
 
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch, Step
-from dpo_cli.modeling.batch import LAYOUTS, Batches
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import (

@@ -14,7 +14,8 @@ from transformers import BertConfig, BertLMHeadModel
 
 from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.batch import Batches, Padded
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.layouts import Padded
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import BCO, DPO, IPO, SFT, AOTUnpaired

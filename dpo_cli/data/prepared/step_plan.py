@@ -8,7 +8,6 @@ every pair by one over the pairs of its step.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -171,32 +170,6 @@ class Plan:
         return np.argsort(draws, kind="stable")
 
 
-def cut_padded(sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
-    """Cut pairs, the longest first, so that their padded size (two sequences a pair) stays in the budget."""
-    lengths = sizes.longest
-    cuts: list[list[int]] = []
-    for index in longest_first(indices, lengths):
-        if not cuts or 2 * lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) > micro_batch_tokens:
-            cuts.append([])
-        cuts[-1].append(index)
-    return [MicroBatch(tuple(cut)) for cut in cuts]
-
-
-def cut_packed(sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
-    """Cut pairs so that their tokens stay in the budget, pairs of one prompt side by side, cuts of about one size.
-
-    Counted are the tokens that are certain to be shared once: prompts, and how all prompts begin.
-    """
-    by_prompt: dict[tuple[int, int], list[int]] = {}
-    for index in indices:
-        by_prompt.setdefault((int(sizes.prompt_ids[index]), int(sizes.prompts[index])), []).append(index)
-    ordered = list(itertools.chain.from_iterable(by_prompt.values()))
-    full = _filled(sizes, ordered, micro_batch_tokens, micro_batch_tokens)
-    # Even cuts run faster than full ones and a remainder; where pairs are too uneven for that, full ones do.
-    even = _filled(sizes, ordered, micro_batch_tokens, packed_tokens(sizes, ordered) / max(1, len(full)))
-    return [MicroBatch(tuple(cut)) for cut in (even if len(even) <= len(full) else full)]
-
-
 def largest(
     sizes: PairSizes, cuts: Sequence[MicroBatch], tokens: Callable[[PairSizes, Sequence[int]], int]
 ) -> set[MicroBatch]:
@@ -211,35 +184,6 @@ def largest(
     """
     most_tokens = max(cuts, key=lambda cut: tokens(sizes, cut.pairs))
     return {most_tokens, max(cuts, key=lambda cut: int(sizes.longest[list(cut.pairs)].sum()))}
-
-
-def packed_tokens(sizes: PairSizes, ordered: Sequence[int]) -> int:
-    """Return the tokens of pairs in one row, those of one prompt side by side."""
-    return sum(_added(sizes, index, before) for before, index in zip([None, *ordered], ordered, strict=False))
-
-
-def _filled(sizes: PairSizes, ordered: Sequence[int], limit: int, wanted: float) -> list[list[int]]:
-    """Fill cuts in order up to about the wanted number of tokens, and never beyond the limit."""
-    cuts: list[list[int]] = []
-    size = 0
-    for index in ordered:
-        more = _added(sizes, index, cuts[-1][-1] if cuts else None)
-        if not cuts or size + more > limit or size + more / 2 > wanted:
-            cuts.append([])
-            size, more = 0, _added(sizes, index, None)
-        cuts[-1].append(index)
-        size += more
-    return cuts
-
-
-def _added(sizes: PairSizes, index: int, before: int | None) -> int:
-    """Return the tokens that a pair adds to a micro-batch behind another pair, or as its first."""
-    prompt = sizes.prompts[index]
-    if before is not None:
-        # Of one prompt that had to be cut, pairs with longer responses keep less, and share it with none.
-        same = sizes.prompt_ids[before] == sizes.prompt_ids[index] and sizes.prompts[before] == prompt
-        prompt = 0 if same else prompt - sizes.opening
-    return int(prompt + sizes.chosen[index] + sizes.rejected[index])
 
 
 def longest_first(indices: Sequence[int], lengths: NDArray[np.int64]) -> list[int]:
