@@ -17,6 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dpo_cli.config import load_config
+
 CONFIG = "configs/quickstart.yaml"
 RUN = Path("runs/quickstart")
 NUM_ANSWERS = 3
@@ -35,7 +37,6 @@ def dpo(*arguments: str) -> None:
 
 def held_out_prompts() -> list[tuple[str, str]]:
     """Return some held-out prompts, as asked and as rendered for the model."""
-    from dpo_cli.config import load_config
     from dpo_cli.pipeline.setup import load_tokenizer, run_data
     from dpo_cli.reporting.console import Console as Quiet
 
@@ -94,8 +95,6 @@ def show(before: dict[str, Any], after: dict[str, Any], model: str) -> None:
 
 def main() -> None:
     """Walk the whole road once."""
-    from dpo_cli.config import load_config
-
     started = time.monotonic()
     console.print("Training a 135M model to answer directly instead of rambling: about 5 minutes on two CPU cores.")
     model = load_config(Path(CONFIG)).model.name

@@ -8,18 +8,15 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch.optim import Optimizer
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.memory import free_bytes
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _FEW, _MORE = 1, 5
 """Layers of the two models that are measured; what all layers take is extrapolated from their difference."""
@@ -144,8 +141,6 @@ def _shallow(model: PreTrainedModel, num_layers: int, device: torch.device) -> P
     Raises:
         MemoryError: There is too little memory for it.
     """
-    from transformers import AutoModelForCausalLM
-
     config = copy.deepcopy(model.config)
     text = config.get_text_config()
     text.num_hidden_layers = num_layers

@@ -18,9 +18,11 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dpo_cli.errors import FAILED, UserError
@@ -28,10 +30,6 @@ from dpo_cli.system.launchers import is_main_process
 from dpo_cli.system.signals import STOPPING
 from dpo_cli.system.storage import is_filling
 from dpo_cli.training.rank_notes import Missing, Note, Notes
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-    from torch import nn
 
 Result = TypeVar("Result")
 Say = Callable[[UserError], None]

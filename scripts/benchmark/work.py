@@ -12,10 +12,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch.nn import Module
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from dpo_cli.data.pairs.shapes import FORMATS
+from dpo_cli.data.records import BadRow
+from dpo_cli.data.tokens.tokenize import PairTokenizer
+from dpo_cli.errors import UserError
+from dpo_cli.modeling import loading
+from dpo_cli.modeling.saving import saved_model
 
 MAX_LENGTH = 1024
 MATRIX = 2048
@@ -71,16 +79,13 @@ def _causal(tokens: int) -> int:
     return tokens * (tokens + 1) // 2
 
 
-def arithmetic(model: Module) -> Arithmetic:
+def arithmetic(model: nn.Module) -> Arithmetic:
     """Read off a causal language model's modules what a forward pass costs; weights are not needed.
 
     Raises:
         NotCounted: It has weights beyond linear layers and embeddings (mixtures of experts, convolutions), or no
             attention that is recognised.
     """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
     model_: Any = model
     head = model_.get_output_embeddings()
     weights = 0
@@ -148,10 +153,6 @@ def workload_rows(source: Path, num_pairs: int, tokenizer: Any, *, join: bool) -
 
 def token_lengths(rows: Sequence[Row], tokenizer: Any) -> list[Lengths]:
     """Tokenize pairs as the program does and return how long they are; none may be dropped or cut."""
-    from dpo_cli.data.pairs.shapes import FORMATS
-    from dpo_cli.data.records import BadRow
-    from dpo_cli.data.tokens.tokenize import PairTokenizer
-
     tokenize = PairTokenizer(tokenizer, template=None, max_length=MAX_LENGTH, on_too_long="error")
     try:
         results = tokenize(
@@ -168,9 +169,6 @@ def token_lengths(rows: Sequence[Row], tokenizer: Any) -> list[Lengths]:
 
 def model_folder(model: str, folder: Path) -> str:
     """Return a model's folder or Hub id; a .gguf file becomes a folder first, which every trainer can read."""
-    from dpo_cli.modeling import loading
-    from dpo_cli.modeling.saving import saved_model
-
     if Path(model).suffix.lower() != ".gguf":
         return model
     target = folder / "model"
@@ -189,10 +187,6 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
         `model`, a folder; `threads`, how many there are; `not_counted`, why the arithmetic is not known, or None; and
         `workloads`: name → `file`, the sums of tokens and `forward_flops`.
     """
-    import torch
-
-    from dpo_cli.modeling import loading
-
     folder = Path(request["folder"])
     model = model_folder(request["model"], folder)
     tokenizer = loading.load_tokenizer(model)
@@ -219,8 +213,6 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
 
 def say_matrix_product_speed() -> None:
     """For every line that comes, say how many GFLOP/s float32 matrix products reach now, at their best."""
-    import torch
-
     left, right, product = (torch.rand(MATRIX, MATRIX) for _ in range(3))
     for _ in sys.stdin:
         best = float("inf")
@@ -236,8 +228,6 @@ def main() -> None:
     if sys.argv[1] == "matmul":
         say_matrix_product_speed()
         return
-    from dpo_cli.errors import UserError
-
     try:
         answer = prepare(json.loads(sys.argv[2]))
     except UserError as error:
