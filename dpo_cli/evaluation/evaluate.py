@@ -11,12 +11,14 @@ from accelerate.utils import gather_object
 
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.scorer import BatchScorer
+from dpo_cli.preference.dealing import deal
 from dpo_cli.preference.metrics import PAIR_METRICS
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.scoring import score_pairs, score_step, step_info
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +54,25 @@ def evaluate(
         accelerator: Knows the ranks.
         progress: Called with pairs done and pairs in all, by all ranks together.
     """
-    cuts, num_ranks = batches.cut(indices), accelerator.num_processes
-    mine = cuts[accelerator.process_index :: num_ranks]
+    mine = deal(batches.cut(indices), accelerator, lambda done: progress(done, len(indices)))
     # Without memory, so that a model gets the same figures from the run that made it and later.
     step = step_info(batches.pairs.sizes, indices, {})
-    scored = None
-    if objective.looks_at_step:
-        scored = score_step(scorer, objective, reference, batches, mine, step, accelerator)
     results: list[PairResult] = []
-    for place, micro_batch in enumerate(mine):
-        if scored is not None:
-            values = scored[place].values
-        else:
+    if objective.looks_at_step:
+        for part in score_step(scorer, objective, reference, batches, mine, step, accelerator):
+            results += _results(part.pairs, part.values)
+    else:
+        for micro_batch in mine:
             with torch.no_grad():
                 _, values = score_pairs(scorer, objective, reference, batches(micro_batch), step)
-        for index, row in zip(micro_batch.pairs, values.tolist(), strict=True):
-            results.append(PairResult(index, dict(zip(PAIR_METRICS, row, strict=True))))
-        # The ranks go through as many micro-batches in about the same time; the last are waited for below.
-        if (place + 1) * num_ranks < len(cuts):
-            progress(sum(len(cut.pairs) for cut in cuts[: (place + 1) * num_ranks]), len(indices))
-    found = sorted(gather_object(results), key=lambda result: result.index)
-    progress(len(found), len(indices))
-    return found
+            if not micro_batch.filler:
+                results += _results(micro_batch.pairs, values)
+    everywhere = sorted(gather_object(results), key=lambda result: result.index)
+    progress(len(everywhere), len(indices))
+    return everywhere
+
+
+def _results(pairs: Sequence[int], values: Tensor) -> list[PairResult]:
+    """Name the `pair_values` of some pairs."""
+    rows = zip(pairs, values.tolist(), strict=True)
+    return [PairResult(index, dict(zip(PAIR_METRICS, row, strict=True))) for index, row in rows]

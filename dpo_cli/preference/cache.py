@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpo_cli.preference.dealing import deal
 from dpo_cli.system.locks import locked
 from dpo_cli.system.storage import cache_root, file_digest, refused, remove, remove_strays, text_digest, write_bytes
 
@@ -117,17 +118,13 @@ class ReferenceCache:
             done: Pairs that are done before.
             total: Pairs in all.
         """
-        cuts, num_ranks = self._batches.cut(missing), self._accelerator.num_processes
         mine: list[tuple[bytes, Entry]] = []
-        for turn, cut in enumerate(cuts[self._accelerator.process_index :: num_ranks], 1):
+        for cut in deal(self._batches.cut(missing), self._accelerator, lambda now: progress(done + now, total)):
             batch = self._batches(cut)
             tokens = scorer(batch).cpu().split(list(batch.lengths))
-            for place, index in enumerate(cut.pairs):
+            for place, index in enumerate(cut.pairs if not cut.filler else ()):
                 entry = tokens[place].numpy().copy(), tokens[len(cut.pairs) + place].numpy().copy()
                 mine.append((self._keys[index], entry))
-            # The ranks go through as many micro-batches in about the same time; the last are waited for below.
-            if turn * num_ranks < len(cuts):
-                progress(done + sum(len(one.pairs) for one in cuts[: turn * num_ranks]), total)
         found: list[tuple[bytes, Entry]] = gather_object(mine)
         if self._accelerator.is_main_process:
             self._write(sorted(found, key=lambda item: item[0]))

@@ -100,11 +100,13 @@ class ScoredMicroBatch:
     """One micro-batch of a step whose pairs are compared with each other.
 
     Attributes:
+        pairs: The pairs' indices in the data, `B` of them.
         losses: `[B]`, without gradient.
         values: The `pair_values`, `[B, 9]`.
         slopes: The gradient of the sum of the step's losses by the scorer's output, of the same shape.
     """
 
+    pairs: tuple[int, ...]
     losses: Tensor
     values: Tensor
     slopes: Tensor
@@ -115,7 +117,7 @@ def score_step(
     objective: Objective,
     reference: BatchScorer,
     batches: Batches,
-    micro_batches: Sequence[MicroBatch],
+    micro_batches: Iterable[MicroBatch],
     step: StepInfo,
     accelerator: Accelerator,
 ) -> list[ScoredMicroBatch]:
@@ -143,7 +145,8 @@ def score_step(
             batch = batches(micro_batch)
             with torch.no_grad():
                 parts = (scorer(batch), reference(batch), batch.weights, batch.margins)
-            mine.append(_MicroBatchLogps(accelerator.process_index, batch.lengths, *(part.cpu() for part in parts)))
+            rank = accelerator.process_index
+            mine.append(_MicroBatchLogps(rank, batch.pairs, batch.lengths, *(part.cpu() for part in parts)))
     scored: list[_MicroBatchLogps] = gather_object(mine)
     lengths = tuple(
         length for side in zip(*(part.halves() for part in scored), strict=True) for half in side for length in half
@@ -163,7 +166,7 @@ def score_step(
         strict=True,
     )
     return [
-        ScoredMicroBatch(losses.to(accelerator.device), rows.to(accelerator.device), slopes.to(accelerator.device))
+        ScoredMicroBatch(part.pairs, *(tensor.to(accelerator.device) for tensor in (losses, rows, slopes)))
         for part, (slopes, losses, rows) in zip(scored, shares, strict=True)
         if part.rank == accelerator.process_index
     ]
@@ -174,6 +177,7 @@ class _MicroBatchLogps:
     """A micro-batch as it is sent to the other ranks; tensors as in `PairBatch` and from a `Scorer`."""
 
     rank: int
+    pairs: tuple[int, ...]
     lengths: tuple[int, ...]
     policy: Tensor
     reference: Tensor
