@@ -34,6 +34,10 @@ class Figure:
     show: Callable[[Any], str]
     of_groups: bool = False
 
+    def cell(self, figures: Mapping[str, Any]) -> str:
+        """Write it out of the `figures` of a model; a dash where an earlier version of the program wrote them."""
+        return self.show(figures[self.key]) if self.key in figures else "–"
+
 
 def _mean(name: str, title: str, show: Callable[[float], str], *, of_groups: bool = False) -> Figure:
     """Return the mean of a metric of pairs."""

@@ -41,10 +41,7 @@ def model_card(
         _table({name: [fact] for name, fact in facts.items()}),
     ]
     if columns:
-        shown = {
-            figure.title.strip(): [figure.show(figures[figure.key]) for figures in columns.values()]
-            for figure in FIGURES
-        }
+        shown = {figure.title.strip(): [figure.cell(figures) for figures in columns.values()] for figure in FIGURES}
         sections += ["## Held-out figures", _table(shown, list(columns))]
     else:
         sections += ["## Held-out figures", "None: the run had no held-out pairs."]

@@ -44,7 +44,7 @@ def figures_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for figure in FIGURES:
-        table.add_row(figure.title, *(figure.show(figures[figure.key]) for figures in columns.values()))
+        table.add_row(figure.title, *(figure.cell(figures) for figures in columns.values()))
     return table
 
 
@@ -58,7 +58,7 @@ def groups_table(label: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
     largest = sorted(groups, key=lambda group: (-groups[group]["pairs"], group))[:_GROUPS]
     for group in (group for group in groups if group in largest):
         figures = groups[group]
-        cells = (figure.show(figures[figure.key]) for figure in shown)
+        cells = (figure.cell(figures) for figure in shown)
         table.add_row(Text(visible(group) or "(none)"), f"{figures['pairs']:,}", *cells)
     if rest := len(groups) - len(largest):
         table.add_row(f"and {rest:,} more, in the JSON")

@@ -55,6 +55,13 @@ def test_figures_stand_beside_each_other_and_nothing_is_minus_zero():
     assert margins.split() == ["reward", "margin", "0.0000", "+1.2500"]
 
 
+def test_a_figure_that_an_earlier_version_did_not_write_is_a_dash():
+    now = dict.fromkeys(PAIR_METRICS, 0.5) | {"pairs": 5, "ties": 2, "accuracy_interval": [0.25, 0.875]}
+    before = {name: value for name, value in now.items() if name != "logps/accuracies_mean"}
+    (line,) = (line for line in text(figures_table({"before": before, "after": now})).splitlines() if "mean" in line)
+    assert line.split()[-3:] == ["–", "50.0", "%"]
+
+
 def test_without_colour_the_parts_are_told_apart_by_marks():
     parts = {"prompt": ["a", "b"], "chosen": ["c"], "rejected": ["d\n"]}
     shown = marked_pair(MarkedPair("f:1", parts, {}), colour=False).plain
