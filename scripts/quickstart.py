@@ -37,12 +37,13 @@ def dpo(*arguments: str) -> None:
 
 def held_out_prompts() -> list[tuple[str, str]]:
     """Return some held-out prompts, as asked and as rendered for the model."""
-    from dpo_cli.pipeline.setup import load_tokenizer, run_data
+    from dpo_cli.pipeline.pairs import load_tokenizer, run_data
     from dpo_cli.reporting.console import Console as Quiet
 
     config = load_config(Path(CONFIG))
-    tokenizer, tokenize = load_tokenizer(config, config.model.name)
-    data = run_data(config, tokenize, Quiet(speaks=False))
+    quiet = Quiet(speaks=False)
+    tokenizer, tokenize = load_tokenizer(config, quiet)
+    data = run_data(config, tokenize, quiet)
     rows = Path("configs/demo/pairs.jsonl").read_text(encoding="utf-8").splitlines()
     prompts = []
     for index in data.held_out:

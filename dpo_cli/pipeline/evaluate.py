@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from dpo_cli.config import Config
@@ -16,24 +16,26 @@ from dpo_cli.data.checkup.comparison import without_copies
 from dpo_cli.data.pairs.sources import as_sources, describe
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.records import LABELS
-from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.evaluate import evaluate as score
-from dpo_cli.evaluation.figures import figures_by
+from dpo_cli.evaluation.figures import figures, figures_by
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import Layout
-from dpo_cli.modeling.loading import check_same_tokens, load_policy
-from dpo_cli.modeling.scorer import Scorer
-from dpo_cli.pipeline import setup
-from dpo_cli.pipeline.passes import choose_layout, prove_logps, wanted_tokens, without_gradient
+from dpo_cli.modeling.loading import check_same_tokens
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.scorer import BatchScorer
+from dpo_cli.pipeline.memory import wanted_tokens, without_gradient
+from dpo_cli.pipeline.models import open_reference, opened, reference_sketch
+from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, prepared_pairs, run_data
 from dpo_cli.pipeline.plan import described_loss
+from dpo_cli.pipeline.session import Session, started
 from dpo_cli.preference.reference import NoReference, OpenReference
-from dpo_cli.preference.reference_work import ReferenceWork, reference_model
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console
 from dpo_cli.reporting.tables import figures_table, groups_table
+from dpo_cli.system.launchers import is_main_process
 from dpo_cli.system.storage import write_text
 from dpo_cli.training.checks import check_columns, check_fits
-from dpo_cli.training.ranks import watched
 from dpo_cli.training.run_folder import RunFolder
 
 
@@ -52,52 +54,102 @@ def evaluate(
     Raises:
         UserError: Something is wrong that the user can fix.
     """
-    accelerator = setup.start_accelerator(config)
-    with watched(accelerator, config.training.rank_timeout, Console().error):
-        return _score(config, console, accelerator, model, data, json_file)
-
-
-def _score(
-    config: Config, console: Console, accelerator: Accelerator, scored: str, data: str | None, json_file: Path | None
-) -> dict[str, Any]:
-    """Score what was named, and show and write what was found."""
-    with accelerator.main_process_first():
-        # Where there is a run, its prompts are as they were on its first day.
-        day = RunFolder(Path(config.output_dir)).first_day()
-        tokenizer, tokenize = setup.load_tokenizer(config, config.model.name, day)
-        setup.tell_day(tokenize, console)
-        check_same_tokens(tokenizer, scored, "the model that is scored", config.model.trust)
-        pairs, held_out, source = _held_out(config, data, tokenize, console)
-    check_columns(pairs, config.objective)
-    reference, asked = _open_reference(config, pairs, held_out, accelerator, console)
-    policy = load_policy(scored, config.model.trust).to(accelerator.device)
-    check_fits(pairs, policy, scored)
-    layout = choose_layout(config, [policy], pairs, held_out, accelerator, console, trained=False)
-    if asked is not None and layout is not asked:
-        hint = "set `training.layout=padded`, which both can read"
-        raise UserError("only one of the model and its frozen reference can be packed", scored, hint)
-    batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, accelerator), accelerator.device))
-    prove_logps(policy, batches, held_out, accelerator)
-    scorer = Scorer(policy, collisions=config.objective.wpo)
-    scorer = accelerator.prepare_model(scorer, evaluation_mode=True)
-    with console.progress("evaluating", len(held_out)) as progress:
-        results = score(scorer, config.objective, reference, held_out.tolist(), batches, accelerator, progress)
-    found: dict[str, Any] = {
-        **setup.finite_figures(results, pairs, scored),
-        **_by_label(results, pairs),
-        "model": scored,
-        "reference": None if config.reference.type == "none" else config.reference.model or config.model.name,
-        "data": source,
-        "objective": config.model_dump(mode="json")["loss"],
-    }
+    with started(config, console) as session:
+        found = _measure(session, model, data)
     if json_file == STANDARD_OUTPUT:
         console.result(json.dumps(found, indent=1))
         return found
     _show(config, found, console)
-    if json_file and accelerator.is_main_process:
+    if json_file and is_main_process():
         _write(json_file, found)
         console.notice(f"figures written: {json_file}")
     return found
+
+
+def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
+    """Score the pairs with model and reference, and sum up."""
+    config = session.config
+    with session.accelerator.main_process_first():
+        # Where there is a run, its prompts are as they were on its first day.
+        day = RunFolder(Path(config.output_dir)).first_day()
+        tokenizer, tokenize = load_tokenizer(config, session.console, day)
+        check_same_tokens(tokenizer, model, "the model that is scored", config.model.trust)
+        pairs, held_out, source = _held_out(config, data, tokenize, session.console)
+    check_columns(pairs, config.objective)
+    policy, reference, batches = _open_both(session, model, pairs, held_out)
+    policy.place(session.accelerator, trained=False, collisions=config.objective.wpo)
+    results = scored(session, policy.scorer, reference, batches, held_out, model)
+    return {
+        **figures(results),
+        **_by_label(results, pairs),
+        "model": model,
+        "reference": None if config.reference.type == "none" else config.reference.model or config.model.name,
+        "data": source,
+        "objective": config.model_dump(mode="json")["loss"],
+    }
+
+
+def _open_both(
+    session: Session, model: str, pairs: PreparedPairs, held_out: NDArray[np.int64]
+) -> tuple[Policy, OpenReference, Batches]:
+    """Open the model that is scored and the reference that the run began with; both at once only if it has to be."""
+    config = session.config
+
+    def settle(policy: Policy, layout: Layout) -> tuple[Batches, Mapping[str, str]]:
+        device = session.accelerator.device
+        return without_gradient(Batches(pairs, layout, wanted_tokens(session), device)), {}
+
+    if isinstance(config.reference, NoReference):
+        (policy,), batches = opened(session, {model: model}, pairs, held_out, settle)
+        return policy, config.reference.open(), batches
+    sketch = Policy.empty(config.model.name, config.model.trust)
+    check_fits(pairs, sketch.model, "`model.name`")
+    reference_sketch(session, sketch)
+    name = config.reference.model
+    named = {"`reference.model`": name} if name else {"`model.name`": config.model.name}
+    if config.reference.holds_model:
+        (policy, other), batches = opened(session, {model: model, **named}, pairs, held_out, settle)
+        return policy, open_reference(session, other, batches, held_out), batches
+    (other,), batches = opened(session, named, pairs, held_out, settle)
+    reference = open_reference(session, other, batches, held_out)
+    del other
+    (policy,), batches = opened(session, {model: model}, pairs, held_out, settle)
+    return policy, reference, batches
+
+
+def scored(
+    session: Session,
+    scorer: BatchScorer,
+    reference: BatchScorer,
+    batches: Batches,
+    held_out: NDArray[np.int64],
+    where: str,
+    what: str = "evaluating",
+) -> list[PairResult]:
+    """Score held-out pairs, in a run or after it.
+
+    Args:
+        session: Says by which objective.
+        scorer: The policy's.
+        reference: The reference's.
+        batches: How pairs go through the models without gradient.
+        held_out: The pairs' indices.
+        where: Which model is scored.
+        what: What is shown while it lasts.
+
+    Raises:
+        UserError: A pair's loss is NaN or infinite; it is named by file and line.
+    """
+    with session.console.progress(what, len(held_out)) as progress:
+        results = score(
+            scorer, session.config.objective, reference, held_out.tolist(), batches, session.accelerator, progress
+        )
+    broken = [result.index for result in results if not math.isfinite(result.metrics["loss"])]
+    if broken:
+        what = f"the held-out loss is not finite; its pairs: {named_pairs(batches.pairs, broken)}"
+        hint = "the weights are damaged, or `training.learning_rate` was too high; the last checkpoint is as it was"
+        raise UserError(what, where, hint, status=FAILED)
+    return results
 
 
 def _show(config: Config, found: dict[str, Any], console: Console) -> None:
@@ -118,32 +170,12 @@ def _show(config: Config, found: dict[str, Any], console: Console) -> None:
             console.result(groups_table(label, groups))
 
 
-def _open_reference(
-    config: Config, pairs: PreparedPairs, held_out: NDArray[np.int64], accelerator: Accelerator, console: Console
-) -> tuple[OpenReference, Layout | None]:
-    """Open the reference that the run began with; return it, and the layout of a model that is asked batch by batch."""
-    if isinstance(config.reference, NoReference):
-        return config.reference.open(), None
-    base = load_policy(config.model.name, config.model.trust).to(accelerator.device)
-    check_fits(pairs, base, "`model.name`")
-    if config.reference.model is not None:
-        base = reference_model(config.reference.model, base, config.model.trust)
-        check_fits(pairs, base, "`reference.model`")
-    layout = choose_layout(config, [base], pairs, held_out, accelerator, console, trained=False)
-    batches = without_gradient(Batches(pairs, layout, wanted_tokens(config, accelerator), accelerator.device))
-    prove_logps(base, batches, held_out, accelerator)
-    num_asked = config.reference.num_asked(len(held_out), 0)
-    with console.progress("reference log-probabilities", num_asked) as progress:
-        work = ReferenceWork(base, None, accelerator, held_out, batches, progress)
-        return config.reference.open(work), layout if config.reference.holds_model else None
-
-
 def _held_out(config: Config, data: str | None, tokenize: Any, console: Console) -> tuple[Any, Any, str]:
     """Return pairs, the indices to score, and what they are called."""
     if data is not None:
-        pairs = setup.prepared_pairs(config, as_sources(data), tokenize, console)
+        pairs = prepared_pairs(config, as_sources(data), tokenize, console)
         return pairs, without_copies(pairs, np.arange(len(pairs))), data
-    split = setup.run_data(config, tokenize, console)
+    split = run_data(config, tokenize, console)
     held_out = config.data.eval
     if isinstance(held_out, float):
         name = f"{held_out:g} of {describe(as_sources(config.data.train))}"

@@ -1,29 +1,162 @@
-"""What a run is going to take: time, by what is measured here, and space on the disk."""
+"""What a run is going to take, for `--dry-run`: memory by its sizes, time by what is measured here, and disk space."""
 
 from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import Accelerator
-from transformers import PreTrainedModel
+import torch
+from rich.table import Table
 
 from dpo_cli.config import Config
 from dpo_cli.data.prepared.step_plan import MicroBatch, Plan
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.pace import measure_pace, measured_layers
+from dpo_cli.modeling.memory import MemoryEstimate
+from dpo_cli.modeling.pace import Pace, measure_pace, measured_layers
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import REFUSALS
-from dpo_cli.pipeline.passes import STEPS_LOOKED_AT
-from dpo_cli.pipeline.setup import RunData
+from dpo_cli.pipeline.memory import STEPS_LOOKED_AT, settle_tokens
+from dpo_cli.pipeline.models import expected_layout
+from dpo_cli.pipeline.plan import PlannedRun, check_data, header
+from dpo_cli.pipeline.prepare import check, show_check
+from dpo_cli.preference.reference_work import refuse_other_shapes
 from dpo_cli.reporting.console import Console, gib
 from dpo_cli.reporting.progress import clock
+from dpo_cli.training.checkpoints import newest_step
 from dpo_cli.training.run_folder import RunFolder
 
 _TOKENS_ON_CPU = 512
 """The most tokens that are measured on a CPU, where a pass of so many is as fast by the token as a larger one."""
+
+
+def show_forecast(run: PlannedRun, *, resume: bool) -> None:
+    """Check all of a run that can be checked without its weights; print what it would do and what it would take.
+
+    Raises:
+        UserError: Something is wrong that the user can fix.
+    """
+    session, policy, pairs = run.session, run.sketch, run.data.pairs
+    check_data(run)
+    if session.config.reference.type == "synced":
+        refuse_other_shapes(run.reference.model, policy.model)
+    batches = Batches(pairs, expected_layout(session, policy, pairs), 1, session.accelerator.device)
+    batches, memory = settle_tokens(session, policy, batches, run.steps, run.program_bytes)
+    done = newest_step(run.folder.checkpoints) if resume else 0
+    disk = disk_need(session.config, run.folder, run.steps, policy)
+    rows = {**header(run), **_passes(run, batches, memory), **_time(run, batches, done), "disk": str(disk)}
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    session.console.block()
+    session.console.result(table)
+    warn_of_disk(disk, run.folder, session.console)
+    show_check(check(session.config, run.data, run.tokenizer), session.console)
+
+
+def _passes(run: PlannedRun, batches: Batches, memory: MemoryEstimate) -> Mapping[str, str]:
+    """Say how pairs go through the model and what that takes in memory, part by part."""
+    can_fail = run.session.config.training.layout == "auto" and batches.layout.name == "packed"
+    about_peak = "not all parts are there at once" if memory.counted else "and activations, not counted"
+    return {
+        "tokens of all pairs": f"{run.data.pairs.num_tokens():,}",
+        "layout": f"{batches.layout.name}{', if it proves exact' if can_fail else ''}",
+        "tokens of a forward pass": f"at most {batches.micro_batch_tokens:,}, or one pair",
+        **{f"memory: {name}": gib(size) for name, size in memory.parts().items() if size},
+        "memory: at the peak": f"{gib(memory.peak)} ({about_peak})",
+    }
+
+
+def _time(run: PlannedRun, batches: Batches, done: int) -> Mapping[str, str]:
+    """Say how long a run is going to take, by a measurement of some seconds.
+
+    Args:
+        run: The run.
+        batches: How its pairs go through the model.
+        done: Steps that were taken before.
+    """
+    rank, num_ranks = run.session.accelerator.process_index, run.session.accelerator.num_processes
+    steps = list(itertools.islice(run.steps.steps(batches.cut, done, rank, num_ranks), STEPS_LOOKED_AT))
+    if not steps:
+        return {}
+    cuts = [cut for step in steps for cut in step.micro_batches]
+    typical = _typical(batches, cuts)
+    try:
+        pace = _measured_pace(run, batches, typical)
+    except (*REFUSALS, MemoryError) as error:
+        return {"time": f"not estimated: {next(iter(str(error).splitlines()), type(error).__name__)}"}
+    size = batches.layout.tokens(batches.pairs.sizes, typical.pairs)
+    tokens_of_step = sum(batches.layout.tokens(batches.pairs.sizes, cut.pairs) for cut in cuts) / len(steps)
+    tokens_of_pair = tokens_of_step * len(steps) / sum(step.num_pairs for step in steps)
+    other = run.reference.sizes().numbers / run.sketch.sizes().numbers
+    asked = pace.scoring * other * run.session.config.reference.holds_model
+    step = tokens_of_step * (pace.training + asked) / size + pace.update
+    num_asked = _num_asked(run)
+    seconds = {
+        "training": step * (run.steps.num_steps - done),
+        "reference, unless it is cached": num_asked * tokens_of_pair / size * pace.scoring * other,
+        "evaluation": _num_scored(run, done) * tokens_of_pair / size * (pace.scoring + asked),
+    }
+    parts = ", ".join(f"{name} {clock(value)}" for name, value in seconds.items() if value)
+    layers, config = " and ".join(map(str, measured_layers(run.sketch.model))), run.sketch.model.config
+    speed = sum(_num_tokens(batches, cut) for cut in cuts) * num_ranks / len(steps) / step
+    return {
+        "speed": f"about {speed:,.0f} tokens a second, by {layers} of "
+        f"{config.get_text_config().num_hidden_layers} layers measured with random weights",
+        "time": f"about {clock(sum(seconds.values()))} ({parts}), loading and saving aside",
+    }
+
+
+def _measured_pace(run: PlannedRun, batches: Batches, typical: MicroBatch) -> Pace:
+    """Measure what a micro-batch takes."""
+    config, training = run.session.config, run.session.config.training
+
+    def build(model: torch.nn.Module) -> torch.optim.Optimizer:
+        return training.optimizer.over(model, training.learning_rate, training.weight_decay)
+
+    return measure_pace(
+        run.sketch.model,
+        batches.layout,
+        batches(typical),
+        run.session.accelerator.autocast,
+        build,
+        recomputed=training.gradient_checkpointing,
+        collisions=config.objective.wpo,
+    )
+
+
+def _num_asked(run: PlannedRun) -> int:
+    """Return of how many pairs the reference is asked for before step 1."""
+    held_out = run.data.held_out
+    return run.session.config.reference.num_asked(len({*run.steps.trained_on(), *held_out}), len(held_out))
+
+
+def _num_scored(run: PlannedRun, done: int) -> int:
+    """Return how many held-out pairs are scored in all evaluations together."""
+    num_steps = run.steps.num_steps
+    every = run.session.config.evaluation.every_steps or num_steps
+    num_evaluations = num_steps // every - done // every + (num_steps % every > 0)
+    return num_evaluations * len(run.data.held_out)
+
+
+def _typical(batches: Batches, cuts: Iterable[MicroBatch]) -> MicroBatch:
+    """Return a micro-batch of median size; on a CPU only the first of its pairs where it is large."""
+    sizes, count = batches.pairs.sizes, batches.layout.tokens
+    ordered = sorted(cuts, key=lambda cut: count(sizes, cut.pairs))
+    pairs = ordered[len(ordered) // 2].pairs
+    while batches.device.type == "cpu" and len(pairs) > 1 and count(sizes, pairs) > _TOKENS_ON_CPU:
+        pairs = pairs[: len(pairs) - 1]
+    return MicroBatch(pairs)
+
+
+def _num_tokens(batches: Batches, cut: MicroBatch) -> int:
+    """Return the tokens of a forward pass as `tokens_per_second` counts them."""
+    sizes, pairs = batches.pairs.sizes, list(cut.pairs)
+    return int((2 * sizes.prompts[pairs] + sizes.chosen[pairs] + sizes.rejected[pairs]).sum())
 
 
 @dataclass(frozen=True)
@@ -55,10 +188,10 @@ class DiskNeed:
         return f"{gib(self.total)} at most (model {gib(self.model)}{checkpoints}); {gib(self.free)} are free"
 
 
-def disk_need(config: Config, folder: RunFolder, plan: Plan, policy: PreTrainedModel) -> DiskNeed:
+def disk_need(config: Config, folder: RunFolder, plan: Plan, policy: Policy) -> DiskNeed:
     """Count what a run writes, and look at what is free for it; the policy's weights may be missing."""
-    saving, weights = config.checkpoints, sum(parameter.nbytes for parameter in policy.parameters())
-    checkpoint = weights + config.training.optimizer.state_bytes(policy)
+    saving, weights = config.checkpoints, policy.sizes().held
+    checkpoint = weights + config.training.optimizer.state_bytes(policy.model)
     if config.reference.type == "synced":
         checkpoint += weights
     saved, behind = divmod(plan.num_steps, saving.every_steps)
@@ -73,102 +206,6 @@ def warn_of_disk(need: DiskNeed, folder: RunFolder, console: Console) -> None:
     if need.total > need.free:
         hint = "lower `checkpoints.keep`, raise `checkpoints.every_steps`, or choose another `output_dir`"
         console.warning(f"the disk under {folder.path} is too small: {need}; {hint}")
-
-
-def time_rows(
-    config: Config,
-    data: RunData,
-    plan: Plan,
-    batches: Batches,
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    accelerator: Accelerator,
-    done: int,
-) -> dict[str, str]:
-    """Say how long a run is going to take, by a measurement of some seconds.
-
-    Args:
-        config: The run's settings.
-        data: Its pairs.
-        plan: Its steps.
-        batches: How they go through the model.
-        policy: The model; its weights may be missing.
-        reference: The reference, which may be the same.
-        accelerator: Knows device, precision and ranks.
-        done: Steps that were taken before.
-    """
-    training = config.training
-    rank, num_ranks = accelerator.process_index, accelerator.num_processes
-    looked_at = list(itertools.islice(plan.steps(batches.cut, done, rank, num_ranks), STEPS_LOOKED_AT))
-    if not looked_at:
-        return {}
-    cuts = [cut for step in looked_at for cut in step.micro_batches]
-    typical = _typical(batches, cuts)
-    try:
-        pace = measure_pace(
-            policy,
-            batches.layout,
-            batches(typical),
-            accelerator.autocast,
-            lambda model: training.optimizer.over(model, training.learning_rate, training.weight_decay),
-            recomputed=training.gradient_checkpointing,
-            collisions=config.objective.wpo,
-        )
-    except (*REFUSALS, MemoryError) as error:
-        return {"time": f"not estimated: {next(iter(str(error).splitlines()), type(error).__name__)}"}
-    size = batches.layout.tokens(batches.pairs.sizes, typical.pairs)
-    tokens_of_step = _tokens(batches, cuts) / len(looked_at)
-    tokens_of_pair = tokens_of_step * num_ranks * len(looked_at) / sum(step.num_pairs for step in looked_at)
-    other = sum(p.numel() for p in reference.parameters()) / sum(p.numel() for p in policy.parameters())
-    asked = pace.scoring * other * config.reference.holds_model
-    step = tokens_of_step * (pace.training + asked) / size + pace.update
-    scoring = tokens_of_pair / num_ranks / size
-    num_asked = config.reference.num_asked(len({*plan.trained_on(), *data.held_out}), len(data.held_out))
-    seconds = {
-        "training": step * (plan.num_steps - done),
-        "reference, unless it is cached": num_asked * scoring * pace.scoring * other,
-        "evaluation": _num_evaluations(config, data, plan, done)
-        * len(data.held_out)
-        * scoring
-        * (pace.scoring + asked),
-    }
-    parts = ", ".join(f"{name} {clock(value)}" for name, value in seconds.items() if value)
-    layers = " and ".join(map(str, measured_layers(policy)))
-    speed = sum(_num_tokens(batches, cut) for cut in cuts) * num_ranks / len(looked_at) / step
-    return {
-        "speed": f"about {speed:,.0f} tokens a second, by {layers} of "
-        f"{policy.config.get_text_config().num_hidden_layers} layers measured with random weights",
-        "time": f"about {clock(sum(seconds.values()))} ({parts}), loading and saving aside",
-    }
-
-
-def _typical(batches: Batches, cuts: Iterable[MicroBatch]) -> MicroBatch:
-    """Return a micro-batch of median size; on a CPU only the first of its pairs where it is large."""
-    sizes, count = batches.pairs.sizes, batches.layout.tokens
-    ordered = sorted(cuts, key=lambda cut: count(sizes, cut.pairs))
-    pairs = ordered[len(ordered) // 2].pairs
-    while batches.device.type == "cpu" and len(pairs) > 1 and count(sizes, pairs) > _TOKENS_ON_CPU:
-        pairs = pairs[: len(pairs) - 1]
-    return MicroBatch(pairs)
-
-
-def _tokens(batches: Batches, cuts: Iterable[MicroBatch]) -> int:
-    """Return the tokens of some forward passes, padding included."""
-    return sum(batches.layout.tokens(batches.pairs.sizes, cut.pairs) for cut in cuts)
-
-
-def _num_tokens(batches: Batches, cut: MicroBatch) -> int:
-    """Return the tokens of a forward pass as `tokens_per_second` counts them."""
-    sizes, pairs = batches.pairs.sizes, list(cut.pairs)
-    return int((2 * sizes.prompts[pairs] + sizes.chosen[pairs] + sizes.rejected[pairs]).sum())
-
-
-def _num_evaluations(config: Config, data: RunData, plan: Plan, done: int) -> int:
-    """Return how often the held-out pairs are scored."""
-    if not len(data.held_out):
-        return 0
-    every = config.evaluation.every_steps or plan.num_steps
-    return plan.num_steps // every - done // every + (plan.num_steps % every > 0)
 
 
 def _bytes_below(folder: Path) -> int:

@@ -1,49 +1,40 @@
-"""Whether a run fits into memory at all, known from its model's settings before anything is loaded."""
+"""What a run takes in memory: whether it fits at all, and how many tokens a forward pass may have."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterator
 
-from accelerate import Accelerator
-from transformers import PreTrainedModel
+import torch
 
 from dpo_cli.config import Config
+from dpo_cli.data.prepared.step_plan import MicroBatch, Plan, largest
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.memory import MemoryEstimate, free_bytes
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes
+from dpo_cli.modeling.pace import enough_tokens
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.proof import REFUSALS
+from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.reference import Cached
 from dpo_cli.reporting.console import gib
 from dpo_cli.training.optimizer import Adafactor
 
+SHARE_OF_FREE = 0.8
+"""How much of the free memory `micro_batch_tokens: auto` lets a run take."""
 
-def without_passes(
-    config: Config, model: PreTrainedModel, accelerator: Accelerator, program_bytes: int
-) -> MemoryEstimate:
-    """Estimate what a run takes whatever its pairs are: without activations and logits."""
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    on_cpu = accelerator.device.type == "cpu"
-    state = config.training.optimizer.state_bytes(model)
-    saved = weights + state + (weights if config.reference.type == "synced" else 0)
-    return MemoryEstimate(
-        program=program_bytes if on_cpu else 0,
-        weights=weights,
-        reference=weights if config.reference.holds_model else 0,
-        optimizer=state,
-        gradients=sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
-        activations=0,
-        counted=False,
-        logits=0,
-        copy=saved if on_cpu and config.checkpoints.background else 0,
-        several=False,
-    )
+_FEWEST_TOKENS = 64
+STEPS_LOOKED_AT = 500
+"""Steps of a run that are looked at for what its forward passes take."""
 
 
-def check_memory(config: Config, model: PreTrainedModel, accelerator: Accelerator, program_bytes: int) -> None:
+def check_memory(session: Session, policy: Policy, program_bytes: int) -> None:
     """Refuse a run that cannot fit into memory, whatever its pairs are, before anything is loaded.
 
     Args:
-        config: Says what is held beside the weights.
-        model: The policy; its weights may be missing.
-        accelerator: Knows the device, and how many ranks share it.
+        session: Says what is held beside the weights, on which device, and how many processes share it.
+        policy: The policy; its weights may be missing.
         program_bytes: What the process holds already.
 
     Raises:
@@ -51,24 +42,22 @@ def check_memory(config: Config, model: PreTrainedModel, accelerator: Accelerato
     """
 
     def needed(config: Config) -> tuple[int, dict[str, int]]:
-        memory = without_passes(config, model, accelerator, program_bytes)
+        memory = _without_passes(session.under(config), policy, program_bytes)
         return memory.peak - memory.program, {name: size for name, size in memory.parts().items() if size}
 
-    free = free_bytes(accelerator.device)
-    if accelerator.device.type == "cpu":
-        free //= accelerator.num_processes
-    least, parts = needed(config)
+    free = free_bytes(session.accelerator.device) // _sharing(session)
+    least, parts = needed(session.config)
     if least <= free:
         return
-    where = f"`model.name: {config.model.name}`"
+    where = f"`model.name: {session.config.model.name}`"
     shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if name != "program and libraries")
     what = f"training takes at least {gib(least)} of memory, and {gib(free)} are free ({shown})"
-    settings, smaller = [], config
-    for setting, smaller in _smaller(config):
+    settings, smaller = [], session.config
+    for setting, smaller in _smaller(session.config):
         settings.append(f"`{setting}`")
         if needed(smaller)[0] <= free:
             raise UserError(what, where, f"set {' and '.join(settings)}")
-    most = model.num_parameters() * free / needed(smaller)[0] / 1e9
+    most = policy.sizes().numbers * free / needed(smaller)[0] / 1e9
     under = f" (under {' and '.join(settings)})" if settings else ""
     hint = f"choose a model of at most {most:.2g} billion parameters{under}, or a machine with more memory"
     raise UserError(what, where, hint)
@@ -85,3 +74,111 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
     if config.training.optimizer.type != "adafactor":
         training = config.training.model_copy(update={"optimizer": Adafactor()})
         yield "training.optimizer: adafactor", config.model_copy(update={"training": training})
+
+
+def _sharing(session: Session) -> int:
+    """Return how many processes share the memory that is free: on a CPU all of them."""
+    return session.accelerator.num_processes if session.accelerator.device.type == "cpu" else 1
+
+
+def _without_passes(session: Session, policy: Policy, program_bytes: int) -> MemoryEstimate:
+    """Estimate what a run takes whatever its pairs are: without activations and logits."""
+    config, sizes, on_cpu = session.config, policy.sizes(), session.accelerator.device.type == "cpu"
+    state = config.training.optimizer.state_bytes(policy.model)
+    saved = sizes.held + state + (sizes.held if config.reference.type == "synced" else 0)
+    return MemoryEstimate(
+        program=program_bytes if on_cpu else 0,
+        weights=sizes.held,
+        reference=sizes.held if config.reference.holds_model else 0,
+        optimizer=state,
+        gradients=sizes.trained,
+        activations=0,
+        counted=False,
+        logits=0,
+        copy=saved if on_cpu and config.checkpoints.background else 0,
+        several=False,
+    )
+
+
+def settle_tokens(
+    session: Session, policy: Policy, batches: Batches, plan: Plan, program_bytes: int, resumed: int | None = None
+) -> tuple[Batches, MemoryEstimate]:
+    """Settle how many tokens a forward pass has, and estimate what the run then takes in memory.
+
+    `auto` is as many as still gain speed on this machine, halved until the run fits into `SHARE_OF_FREE` of the
+    memory that is free.
+
+    Args:
+        session: Asks for a number, or for `auto`; is told where the memory will not do.
+        policy: The policy; its weights may be missing.
+        batches: The pairs in their layout; how many tokens a pass has is replaced.
+        plan: The run's steps.
+        program_bytes: What the process held before the model was loaded.
+        resumed: The number that a run to be resumed began with, or None.
+
+    Returns:
+        The batches under that number, the same in all processes, and the estimate.
+    """
+
+    def with_budget(num_tokens: int) -> tuple[Batches, MemoryEstimate]:
+        cut = dataclasses.replace(batches, micro_batch_tokens=num_tokens)
+        return cut, _estimate(session, policy, cut, plan, program_bytes)
+
+    asked = session.config.training.micro_batch_tokens
+    if asked != "auto":
+        return with_budget(asked)
+    if resumed:
+        return with_budget(resumed)
+    settled, memory = with_budget(wanted_tokens(session))
+    free = (free_bytes(session.accelerator.device) + policy.sizes().present) // _sharing(session)
+    while memory.peak - memory.program > SHARE_OF_FREE * free and settled.micro_batch_tokens > _FEWEST_TOKENS:
+        fewer, smaller = with_budget(settled.micro_batch_tokens // 2)
+        if smaller.peak >= memory.peak:
+            break
+        settled, memory = fewer, smaller
+    if memory.peak - memory.program > free:
+        hint = "try `training.gradient_checkpointing: true`, `training.optimizer: adafactor`, a lower `data.max_length`"
+        session.console.warning(
+            f"the run takes about {memory.peak / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; {hint}"
+        )
+    fewest = min(session.of_all(settled.micro_batch_tokens))
+    return (settled, memory) if fewest == settled.micro_batch_tokens else with_budget(fewest)
+
+
+def wanted_tokens(session: Session) -> int:
+    """Return the tokens of a forward pass that are asked for; `auto`: as many as still gain speed."""
+    asked = session.config.training.micro_batch_tokens
+    return enough_tokens(session.accelerator.device) if asked == "auto" else asked
+
+
+def _estimate(session: Session, policy: Policy, batches: Batches, plan: Plan, program_bytes: int) -> MemoryEstimate:
+    """Estimate a run's memory by its largest micro-batch, found among its first steps and its longest pair."""
+    accelerator, sizes = session.accelerator, batches.pairs.sizes
+    planned = plan.steps(batches.cut, 0, accelerator.process_index, accelerator.num_processes)
+    steps = list(itertools.islice(planned, STEPS_LOOKED_AT))
+    cuts = [cut for step in steps for cut in step.micro_batches]
+    cuts.append(MicroBatch((int(plan.indices[sizes.longest[plan.indices].argmax()]),)))
+    on_paper = dataclasses.replace(batches, device=torch.device("cpu"))
+    candidates = [on_paper(cut) for cut in largest(sizes, cuts, batches.layout.tokens)]
+    recomputed = session.config.training.gradient_checkpointing
+    try:
+        activations = max(
+            activation_bytes(policy.model, batches.layout, batch, session.dtype, recomputed=recomputed)
+            for batch in candidates
+        )
+    except REFUSALS:
+        # What this model computes depends on the values, which are not there.
+        activations = None
+    collisions = session.config.objective.wpo
+    return dataclasses.replace(
+        _without_passes(session, policy, program_bytes),
+        activations=activations or 0,
+        counted=activations is not None,
+        logits=max(logits_bytes(policy.model, batch, collisions=collisions) for batch in candidates),
+        several=any(len(step.micro_batches) > 1 for step in steps),
+    )
+
+
+def without_gradient(batches: Batches) -> Batches:
+    """Return the same with twice the tokens, for passes that keep no activations."""
+    return dataclasses.replace(batches, micro_batch_tokens=2 * batches.micro_batch_tokens)

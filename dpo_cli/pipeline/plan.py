@@ -1,27 +1,115 @@
-"""What a run is going to do: the plan of its steps, the header, and the answer to `--dry-run`."""
+"""What a run is going to do, known before its weights are loaded: its pairs, its steps, and what is said of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from accelerate import Accelerator
-from rich.table import Table
-from transformers import PreTrainedModel
+from dataclasses import dataclass
+from datetime import date
+from typing import Any
 
 from dpo_cli.config import Config
+from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.memory import MemoryEstimate
-from dpo_cli.pipeline import setup
-from dpo_cli.pipeline.passes import compute_dtype
-from dpo_cli.reporting.console import Console, gib
+from dpo_cli.modeling.loading import generation_config
+from dpo_cli.modeling.memory import resident_bytes
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.routing import check_routers
+from dpo_cli.pipeline.memory import check_memory
+from dpo_cli.pipeline.models import reference_sketch
+from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data, shown_counts
+from dpo_cli.pipeline.resume import check_length
+from dpo_cli.pipeline.session import Session
 from dpo_cli.settings import Settings
+from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_tokens
 from dpo_cli.training.optimizer import Optimizer, warmup_steps
-from dpo_cli.training.run_folder import RunFolder
+from dpo_cli.training.run_folder import RunFolder, RunState
 
 
-def make_plan(config: Config, data: setup.RunData) -> Plan:
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run before its weights are loaded.
+
+    Attributes:
+        session: Says what to do.
+        folder: Where it goes.
+        day: The day on which it began: what a template is told that asks for the date.
+        sketch: The policy without its weights.
+        reference: The reference without its weights; the same where it is the policy before step 1.
+        tokenizer: The policy's.
+        data: Its pairs.
+        steps: Its steps.
+        program_bytes: What the process holds so far.
+    """
+
+    session: Session
+    folder: RunFolder
+    day: date
+    sketch: Policy
+    reference: Policy
+    tokenizer: Any
+    data: RunData
+    steps: Plan
+    program_bytes: int
+
+
+def planned(session: Session, folder: RunFolder, *, resume: bool, extend: bool) -> PlannedRun | None:
+    """Read the pairs and lay out the steps of a run; refuse early one for which there is no memory.
+
+    Args:
+        session: Says what to do.
+        folder: Where the run goes.
+        resume: Whether it goes on from what is there.
+        extend: Whether it may then have more steps, though the learning rate would have taken another course.
+
+    Returns:
+        The run, or None where it is finished.
+
+    Raises:
+        UserError: Something is wrong that the user can fix.
+    """
+    config, finished = session.config, resume and folder.state() is RunState.FINISHED
+    program_bytes, sketch = resident_bytes(), Policy.empty(config.model.name, config.model.trust)
+    if config.objective.router_aux:
+        check_routers(sketch.model)
+    if not finished:
+        check_memory(session, sketch, program_bytes)
+    other = reference_sketch(session, sketch)
+    # A template that writes the date writes that of the first day, also when the run goes on.
+    day = session.agreed((folder.first_day() if resume else None) or date.today())
+    with session.accelerator.main_process_first():
+        tokenizer, tokenize = load_tokenizer(config, session.console, day)
+        data = run_data(config, tokenize, session.console)
+    steps = make_plan(config, data)
+    if resume and (longer := check_length(config, folder, steps, extend=extend)):
+        session.console.notice(longer)
+    elif finished:
+        session.console.notices(folder.nothing_left(extend=extend))
+        return None
+    return PlannedRun(session, folder, day, sketch, other, tokenizer, data, steps, resident_bytes())
+
+
+def check_data(run: PlannedRun) -> None:
+    """Say which settings have no effect on a run, and prove of its pairs what can be proved without the model.
+
+    Raises:
+        UserError: Something does not hold.
+    """
+    config, console, data = run.session.config, run.session.console, run.data
+    for whose, lines in out_of_reach(config, data, run.steps).items():
+        for line in lines:
+            console.warning(line) if whose == "set" else console.notice(f"note: {line} (by default)")
+    check_fits(data.pairs, run.sketch.model, "`model.name`")
+    if run.reference is not run.sketch:
+        check_fits(data.pairs, run.reference.model, "`reference.model`")
+    ends = end_tokens(run.tokenizer, generation_config(config.model.name, config.model.trust))
+    for proved in check_tokens(data.pairs, run.tokenizer, ends):
+        console.notice(f"checked: {proved}")
+    for warning in (check_ends(data.pairs, run.tokenizer, ends), check_columns(data.pairs, config.objective)):
+        if warning:
+            console.warning(warning)
+
+
+def make_plan(config: Config, data: RunData) -> Plan:
     """Lay out all steps of a run.
 
     Raises:
@@ -49,30 +137,24 @@ def make_plan(config: Config, data: setup.RunData) -> Plan:
     return plan
 
 
-def header(
-    config: Config,
-    folder: RunFolder,
-    accelerator: Accelerator,
-    data: setup.RunData,
-    plan: Plan,
-    policy: PreTrainedModel,
-) -> dict[str, str]:
+def header(run: PlannedRun) -> dict[str, str]:
     """Say what is about to run."""
-    training = config.training
-    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    precision = str(compute_dtype(accelerator)).removeprefix("torch.")
+    session, config, training = run.session, run.session.config, run.session.config.training
+    num_processes = session.accelerator.num_processes
+    processes = f", {num_processes} processes" if num_processes > 1 else ""
+    precision = str(session.dtype).removeprefix("torch.")
     return {
-        "model": f"{config.model.name} ({type(policy).__name__})",
-        "parameters": f"{sum(parameter.numel() for parameter in policy.parameters()):,}",
-        "pairs": f"{len(data.train):,} to train on, {len(data.held_out):,} held out",
-        **_left_out(data),
-        "steps": _steps(plan),
+        "model": f"{config.model.name} ({run.sketch})",
+        "parameters": f"{run.sketch.sizes().numbers:,}",
+        "pairs": f"{len(run.data.train):,} to train on, {len(run.data.held_out):,} held out",
+        **_left_out(run.data),
+        "steps": _steps(run.steps),
         "loss": described_loss(config),
         "reference": _reference(config),
         "optimizer": ", ".join([_optimizer(training.optimizer), *_changed(training, "weight_decay", "max_grad_norm")]),
-        "learning rate": f"{training.learning_rate:g}, {_schedule(config, plan)}",
-        "device": f"{accelerator.device}, {precision}{processes}",
-        "output": str(folder.path),
+        "learning rate": f"{training.learning_rate:g}, {_schedule(config, run.steps)}",
+        "device": f"{session.accelerator.device}, {precision}{processes}",
+        "output": str(run.folder.path),
     }
 
 
@@ -130,53 +212,12 @@ def _reference(config: Config) -> str:
     return f"{config.reference.type}, {config.reference.model or 'the policy before step 1'}"
 
 
-def _left_out(data: setup.RunData) -> dict[str, str]:
+def _left_out(data: RunData) -> dict[str, str]:
     """Say what `data.drop` leaves out, where it names anything."""
-    return {"left out": setup.shown_counts(data.left_out)} if data.left_out else {}
+    return {"left out": shown_counts(data.left_out)} if data.left_out else {}
 
 
-def print_plan(
-    config: Config,
-    data: setup.RunData,
-    batches: Batches,
-    memory: MemoryEstimate,
-    facts: Mapping[str, str],
-    takes: Mapping[str, str],
-    console: Console,
-) -> None:
-    """Print what a run would do, and what it would take, in memory part by part.
-
-    Args:
-        config: What to do.
-        data: The run's pairs.
-        batches: How they go through the model.
-        memory: What that takes.
-        facts: What `header` says of the run.
-        takes: What it takes beside memory.
-        console: Takes the plan.
-    """
-    table = Table(box=None, pad_edge=False, show_header=False)
-    asked = config.training.layout
-    proviso = ", if it proves exact" if asked == "auto" and batches.layout.name == "packed" else ""
-    proviso_of_peak = "not all parts are there at once" if memory.counted else "and activations, not counted"
-    rows = {
-        **facts,
-        "tokens of all pairs": f"{data.pairs.num_tokens():,}",
-        "layout": f"{batches.layout.name}{proviso}",
-        "tokens of a forward pass": f"at most {batches.micro_batch_tokens:,}, or one pair",
-        **{f"memory: {name}": gib(size) for name, size in memory.parts().items() if size},
-        "memory: at the peak": f"{gib(memory.peak)} ({proviso_of_peak})",
-        **takes,
-    }
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, value)
-    console.block()
-    console.result(table)
-
-
-def out_of_reach(config: Config, data: setup.RunData, plan: Plan) -> dict[str, list[str]]:
+def out_of_reach(config: Config, data: RunData, plan: Plan) -> dict[str, list[str]]:
     """Say which settings are beyond what the run has: under `set` those of the user, under `default` the others.
 
     None of them is an error: how many pairs and steps there are follows from the data, one configuration serves a

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import Config
 from dpo_cli.config.inputs import held_out_sources
+from dpo_cli.data.checkup.endings import end_tokens
+from dpo_cli.data.checkup.examination import examine
 from dpo_cli.data.checkup.report import Report
 from dpo_cli.data.pairs.sources import as_sources
-from dpo_cli.data.prepared.folder import PreparedPairs
+from dpo_cli.data.prepared.folder import PreparedPairs, default_folder, is_prepared
 from dpo_cli.data.records import Gaps
-from dpo_cli.pipeline.check import (
-    PAGE,
-    check,
-    default_report_folder,
-    refuse_grave,
-    show_check,
-    write_check,
-)
-from dpo_cli.pipeline.setup import (
-    load_tokenizer,
-    prepared_pairs,
-    split,
-    tell_day,
-)
+from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.modeling.loading import generation_config
+from dpo_cli.pipeline.pairs import RunData, load_tokenizer, prepared_pairs, shown_counts, split
 from dpo_cli.reporting.console import Console
-from dpo_cli.reporting.data_check import PathLine, Wrapped, reading
+from dpo_cli.reporting.data_check import PathLine, Wrapped, findings, reading
+from dpo_cli.reporting.pages.data import data_page
+from dpo_cli.reporting.safe_text import as_json
 from dpo_cli.reporting.tables import MarkedPair, marked_pair
+from dpo_cli.system.storage import write_text
+
+JSON, PAGE = "report.json", "report.html"
 
 
 def prepare(
@@ -46,9 +43,7 @@ def prepare(
     Raises:
         UserError: Something is wrong that the user can fix.
     """
-    tokenizer, tokenize = load_tokenizer(config, config.model.name)
-    tell_day(tokenize, console)
-    assert config.data.train is not None
+    tokenizer, tokenize = load_tokenizer(config, console)
     pairs = prepared_pairs(config, as_sources(config.data.train), tokenize, console, out)
     console.block()
     console.result(reading("data.train", pairs.manifest["statistics"]))
@@ -63,13 +58,36 @@ def prepare(
         console.result(reading("data.eval", others.manifest["statistics"]))
     found = check(config, split(config, pairs, others), tokenizer)
     show_check(found, console)
-    folder = report or default_report_folder(config, pairs, out)
-    write_check(found, marked, folder)
+    folder = report or _report_folder(config, pairs, out)
+    _write(found, marked, folder)
     console.block()
     console.result(PathLine("report", folder / PAGE))
-    if strict:
-        refuse_grave(found, str(folder))
+    if strict and found.grave:
+        named = shown_counts({finding.name: finding.count for finding in found.grave})
+        hint = "fix the data, list the findings to leave out in `data.drop`, or check without --strict"
+        raise UserError(f"the data has findings that --strict does not let pass: {named}", str(folder), hint)
     return found
+
+
+def check(config: Config, data: RunData, tokenizer: Any) -> Report:
+    """Examine the data of a run."""
+    return examine(
+        data.pairs,
+        data.train,
+        data.held_out,
+        max_length=config.data.max_length,
+        read=data.read,
+        left_out=data.left_out,
+        uses_margins=config.objective.uses_margins,
+        tokenizer=tokenizer,
+        ends=end_tokens(tokenizer, generation_config(config.model.name, config.model.trust)),
+    )
+
+
+def show_check(report: Report, console: Console) -> None:
+    """Print what was found."""
+    console.block()
+    console.result(findings(report))
 
 
 def _marked(pairs: PreparedPairs, tokenizer: Any, count: int) -> list[MarkedPair]:
@@ -82,7 +100,7 @@ def _marked(pairs: PreparedPairs, tokenizer: Any, count: int) -> list[MarkedPair
                 for name in ("prompt", "chosen", "rejected")
             },
             {
-                name: _places(gaps)
+                name: _positions(gaps)
                 for name, gaps in (("chosen", pair.chosen_gaps), ("rejected", pair.rejected_gaps))
                 if gaps is not None
             },
@@ -91,6 +109,28 @@ def _marked(pairs: PreparedPairs, tokenizer: Any, count: int) -> list[MarkedPair
     ]
 
 
-def _places(gaps: Gaps) -> set[int]:
-    """Return every place within some gaps."""
-    return {place for start, stop in gaps.reshape(-1, 2).tolist() for place in range(start, stop)}
+def _positions(gaps: Gaps) -> set[int]:
+    """Return every position within some gaps."""
+    return {position for start, stop in gaps.reshape(-1, 2).tolist() for position in range(start, stop)}
+
+
+def _report_folder(config: Config, pairs: PreparedPairs, out: Path | None) -> Path:
+    """Return the folder beside the prepared training pairs in which their report is kept."""
+    first = as_sources(config.data.train)[0].path
+    prepared = Path(first) if is_prepared(first) else out or default_folder(pairs.manifest["fingerprint"])
+    prepared = prepared.resolve()
+    return prepared.with_name(f"{prepared.name}.report")
+
+
+def _write(report: Report, pairs: Sequence[MarkedPair], folder: Path) -> None:
+    """Write the report as JSON and as a page, which also shows some pairs token by token.
+
+    Raises:
+        UserError: The folder cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / JSON, as_json(report.as_json()))
+        write_text(folder / PAGE, data_page(report, pairs))
+    except OSError as error:
+        raise from_os_error(error, "writing the report", str(folder)) from error

@@ -1,57 +1,38 @@
-"""`dpo train`: the road from pairs to a trained model, one room after the other."""
+"""`dpo train`: the road from pairs to a trained model, from top to bottom."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from datetime import date
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
-from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
 
-from dpo_cli.config import Config, changeable, resolved_yaml
-from dpo_cli.data.checkup.endings import end_tokens
-from dpo_cli.data.prepared.step_plan import Plan
-from dpo_cli.errors import from_os_error
+from dpo_cli.config import Config, changeable
+from dpo_cli.errors import FAILED, UserError
+from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.loading import empty_policy, end_at, load_policy, weights_digest
-from dpo_cli.modeling.memory import resident_bytes
-from dpo_cli.modeling.routing import check_routers
+from dpo_cli.modeling.layouts import Layout
+from dpo_cli.modeling.loading import end_at
+from dpo_cli.modeling.memory import MemoryEstimate
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.saving import prove_saving
-from dpo_cli.modeling.scorer import Scorer, recompute_activations
-from dpo_cli.pipeline import setup
-from dpo_cli.pipeline.check import check, show_check
-from dpo_cli.pipeline.extend import check_length
-from dpo_cli.pipeline.forecast import disk_need, time_rows, warn_of_disk
-from dpo_cli.pipeline.memory import check_memory
-from dpo_cli.pipeline.passes import (
-    expected_layout,
-    prove_logps,
-    settle_passes,
-    settle_tokens,
-    shortest_pair,
-    without_gradient,
-)
-from dpo_cli.pipeline.plan import header, make_plan, out_of_reach, print_plan
-from dpo_cli.pipeline.steps import Run, walk
-from dpo_cli.preference.reference_work import ReferenceWork, reference_model, refuse_other_shapes
-from dpo_cli.reporting.console import Console
-from dpo_cli.reporting.environment import environment
-from dpo_cli.reporting.trackers import TrackedRun, start_trackers
-from dpo_cli.system.signals import StopSignals
-from dpo_cli.system.storage import discard, make_folder, remove_strays, write_text
-from dpo_cli.training.checkpoints import newest_step, newest_whole
-from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_reference, check_tokens
-from dpo_cli.training.loop import Skips, StepResult
+from dpo_cli.pipeline.forecast import disk_need, show_forecast, warn_of_disk
+from dpo_cli.pipeline.memory import settle_tokens, without_gradient
+from dpo_cli.pipeline.models import Settle, open_reference, opened, shortest_pair
+from dpo_cli.pipeline.plan import PlannedRun, check_data, header, planned
+from dpo_cli.pipeline.resume import begin
+from dpo_cli.pipeline.run import Records, Run, recorded, save_final, summarize
+from dpo_cli.pipeline.session import started
+from dpo_cli.reporting.console import Console, Record, gib
+from dpo_cli.system.signals import Interrupted, StopSignals
+from dpo_cli.training.checkpoints import check_finite
+from dpo_cli.training.checks import check_reference
+from dpo_cli.training.loop import NotFinite, Skips, StepResult, train_steps
 from dpo_cli.training.optimizer import schedule
-from dpo_cli.training.ranks import Progress, watched
-from dpo_cli.training.run_folder import FIRST_DAY, RESOLVED, RunFolder, RunState, settings_digest
-from dpo_cli.training.state import TrainingParts, load_checkpoint
+from dpo_cli.training.run_folder import RunFolder, settings_digest
+from dpo_cli.training.state import TrainingParts
 
 
 def train(
@@ -61,10 +42,10 @@ def train(
     *,
     resume: bool,
     overwrite: bool,
+    extend: bool,
     dry_run: bool,
-    extend: bool = False,
 ) -> Iterator[StepResult]:
-    """Train a policy, yielding a result after each step, or with `dry_run` check everything and print the plan.
+    """Train a policy, yielding a result after each step; or, with `dry_run`, print what it would take.
 
     Args:
         config: What to do.
@@ -72,206 +53,241 @@ def train(
         signals: Those that ask to stop.
         resume: Go on from the newest whole checkpoint, or start where there is none.
         overwrite: Replace an older run in the folder.
-        dry_run: Stop before anything is written to the run's folder.
         extend: Resume with more steps also where the learning rate of steps that were taken would have been another.
+        dry_run: Stop before anything is written to the run's folder.
 
     Raises:
         UserError: Something is wrong that the user can fix.
         Interrupted: A signal came; what was done is saved.
     """
-    folder = RunFolder(Path(config.output_dir))
-    accelerator = setup.start_accelerator(config)
-    with watched(accelerator, config.training.rank_timeout, Console().error) as progress:
-        how = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "extend": extend}
-        yield from _run(config, folder, console, signals, accelerator, progress, **how)
-    accelerator.end_training()
+    with started(config, console, signals) as session:
+        plan = planned(session, RunFolder(Path(config.output_dir)), resume=resume, extend=extend)
+        if plan and dry_run:
+            show_forecast(plan, resume=resume)
+        elif plan:
+            run = _ready(plan, resume=resume)
+            done, rows = begin(run.session, plan.folder, run.parts, plan.day, resume=resume, overwrite=overwrite)
+            yield from _take(run, done, rows)
 
 
-def _run(
-    config: Config,
-    folder: RunFolder,
-    console: Console,
-    signals: StopSignals,
-    accelerator: Accelerator,
-    progress: Progress,
-    *,
-    resume: bool,
-    overwrite: bool,
-    dry_run: bool,
-    extend: bool,
-) -> Iterator[StepResult]:
-    """Walk the road from the pairs to the trained model, alone or as one of several ranks."""
-    name, trust, program_bytes = config.model.name, config.model.trust, resident_bytes()
-    policy = empty_policy(name, trust)
-    if config.objective.router_aux:
-        check_routers(policy)
-    if not (resume and folder.state() is RunState.FINISHED):
-        check_memory(config, policy, accelerator, program_bytes)
-    day = _first_day(folder, accelerator, resume=resume)
-    with accelerator.main_process_first():
-        tokenizer, tokenize = setup.load_tokenizer(config, config.model.name, day)
-        setup.tell_day(tokenize, console)
-        data = setup.run_data(config, tokenize, console)
-    plan, program_bytes = make_plan(config, data), resident_bytes()
-    if resume:
-        if longer := check_length(config, folder, plan, extend=extend):
-            console.notice(longer)
-        elif folder.state() is RunState.FINISHED:
-            console.notices(folder.nothing_left(extend=extend))
-            return
-    if not dry_run:
-        policy = load_policy(name, trust).to(accelerator.device)
+def _ready(plan: PlannedRun, *, resume: bool) -> Run:
+    """Load the models, prove that they do what they should, and open the reference before anything can change."""
+    session, config, data = plan.session, plan.session.config, plan.data
+    session.console.facts(header(plan))
+    warn_of_disk(disk_need(config, plan.folder, plan.steps, plan.sketch), plan.folder, session.console)
+    check_data(plan)
+    names = {"`model.name`": config.model.name, "`reference.model`": config.reference.model}
+    named = {where: name for where, name in names.items() if name}
+    all_pairs = np.concatenate([data.train, data.held_out])
+    models, batches = opened(session, named, data.pairs, all_pairs, _settling(plan, resume=resume), trained=True)
+    session = session.under(_with_tokens(config, batches.micro_batch_tokens))
+    policy = models[0]
     if config.model.eos_token is not None:
-        end_at(policy, tokenizer.eos_token_id)
-    facts, disk = header(config, folder, accelerator, data, plan, policy), disk_need(config, folder, plan, policy)
-    if not dry_run:
-        console.facts(facts)
-        warn_of_disk(disk, folder, console)
-    for whose, lines in out_of_reach(config, data, plan).items():
-        for line in lines:
-            console.warning(line) if whose == "set" else console.notice(f"note: {line} (by default)")
-    check_fits(data.pairs, policy, "`model.name`")
-    ends = end_tokens(tokenizer, policy.generation_config)
-    for proved in check_tokens(data.pairs, tokenizer, ends):
-        console.notice(f"checked: {proved}")
-    for warning in (check_ends(data.pairs, tokenizer, ends), check_columns(data.pairs, config.objective)):
-        if warning:
-            console.warning(warning)
-    models = list(dict.fromkeys([policy, reference_model(config.reference.model, policy, trust, empty=dry_run)]))
-    for reference in models[1:]:
-        check_fits(data.pairs, reference, "`reference.model`")
-    if dry_run:
-        if config.reference.type == "synced":
-            refuse_other_shapes(models[-1], policy)
-        layout = expected_layout(config, policy, data.pairs, accelerator)
-        batches, memory = settle_tokens(config, policy, data.pairs, layout, plan, accelerator, program_bytes, console)
-        done = newest_step(folder.checkpoints) if resume else 0
-        takes = time_rows(config, data, plan, batches, policy, models[-1], accelerator, done)
-        print_plan(config, data, batches, memory, facts, {**takes, "disk": str(disk)}, console)
-        warn_of_disk(disk, folder, console)
-        show_check(check(config, data, tokenizer), console)
-        return
-    resumed = folder.recorded_count("training.micro_batch_tokens") if resume else None
-    config, batches = settle_passes(config, models, data, plan, accelerator, program_bytes, console, resumed)
-    for model, whose in zip(models, ("", "of the reference, "), strict=False):
-        console.notice(f"checked: {whose}{prove_logps(model, batches, plan.trained_on(), accelerator)}")
-    run = _build(config, folder, console, signals, accelerator, data, plan, batches, models, tokenizer)
-    if config.reference.model is None and config.reference.type != "none":
-        _check_reference(run)
-    if accelerator.is_main_process:
-        # transformers writes on the first rank alone.
-        console.notice(f"checked: {prove_saving(policy, tokenizer)}")
-    done, metrics = _start_folder(run, day, resume=resume, overwrite=overwrite)
-    yield from walk(run, progress, done, metrics)
-
-
-def _build(
-    config: Config,
-    folder: RunFolder,
-    console: Console,
-    signals: StopSignals,
-    accelerator: Accelerator,
-    data: setup.RunData,
-    plan: Plan,
-    batches: Batches,
-    models: list[PreTrainedModel],
-    tokenizer: Any,
-) -> Run:
-    """Open the reference before anything can change, then let Accelerate prepare the rest."""
-    policy, other = models[0], models[-1]
-    training = config.training
-    settings = settings_digest(config.model_dump(mode="json"), changeable())
-    stands_on = {"model": weights_digest(policy), "data": data.fingerprint, "settings": settings}
-    if other is not policy:
-        stands_on["reference"] = weights_digest(other)
-    needed = np.union1d(plan.trained_on(), data.held_out)
-    num_asked = config.reference.num_asked(len(needed), len(data.held_out))
-    with console.progress("reference log-probabilities", num_asked) as progress:
-        passes = without_gradient(batches)
-        digest = stands_on.get("reference", stands_on["model"])
-        work = ReferenceWork(other, policy, accelerator, needed, passes, progress, data.held_out, digest)
-        reference = config.reference.open(work)
+        end_at(policy.model, plan.tokenizer.eos_token_id)
+    based_on = {
+        "model": policy.identity,
+        "data": data.fingerprint,
+        "settings": settings_digest(config.model_dump(mode="json"), changeable()),
+        **({"reference": models[-1].identity} if config.reference.model else {}),
+    }
+    needed = np.union1d(plan.steps.trained_on(), data.held_out)
     # A cached reference needs its model no more.
-    del other, work, models[1:]
-    if training.gradient_checkpointing:
-        recompute_activations(policy)
-    optimizer = training.optimizer.over(policy, training.learning_rate, training.weight_decay)
-    rates = schedule(optimizer, training.schedule, training.warmup_ratio, plan.num_steps)
+    reference = open_reference(
+        session, models.pop(), without_gradient(batches), needed, policy=policy, held_out=data.held_out
+    )
+    training, accelerator = config.training, session.accelerator
+    built = training.optimizer.over(policy.model, training.learning_rate, training.weight_decay)
+    rates = schedule(built, training.schedule, training.warmup_ratio, plan.steps.num_steps)
+    policy.place(accelerator, trained=True, collisions=config.objective.wpo, recomputed=training.gradient_checkpointing)
     skips = Skips(training.max_skipped if training.on_nonfinite == "skip" else 0)
-    scorer, optimizer = accelerator.prepare(Scorer(policy, collisions=config.objective.wpo), optimizer)
-    if isinstance(scorer, DistributedDataParallel):
-        # A model's buffers are constants; sending them around would tie ranks to the same number of passes.
-        scorer.broadcast_buffers = False
-    return Run(
-        config=config,
-        folder=folder,
-        console=console,
-        signals=signals,
-        accelerator=accelerator,
-        data=data,
-        plan=plan,
-        batches=batches,
-        scorer=scorer,
-        reference=reference,
-        parts=TrainingParts(policy, tokenizer, optimizer, rates, accelerator, reference.moving, {}, skips, stands_on),
+    parts = TrainingParts(
+        policy.model,
+        plan.tokenizer,
+        accelerator.prepare_optimizer(built),
+        rates,
+        accelerator,
+        reference.moving,
+        {},
+        skips,
+        based_on,
+    )
+    run = Run(session, plan, batches, policy, reference, parts)
+    _prove(run)
+    return run
+
+
+def _settling(plan: PlannedRun, *, resume: bool) -> Settle:
+    """Return what settles the forward passes of a run: tokens and memory of each."""
+    session, device = plan.session, plan.session.accelerator.device
+    resumed = plan.folder.recorded_count("training.micro_batch_tokens") if resume else None
+
+    def settle(policy: Policy, layout: Layout) -> tuple[Batches, Mapping[str, str]]:
+        batches = Batches(plan.data.pairs, layout, 1, device)
+        batches, memory = settle_tokens(session, policy, batches, plan.steps, plan.program_bytes, resumed)
+        if device.type == "cpu":
+            if memory.activations > memory.weights + memory.optimizer:
+                # Then gaps of the size of the gradients are a small price for the time.
+                keep_freed_memory(memory.peak - memory.program)
+            take_over_weights(policy.model)
+        return batches, _described(batches, memory)
+
+    return settle
+
+
+def _described(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:
+    """Say how pairs go through the model, and what that takes in memory at the peak."""
+    activations = f"{gib(memory.activations)} of it activations"
+    if not memory.counted:
+        activations = "and activations, which could not be counted beforehand"
+    return {
+        "micro-batch": f"at most {batches.micro_batch_tokens:,} tokens, or one pair; {batches.layout.name}",
+        "memory": f"about {gib(memory.peak)} at the peak, {activations}",
+    }
+
+
+def _with_tokens(config: Config, num_tokens: int) -> Config:
+    """Return a configuration in which the tokens of a forward pass are settled."""
+    training = config.training.model_copy(update={"micro_batch_tokens": num_tokens})
+    return config.model_copy(update={"training": training})
+
+
+def _prove(run: Run) -> None:
+    """Prove, before anything has moved, that training starts from the reference, and that the model can be saved."""
+    session, reference = run.session, run.session.config.reference
+    if reference.model is None and reference.type != "none":
+        shortest = shortest_pair(run.batches, run.plan.steps.trained_on())
+        objective = session.config.objective
+        proved = check_reference(run.policy.scorer, objective, run.reference, shortest, session.accelerator)
+        session.console.notice(f"checked: {proved}")
+    if session.accelerator.is_main_process:
+        # transformers writes on the first rank alone.
+        session.console.notice(f"checked: {prove_saving(run.policy.model, run.plan.tokenizer)}")
+
+
+def _take(run: Run, done: int, rows: str) -> Iterator[StepResult]:
+    """Take the steps, do after each what is due, and finish the run.
+
+    Args:
+        run: All that it takes.
+        done: Steps that were taken before.
+        rows: The digest that the rows of those steps have in metrics.jsonl, or nothing.
+    """
+    session, last = run.session, run.plan.steps.num_steps
+    with recorded(run, done) as records:
+        damaged = records.log is not None and rows not in ("", records.digest)
+        again = done == last and run.holds_out
+        if damaged:
+            what = f"rows of {run.plan.folder.metrics} are missing or changed that were there at step {done}"
+            session.console.warning(what + "; measuring the held-out figures again" * again)
+        started_at = time.monotonic()
+        if not done and run.holds_out:
+            run.parts.before.update(run.measure_before())
+            records.add("eval", 0, {"epoch": 0.0, **run.parts.before})
+        with session.signals.deferred():
+            yield from _steps(run, records, done)
+            with session.signals.during("the trained model is saved"):
+                if again and any(session.of_all(damaged)):
+                    _measure_again(run, records)
+                records.writer.finish()
+                # Rows of a run without held-out pairs that speak of some are not its own.
+                figures = records.log.last("eval") if records.log and run.holds_out else None
+                if records.log:
+                    save_final(run, figures)
+        if records.log:
+            summarize(run, figures, time.monotonic() - started_at)
+    session.accelerator.wait_for_everyone()
+
+
+def _steps(run: Run, records: Records, done: int) -> Iterator[StepResult]:
+    """Take one step after the other, and do what is due after it.
+
+    Raises:
+        UserError: A loss, a gradient or the weights are not finite; or the disk refuses.
+        Interrupted: A signal came; what was done is saved.
+    """
+    session, every = run.session, run.session.config.logging.every_steps
+    before, taken = time.monotonic(), done
+
+    def unsaved() -> int:
+        return taken - records.writer.newest
+
+    session.signals.unsaved = unsaved
+    try:
+        with session.console.steps(done, run.plan.steps.num_steps, None if every == "auto" else every) as record:
+            for result in session.progress.following(_results(run, done), done, run.policy.scorer):
+                taken = result.number
+                speed = result.num_tokens / (time.monotonic() - before)
+                metrics: dict[str, Any] = {"epoch": result.epoch, **result.metrics, "tokens_per_second": speed}
+                if not result.taken:
+                    metrics["skipped"] = run.parts.skips.count
+                records.add("train", result.number, metrics)
+                record.step(result.number, metrics)
+                _after_step(run, records, result, record)
+                yield result
+                before = time.monotonic()
+    except NotFinite as broken:
+        hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is as it was"
+        skipped = min(run.parts.skips.count, run.parts.skips.allowed)
+        what = run.described(broken) + (f"; {skipped} steps were skipped before" if skipped else "")
+        raise UserError(what, str(run.plan.folder.checkpoints), hint, status=FAILED) from None
+
+
+def _results(run: Run, done: int) -> Iterator[StepResult]:
+    """Take the steps after those that were taken before."""
+    session, accelerator = run.session, run.session.accelerator
+    return train_steps(
+        run.policy.scorer,
+        session.config.objective,
+        run.reference,
+        run.parts.optimizer,
+        run.parts.schedule,
+        run.plan.steps.steps(run.batches.cut, done, accelerator.process_index, accelerator.num_processes),
+        run.batches,
+        accelerator,
+        session.config.training.max_grad_norm,
+        run.parts.memory,
+        lambda: session.signals.received is not None,
+        run.may_skip,
     )
 
 
-def _check_reference(run: Run) -> None:
-    """Prove, before anything has moved, that training starts where the reference stands."""
-    shortest = shortest_pair(run.batches, run.plan.trained_on())
-    proved = check_reference(run.scorer, run.config.objective, run.reference, shortest, run.accelerator)
-    run.console.notice(f"checked: {proved}")
+def _after_step(run: Run, records: Records, result: StepResult, record: Record) -> None:
+    """Evaluate and save when due, which depends on the step alone, and stop where any process was asked to."""
+    session, config, step = run.session, run.session.config, result.number
+    last, stop = step == run.plan.steps.num_steps, result.stop
+    save = _due(step, config.checkpoints.every_steps) or (last and config.checkpoints.at_end)
+    evaluates = run.holds_out and (last or _due(step, config.evaluation.every_steps))
+    if last or stop or save or evaluates:
+        check_finite(step, result.pairs, run.policy.model)
+    if evaluates:
+        with session.signals.during("this evaluation"):
+            figures = run.measure()
+        records.add("eval", step, {"epoch": result.epoch, **figures})
+        record.evaluated(step, figures)
+        # An evaluation may be long; who was asked to stop meanwhile does not take another step.
+        stop = any(session.of_all(session.signals.received is not None)) or stop
+    if not stop and not save:
+        return
+    path = records.save(step)
+    if not stop:
+        record.saved(step, path, background=config.checkpoints.background)
+        return
+    records.writer.finish()
+    session.console.answer(f"stopped after step {step}; saved {path}; `--resume` goes on from there")
+    raise Interrupted(next(filter(None, session.of_all(session.signals.received))))
 
 
-def _first_day(folder: RunFolder, accelerator: Accelerator, *, resume: bool) -> date:
-    """Return the day on which the run began: a template that writes the date writes that one, also when it goes on."""
-    found: list[date] = [(folder.first_day() if resume else None) or date.today()]
-    return found[0] if accelerator.num_processes == 1 else broadcast_object_list(found)[0]
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
-def _start_folder(run: Run, day: date, *, resume: bool, overwrite: bool) -> tuple[int, str]:
-    """Make the run's folder ready and restore the newest checkpoint.
+def _measure_again(run: Run, records: Records) -> None:
+    """Measure the last step's figures anew, where its row is damaged and no step is left to take.
 
-    Returns:
-        The steps that were taken, and the digest of their metrics; empty where there are none.
+    Otherwise the trained model's card would have those of another step, or what somebody made up.
     """
-    found: list[Path | None] = [None]
-    if resume and run.accelerator.is_main_process:
-        found = [newest_whole(run.folder.checkpoints, run.parts.stands_on)]
-    checkpoint = broadcast_object_list(found)[0]
-    # What stands there is kept until it is known that the run can go on from it.
-    done, metrics = load_checkpoint(checkpoint, run.parts) if checkpoint else (0, "")
-    if run.accelerator.is_main_process:
-        _describe(run, day, resume=resume, overwrite=overwrite)
-    tracked = TrackedRun(run.folder.path.absolute().name, run.folder.trackers, done)
-    start_trackers(run.accelerator, run.config.trackers, run.config.model_dump(mode="json"), tracked)
-    if checkpoint:
-        run.console.notice(f"resuming after step {done}: {checkpoint}")
-    elif resume:
-        run.console.notice("no checkpoint yet: starting from step 1")
-    return done, metrics
-
-
-def _describe(run: Run, day: date, *, resume: bool, overwrite: bool) -> None:
-    """Clear the run's folder if that was asked for, and write down what runs and where.
-
-    Raises:
-        UserError: The disk refuses, or another run began in the folder meanwhile.
-    """
-    described = json.dumps({**environment(run.accelerator), FIRST_DAY: day.isoformat()}, indent=1)
-    try:
-        if meanwhile := run.folder.check(resume=resume, overwrite=overwrite):
-            raise meanwhile
-        if overwrite:
-            run.folder.clear()
-        elif run.folder.state() is RunState.FINISHED:
-            # It is extended. Were it interrupted with its old model in place, it would count as finished.
-            discard(run.folder.final)
-        make_folder(run.folder.path)
-        remove_strays(run.folder.path)
-        remove_strays(run.folder.checkpoints)
-        write_text(run.folder.config, RESOLVED + resolved_yaml(run.config))
-        write_text(run.folder.environment, described + "\n")
-    except OSError as error:
-        raise from_os_error(error, "preparing the output folder", str(run.folder.path)) from error
+    step = run.plan.steps.num_steps
+    figures = {"epoch": run.plan.steps.epochs_after(step), **run.measure()}
+    if records.log:
+        records.log.forget("eval", step)
+    records.add("eval", step, figures)

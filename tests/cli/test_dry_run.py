@@ -18,6 +18,7 @@ from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.loading import empty_policy, load_policy
 from dpo_cli.modeling.pace import measure_pace, measured_layers
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.forecast import DiskNeed, disk_need, warn_of_disk
 from dpo_cli.reporting.console import Console
 from dpo_cli.training.run_folder import RunFolder
@@ -165,7 +166,7 @@ def test_the_disk_holds_what_was_counted(write_config, forked_dpo, tmp_path, tin
     class EightSteps:
         num_steps = 8
 
-    need = disk_need(load_config(file), RunFolder(run), EightSteps(), load_policy(str(tiny_llama)))
+    need = disk_need(load_config(file), RunFolder(run), EightSteps(), Policy.load(str(tiny_llama)))
     assert len(read_metrics(run)) == EightSteps.num_steps
     # Headers of the files, and what else lies beside weights, is small where weights are not as tiny as here.
     assert need.model == pytest.approx((run / "final/model.safetensors").stat().st_size, rel=0.1)

@@ -84,7 +84,7 @@ def test_a_run_that_goes_on_another_day_keeps_its_own(tmp_path, tiny_llama, demo
     template = tmp_path / "dated.jinja"
     template.write_text(DATED, encoding="utf-8")
     pairs = write_rows(tmp_path / "pairs.jsonl", demo_rows[:16])
-    for module in ("setup", "train"):
+    for module in ("pairs", "plan"):
         monkeypatch.setattr(importlib.import_module(f"dpo_cli.pipeline.{module}"), "date", _Day)
 
     def run(name: str, *arguments: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dpo_cli import prepare
 from dpo_cli.config import load_config
 from dpo_cli.pipeline.evaluate import _held_out
-from dpo_cli.pipeline.setup import load_tokenizer
+from dpo_cli.pipeline.pairs import load_tokenizer
 from dpo_cli.reporting.console import Console
 
 
@@ -13,6 +13,6 @@ def test_rows_that_a_weight_repeats_in_a_prepared_folder_are_scored_once(write_c
     file = write_config(data={"train": {"path": str(pairs_file), "weight": 3}, "eval": None})
     config, console, folder = load_config(file), Console(speaks=False), tmp_path / "prepared"
     prepare(config, out=folder)
-    _, tokenize = load_tokenizer(config, config.model.name)
+    _, tokenize = load_tokenizer(config, console)
     pairs, held_out, _ = _held_out(config, str(folder), tokenize, console)
     assert (len(pairs), len(held_out)) == (120, 40)

@@ -236,7 +236,7 @@ def test_all_stopped_together_go_on_together(runs, ledger):
 
 def test_one_that_never_comes_is_not_waited_for(runs, ledger):
     run = runs.new()
-    fault = 1, {"where": "dpo_cli.pipeline.setup:start_accelerator", "how": "kill"}
+    fault = 1, {"where": "dpo_cli.pipeline.session:start_accelerator", "how": "kill"}
     main, struck = runs.start(run, 2, fault=fault)
     struck.wait()
     since = time.monotonic()

@@ -22,14 +22,18 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import TREE_ATTENTION
 from dpo_cli.modeling.layouts import LAYOUTS, Packed, Padded
 from dpo_cli.modeling.loading import weights_digest
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import Proof, prove
 from dpo_cli.modeling.saving import saved_model
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
-from dpo_cli.pipeline.passes import choose_layout
+from dpo_cli.pipeline.models import choose_layout
+from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.losses.base import StepInfo
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.scoring import score_pairs
+from dpo_cli.system.signals import StopSignals
+from dpo_cli.training.ranks import Progress
 from tests.conftest import make_config, read_metrics
 
 FALLING_BACK = {
@@ -134,8 +138,8 @@ def choose(model, layout):
     said, warned = [], []
     console = SimpleNamespace(notice=said.append, warning=warned.append)
     config = Config(model="m", training={"layout": layout})
-    accelerator = Accelerator(cpu=True)
-    chosen = choose_layout(config, [model], Held(PAIRS), np.arange(len(PAIRS)), accelerator, console, trained=True)
+    session = Session(config, console, StopSignals(), Accelerator(cpu=True), Progress())
+    chosen = choose_layout(session, [Policy(model)], Held(PAIRS), np.arange(len(PAIRS)), trained=True)
     return chosen, said, warned
 
 

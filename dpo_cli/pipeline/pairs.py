@@ -1,20 +1,15 @@
-"""What the three jobs begin with: checked inputs, an accelerator, the tokenizer, the pairs."""
+"""The tokenizer and the pairs of a job: prepared or found, then trained on, held out or left out."""
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from numpy.typing import NDArray
-from transformers.utils import logging as hf_logging
 
 from dpo_cli.config import Config
 from dpo_cli.config.inputs import held_out_sources, is_file, no_template
@@ -27,73 +22,25 @@ from dpo_cli.data.prepared.writing import prepare
 from dpo_cli.data.tokens.chat_template import named_templates
 from dpo_cli.data.tokens.rendering import PLAIN
 from dpo_cli.data.tokens.tokenize import PairTokenizer, read_template
-from dpo_cli.errors import FAILED, UserError
-from dpo_cli.evaluation.evaluate import PairResult
-from dpo_cli.evaluation.figures import figures
+from dpo_cli.errors import UserError
 from dpo_cli.modeling import loading
-from dpo_cli.modeling.allocator import return_freed_memory
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.locks import lock_beside, locked
 from dpo_cli.system.storage import MANIFEST, text_digest, why_no_folder
-from dpo_cli.training.ranks import gathering
 
 
-def start_accelerator(config: Config) -> Accelerator:
-    """Start Accelerate: one process, or one of those that torchrun or accelerate launched.
-
-    Raises:
-        UserError: The precision is not available here; or Accelerate cannot start, or is configured to
-            accumulate gradients, which is what `training.pairs_per_step` does.
-    """
-    on_cpu = not torch.accelerator.is_available()
-    if on_cpu:
-        return_freed_memory()
-    torch.manual_seed(config.training.seed)
-    if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        # Kernels that are not installed, settings that look odd: what matters of it is checked and said here.
-        hf_logging.set_verbosity_error()
-    try:
-        with gathering(config.training.rank_timeout, Console().error):
-            accelerator = Accelerator(
-                cpu=on_cpu,
-                mixed_precision=_precision(config.model.dtype, on_cpu=on_cpu),
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],
-            )
-    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        hint = "look at what `accelerate config` has set, and at the environment variables that begin with ACCELERATE_"
-        raise UserError(
-            f"Accelerate cannot start: {reason}", "Accelerate's own configuration", hint, status=FAILED
-        ) from error
-    if accelerator.gradient_accumulation_steps != 1:
-        hint = "set it to 1 there; `training.pairs_per_step` decides how many pairs make up a step"
-        raise UserError("Accelerate is configured to accumulate gradients", "Accelerate's own configuration", hint)
-    return accelerator
-
-
-def _precision(dtype: str, *, on_cpu: bool) -> str:
-    """Return Accelerate's name of the precision that is computed in."""
-    if dtype == "auto":
-        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        return "bf16" if has_bfloat16 else "no"
-    if dtype == "float16" and on_cpu:
-        hint = "use float32 or bfloat16 here; float16 needs a GPU"
-        raise UserError("float16 cannot be trained on a CPU", "`model.dtype`", hint)
-    return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-
-
-def load_tokenizer(config: Config, name: str, day: date | None = None) -> tuple[Any, PairTokenizer]:
-    """Load a model's tokenizer and fit it with template and length rule.
+def load_tokenizer(config: Config, console: Console, day: date | None = None) -> tuple[Any, PairTokenizer]:
+    """Load the model's tokenizer and fit it with template and length rule.
 
     Args:
         config: Says which template and which rule.
-        name: The model.
+        console: Is told which date the template writes, if it writes any.
         day: What a template is told that asks for the date; None: today.
 
     Raises:
         UserError: Tokenizer or template cannot be read, or the tokenizer lacks what the configuration names.
     """
-    tokenizer = loading.load_tokenizer(name, config.model.trust)
+    tokenizer = loading.load_tokenizer(config.model.name, config.model.trust)
     if config.reference.model is not None:
         loading.check_same_tokens(tokenizer, config.reference.model, "`reference.model`", config.model.trust)
     if config.model.eos_token is not None:
@@ -116,14 +63,10 @@ def load_tokenizer(config: Config, name: str, day: date | None = None) -> tuple[
     if template is not None and not is_named:
         # What is saved with the model is the template it was trained on, or none.
         tokenizer.chat_template = None if template == PLAIN else template
-    return tokenizer, tokenize
-
-
-def tell_day(tokenize: PairTokenizer, console: Console) -> None:
-    """Say which date the template writes, if it writes any."""
     if tokenize.day:
         today = " (today)" if tokenize.day == date.today() else " (the day on which the run began)"
         console.notice(f"the chat template writes a date: {tokenize.day.isoformat()}{today}")
+    return tokenizer, tokenize
 
 
 def prepared_pairs(
@@ -286,25 +229,6 @@ def _without_dropped(config: Config, data: RunData) -> RunData:
 def shown_counts(counts: Mapping[str, int]) -> str:
     """Write counts with their names: `3 duplicates, 1,024 conflicts`."""
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
-
-
-def finite_figures(results: Sequence[PairResult], pairs: PreparedPairs, where: str) -> dict[str, Any]:
-    """Sum up what was found of held-out pairs.
-
-    Args:
-        results: One for each pair.
-        pairs: The run's pairs.
-        where: Which model was scored.
-
-    Raises:
-        UserError: A pair's loss is NaN or infinite; it is named by file and line.
-    """
-    broken = [result.index for result in results if not math.isfinite(result.metrics["loss"])]
-    if broken:
-        what = f"the held-out loss is not finite; its pairs: {named_pairs(pairs, broken)}"
-        hint = "the weights are damaged, or `training.learning_rate` was too high; the last checkpoint is as it was"
-        raise UserError(what, where, hint, status=FAILED)
-    return figures(results)
 
 
 def named_pairs(pairs: PreparedPairs, indices: Sequence[int]) -> str:

@@ -1,0 +1,187 @@
+"""The one place that opens models: loads them, checks that they fit the pairs, settles the layout, and proves both."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_cli.data.prepared.folder import PreparedPairs
+from dpo_cli.data.prepared.step_plan import MicroBatch
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.attention import CannotPack
+from dpo_cli.modeling.batch import Batches, PairBatch
+from dpo_cli.modeling.layouts import LAYOUTS, PACKED, PADDED, Layout
+from dpo_cli.modeling.memory import activation_bytes
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.proof import REFUSALS, prove
+from dpo_cli.modeling.scorer import Scorer
+from dpo_cli.pipeline.session import Session
+from dpo_cli.preference.reference import OpenReference
+from dpo_cli.preference.reference_work import ReferenceWork, reference_model
+from dpo_cli.training.checks import check_fits, check_logps
+
+Settle = Callable[[Policy, Layout], tuple[Batches, Mapping[str, str]]]
+"""Settles how pairs are cut for a model and a layout; returns the batches, and what is to be said of them."""
+
+
+def opened(
+    session: Session,
+    names: Mapping[str, str],
+    pairs: PreparedPairs,
+    indices: NDArray[np.int64],
+    settle: Settle,
+    *,
+    trained: bool = False,
+) -> tuple[list[Policy], Batches]:
+    """Load models that read the same batches, and prove on pairs of the job that they read them as they should.
+
+    Args:
+        session: Asks for a layout, or leaves the choice.
+        names: The models, each under the setting or option that names it.
+        pairs: All pairs of the job.
+        indices: Which of them are trained on or scored.
+        settle: Settles the batches. It is asked before the proof, which is the first to take much memory.
+        trained: Whether gradients of the first model matter.
+
+    Returns:
+        The models, prepared for the layout of the batches, and the batches.
+
+    Raises:
+        UserError: A model cannot be loaded, does not fit the pairs, or is not exact.
+    """
+    policies = []
+    for where, name in names.items():
+        policies.append(Policy.load(name, session.config.model.trust, session.accelerator.device))
+        check_fits(pairs, policies[-1].model, where)
+    likely = expected_layout(session, policies[0], pairs)
+    batches, said = settle(policies[0], likely)
+    layout = choose_layout(session, policies, pairs, indices, trained=trained)
+    if layout is not likely:
+        batches, said = settle(policies[0], layout)
+    if said:
+        session.console.facts(said)
+    for policy, whose in zip(policies, ("", "of the reference, "), strict=False):
+        proved = check_logps(Scorer(policy.model), shortest_pair(batches, indices), session.accelerator)
+        session.console.notice(f"checked: {whose}{proved}")
+    return policies, batches
+
+
+def reference_sketch(session: Session, sketch: Policy) -> Policy:
+    """Return the reference without its weights: the model that is named for it, or the policy before step 1.
+
+    Raises:
+        UserError: It reads another vocabulary than the policy.
+    """
+    config = session.config
+    if config.reference.model is None:
+        return sketch
+    return Policy(reference_model(config.reference.model, sketch.model, config.model.trust, empty=True))
+
+
+def open_reference(
+    session: Session,
+    model: Policy,
+    batches: Batches,
+    needed: NDArray[np.int64],
+    *,
+    policy: Policy | None = None,
+    held_out: NDArray[np.int64] | None = None,
+) -> OpenReference:
+    """Let a reference compute before step 1 what it has to.
+
+    Args:
+        session: Says which reference.
+        model: What it asks.
+        batches: How pairs go through it.
+        needed: Indices of the pairs that it will be asked for, ascending.
+        policy: What is trained, maybe the same model; None: nothing is.
+        held_out: Indices of the pairs that evaluations will ask for, ascending, where anything is trained.
+    """
+    reference = session.config.reference
+    num_asked = reference.num_asked(len(needed), 0 if held_out is None else len(held_out))
+    with session.console.progress("reference log-probabilities", num_asked) as progress:
+        work = ReferenceWork(
+            model.model,
+            policy and policy.model,
+            session.accelerator,
+            needed,
+            batches,
+            progress,
+            held_out,
+            model.identity if num_asked else None,
+        )
+        return reference.open(work)
+
+
+def expected_layout(session: Session, policy: Policy, pairs: PreparedPairs) -> Layout:
+    """Return the layout that a job will take unless its proof fails; the model's weights may be missing.
+
+    Raises:
+        UserError: The layout was asked for by name and the model refuses it.
+    """
+    layout = LAYOUTS.get(session.config.training.layout, PACKED)
+    if not layout.needs_proof:
+        return layout
+    with contextlib.suppress(*(kind for kind in REFUSALS if kind is not CannotPack)):
+        try:
+            activation_bytes(policy.model, layout, layout.batch([0], [pairs[0]]), session.dtype, recomputed=False)
+        except CannotPack as refusal:
+            if session.config.training.layout in LAYOUTS:
+                raise _inexact(layout, f"{policy}: {refusal}") from None
+            return PADDED
+    return layout
+
+
+def choose_layout(
+    session: Session, policies: Sequence[Policy], pairs: PreparedPairs, indices: NDArray[np.int64], *, trained: bool
+) -> Layout:
+    """Prove the layout on pairs of the job where it needs a proof; with `auto`, take the padded one where that fails.
+
+    The longest and the two shortest are compared token by token; the gradient on the shortest, since nothing is
+    known of the memory yet.
+
+    Raises:
+        UserError: The layout was asked for by name and is not exact.
+    """
+    layout = LAYOUTS.get(session.config.training.layout, PACKED)
+    if not layout.needs_proof:
+        return layout
+    lengths = pairs.sizes.longest[indices]
+    longest, shortest = indices[lengths.argmax()], indices[lengths.argsort(kind="stable")[:2]]
+    learnt = list(shortest) if trained else []
+    seen = [index for index in dict.fromkeys([longest, *shortest]) if index not in learnt]
+    before = [policy.model.config._attn_implementation for policy in policies]
+    failure = ""
+    for policy in policies:
+        compared, learning = [pairs[i] for i in seen], [pairs[i] for i in learnt]
+        proof = prove(policy.model, layout, compared, learning, session.accelerator.autocast)
+        # All ranks take the same layout, so the one that fails decides.
+        failure = next(filter(None, session.of_all(proof.fails(session.accelerator.mixed_precision))), "")
+        if failure:
+            failure = f"{policy}: {failure}"
+            break
+        nats, share = f"{proof.difference:.1g} nats a token", f"; its gradient's norm by {proof.norm_difference:.1g}"
+        given = f"{layout.name} gives what {PADDED.name} gives"
+        session.console.notice(f"checked: {given}, up to {nats}{share if learnt else ''}")
+    if not failure:
+        return layout
+    for policy, attention in zip(policies, before, strict=True):
+        policy.model.set_attn_implementation(attention)
+    if session.config.training.layout in LAYOUTS:
+        raise _inexact(layout, failure)
+    what = f"using the padded layout, since the {layout.name} one is not exact with this model ({failure})"
+    session.console.warning(what)
+    return PADDED
+
+
+def _inexact(layout: Layout, failure: str) -> UserError:
+    what = f"the {layout.name} layout is not exact with this model ({failure})"
+    return UserError(what, f"`training.layout: {layout.name}`", "set `training.layout: auto` or `padded`")
+
+
+def shortest_pair(batches: Batches, indices: NDArray[np.int64]) -> PairBatch:
+    """Return the shortest of some pairs: what holds of all of them is proved on it in the least time."""
+    return batches(MicroBatch((int(indices[batches.pairs.sizes.longest[indices].argmin()]),)))

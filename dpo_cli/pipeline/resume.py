@@ -1,0 +1,131 @@
+"""How a run begins in its folder: anew, in place of an older one, or from a checkpoint, maybe with more steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+from dpo_cli.config import Config, resolved_yaml
+from dpo_cli.data.prepared.step_plan import Plan
+from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.pipeline.session import Session
+from dpo_cli.reporting.environment import environment
+from dpo_cli.reporting.trackers import TrackedRun, start_trackers
+from dpo_cli.system.storage import discard, make_folder, remove_strays, write_text
+from dpo_cli.training.checkpoints import newest_step, newest_whole
+from dpo_cli.training.optimizer import rate_factor
+from dpo_cli.training.run_folder import FIRST_DAY, RESOLVED, RunFolder, RunState
+from dpo_cli.training.state import TrainingParts, load_checkpoint
+
+
+def begin(
+    session: Session, folder: RunFolder, parts: TrainingParts, day: date, *, resume: bool, overwrite: bool
+) -> tuple[int, str]:
+    """Make the run's folder ready and restore the newest checkpoint.
+
+    Args:
+        session: Says what runs.
+        folder: Where.
+        parts: What is restored.
+        day: The day on which the run began.
+        resume: Whether it goes on from what is there.
+        overwrite: Whether what is there is removed.
+
+    Returns:
+        The steps that were taken, and the digest of their metrics; empty where there are none.
+
+    Raises:
+        UserError: The disk refuses, a checkpoint does not fit, or a tracker does not start.
+    """
+    checkpoint: Path | None = None
+    if resume and session.accelerator.is_main_process:
+        checkpoint = newest_whole(folder.checkpoints, parts.stands_on)
+    checkpoint = session.agreed(checkpoint)
+    # What is there is kept until it is known that the run can go on from it.
+    done, metrics = load_checkpoint(checkpoint, parts) if checkpoint else (0, "")
+    if session.accelerator.is_main_process:
+        _write_down(session, folder, day, resume=resume, overwrite=overwrite)
+    tracked = TrackedRun(folder.path.absolute().name, folder.trackers, done)
+    start_trackers(session.accelerator, session.config.trackers, session.config.model_dump(mode="json"), tracked)
+    if checkpoint:
+        session.console.notice(f"resuming after step {done}: {checkpoint}")
+    elif resume:
+        session.console.notice("no checkpoint yet: starting from step 1")
+    return done, metrics
+
+
+def _write_down(session: Session, folder: RunFolder, day: date, *, resume: bool, overwrite: bool) -> None:
+    """Clear the run's folder if that was asked for, and write down what runs and where.
+
+    Raises:
+        UserError: The disk refuses, or another run began in the folder meanwhile.
+    """
+    described = json.dumps({**environment(session.accelerator), FIRST_DAY: day.isoformat()}, indent=1)
+    try:
+        if meanwhile := folder.check(resume=resume, overwrite=overwrite):
+            raise meanwhile
+        if overwrite:
+            folder.clear()
+        elif folder.state() is RunState.FINISHED:
+            # It is extended. Were it interrupted with its old model in place, it would count as finished.
+            discard(folder.final)
+        make_folder(folder.path)
+        remove_strays(folder.path)
+        remove_strays(folder.checkpoints)
+        write_text(folder.config, RESOLVED + resolved_yaml(session.config))
+        write_text(folder.environment, described + "\n")
+    except OSError as error:
+        raise from_os_error(error, "preparing the output folder", str(folder.path)) from error
+
+
+def check_length(config: Config, folder: RunFolder, plan: Plan, *, extend: bool) -> str | None:
+    """Compare the number of steps of a run that is to be resumed with the number that it was started with.
+
+    Args:
+        config: The settings that it is resumed under.
+        folder: The run.
+        plan: The steps under these settings.
+        extend: Whether it may go on where the learning rate of steps that were taken would have been another.
+
+    Returns:
+        What is to be said where the run is extended, or None.
+
+    Raises:
+        UserError: It would have fewer steps; or it has no checkpoint to be extended from; or `extend` is needed.
+    """
+    length, done = folder.recorded_length(), newest_step(folder.checkpoints)
+    finished = folder.state() is RunState.FINISHED
+    if length is None or not (done or finished):
+        return None
+    before, now = dataclasses.replace(plan, epochs=length[0], max_steps=length[1]).num_steps, plan.num_steps
+    if now == before:
+        return None
+    if now < before:
+        what = f"a run cannot be resumed with fewer steps: it was started with {before:,}, and {now:,} are asked for"
+        hint = "set `training.epochs` and `training.max_steps` back, or start a new run in another `output_dir`"
+        raise UserError(what, str(folder.config), hint)
+    if not done:
+        hint = "start again with `--overwrite`; `checkpoints.at_end: true` keeps the state after the last step"
+        raise UserError("the run cannot be extended: it has no checkpoint", str(folder.checkpoints), hint)
+    training = config.training
+    old, new = (rate_factor(training.schedule, training.warmup_ratio, steps) for steps in (before, now))
+    longer = f"extending the run from {before:,} to {now:,} steps"
+    if all(old(step) == new(step) for step in range(done)):
+        return f"{longer}: the same as a run that was started with {now:,}"
+    course = _course(old, new, training.learning_rate, done, now)
+    if extend:
+        return f"{longer}; {course}"
+    what = f"the learning rate of the first {done:,} steps would have been another in a run of {now:,} steps"
+    hint = (
+        f"`--extend` goes on all the same: {course}; for {now:,} steps of one schedule start again with `--overwrite`"
+    )
+    raise UserError(what, str(folder.config), hint)
+
+
+def _course(old: Callable[[int], float], new: Callable[[int], float], rate: float, done: int, steps: int) -> str:
+    """Say what the learning rate was at the last step taken, and what it is from then on."""
+    was, then, last = (rate * share for share in (old(done - 1), new(done), new(steps - 1)))
+    return f"the learning rate was {was:.2g} at step {done:,}; it is {then:.2g} at the next and {last:.2g} at the last"

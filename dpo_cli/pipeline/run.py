@@ -1,0 +1,194 @@
+"""A run under way: what it has, the rows and held-out figures that it keeps, and what it ends with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_cli.data.pairs.sources import as_sources, describe
+from dpo_cli.evaluation.diagnosis import worsened
+from dpo_cli.evaluation.figures import figures
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.saving import check_saved, saved_model
+from dpo_cli.modeling.scorer import BatchScorer
+from dpo_cli.pipeline.evaluate import scored
+from dpo_cli.pipeline.memory import without_gradient
+from dpo_cli.pipeline.pairs import named_pairs
+from dpo_cli.pipeline.plan import PlannedRun
+from dpo_cli.pipeline.session import Session
+from dpo_cli.preference.reference import OpenReference
+from dpo_cli.reporting.card import model_card
+from dpo_cli.reporting.environment import versions
+from dpo_cli.reporting.metrics_log import MetricsLog
+from dpo_cli.reporting.progress import clock
+from dpo_cli.reporting.tables import figures_table
+from dpo_cli.training.checkpoints import CheckpointWriter
+from dpo_cli.training.loop import NotFinite
+from dpo_cli.training.state import TrainingParts
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is ready when the first step is taken.
+
+    Attributes:
+        session: Says what to do, micro-batches settled.
+        plan: Its folder, pairs and steps.
+        batches: How pairs go through the model.
+        policy: What is trained.
+        reference: What it is compared with.
+        parts: What a checkpoint saves.
+    """
+
+    session: Session
+    plan: PlannedRun
+    batches: Batches
+    policy: Policy
+    reference: OpenReference
+    parts: TrainingParts
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out pairs."""
+        return len(self.plan.data.held_out) > 0
+
+    def measure(self, scorer: BatchScorer | None = None, what: str = "evaluating") -> dict[str, Any]:
+        """Score the held-out pairs with the policy, or with what answers for it; return the figures.
+
+        Raises:
+            UserError: A pair's loss is not finite.
+        """
+        # They are compared with the reference, or with what it was before it moved.
+        reference = self.reference.beginning or self.reference
+        where, batches = str(self.plan.folder.checkpoints), without_gradient(self.batches)
+        return figures(
+            scored(self.session, scorer or self.policy.scorer, reference, batches, self.plan.data.held_out, where, what)
+        )
+
+    def measure_before(self) -> dict[str, Any]:
+        """Score the held-out pairs before step 1.
+
+        A reference that is the policy before step 1 answers for it: where its answers are cached, no model is asked.
+        """
+        config = self.session.config
+        is_policy = config.reference.type != "none" and config.reference.model is None
+        # Weights by the policy's own probabilities take more than the probabilities of the responses.
+        scorer = (self.reference.beginning or self.reference) if is_policy and not config.objective.wpo else None
+        return self.measure(scorer, "evaluating before step 1")
+
+    def may_skip(self, broken: NotFinite) -> bool:
+        """Tell whether a step that is not finite may be left out once more, and if so, say that it is."""
+        skips = self.parts.skips
+        if not skips.take():
+            return False
+        shown = f"skipping step {broken.step} ({skips.count} of at most {skips.allowed})"
+        self.session.console.warning(f"{shown}: {self.described(broken)}")
+        return True
+
+    def described(self, broken: NotFinite) -> str:
+        """Say what is not finite, and name the pairs by file and line."""
+        which = "its" if broken.what == "loss" else "the step's"
+        return f"{broken}; {which} pairs: {named_pairs(self.batches.pairs, broken.pairs)}"
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a run keeps while it goes.
+
+    Attributes:
+        run: The run.
+        log: The rows of metrics.jsonl, in the main process; None in others.
+        writer: Writes checkpoints.
+    """
+
+    run: Run
+    log: MetricsLog | None
+    writer: CheckpointWriter
+
+    @property
+    def digest(self) -> str:
+        """A digest of all rows; empty in other processes than the main one."""
+        return self.log.digest if self.log else ""
+
+    def add(self, split: str, step: int, metrics: dict[str, Any]) -> None:
+        """Write a row, and hand its numbers to the trackers."""
+        if self.log:
+            self.log.append({"split": split, "step": step, **metrics})
+        if self.run.session.config.trackers:
+            numbers = {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
+            self.run.session.accelerator.log(numbers, step=step)
+
+    def save(self, step: int) -> Any:
+        """Write a checkpoint after a step, its rows first; return its folder."""
+        if self.log:
+            self.log.sync()
+        return self.writer.save(step, self.run.parts, self.digest)
+
+
+@contextlib.contextmanager
+def recorded(run: Run, done: int) -> Iterator[Records]:
+    """Open the records of a run after so many steps; let a checkpoint that is on its way to the disk arrive."""
+    folder, saving, before = run.plan.folder, run.session.config.checkpoints, run.parts.before
+    first = {"split": "eval", "step": 0, "epoch": 0.0, **before} if before else None
+    log = MetricsLog(folder.metrics, done, first) if run.session.accelerator.is_main_process else None
+    writer = CheckpointWriter(folder.checkpoints, saving.keep, background=saving.background, newest=done)
+    try:
+        yield Records(run, log, writer)
+    except (Exception, GeneratorExit):
+        with contextlib.suppress(Exception):
+            writer.finish()
+        raise
+    finally:
+        if log:
+            log.close()
+
+
+def save_final(run: Run, after: dict[str, Any] | None) -> None:
+    """Write the trained model as a complete Hugging Face folder, whole or not at all."""
+    config, folder = run.session.config, run.plan.folder
+    facts = {
+        "training pairs": len(run.plan.data.train),
+        "optimizer steps": run.plan.steps.num_steps,
+        "data": describe(as_sources(config.data.train)),
+        "loss": str(config.objective),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    card = model_card(folder.path.name, config.model_dump(mode="json"), facts, _before_and_after(run, after))
+    model, tokenizer = run.policy.model, run.plan.tokenizer
+    with saved_model(folder.final, model, tokenizer, "saving the trained model") as temporary:
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        check_saved(temporary, model)
+
+
+def summarize(run: Run, after: dict[str, Any] | None, seconds: float) -> None:
+    """Print what has become of the held-out figures, and where everything is."""
+    console, folder = run.session.console, run.plan.folder
+    console.block()
+    console.notice(f"done in {clock(seconds)}")
+    if after:
+        console.result(figures_table(_before_and_after(run, after)))
+        if run.parts.before and (worse := _worsened(run, after)):
+            console.warning(worse)
+    console.result(f"model    {folder.final}")
+    console.result(f"metrics  {folder.metrics}")
+
+
+def _before_and_after(run: Run, after: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """Return the columns of the closing table: the held-out figures before step 1, where they are known, and now."""
+    columns = {"before": run.parts.before, "after": after}
+    return {name: column for name, column in columns.items() if column} if after else {}
+
+
+def _worsened(run: Run, after: dict[str, Any]) -> str:
+    """Say in one line what is worse than before step 1, and which settings to change; nothing where all is well."""
+    objective, training = run.session.config.objective, run.session.config.training
+    chosen_tokens = float(run.batches.pairs.sizes.chosen_judged[run.plan.data.held_out].mean())
+    advice = [f"lower `training.learning_rate` ({training.learning_rate:g})"]
+    advice += [f"train fewer steps ({run.plan.steps.num_steps})"]
+    advice += ["raise `beta` of the loss"] if objective.needs_reference else []
+    advice += ["add the loss `sft`"] if all(loss.type != "sft" for loss in objective.losses) else []
+    found = "; ".join(worsened(run.parts.before, after, chosen_tokens))
+    return found and f"the model is worse than before step 1: {found}. Try one of these: {', '.join(advice)}"

@@ -1,0 +1,120 @@
+"""A session: what one process of a job is asked to do, whom it speaks to, and what it computes with."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import broadcast_object_list, gather_object
+from transformers.utils import logging as hf_logging
+
+from dpo_cli.config import Config
+from dpo_cli.errors import FAILED, UserError
+from dpo_cli.modeling.allocator import return_freed_memory
+from dpo_cli.reporting.console import Console
+from dpo_cli.system.signals import StopSignals
+from dpo_cli.training.ranks import Progress, gathering, watched
+
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a process has for the whole of a job.
+
+    Attributes:
+        config: What to do.
+        console: What a person sees.
+        signals: Those that ask to stop.
+        accelerator: Knows device, precision and the other processes.
+        progress: Is told how far the job is, for other processes to see.
+    """
+
+    config: Config
+    console: Console
+    signals: StopSignals
+    accelerator: Accelerator
+    progress: Progress
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.accelerator.mixed_precision]
+
+    def under(self, config: Config) -> Session:
+        """Return the same session with other settings."""
+        return replace(self, config=config)
+
+    def agreed(self, found: Found) -> Found:
+        """Return what the first process has found, in all of them."""
+        agreed: Found = broadcast_object_list([found])[0]
+        return agreed
+
+    def of_all(self, found: Found) -> list[Found]:
+        """Return what each process has found."""
+        everywhere: list[Found] = gather_object([found])
+        return everywhere
+
+
+@contextlib.contextmanager
+def started(config: Config, console: Console, signals: StopSignals | None = None) -> Iterator[Session]:
+    """Start a session: in one process, or in one of those that torchrun or accelerate launched.
+
+    Raises:
+        UserError: The precision is not available here, or Accelerate cannot start.
+    """
+    accelerator = start_accelerator(config)
+    with watched(accelerator, config.training.rank_timeout, Console().error) as progress:
+        yield Session(config, console, signals or StopSignals(), accelerator, progress)
+    accelerator.end_training()
+
+
+def start_accelerator(config: Config) -> Accelerator:
+    """Start Accelerate.
+
+    Raises:
+        UserError: The precision is not available here; or Accelerate cannot start, or is configured to
+            accumulate gradients, which is what `training.pairs_per_step` does.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu:
+        return_freed_memory()
+    torch.manual_seed(config.training.seed)
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        # Kernels that are not installed, settings that look odd: what matters of it is checked and said here.
+        hf_logging.set_verbosity_error()
+    settings: dict[str, Any] = {
+        "cpu": on_cpu,
+        "mixed_precision": _precision(config.model.dtype, on_cpu=on_cpu),
+        "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(hours=2))],
+    }
+    try:
+        with gathering(config.training.rank_timeout, Console().error):
+            accelerator = Accelerator(**settings)
+    except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        hint = "look at what `accelerate config` has set, and at the environment variables that begin with ACCELERATE_"
+        raise UserError(
+            f"Accelerate cannot start: {reason}", "Accelerate's own configuration", hint, status=FAILED
+        ) from error
+    if accelerator.gradient_accumulation_steps != 1:
+        hint = "set it to 1 there; `training.pairs_per_step` decides how many pairs make up a step"
+        raise UserError("Accelerate is configured to accumulate gradients", "Accelerate's own configuration", hint)
+    return accelerator
+
+
+def _precision(dtype: str, *, on_cpu: bool) -> str:
+    """Return Accelerate's name of the precision that is computed in."""
+    if dtype == "auto":
+        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return "bf16" if has_bfloat16 else "no"
+    if dtype == "float16" and on_cpu:
+        hint = "use float32 or bfloat16 here; float16 needs a GPU"
+        raise UserError("float16 cannot be trained on a CPU", "`model.dtype`", hint)
+    return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
