@@ -98,16 +98,13 @@ def sequences(pairs: list[Pair], *, reference: bool = False) -> SequenceLogps:
     return SequenceLogps(tokens.requires_grad_(not reference), tuple(map(len, responses)))
 
 
-def facts(pairs: list[Pair], **more: Any) -> StepInfo:
+def step(pairs: list[Pair], **more: Any) -> StepInfo:
     return StepInfo(len(pairs), sum(pair.m for pair in pairs), **more)
 
 
 def apply(loss: Any, pairs: list[Pair], **more: Any) -> Any:
-    """Apply a loss; one without a reference is told of a reference that says 0, as in a run."""
-    reference = sequences(pairs, reference=True)
-    if not loss.needs_reference:
-        reference = SequenceLogps(torch.zeros_like(reference.tokens), reference.lengths)
-    return loss(sequences(pairs), reference, facts(pairs, **more))
+    """Apply a loss; one that needs no reference gets one as well, and has to ignore it."""
+    return loss(sequences(pairs), sequences(pairs, reference=True), step(pairs, **more))
 
 
 def ld(pair: Pair, alpha: float) -> tuple[float, float]:
@@ -200,10 +197,7 @@ def named(value: Any) -> str | None:
 def test_a_loss_is_its_closed_form_and_so_is_its_gradient(loss, form, pair):
     """The gradient by central differences of the closed form: (f(x+h) − f(x−h)) / 2h, with an error of h²."""
     policy = sequences([pair])
-    reference = sequences([pair], reference=True)
-    if not loss.needs_reference:
-        reference = SequenceLogps(torch.zeros_like(reference.tokens), reference.lengths)
-    losses = loss(policy, reference, facts([pair])).losses
+    losses = loss(policy, sequences([pair], reference=True), step([pair])).losses
     assert losses.item() == pytest.approx(form(pair), rel=1e-10, abs=1e-10)
     losses.sum().backward()
     slopes = policy.tokens.grad.tolist()
@@ -230,7 +224,7 @@ def test_gradients_are_those_of_finite_differences_of_the_class(loss, form):
     torch.manual_seed(1)
     lengths = (3, 1, 4, 2, 2, 5)
     tokens = (-3 * torch.rand(sum(lengths), dtype=torch.float64) - 0.1).requires_grad_()
-    reference = -3 * torch.rand(sum(lengths), dtype=torch.float64) if loss.needs_reference else torch.zeros(17).double()
+    reference = -3 * torch.rand(sum(lengths), dtype=torch.float64)
 
     def losses(values: torch.Tensor) -> torch.Tensor:
         return loss(SequenceLogps(values, lengths), SequenceLogps(reference, lengths), StepInfo(3, 8)).losses
@@ -250,7 +244,7 @@ def test_at_the_limits_loss_and_gradient_are_finite(loss, beta, size, sign):
     values = [-size if s < 0 else 0.0 for s in sign]
     base = [-size if s > 0 else 0.0 for s in sign]
     policy = SequenceLogps(torch.tensor(values * 2, requires_grad=True), (1, 1, 1, 1))
-    reference = SequenceLogps(torch.tensor(base * 2 if loss.needs_reference else [0.0] * 4), (1, 1, 1, 1))
+    reference = SequenceLogps(torch.tensor(base * 2), (1, 1, 1, 1))
     found = loss(policy, reference, StepInfo(2, 2))
     found.losses.sum().backward()
     assert torch.isfinite(found.losses).all()
