@@ -222,8 +222,8 @@ def _job(*, quiet: bool) -> Iterator[tuple[Console, StopSignals]]:
     from dpo_cli.reporting.console import Console
 
     ignored, wrong = settle_environment(), list(environment_errors())
-    # Of ranks that are wrongly numbered, none may be the one that speaks.
-    console = Console(speaks=is_main_process() or bool(wrong), quiet=quiet)
+    # Of ranks that are wrongly numbered, none may be the main process.
+    console = Console(prints=is_main_process() or bool(wrong), quiet=quiet)
     console.follow_warnings()
     try:
         for line in ignored:

@@ -80,7 +80,7 @@ def _report(error: UserError) -> int:
     """Show an error and return the exit status."""
     from dpo_cli.reporting.console import Console
 
-    Console(speaks=is_main_process()).error(error)
+    Console(prints=is_main_process()).error(error)
     return error.status
 
 

@@ -41,7 +41,7 @@ def held_out_prompts() -> list[tuple[str, str]]:
     from dpo_cli.reporting.console import Console as Quiet
 
     config = load_config(Path(CONFIG))
-    quiet = Quiet(speaks=False)
+    quiet = Quiet(prints=False)
     tokenizer, tokenize = load_tokenizer(config, quiet)
     data = run_data(config, tokenize, quiet)
     rows = Path("configs/demo/pairs.jsonl").read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,6 @@
-"""The model card of a trained model: what it was made from, how, and what it does on held-out pairs.
+"""The model card of a trained model: what it was trained from, how, and its held-out figures.
 
-Names of models, data and folders stand in it as text: they are neither Markdown nor HTML, and hold no secret.
+Names of models, data and folders are text in it, neither Markdown nor HTML, and contain no secret.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def model_card(
     Args:
         name: The run's name.
         settings: The configuration as resolved.
-        facts: What came of it: numbers of pairs and steps, library versions.
-        columns: The held-out figures by when they were measured; empty where there were no held-out pairs.
+        facts: Numbers of pairs and steps, library versions.
+        columns: The held-out figures by the time of their measurement; empty without held-out pairs.
     """
     base = settings["model"]["name"]
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["dpo", "preference-optimization"]}
@@ -52,7 +52,7 @@ def model_card(
 
 
 def _covered_within(value: Any) -> Any:
-    """Cover the secrets in all texts of a value, before YAML quotes or folds them."""
+    """Mask the secrets in all texts of a value, before YAML quotes or folds them."""
     if isinstance(value, Mapping):
         return {name: _covered_within(item) for name, item in value.items()}
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""The check of the data on a terminal: what was read, what was found, an example of each; lines wrap at words.
+"""The check of the data on a terminal: what was read, the findings, an example of each; lines wrap at words.
 
-Everything else, all explanations and further examples, is on the page.
+All explanations and further examples are on the page.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _INDENT, _LABEL_WIDTH = 4, 10
 """Columns before an example, and before its texts."""
 
 _MANY_DROPPED = 0.1
-"""The share of dropped rows from which on they are shown in bold."""
+"""The share of dropped rows above which they are shown in bold."""
 
 _FEW_FINDINGS, _SOME_FINDINGS = 2, 5
-"""Up to so many findings, each text of an example has two lines, or one; of more findings, none: screens are small."""
+"""Up to so many findings, each text of an example has two lines, or one; with more findings none, to fit the screen."""
 
 _PIPE_WIDTH = 1000
 """A width that no terminal has."""
@@ -37,8 +37,8 @@ class Wrapped:
     Args:
         text: What is shown.
         indent: Columns before its lines.
-        label: What is at the left of its first line; the others are as far from the left.
-        max_lines: The most lines; what follows them is left out, and three dots say so.
+        label: What is at the left of its first line; the others are indented to it.
+        max_lines: The maximum number of lines; the rest is replaced by three dots.
     """
 
     def __init__(self, text: Text, *, indent: int = 0, label: Text | None = None, max_lines: int | None = None) -> None:
@@ -58,7 +58,7 @@ class Wrapped:
 
 
 def reading(setting: str, statistics: Mapping[str, Any]) -> Group:
-    """Show what was read for a setting, of which sources, and how long the pairs are."""
+    """Show what was read for a setting, from which sources, and how long the pairs are."""
     sources = statistics["sources"]
     shapes = ", ".join(dict.fromkeys(visible(source["shape"]) for source in sources))
     counts = [f"{statistics['rows_read']:,} rows of the shape {shapes}", f"{statistics['pairs_kept']:,} pairs"]
@@ -76,7 +76,7 @@ def reading(setting: str, statistics: Mapping[str, Any]) -> Group:
 
 
 def _sources_table(sources: Sequence[Mapping[str, Any]]) -> Table:
-    """Show what was read of each source."""
+    """Show what was read from each source."""
     table = Table(box=None, pad_edge=False)
     table.add_column("source", overflow="fold")
     table.add_column("shape", no_wrap=True)
@@ -89,7 +89,7 @@ def _sources_table(sources: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def findings(report: Report) -> Group:
-    """Show what was found, the gravest first, with an example of each, and what else there is to know."""
+    """Show the findings, the most severe first, with an example of each, and a summary."""
     num_lines = 2 if len(report.findings) <= _FEW_FINDINGS else int(len(report.findings) <= _SOME_FINDINGS)
     lines: list[ConsoleRenderable] = []
     for finding in report.findings:
@@ -99,7 +99,7 @@ def findings(report: Report) -> Group:
 
 
 def _headline(finding: Finding, report: Report) -> Wrapped:
-    """Say in a line what was found and how often."""
+    """Say in one line what was found and how often."""
     share = percent(finding.share)
     pairs = "pair" if finding.count == 1 else "pairs"
     shown = f"{finding.count:,} {pairs} ({share}): {finding.title}{' (heuristic)' * finding.heuristic}"
@@ -140,7 +140,7 @@ class _ExampleLines:
 
 
 def _short(origin: str, width: int) -> str:
-    """Name a place without its folder where that would fill a line."""
+    """Name a place without its folder if the folder would fill a line."""
     return (
         origin
         if len(origin) <= (width - 2 * _INDENT) // 2
@@ -149,7 +149,7 @@ def _short(origin: str, width: int) -> str:
 
 
 def _summary(report: Report) -> Iterator[str]:
-    """Say what is no finding."""
+    """Summarize what is not a finding."""
     if not any(finding.name == "length_bias" for finding in report.findings):
         yield length_bias_line(report.length_bias)
     if (margins := report.margins) and margins.used:
@@ -166,7 +166,7 @@ def _summary(report: Report) -> Iterator[str]:
 
 
 def _shown(text: str) -> str:
-    """Write a text so that everything in it is seen but for secrets; those would not be known once it is cut."""
+    """Make everything in a text visible except secrets, which would not be recognized once it is cut."""
     return as_text(visible(text))
 
 
@@ -178,7 +178,7 @@ def length_bias_line(bias: LengthBias) -> str:
 
 
 class PathLine:
-    """The name of a file, never folded; in a line of its own where it is too long for one with its title."""
+    """The name of a file, never folded; on a separate line if it does not fit beside its title."""
 
     def __init__(self, title: str, path: PurePath) -> None:
         self._title, self._path = title, path

@@ -1,4 +1,4 @@
-"""Where a run ran: versions, device, command line, commit."""
+"""The environment of a run: versions, device, command line, commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("dpo-cli", "torch", "transformers", "accelerate", "tokenizers", "da
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide results."""
+    """Return the versions of Python and of the packages that affect results."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(accelerator: Accelerator) -> dict[str, Any]:
-    """Describe this process's surroundings: no environment variable, and no secret of the command line."""
+    """Describe the environment of this process, without environment variables and secrets of the command line."""
     device = accelerator.device
     on_cuda = device.type == "cuda"
     return {
@@ -45,7 +45,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Return the commit of the folder that the command was given in, if it is a git work tree."""
+    """Return the commit of the working directory, if it is a git work tree."""
     try:
         asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=5)
     except (OSError, subprocess.TimeoutExpired):

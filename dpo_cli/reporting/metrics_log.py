@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, where the metrics of every run go."""
+"""`metrics.jsonl`, to which the metrics of every run are written."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dpo_cli.system.storage import is_open_at, write_text
 
 
 class MetricsLog:
-    """A run's `metrics.jsonl`: each step once, whatever happened in between.
+    """A run's `metrics.jsonl`: each step once, also after crashes.
 
     Args:
         path: The file.
-        last_step: Rows of later steps, and a torn last line, are what a crash left; they are removed,
-            since those steps run again. 0: nothing is done yet, and no row stays.
-        first: The row that the file begins with, whatever became of it; None: the one that is there.
+        last_step: Rows of later steps, and an incomplete last line, were left by a crash; they are removed,
+            since those steps run again. 0: nothing is done yet, and no row is kept.
+        first: The row that the file begins with, even if it was lost; None: the one in the file.
     """
 
     def __init__(self, path: Path, last_step: int, first: dict[str, Any] | None = None) -> None:
@@ -31,7 +31,7 @@ class MetricsLog:
 
     @property
     def digest(self) -> str:
-        """A digest of all rows so far, speed aside, by which a resumed run finds out whether it still has them."""
+        """A digest of all rows so far, without speed, by which a resumed run checks that it still has them."""
         return self._digest.hexdigest()
 
     def last(self, split: str) -> dict[str, Any] | None:
@@ -40,10 +40,10 @@ class MetricsLog:
         return rows[-1] if rows else None
 
     def forget(self, split: str, step: int) -> None:
-        """Remove what was said of a split at a step, which is to be said anew.
+        """Remove the row of a split at a step, which is written again.
 
         Raises:
-            UserError: The disk refuses.
+            UserError: It cannot be written.
         """
         self.close()
         self._keep(lambda row: (row.get("split"), row["step"]) != (split, step))
@@ -52,7 +52,7 @@ class MetricsLog:
         """Add a row; a reader of the file sees it at once.
 
         Raises:
-            UserError: The disk refuses, or the file is gone.
+            UserError: It cannot be written, or the file is gone.
         """
         try:
             if not is_open_at(self._file.fileno(), self._path):
@@ -67,7 +67,7 @@ class MetricsLog:
             raise from_os_error(error, "writing the metrics", str(self._path)) from error
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool], first: dict[str, Any] | None = None) -> None:
-        """Leave the rows that are wanted, behind `first` if there is one, and go on behind them."""
+        """Keep the rows that are wanted, after `first` if there is one, and append to them from now on."""
         self._digest = hashlib.sha256()
         try:
             kept = [(_line(first).rstrip(), first)] if first else []
@@ -80,14 +80,14 @@ class MetricsLog:
             self._remember(row)
 
     def _remember(self, row: dict[str, Any]) -> None:
-        """Take a row into the digest, but for what is another in every run."""
+        """Add a row to the digest, without speed, which differs from run to run."""
         self._digest.update(json.dumps({**row, "tokens_per_second": None}, sort_keys=True).encode())
 
     def sync(self) -> None:
-        """Make sure that the rows outlive a power cut; called before a checkpoint that relies on them.
+        """Flush the rows to the disk; called before a checkpoint that relies on them.
 
         Raises:
-            UserError: The disk refuses.
+            UserError: It cannot be written.
         """
         try:
             os.fsync(self._file.fileno())
@@ -95,19 +95,19 @@ class MetricsLog:
             raise from_os_error(error, "writing the metrics", str(self._path)) from error
 
     def close(self) -> None:
-        """Close the file; what a full disk refused before, it may refuse again."""
+        """Close the file; a write that failed before may fail again, which is ignored."""
         with contextlib.suppress(OSError):
             self._file.close()
 
 
 def _line(row: dict[str, Any]) -> str:
-    """Write a row as JSON, which has no word for infinity: an overflowed gradient norm is null."""
+    """Write a row as JSON, which has no infinity: an overflowed gradient norm is null."""
     known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
     return json.dumps(known, allow_nan=False) + "\n"
 
 
 def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Read the rows that were written whole, each with its line."""
+    """Read the rows that are complete, each with its line."""
     if not path.exists():
         return []
     rows = []

@@ -1,4 +1,4 @@
-"""The line of a job under way: how far it is, its figures, a bar where there is room for one, and the time left."""
+"""The status line of a job: its progress, its figures, a bar if there is room, and the time left."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from rich.segment import Segment
 from rich.text import Text
 
 Parts = Sequence[tuple[str, int]]
-"""The texts of a line, each with its rank: the highest is left out first where the line is too long, 0 never."""
+"""The texts of a line, each with its rank: if the line is too long, the highest is left out first, 0 never."""
 
 _GAP = "  "
 _BAR_CELLS = 8, 24
 """The fewest and the most cells of a bar."""
 _ECHO_CELLS = 3
-"""Left free at the end of the line: what a terminal echoes of Ctrl-C would otherwise begin a line of its own."""
+"""Left free at the end of the line, for the `^C` that a terminal echoes, which would otherwise begin another line."""
 
 
 def fitted(parts: Parts, width: int | None = None) -> str:
-    """Join texts to a line of some cells at most, without those for which there is no room; None: all of them."""
+    """Join texts to a line of at most some cells, without those that do not fit; None: all of them."""
     kept = list(parts)
     while width is not None and cell_len(_joined(kept)) > width and any(rank for _, rank in kept):
         kept.remove(max(kept, key=lambda part: part[1]))
@@ -37,7 +37,7 @@ def _joined(parts: Parts) -> str:
 
 
 def step_figures(metrics: Mapping[str, float]) -> Parts:
-    """Write what a person follows of a step."""
+    """Write the figures of a step."""
     return [
         (f"loss {metrics['loss']:.4f}", 1),
         (f"accuracy {100 * metrics['rewards/accuracies']:.0f} %", 2),
@@ -47,7 +47,7 @@ def step_figures(metrics: Mapping[str, float]) -> Parts:
 
 
 def held_out_figures(figures: Mapping[str, Any]) -> str:
-    """Write what a person follows of an evaluation."""
+    """Write the figures of an evaluation."""
     low, high = (100 * bound for bound in figures["accuracy_interval"])
     return (
         f"loss {figures['loss']:.4f}, accuracy {100 * figures['rewards/accuracies']:.1f} % "
@@ -63,12 +63,12 @@ def clock(seconds: float) -> str:
 
 
 class StatusLine:
-    """The line of a job, which fits the terminal: the bar goes first, then figures; the time left stays.
+    """The status line of a job, which fits the terminal: the bar is left out first, then figures; the time left stays.
 
     Args:
         name: What is counted.
-        done: How much is done already.
-        total: How much there is.
+        done: How much was done before.
+        total: How much there is in total.
     """
 
     def __init__(self, name: str, done: int, total: int) -> None:
@@ -77,7 +77,7 @@ class StatusLine:
         self._started = self._updated = time.monotonic()
 
     def update(self, done: int, figures: Parts = ()) -> None:
-        """Take note of how much is done."""
+        """Set how much is done."""
         self._done, self._figures, self._updated = done, figures, time.monotonic()
 
     @property
@@ -87,12 +87,12 @@ class StatusLine:
 
     @property
     def counted(self) -> str:
-        """How much is done of how much."""
+        """How much is done, of the total."""
         return f"{self._name} {self._done}/{self._total}"
 
     @property
     def left(self) -> str:
-        """The time left, by what was done so far; it runs down between two updates."""
+        """The time left, from the speed so far; it counts down between updates."""
         done = self._done - self._begun
         if not done:
             return "-:-- left"
@@ -113,5 +113,5 @@ class StatusLine:
 
 
 def lines_between(every: int | None, num_steps: int, num_lines: int) -> int:
-    """Return after how many steps a line is printed; None: so that a run has about so many lines."""
+    """Return the steps from line to line; for `every` None, so many that a run has about `num_lines` lines."""
     return every or math.ceil(num_steps / num_lines)

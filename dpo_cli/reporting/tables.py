@@ -14,7 +14,7 @@ from dpo_cli.reporting.safe_text import visible
 
 PART_STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 _GROUPS = 20
-"""Groups of held-out pairs that a table has, at most."""
+"""The maximum number of groups of held-out pairs in a table."""
 
 
 def tokens_table(statistics: Mapping[str, Any]) -> Table:
@@ -30,7 +30,7 @@ def tokens_table(statistics: Mapping[str, Any]) -> Table:
 
 
 def percent(share: float) -> str:
-    """Write a share so that a few among many do not become none, nor all but a few all."""
+    """Write a share so that a small one is not shown as 0 %, nor one just below 1 as 100 %."""
     shown = f"{100 * share:.1f} %"
     if shown == "0.0 %" and share > 0:
         return "< 0.1 %"

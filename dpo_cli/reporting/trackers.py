@@ -1,6 +1,6 @@
-"""The trackers that a run's metrics go to beside `metrics.jsonl`; `Tracker` at the end lists them.
+"""The trackers that a run's metrics are sent to beside `metrics.jsonl`; `Tracker` at the end lists them.
 
-Accelerate talks to them; here stands what each is told of the run.
+Accelerate talks to them; this module decides what each of them gets.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _SHOWN = ("eval/loss", "eval/rewards/accuracies")
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What trackers may know of a run.
+    """What trackers get of a run.
 
     Attributes:
         name: The name of its folder.
-        folder: Where trackers write and what is kept of them lies.
-        done: Steps that were taken before.
+        folder: Where trackers write, and where their run ids are kept.
+        done: Steps that are done.
     """
 
     name: str
@@ -41,7 +41,7 @@ class TrackedRun:
     done: int
 
     def kept(self, name: str) -> str:
-        """Return what was kept under a name when the run was started, or nothing."""
+        """Return the value that was kept under a name when the run was started, or an empty text."""
         file = self.folder / name
         return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
 
@@ -61,7 +61,7 @@ class TrackerSettings(Settings):
         raise NotImplementedError
 
     def describe(self, tracker: Any, settings: Mapping[str, Any], run: TrackedRun) -> None:
-        """Hand a tracker that was started the run's settings, as flat values."""
+        """Pass the run's settings, as flat values, to a tracker that was started."""
         tracker.store_init_configuration(settings)
 
 
@@ -76,7 +76,7 @@ class TensorBoard(TrackerSettings):
     package: ClassVar[str] = "tensorboard"
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
-        """Write below `trackers/NAME`, and forget the steps after the last one that was taken: they run again."""
+        """Write below `trackers/NAME`, and discard the steps after the last one: they run again."""
         from accelerate.tracking import TensorBoardTracker
 
         return TensorBoardTracker(self.name or run.name, run.folder, purge_step=run.done + 1 if run.done else 0)
@@ -91,7 +91,7 @@ class TensorBoard(TrackerSettings):
 
 
 class InProject(TrackerSettings):
-    """A tracker that knows projects and names of runs."""
+    """A tracker with projects and names of runs."""
 
     project: str = Field("dpo", min_length=1)
     """The project."""
@@ -100,7 +100,7 @@ class InProject(TrackerSettings):
 
 
 class WandB(InProject):
-    """Weights & Biases. A run that is resumed goes on as the same run there."""
+    """Weights & Biases. A resumed run continues as the same run there."""
 
     type: Literal["wandb"] = "wandb"
     """Which tracker."""
@@ -118,7 +118,7 @@ class WandB(InProject):
 
 
 class MLflow(InProject):
-    """MLflow, whose experiment is the project. A run that is resumed goes on as the same run there."""
+    """MLflow, whose experiment is the project. A resumed run continues as the same run there."""
 
     type: Literal["mlflow"] = "mlflow"
     """Which tracker."""
@@ -126,25 +126,25 @@ class MLflow(InProject):
     package: ClassVar[str] = "mlflow"
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
-        """Go on with the run whose id is kept in the run's folder, or begin one."""
+        """Continue the run whose id is kept in the run's folder, or start one."""
         from accelerate.tracking import MLflowTracker
 
         return MLflowTracker(self.project, run_name=self.name or run.name, run_id=run.kept("mlflow-id") or None)
 
     def describe(self, tracker: Any, settings: Mapping[str, Any], run: TrackedRun) -> None:
-        """Keep the id that the run was given; a run's settings cannot be written twice."""
+        """Keep the id of the run; a run's settings cannot be written twice."""
         if not run.kept("mlflow-id"):
             run.keep("mlflow-id", tracker.tracker.info.run_id)
             tracker.store_init_configuration(settings)
 
 
 class Other(InProject):
-    """A tracker that is told project and name, and nothing else."""
+    """A tracker that gets project and name, and nothing else."""
 
     named: ClassVar[str]
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
-        """Hand on project and name."""
+        """Pass on project and name."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         return LOGGER_TYPE_TO_CLASS[self.package](self.project, **{self.named: self.name or run.name})
@@ -189,7 +189,7 @@ class Aim(InProject):
     package: ClassVar[str] = "aim"
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
-        """Hand on experiment and name."""
+        """Pass on experiment and name."""
         from accelerate.tracking import AimTracker
 
         return AimTracker(self.name or run.name, run.folder, experiment=self.project)
@@ -206,7 +206,7 @@ class CometML(TrackerSettings):
     package: ClassVar[str] = "comet_ml"
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
-        """Hand on the project."""
+        """Pass on the project."""
         from accelerate.tracking import CometMLTracker
 
         return CometMLTracker(self.project)
@@ -221,7 +221,7 @@ class DVCLive(TrackerSettings):
     package: ClassVar[str] = "dvclive"
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
-        """Hand on nothing."""
+        """Pass on nothing."""
         from accelerate.tracking import DVCLiveTracker
 
         return DVCLiveTracker()
@@ -230,7 +230,7 @@ class DVCLive(TrackerSettings):
 Tracker = Annotated[
     TensorBoard | WandB | MLflow | Aim | ClearML | CometML | DVCLive | SwanLab | Trackio, Field(discriminator="type")
 ]
-"""The closed union of all trackers, told apart by `type`."""
+"""The closed union of all trackers, distinguished by `type`."""
 
 
 def check_trackers(trackers: Sequence[Tracker], where: str) -> list[UserError]:
@@ -247,10 +247,10 @@ def check_trackers(trackers: Sequence[Tracker], where: str) -> list[UserError]:
 def start_trackers(
     accelerator: Accelerator, trackers: Sequence[Tracker], settings: Mapping[str, Any], run: TrackedRun
 ) -> None:
-    """Start trackers on the main process and hand them the run's settings.
+    """Start trackers on the main process and pass them the run's settings.
 
     Raises:
-        UserError: The disk refuses, or a tracker does: its server, its login or its own settings.
+        UserError: The disk fails, or a tracker does: its server, its login or its own settings.
     """
     if not trackers or not accelerator.is_main_process:
         return
@@ -263,7 +263,7 @@ def start_trackers(
     except OSError as error:
         raise from_os_error(error, "starting the trackers", str(run.folder)) from error
     except Exception as error:
-        # What other programs raise where a server does not answer or nobody is logged in is their own.
+        # Trackers raise errors of their own if a server does not answer or nobody is logged in.
         names = ", ".join(tracker.type for tracker in trackers)
         hint = "log in or configure it, or leave it out; `--resume` continues the run"
         what = f"a tracker did not start ({names}): {type(error).__name__}: {error}"

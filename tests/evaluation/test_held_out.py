@@ -11,7 +11,7 @@ from dpo_cli.reporting.console import Console
 
 def test_rows_that_a_weight_repeats_in_a_prepared_folder_are_scored_once(write_config, pairs_file, tmp_path):
     file = write_config(data={"train": {"path": str(pairs_file), "weight": 3}, "eval": None})
-    config, console, folder = load_config(file), Console(speaks=False), tmp_path / "prepared"
+    config, console, folder = load_config(file), Console(prints=False), tmp_path / "prepared"
     prepare(config, out=folder)
     _, tokenize = load_tokenizer(config, console)
     pairs, held_out, _ = _held_out(config, str(folder), tokenize, console)
