@@ -9,14 +9,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainSerializer
 from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
 UNDEFINED = "undefined_variable"
 """What pydantic calls the error of a path that names a variable which the environment lacks."""
@@ -48,6 +48,32 @@ class OneOf:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         """Accept the names alone, as a `Literal` of them would."""
         return core_schema.literal_schema(list(self.names))
+
+
+class OneOfLater:
+    """As `OneOf`, where the names are of a table that takes long to import: it is asked for when a text is given.
+
+    Args:
+        names: Returns all texts that are accepted.
+    """
+
+    def __init__(self, names: Callable[[], Iterable[str]]) -> None:
+        self._names = names
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Accept the names alone."""
+        return core_schema.no_info_plain_validator_function(self._checked)
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """List the names."""
+        return handler(core_schema.literal_schema(list(self._names())))
+
+    def _checked(self, value: Any) -> Any:
+        if value not in (names := [*self._names()]):
+            *others, last = map(repr, names)
+            # What a `Literal` says.
+            raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
+        return value
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from dpo_cli.data.findings import Droppable
 from dpo_cli.data.pairs.renaming import ColumnNames
 from dpo_cli.data.pairs.shapes import FORMATS, RankedRule
 from dpo_cli.data.pairs.sources import Sources
@@ -17,7 +17,17 @@ from dpo_cli.preference.losses.pairwise import DPO
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Cached, NoReference, Reference
 from dpo_cli.reporting.trackers import Tracker
-from dpo_cli.settings import MAY_CHANGE, MAY_GROW, OneOf, PathText, Settings, contradiction, on_resume, types
+from dpo_cli.settings import (
+    MAY_CHANGE,
+    MAY_GROW,
+    OneOf,
+    OneOfLater,
+    PathText,
+    Settings,
+    contradiction,
+    on_resume,
+    types,
+)
 from dpo_cli.system import plain_yaml
 from dpo_cli.training.optimizer import SCHEDULES, AdamW, Optimizer
 
@@ -72,6 +82,13 @@ HeldOut = Annotated[
 ]
 
 
+def _droppable() -> Iterable[str]:
+    # Comparing pairs takes NumPy.
+    from dpo_cli.data.checkup.comparisons import DROPPABLE
+
+    return DROPPABLE
+
+
 class ModelSettings(Settings):
     """The model that is trained."""
 
@@ -122,7 +139,7 @@ class DataSettings(Settings):
     """Which of the assistant's turns in a response of several turns are judged."""
     ranked: RankedRule = "extremes"
     """Which pairs a list of ranked responses becomes: the best against the worst, or all that differ."""
-    drop: list[Droppable] = Field(default_factory=list)
+    drop: list[Annotated[str, OneOfLater(_droppable)]] = Field(default_factory=list)
     """Which findings of the check leave pairs out of the run: duplicates, conflicts, leakage, near_identical, …"""
 
     @model_validator(mode="after")

@@ -1,43 +1,31 @@
-"""What the check of the data tells apart: kinds of findings, how grave each is, which can be left out of a run."""
+"""What the check of the data looks for: a `Check` is one thing to find, and says all that is said about it.
+
+There are four tables, by how things are found: `TEXT_CHECKS` in the texts of a pair, `TOKEN_CHECKS` while a pair is
+tokenized, `COMPARISONS` by comparing pairs, `DATA_CHECKS` in the data as a whole.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Severity = Literal["error", "warning", "info"]
 """error: figures of a run would be wrong. warning: training is likely to suffer. info: worth knowing."""
 
-Droppable = Literal[
-    "duplicates",
-    "conflicts",
-    "leakage",
-    "near_identical",
-    "replacement_characters",
-    "control_characters",
-    "blank_response",
-    "mixed_scripts",
-    "other_script",
-    "refusal_chosen",
-    "space_at_one_side",
-    "multi_turn",
-    "repeats_prompt",
-    "turn_markers",
-]
-"""The findings whose pairs `data.drop` can leave out."""
-
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """A kind of finding.
+class Check:
+    """Something to look for.
 
     Attributes:
-        name: What it is called, in reports and in `data.drop`.
+        name: What the finding is called, in reports and in `data.drop`.
         severity: How grave it is.
         title: What was found, in a few words.
         meaning: One sentence: what was found, and what follows from it.
         advice: One sentence: what to do about it.
-        heuristic: Whether it goes by a rule of thumb, which may be wrong about a pair.
+        heuristic: Whether it uses a heuristic, which may be wrong about a pair.
+        droppable: Whether `data.drop` can leave pairs with it out of a run.
     """
 
     name: str
@@ -46,3 +34,31 @@ class Kind:
     meaning: str
     advice: str
     heuristic: bool = False
+    droppable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlaggedCheck(Check):
+    """Something that is looked for while a pair is prepared; whether it was found is kept beside the pair.
+
+    Attributes:
+        bit: Which of the 32 bits of a pair's flags says that it was found; each check has its own.
+    """
+
+    bit: int
+
+    @property
+    def flag(self) -> int:
+        """The bit as a number."""
+        return 1 << self.bit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenCheck(FlaggedCheck):
+    """Something that comes to light when a pair is tokenized.
+
+    Attributes:
+        holds: Whether it was found, given a `Tokenized`.
+    """
+
+    holds: Callable[[Any], bool]

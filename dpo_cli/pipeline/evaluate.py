@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_cli.config import Config
-from dpo_cli.data.checkup.comparison import without_copies
+from dpo_cli.data.checkup.selection import without_copies
 from dpo_cli.data.pairs.sources import as_sources, describe
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.records import LABELS

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from dpo_cli.config import Config
 from dpo_cli.config.inputs import held_out_sources, is_file, no_template
-from dpo_cli.data.checkup.comparison import drops, without_copies
 from dpo_cli.data.checkup.endings import set_end
+from dpo_cli.data.checkup.selection import drops, without_copies
 from dpo_cli.data.pairs.sources import Source, as_sources, describe
 from dpo_cli.data.prepared import folder as prepared
 from dpo_cli.data.prepared.folder import PreparedPairs

@@ -9,7 +9,7 @@ from typing import Any
 from dpo_cli.config import Config
 from dpo_cli.config.inputs import held_out_sources
 from dpo_cli.data.checkup.endings import end_tokens
-from dpo_cli.data.checkup.examination import examine
+from dpo_cli.data.checkup.examine import examine
 from dpo_cli.data.checkup.report import Report
 from dpo_cli.data.pairs.sources import as_sources
 from dpo_cli.data.prepared.folder import PreparedPairs, default_folder, is_prepared

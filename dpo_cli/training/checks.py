@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from dpo_cli.data.checkup.endings import TAIL, closing_token, way_out, without_end
-from dpo_cli.data.prepared.columns import RESPONSE_CUT
 from dpo_cli.data.prepared.folder import PreparedPairs
+from dpo_cli.data.tokens.token_checks import RESPONSES_CUT
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.model_files import most_tokens
@@ -117,7 +117,7 @@ def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int
     )
     yield "one BOS at most in every prompt"
     ends = end_tokens | (set(tokenizer.all_special_ids) - {tokenizer.bos_token_id})
-    cut = pairs.flags & RESPONSE_CUT > 0
+    cut = pairs.flags & RESPONSES_CUT.flag > 0
     for name in ("chosen", "rejected"):
         num_ends = _ends(pairs.tails(name, TAIL), tokenizer, ends)
         _require_ends(pairs, (num_ends >= 1) | cut, name, tokenizer)

@@ -201,7 +201,7 @@ def _prepare_and_examine(source: Path, shape: str) -> None:
 def _examine(pairs: Any) -> None:
     from rich.console import Console
 
-    from dpo_cli.data.checkup.examination import examine
+    from dpo_cli.data.checkup.examine import examine
     from dpo_cli.reporting.data_check import findings, reading
     from dpo_cli.reporting.pages.data import data_page
 

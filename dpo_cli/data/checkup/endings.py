@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_cli.data.prepared.columns import RESPONSE_CUT
 from dpo_cli.data.prepared.folder import PreparedPairs
+from dpo_cli.data.tokens.token_checks import RESPONSES_CUT
 from dpo_cli.errors import UserError
 
 TAIL = 8
@@ -38,7 +38,7 @@ def set_end(tokenizer: Any, token: str) -> None:
 def without_end(pairs: PreparedPairs, ends: frozenset[int]) -> NDArray[np.bool_]:
     """Tell of which pairs a response that was not cut has no end token at its end, `[pairs]`."""
     lacks = [~np.isin(pairs.tails(name, TAIL), list(ends)).any(axis=1) for name in ("chosen", "rejected")]
-    return np.asarray((lacks[0] | lacks[1]) & (pairs.flags & RESPONSE_CUT == 0))
+    return np.asarray((lacks[0] | lacks[1]) & (pairs.flags & RESPONSES_CUT.flag == 0))
 
 
 def closing_token(pairs: PreparedPairs, which: NDArray[np.bool_], tokenizer: Any) -> str:

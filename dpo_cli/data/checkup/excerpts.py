@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from dpo_cli.data.checkup.comparison import Found
+from dpo_cli.data.checkup.comparisons import Found
 from dpo_cli.data.checkup.report import EXAMPLES, Example
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.records import Tokens

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_cli.data.checkup.comparison import Indices
+from dpo_cli.data.checkup.comparisons import Indices
 from dpo_cli.data.checkup.intervals import wilson_interval
 from dpo_cli.data.checkup.report import Boundary, Cut, LengthBias, Lengths, Margins
 from dpo_cli.data.prepared.folder import PreparedPairs

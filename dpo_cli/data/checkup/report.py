@@ -34,14 +34,14 @@ class Finding:
     """Something that was found, and how often.
 
     Attributes:
-        name: As in `Kind`.
-        severity: As in `Kind`.
+        name: As in `Check`.
+        severity: As in `Check`.
         count: The pairs or rows with it; a pair that a source's weight repeats counts once.
         share: `count` per pair of the run, each counted once, or per row read.
-        title: As in `Kind`.
-        meaning: As in `Kind`.
-        advice: As in `Kind`.
-        heuristic: As in `Kind`.
+        title: As in `Check`.
+        meaning: As in `Check`.
+        advice: As in `Check`.
+        heuristic: As in `Check`.
         examples: The first of them.
     """
 

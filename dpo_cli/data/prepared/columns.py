@@ -10,7 +10,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_cli.data.rows.fields import printable
-from dpo_cli.data.tokens.unwritten import OF_TEMPLATE
 
 SCHEMA = pa.schema(
     {
@@ -40,21 +39,6 @@ prompt (`prompt_key`), and of its tokens whichever response is the better one (`
 """
 
 SEQUENCES = ("prompt", "chosen", "rejected")
-
-FLAGS = {
-    "responses_cut": 1 << 31,
-    "truncated": 1 << 30,
-    "joined_at_boundary": 1 << 29,
-    "control_tokens_as_text": 1 << 28,
-    "context_differs": 1 << 27,
-    "prompt_differs": 1 << 26,
-    "rewritten": 1 << 25,
-    **{name: 1 << (24 - number) for number, name in enumerate(OF_TEMPLATE)},
-}
-"""The bits of `flags` that say what was done to a pair, beside what was noticed of its texts."""
-
-RESPONSE_CUT = FLAGS["responses_cut"]
-"""A response that was cut does not end."""
 
 
 def problem_of_rows(rows: pa.RecordBatch) -> str:

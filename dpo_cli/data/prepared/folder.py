@@ -20,11 +20,13 @@ from numpy.typing import NDArray
 from dpo_cli.data.pairs.renaming import Columns, shown_columns
 from dpo_cli.data.pairs.shapes import RankedRule
 from dpo_cli.data.pairs.sources import Source, source_digest
+from dpo_cli.data.pairs.text_checks import TEXT_CHECKS
 from dpo_cli.data.prepared.columns import SCHEMA, SEQUENCES, list_ends, numbers_of_pairs, problem_of_rows
 from dpo_cli.data.prepared.manifest import problem_of_manifest
 from dpo_cli.data.prepared.step_plan import PairSizes
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.data.rows.fields import listed
+from dpo_cli.data.tokens.token_checks import TOKEN_CHECKS
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.errors import UserError
 from dpo_cli.system.storage import MANIFEST, DamagedFolder, cache_root, text_digest, verify
@@ -102,7 +104,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
 
     @property
     def flags(self) -> NDArray[np.uint32]:
-        """What was noticed of each pair's texts, `[pairs]`: a bit for each entry of `inspection.NOTICED`."""
+        """What was found of each pair, `[pairs]`: a bit for each of `TEXT_CHECKS` and `TOKEN_CHECKS`."""
         return self._of_each["flags"]
 
     @property
@@ -294,7 +296,8 @@ def is_prepared(source: str) -> bool:
 def fingerprint(sources: Sequence[Source], reading: Reading, tokenize: PairTokenizer) -> str:
     """Return a digest of everything that decides what a prepared folder holds."""
     content = [f"{source.path} {source_digest(source)}" for source in sources]
-    return text_digest(_VERSION, repr(reading.settings), repr(tokenize.settings), *content)
+    checks = [f"{check.name} {check.bit}" for check in (*TEXT_CHECKS, *TOKEN_CHECKS)]
+    return text_digest(_VERSION, repr(checks), repr(reading.settings), repr(tokenize.settings), *content)
 
 
 def default_folder(digest: str) -> Path:

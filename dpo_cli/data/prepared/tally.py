@@ -13,19 +13,13 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.data.records import BadRow, total_tokens
+from dpo_cli.data.tokens.token_checks import TOKEN_CHECKS
 from dpo_cli.data.tokens.tokenize import Tokenized
-from dpo_cli.data.tokens.unwritten import OF_TEMPLATE
 from dpo_cli.errors import UserError, raise_all
 
 _EXAMPLES = 3
 COUNTED: dict[str, Callable[[Tokenized], bool]] = {
-    "truncated": lambda result: result.truncated,
-    "responses_cut": lambda result: result.responses_cut > 0,
-    "joined_at_boundary": lambda result: result.joined,
-    "control_tokens_as_text": lambda result: result.literals > 0,
-    "context_differs": lambda result: result.context_differs,
-    "prompt_differs": lambda result: result.prompt_differs,
-    "rewritten": lambda result: result.rewritten,
+    **{check.name: check.holds for check in TOKEN_CHECKS},
     "weighted": lambda result: result.pair.weight != 1,
     "with_margin": lambda result: result.pair.margin != 0,
 }
@@ -65,7 +59,7 @@ class Tally:
     Attributes:
         num_read: The rows.
         num_kept: Those that became pairs.
-        counts: Pairs with something particular about them: a number for each of `COUNTED` and `OF_TEMPLATE`.
+        counts: Pairs with something particular about them: a number for each of `COUNTED`.
         broken: Rows that stop the reading, where structural errors do.
         dropped: Rows that did not become pairs, by reason.
         examples: The first of them, by reason.
@@ -105,8 +99,6 @@ class Tally:
         self.num_kept += 1
         for name, holds in COUNTED.items():
             self.counts[name] += holds(result)
-        if result.unwritten:
-            self.counts.update(result.unwritten)
         for name, lengths in self.lengths.items():
             lengths[len(getattr(result.pair, name))] += 1
 
@@ -147,7 +139,7 @@ class Tally:
             "pairs_kept": self.num_kept,
             "dropped": dict(self.dropped.most_common()),
             "examples": self.examples,
-            **{name: self.counts[name] for name in (*COUNTED, *OF_TEMPLATE)},
+            **{name: self.counts[name] for name in COUNTED},
             "tokens": {name: _quantiles(lengths) for name, lengths in self.lengths.items()},
             "too_long": {name: sorted(map(list, lengths.items())) for name, lengths in self.too_long.items()},
         }

@@ -20,14 +20,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dpo_cli.data.pairs.detection import DETECTION_ROWS, detect
-from dpo_cli.data.pairs.inspection import inspect
 from dpo_cli.data.pairs.renaming import check_columns, renamed
 from dpo_cli.data.pairs.shapes import FORMATS, read_pairs
 from dpo_cli.data.pairs.sources import Source, describe, read_rows, weighted
-from dpo_cli.data.prepared.columns import FLAGS, SCHEMA
+from dpo_cli.data.pairs.text_checks import text_flags
+from dpo_cli.data.prepared.columns import SCHEMA
 from dpo_cli.data.prepared.folder import PAIRS, PreparedPairs, Reading, fingerprint
-from dpo_cli.data.prepared.tally import COUNTED, Tally
+from dpo_cli.data.prepared.tally import Tally
 from dpo_cli.data.records import LABELS, NUMBERS, BadRow, Gaps, Pair, Row, TokenizedPair, Tokens, total_tokens
+from dpo_cli.data.tokens.token_checks import token_flags
 from dpo_cli.data.tokens.tokenize import PairTokenizer, Tokenized
 from dpo_cli.data.tokens.unwritten import UNWRITTEN
 from dpo_cli.errors import UserError
@@ -229,13 +230,7 @@ def _tokenized(pairs: Sequence[tuple[Pair, bool]], tokenize: PairTokenizer, tall
             tally.drop(pair.origin, same, copy=copy)
             continue
         tally.keep(result)
-        yield _Kept(result, inspect(pair) | _facts(result), _prompt_key(pair))
-
-
-def _facts(result: Tokenized) -> int:
-    """Return the bits of what was done to a pair, and of what is not written of it."""
-    done = sum([FLAGS[name] for name, holds in COUNTED.items() if holds(result) and name in FLAGS])
-    return done | sum([FLAGS[name] for name in result.unwritten])
+        yield _Kept(result, text_flags(pair) | token_flags(result), _prompt_key(pair))
 
 
 def _record_batch(kept: Sequence[_Kept]) -> pa.RecordBatch:

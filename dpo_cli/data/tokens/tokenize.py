@@ -38,7 +38,7 @@ class Tokenized:
         prompt_differs: Whether what inference sends does not stand in the conversations as it is.
         context_differs: Whether inference would send something else before a later turn that is judged.
         rewritten: Whether the template writes something that the assistant says in another way.
-        unwritten: What the template does not write of what the row says; names of `unwritten.OF_TEMPLATE`.
+        unwritten: What the template does not write of what the row says; names of checks in `unwritten`.
         truncated: Whether some of the prompt was cut away.
         responses_cut: How many of the two responses were cut.
         uncut: The tokens of prompt, chosen and rejected before anything was cut; None where nothing was.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_cli.data.findings import Kind
+from dpo_cli.data.findings import TokenCheck
 from dpo_cli.data.records import Message, Pair
 
 _MOST_KINDS = 4096
@@ -23,41 +23,48 @@ _LONGEST_WORD = 24
 _ANOTHER = "Use a template that writes them, or take them out of the data."
 
 
-def _kind(name: str, what: str, advice: str = _ANOTHER) -> Kind:
-    meaning = f"The data has {what} that the chat template does not write: no token tells the model of them."
-    return Kind(name, "warning", f"the template does not write {what.rstrip(',')}", meaning, advice)
+def _unwritten(bit: int, name: str, what: str, advice: str = _ANOTHER) -> TokenCheck:
+    return TokenCheck(
+        name,
+        "warning",
+        f"the template does not write {what.rstrip(',')}",
+        f"The data has {what} that the chat template does not write: no token tells the model of them.",
+        advice,
+        bit=bit,
+        holds=lambda result: name in result.unwritten,
+    )
 
 
 UNWRITTEN = {
-    kind.name: kind
-    for kind in (
-        _kind("tool_calls_unwritten", "tool calls"),
-        _kind("tools_unwritten", "tools"),
-        _kind("reasoning_unwritten", "thoughts of the assistant, in a field of their own,"),
-        _kind("names_unwritten", "names (`name` of a message)"),
-        _kind(
+    check.name: check
+    for check in (
+        _unwritten(24, "tool_calls_unwritten", "tool calls"),
+        _unwritten(23, "tools_unwritten", "tools"),
+        _unwritten(22, "reasoning_unwritten", "thoughts of the assistant, in a field of their own,"),
+        _unwritten(21, "names_unwritten", "names (`name` of a message)"),
+        _unwritten(
+            20,
             "function_call_unwritten",
             "calls in the field `function_call`",
             "Write them as `tool_calls`, which most templates know.",
         ),
-        _kind("template_arguments_unwritten", "arguments of the template (`chat_template_kwargs`)"),
-        _kind("system_unwritten", "turns of the system"),
-        _kind("tool_results_unwritten", "turns of a tool"),
-        _kind("turns_unwritten", "texts of a user or the assistant"),
+        _unwritten(19, "template_arguments_unwritten", "arguments of the template (`chat_template_kwargs`)"),
+        _unwritten(18, "system_unwritten", "turns of the system"),
+        _unwritten(17, "tool_results_unwritten", "turns of a tool"),
+        _unwritten(16, "turns_unwritten", "texts of a user or the assistant"),
     )
 }
-"""A finding for each part of a row, by its name."""
+"""A check for each part of a row, by its name."""
 
-NOT_JSON = Kind(
+NOT_JSON = TokenCheck(
     "tool_arguments_not_json",
     "warning",
     "the arguments of a tool call are not a JSON object",
     "The arguments of a tool call are another value than a JSON object, or no JSON: they were left as they are.",
     "Write them as an object, or as the JSON text of one.",
+    bit=15,
+    holds=lambda result: "tool_arguments_not_json" in result.unwritten,
 )
-
-OF_TEMPLATE = (*UNWRITTEN, NOT_JSON.name)
-"""The names of all findings that are made where a template writes pairs."""
 
 _TURNS = {"system": "system_unwritten", "tool": "tool_results_unwritten"}
 _FIELDS = {"reasoning_content": "reasoning_unwritten", "name": "names_unwritten", "tools": "tools_unwritten"}

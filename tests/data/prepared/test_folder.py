@@ -11,11 +11,11 @@ import pytest
 
 from dpo_cli.data.pairs.shapes import FORMATS, read_pairs
 from dpo_cli.data.pairs.sources import Source
-from dpo_cli.data.prepared import columns
 from dpo_cli.data.prepared import folder as prepared
 from dpo_cli.data.prepared import writing as preparing
 from dpo_cli.data.prepared.folder import PreparedPairs, Reading
 from dpo_cli.data.records import Row
+from dpo_cli.data.tokens.token_checks import TOKEN_CHECKS
 from dpo_cli.data.tokens.tokenize import PairTokenizer, Tokenized
 from dpo_cli.errors import UserError
 from dpo_cli.system import workers
@@ -353,12 +353,13 @@ def test_what_was_done_to_a_pair_is_kept_with_it(tmp_path, tokenizer):
     source = write(tmp_path / "a.jsonl", rows)
     rule = {"max_length": 100, "on_too_long": "truncate", "min_response": 10}
     pairs = prepare(source, tokenizer, tmp_path / "p", **rule)
+    flags = {check.name: check.flag for check in TOKEN_CHECKS}
     for name, expected in (
         ("truncated", [False, True, False, True]),
         ("responses_cut", [False, False, False, True]),
         ("control_tokens_as_text", [False, False, True, False]),
     ):
-        assert (pairs.flags & columns.FLAGS[name] > 0).tolist() == expected, name
+        assert (pairs.flags & flags[name] > 0).tolist() == expected, name
         assert pairs.manifest["statistics"][name] == sum(expected)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_cli.data.checkup.examination import examine
+from dpo_cli.data.checkup.examine import examine
 from dpo_cli.data.records import BadRow, Message, Pair
 from tests.builders import prepare_pairs
 from tests.conftest import write_rows

@@ -9,16 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dpo_cli.data.checkup.comparison import COMPARED, Found, drops, without_copies
-from dpo_cli.data.checkup.examination import DROPPED_ROWS, LENGTH_BIAS, NO_END, OF_TOKENS, UNLIKE_ENDS, examine
+from dpo_cli.data.checkup.comparisons import PAIR_CHECKS, Found
+from dpo_cli.data.checkup.examine import CHECKS, examine
 from dpo_cli.data.checkup.excerpts import Excerpts
 from dpo_cli.data.checkup.report import Margins
-from dpo_cli.data.pairs.inspection import NOTICED
+from dpo_cli.data.checkup.selection import drops, without_copies
+from dpo_cli.data.findings import FlaggedCheck
 from dpo_cli.data.pairs.sources import Source
-from dpo_cli.data.prepared.columns import FLAGS, SCHEMA
+from dpo_cli.data.prepared.columns import SCHEMA
 from dpo_cli.data.prepared.folder import PAIRS, PreparedPairs, Reading
 from dpo_cli.data.prepared.tally import COUNTED, MEASURED, QUANTILES
 from dpo_cli.data.prepared.writing import prepare
+from dpo_cli.data.tokens.token_checks import TOKEN_CHECKS
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.system.storage import sealed_folder, text_digest
 from tests.conftest import ROOT, write_rows
@@ -31,7 +33,7 @@ STATISTICS = {
     "tokens": {part: dict.fromkeys([*QUANTILES, "mean"], 0) for part in ("prompt", "chosen", "rejected")},
     "too_long": {part: [] for part in MEASURED},
 }
-BITS = {notice.kind.name: 1 << bit for bit, notice in enumerate(NOTICED)} | FLAGS
+BITS = {check.name: check.flag for check in PAIR_CHECKS if isinstance(check, FlaggedCheck)}
 
 
 def pair(prompt, chosen, rejected, origin=None, *noticed):
@@ -231,10 +233,9 @@ def test_every_finding_counts_what_dropping_it_leaves_out(tmp_path):
 
 def test_the_page_of_the_check_names_every_finding_with_its_severity():
     page = (ROOT / "docs" / "data-check.md").read_text(encoding="utf-8")
-    kinds = [*(one.kind for one in (*COMPARED, *NOTICED)), *OF_TOKENS, DROPPED_ROWS, LENGTH_BIAS, UNLIKE_ENDS, NO_END]
-    for kind in kinds:
-        assert f"| `{kind.name}` | {kind.severity} |" in page, kind.name
-    assert len(re.findall(r"^\| `\w+` \| (?:error|warning|info) \|", page, re.M)) == len(kinds)
+    for check in CHECKS:
+        assert f"| `{check.name}` | {check.severity} |" in page, check.name
+    assert len(re.findall(r"^\| `\w+` \| (?:error|warning|info) \|", page, re.M)) == len(CHECKS)
 
 
 @pytest.mark.parametrize(("longer", "shorter", "found"), [(40, 0, 40), (0, 40, 40), (22, 18, None), (3, 1, None)])
@@ -334,7 +335,7 @@ def test_margins_are_measured_over_the_pairs_that_have_one(tmp_path):
     assert examined(prepared(tmp_path / "q", [pair([1], [2, 0], [3, 0])]), uses_margins=True).margins is None
 
 
-@pytest.mark.parametrize("fact", FLAGS)
+@pytest.mark.parametrize("fact", [check.name for check in TOKEN_CHECKS])
 def test_what_tokenizing_brought_to_light_is_counted_of_the_run_s_pairs_and_has_examples(tmp_path, tokenizer, fact):
     rows = [pair("Where? ", "Paris", f"Lyon {number}", None, *[fact] * (number != 1)) for number in range(6)]
     pairs = prepared(tmp_path / "p", rows, tokenizer)

@@ -1,19 +1,23 @@
-"""Pairs that stand in each other's way: found by comparing digests, and left out of a run where that is asked for."""
+"""What is looked for by comparing the digests of pairs; `COMPARISONS` at the end lists it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_cli.data.findings import Droppable, Kind
-from dpo_cli.data.pairs.inspection import NOTICED
-from dpo_cli.data.prepared.columns import FLAGS
-from dpo_cli.data.prepared.folder import PreparedPairs
+from dpo_cli.data.findings import Check, FlaggedCheck
+from dpo_cli.data.pairs.text_checks import TEXT_CHECKS
+from dpo_cli.data.tokens.token_checks import TOKEN_CHECKS
 
-Indices = NDArray[np.int64]
+if TYPE_CHECKING:
+    # `data.drop` is checked by this table, before Arrow is needed.
+    from dpo_cli.data.prepared.folder import PreparedPairs
+
+Indices: TypeAlias = NDArray[np.int64]
 """Places of pairs in the prepared data, `[found]`."""
 
 
@@ -35,64 +39,15 @@ class Found:
         return Found(self.indices[inside], None if self.others is None else self.others[inside])
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison(Check):
     """Something to find by comparing pairs.
 
     Attributes:
-        kind: What it is called, what it means, what to do about it.
         find: Finds it among all pairs, of which these are trained on and those are held out.
     """
 
-    kind: Kind
     find: Callable[[PreparedPairs, Indices, Indices], Found]
-
-
-def find(name: str, pairs: PreparedPairs, train: Indices, held_out: Indices) -> Found:
-    """Find the pairs of one of `COMPARED`, `NOTICED` or `FLAGS`."""
-    for comparison in COMPARED:
-        if comparison.kind.name == name:
-            return comparison.find(pairs, train, held_out)
-    indices = np.sort(np.concatenate([train, held_out]))
-    return Found(indices[pairs.flags[indices] & np.uint32(_MASKS[name]) > 0])
-
-
-def without_copies(pairs: PreparedPairs, indices: Indices) -> Indices:
-    """Return some pairs without those that are there only because a source's weight repeats their row.
-
-    Copies stand beside each other and were read at the same place. What was read there again later, of a file that
-    was named twice for instance, is none.
-
-    Args:
-        pairs: All pairs.
-        indices: Some of them, ascending.
-    """
-    runs, keys = pairs.origin_runs()[indices], pairs.key_numbers("key")[indices]
-    order = np.lexsort((keys, runs))
-    runs, keys = runs[order], keys[order]
-    again = (runs[1:] == runs[:-1]) & (keys[1:] == keys[:-1])
-    return np.delete(indices, order[1:][again])
-
-
-def drops(pairs: PreparedPairs, train: Indices, held_out: Indices, names: Sequence[Droppable]) -> dict[str, Indices]:
-    """Return the pairs that a run leaves out, by the finding that they are left out for.
-
-    A pair with several findings stands under the first name. What a finding is does not depend on what another
-    name leaves out.
-
-    Args:
-        pairs: All pairs.
-        train: Those to be trained on.
-        held_out: Those to be held out.
-        names: The findings whose pairs are left out.
-    """
-    left_out: dict[str, Indices] = {}
-    gone: Indices = np.empty(0, np.int64)
-    for name in dict.fromkeys(names):
-        indices = find(name, pairs, train, held_out).indices
-        left_out[name] = np.setdiff1d(indices, gone)
-        gone = np.union1d(gone, indices)
-    return left_out
 
 
 def _duplicates(pairs: PreparedPairs, train: Indices, held_out: Indices) -> Found:
@@ -155,50 +110,47 @@ def _leakage(pairs: PreparedPairs, train: Indices, held_out: Indices) -> Found:
     return Found(train[leaks], held_out[first[places[leaks]]])
 
 
-_MASKS = {notice.kind.name: 1 << bit for bit, notice in enumerate(NOTICED)} | FLAGS
-"""The bit of the flags that stands for each finding of a pair by itself."""
-
-COMPARED = (
+COMPARISONS = (
     Comparison(
-        Kind(
-            "leakage",
-            "error",
-            "the prompt is held out too",
-            "The prompt of a training pair is held out too: the held-out figures will be better than they should.",
-            "Leave these pairs out of the training: `data.drop: [leakage]`.",
-        ),
-        _leakage,
+        "leakage",
+        "error",
+        "the prompt is held out too",
+        "The prompt of a training pair is held out too: the held-out figures will be better than they should.",
+        "Leave these pairs out of the training: `data.drop: [leakage]`.",
+        droppable=True,
+        find=_leakage,
     ),
     Comparison(
-        Kind(
-            "conflicts",
-            "warning",
-            "another pair prefers the response that this one rejects",
-            "Another pair has the same prompt and prefers the response that this one rejects: together they teach "
-            "nothing.",
-            "Decide which of them is right, or leave both out: `data.drop: [conflicts]`.",
-        ),
-        _conflicts,
+        "conflicts",
+        "warning",
+        "another pair prefers the response that this one rejects",
+        "Another pair has the same prompt and prefers the response that this one rejects: together they teach nothing.",
+        "Decide which of them is right, or leave both out: `data.drop: [conflicts]`.",
+        droppable=True,
+        find=_conflicts,
     ),
     Comparison(
-        Kind(
-            "duplicates",
-            "warning",
-            "an earlier pair has the same tokens",
-            "The pair repeats an earlier one token by token, and counts that much more than the others.",
-            "Leave all but the first out: `data.drop: [duplicates]`; to have a pair count more, give it a `weight`.",
-        ),
-        _duplicates,
+        "duplicates",
+        "warning",
+        "an earlier pair has the same tokens",
+        "The pair repeats an earlier one token by token, and counts that much more than the others.",
+        "Leave all but the first out: `data.drop: [duplicates]`; to have a pair count more, give it a `weight`.",
+        droppable=True,
+        find=_duplicates,
     ),
     Comparison(
-        Kind(
-            "shared_prompts",
-            "info",
-            "another pair has the same prompt",
-            "Another pair has the same prompt with another response: usual where several answers were ranked.",
-            "Nothing to do: a split by `data.eval` keeps all pairs of a prompt on one side.",
-        ),
-        _shared_prompts,
+        "shared_prompts",
+        "info",
+        "another pair has the same prompt",
+        "Another pair has the same prompt with another response: usual where several answers were ranked.",
+        "Nothing to do: a split by `data.eval` keeps all pairs of a prompt on one side.",
+        find=_shared_prompts,
     ),
 )
-"""What is found by comparing pairs."""
+"""All that is looked for."""
+
+PAIR_CHECKS: tuple[Comparison | FlaggedCheck, ...] = (*COMPARISONS, *TEXT_CHECKS, *TOKEN_CHECKS)
+"""All checks that pairs can have as a finding."""
+
+DROPPABLE = tuple(check.name for check in PAIR_CHECKS if check.droppable)
+"""The findings whose pairs `data.drop` can leave out."""

@@ -1,4 +1,4 @@
-"""What is noticed of a pair by looking at its texts: a bit for each kind, kept beside the pair's tokens.
+"""What is looked for in the texts of a pair; `TEXT_CHECKS` at the end lists it.
 
 Texts are looked at once, while rows are prepared. Of two possible mistakes, a false alarm is the worse one: each
 of the rules misses what it is not sure of.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from rapidfuzz.distance import Levenshtein
 
-from dpo_cli.data.findings import Kind
+from dpo_cli.data.findings import FlaggedCheck
 from dpo_cli.data.pairs.writing_systems import Letters, apart
 from dpo_cli.data.records import Message, Pair
 
@@ -109,25 +109,18 @@ class Texts:
         return self.prompt, self.chosen, self.rejected
 
 
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """Something to notice of a pair.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextCheck(FlaggedCheck):
+    """Something to look for in the texts of a pair.
 
     Attributes:
-        kind: What it is called, what it means, what to do about it.
-        seen: Whether it is seen in the texts of a pair.
-        place: Where in a text it is seen, if that is one place.
+        seen: Whether it is there.
+        place: What finds the place in a text, if it is one place.
     """
 
-    kind: Kind
     seen: Callable[[Texts], bool]
     place: re.Pattern[str] | None = None
-
-
-def inspect(pair: Pair) -> int:
-    """Return what is noticed of a pair: bit i stands for `NOTICED[i]`."""
-    texts = Texts.of(pair)
-    return sum(1 << bit for bit, notice in enumerate(NOTICED) if notice.seen(texts))
+    droppable: bool = True
 
 
 def _assistants(response: Sequence[Message]) -> Sequence[Message]:
@@ -192,127 +185,122 @@ def _turn_markers(texts: Texts) -> bool:
     return any(sign in whole and any(marker in whole for marker in markers) for sign, markers in _TURN_MARKERS.items())
 
 
-NOTICED = (
-    Notice(
-        Kind(
-            "near_identical",
-            "warning",
-            "the responses hardly differ",
-            "The responses differ in a tenth of their characters or less: training on them tends to make both of "
-            "them less likely.",
-            "Check that the difference is what the model should learn; otherwise drop these pairs.",
-        ),
-        _near_identical,
+TEXT_CHECKS = (
+    TextCheck(
+        "near_identical",
+        "warning",
+        "the responses hardly differ",
+        "The responses differ in a tenth of their characters or less: training on them tends to make both of "
+        "them less likely.",
+        "Check that the difference is what the model should learn; otherwise drop these pairs.",
+        bit=0,
+        seen=_near_identical,
     ),
-    Notice(
-        Kind(
-            "replacement_characters",
-            "warning",
-            "a text has U+FFFD, where characters were lost",
-            "A text has U+FFFD, which stands where characters were lost.",
-            "Read the original data again in its right encoding.",
-        ),
-        lambda texts: any("\ufffd" in text for text in texts.parts),
-        _REPLACEMENT,
+    TextCheck(
+        "replacement_characters",
+        "warning",
+        "a text has U+FFFD, where characters were lost",
+        "A text has U+FFFD, which stands where characters were lost.",
+        "Read the original data again in its right encoding.",
+        bit=1,
+        seen=lambda texts: any("\ufffd" in text for text in texts.parts),
+        place=_REPLACEMENT,
     ),
-    Notice(
-        Kind(
-            "control_characters",
-            "warning",
-            "a text has invisible or control characters",
-            "A text has control characters, directional overrides or invisible marks, which the model would learn.",
-            "Remove them from the data; characters U+0080 to U+009F are mostly Windows-1252 read as Latin-1.",
-        ),
-        _control_characters,
-        _CONTROL,
+    TextCheck(
+        "control_characters",
+        "warning",
+        "a text has invisible or control characters",
+        "A text has control characters, directional overrides or invisible marks, which the model would learn.",
+        "Remove them from the data; characters U+0080 to U+009F are mostly Windows-1252 read as Latin-1.",
+        bit=2,
+        seen=_control_characters,
+        place=_CONTROL,
     ),
-    Notice(
-        Kind(
-            "blank_response",
-            "warning",
-            "a response has nothing that can be seen",
-            "A response has nothing that can be seen.",
-            "Leave these pairs out.",
-        ),
-        _blank,
+    TextCheck(
+        "blank_response",
+        "warning",
+        "a response has nothing that can be seen",
+        "A response has nothing that can be seen.",
+        "Leave these pairs out.",
+        bit=3,
+        seen=_blank,
     ),
-    Notice(
-        Kind(
-            "mixed_scripts",
-            "warning",
-            "the responses are in different writing systems",
-            "One response is in another writing system than the other, so that language alone tells them apart.",
-            "Check that the model should learn to change its language; otherwise drop these pairs.",
-            heuristic=True,
-        ),
-        _mixed_scripts,
+    TextCheck(
+        "mixed_scripts",
+        "warning",
+        "the responses are in different writing systems",
+        "One response is in another writing system than the other, so that language alone tells them apart.",
+        "Check that the model should learn to change its language; otherwise drop these pairs.",
+        heuristic=True,
+        bit=4,
+        seen=_mixed_scripts,
     ),
-    Notice(
-        Kind(
-            "other_script",
-            "info",
-            "both responses are in another writing system than the prompt",
-            "Both responses are in another writing system than the prompt: right for translations, else a mix-up.",
-            "Look at a few.",
-            heuristic=True,
-        ),
-        _other_script,
+    TextCheck(
+        "other_script",
+        "info",
+        "both responses are in another writing system than the prompt",
+        "Both responses are in another writing system than the prompt: right for translations, else a mix-up.",
+        "Look at a few.",
+        heuristic=True,
+        bit=5,
+        seen=_other_script,
     ),
-    Notice(
-        Kind(
-            "refusal_chosen",
-            "info",
-            "the chosen response opens like a refusal",
-            "The chosen response opens like a refusal and the rejected one does not: meant so in data on safety, "
-            "elsewhere a label on the wrong side.",
-            "Look at a few.",
-            heuristic=True,
-        ),
-        _refusal_chosen,
+    TextCheck(
+        "refusal_chosen",
+        "info",
+        "the chosen response opens like a refusal",
+        "The chosen response opens like a refusal and the rejected one does not: meant so in data on safety, "
+        "elsewhere a label on the wrong side.",
+        "Look at a few.",
+        heuristic=True,
+        bit=6,
+        seen=_refusal_chosen,
     ),
-    Notice(
-        Kind(
-            "space_at_one_side",
-            "info",
-            "one response alone begins or ends with white space",
-            "One response begins or ends with white space and the other does not, which gives it away where the "
-            "template keeps it.",
-            "Strip the responses.",
-        ),
-        _space_at_one_side,
+    TextCheck(
+        "space_at_one_side",
+        "info",
+        "one response alone begins or ends with white space",
+        "One response begins or ends with white space and the other does not, which gives it away where the "
+        "template keeps it.",
+        "Strip the responses.",
+        bit=7,
+        seen=_space_at_one_side,
     ),
-    Notice(
-        Kind(
-            "multi_turn",
-            "info",
-            "a response has several turns of the assistant",
-            "A response has more than one turn of the assistant: the two conversations part before the last turn.",
-            "Set `data.turns` to `all` or `last`, by what should be learnt.",
-        ),
-        lambda texts: texts.num_turns > 1,
+    TextCheck(
+        "multi_turn",
+        "info",
+        "a response has several turns of the assistant",
+        "A response has more than one turn of the assistant: the two conversations part before the last turn.",
+        "Set `data.turns` to `all` or `last`, by what should be learnt.",
+        bit=8,
+        seen=lambda texts: texts.num_turns > 1,
     ),
-    Notice(
-        Kind(
-            "repeats_prompt",
-            "warning",
-            "both responses begin with the user's last turn",
-            "Both responses begin with the user's last turn: the model would learn to repeat what it is asked.",
-            "Take the prompt out of the responses.",
-        ),
-        _repeats_prompt,
+    TextCheck(
+        "repeats_prompt",
+        "warning",
+        "both responses begin with the user's last turn",
+        "Both responses begin with the user's last turn: the model would learn to repeat what it is asked.",
+        "Take the prompt out of the responses.",
+        bit=9,
+        seen=_repeats_prompt,
     ),
-    Notice(
-        Kind(
-            "turn_markers",
-            "warning",
-            "a text has turn markers of another format",
-            "A text holds what marks turns in another format: the data is perhaps of another shape, or was written "
-            "out by a template before.",
-            "Look at a few; take such texts apart into messages, or name their shape in `data.format`.",
-            heuristic=True,
-        ),
-        _turn_markers,
-        _TURN_MARKER,
+    TextCheck(
+        "turn_markers",
+        "warning",
+        "a text has turn markers of another format",
+        "A text holds what marks turns in another format: the data is perhaps of another shape, or was written "
+        "out by a template before.",
+        "Look at a few; take such texts apart into messages, or name their shape in `data.format`.",
+        heuristic=True,
+        bit=10,
+        seen=_turn_markers,
+        place=_TURN_MARKER,
     ),
 )
-"""What is noticed, in the order of the bits. A prepared folder keeps bits: whoever changes these raises its version."""
+"""All that is looked for."""
+
+
+def text_flags(pair: Pair) -> int:
+    """Return what is found in the texts of a pair, as the bits of `TEXT_CHECKS`."""
+    texts = Texts.of(pair)
+    return sum([check.flag for check in TEXT_CHECKS if check.seen(texts)])

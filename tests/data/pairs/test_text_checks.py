@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 
-from dpo_cli.data.checkup.comparison import COMPARED
-from dpo_cli.data.findings import Droppable
-from dpo_cli.data.pairs.inspection import NOTICED, inspect
-from dpo_cli.data.prepared.columns import FLAGS
+from dpo_cli.data.checkup.comparisons import COMPARISONS, DROPPABLE, PAIR_CHECKS
+from dpo_cli.data.findings import FlaggedCheck
+from dpo_cli.data.pairs.text_checks import TEXT_CHECKS, text_flags
 from dpo_cli.data.records import Message, Pair
 
 RUSSIAN = "Столица Франции — это город Париж, он стоит на Сене."
@@ -27,8 +24,8 @@ def said(*turns):
 
 
 def names(pair):
-    bits = inspect(pair)
-    return {notice.kind.name for bit, notice in enumerate(NOTICED) if bits >> bit & 1}
+    flags = text_flags(pair)
+    return {check.name for check in TEXT_CHECKS if flags & check.flag}
 
 
 def test_nothing_is_noticed_of_an_ordinary_pair():
@@ -204,8 +201,9 @@ def test_broken_surrogates_are_looked_at_like_any_text():
     assert noticed("\ud800 Париж, я бы сказал, но точно не знаю.", "\udfff It may be Lyon.") <= {"mixed_scripts"}
 
 
-def test_every_kind_has_a_name_of_its_own_and_what_can_be_dropped_is_a_kind():
-    kinds = [one.kind for one in (*COMPARED, *NOTICED)]
-    assert len({kind.name for kind in kinds}) == len(kinds)
-    assert all(1 << len(NOTICED) <= bit for bit in FLAGS.values())
-    assert set(get_args(Droppable)) == {kind.name for kind in kinds} - {"shared_prompts"}
+def test_every_check_of_pairs_has_a_name_and_a_bit_of_its_own_and_those_of_texts_can_be_dropped():
+    assert len({check.name for check in PAIR_CHECKS}) == len(PAIR_CHECKS)
+    bits = [check.bit for check in PAIR_CHECKS if isinstance(check, FlaggedCheck)]
+    assert len(set(bits)) == len(bits)
+    assert all(0 <= bit < 32 for bit in bits)
+    assert set(DROPPABLE) == {check.name for check in (*COMPARISONS, *TEXT_CHECKS)} - {"shared_prompts"}
