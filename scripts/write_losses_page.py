@@ -204,7 +204,7 @@ def needs(model: type[Any], takes: str) -> str:
     words = ["a reference" if loss.needs_reference else "no reference", takes]
     if loss.looks_at_step:
         words.append("all pairs of a step at once")
-    if loss.remembers:
+    if loss.keeps_statistics:
         words.append("the mean reward of the steps before")
     if "adaptive_beta" in model.model_fields:
         words.append("under `adaptive_beta` all pairs of a step at once, and the steps before")

@@ -72,9 +72,9 @@ def contradictions(config: Config, tree: Tree) -> list[UserError]:
     if given and not objective.needs_reference and config.reference.type != "none":
         what = f"the loss {names} has no use for a reference, and `reference` is `{config.reference.type}`"
         problems.append(UserError(what, tree.place(("reference",)), "leave `reference` out"))
-    remembering = [loss.type for loss in objective.losses if loss.remembers]
-    if len(remembering) > 1:
-        both = " and ".join(f"`{name}`" for name in remembering)
+    keeping = [loss.type for loss in objective.losses if loss.keeps_statistics]
+    if len(keeping) > 1:
+        both = " and ".join(f"`{name}`" for name in keeping)
         what = f"only one loss may keep running statistics, and {both} all do"
         hint = "set `running_mean: false` for `bco`, or leave `adaptive_beta` out"
         problems.append(UserError(what, tree.place(("loss",)), hint))

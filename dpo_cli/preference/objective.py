@@ -33,9 +33,9 @@ class Objective:
         return cls(tuple(losses) if isinstance(losses, Sequence) else (losses,))
 
     @property
-    def rewarding(self) -> Loss:
+    def reward_source(self) -> Loss:
         """The loss whose rewards are reported: that with a memory, else the first with a reference, else the first."""
-        return max(self.losses, key=lambda loss: (loss.remembers, loss.needs_reference))
+        return max(self.losses, key=lambda loss: (loss.keeps_statistics, loss.needs_reference))
 
     @property
     def needs_reference(self) -> bool:
@@ -79,12 +79,12 @@ class Objective:
         results = [loss(policy, reference, step) for loss in self.losses]
         factors = [loss.weight * (_wpo_weights(policy) if loss.wpo else 1.0) for loss in self.losses]
         losses = [factor * result.losses for factor, result in zip(factors, results, strict=True)]
-        rewards = results[self.losses.index(self.rewarding)]
+        rewards = results[self.losses.index(self.reward_source)]
         return PairLosses(sum(losses[1:], losses[0]), rewards.chosen_rewards, rewards.rejected_rewards)
 
     def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
         """Return what to keep of a step, given what was kept before and the means of its metrics."""
-        return self.rewarding.after_step(memory, means)
+        return self.reward_source.after_step(memory, means)
 
     def __str__(self) -> str:
         """Name them, with weights where there are several."""

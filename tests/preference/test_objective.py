@@ -40,10 +40,10 @@ def test_a_loss_without_a_reference_is_the_same_beside_one_that_needs_it(sequenc
     torch.testing.assert_close(found, expected)
 
 
-def test_the_rewards_of_a_list_are_those_of_the_loss_that_remembers_else_that_has_a_reference():
-    assert Objective((SFT(), IPO(), DPO())).rewarding.type == "ipo"
-    assert Objective((SFT(), IPO(), BCO())).rewarding.type == "bco"
-    assert Objective((SFT(), SimPO())).rewarding.type == "sft"
+def test_the_rewards_of_a_list_are_those_of_the_loss_that_keeps_statistics_else_that_has_a_reference():
+    assert Objective((SFT(), IPO(), DPO())).reward_source.type == "ipo"
+    assert Objective((SFT(), IPO(), BCO())).reward_source.type == "bco"
+    assert Objective((SFT(), SimPO())).reward_source.type == "sft"
 
 
 def test_a_list_says_what_it_is():

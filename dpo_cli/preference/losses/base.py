@@ -147,8 +147,8 @@ class LossSettings(Settings):
         return False
 
     @property
-    def remembers(self) -> bool:
-        """Whether `after_step` keeps something."""
+    def keeps_statistics(self) -> bool:
+        """Whether `after_step` keeps running statistics."""
         return False
 
     def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:

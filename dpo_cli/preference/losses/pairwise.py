@@ -79,7 +79,7 @@ class DPO(MarginLossSettings):
         return self.adaptive_beta is not None
 
     @property
-    def remembers(self) -> bool:
+    def keeps_statistics(self) -> bool:
         """Whether β depends on the steps before."""
         return self.adaptive_beta is not None
 

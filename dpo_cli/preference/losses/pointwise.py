@@ -52,7 +52,7 @@ class BCO(LossSettings):
     """Whether rewards are compared with their running mean; else with 0."""
 
     @property
-    def remembers(self) -> bool:
+    def keeps_statistics(self) -> bool:
         """Whether there is a running mean."""
         return self.running_mean
 
