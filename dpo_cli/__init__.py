@@ -97,6 +97,8 @@ def train(
     from dpo_cli.config import as_config
     from dpo_cli.config.inputs import check_training
 
+    if overwrite and (resume or extend):
+        raise UserError("`resume` and `overwrite` exclude each other", "the call of `train`", "choose one of them")
     settings, console, resume = as_config(config), console or _unattended(), resume or extend
     check_training(settings, resume=resume, overwrite=overwrite, dry_run=dry_run)
     return _train(settings, console, signals, resume=resume, overwrite=overwrite, extend=extend, dry_run=dry_run)

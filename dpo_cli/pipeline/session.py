@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils import logging as hf_logging
 
@@ -70,9 +71,13 @@ def started(config: Config, console: Console, signals: StopSignals | None = None
         UserError: The precision is not available here, or Accelerate cannot start.
     """
     accelerator = start_accelerator(config)
-    with watched(accelerator, config.training.rank_timeout, Console().error) as progress:
-        yield Session(config, console, signals or StopSignals(), accelerator, progress)
-    accelerator.end_training()
+    try:
+        with watched(accelerator, config.training.rank_timeout, Console().error) as progress:
+            yield Session(config, console, signals or StopSignals(), accelerator, progress)
+        accelerator.end_training()
+    finally:
+        # Accelerate keeps precision and processes for as long as Python runs; the next session may have others.
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def start_accelerator(config: Config) -> Accelerator:
