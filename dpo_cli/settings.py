@@ -119,17 +119,17 @@ def groups_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from groups_in(inner)
 
 
-def walk(group: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def all_settings(group: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yield the dotted name of each setting of a group and of the groups in it, with its field."""
     for name, field in group.model_fields.items():
         yield f"{prefix}{name}", field
         for inner in groups_in(field.annotation):
-            yield from walk(inner, f"{prefix}{name}.")
+            yield from all_settings(inner, f"{prefix}{name}.")
 
 
 def on_resume(group: type[BaseModel]) -> dict[str, OnResume]:
     """Return the settings of a group that are marked by `OnResume`; one that is a group covers all in it."""
-    return {name: mark for name, field in walk(group) for mark in field.metadata if isinstance(mark, OnResume)}
+    return {name: mark for name, field in all_settings(group) for mark in field.metadata if isinstance(mark, OnResume)}
 
 
 def is_within(name: str, names: Iterable[str]) -> bool:

@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "faults.md"
 HEAD = """# Faults
 
 `make faults` breaks runs of a tiny model in every way that the project knows of and looks at what became of each.
-`make test` tries a few cases of every kind. What is promised stands in [runs](runs.md).
+`make test` tries a few cases of every kind. [Runs](runs.md) says what is promised.
 
 A case has **survived** if everything went as promised. Where the run can go on, `dpo train --resume` finishes it: it
 goes on from what it had saved, `final/` is that of a run that nothing happened to, byte for byte, `metrics.jsonl` has

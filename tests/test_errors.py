@@ -12,7 +12,7 @@ import pytest
 
 from dpo_cli.config import Config, load_config
 from dpo_cli.errors import UserError
-from dpo_cli.settings import walk
+from dpo_cli.settings import all_settings
 from tests.config.test_config import MINIMAL, problems, write
 from tests.conftest import ROOT
 
@@ -129,7 +129,7 @@ def test_names_are_listed_in_one_style_and_no_advice_needs_the_repository(call):
         assert "`make " not in text, text
 
 
-FIELDS = dict(walk(Config))
+FIELDS = dict(all_settings(Config))
 """Every setting and group by its dotted path."""
 
 WRONG = ["{no_such: {a: 1}}", "[[1]]", ".nan", "-1e300", "null", "no such thing", "'5'", "1" * 150, "true"]

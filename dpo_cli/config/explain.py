@@ -15,7 +15,7 @@ from dpo_cli.config.schema import APART, ONE, ONE_TRACKER, SEVERAL, SHARE, TRACK
 from dpo_cli.config.tree import Tree
 from dpo_cli.data.pairs import sources
 from dpo_cli.errors import UserError
-from dpo_cli.settings import groups_in, walk
+from dpo_cli.settings import all_settings, groups_in
 from dpo_cli.system import plain_yaml
 
 _WAYS = {ONE, SEVERAL, ONE_TRACKER, TRACKERS, SHARE, APART, sources.NAME, sources.GROUP, sources.SEVERAL}
@@ -279,7 +279,7 @@ def _unions(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, lis
 
 _KNOWN = "known here: "
 _QUOTED = re.compile("'([^']*)'")
-_FIELDS = dict(walk(Config))
+_FIELDS = dict(all_settings(Config))
 _SETTINGS = {path: field.description or "" for path, field in _FIELDS.items()}
 _UNIONS = dict(_unions(Config))
 _TAGS = {str(model.model_fields["type"].default) for models in _UNIONS.values() for model in models}

@@ -1,6 +1,6 @@
 """What looks like a secret is covered in what the program says and writes about itself.
 
-Covered are, wherever they stand: the value of an environment variable whose name speaks of a secret (`HF_TOKEN`,
+Covered are, wherever they occur: the value of an environment variable whose name speaks of a secret (`HF_TOKEN`,
 `WANDB_API_KEY`); what is set by such a name (`api_key=…`, `--token …`); user and password in an address
 (`https://user:token@host`); and what begins like a token of a known service (`hf_…`).
 """

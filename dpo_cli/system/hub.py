@@ -18,7 +18,7 @@ _SECONDS = 10
 """How long an answer of the Hub is waited for. Its libraries try six times, file by file, which takes minutes."""
 
 _REFUSALS = {401, 403, 404}
-"""HTTP statuses by which the Hub says that there is no such thing, or that it is not for everybody."""
+"""HTTP statuses by which the Hub says that it has no such thing, or not for everybody."""
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def look_up(kind: Kind, name: str, where: str) -> bool:
             ) from None
         reason = f"status {_status(error)}"
     except Exception as error:
-        # What goes wrong on the way there is told by errors of the HTTP library, which is not always the same one.
+        # Errors on the way there are those of the HTTP library, which is not always the same one.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
     else:
         return True

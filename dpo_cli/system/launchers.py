@@ -1,4 +1,4 @@
-"""What launchers leave in the environment: how many processes a run has, which one speaks, what Accelerate is to do.
+"""What launchers leave in the environment: how many processes a run has, which one speaks, what Accelerate has to do.
 
 torchrun, Slurm and `accelerate launch` talk to a program through variables, which shells, notebooks and batch jobs hand
 on to programs that were started alone. All of it is settled here, before anything slow is imported.
@@ -34,7 +34,7 @@ def is_main_process() -> bool:
 def settle_environment() -> list[str]:
     """Remove from the environment what was left there for others; return a line for each thing that is ignored.
 
-    A single process without an address to meet others at is no rank of a run, whatever it is called.
+    A single process without an address to meet others at is not a rank of a run, whatever it is called.
     """
     lines = []
     named = [name for name in _RANK if name in os.environ]
@@ -55,7 +55,7 @@ def environment_errors() -> Iterator[UserError]:
     hint = "unset it, or leave it to what starts several processes (torchrun, srun)"
     broken = [name for name in _RANK if not os.environ.get(name, "0").isdecimal()]
     for name in broken:
-        what = f"the environment variable {name} is no whole number: `{os.environ[name]}`"
+        what = f"the environment variable {name} is not a whole number: `{os.environ[name]}`"
         yield UserError(what, "the environment", hint)
     if not broken and (num_ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         if missing := [name for name in (*_RANK, "MASTER_ADDR") if not os.environ.get(name)]:

@@ -32,7 +32,7 @@ class NotPlain(Exception):
 
     Args:
         what: What is wrong with it.
-        line: Where it stands, from 1 on.
+        line: Its line, counted from 1.
         hint: What to do about it.
         path: The setting whose value alone cannot be read; None: nothing can be.
     """
@@ -112,7 +112,7 @@ def parse(text: str, unreadable: list[NotPlain] | None = None) -> tuple[Any, Map
         path.
 
     Raises:
-        NotPlain: It is no YAML, or more than plain data.
+        NotPlain: It is not YAML, or more than plain data.
     """
     loader = None
     try:
@@ -144,7 +144,7 @@ class _Builder:
     """Turn YAML nodes into values while noting lines.
 
     Attributes:
-        lines: Where the members of groups and lists stand, by their paths.
+        lines: The lines of the members of groups and lists, by their paths.
         unreadable: What is wrong with single values.
     """
 

@@ -54,7 +54,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[StopSignals]:
-        """Handle the signals while the context lasts; SIGHUP is let be where it is ignored, as `nohup` wants it."""
+        """Handle the signals while the context lasts; SIGHUP stays ignored where it is, as `nohup` wants it."""
         heard = [number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
         with self._answered():
             previous = {number: signal.signal(number, self._handle) for number in heard}
@@ -167,6 +167,6 @@ def _end(stop: Interrupted, say: Callable[[str, bool], None]) -> None:
 
 
 def ignore_signals() -> None:
-    """Be asked to stop no more: the program is about to end."""
+    """Ignore requests to stop from now on: the program is about to end."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)

@@ -2,7 +2,7 @@
 
 Everything the program keeps (prepared data, converted models, reference log-probabilities, checkpoints,
 the final model) is written into a temporary folder, sealed with a manifest of sizes and digests, flushed
-to disk and renamed. A reader checks the seal before it believes a byte.
+to disk and renamed. A reader checks the seal before it uses a byte.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def is_open_at(descriptor: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def sealed_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
+def sealed_folder(target: Path, details: dict[str, Any]) -> Iterator[Path]:
     """Yield a temporary folder to fill; on leaving it is sealed, flushed and renamed to `target`.
 
     Where anything fails, the temporary folder is removed and `target` stays as it was. An older `target`
@@ -140,7 +140,7 @@ def sealed_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
 
     Args:
         target: The folder to appear. Its parents are created.
-        facts: What the manifest says beside sizes and digests; it may be filled until the folder is left.
+        details: What the manifest says beside sizes and digests; it may be filled until the folder is left.
     """
     make_folder(target.parent)
     temporary = target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
@@ -148,7 +148,7 @@ def sealed_folder(target: Path, facts: dict[str, Any]) -> Iterator[Path]:
     _filling.add(temporary)
     try:
         yield temporary
-        _seal(temporary, facts)
+        _seal(temporary, details)
         if target.exists():
             replaced = target.with_name(f".{target.name}{_TEMPORARY}replaced-{secrets.token_hex(4)}")
             target.rename(replaced)
@@ -199,15 +199,15 @@ def verify(folder: Path) -> dict[str, Any]:
         DamagedFolder: A file is missing, too short, too long, or has other bytes.
     """
     manifest = read_manifest(folder)
-    for name, facts in manifest["files"].items():
+    for name, expected in manifest["files"].items():
         path = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise DamagedFolder(f"{MANIFEST} names a file outside the folder: {name}")
         try:
             size = path.stat().st_size
-            if not path.is_file() or size != facts["bytes"]:
-                raise DamagedFolder(f"{name} has {size} bytes instead of {facts['bytes']}")
-            if file_digest(path) != facts["sha256"]:
+            if not path.is_file() or size != expected["bytes"]:
+                raise DamagedFolder(f"{name} has {size} bytes instead of {expected['bytes']}")
+            if file_digest(path) != expected["sha256"]:
                 raise DamagedFolder(f"{name} does not have the bytes it was saved with")
         except FileNotFoundError:
             raise DamagedFolder(f"{name} is missing") from None
@@ -263,7 +263,7 @@ def discard(folder: Path) -> None:
     stray = folder.with_name(f".{folder.name}{_TEMPORARY}removed-{secrets.token_hex(4)}")
     with contextlib.suppress(OSError):
         folder.rename(stray)
-        # After a power cut the old name could else stand over a part of the files.
+        # After a power cut the old name could otherwise belong to a part of the files.
         _flush(folder.parent)
         remove(stray)
         _flush(folder.parent)
@@ -274,7 +274,7 @@ def _remove(paths: Iterable[Path]) -> None:
         remove(path)
 
 
-def _seal(folder: Path, facts: dict[str, Any]) -> None:
+def _seal(folder: Path, details: dict[str, Any]) -> None:
     """Write the manifest over all files of a folder and flush everything to disk."""
     paths = sorted(folder.rglob("*"))
     files = [path for path in paths if path.is_file()]
@@ -291,7 +291,7 @@ def _seal(folder: Path, facts: dict[str, Any]) -> None:
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, digests.result(), strict=True)
     }
-    text = json.dumps({**facts, "files": sealed}, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps({**details, "files": sealed}, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(folder / MANIFEST, text + "\n")
 
 

@@ -1,7 +1,7 @@
 """What the processes of a run note of themselves for each other, and which of them the others cannot go on without.
 
-Nothing here waits or talks: notes come in, and a judgement comes out. Seconds are those of the process that judges;
-clocks of other machines play no part.
+Nothing here waits or talks: notes come in, and missing ranks come out. Seconds are those of the process that
+looks; clocks of other machines play no part.
 """
 
 from __future__ import annotations
@@ -152,14 +152,14 @@ class Notes:
         return [note for rank, note in self.last.items() if rank != self.rank]
 
     def _blamed(self) -> Missing | None:
-        """Take over the judgement of another that leaves because of it."""
+        """Take over what another found that leaves because of it."""
         for note in self._others():
             if note.blames and note.farewell is not None:
                 return Missing(note.farewell, frozenset(note.blames), note.status)
         return None
 
     def _failed(self, now: float, grace: float) -> Missing | None:
-        """Look for one that said that it failed; the main process has told the user itself."""
+        """Look for one that said that it failed; the main process has shown it itself."""
         for note in self._others():
             if note.farewell and now - self._noted[note.rank] >= grace:
                 what = f"{note} ended {note.when}: {note.farewell}"

@@ -23,7 +23,7 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.system.launchers import is_main_process
@@ -183,17 +183,17 @@ class _Watch:
         self._notes = Notes(self._rank, self._num_ranks, keeper, self._clock)
         self._farewell: tuple[str, int] | None = None
         self._missing: Missing | None = None
-        self._leaves, self._doubts, self._judged = threading.Event(), threading.Event(), threading.Event()
+        self._leaves, self._doubts, self._looked = threading.Event(), threading.Event(), threading.Event()
         self._exchanges = threading.Thread(target=self._exchange_notes, name="notes of ranks", daemon=True)
         self._exchanges.start()
         # The store may be gone as well and leave the first thread waiting.
-        threading.Thread(target=self._judge, name="judge of ranks", daemon=True).start()
+        threading.Thread(target=self._look, name="watch of ranks", daemon=True).start()
 
     def explain(self, error: RuntimeError) -> Missing | None:
         """Find out which rank is behind an error, if one is."""
         self._doubts.set()
-        self._judged.wait(2 * self._doubt_seconds)
-        if self._missing is None and "gloo" in str(error):
+        self._looked.wait(2 * self._doubt_seconds)
+        if self._missing is None and (isinstance(error, DistError) or "gloo" in str(error)):
             return Missing(f"what the ranks exchanged broke off: {_reason(error)}", frozenset())
         return self._missing
 
@@ -241,7 +241,7 @@ class _Watch:
         (why, status), blames = self._farewell, tuple(sorted(self._missing.ranks)) if self._missing else ()
         return Note(self._rank, self._count + 1, at.step, farewell=why, status=status, blames=blames)
 
-    def _judge(self) -> None:
+    def _look(self) -> None:
         """Look at what is known of the others again and again; end this process where one of them is missing."""
         before = time.monotonic()
         while not self._leaves.wait(self._interval):
@@ -254,7 +254,7 @@ class _Watch:
                 missing = self._notes.missing(self._clock, patience, grace)
             if missing and doubts:
                 self._missing = missing
-                self._judged.set()
+                self._looked.set()
                 return
             if missing and not is_filling():
                 if self.speaks(missing):

@@ -49,7 +49,7 @@ WORKLOADS = ("short", "long")
 
 
 def say(text: str) -> None:
-    """Tell at once how far the benchmark is."""
+    """Say at once how far the benchmark is."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
@@ -75,8 +75,8 @@ def run_in_turn(work: Work, what: str, repeats: int, threads: int | None) -> tup
                     if run.gflops_meanwhile
                     else "too short to hold"
                 )
-                facts = f"{run.training_seconds:.1f} s, {run.peak_bytes / 1e9:.1f} GB, {speeds}"
-                say(f"{what}, run {number}/{repeats}: {name} {facts}")
+                figures = f"{run.training_seconds:.1f} s, {run.peak_bytes / 1e9:.1f} GB, {speeds}"
+                say(f"{what}, run {number}/{repeats}: {name} {figures}")
             difference = check_losses(ours[-1], theirs[-1], f"{what}, run {number}")
             say(f"{what}, run {number}/{repeats}: the losses differ by {difference:.0e} at most")
     return ours, theirs

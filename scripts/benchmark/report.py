@@ -1,4 +1,4 @@
-"""What the benchmark measured, and how it is told: a Markdown page, a plot, the raw figures."""
+"""The report of what the benchmark measured: a Markdown page, a plot, the raw figures."""
 
 from __future__ import annotations
 
@@ -111,19 +111,19 @@ def joined(parts: Sequence[Results]) -> Results:
     """Put together what was run in parts: runs of the same work become one case, the newest date counts.
 
     Raises:
-        Disagreement: Two parts differ in what all cases of one page have in common, or a run stands in both.
+        Disagreement: Two parts differ in what all cases of one page have in common, or a run is in both.
     """
     first, cases = parts[0], list[Case]()
     for part in parts:
         for name in ("model", "machine", "versions", "not_counted"):
             ours, theirs = (str(getattr(results, name)) for results in (first, part))
             if ours != theirs:
-                raise Disagreement(f"these results cannot stand on one page; {name}: {ours} here, {theirs} there")
+                raise Disagreement(f"these results cannot be on one page; {name}: {ours} here, {theirs} there")
         for case in part.cases:
             place = next((i for i, other in enumerate(cases) if case.is_work_of(other)), len(cases))
             known = cases[place : place + 1]
             if any(run in one.ours + one.theirs for one in known for run in case.ours + case.theirs):
-                raise Disagreement(f"the same run of {case.workload} pairs stands in two of these results")
+                raise Disagreement(f"the same run of {case.workload} pairs is in two of these results")
             runs = {side: [run for one in (*known, case) for run in getattr(one, side)] for side in ("ours", "theirs")}
             cases[place : place + 1] = [case.model_copy(update=runs)]
     return first.model_copy(update={"date": max(part.date for part in parts), "cases": cases})

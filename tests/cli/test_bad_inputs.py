@@ -674,10 +674,10 @@ MODEL_CASES = {
         f"{EVAL} --model model reference.model=other", 2, r"the model has positions for 16", r"max_length",
     ),
     "process without a number": Case(
-        environment(RANK=""), TRAIN, 2, r"variable RANK is no whole number: ``", r"unset it",
+        environment(RANK=""), TRAIN, 2, r"variable RANK is not a whole number: ``", r"unset it",
     ),
     "processes without a number": Case(
-        environment(WORLD_SIZE="two"), TRAIN, 2, r"WORLD_SIZE is no whole number: `two`", r"unset it",
+        environment(WORLD_SIZE="two"), TRAIN, 2, r"WORLD_SIZE is not a whole number: `two`", r"unset it",
     ),
     "several processes that cannot meet": Case(
         environment(WORLD_SIZE="4"), TRAIN, 2, r"WORLD_SIZE is 4, and RANK, LOCAL_RANK, MASTER_ADDR", r"torchrun",
