@@ -11,7 +11,8 @@ from tiny_models import KINDS, build, example_pairs
 from transformers.utils import logging as hf_logging
 
 from dpo_cli.modeling.layouts import PACKED
-from dpo_cli.modeling.proof import NORM_TOLERANCE, TOKEN_TOLERANCE, Proof, prove
+from dpo_cli.modeling.precision import PRECISIONS
+from dpo_cli.modeling.proof import Proof, prove
 
 PAGE = Path(__file__).parent.parent / "docs" / "layouts.md"
 HEAD = """# Layouts
@@ -77,7 +78,6 @@ the row, whatever sequence they belong to; only the proof detects that.
 
 This page is written by `scripts/write_layouts_page.py`.
 """
-_PRECISIONS = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _SMALLEST = -5
 """The power of ten from which differences are told apart: smaller ones vary from machine to machine."""
 
@@ -92,7 +92,7 @@ def bound(difference: float) -> str:
 
 def row(name: str, proof: Proof) -> str:
     """Return an architecture's line of the table."""
-    reason = proof.refusal or ("its outputs differ" if proof.fails("no") else "")
+    reason = proof.refusal or ("its outputs differ" if proof.fails(PRECISIONS["float32"]) else "")
     cells = (
         name,
         "padded" if reason else "packed",
@@ -108,8 +108,9 @@ def page() -> str:
     """Return the whole page; the proof runs on every model."""
     pairs = example_pairs()
     parts = [HEAD, TOLERANCES]
-    for precision, name in _PRECISIONS.items():
-        parts.append(f"| {name} | {TOKEN_TOLERANCE[precision]:g} | {NORM_TOLERANCE[precision]:.1%} |\n")
+    for precision in PRECISIONS.values():
+        tolerances = f"{precision.token_tolerance:g} | {precision.norm_tolerance:.1%}"
+        parts.append(f"| {precision.name} | {tolerances} |\n")
     parts.append(TABLE)
     parts += [row(name, prove(build(name), PACKED, pairs, pairs, contextlib.nullcontext)) for name in KINDS]
     return "".join([*parts, TAIL])

@@ -11,9 +11,10 @@ from accelerate import Accelerator
 
 from dpo_cli.data.pairs.shapes import RankedRule
 from dpo_cli.data.pairs.sources import Source
-from dpo_cli.data.prepared.folder import BadRowRule, PreparedPairs, Reading
+from dpo_cli.data.prepared.folder import PreparedPairs, Reading
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.data.prepared.writing import prepare
+from dpo_cli.data.records import BadRowRule
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import LAYOUTS

@@ -10,8 +10,10 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from dpo_cli.data.pairs.renaming import ColumnNames
 from dpo_cli.data.pairs.shapes import FORMATS, RankedRule
 from dpo_cli.data.pairs.sources import Sources
+from dpo_cli.data.records import BadRowRule, LengthRule, TurnRule
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.model_files import Trust
+from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.losses.pairwise import DPO
 from dpo_cli.preference.objective import Objective
@@ -94,7 +96,7 @@ class ModelSettings(Settings):
 
     name: PathText = Field(min_length=1)
     """The model: a local folder, a .gguf file, or a Hub id."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Annotated[str, OneOf("auto", *PRECISIONS)] = "auto"
     """What is computed in; weights are held in float32. auto: bfloat16 on GPUs that have it, else float32."""
     chat_template: PathText | None = None
     """null: the tokenizer's own; the name of one of several; a Jinja file; `plain` for models without a template."""
@@ -127,15 +129,15 @@ class DataSettings(Settings):
     """Columns under other names: `{prompt: question, chosen: response_j}` reads the data's `question` as `prompt`."""
     system: str | None = None
     """What the system says at the start of conversations in which it says nothing; a row's own text wins."""
-    on_bad_row: Literal["error", "drop"] = "error"
+    on_bad_row: BadRowRule = "error"
     """Whether a row with a missing field, a wrong type or broken text stops the run or is dropped, counted."""
     max_length: int = Field(1024, ge=2)
     """The most tokens of prompt and response together."""
-    on_too_long: Literal["drop", "truncate", "error"] = "drop"
+    on_too_long: LengthRule = "drop"
     """What becomes of longer pairs; truncate cuts the prompt from the left, whole turns first."""
     min_response: int | None = Field(None, ge=1)
     """With truncate, the fewest tokens to which a response may be cut from the right; null: it is never cut."""
-    turns: Literal["all", "last"] = "all"
+    turns: TurnRule = "all"
     """Which of the assistant's turns in a response of several turns are judged."""
     ranked: RankedRule = "extremes"
     """Which pairs a list of ranked responses becomes: the best against the worst, or all that differ."""

@@ -21,6 +21,15 @@ Lengths = tuple[int, int, int]
 
 Role = Literal["system", "user", "assistant", "tool"]
 
+BadRowRule = Literal["error", "drop"]
+"""What becomes of rows with structural errors: they stop the reading, or are dropped."""
+
+LengthRule = Literal["drop", "truncate", "error"]
+"""What becomes of pairs that are too long."""
+
+TurnRule = Literal["all", "last"]
+"""Which turns of a response are scored."""
+
 NUMBERS = ("weight", "margin")
 """What a row may say of its pair beside the texts: the fields of that name, in a row and in a pair."""
 

@@ -16,17 +16,11 @@ from dpo_cli.data.records import TokenizedPair
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import CannotPack
 from dpo_cli.modeling.layouts import PADDED, Layout
+from dpo_cli.modeling.precision import Precision
 from dpo_cli.modeling.scorer import Scorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-TOKEN_TOLERANCE = {"no": 1e-4, "bf16": 0.3, "fp16": 0.05}
-"""Largest difference of one token's log-probability, in nats, that rounding explains, by Accelerate's name of the
-precision that is computed in."""
-
-NORM_TOLERANCE = {"no": 1e-3, "bf16": 0.05, "fp16": 0.02}
-"""The same of the gradient's norm, as a share of it."""
 
 REFUSALS = (CannotPack, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 """What architectures that cannot be packed raise: they were never made for it, and say so in their own ways."""
@@ -46,13 +40,13 @@ class Proof:
     norm_difference: float = math.inf
     refusal: str = ""
 
-    def fails(self, precision: str) -> str:
+    def fails(self, precision: Precision) -> str:
         """Say what is wrong under a precision, in a few words; empty: nothing."""
         if self.refusal:
             return self.refusal
-        if not self.difference <= TOKEN_TOLERANCE[precision]:
+        if not self.difference <= precision.token_tolerance:
             return f"log-probabilities differ by {self.difference:.2g} nats a token"
-        if not self.norm_difference <= NORM_TOLERANCE[precision]:
+        if not self.norm_difference <= precision.norm_tolerance:
             return f"the gradient's norm differs by {self.norm_difference:.2%}"
         return ""
 

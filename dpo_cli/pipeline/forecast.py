@@ -60,7 +60,7 @@ def show_forecast(run: PlannedRun, *, resume: bool) -> None:
 
 def _passes(run: PlannedRun, batches: Batches, memory: MemoryEstimate) -> Mapping[str, str]:
     """Say how pairs go through the model and what that takes in memory, part by part."""
-    can_fail = run.session.config.training.layout == "auto" and batches.layout.name == "packed"
+    can_fail = run.session.config.training.layout == "auto" and batches.layout.needs_proof
     about_peak = "not all parts are there at once" if memory.counted else "and activations, not counted"
     return {
         "tokens of all pairs": f"{run.data.pairs.num_tokens():,}",

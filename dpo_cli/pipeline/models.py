@@ -127,7 +127,9 @@ def expected_layout(session: Session, policy: Policy, pairs: PreparedPairs) -> L
         return layout
     with contextlib.suppress(*(kind for kind in REFUSALS if kind is not CannotPack)):
         try:
-            activation_bytes(policy.model, layout, layout.batch([0], [pairs[0]]), session.dtype, recomputed=False)
+            activation_bytes(
+                policy.model, layout, layout.batch([0], [pairs[0]]), session.precision.dtype, recomputed=False
+            )
         except CannotPack as refusal:
             if session.config.training.layout in LAYOUTS:
                 raise _inexact(layout, f"{policy}: {refusal}") from None
@@ -159,7 +161,7 @@ def choose_layout(
         compared, learning = [pairs[i] for i in seen], [pairs[i] for i in learnt]
         proof = prove(policy.model, layout, compared, learning, session.accelerator.autocast)
         # All ranks take the same layout, so the one that fails decides.
-        failure = next(filter(None, session.of_all(proof.fails(session.accelerator.mixed_precision))), "")
+        failure = next(filter(None, session.of_all(proof.fails(session.precision))), "")
         if failure:
             failure = f"{policy}: {failure}"
             break

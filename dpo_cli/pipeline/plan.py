@@ -142,7 +142,6 @@ def header(run: PlannedRun) -> dict[str, str]:
     session, config, training = run.session, run.session.config, run.session.config.training
     num_processes = session.accelerator.num_processes
     processes = f", {num_processes} processes" if num_processes > 1 else ""
-    precision = str(session.dtype).removeprefix("torch.")
     return {
         "model": f"{config.model.name} ({run.sketch})",
         "parameters": f"{run.sketch.sizes().numbers:,}",
@@ -153,7 +152,7 @@ def header(run: PlannedRun) -> dict[str, str]:
         "reference": _reference(config),
         "optimizer": ", ".join([_optimizer(training.optimizer), *_changed(training, "weight_decay", "max_grad_norm")]),
         "learning rate": f"{training.learning_rate:g}, {_schedule(config, run.steps)}",
-        "device": f"{session.accelerator.device}, {precision}{processes}",
+        "device": f"{session.accelerator.device}, {session.precision.name}{processes}",
         "output": str(run.folder.path),
     }
 

@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 from dpo_cli.config import Config
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.allocator import return_freed_memory
+from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.signals import StopSignals
 from dpo_cli.training.ranks import Progress, gathering, watched
@@ -44,9 +45,9 @@ class Session:
     progress: Progress
 
     @property
-    def dtype(self) -> torch.dtype:
+    def precision(self) -> Precision:
         """What is computed in."""
-        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.accelerator.mixed_precision]
+        return precision_of(self.accelerator.mixed_precision)
 
     def under(self, config: Config) -> Session:
         """Return the same session with other settings."""
@@ -119,7 +120,8 @@ def _precision(dtype: str, *, on_cpu: bool) -> str:
     if dtype == "auto":
         has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         return "bf16" if has_bfloat16 else "no"
-    if dtype == "float16" and on_cpu:
-        hint = "use float32 or bfloat16 here; float16 needs a GPU"
-        raise UserError("float16 cannot be trained on a CPU", "`model.dtype`", hint)
-    return {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+    if on_cpu and not PRECISIONS[dtype].on_cpu:
+        able = " or ".join(precision.name for precision in PRECISIONS.values() if precision.on_cpu)
+        hint = f"use {able} here; {dtype} needs a GPU"
+        raise UserError(f"{dtype} cannot be trained on a CPU", "`model.dtype`", hint)
+    return PRECISIONS[dtype].mixed

@@ -16,7 +16,8 @@ from dpo_cli.data.tokens.token_checks import RESPONSES_CUT
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.model_files import most_tokens
-from dpo_cli.modeling.proof import TOKEN_TOLERANCE, asking
+from dpo_cli.modeling.precision import precision_of
+from dpo_cli.modeling.proof import asking
 from dpo_cli.preference.losses.base import StepInfo
 
 if TYPE_CHECKING:
@@ -150,11 +151,11 @@ def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -
         what = "the model's log-probabilities are not finite before step 1"
         hint = "its weights are damaged, or its precision is too low: download it again, or set `model.dtype: float32`"
         raise UserError(what, type(scorer.policy).__name__, hint)
-    if not ahead <= TOKEN_TOLERANCE[accelerator.mixed_precision]:
+    if not ahead <= precision_of(accelerator.mixed_precision).token_tolerance:
         what = f"a token's log-probability changes by {ahead:.2g} nats with the tokens behind it: the model sees them"
         hint = "it is no causal language model, or its config.json does not say so (`is_decoder: true`)"
         raise UserError(what, type(scorer.policy).__name__, hint)
-    if not difference <= TOKEN_TOLERANCE[accelerator.mixed_precision]:
+    if not difference <= precision_of(accelerator.mixed_precision).token_tolerance:
         what = f"log-probabilities differ from the model's own by {difference:.2g} nats a token"
         raise UserError(
             what, type(scorer.policy).__name__, "choose another architecture: this one treats its logits in its own way"
@@ -181,7 +182,7 @@ def check_reference(
         policy = SequenceLogps.of(scorer(batch), batch.lengths)
         answers = SequenceLogps(reference(batch), batch.lengths)
     difference = float((policy.tokens - answers.tokens).abs().max())
-    if not difference <= TOKEN_TOLERANCE[accelerator.mixed_precision]:
+    if not difference <= precision_of(accelerator.mixed_precision).token_tolerance:
         what = (
             f"the policy is not its reference before step 1: a token's log-probability differs by {difference:.2g} nats"
         )

@@ -23,6 +23,7 @@ from dpo_cli.modeling.attention import TREE_ATTENTION
 from dpo_cli.modeling.layouts import LAYOUTS, Packed, Padded
 from dpo_cli.modeling.loading import weights_digest
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import Proof, prove
 from dpo_cli.modeling.saving import saved_model
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
@@ -188,10 +189,10 @@ def test_what_can_be_packed_is_packed_and_the_proof_says_how_near_it_is(kind):
 
 
 def test_a_proof_fails_on_what_is_not_a_number_and_on_a_gradient_alone():
-    assert Proof(math.nan, 0.0).fails("no")
-    assert Proof(0.0, math.nan).fails("no")
-    assert "gradient" in Proof(0.0, 0.01).fails("no")
-    assert not Proof(0.0, 0.0).fails("no")
+    assert Proof(math.nan, 0.0).fails(PRECISIONS["float32"])
+    assert Proof(0.0, math.nan).fails(PRECISIONS["float32"])
+    assert "gradient" in Proof(0.0, 0.01).fails(PRECISIONS["float32"])
+    assert not Proof(0.0, 0.0).fails(PRECISIONS["float32"])
 
 
 def test_a_refusal_in_the_middle_of_the_gradient_leaves_no_gradient(monkeypatch):
@@ -210,7 +211,7 @@ def test_a_refusal_in_the_middle_of_the_gradient_leaves_no_gradient(monkeypatch)
     monkeypatch.setattr(attention, "_attend", lambda *arguments: Breaks.apply(attend(*arguments)))
     model = build("llama")
     proof = prove(model, Packed(), PAIRS, PAIRS, contextlib.nullcontext)
-    assert proof.fails("no") == "it fails on packed pairs, RuntimeError: no backward pass"
+    assert proof.fails(PRECISIONS["float32"]) == "it fails on packed pairs, RuntimeError: no backward pass"
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

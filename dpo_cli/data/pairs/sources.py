@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag
 
@@ -23,7 +23,7 @@ from dpo_cli.data.rows.fields import listed
 from dpo_cli.data.rows.files import BATCH_ROWS, reader_for, rows_of_columns
 from dpo_cli.data.rows.paths import SPLITS, files_at
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.settings import PathText, Settings, located
+from dpo_cli.settings import OneOf, PathText, Settings, located
 from dpo_cli.system.hub import look_up
 from dpo_cli.system.storage import MANIFEST, file_digest, text_digest
 
@@ -37,7 +37,7 @@ class Source(Settings):
     """Which configuration of a Hub dataset."""
     split: str = "train"
     """Which split of a Hub dataset, or of a folder of several that `datasets` wrote."""
-    format: Literal[("auto", *FORMATS)] = "auto"  # type: ignore[valid-type]
+    format: Annotated[str, OneOf("auto", *FORMATS)] = "auto"
     """The shape of these rows; auto: as `data.format` says."""
     columns: ColumnNames | None = None
     """The columns of these rows, as `data.columns` has them; null: as it says, {}: those of the data."""

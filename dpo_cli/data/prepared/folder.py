@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from dpo_cli.data.pairs.text_checks import TEXT_CHECKS
 from dpo_cli.data.prepared.columns import SCHEMA, SEQUENCES, list_ends, numbers_of_pairs, problem_of_rows
 from dpo_cli.data.prepared.manifest import problem_of_manifest
 from dpo_cli.data.prepared.step_plan import PairSizes
-from dpo_cli.data.records import TokenizedPair
+from dpo_cli.data.records import BadRowRule, TokenizedPair
 from dpo_cli.data.rows.fields import listed
 from dpo_cli.data.tokens.token_checks import TOKEN_CHECKS
 from dpo_cli.data.tokens.tokenize import PairTokenizer
@@ -38,8 +38,6 @@ PAIRS = "pairs.arrow"
 
 _OF_A_PAIR = [*SCHEMA.names[: SCHEMA.names.index("flags")]]
 """The columns of which a `TokenizedPair` is made, in its order."""
-
-BadRowRule = Literal["error", "drop"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,16 +10,15 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
-from typing import Any, Literal
+from typing import Any
 
 from dpo_cli.data.pairs.calls import has_broken_arguments, in_form, what_is_called
-from dpo_cli.data.records import BadRow, Message, Pair
+from dpo_cli.data.records import BadRow, Message, Pair, TurnRule
 from dpo_cli.data.tokens.chat_template import ChatTemplates, common_length, template_errors
 from dpo_cli.data.tokens.control_tokens import LITERAL_START, STAND_IN, STAND_IN_TURN, Literals
 from dpo_cli.data.tokens.encoding import TextEncoder
 from dpo_cli.data.tokens.unwritten import NOT_JSON, Unwritten
 
-TurnRule = Literal["all", "last"]
 Span = tuple[int, int]
 
 PLAIN = "plain"

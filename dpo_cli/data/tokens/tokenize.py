@@ -13,18 +13,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from dpo_cli.data.records import BadRow, Gaps, Lengths, Pair, TokenizedPair, Tokens, total_tokens
+from dpo_cli.data.records import BadRow, Gaps, LengthRule, Lengths, Pair, TokenizedPair, Tokens, TurnRule, total_tokens
 from dpo_cli.data.tokens.chat_template import DEFAULT, asks_for_the_day, named_templates
 from dpo_cli.data.tokens.encoding import TextEncoder, common_beginning
-from dpo_cli.data.tokens.rendering import PLAIN, Rendered, Renderer, TurnRule, Written
+from dpo_cli.data.tokens.rendering import PLAIN, Rendered, Renderer, Written
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.system.storage import text_digest
-
-LengthRule = Literal["drop", "truncate", "error"]
 
 
 @dataclass(frozen=True, slots=True)

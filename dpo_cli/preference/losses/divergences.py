@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from dpo_cli.preference.losses.base import ls
-from dpo_cli.settings import Settings
+from dpo_cli.settings import OneOf, Settings, types
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,6 +75,6 @@ def _named(value: Any) -> Any:
 _Divergence = Annotated[ReverseKL | ForwardKL | JensenShannon | Alpha, Field(discriminator="type")]
 Divergence = Annotated[
     _Divergence,
-    BeforeValidator(_named, json_schema_input_type=Literal["reverse_kl", "forward_kl", "js", "alpha"] | _Divergence),
+    BeforeValidator(_named, json_schema_input_type=Annotated[str, OneOf(*types(_Divergence))] | _Divergence),
 ]
 """The closed union of all divergences, discriminated by `type`; a string alone is a type."""
