@@ -1,4 +1,4 @@
-"""The floors of the house hold, and the script that says so can say otherwise."""
+"""The floors hold, and the script that says so can say otherwise."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def test_an_import_that_goes_up_is_found(tmp_path):
     )
     assert done.returncode == 1
     assert "dpo_cli/modeling/logps.py:2: `modeling` imports `training`" in done.stdout
-    assert "`attic` stands on no floor" in done.stdout
+    assert "`attic` is on no floor" in done.stdout
     assert "logps.py:3" not in done.stdout

@@ -1,0 +1,162 @@
+"""The three jobs, as the command line and Python programs call them: what needs no torch is checked first.
+
+The pipeline, which imports torch, is imported after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_cli.config import Config, as_config
+from dpo_cli.config.inputs import (
+    check_evaluation,
+    check_preparation,
+    check_training,
+    look_up_on_hub,
+    scored_model,
+)
+from dpo_cli.errors import UserError, raise_all
+from dpo_cli.reporting.console import Console, Unattended
+from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
+from dpo_cli.system.signals import StopSignals
+from dpo_cli.training.run_folder import RunFolder, RunState
+
+if TYPE_CHECKING:
+    from dpo_cli.data.checkup.report import Report
+    from dpo_cli.training.loop import StepResult
+
+Configuration = str | PathLike[str] | Mapping[str, Any] | Config
+"""A YAML file, its settings, or either of them as read."""
+
+
+def prepare(
+    config: Configuration,
+    *,
+    out: Path | None = None,
+    report: Path | None = None,
+    strict: bool = False,
+    show: int = 0,
+    console: Console | None = None,
+) -> Report:
+    """Read, check and tokenize the pairs; return what the check found.
+
+    Args:
+        config: What to prepare, and how it is split.
+        out: Where to keep the training pairs, or None for the cache.
+        report: Where to keep the report, or None for a folder beside the training pairs.
+        strict: Whether warnings of the check are an error, after the report was written.
+        show: How many pairs to print token by token.
+        console: What a person sees, or None.
+
+    Raises:
+        UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
+    """
+    settings, console = as_config(config), console or _unattended()
+    check_preparation(settings, report)
+    look_up_on_hub(settings)
+    from dpo_cli.pipeline.prepare import prepare
+
+    return prepare(settings, console, out=out, report=report, strict=strict, show=show)
+
+
+def train(
+    config: Configuration,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    extend: bool = False,
+    dry_run: bool = False,
+    console: Console | None = None,
+    signals: StopSignals | None = None,
+) -> Iterator[StepResult]:
+    """Train a policy; yield a result after each optimizer step, once its evaluation and checkpoint are done.
+
+    The run is complete when the iterator is exhausted. One that is left before keeps its last checkpoint.
+
+    Args:
+        config: What to do.
+        resume: Go on from the newest whole checkpoint, or start where there is none.
+        overwrite: Replace an older run in the folder.
+        extend: Resume with more steps also where the learning rate of steps that were taken would have been another.
+        dry_run: Check everything, print the plan and take no step.
+        console: What a person sees, or None.
+        signals: Those that ask to stop, or None.
+
+    Raises:
+        UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
+        Interrupted: A signal came; what was done is saved.
+    """
+    if overwrite and (resume or extend):
+        raise UserError("`resume` and `overwrite` exclude each other", "the call of `train`", "choose one of them")
+    settings, console, resume = as_config(config), console or _unattended(), resume or extend
+    check_training(settings, resume=resume, overwrite=overwrite, dry_run=dry_run)
+    signals = signals or StopSignals()
+    return _train(settings, console, signals, resume=resume, overwrite=overwrite, extend=extend, dry_run=dry_run)
+
+
+def _train(
+    config: Config,
+    console: Console,
+    signals: StopSignals,
+    *,
+    resume: bool,
+    overwrite: bool,
+    extend: bool,
+    dry_run: bool,
+) -> Iterator[StepResult]:
+    """Take the run's folder, then import what trains."""
+    folder = RunFolder(Path(config.output_dir))
+    if dry_run and not resume and not overwrite and folder.state() is not RunState.FREE:
+        console.notice(f"{folder.path} holds another run: a real run needs `--resume` or `--overwrite` there")
+    same_length = resume and folder.recorded_length() == (config.training.epochs, config.training.max_steps)
+    if same_length and folder.state() is RunState.FINISHED:
+        console.notices(folder.nothing_left(extend=extend))
+        return
+    # Ranks of one run share its folder; a dry run writes nothing.
+    with folder.locked() if is_main_process() and not dry_run else contextlib.nullcontext():
+        console.notice("loading …")
+        look_up_on_hub(config)
+        from dpo_cli.pipeline.train import train
+
+        how = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "extend": extend}
+        yield from train(config, console, signals, **how)
+
+
+def evaluate(
+    config: Configuration,
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    json_file: Path | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Score a model on held-out pairs against the reference; return the figures.
+
+    Args:
+        config: The run's configuration; it names the reference, the loss and the held-out pairs.
+        model: What to score: a folder, a .gguf file or a Hub id; None: the run's trained model.
+        data: Pairs to score, all of them; None: what the configuration holds out.
+        json_file: Where to write the figures; `-`: standard output, in place of the table; or None.
+        console: What a person sees, or None.
+
+    Raises:
+        UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
+    """
+    settings, console = as_config(config), console or _unattended()
+    check_evaluation(settings, model, data, json_file)
+    console.notice("loading …")
+    look_up_on_hub(settings, model=model, data=data)
+    from dpo_cli.pipeline.evaluate import evaluate
+
+    return evaluate(settings, console, model=scored_model(settings, model), data=data, json_file=json_file)
+
+
+def _unattended() -> Console:
+    """Settle what launchers left in the environment, as the command line does, and return who logs warnings alone."""
+    settle_environment()
+    raise_all(environment_errors())
+    return Unattended()
