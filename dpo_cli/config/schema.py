@@ -42,7 +42,7 @@ SHORT_FORMS = {
     "training.optimizer": "type",
     "tracking": "type",
 }
-"""Groups that may be written as one word, and the setting that the word stands for."""
+"""Groups that may be written as one word, and the setting that the word gives."""
 
 
 def expand_short_form(group: str, value: Any) -> Any:
@@ -138,7 +138,7 @@ class DataSettings(Settings):
     min_response: int | None = Field(None, ge=1)
     """With truncate, the fewest tokens to which a response may be cut from the right; null: it is never cut."""
     turns: TurnRule = "all"
-    """Which of the assistant's turns in a response of several turns are judged."""
+    """Which of the assistant's turns in a response of several turns are scored."""
     ranked: RankedRule = "extremes"
     """Which pairs a list of ranked responses becomes: the best against the worst, or all that differ."""
     drop: list[Annotated[str, OneOfLater(_droppable)]] = Field(default_factory=list)

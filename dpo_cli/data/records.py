@@ -14,7 +14,7 @@ Tokens: TypeAlias = "NDArray[np.int32]"
 """Token ids of one text, `[T]`."""
 
 Gaps: TypeAlias = "NDArray[np.int32]"
-"""Which tokens of a response are not judged: start, stop, start, stop, …, ascending; empty where all are."""
+"""Which tokens of a response are not scored: start, stop, start, stop, …, ascending; empty where all are."""
 
 Lengths = tuple[int, int, int]
 """The tokens of prompt, chosen and rejected."""
@@ -84,7 +84,7 @@ class Message:
         input: What an instruction works on, where the data keeps it apart.
         extras: What else a chat template may ask of a message: `tool_calls`, `function_call`, `name`,
             `tool_call_id`, `reasoning_content`; plain JSON values.
-        scored: Whether a turn of the assistant in a response is judged, if turns like it are.
+        scored: Whether a turn of the assistant in a response is scored, if turns like it are.
     """
 
     role: Role
@@ -106,7 +106,7 @@ class Pair:
     Attributes:
         prompt: What was said before; at least one message, the last of them not the assistant's.
         chosen: The better answer. It begins and ends with a turn of the assistant; between them there may be
-            others' turns and what tools returned, which are context and not judged.
+            others' turns and what tools returned, which are context and not scored.
         rejected: The worse answer, likewise.
         origin: Where it was read: `pairs.jsonl:17`.
         weight: What the pair's loss is multiplied by, ≥ 0; of 32 bits, as it is kept.
@@ -133,15 +133,15 @@ class TokenizedPair:
 
     Attributes:
         prompt: The tokens of the prompt.
-        chosen: The tokens of the chosen response, what is not judged within it included.
+        chosen: The tokens of the chosen response, what is not scored within it included.
         rejected: The tokens of the rejected response.
         origin: Where the pair was read.
         weight: As in `Pair`.
         margin: As in `Pair`.
         source: As in `Pair`.
         category: As in `Pair`.
-        chosen_gaps: Which tokens of the chosen response are not judged; None where all are.
-        rejected_gaps: Which tokens of the rejected response are not judged.
+        chosen_gaps: Which tokens of the chosen response are not scored; None where all are.
+        rejected_gaps: Which tokens of the rejected response are not scored.
     """
 
     prompt: Tokens

@@ -27,7 +27,7 @@ class PairBatch:
     Attributes:
         pairs: The pairs' indices in the data, `B` of them.
         input_ids: `[R, T]`.
-        attention_mask: `[R, T]`, 1 where a token stands, 0 where there is padding; None where a tree says it.
+        attention_mask: `[R, T]`, 1 where there is a token, 0 where there is padding; None where a tree says it.
         tree: Which token sees which, where one row holds them all; else None.
         counts: `[R·T]`, in how many of the sequences each token is; 0 where there is padding.
         positions: `[N]`, into the `R·T` hidden states: the one that predicts each response token that is scored.
@@ -67,7 +67,7 @@ class Batches:
 
     Attributes:
         pairs: All pairs of the run.
-        layout: Where their tokens stand.
+        layout: How they are laid out.
         micro_batch_tokens: The most tokens of one forward pass; a pair that alone has more is one by itself.
         device: Where the model is.
     """
@@ -100,7 +100,7 @@ def as_batch(
     tree: TokenTree | None,
     places: Sequence[np.ndarray[tuple[int], np.dtype[np.int64]]],
 ) -> PairBatch:
-    """Name the response tokens; `places` says where each sequence's tokens stand among the hidden states."""
+    """Name the response tokens; `places` says where each sequence's tokens are among the hidden states."""
     sequences = sequences_of(pairs)
     scored = [_scored(len(pair.chosen), pair.chosen_gaps) for pair in pairs]
     scored += [_scored(len(pair.rejected), pair.rejected_gaps) for pair in pairs]

@@ -1,4 +1,4 @@
-"""The layouts: how pairs are cut into micro-batches and where their tokens stand; `LAYOUTS` at the end lists them.
+"""The layouts: how pairs are cut into micro-batches and where their tokens are; `LAYOUTS` at the end lists them.
 
 A layout cuts a step's pairs into micro-batches under a token budget, and lays a micro-batch out as a `PairBatch`. All
 name the same response tokens in the same order (every pair's chosen response, then every pair's rejected one), so that
@@ -113,7 +113,7 @@ class Padded:
 
 @dataclass(frozen=True)
 class Packed:
-    """All sequences as one row without padding, in which what they begin with in common stands once."""
+    """All sequences as one row without padding, in which what they begin with in common is written once."""
 
     name: ClassVar[str] = "packed"
     needs_proof: ClassVar[bool] = True

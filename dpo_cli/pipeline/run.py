@@ -185,7 +185,7 @@ def _before_and_after(run: Run, after: dict[str, Any] | None) -> dict[str, dict[
 def _worsened(run: Run, after: dict[str, Any]) -> str:
     """Say in one line what is worse than before step 1, and which settings to change; nothing where all is well."""
     objective, training = run.session.config.objective, run.session.config.training
-    chosen_tokens = float(run.batches.pairs.sizes.chosen_judged[run.plan.data.held_out].mean())
+    chosen_tokens = float(run.batches.pairs.sizes.chosen_scored[run.plan.data.held_out].mean())
     advice = [f"lower `training.learning_rate` ({training.learning_rate:g})"]
     advice += [f"train fewer steps ({run.plan.steps.num_steps})"]
     advice += ["raise `beta` of the loss"] if objective.needs_reference else []

@@ -70,7 +70,7 @@ class ExpertWatch:
 
 def step_info(sizes: PairSizes, pairs: Sequence[int], memory: Memory) -> StepInfo:
     """Return what a loss knows of a step of these pairs."""
-    return StepInfo(len(pairs), int(sizes.chosen_judged[list(pairs)].sum()), memory=memory)
+    return StepInfo(len(pairs), int(sizes.chosen_scored[list(pairs)].sum()), memory=memory)
 
 
 def score_pairs(

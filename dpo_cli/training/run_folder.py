@@ -1,4 +1,4 @@
-"""A run's folder: what stands where in it, and who may write into it."""
+"""A run's folder: which files are in it, and who may write into it."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Found:
 
     Attributes:
         indices: Which they are, ascending.
-        others: For each of them a pair that it stands against; None where a pair is found by itself.
+        others: For each of them the pair that it was compared with; None where a pair is found by itself.
     """
 
     indices: Indices

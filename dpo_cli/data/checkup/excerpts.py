@@ -17,7 +17,7 @@ _TOKENS_BEFORE = 6
 """Tokens of an excerpt before the place where the responses part."""
 
 _CHARACTERS, _CHARACTERS_AROUND = 120, 50
-"""Characters of an excerpt, and how many stand at each side of what was noticed."""
+"""Characters of an excerpt, and how many of them are at each side of what was found."""
 
 _SEARCHED_TOKENS = 4096
 

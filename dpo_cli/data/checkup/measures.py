@@ -33,7 +33,7 @@ _ENDING_TOKENS, _ENDINGS = 6, 3
 """Tokens among which the template's are looked for at an end, and how many endings are shown."""
 
 _END_WITHIN = 8
-"""Tokens at the end of a response among which its end token must stand."""
+"""Tokens at the end of a response among which its end token must be."""
 
 
 def length_bias(pairs: PreparedPairs, indices: Indices) -> LengthBias:

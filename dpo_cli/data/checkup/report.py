@@ -19,7 +19,7 @@ class Example:
 
     Attributes:
         origin: Where it was read.
-        other: Where the pair was read that it stands against, or nothing.
+        other: Where the pair was read that it was found beside, or nothing.
         texts: Excerpts of prompt, chosen and rejected; empty where there was no tokenizer to read them with. Of a
             row: why it was dropped.
     """
@@ -64,7 +64,7 @@ class LengthBias:
         longer: Pairs whose chosen response has more tokens than the rejected one.
         equal: Pairs whose responses have equally many.
         shorter: Pairs whose chosen response has fewer.
-        accuracy: How often a judge is right who prefers the longer response, equal ones half.
+        accuracy: How often preferring the longer response is right, equal ones half.
         interval: The accuracy's 95 % interval.
     """
 

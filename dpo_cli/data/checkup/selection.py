@@ -24,7 +24,7 @@ def find(check: Comparison | FlaggedCheck, pairs: PreparedPairs, train: Indices,
 def without_copies(pairs: PreparedPairs, indices: Indices) -> Indices:
     """Return some pairs without those that are there only because a source's weight repeats their row.
 
-    Copies stand beside each other and were read at the same place. What was read there again later, of a file that
+    Copies are beside each other and were read at the same place. What was read there again later, of a file that
     was named twice for instance, is none.
 
     Args:
@@ -41,7 +41,7 @@ def without_copies(pairs: PreparedPairs, indices: Indices) -> Indices:
 def drops(pairs: PreparedPairs, train: Indices, held_out: Indices, names: Sequence[str]) -> dict[str, Indices]:
     """Return the pairs that a run leaves out, by the finding that they are left out for.
 
-    A pair with several findings stands under the first name. What a finding is does not depend on what another
+    A pair with several findings is under the first name. What a finding is does not depend on what another
     name leaves out.
 
     Args:

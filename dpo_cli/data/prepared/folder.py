@@ -86,9 +86,9 @@ class PreparedPairs(Sequence[TokenizedPair]):
     def sizes(self) -> PairSizes:
         """The tokens of each pair, and which pairs have a prompt in common."""
         prompts, chosen, rejected = (self._of_each[name] for name in SEQUENCES)
-        judged = chosen - self._of_each["chosen in gaps"]
+        scored = chosen - self._of_each["chosen in gaps"]
         prompt_ids = np.unique(self.key_numbers("prompt_key"), return_inverse=True)[1].reshape(-1)
-        return PairSizes(prompts, chosen, rejected, judged, prompt_ids, self._opening(int(prompts.min())))
+        return PairSizes(prompts, chosen, rejected, scored, prompt_ids, self._opening(int(prompts.min())))
 
     @property
     def weights(self) -> NDArray[np.float32]:
@@ -112,7 +112,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
         return np.maximum(self.sizes.longest, cut_from)
 
     def has_gaps(self, name: str) -> NDArray[np.bool_]:
-        """Tell which pairs' responses, chosen or rejected, hold tokens that are not judged, `[pairs]`."""
+        """Tell which pairs' responses, chosen or rejected, hold tokens that are not scored, `[pairs]`."""
         return self._of_each[f"{name}_gaps"]
 
     def label(self, name: str, index: int) -> str:

@@ -25,7 +25,7 @@ class PairSizes:
         prompts: Tokens of each prompt, `[pairs]`.
         chosen: Tokens of each chosen response, `[pairs]`.
         rejected: Tokens of each rejected response, `[pairs]`.
-        chosen_judged: Tokens of each chosen response that are judged, `[pairs]`.
+        chosen_scored: Tokens of each chosen response that are scored, `[pairs]`.
         prompt_ids: `[pairs]`, equal where the prompts are, before any cut.
         opening: Tokens with which all prompts begin alike, the shortest prompt at most.
     """
@@ -33,7 +33,7 @@ class PairSizes:
     prompts: NDArray[np.int64]
     chosen: NDArray[np.int64]
     rejected: NDArray[np.int64]
-    chosen_judged: NDArray[np.int64]
+    chosen_scored: NDArray[np.int64]
     prompt_ids: NDArray[np.int64]
     opening: int = 0
 
@@ -175,7 +175,7 @@ def largest(
 ) -> set[MicroBatch]:
     """Return the micro-batches that may take most memory: one has the most tokens, one the longest sequences together.
 
-    Each sequence has keys of its own for attention, also where its prompt is shared and stands in the row once.
+    Each sequence has keys of its own for attention, also where its prompt is shared and is in the row once.
 
     Args:
         sizes: Of all pairs.

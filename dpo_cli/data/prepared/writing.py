@@ -268,7 +268,7 @@ def _prompt_key(pair: Pair) -> bytes:
 
 
 def _pair_key(pair: TokenizedPair) -> bytes:
-    """Digest what a model sees of a pair and what is judged of it."""
+    """Digest what a model sees of a pair and what is scored of it."""
     gaps = _or_none(pair.chosen_gaps), _or_none(pair.rejected_gaps)
     return _key(pair.prompt, pair.chosen, pair.rejected, *gaps)
 
