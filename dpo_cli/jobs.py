@@ -27,7 +27,7 @@ from dpo_cli.training.run_folder import RunFolder, RunState
 
 if TYPE_CHECKING:
     from dpo_cli.data.checkup.report import Report
-    from dpo_cli.training.loop import StepResult
+    from dpo_cli.training.learner import StepResult
 
 Configuration = str | PathLike[str] | Mapping[str, Any] | Config
 """A YAML file, its settings, or either of them as read."""

@@ -19,12 +19,12 @@ from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.loading import load_policy
-from dpo_cli.modeling.scorer import Scorer, recompute_activations
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Frozen, NoReference
 from dpo_cli.preference.reference_work import ReferenceWork
-from dpo_cli.training.loop import train_steps
+from dpo_cli.training.learner import Learner, Skips
 from dpo_cli.training.optimizer import AdamW, schedule
 
 
@@ -48,10 +48,6 @@ def silent(done: int, total: int) -> None:
     pass
 
 
-def never() -> bool:
-    return False
-
-
 def train_in_process(
     model: Path,
     pairs: PreparedPairs,
@@ -66,42 +62,33 @@ def train_in_process(
     checkpointing: bool = False,
     dtype: torch.dtype = torch.float32,
     layout: str = "padded",
-    may_skip: Any = None,
+    max_skipped: int = 0,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Train and return the metrics of every step and the weights after the last."""
     accelerator = Accelerator(cpu=True)
-    policy = load_policy(str(model)).to(dtype)
+    loaded = load_policy(str(model)).to(dtype)
     if dtype == torch.float64:
         # Faster products of experts know no float64.
-        policy.set_experts_implementation("eager")
+        loaded.set_experts_implementation("eager")
     objective = Objective.of(loss or DPO())
     indices = np.arange(len(pairs))
-    LAYOUTS[layout].prepare(policy)
+    policy = Policy(loaded)
+    policy.read(LAYOUTS[layout])
+    policy.place(accelerator, trained=True, collisions=objective.wpo, recomputed=checkpointing)
     batches = Batches(pairs, LAYOUTS[layout], micro_batch_tokens, accelerator.device)
     work = ReferenceWork(policy, policy, accelerator, indices, batches, silent)
     opened = (reference or (Frozen() if objective.needs_reference else NoReference())).open(work)
-    if checkpointing:
-        recompute_activations(policy)
-    optimizer = AdamW().over(policy, learning_rate, 0.0)
+    optimizer = AdamW().over(policy.trained(), learning_rate, 0.0)
     plan = Plan(indices, pairs.sizes.longest, pairs_per_step, 1, max_steps, True, 0)
-    rates = schedule(optimizer, "constant", 0.0, plan.num_steps)
-    scorer, optimizer = accelerator.prepare(Scorer(policy, collisions=objective.wpo), optimizer)
-    # As a run has it: ranks may look ahead at different numbers of micro-batches.
-    scorer.broadcast_buffers = False
-
-    results = train_steps(
-        scorer,
-        objective,
-        opened,
-        optimizer,
-        rates,
-        plan.steps(batches.cut, 0, accelerator.process_index, accelerator.num_processes),
-        batches,
-        accelerator,
-        max_grad_norm,
-        {},
-        never,
-        may_skip or (lambda broken: False),
+    learner = Learner(
+        policy=policy,
+        objective=objective,
+        reference=opened,
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        rates=schedule(optimizer, "constant", 0.0, plan.num_steps),
+        accelerator=accelerator,
+        max_grad_norm=max_grad_norm,
+        skips=Skips(max_skipped),
     )
-    metrics = [result.metrics for result in results]
-    return metrics, {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    metrics = [result.metrics for result in learner.steps(plan, batches)]
+    return metrics, {name: tensor.clone() for name, tensor in policy.state().items()}

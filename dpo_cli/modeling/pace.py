@@ -67,7 +67,7 @@ def measure_pace(
     layout: Layout,
     batch: PairBatch,
     autocast: Callable[[], AbstractContextManager[None]],
-    build_optimizer: Callable[[torch.nn.Module], Optimizer],
+    build_optimizer: Callable[[list[torch.nn.Parameter]], Optimizer],
     *,
     recomputed: bool,
     collisions: bool,
@@ -79,7 +79,7 @@ def measure_pace(
         layout: The batch's layout.
         batch: Pairs, on the device.
         autocast: Sets the precision.
-        build_optimizer: Makes the optimizer of a model.
+        build_optimizer: Makes the optimizer of some weights.
         recomputed: Whether activations are computed again in the backward pass.
         collisions: As in `Scorer`.
 
@@ -93,7 +93,11 @@ def measure_pace(
         layout.prepare(shallow)
         if recomputed:
             recompute_activations(shallow)
-        found.append(_seconds(Scorer(shallow, collisions=collisions), batch, autocast, build_optimizer(shallow)))
+        found.append(
+            _seconds(
+                Scorer(shallow, collisions=collisions), batch, autocast, build_optimizer(list(shallow.parameters()))
+            )
+        )
         del shallow
     few, more = found[0], found[-1]
     times = (num_layers - depths[0]) / max(1, depths[-1] - depths[0])

@@ -44,17 +44,21 @@ class Scorer(nn.Module):
         self.policy = policy
         self.collisions = collisions
 
-    def forward(self, batch: PairBatch, *, with_load: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: PairBatch, *, with_load: bool = False, collisions: bool | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the log-probability of each response token of the batch, `[N]`, in nats.
 
-        With `collisions` `[2, N]`, as `token_logps` does; `with_load` the `expert_load` of the batch beside it.
+        With `collisions`, by default the scorer's, `[2, N]`, as `token_logps` does; `with_load` the `expert_load` of
+        the batch beside it.
         """
+        collisions = self.collisions if collisions is None else collisions
         # Where experts were not asked about, the model is called as one that has none.
         asked = {"output_router_logits": True} if with_load else {}
         with reading(batch.tree):
             outputs = self.policy.base_model(**model_inputs(batch), **asked)
         states = outputs[0].flatten(0, 1)
-        logps = token_logps(states, batch.positions, batch.targets, self.head(), collisions=self.collisions)
+        logps = token_logps(states, batch.positions, batch.targets, self.head(), collisions=collisions)
         if not with_load:
             return logps
         return logps, expert_load(outputs.router_logits, experts_per_token(self.policy), batch.counts)

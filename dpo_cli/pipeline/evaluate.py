@@ -103,7 +103,7 @@ def _open_both(
         (policy,), batches = opened(session, {model: model}, pairs, held_out, settle)
         return policy, config.reference.open(), batches
     sketch = Policy.empty(config.model.name, config.model.trust)
-    check_fits(pairs, sketch.model, "`model.name`")
+    check_fits(pairs, sketch, "`model.name`")
     reference_sketch(session, sketch)
     name = config.reference.model
     named = {"`reference.model`": name} if name else {"`model.name`": config.model.name}

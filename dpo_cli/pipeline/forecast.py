@@ -41,7 +41,7 @@ def show_forecast(run: PlannedRun, *, resume: bool) -> None:
     session, policy, pairs = run.session, run.sketch, run.data.pairs
     check_data(run)
     if session.config.reference.type == "synced":
-        refuse_other_shapes(run.reference.model, policy.model)
+        refuse_other_shapes(run.reference, policy)
     batches = Batches(pairs, expected_layout(session, policy, pairs), 1, session.accelerator.device)
     batches, memory = settle_tokens(session, policy, batches, run.steps, run.program_bytes)
     done = newest_step(run.folder.checkpoints) if resume else 0
@@ -115,8 +115,8 @@ def _measured_pace(run: PlannedRun, batches: Batches, typical: MicroBatch) -> Pa
     """Measure what a micro-batch takes."""
     config, training = run.session.config, run.session.config.training
 
-    def build(model: torch.nn.Module) -> torch.optim.Optimizer:
-        return training.optimizer.over(model, training.learning_rate, training.weight_decay)
+    def build(trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return training.optimizer.over(trained, training.learning_rate, training.weight_decay)
 
     return measure_pace(
         run.sketch.model,
@@ -191,7 +191,7 @@ class DiskNeed:
 def disk_need(config: Config, folder: RunFolder, plan: Plan, policy: Policy) -> DiskNeed:
     """Count what a run writes, and look at what is free for it; the policy's weights may be missing."""
     saving, weights = config.checkpoints, policy.sizes().held
-    checkpoint = weights + config.training.optimizer.state_bytes(policy.model)
+    checkpoint = weights + config.training.optimizer.state_bytes(policy.trained())
     if config.reference.type == "synced":
         checkpoint += weights
     saved, behind = divmod(plan.num_steps, saving.every_steps)

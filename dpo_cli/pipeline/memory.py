@@ -84,7 +84,7 @@ def _sharing(session: Session) -> int:
 def _without_passes(session: Session, policy: Policy, program_bytes: int) -> MemoryEstimate:
     """Estimate what a run takes whatever its pairs are: without activations and logits."""
     config, sizes, on_cpu = session.config, policy.sizes(), session.accelerator.device.type == "cpu"
-    state = config.training.optimizer.state_bytes(policy.model)
+    state = config.training.optimizer.state_bytes(policy.trained())
     saved = sizes.held + state + (sizes.held if config.reference.type == "synced" else 0)
     return MemoryEstimate(
         program=program_bytes if on_cpu else 0,

@@ -55,7 +55,7 @@ def opened(
     policies = []
     for where, name in names.items():
         policies.append(Policy.load(name, session.config.model.trust, session.accelerator.device))
-        check_fits(pairs, policies[-1].model, where)
+        check_fits(pairs, policies[-1], where)
     likely = expected_layout(session, policies[0], pairs)
     batches, said = settle(policies[0], likely)
     layout = choose_layout(session, policies, pairs, indices, trained=trained)
@@ -78,7 +78,7 @@ def reference_sketch(session: Session, sketch: Policy) -> Policy:
     config = session.config
     if config.reference.model is None:
         return sketch
-    return Policy(reference_model(config.reference.model, sketch.model, config.model.trust, empty=True))
+    return reference_model(config.reference.model, sketch, config.model.trust, empty=True)
 
 
 def open_reference(
@@ -97,22 +97,15 @@ def open_reference(
         model: What it asks.
         batches: How pairs go through it.
         needed: Indices of the pairs that it will be asked for, ascending.
-        policy: What is trained, maybe the same model; None: nothing is.
+        policy: What is trained, placed, maybe the same; None: nothing is.
         held_out: Indices of the pairs that evaluations will ask for, ascending, where anything is trained.
     """
     reference = session.config.reference
+    if model is not policy:
+        model.place(session.accelerator, trained=False)
     num_asked = reference.num_asked(len(needed), 0 if held_out is None else len(held_out))
     with session.console.progress("reference log-probabilities", num_asked) as progress:
-        work = ReferenceWork(
-            model.model,
-            policy and policy.model,
-            session.accelerator,
-            needed,
-            batches,
-            progress,
-            held_out,
-            model.identity if num_asked else None,
-        )
+        work = ReferenceWork(model, policy, session.accelerator, needed, batches, progress, held_out)
         return reference.open(work)
 
 

@@ -98,9 +98,9 @@ def check_data(run: PlannedRun) -> None:
     for whose, lines in out_of_reach(config, data, run.steps).items():
         for line in lines:
             console.warning(line) if whose == "set" else console.notice(f"note: {line} (by default)")
-    check_fits(data.pairs, run.sketch.model, "`model.name`")
+    check_fits(data.pairs, run.sketch, "`model.name`")
     if run.reference is not run.sketch:
-        check_fits(data.pairs, run.reference.model, "`reference.model`")
+        check_fits(data.pairs, run.reference, "`reference.model`")
     ends = end_tokens(run.tokenizer, generation_config(config.model.name, config.model.trust))
     for proved in check_tokens(data.pairs, run.tokenizer, ends):
         console.notice(f"checked: {proved}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
 
@@ -16,45 +16,54 @@ from dpo_cli.reporting.environment import environment
 from dpo_cli.reporting.trackers import TrackedRun, start_trackers
 from dpo_cli.system.storage import discard, make_folder, remove_strays, write_text
 from dpo_cli.training.checkpoints import newest_step, newest_whole
+from dpo_cli.training.learner import Learner
 from dpo_cli.training.optimizer import rate_factor
 from dpo_cli.training.run_folder import FIRST_DAY, RESOLVED, RunFolder, RunState
-from dpo_cli.training.state import TrainingParts, load_checkpoint
+from dpo_cli.training.state import TrainingState, restore_checkpoint
 
 
 def begin(
-    session: Session, folder: RunFolder, parts: TrainingParts, day: date, *, resume: bool, overwrite: bool
-) -> tuple[int, str]:
+    session: Session,
+    folder: RunFolder,
+    learner: Learner,
+    fingerprints: Mapping[str, str],
+    day: date,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> TrainingState | None:
     """Make the run's folder ready and restore the newest checkpoint.
 
     Args:
         session: Says what runs.
         folder: Where.
-        parts: What is restored.
+        learner: What is restored.
+        fingerprints: Digests of what a checkpoint has to have been started from.
         day: The day on which the run began.
         resume: Whether it goes on from what is there.
         overwrite: Whether what is there is removed.
 
     Returns:
-        The steps that were taken, and the digest of their metrics; empty where there are none.
+        The checkpoint's record, where there is one.
 
     Raises:
         UserError: The disk refuses, a checkpoint does not fit, or a tracker does not start.
     """
     checkpoint: Path | None = None
     if resume and session.accelerator.is_main_process:
-        checkpoint = newest_whole(folder.checkpoints, parts.stands_on)
+        checkpoint = newest_whole(folder.checkpoints, fingerprints)
     checkpoint = session.agreed(checkpoint)
     # What is there is kept until it is known that the run can go on from it.
-    done, metrics = load_checkpoint(checkpoint, parts) if checkpoint else (0, "")
+    restored = restore_checkpoint(checkpoint, learner) if checkpoint else None
     if session.accelerator.is_main_process:
         _write_down(session, folder, day, resume=resume, overwrite=overwrite)
-    tracked = TrackedRun(folder.path.absolute().name, folder.trackers, done)
+    tracked = TrackedRun(folder.path.absolute().name, folder.trackers, learner.done)
     start_trackers(session.accelerator, session.config.trackers, session.config.model_dump(mode="json"), tracked)
-    if checkpoint:
-        session.console.notice(f"resuming after step {done}: {checkpoint}")
+    if restored:
+        session.console.notice(f"resuming after step {restored.step}: {checkpoint}")
     elif resume:
         session.console.notice("no checkpoint yet: starting from step 1")
-    return done, metrics
+    return restored
 
 
 def _write_down(session: Session, folder: RunFolder, day: date, *, resume: bool, overwrite: bool) -> None:

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dpo_cli.data.pairs.sources import as_sources, describe
 from dpo_cli.evaluation.diagnosis import worsened
 from dpo_cli.evaluation.figures import figures
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.saving import check_saved, saved_model
+from dpo_cli.modeling.saving import saved_folder
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline.evaluate import scored
 from dpo_cli.pipeline.memory import without_gradient
 from dpo_cli.pipeline.pairs import named_pairs
 from dpo_cli.pipeline.plan import PlannedRun
 from dpo_cli.pipeline.session import Session
-from dpo_cli.preference.reference import OpenReference
 from dpo_cli.reporting.card import model_card
 from dpo_cli.reporting.environment import versions
 from dpo_cli.reporting.metrics_log import MetricsLog
 from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.tables import figures_table
 from dpo_cli.training.checkpoints import CheckpointWriter
-from dpo_cli.training.loop import NotFinite
-from dpo_cli.training.state import TrainingParts
+from dpo_cli.training.learner import Learner, NotFinite
+from dpo_cli.training.state import RunNotes
 
 
 @dataclass(frozen=True)
@@ -38,17 +37,17 @@ class Run:
         session: Says what to do, micro-batches settled.
         plan: Its folder, pairs and steps.
         batches: How pairs go through the model.
-        policy: What is trained.
-        reference: What it is compared with.
-        parts: What a checkpoint saves.
+        learner: What changes from step to step.
+        fingerprints: Digests of what a resumed run needs to find unchanged: the model before step 1, data, settings.
+        before: The held-out figures before step 1; filled in place, empty where nothing is held out.
     """
 
     session: Session
     plan: PlannedRun
     batches: Batches
-    policy: Policy
-    reference: OpenReference
-    parts: TrainingParts
+    learner: Learner
+    fingerprints: dict[str, str]
+    before: dict[str, Any] = field(default_factory=dict)
 
     @property
     def holds_out(self) -> bool:
@@ -62,10 +61,18 @@ class Run:
             UserError: A pair's loss is not finite.
         """
         # They are compared with the reference, or with what it was before it moved.
-        reference = self.reference.beginning or self.reference
+        reference = self.learner.reference.beginning or self.learner.reference
         where, batches = str(self.plan.folder.checkpoints), without_gradient(self.batches)
         return figures(
-            scored(self.session, scorer or self.policy.scorer, reference, batches, self.plan.data.held_out, where, what)
+            scored(
+                self.session,
+                scorer or self.learner.policy.scorer,
+                reference,
+                batches,
+                self.plan.data.held_out,
+                where,
+                what,
+            )
         )
 
     def measure_before(self) -> dict[str, Any]:
@@ -76,17 +83,18 @@ class Run:
         config = self.session.config
         is_policy = config.reference.type != "none" and config.reference.model is None
         # Weights by the policy's own probabilities take more than the probabilities of the responses.
-        scorer = (self.reference.beginning or self.reference) if is_policy and not config.objective.wpo else None
+        scorer = (
+            (self.learner.reference.beginning or self.learner.reference)
+            if is_policy and not config.objective.wpo
+            else None
+        )
         return self.measure(scorer, "evaluating before step 1")
 
-    def may_skip(self, broken: NotFinite) -> bool:
-        """Tell whether a step that is not finite may be left out once more, and if so, say that it is."""
-        skips = self.parts.skips
-        if not skips.take():
-            return False
+    def tell_skipped(self, broken: NotFinite) -> None:
+        """Say that a step was left out, since loss or gradient was not finite."""
+        skips = self.learner.skips
         shown = f"skipping step {broken.step} ({skips.count} of at most {skips.allowed})"
         self.session.console.warning(f"{shown}: {self.described(broken)}")
-        return True
 
     def described(self, broken: NotFinite) -> str:
         """Say what is not finite, and name the pairs by file and line."""
@@ -121,20 +129,23 @@ class Records:
             numbers = {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
             self.run.session.accelerator.log(numbers, step=step)
 
-    def save(self, step: int) -> Any:
-        """Write a checkpoint after a step, its rows first; return its folder."""
+    def save(self) -> Path:
+        """Write a checkpoint after the last step, its rows first; return its folder."""
         if self.log:
             self.log.sync()
-        return self.writer.save(step, self.run.parts, self.digest)
+        return self.writer.save(self.run.learner, RunNotes(self.run.fingerprints, self.digest, self.run.before))
 
 
 @contextlib.contextmanager
-def recorded(run: Run, done: int) -> Iterator[Records]:
-    """Open the records of a run after so many steps; let a checkpoint that is on its way to the disk arrive."""
-    folder, saving, before = run.plan.folder, run.session.config.checkpoints, run.parts.before
+def recorded(run: Run) -> Iterator[Records]:
+    """Open the records of a run; let a checkpoint that is on its way to the disk arrive."""
+    folder, saving, before = run.plan.folder, run.session.config.checkpoints, run.before
     first = {"split": "eval", "step": 0, "epoch": 0.0, **before} if before else None
+    done = run.learner.done
     log = MetricsLog(folder.metrics, done, first) if run.session.accelerator.is_main_process else None
-    writer = CheckpointWriter(folder.checkpoints, saving.keep, background=saving.background, newest=done)
+    writer = CheckpointWriter(
+        folder.checkpoints, run.plan.tokenizer, saving.keep, background=saving.background, newest=done
+    )
     try:
         yield Records(run, log, writer)
     except (Exception, GeneratorExit):
@@ -157,10 +168,10 @@ def save_final(run: Run, after: dict[str, Any] | None) -> None:
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     card = model_card(folder.path.name, config.model_dump(mode="json"), facts, _before_and_after(run, after))
-    model, tokenizer = run.policy.model, run.plan.tokenizer
-    with saved_model(folder.final, model, tokenizer, "saving the trained model") as temporary:
+    with saved_folder(folder.final, "saving the trained model") as temporary:
+        run.learner.policy.write(temporary, run.plan.tokenizer)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        check_saved(temporary, model)
+        run.learner.policy.check_written(temporary)
 
 
 def summarize(run: Run, after: dict[str, Any] | None, seconds: float) -> None:
@@ -170,7 +181,7 @@ def summarize(run: Run, after: dict[str, Any] | None, seconds: float) -> None:
     console.notice(f"done in {clock(seconds)}")
     if after:
         console.result(figures_table(_before_and_after(run, after)))
-        if run.parts.before and (worse := _worsened(run, after)):
+        if run.before and (worse := _worsened(run, after)):
             console.warning(worse)
     console.result(f"model    {folder.final}")
     console.result(f"metrics  {folder.metrics}")
@@ -178,7 +189,7 @@ def summarize(run: Run, after: dict[str, Any] | None, seconds: float) -> None:
 
 def _before_and_after(run: Run, after: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     """Return the columns of the closing table: the held-out figures before step 1, where they are known, and now."""
-    columns = {"before": run.parts.before, "after": after}
+    columns = {"before": run.before, "after": after}
     return {name: column for name, column in columns.items() if column} if after else {}
 
 
@@ -190,5 +201,5 @@ def _worsened(run: Run, after: dict[str, Any]) -> str:
     advice += [f"train fewer steps ({run.plan.steps.num_steps})"]
     advice += ["raise `beta` of the loss"] if objective.needs_reference else []
     advice += ["add the loss `sft`"] if all(loss.type != "sft" for loss in objective.losses) else []
-    found = "; ".join(worsened(run.parts.before, after, chosen_tokens))
+    found = "; ".join(worsened(run.before, after, chosen_tokens))
     return found and f"the model is worse than before step 1: {found}. Try one of these: {', '.join(advice)}"

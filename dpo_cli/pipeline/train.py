@@ -29,10 +29,9 @@ from dpo_cli.reporting.console import Console, Record, gib
 from dpo_cli.system.signals import Interrupted, StopSignals
 from dpo_cli.training.checkpoints import check_finite
 from dpo_cli.training.checks import check_reference
-from dpo_cli.training.loop import NotFinite, Skips, StepResult, train_steps
+from dpo_cli.training.learner import Learner, NotFinite, Skips, StepResult
 from dpo_cli.training.optimizer import schedule
 from dpo_cli.training.run_folder import RunFolder, settings_digest
-from dpo_cli.training.state import TrainingParts
 
 
 def train(
@@ -66,8 +65,10 @@ def train(
             show_forecast(plan, resume=resume)
         elif plan:
             run = _ready(plan, resume=resume)
-            done, rows = begin(run.session, plan.folder, run.parts, plan.day, resume=resume, overwrite=overwrite)
-            yield from _take(run, done, rows)
+            how = {"resume": resume, "overwrite": overwrite}
+            restored = begin(run.session, plan.folder, run.learner, run.fingerprints, plan.day, **how)
+            run.before.update(restored.before if restored else {})
+            yield from _take(run, restored.metrics if restored else "")
 
 
 def _ready(plan: PlannedRun, *, resume: bool) -> Run:
@@ -81,37 +82,34 @@ def _ready(plan: PlannedRun, *, resume: bool) -> Run:
     all_pairs = np.concatenate([data.train, data.held_out])
     models, batches = opened(session, named, data.pairs, all_pairs, _settling(plan, resume=resume), trained=True)
     session = session.under(_with_tokens(config, batches.micro_batch_tokens))
-    policy = models[0]
+    policy, training, accelerator = models[0], config.training, session.accelerator
     if config.model.eos_token is not None:
         end_at(policy.model, plan.tokenizer.eos_token_id)
-    based_on = {
+    fingerprints = {
         "model": policy.identity,
         "data": data.fingerprint,
         "settings": settings_digest(config.model_dump(mode="json"), changeable()),
         **({"reference": models[-1].identity} if config.reference.model else {}),
     }
+    policy.place(accelerator, trained=True, collisions=config.objective.wpo, recomputed=training.gradient_checkpointing)
     needed = np.union1d(plan.steps.trained_on(), data.held_out)
     # A cached reference needs its model no more.
     reference = open_reference(
         session, models.pop(), without_gradient(batches), needed, policy=policy, held_out=data.held_out
     )
-    training, accelerator = config.training, session.accelerator
-    built = training.optimizer.over(policy.model, training.learning_rate, training.weight_decay)
-    rates = schedule(built, training.schedule, training.warmup_ratio, plan.steps.num_steps)
-    policy.place(accelerator, trained=True, collisions=config.objective.wpo, recomputed=training.gradient_checkpointing)
-    skips = Skips(training.max_skipped if training.on_nonfinite == "skip" else 0)
-    parts = TrainingParts(
-        policy.model,
-        plan.tokenizer,
-        accelerator.prepare_optimizer(built),
-        rates,
-        accelerator,
-        reference.moving,
-        {},
-        skips,
-        based_on,
+    optimizer = training.optimizer.over(policy.trained(), training.learning_rate, training.weight_decay)
+    learner = Learner(
+        policy=policy,
+        objective=config.objective,
+        reference=reference,
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        rates=schedule(optimizer, training.schedule, training.warmup_ratio, plan.steps.num_steps),
+        accelerator=accelerator,
+        max_grad_norm=training.max_grad_norm,
+        skips=Skips(training.max_skipped if training.on_nonfinite == "skip" else 0),
+        asked_to_stop=lambda: session.signals.received is not None,
     )
-    run = Run(session, plan, batches, policy, reference, parts)
+    run = Run(session, plan, batches, learner, fingerprints)
     _prove(run)
     return run
 
@@ -157,23 +155,24 @@ def _prove(run: Run) -> None:
     if reference.model is None and reference.type != "none":
         shortest = shortest_pair(run.batches, run.plan.steps.trained_on())
         objective = session.config.objective
-        proved = check_reference(run.policy.scorer, objective, run.reference, shortest, session.accelerator)
+        proved = check_reference(
+            run.learner.policy.scorer, objective, run.learner.reference, shortest, session.accelerator
+        )
         session.console.notice(f"checked: {proved}")
     if session.accelerator.is_main_process:
         # transformers writes on the first rank alone.
-        session.console.notice(f"checked: {prove_saving(run.policy.model, run.plan.tokenizer)}")
+        session.console.notice(f"checked: {prove_saving(run.learner.policy.model, run.plan.tokenizer)}")
 
 
-def _take(run: Run, done: int, rows: str) -> Iterator[StepResult]:
+def _take(run: Run, rows: str) -> Iterator[StepResult]:
     """Take the steps, do after each what is due, and finish the run.
 
     Args:
         run: All that it takes.
-        done: Steps that were taken before.
-        rows: The digest that the rows of those steps have in metrics.jsonl, or nothing.
+        rows: The digest that the rows of the steps before have in metrics.jsonl, or nothing.
     """
-    session, last = run.session, run.plan.steps.num_steps
-    with recorded(run, done) as records:
+    session, last, done = run.session, run.plan.steps.num_steps, run.learner.done
+    with recorded(run) as records:
         damaged = records.log is not None and rows not in ("", records.digest)
         again = done == last and run.holds_out
         if damaged:
@@ -181,10 +180,10 @@ def _take(run: Run, done: int, rows: str) -> Iterator[StepResult]:
             session.console.warning(what + "; measuring the held-out figures again" * again)
         started_at = time.monotonic()
         if not done and run.holds_out:
-            run.parts.before.update(run.measure_before())
-            records.add("eval", 0, {"epoch": 0.0, **run.parts.before})
+            run.before.update(run.measure_before())
+            records.add("eval", 0, {"epoch": 0.0, **run.before})
         with session.signals.deferred():
-            yield from _steps(run, records, done)
+            yield from _steps(run, records)
             with session.signals.during("the trained model is saved"):
                 if again and any(session.of_all(damaged)):
                     _measure_again(run, records)
@@ -198,7 +197,7 @@ def _take(run: Run, done: int, rows: str) -> Iterator[StepResult]:
     session.accelerator.wait_for_everyone()
 
 
-def _steps(run: Run, records: Records, done: int) -> Iterator[StepResult]:
+def _steps(run: Run, records: Records) -> Iterator[StepResult]:
     """Take one step after the other, and do what is due after it.
 
     Raises:
@@ -206,20 +205,23 @@ def _steps(run: Run, records: Records, done: int) -> Iterator[StepResult]:
         Interrupted: A signal came; what was done is saved.
     """
     session, every = run.session, run.session.config.logging.every_steps
-    before, taken = time.monotonic(), done
+    before, taken = time.monotonic(), run.learner.done
 
     def unsaved() -> int:
         return taken - records.writer.newest
 
     session.signals.unsaved = unsaved
     try:
-        with session.console.steps(done, run.plan.steps.num_steps, None if every == "auto" else every) as record:
-            for result in session.progress.following(_results(run, done), done, run.policy.scorer):
+        with session.console.steps(taken, run.plan.steps.num_steps, None if every == "auto" else every) as record:
+            steps = run.learner.steps(run.plan.steps, run.batches)
+            for result in session.progress.following(steps, taken, run.learner.policy.scorer):
                 taken = result.number
+                if result.broken:
+                    run.tell_skipped(result.broken)
                 speed = result.num_tokens / (time.monotonic() - before)
                 metrics: dict[str, Any] = {"epoch": result.epoch, **result.metrics, "tokens_per_second": speed}
-                if not result.taken:
-                    metrics["skipped"] = run.parts.skips.count
+                if result.broken:
+                    metrics["skipped"] = run.learner.skips.count
                 records.add("train", result.number, metrics)
                 record.step(result.number, metrics)
                 _after_step(run, records, result, record)
@@ -227,28 +229,9 @@ def _steps(run: Run, records: Records, done: int) -> Iterator[StepResult]:
                 before = time.monotonic()
     except NotFinite as broken:
         hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is as it was"
-        skipped = min(run.parts.skips.count, run.parts.skips.allowed)
+        skipped = min(run.learner.skips.count, run.learner.skips.allowed)
         what = run.described(broken) + (f"; {skipped} steps were skipped before" if skipped else "")
         raise UserError(what, str(run.plan.folder.checkpoints), hint, status=FAILED) from None
-
-
-def _results(run: Run, done: int) -> Iterator[StepResult]:
-    """Take the steps after those that were taken before."""
-    session, accelerator = run.session, run.session.accelerator
-    return train_steps(
-        run.policy.scorer,
-        session.config.objective,
-        run.reference,
-        run.parts.optimizer,
-        run.parts.schedule,
-        run.plan.steps.steps(run.batches.cut, done, accelerator.process_index, accelerator.num_processes),
-        run.batches,
-        accelerator,
-        session.config.training.max_grad_norm,
-        run.parts.memory,
-        lambda: session.signals.received is not None,
-        run.may_skip,
-    )
 
 
 def _after_step(run: Run, records: Records, result: StepResult, record: Record) -> None:
@@ -258,7 +241,7 @@ def _after_step(run: Run, records: Records, result: StepResult, record: Record) 
     save = _due(step, config.checkpoints.every_steps) or (last and config.checkpoints.at_end)
     evaluates = run.holds_out and (last or _due(step, config.evaluation.every_steps))
     if last or stop or save or evaluates:
-        check_finite(step, result.pairs, run.policy.model)
+        check_finite(step, result.pairs, run.learner.policy)
     if evaluates:
         with session.signals.during("this evaluation"):
             figures = run.measure()
@@ -268,7 +251,7 @@ def _after_step(run: Run, records: Records, result: StepResult, record: Record) 
         stop = any(session.of_all(session.signals.received is not None)) or stop
     if not stop and not save:
         return
-    path = records.save(step)
+    path = records.save()
     if not stop:
         record.saved(step, path, background=config.checkpoints.background)
         return

@@ -18,9 +18,9 @@ from dpo_cli.settings import PathText, Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
 
     from dpo_cli.modeling.batch import PairBatch
+    from dpo_cli.modeling.policy import Policy
     from dpo_cli.modeling.scorer import BatchScorer
     from dpo_cli.preference.reference_work import ReferenceWork
 
@@ -31,13 +31,13 @@ class OpenReference:
 
     Attributes:
         logps: Scores batches, without gradient.
-        moving: The model that is going to move, to be saved and restored, or None.
+        moving: The reference where it is going to move, to be saved and restored, or None.
         after_step: To be called with the number of every step that was taken.
         beginning: Scores held-out pairs as the reference did before step 1, where it moves; or None.
     """
 
     logps: BatchScorer
-    moving: PreTrainedModel | None = None
+    moving: Policy | None = None
     after_step: Callable[[int], None] = lambda step: None
     beginning: BatchScorer | None = None
 
@@ -80,8 +80,8 @@ class Frozen(Settings):
         return 0
 
     def open(self, work: ReferenceWork) -> OpenReference:
-        """Clone the policy, or take the other model."""
-        return OpenReference(work.scorer(work.own_model()))
+        """Keep how the policy answers now, or take the other model."""
+        return OpenReference(work.beginning())
 
 
 class Synced(Settings):

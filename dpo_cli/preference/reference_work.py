@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,9 +10,9 @@ import torch
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches, PairBatch
-from dpo_cli.modeling.loading import empty_policy, load_policy, weights_digest
 from dpo_cli.modeling.model_files import NO_TRUST, Trust
-from dpo_cli.modeling.scorer import BatchScorer, Scorer
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.preference.cache import ReferenceCache, reference_identity
 
 if TYPE_CHECKING:
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from numpy.typing import NDArray
     from torch import Tensor
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -29,50 +27,62 @@ class ReferenceWork:
     """The pairs that a reference has to score, and what it may use.
 
     Attributes:
-        model: The reference, prepared for the layout of the batches.
-        policy: What is trained, maybe the same model; None: nothing is.
+        model: The reference, placed, and prepared for the layout of the batches.
+        policy: What is trained, maybe the same; None: nothing is.
         accelerator: Decides device and precision, and shares the work between ranks.
         needed: Indices of the pairs that will be asked for, ascending.
         batches: Cuts the run's pairs into micro-batches and lays them out.
         progress: Called with pairs done and pairs in all.
         held_out: Indices of the pairs that evaluations will ask for, ascending.
-        digest: The `weights_digest` of `model`, where it is known already.
     """
 
-    model: PreTrainedModel
-    policy: PreTrainedModel | None
+    model: Policy
+    policy: Policy | None
     accelerator: Accelerator
     needed: NDArray[np.int64]
     batches: Batches
     progress: Callable[[int, int], None]
     held_out: NDArray[np.int64] | None = None
-    digest: str | None = None
 
-    def own_model(self) -> PreTrainedModel:
+    def own_model(self) -> Policy:
         """Return the reference as a model of its own that takes no gradient."""
-        model: PreTrainedModel = copy.deepcopy(self.model) if self.model is self.policy else self.model
-        model.requires_grad_(False)
-        return model
+        if self.model is not self.policy:
+            return self.model.frozen()
+        copied = self.model.frozen_copy()
+        copied.place(self.accelerator, trained=False)
+        return copied
 
-    def scorer(self, model: PreTrainedModel) -> BatchScorer:
-        """Return a function that scores batches with a model, in the precision of the policy and without gradient."""
-        scorer = Scorer(model)
+    def scorer(self, model: Policy) -> BatchScorer:
+        """Return a function that scores batches with a model, in the precision of the run and without gradient."""
 
         def logps(batch: PairBatch) -> Tensor:
-            with torch.no_grad(), self.accelerator.autocast():
-                result: Tensor = scorer(batch)
+            with torch.no_grad():
+                result: Tensor = model.scorer(batch, collisions=False)
                 return result
 
         return logps
 
+    def beginning(self) -> BatchScorer:
+        """Return a function that scores batches as the reference does now, whatever becomes of the policy."""
+        if self.model is not self.policy:
+            return self.scorer(self.model.frozen())
+        policy, logps = self.model, self.scorer(self.model)
+        policy.keep_beginning()
+
+        def at_beginning(batch: PairBatch) -> Tensor:
+            with policy.at_beginning():
+                return logps(batch)
+
+        return at_beginning
+
     def cached(self, indices: NDArray[np.int64], scorer: BatchScorer) -> BatchScorer:
         """Look up what the cache has of some pairs, compute and keep the rest; return the cache's scorer."""
-        identity = reference_identity(self.digest or weights_digest(self.model), self.accelerator)
+        identity = reference_identity(self.model.identity, self.accelerator)
         cache = ReferenceCache(identity, self.batches, self.accelerator)
         cache.complete(indices.tolist(), scorer, self.progress)
         return cache.lookup
 
-    def mover(self, model: PreTrainedModel, alpha: float) -> Callable[[], None]:
+    def mover(self, model: Policy, alpha: float) -> Callable[[], None]:
         """Return a function that moves a model a share of the way to the policy: θ_ref ← α·θ + (1−α)·θ_ref.
 
         Raises:
@@ -81,30 +91,21 @@ class ReferenceWork:
         policy = self.policy
         assert policy is not None, "nothing is trained"
         refuse_other_shapes(model, policy)
-
-        @torch.no_grad()
-        def move() -> None:
-            for ours, theirs in zip(model.parameters(), policy.parameters(), strict=True):
-                ours.lerp_(theirs, alpha)
-
-        return move
+        return lambda: model.move_towards(policy, alpha)
 
 
-def refuse_other_shapes(model: PreTrainedModel, policy: PreTrainedModel) -> None:
+def refuse_other_shapes(reference: Policy, policy: Policy) -> None:
     """Refuse a reference that cannot move towards the policy.
 
     Raises:
         UserError: Their weights differ in name or shape.
     """
-    ours, theirs = ({name: p.shape for name, p in m.named_parameters()} for m in (policy, model))
-    if ours != theirs:
+    if reference.shapes() != policy.shapes():
         what = "the reference has weights of other names or shapes than the policy, and cannot move towards it"
         raise UserError(what, "`reference.model`", "choose a model of the same architecture, or `reference: frozen`")
 
 
-def reference_model(
-    name: str | None, policy: PreTrainedModel, trust: Trust = NO_TRUST, *, empty: bool = False
-) -> PreTrainedModel:
+def reference_model(name: str | None, policy: Policy, trust: Trust = NO_TRUST, *, empty: bool = False) -> Policy:
     """Return the policy itself, or the named model beside it, which is trusted with as much.
 
     Args:
@@ -118,9 +119,8 @@ def reference_model(
     """
     if name is None:
         return policy
-    model = (empty_policy if empty else load_policy)(name, trust)
-    ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, model))
-    if ours != theirs:
-        what = f"the reference model has a vocabulary of {theirs}, the policy of {ours}"
+    model = Policy.empty(name, trust) if empty else Policy.load(name, trust, policy.model.device)
+    if model.vocabulary != policy.vocabulary:
+        what = f"the reference model has a vocabulary of {model.vocabulary}, the policy of {policy.vocabulary}"
         raise UserError(what, f"`reference.model: {name}`", "choose a reference with the same tokenizer")
-    return model.to(policy.device)
+    return model

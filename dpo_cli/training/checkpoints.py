@@ -5,7 +5,7 @@
       optimizer.safetensors                               the optimizer's state: AdamW's moments, say
       random_states.safetensors                           one for each rank
       reference.safetensors                               the reference's weights, where it moves
-      training_state.json                                 step, schedule, scaler, what the run stands on
+      training_state.json                                 step, schedule, scaler, what the run started from
       manifest.json                                       sizes and digests of all of them
 
 Nothing in it is pickled, so loading one executes nothing.
@@ -19,17 +19,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from accelerate.utils import gather_object
 
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.modeling.saving import saved_folder, write_model
+from dpo_cli.modeling.saving import saved_folder
 from dpo_cli.system.storage import DamagedFolder, discard, make_folder, remove_strays, verify
-from dpo_cli.training.loop import NotFinite
-from dpo_cli.training.state import State, TrainingParts, random_states, read_facts
+from dpo_cli.training.learner import Learner, NotFinite
+from dpo_cli.training.state import RunNotes, Snapshot, random_states, read_state
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase
+
+    from dpo_cli.modeling.policy import Policy
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class CheckpointWriter:
 
     Args:
         folder: The folder of checkpoints.
+        tokenizer: Saved with every model.
         keep: How many of the newest stay.
         background: Whether a copy in memory is written while training goes on. At most one is being written; where
             that fails, the next call says so.
@@ -48,34 +50,38 @@ class CheckpointWriter:
         newest: The same, at any moment; the main process knows.
     """
 
-    def __init__(self, folder: Path, keep: int, *, background: bool, newest: int = 0) -> None:
-        self.folder, self.keep, self._background, self.newest = folder, keep, background, newest
+    def __init__(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase, keep: int, *, background: bool, newest: int = 0
+    ) -> None:
+        self.folder, self.keep, self.newest = folder, keep, newest
+        self._tokenizer, self._background = tokenizer, background
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
 
-    def save(self, step: int, parts: TrainingParts, metrics: str = "") -> Path:
-        """Save the state after `step`; every rank calls it, the main process writes.
+    def save(self, learner: Learner, notes: RunNotes) -> Path:
+        """Save the state after the learner's last step; every rank calls it, the main process writes.
 
         Args:
-            step: Optimizer steps taken.
-            parts: What is saved.
-            metrics: The digest of all rows of metrics.jsonl.
+            learner: What is saved.
+            notes: What is said of the run.
 
         Raises:
             UserError: The disk refuses this checkpoint, or refused the one before. The older ones are untouched.
         """
-        states = gather_object([random_states(parts.accelerator.process_index)])
-        target = self.folder / f"step-{step:06d}"
-        if parts.accelerator.is_main_process:
+        accelerator = learner.accelerator
+        states = gather_object([random_states(accelerator.process_index)])
+        target = self.folder / f"step-{learner.done:06d}"
+        if accelerator.is_main_process:
             self.finish()
-            state = State.of(step, parts, states, metrics)
+            snapshot = Snapshot.of(learner, self._tokenizer, states, notes)
             if self._background:
-                self._thread = threading.Thread(target=self._try_to_write, args=(target, state.copied()), daemon=True)
+                written = snapshot.copied()
+                self._thread = threading.Thread(target=self._try_to_write, args=(target, written), daemon=True)
                 self._thread.start()
             else:
-                self._write(target, state)
+                self._write(target, snapshot)
         if not self._background:
-            parts.accelerator.wait_for_everyone()
+            accelerator.wait_for_everyone()
         return target
 
     def finish(self) -> None:
@@ -91,31 +97,30 @@ class CheckpointWriter:
             failed, self._failed = self._failed, None
             raise failed
 
-    def _try_to_write(self, target: Path, state: State) -> None:
+    def _try_to_write(self, target: Path, snapshot: Snapshot) -> None:
         try:
-            self._write(target, state)
+            self._write(target, snapshot)
         except BaseException as error:
             self._failed = error
 
-    def _write(self, target: Path, state: State) -> None:
+    def _write(self, target: Path, snapshot: Snapshot) -> None:
         try:
             make_folder(self.folder)
             remove_strays(self.folder)
         except OSError as error:
             raise from_os_error(error, "saving a checkpoint", str(target)) from error
         with saved_folder(target, "saving a checkpoint") as temporary:
-            write_model(temporary, state.policy, state.tokenizer, state.weights)
-            state.write_beside_model(temporary)
-        self.newest = state.facts.step
-        _prune(self.folder, self.keep, state.facts.step)
+            snapshot.write(temporary)
+        self.newest = snapshot.record.step
+        _prune(self.folder, self.keep, snapshot.record.step)
 
 
-def newest_whole(folder: Path, stands_on: Mapping[str, str]) -> Path | None:
+def newest_whole(folder: Path, fingerprints: Mapping[str, str]) -> Path | None:
     """Return the newest checkpoint of this run whose every byte is as it was saved; say which were passed over.
 
     Args:
         folder: The folder of checkpoints.
-        stands_on: What the run stands on.
+        fingerprints: Digests of what the run needs to find unchanged.
 
     Raises:
         UserError: There are checkpoints, and none is whole and of this run.
@@ -125,11 +130,11 @@ def newest_whole(folder: Path, stands_on: Mapping[str, str]) -> Path | None:
     for path in reversed(found):
         try:
             verify(path)
-            facts = read_facts(path)
+            record = read_state(path)
         except DamagedFolder as damage:
             _log.warning("passing over the damaged checkpoint %s: %s", path, damage)
             continue
-        other = _difference(facts.stands_on, stands_on)
+        other = _difference(record.fingerprints, fingerprints)
         if other is None:
             return path
         _log.warning("passing over the checkpoint %s: the %s is not this run's", path, other)
@@ -150,18 +155,18 @@ def newest_step(folder: Path) -> int:
     return max(map(_step_of, _checkpoints(folder)), default=0)
 
 
-def check_finite(step: int, pairs: tuple[int, ...], policy: PreTrainedModel) -> None:
+def check_finite(step: int, pairs: tuple[int, ...], policy: Policy) -> None:
     """Refuse to save weights that are NaN or infinite.
 
     Raises:
         NotFinite: Some are.
     """
-    if not all(bool(torch.isfinite(weights).all()) for weights in policy.parameters()):
+    if not policy.finite():
         raise NotFinite(step, pairs, "weights")
 
 
 def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
-    """Return the first thing that a run stands on and that is another, or None."""
+    """Return the first thing that is another than when the run was started, or None."""
     return next((name for name, digest in now.items() if before.get(name) != digest), None)
 
 

@@ -23,31 +23,31 @@ from dpo_cli.preference.losses.base import StepInfo
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import nn
-    from transformers import PreTrainedModel
 
     from dpo_cli.modeling.batch import PairBatch
+    from dpo_cli.modeling.policy import Policy
     from dpo_cli.modeling.scorer import BatchScorer, Scorer
     from dpo_cli.preference.objective import Objective
 
 
-def check_fits(pairs: PreparedPairs, model: PreTrainedModel, where: str) -> None:
+def check_fits(pairs: PreparedPairs, policy: Policy, where: str) -> None:
     """Refuse pairs for whose tokens or lengths a model has no embedding, before it is asked.
 
     Raises:
         UserError: The tokenizer is another model's, a pair is longer than the model reads, or the model would read a
             pair otherwise beside a longer one.
     """
-    largest, vocabulary = pairs.largest_token(), model.get_input_embeddings().weight.shape[0]
+    largest, vocabulary, config = pairs.largest_token(), policy.vocabulary, policy.model.config
     if largest >= vocabulary:
         what = f"the data has token {largest}, the model's vocabulary ends at {vocabulary - 1}"
         raise UserError(what, where, "the tokenizer is another model's")
-    positions = most_tokens(model.config)
+    positions = most_tokens(config)
     longest = int(pairs.sizes.longest.max())
     if positions and longest > positions:
         what = f"the longest pair has {longest} tokens, the model has positions for {positions}"
         raise UserError(what, where, f"set `data.max_length: {positions}`, or choose a model that reads more")
     shortest = int(pairs.sizes.shortest.min())
-    for limit in _longrope_limits(model.config.get_text_config()):
+    for limit in _longrope_limits(config.get_text_config()):
         # transformers turns all positions of a forward pass by its longest sequence.
         if shortest <= limit < longest:
             what = (

@@ -6,7 +6,7 @@ This file is read with the configuration, before torch is needed: import torch i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -16,7 +16,8 @@ from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
+    from torch.nn import Parameter
     from torch.optim.lr_scheduler import LambdaLR
 
 _FUSED_DEVICES = {"cpu", "cuda", "mps", "xpu"}
@@ -43,18 +44,17 @@ class OptimizerSettings(Settings):
         """Return how many numbers are kept of a parameter."""
         raise NotImplementedError
 
-    def over(self, model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Return the optimizer of a model's parameters; biases and norms are not decayed."""
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def over(self, trained: Sequence[Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
+        """Return the optimizer of parameters; biases and norms are not decayed."""
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         return self.build([group for group in groups if group["params"]], learning_rate)
 
-    def state_bytes(self, model: nn.Module) -> int:
-        """Return what is kept of a model's parameters, in bytes."""
-        return sum(self.state_numbers(p) * p.element_size() for p in model.parameters() if p.requires_grad)
+    def state_bytes(self, trained: Sequence[Parameter]) -> int:
+        """Return what is kept of parameters, in bytes."""
+        return sum(self.state_numbers(p) * p.element_size() for p in trained)
 
 
 class AdamW(OptimizerSettings):

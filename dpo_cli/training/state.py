@@ -6,7 +6,7 @@ import dataclasses
 import importlib.metadata
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,76 +17,71 @@ from safetensors.torch import load_file, save_file
 from torch.backends import cpu
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import load_weights
 from dpo_cli.system.storage import DamagedFolder
-from dpo_cli.training.loop import Skips
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
     from torch.optim.lr_scheduler import LambdaLR
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    from dpo_cli.preference.losses.base import Memory
+    from dpo_cli.modeling.policy import Policy
+    from dpo_cli.training.learner import Learner
 
-_STATE, _OPTIMIZER, _RANDOM = "training_state.json", "optimizer.safetensors", "random_states.safetensors"
-_REFERENCE = "reference.safetensors"
+OPTIMIZER, REFERENCE = "optimizer.safetensors", "reference.safetensors"
+_STATE, _RANDOM = "training_state.json", "random_states.safetensors"
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TrainingParts:
-    """Everything a checkpoint saves and restores.
+class LearnerState:
+    """What steps change, the policy's weights aside.
 
     Attributes:
-        policy: The model inside whatever Accelerate wrapped.
-        tokenizer: Saved beside the model, so that the folder stands alone.
-        optimizer: The prepared optimizer.
-        schedule: The learning rate's schedule.
-        accelerator: Knows the ranks and the gradient scaler.
-        reference: The reference, where it moves, or None.
-        memory: What the objective keeps from step to step; changed in place.
-        skips: The steps that were not taken; changed in place.
-        stands_on: Digests of what a resumed run must find unchanged: the model before step 1, data, settings.
-        before: The held-out figures before step 1; filled in place, empty where nothing is held out.
+        step: Optimizer steps taken.
+        tensors: By file and name: what the optimizer keeps of each parameter, and the reference's weights, if it moves.
+        groups: The settings of the optimizer's groups.
+        memory: What the objective kept.
+        skipped: Steps that were not taken.
+        scaler: The gradient scaler's state, where there is one.
     """
 
-    policy: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    optimizer: Any
-    schedule: LambdaLR
-    accelerator: Accelerator
-    reference: PreTrainedModel | None
-    memory: Memory
-    skips: Skips
-    stands_on: dict[str, str]
-    before: dict[str, Any] = field(default_factory=dict)
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    groups: list[dict[str, Any]]
+    memory: dict[str, float]
+    skipped: int
+    scaler: dict[str, Any] | None
+
+    def moments(self) -> dict[str, Any]:
+        """Return the optimizer's state as it loads it."""
+        return optimizer_from_tensors(self.tensors[OPTIMIZER], self.groups)
 
 
 class _Schedule(BaseModel):
     last_epoch: int
 
 
-class Facts(BaseModel):
+class TrainingState(BaseModel):
     """The content of training_state.json; all of it is what was written, and none of it is made to fit.
 
     Attributes:
         step: Optimizer steps taken.
-        stands_on: As in `TrainingParts`.
+        fingerprints: Digests of what a resumed run must find unchanged: the model before step 1, data, settings.
         surroundings: What decides how numbers are rounded.
         memory: What the objective kept.
         skipped: Steps that were not taken.
         metrics: The digest of all rows of metrics.jsonl.
-        before: As in `TrainingParts`.
+        before: The held-out figures before step 1; empty where nothing is held out.
         optimizer: The settings of its groups.
-        schedule: Where it stands.
+        schedule: Where it is.
         scaler: The gradient scaler's state, where there is one.
     """
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, populate_by_name=True, serialize_by_alias=True)
 
     step: Annotated[int, Field(ge=0)]
-    stands_on: dict[str, str]
+    fingerprints: Annotated[dict[str, str], Field(alias="stands_on")]
     surroundings: dict[str, int | str]
     memory: dict[str, float]
     skipped: Annotated[int, Field(ge=0)]
@@ -98,46 +93,64 @@ class Facts(BaseModel):
 
 
 @dataclass(frozen=True)
-class State:
-    """What a checkpoint holds.
+class RunNotes:
+    """What a checkpoint says of its run beside what the learner knows.
 
     Attributes:
-        policy: The model, whose weights go on changing.
-        tokenizer: Saved beside it.
-        weights: The policy's weights by name, tied ones under each of their names.
-        tensors: All else that is made of tensors, by file and name.
-        facts: All else.
+        fingerprints: As in `TrainingState`.
+        metrics: As in `TrainingState`.
+        before: As in `TrainingState`.
     """
 
-    policy: PreTrainedModel
+    fingerprints: Mapping[str, str]
+    metrics: str = ""
+    before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a checkpoint holds.
+
+    Attributes:
+        policy: The policy, whose weights go on changing.
+        tokenizer: Saved beside it, so that the folder is complete.
+        weights: The policy's state.
+        tensors: All else that is made of tensors, by file and name.
+        record: All else.
+    """
+
+    policy: Policy
     tokenizer: PreTrainedTokenizerBase
     weights: dict[str, Tensor]
     tensors: dict[str, dict[str, Tensor]]
-    facts: Facts
+    record: TrainingState
 
     @classmethod
-    def of(cls, step: int, parts: TrainingParts, random_states: Sequence[dict[str, Tensor]], metrics: str) -> State:
+    def of(
+        cls,
+        learner: Learner,
+        tokenizer: PreTrainedTokenizerBase,
+        random_states: Sequence[Mapping[str, Tensor]],
+        notes: RunNotes,
+    ) -> Snapshot:
         """Look at the state as it is now, without copying it."""
-        accelerator = parts.accelerator
-        optimizer, groups = _optimizer_to_tensors(parts.optimizer.state_dict())
-        tensors = {_OPTIMIZER: optimizer, _RANDOM: {k: v for states in random_states for k, v in states.items()}}
-        if parts.reference is not None:
-            tensors[_REFERENCE] = _weights(parts.reference)
-        facts = Facts(
-            step=step,
-            stands_on=parts.stands_on,
-            surroundings=surroundings(accelerator),
-            memory=dict(parts.memory),
-            skipped=parts.skips.count,
-            metrics=metrics,
-            before=parts.before,
-            optimizer=groups,
-            schedule=_Schedule(last_epoch=parts.schedule.last_epoch),
-            scaler=accelerator.scaler.state_dict() if accelerator.scaler else None,
+        state = learner.state()
+        random = {name: state for states in random_states for name, state in states.items()}
+        record = TrainingState(
+            step=state.step,
+            fingerprints=dict(notes.fingerprints),
+            surroundings=surroundings(learner.accelerator),
+            memory=state.memory,
+            skipped=state.skipped,
+            metrics=notes.metrics,
+            before=dict(notes.before),
+            optimizer=state.groups,
+            schedule=_Schedule(last_epoch=state.step),
+            scaler=state.scaler,
         )
-        return cls(parts.policy, parts.tokenizer, parts.policy.state_dict(), tensors, facts)
+        return cls(learner.policy, tokenizer, learner.policy.state(), {**state.tensors, _RANDOM: random}, record)
 
-    def copied(self) -> State:
+    def copied(self) -> Snapshot:
         """Return the same in memory of its own, which no step changes."""
         copies: dict[tuple[int, torch.Size], Tensor] = {}
 
@@ -149,56 +162,41 @@ class State:
             return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in tensors.items()}
 
         tensors = {name: copy(named) for name, named in self.tensors.items()}
-        facts = self.facts.model_copy(deep=True)
-        return dataclasses.replace(self, weights=copy(self.weights), tensors=tensors, facts=facts)
+        record = self.record.model_copy(deep=True)
+        return dataclasses.replace(self, weights=copy(self.weights), tensors=tensors, record=record)
 
-    def write_beside_model(self, folder: Path) -> None:
-        """Write all but the model and its tokenizer."""
+    def write(self, folder: Path) -> None:
+        """Write all of it into a folder that exists."""
+        self.policy.write(folder, self.tokenizer, self.weights)
         for name, tensors in self.tensors.items():
             save_file(tensors, folder / name)
-        (folder / _STATE).write_text(self.facts.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        (folder / _STATE).write_text(self.record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
-def load_checkpoint(path: Path, parts: TrainingParts) -> tuple[int, str]:
-    """Restore everything from a checkpoint that `newest_whole` found.
-
-    Returns:
-        The steps that were taken, and the digest of their rows in metrics.jsonl.
+def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
+    """Go on from a checkpoint that `newest_whole` found; return what it says of the run.
 
     Raises:
         UserError: It does not fit the model.
     """
+    accelerator = learner.accelerator
     try:
-        facts = read_facts(path)
-        tensors, states = load_file(path / _OPTIMIZER), load_file(path / _RANDOM)
-        reference = load_file(path / _REFERENCE) if parts.reference is not None else {}
-        moments = _optimizer_from_tensors(tensors, facts.optimizer)
-        _check_fits(moments["state"], parts.optimizer)
-        parts.optimizer.load_state_dict(moments)
-        # The schedule is a function of the step; one of more steps than it was saved under goes on at its own rate.
-        rates = _rates(parts.schedule, facts.step)
-        for group, rate in zip(parts.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        if parts.reference is not None:
-            _check_same(reference, _weights(parts.reference))
-            for name, weights in _weights(parts.reference).items():
-                weights.copy_(reference[name])
-        now = surroundings(parts.accelerator)
-        if facts.surroundings.get("processes") == now["processes"]:
-            _restore_random_states(states, parts.accelerator.process_index)
+        record, random = read_state(path), load_file(path / _RANDOM)
+        tensors = {OPTIMIZER: load_file(path / OPTIMIZER)}
+        if learner.reference.moving is not None:
+            tensors[REFERENCE] = load_file(path / REFERENCE)
+        state = LearnerState(record.step, tensors, record.optimizer, record.memory, record.skipped, record.scaler)
+        learner.restore(state)
+        now = surroundings(accelerator)
+        if record.surroundings.get("processes") == now["processes"]:
+            _restore_random_states(random, accelerator.process_index)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DamagedFolder, SafetensorError) as error:
         hint = "remove that folder to go on from an older checkpoint, or start again with `--overwrite`"
         raise UserError(f"`{path.name}` is not a checkpoint of this run: {error}", str(path), hint) from error
-    load_weights(parts.policy, path)
-    parts.memory.update(facts.memory)
-    parts.before.update(facts.before)
-    parts.skips.count = facts.skipped
-    parts.schedule.last_epoch, parts.schedule._last_lr = facts.schedule.last_epoch, rates
-    if parts.accelerator.scaler and facts.scaler:
-        parts.accelerator.scaler.load_state_dict(facts.scaler)
-    if parts.accelerator.is_main_process and (other := _changes(facts.surroundings, now)):
+    learner.policy.restore(path)
+    if accelerator.is_main_process and (other := _changes(record.surroundings, now)):
         _log.warning("the run goes on at the right pair, but maybe not bit for bit: %s", "; ".join(other))
-    return facts.step, facts.metrics
+    return record
 
 
 def surroundings(accelerator: Accelerator) -> dict[str, Any]:
@@ -215,28 +213,28 @@ def surroundings(accelerator: Accelerator) -> dict[str, Any]:
     }
 
 
-def read_facts(path: Path) -> Facts:
+def read_state(path: Path) -> TrainingState:
     """Read a checkpoint's training_state.json.
 
     Raises:
         DamagedFolder: It is not what was written there, or another step's.
     """
     try:
-        facts = Facts.model_validate_json((path / _STATE).read_bytes())
+        state = TrainingState.model_validate_json((path / _STATE).read_bytes())
     except OSError as error:
         raise DamagedFolder(f"{_STATE} cannot be read: {error}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "the whole"
         raise DamagedFolder(f"{_STATE} is not a checkpoint's: {place}: {first['msg'].lower()}") from None
-    if facts.schedule.last_epoch != facts.step:
-        raise DamagedFolder(f"{_STATE} is not a checkpoint's: its schedule is at step {facts.schedule.last_epoch}")
-    if path.name != f"step-{facts.step:06d}":
-        raise DamagedFolder(f"it is the checkpoint of step {facts.step}")
-    return facts
+    if state.schedule.last_epoch != state.step:
+        raise DamagedFolder(f"{_STATE} is not a checkpoint's: its schedule is at step {state.schedule.last_epoch}")
+    if path.name != f"step-{state.step:06d}":
+        raise DamagedFolder(f"it is the checkpoint of step {state.step}")
+    return state
 
 
-def _rates(schedule: LambdaLR, step: int) -> list[float | Tensor]:
+def rates_at(schedule: LambdaLR, step: int) -> list[float | Tensor]:
     """Return the learning rates after a step, by group."""
     return [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
 
@@ -246,7 +244,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"{name} {before.get(name)} → {value}" for name, value in now.items() if before.get(name) != value]
 
 
-def _optimizer_to_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def optimizer_to_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Split an optimizer's state into named tensors and the groups' plain settings."""
     tensors = {
         f"{index}.{name}": value.detach().cpu().contiguous()
@@ -256,7 +254,8 @@ def _optimizer_to_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], lis
     return tensors, state["param_groups"]
 
 
-def _optimizer_from_tensors(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+def optimizer_from_tensors(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Undo `optimizer_to_tensors`."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
@@ -264,7 +263,7 @@ def _optimizer_from_tensors(tensors: dict[str, Tensor], groups: list[dict[str, A
     return {"state": state, "param_groups": groups}
 
 
-def _check_fits(state: Mapping[int, Mapping[str, Tensor]], optimizer: Any) -> None:
+def check_fits(state: Mapping[int, Mapping[str, Tensor]], optimizer: Any) -> None:
     """Compare what an optimizer is to remember of its parameters with their shapes: its kernels trust them.
 
     Raises:
@@ -275,7 +274,7 @@ def _check_fits(state: Mapping[int, Mapping[str, Tensor]], optimizer: Any) -> No
         for name, tensor in moments.items():
             fits = 0 <= index < len(weights) and tensor.shape == _shape_of(name, weights[index].shape)
             if not fits or not tensor.is_floating_point():
-                raise ValueError(f"{_OPTIMIZER}: {index}.{name} fits no weights of the model")
+                raise ValueError(f"{OPTIMIZER}: {index}.{name} fits no weights of the model")
 
 
 def _shape_of(name: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -288,21 +287,6 @@ def _shape_of(name: str, shape: Sequence[int]) -> tuple[int, ...]:
         case "col_var":
             return (*shape[:-2], 1, shape[-1])
     return tuple(shape)
-
-
-def _check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Compare names and shapes of weights.
-
-    Raises:
-        ValueError: They are others.
-    """
-    if {name: t.shape for name, t in found.items()} != {name: t.shape for name, t in wanted.items()}:
-        raise ValueError(f"{_REFERENCE}: the weights are another model's")
-
-
-def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return a model's parameters by name, tied ones once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def random_states(rank: int) -> dict[str, Tensor]:

@@ -15,37 +15,51 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
 
 from benchmark.runs import DEMO_MODEL, positive
-from dpo_cli.modeling.loading import load_policy, load_tokenizer
+from dpo_cli.modeling.loading import load_tokenizer
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.preference.losses import SFT
+from dpo_cli.preference.objective import Objective
+from dpo_cli.preference.reference import NoReference
 from dpo_cli.training.checkpoints import CheckpointWriter
-from dpo_cli.training.loop import Skips
+from dpo_cli.training.learner import Learner
 from dpo_cli.training.optimizer import AdamW, schedule
-from dpo_cli.training.state import TrainingParts
+from dpo_cli.training.state import RunNotes
 
 
-def training_parts(model: str) -> TrainingParts:
+class Saved(NamedTuple):
+    """What is saved: a run after its first step, and its tokenizer."""
+
+    learner: Learner
+    tokenizer: PreTrainedTokenizerBase
+
+
+def after_one_step(model: str) -> Saved:
     """Return the state of a run after one step with gradients of 1."""
-    accelerator = Accelerator(cpu=True)
-    policy = load_policy(model)
-    optimizer = AdamW().over(policy, 1e-6, 0.0)
+    accelerator, policy = Accelerator(cpu=True), Policy.load(model)
+    policy.place(accelerator, trained=True)
+    optimizer = AdamW().over(policy.trained(), 1e-6, 0.0)
     rates = schedule(optimizer, "constant", 0.0, 1)
-    for parameter in policy.parameters():
+    for parameter in policy.trained():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+    rates.step()
     optimizer.zero_grad()
-    return TrainingParts(policy, load_tokenizer(model), optimizer, rates, accelerator, None, {}, Skips(0), {})
+    reference = NoReference().open()
+    return Saved(Learner(policy, Objective.of(SFT()), reference, optimizer, rates, accelerator), load_tokenizer(model))
 
 
-def plain(parts: TrainingParts, folder: Path) -> None:
+def plain(saved: Saved, folder: Path) -> None:
     """Save model and optimizer as libraries do by themselves."""
-    parts.policy.save_pretrained(folder)
-    parts.tokenizer.save_pretrained(folder)
-    torch.save(parts.optimizer.state_dict(), folder / "optimizer.pt")
+    saved.learner.policy.model.save_pretrained(folder)
+    saved.tokenizer.save_pretrained(folder)
+    torch.save(saved.learner.optimizer.state_dict(), folder / "optimizer.pt")
 
 
 def flush(folder: Path) -> None:
@@ -56,10 +70,12 @@ def flush(folder: Path) -> None:
         os.close(descriptor)
 
 
-def copied(parts: TrainingParts) -> list[torch.Tensor]:
+def copied(saved: Saved) -> list[torch.Tensor]:
     """Copy the same tensors in memory."""
-    states = parts.optimizer.state_dict()["state"].values()
-    return [t.clone() for t in (*parts.policy.parameters(), *(t for state in states for t in state.values()))]
+    states = saved.learner.optimizer.state_dict()["state"].values()
+    return [
+        t.clone() for t in (*saved.learner.policy.weights().values(), *(t for state in states for t in state.values()))
+    ]
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -69,40 +85,40 @@ def seconds(action: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def time_plain(parts: TrainingParts, folder: Path) -> dict[str, float]:
+def time_plain(saved: Saved, folder: Path) -> dict[str, float]:
     """Save as libraries do."""
-    in_memory = seconds(lambda: plain(parts, folder))
+    in_memory = seconds(lambda: plain(saved, folder))
     return {PLAIN: in_memory, PLAIN_ON_DISK: in_memory + seconds(lambda: flush(folder))}
 
 
-def time_whole(parts: TrainingParts, folder: Path) -> dict[str, float]:
+def time_whole(saved: Saved, folder: Path) -> dict[str, float]:
     """Save as the program does, while training waits."""
-    writer = CheckpointWriter(folder, 1, background=False)
-    return {"whole": seconds(lambda: writer.save(1, parts))}
+    writer = CheckpointWriter(folder, saved.tokenizer, 1, background=False)
+    return {"whole": seconds(lambda: writer.save(saved.learner, RunNotes({})))}
 
 
-def time_background(parts: TrainingParts, folder: Path) -> dict[str, float]:
+def time_background(saved: Saved, folder: Path) -> dict[str, float]:
     """Save as the program does while training goes on, which it does not here."""
-    writer = CheckpointWriter(folder, 1, background=True)
-    waits = seconds(lambda: writer.save(1, parts))
+    writer = CheckpointWriter(folder, saved.tokenizer, 1, background=True)
+    waits = seconds(lambda: writer.save(saved.learner, RunNotes({})))
     return {"background: training waits": waits, "background: on the disk": waits + seconds(writer.finish)}
 
 
-def time_copy(parts: TrainingParts, folder: Path) -> dict[str, float]:
+def time_copy(saved: Saved, folder: Path) -> dict[str, float]:
     """Copy in memory alone."""
-    return {"copy in memory": seconds(lambda: copied(parts))}
+    return {"copy in memory": seconds(lambda: copied(saved))}
 
 
 PLAIN, PLAIN_ON_DISK = "plain: in the system's memory", "plain: on the disk"
 WAYS = (time_plain, time_whole, time_background, time_copy)
 
 
-def measure(parts: TrainingParts, folder: Path, repeat: int) -> dict[str, float]:
+def measure(saved: Saved, folder: Path, repeat: int) -> dict[str, float]:
     """Save once in each way, the disk quiet before each and every other time in reverse; return the seconds of each."""
     found = {}
     for way in WAYS if repeat % 2 else reversed(WAYS):
         os.sync()
-        found |= way(parts, folder / "saved")
+        found |= way(saved, folder / "saved")
         shutil.rmtree(folder / "saved", ignore_errors=True)
     return found
 
@@ -125,9 +141,9 @@ def main() -> None:
     parser.add_argument("--repeats", metavar="N", type=positive, default=5, help="(default: 5)")
     parser.add_argument("--folder", metavar="DIR", type=Path, help="on the disk to be measured (default: temporary)")
     arguments = parser.parse_args()
-    parts = training_parts(arguments.model)
+    saved = after_one_step(arguments.model)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        runs = [measure(parts, Path(name), repeat) for repeat in range(arguments.repeats)]
+        runs = [measure(saved, Path(name), repeat) for repeat in range(arguments.repeats)]
     print(table(runs))
 
 

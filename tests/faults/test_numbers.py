@@ -293,12 +293,12 @@ def test_overflows_in_float16_are_skipped_until_the_scale_suits(tiny_llama, pair
 def test_a_gradient_that_overflows_at_every_scale_stops(tiny_llama, pairs, in_float16, monkeypatch, ledger):
     """Halving the scale does not help where the gradient is NaN; a run that never takes a step is no run."""
     from dpo_cli.modeling.scorer import Scorer
-    from dpo_cli.training.loop import NotFinite
+    from dpo_cli.training.learner import NotFinite
 
     forward = Scorer.forward
 
-    def spoilt(self: Scorer, batch: Any) -> torch.Tensor:
-        answer = forward(self, batch)
+    def spoilt(self: Scorer, batch: Any, **asked: Any) -> torch.Tensor:
+        answer = forward(self, batch, **asked)
         if answer.requires_grad:
             answer.register_hook(lambda slope: slope * float("nan"))
         return answer

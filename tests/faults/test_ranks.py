@@ -33,7 +33,7 @@ WHEREVER = r"(before step 1|at step \d)"
 """The last sign of life may be a few of these quick steps old."""
 
 LOADING = "dpo_cli.modeling.loading:load_policy"
-STEP = "dpo_cli.training.loop:_add_up_gradients"
+STEP = "dpo_cli.training.learner:Learner._add_up_gradients"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import LAYOUTS, Padded
 from dpo_cli.modeling.loading import load_policy, weights_digest
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference import cache
 from dpo_cli.preference.losses import CPO
 from dpo_cli.preference.reference import Cached, Frozen, Synced
@@ -34,12 +35,14 @@ def pairs(tmp_path, pairs_file, tokenizer):
 
 
 def open_reference(strategy, model, pairs, needed=None, progress=silent, layout="padded"):
-    policy = model if isinstance(model, torch.nn.Module) else load_policy(str(model))
+    policy, accelerator = model if isinstance(model, Policy) else Policy.load(str(model)), Accelerator(cpu=True)
     indices = np.arange(len(pairs)) if needed is None else np.array(needed)
     reference = reference_model(strategy.model, policy)
-    LAYOUTS[layout].prepare(reference)
+    reference.read(LAYOUTS[layout])
+    for placed in {policy, reference}:
+        placed.place(accelerator, trained=placed is policy)
     batches = Batches(pairs, LAYOUTS[layout], 2000, torch.device("cpu"))
-    return strategy.open(ReferenceWork(reference, policy, Accelerator(cpu=True), indices, batches, progress))
+    return strategy.open(ReferenceWork(reference, policy, accelerator, indices, batches, progress))
 
 
 def answers(logps, pairs, cut=5):
@@ -67,17 +70,16 @@ def test_both_train_to_the_same_losses(tiny_llama, pairs):
 
 def test_a_synced_reference_moves_its_share_of_the_way_every_so_many_steps(tiny_llama, pairs):
     """θ_ref ← 0.25·(θ + 1) + 0.75·θ = θ + 0.25, after the second step and not after the first."""
-    policy = load_policy(str(tiny_llama))
+    policy = Policy.load(str(tiny_llama))
     reference = open_reference(Synced(every_steps=2, alpha=0.25), policy, pairs)
-    before = {name: weights.detach().clone() for name, weights in policy.named_parameters()}
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter += 1
+    before = {name: weights.clone() for name, weights in policy.weights().items()}
+    for weights in policy.weights().values():
+        weights += 1
     reference.after_step(1)
-    for name, weights in reference.moving.named_parameters():
+    for name, weights in reference.moving.weights().items():
         assert torch.equal(weights, before[name])
     reference.after_step(2)
-    for name, weights in reference.moving.named_parameters():
+    for name, weights in reference.moving.weights().items():
         torch.testing.assert_close(weights, before[name] + 0.25)
 
 
@@ -99,12 +101,11 @@ def test_without_a_reference_rewards_are_those_of_the_policy_alone(tiny_llama, p
 
 
 def test_a_frozen_reference_stays_where_it_was_while_the_policy_moves(tiny_llama, pairs):
-    policy = load_policy(str(tiny_llama))
+    policy = Policy.load(str(tiny_llama))
     logps = open_reference(Frozen(), policy, pairs)
     before = answers(logps, pairs)
-    with torch.no_grad():
-        for parameter in policy.parameters():
-            parameter += 1
+    for weights in policy.weights().values():
+        weights += 1
     assert torch.equal(answers(logps, pairs), before)
 
 

@@ -30,7 +30,7 @@ from dpo_cli.data.prepared.step_plan import MicroBatch, Step
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.loading import load_policy
-from dpo_cli.modeling.scorer import Scorer
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference.losses import (
     AOT,
     BCO,
@@ -55,9 +55,9 @@ from dpo_cli.preference.losses.divergences import Alpha, ForwardKL, JensenShanno
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Frozen, NoReference
 from dpo_cli.preference.reference_work import ReferenceWork
-from dpo_cli.training.loop import train_steps
+from dpo_cli.training.learner import Learner
 from dpo_cli.training.optimizer import AdamW, schedule
-from tests.builders import never, prepare_pairs, silent
+from tests.builders import prepare_pairs, silent
 from tests.conftest import build_llama, write_rows
 
 with warnings.catch_warnings():
@@ -225,38 +225,37 @@ class Kept(torch.optim.SGD):
         self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def keep(policy: nn.Module) -> Kept:
-    return Kept(policy.parameters(), lr=1.0)
+def keep(trained: Sequence[nn.Parameter]) -> Kept:
+    return Kept(trained, lr=1.0)
 
 
-def adamw(policy: nn.Module) -> torch.optim.Optimizer:
-    return AdamW().over(policy, LEARNING_RATE, 0.0)
+def adamw(trained: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return AdamW().over(trained, LEARNING_RATE, 0.0)
 
 
 def train(
     world: World,
     losses: Sequence[Any],
     *steps: Sequence[Sequence[int]],
-    optimizer: Callable[[nn.Module], Any] = keep,
+    optimizer: Callable[[Sequence[nn.Parameter]], Any] = keep,
     reference: Any = None,
     max_grad_norm: float | None = None,
 ) -> tuple[list[dict[str, float]], OneStep]:
     """Take steps, each given as the pairs of its micro-batches; return all metrics, and the last step's gradients."""
     accelerator, objective = Accelerator(cpu=True), Objective.of(losses)
-    policy = load_policy(str(world.policy))
+    policy, other = (Policy.load(str(model)) for model in (world.policy, world.reference))
+    policy.place(accelerator, trained=True, collisions=objective.wpo)
+    other.place(accelerator, trained=False)
     batches = Batches(world.pairs, LAYOUTS["padded"], 10_000, accelerator.device)
     indices = np.arange(len(world.pairs))
-    work = ReferenceWork(load_policy(str(world.reference)), policy, accelerator, indices, batches, silent)
+    work = ReferenceWork(other, policy, accelerator, indices, batches, silent)
     opened = (reference or (Frozen() if objective.needs_reference else NoReference())).open(work)
-    inner = optimizer(policy)
+    inner = optimizer(policy.trained())
     rates = schedule(inner, "constant", 0.0, len(steps))
-    scorer, prepared = accelerator.prepare(Scorer(policy, collisions=objective.wpo), inner)
-    plan = [as_step(number, cut) for number, cut in enumerate(steps, 1)]
-    results = train_steps(
-        scorer, objective, opened, prepared, rates, plan, batches, accelerator, max_grad_norm, {}, never
-    )
-    metrics = [result.metrics for result in results]
-    gradients = dict(zip(dict(policy.named_parameters()), getattr(inner, "gradients", ()), strict=False))
+    prepared = accelerator.prepare_optimizer(inner)
+    learner = Learner(policy, objective, opened, prepared, rates, accelerator, max_grad_norm)
+    metrics = [learner.take(as_step(*numbered), batches).metrics for numbered in enumerate(steps, 1)]
+    gradients = dict(zip(policy.weights(), getattr(inner, "gradients", ()), strict=False))
     return metrics, OneStep(metrics[-1]["loss"], gradients)
 
 

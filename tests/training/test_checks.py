@@ -16,7 +16,7 @@ from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import Padded
-from dpo_cli.modeling.loading import load_policy
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import BCO, DPO, IPO, SFT, AOTUnpaired
 from dpo_cli.preference.objective import Objective
@@ -96,7 +96,7 @@ def test_pairs_that_a_model_has_no_embedding_for_are_refused(tmp_path, pairs_fil
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**{**small, "vocab_size": 1000, **settings}))
     with pytest.raises(UserError, match=what):
-        check_fits(prepare(pairs_file, tokenizer, tmp_path / "p"), model, "`model.name`")
+        check_fits(prepare(pairs_file, tokenizer, tmp_path / "p"), Policy(model), "`model.name`")
 
 
 @pytest.mark.parametrize("more", [-1, 0], ids=["on both sides of the limit", "all within it"])
@@ -110,7 +110,7 @@ def test_pairs_that_longrope_would_read_otherwise_beside_longer_ones_are_refused
     scaling = {"rope_type": "longrope", "type": "longrope", "short_factor": [1.0] * 2, "long_factor": [8.0] * 2}
     model = Phi3ForCausalLM(Phi3Config(**small, **lengths, vocab_size=1000, rope_scaling=scaling))
     with pytest.raises(UserError) if more else contextlib.nullcontext() as refused:
-        check_fits(pairs, model, "`model.name`")
+        check_fits(pairs, Policy(model), "`model.name`")
     if refused:
         assert "LongRoPE" in str(refused.value)
         assert f"`data.max_length: {limit}`" in refused.value.hint
@@ -161,12 +161,13 @@ def test_weights_that_are_all_0_teach_nothing(tmp_path, demo_rows, tokenizer):
 @pytest.fixture
 def ready(tmp_path, pairs_file, tokenizer, tiny_llama):
     pairs = prepare(pairs_file, tokenizer, tmp_path / "p")
-    accelerator, policy = Accelerator(cpu=True), load_policy(str(tiny_llama))
+    accelerator, policy = Accelerator(cpu=True), Policy.load(str(tiny_llama))
+    policy.place(accelerator, trained=True)
     batches = Batches(pairs, Padded(), 1000, accelerator.device)
     work = ReferenceWork(policy, policy, accelerator, np.arange(len(pairs)), batches, silent)
     reference = Frozen().open(work)
     batch = Padded().batch(range(4), pairs[:4])
-    return Scorer(policy), reference, batch, accelerator
+    return Scorer(policy.model), reference, batch, accelerator
 
 
 def test_a_policy_that_equals_its_reference_passes(ready):

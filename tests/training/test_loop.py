@@ -16,7 +16,7 @@ from dpo_cli.modeling.loading import load_policy
 from dpo_cli.preference.losses import AOT, BCO, DPO, SFT, Loss, SimPO
 from dpo_cli.preference.losses.pairwise import AdaptiveBeta
 from dpo_cli.preference.objective import Objective
-from dpo_cli.training.loop import NotFinite, Skips
+from dpo_cli.training.learner import NotFinite, Skips
 from tests.builders import prepare_pairs, train_in_process
 from tests.conftest import ROOT
 
@@ -286,21 +286,33 @@ def test_a_step_that_may_be_skipped_leaves_the_weights_and_the_next_ones_go_on(t
     """As if its rate had been 0: the schedule and the order of the pairs go on."""
     from accelerate import Accelerator
 
-    clip, calls, asked = Accelerator.clip_grad_norm_, [], []
+    clip, calls = Accelerator.clip_grad_norm_, []
 
     def broken_once(self, parameters, norm):
         calls.append(None)
         return clip(self, parameters, norm) * (math.inf if len(calls) == 2 else 1)
 
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", broken_once)
-    metrics, weights = train_in_process(
-        tiny_llama, pairs, max_steps=2, may_skip=lambda broken: asked.append(broken.step) or True
-    )
-    assert asked == [2]
+    metrics, weights = train_in_process(tiny_llama, pairs, max_steps=2, max_skipped=1)
     assert [math.isfinite(row["grad_norm"]) for row in metrics] == [True, False]
     calls.clear()
     _, after_one = train_in_process(tiny_llama, pairs, max_steps=1)
     assert all(torch.equal(tensor, after_one[name]) for name, tensor in weights.items())
+
+
+def test_one_step_too_many_to_be_skipped_stops(tiny_llama, pairs, monkeypatch):
+    from accelerate import Accelerator
+
+    clip, calls = Accelerator.clip_grad_norm_, []
+
+    def broken_from_the_second_on(self, parameters, norm):
+        calls.append(None)
+        return clip(self, parameters, norm) * (math.inf if len(calls) > 1 else 1)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", broken_from_the_second_on)
+    with pytest.raises(NotFinite) as caught:
+        train_in_process(tiny_llama, pairs, max_steps=4, max_skipped=1)
+    assert caught.value.step == 3
 
 
 def test_skips_are_counted_and_limited():

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from dpo_cli.config.schema import Config, TrainingSettings
 from dpo_cli.settings import members, types
 from dpo_cli.training.optimizer import SCHEDULES, Adafactor, AdamW, Optimizer, RMSprop, schedule
-from dpo_cli.training.state import _optimizer_from_tensors, _optimizer_to_tensors
+from dpo_cli.training.state import optimizer_from_tensors, optimizer_to_tensors
 
 CHANGED = [
     AdamW(betas=[0.8, 0.95], eps=1e-3),
@@ -64,7 +64,7 @@ def test_no_rate_is_zero_or_above_the_highest(kind):
 def test_weight_decay_reaches_matrices_and_leaves_biases_and_norms(optimizer):
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    step(optimizer.over(model, 0.1, 0.5), model, lambda p: torch.zeros_like(p))
+    step(optimizer.over(list(model.parameters()), 0.1, 0.5), model, lambda p: torch.zeros_like(p))
     moved = {name for name, p in model.named_parameters() if not torch.equal(p.detach(), before[name])}
     assert moved == {"0.weight"}
     if optimizer.type == "adamw":
@@ -80,10 +80,10 @@ def step(chosen, model, gradient):
 @pytest.mark.parametrize("optimizer", ALL, ids=str)
 def test_what_an_optimizer_keeps_is_what_the_estimate_says(optimizer):
     model = torch.nn.Sequential(torch.nn.Linear(30, 50), torch.nn.LayerNorm(50))
-    chosen = optimizer.over(model, 0.1, 0.0)
+    chosen = optimizer.over(list(model.parameters()), 0.1, 0.0)
     step(chosen, model, torch.ones_like)
     kept = sum(v.nbytes for state in chosen.state.values() for v in state.values() if v.ndim > 0)
-    assert optimizer.state_bytes(model) == kept
+    assert optimizer.state_bytes(list(model.parameters())) == kept
 
 
 @pytest.mark.parametrize("optimizer", ALL, ids=str)
@@ -91,7 +91,7 @@ def test_every_optimizer_goes_on_from_a_checkpoint_bit_for_bit(optimizer, tmp_pa
     def start():
         torch.manual_seed(0)
         model = torch.nn.Linear(6, 5)
-        return model, optimizer.over(model, 0.1, 0.01)
+        return model, optimizer.over(list(model.parameters()), 0.1, 0.01)
 
     def go_on(model, chosen, steps):
         for number in steps:
@@ -102,12 +102,12 @@ def test_every_optimizer_goes_on_from_a_checkpoint_bit_for_bit(optimizer, tmp_pa
     go_on(whole, chosen, range(5))
     first, chosen = start()
     go_on(first, chosen, range(2))
-    tensors, groups = _optimizer_to_tensors(chosen.state_dict())
+    tensors, groups = optimizer_to_tensors(chosen.state_dict())
     save_file(tensors, tmp_path / "optimizer.safetensors")
     second, chosen = start()
     second.load_state_dict(first.state_dict())
     saved = load_file(tmp_path / "optimizer.safetensors")
-    chosen.load_state_dict(_optimizer_from_tensors(saved, json.loads(json.dumps(groups))))
+    chosen.load_state_dict(optimizer_from_tensors(saved, json.loads(json.dumps(groups))))
     go_on(second, chosen, range(2, 5))
     assert torch.equal(second.weight, whole.weight)
 
@@ -148,7 +148,7 @@ def models(number):
 def test_settings_are_those_of_torch_s_optimizer_and_change_where_it_goes(optimizer, settings):
     ours, theirs, by_default = models(3)
     reference = TORCH[optimizer.type](theirs.parameters(), lr=0.1, weight_decay=0.0, **settings)
-    found = trained(optimizer.over(ours, 0.1, 0.0), ours)
+    found = trained(optimizer.over(list(ours.parameters()), 0.1, 0.0), ours)
     for one, other in zip(found, trained(reference, theirs), strict=True):
         torch.testing.assert_close(one, other)
     plain = TORCH[optimizer.type](by_default.parameters(), lr=0.1, weight_decay=0.0)

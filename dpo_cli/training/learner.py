@@ -1,0 +1,239 @@
+"""The learner: what changes from step to step, and the generator that takes the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+
+from dpo_cli.data.prepared.step_plan import Plan, Step
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.preference.losses.base import Memory
+from dpo_cli.preference.objective import Objective
+from dpo_cli.preference.reference import OpenReference
+from dpo_cli.preference.scoring import ExpertWatch, score_pairs, score_step, step_info
+from dpo_cli.training.state import OPTIMIZER, REFERENCE, LearnerState, check_fits, optimizer_to_tensors, rates_at
+from dpo_cli.training.step_sums import StepSums
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+    from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, after it was taken.
+
+    Attributes:
+        number: Counted from 1 over the whole run.
+        epoch: Passes over the data completed.
+        metrics: Means over the step's pairs, all ranks together, with `grad_norm` and `learning_rate`.
+        num_tokens: Tokens of all ranks' forward passes, without padding.
+        stop: Whether any rank was asked to stop.
+        pairs: The step's pairs.
+        broken: What was not finite, where the step was skipped for it and the weights did not move; or None.
+    """
+
+    number: int
+    epoch: float
+    metrics: dict[str, float]
+    num_tokens: int
+    stop: bool
+    pairs: tuple[int, ...]
+    broken: NotFinite | None = None
+
+
+class NotFinite(Exception):
+    """A loss, a gradient or the weights were NaN or infinite.
+
+    Attributes:
+        step: The step's number.
+        pairs: The pairs whose loss was not finite; all of the step's where only gradient or weights were not.
+        what: `loss`, `gradient` or `weights`.
+    """
+
+    def __init__(self, step: int, pairs: tuple[int, ...], what: str) -> None:
+        super().__init__(f"the {what} of step {step} {'are' if what == 'weights' else 'is'} not finite")
+        self.step, self.pairs, self.what = step, pairs, what
+
+
+@dataclass
+class Skips:
+    """Steps that were not taken because loss or gradient was not finite.
+
+    Attributes:
+        allowed: How many there may be.
+        count: How many there were.
+    """
+
+    allowed: int
+    count: int = 0
+
+    def take(self) -> bool:
+        """Count one more, and tell whether it is allowed."""
+        self.count += 1
+        return self.count <= self.allowed
+
+
+@dataclass
+class Learner:
+    """All that a step changes, and what it takes to take one.
+
+    Attributes:
+        policy: What is trained, placed already.
+        objective: Loss and rewards of pairs.
+        reference: Answers with the reference's token log-probabilities.
+        optimizer: What Accelerate prepared of an optimizer.
+        rates: The learning rate; not prepared, since a prepared one steps once per process.
+        accelerator: Synchronises ranks; its `gradient_accumulation_steps` must be 1.
+        max_grad_norm: Where gradients are clipped, or None.
+        skips: The steps that were not taken.
+        memory: What the objective keeps from step to step.
+        asked_to_stop: Whether this process was asked to stop; looked at once a step.
+    """
+
+    policy: Policy
+    objective: Objective
+    reference: OpenReference
+    optimizer: Any
+    rates: LambdaLR
+    accelerator: Accelerator
+    max_grad_norm: float | None = None
+    skips: Skips = field(default_factory=lambda: Skips(0))
+    memory: Memory = field(default_factory=dict)
+    asked_to_stop: Callable[[], bool] = lambda: False
+
+    @property
+    def done(self) -> int:
+        """How many steps were taken or skipped."""
+        return self.rates.last_epoch
+
+    def steps(self, plan: Plan, batches: Batches) -> Iterator[StepResult]:
+        """Take the steps of a plan that are not done yet, yielding a result after each.
+
+        Args:
+            plan: All steps of the run.
+            batches: Cuts their pairs and makes micro-batches into tensors on the device.
+
+        Raises:
+            NotFinite: A step would have spoiled the weights, and may not be skipped. It was not taken.
+        """
+        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        for step in plan.steps(batches.cut, self.done, rank, num_ranks):
+            yield self.take(step, batches)
+
+    def take(self, step: Step, batches: Batches) -> StepResult:
+        """Take one step.
+
+        Raises:
+            NotFinite: It would have spoiled the weights, and may not be skipped. It was not taken.
+        """
+        sums, not_finite, further = self._add_up_gradients(step, batches)
+        if self.asked_to_stop():
+            sums.ask_to_stop()
+        metrics, num_tokens, stop = sums.reduce(self.accelerator)
+        scaler = self.accelerator.scaler
+        broken, norm = None, math.nan
+        if not math.isfinite(metrics["loss"]):
+            broken = NotFinite(step.number, tuple(sorted(gather_object(not_finite))), "loss")
+        else:
+            norm = self.policy.clip(self.max_grad_norm)
+            # In float16 the gradient scaler expects overflows, skips their steps and lowers its scale, down to 1.
+            if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
+                broken = NotFinite(step.number, step.pairs, "gradient")
+        if broken and not self.skips.take():
+            raise broken
+        metrics |= {**further, "grad_norm": norm, "learning_rate": float(self.rates.get_last_lr()[0])}
+        # A scaler has to be told of every gradient that it unscaled; it leaves out by itself what overflowed.
+        if not broken or (scaler is not None and broken.what == "gradient"):
+            self.optimizer.step()
+        if not broken:
+            self.memory.update(self.objective.after_step(self.memory, metrics))
+        self.rates.step()
+        self.optimizer.zero_grad()
+        self.reference.after_step(step.number)
+        return StepResult(step.number, step.epoch, metrics, num_tokens, stop, step.pairs, broken)
+
+    def _add_up_gradients(self, step: Step, batches: Batches) -> tuple[StepSums, list[int], dict[str, float]]:
+        """Run this rank's micro-batches forward and backward.
+
+        Returns:
+            Their sums, the pairs whose loss is not finite, and metrics of the whole step.
+        """
+        objective, reference, accelerator = self.objective, self.reference, self.accelerator
+        sums, not_finite = StepSums(accelerator.device), []
+        info = step_info(batches.pairs.sizes, step.pairs, self.memory)
+        scored, watch = None, ExpertWatch(self.policy.scorer) if objective.router_aux else None
+        ask = watch or self.policy.scorer
+        if len(step.micro_batches) > 1 or accelerator.num_processes > 1:
+            # What depends on the whole step takes a pass without gradient before the first one with it.
+            if objective.looks_at_step:
+                scored = iter(score_step(ask, objective, reference, batches, step.micro_batches, info, accelerator))
+            elif watch:
+                watch.look_at(batches(micro_batch) for micro_batch in step.micro_batches if not micro_batch.filler)
+            if watch:
+                watch.settle()
+        for place, micro_batch in enumerate(step.micro_batches, 1):
+            with self.policy.adding_up(last=place == len(step.micro_batches)):
+                batch = batches(micro_batch)
+                if scored is None or micro_batch.filler:
+                    pairs, values = score_pairs(ask, objective, reference, batch, info)
+                    losses, pull = pairs.losses, pairs.losses.sum()
+                else:
+                    found = next(scored)
+                    losses, values, pull = found.losses, found.values, (found.slopes * ask(batch)).sum()
+                if watch:
+                    # The loss of a step is a mean over its pairs, to which this is added as it is.
+                    pull = pull + objective.router_aux * step.num_pairs * watch.share()
+                # Gradients are averaged over ranks, so the step's sum is restored before it is divided.
+                weight = 0.0 if micro_batch.filler else accelerator.num_processes / step.num_pairs
+                accelerator.backward(pull * weight)
+            if not micro_batch.filler:
+                sums.add(values, batch.num_tokens)
+                not_finite += _not_finite(batch.pairs, losses)
+        return sums, not_finite, {"router_aux": watch.loss()} if watch else {}
+
+    def state(self) -> LearnerState:
+        """Look at what steps change, the policy's weights aside, as it is now; nothing is copied."""
+        scaler, moving = self.accelerator.scaler, self.reference.moving
+        optimizer, groups = optimizer_to_tensors(self.optimizer.state_dict())
+        return LearnerState(
+            step=self.done,
+            tensors={OPTIMIZER: optimizer, **({REFERENCE: moving.weights()} if moving else {})},
+            groups=groups,
+            memory=dict(self.memory),
+            skipped=self.skips.count,
+            scaler=scaler.state_dict() if scaler else None,
+        )
+
+    def restore(self, state: LearnerState) -> None:
+        """Go on from a state; the policy's weights are restored by the policy.
+
+        Raises:
+            ValueError: What optimizer or reference kept does not fit these weights.
+        """
+        moments = state.moments()
+        check_fits(moments["state"], self.optimizer)
+        self.optimizer.load_state_dict(moments)
+        # The schedule is a function of the step; one of more steps than it was saved under goes on at its own rate.
+        rates = rates_at(self.rates, state.step)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if self.reference.moving:
+            self.reference.moving.set_weights(state.tensors[REFERENCE])
+        self.memory.update(state.memory)
+        self.skips.count = state.skipped
+        self.rates.last_epoch, self.rates._last_lr = state.step, rates
+        if self.accelerator.scaler and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+
+
+def _not_finite(indices: tuple[int, ...], losses: Tensor) -> list[int]:
+    """Return the pairs whose loss is NaN or infinite."""
+    return [index for index, fine in zip(indices, torch.isfinite(losses).tolist(), strict=True) if not fine]
