@@ -1,4 +1,4 @@
-"""What walks the road: a row, a message, a pair of conversations, a pair of token sequences."""
+"""The records that data becomes in turn: a row, a message, a pair of conversations, a pair of token sequences."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ TurnRule = Literal["all", "last"]
 """Which turns of a response are scored."""
 
 NUMBERS = ("weight", "margin")
-"""What a row may say of its pair beside the texts: the fields of that name, in a row and in a pair."""
+"""Numbers that a row may give for its pair: the fields of that name, in a row and in a pair."""
 
 LABELS = ("source", "category")
-"""What a row may call its pair: carried along, so that an evaluation can be broken down by it."""
+"""Labels that a row may give its pair: kept, so that an evaluation can be broken down by them."""
 
 
 def total_tokens(lengths: Lengths) -> int:
@@ -59,7 +59,7 @@ class Row:
         problem: Why there are no values.
         reason: A few words by which such problems are counted.
         structural: Whether such a problem means that the data is broken.
-        num_rows: The rows of the source that it stands for, where several make up one.
+        num_rows: The rows of the source that make it up.
         system: The system's turn of its conversations where they have none, or nothing.
         copy: Whether it repeats the row before it, by the weight of its source.
     """
@@ -79,10 +79,10 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: Who speaks.
-        content: What is said.
+        role: Whose turn it is.
+        content: Its text.
         input: What an instruction works on, where the data keeps it apart.
-        extras: What else a chat template may ask of a message: `tool_calls`, `function_call`, `name`,
+        extras: What else a chat template may use of a message: `tool_calls`, `function_call`, `name`,
             `tool_call_id`, `reasoning_content`; plain JSON values.
         scored: Whether a turn of the assistant in a response is scored, if turns like it are.
     """
@@ -104,7 +104,7 @@ class Pair:
     """One preference: in a conversation that goes `prompt`, `chosen` is a better way on and `rejected` a worse one.
 
     Attributes:
-        prompt: What was said before; at least one message, the last of them not the assistant's.
+        prompt: The turns before the responses; at least one message, the last of them not the assistant's.
         chosen: The better answer. It begins and ends with a turn of the assistant; between them there may be
             others' turns and what tools returned, which are context and not scored.
         rejected: The worse answer, likewise.
@@ -133,7 +133,7 @@ class TokenizedPair:
 
     Attributes:
         prompt: The tokens of the prompt.
-        chosen: The tokens of the chosen response, what is not scored within it included.
+        chosen: The tokens of the chosen response, those that are not scored included.
         rejected: The tokens of the rejected response.
         origin: Where the pair was read.
         weight: As in `Pair`.

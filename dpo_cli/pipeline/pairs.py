@@ -20,7 +20,7 @@ from dpo_cli.data.prepared import folder as prepared
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.writing import prepare
 from dpo_cli.data.tokens.chat_template import named_templates
-from dpo_cli.data.tokens.rendering import PLAIN
+from dpo_cli.data.tokens.conversation_text import PLAIN
 from dpo_cli.data.tokens.tokenize import PairTokenizer, read_template
 from dpo_cli.errors import UserError
 from dpo_cli.modeling import loading

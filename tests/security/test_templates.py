@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.data.records import BadRow, Message, Pair
-from dpo_cli.data.tokens import chat_template, rendering
+from dpo_cli.data.tokens import chat_template
+from dpo_cli.data.tokens.conversation_text import ConversationText
 from dpo_cli.data.tokens.encoding import TextEncoder
+from dpo_cli.data.tokens.rendering import Renderer
 from dpo_cli.errors import UserError
 from dpo_cli.system import bounds
 from dpo_cli.system.bounds import TookTooLong, bounded_memory, bounded_time
@@ -76,8 +78,9 @@ def narrow(monkeypatch):
     monkeypatch.setattr(chat_template, "MAX_BYTES", 1 << 27)
 
 
-def render(tokenizer, template):
-    return rendering.Renderer(tokenizer, {"default": template}, "all", TextEncoder(tokenizer))([PAIR, PAIR])
+def render(tokenizer, template, pairs=(PAIR, PAIR)):
+    texts = ConversationText(tokenizer, {"default": template})
+    return Renderer(texts, TextEncoder(tokenizer), "all")(pairs)
 
 
 @pytest.mark.parametrize("name", ESCAPES)
@@ -130,7 +133,7 @@ def test_a_template_without_an_end_ends_the_command(hasty, project, dpo):
 def test_a_long_conversation_is_written_whatever_its_length(tokenizer):
     long = Message("user", "word " * 2_000_000)
     pair = Pair((long,), PAIR.chosen, PAIR.rejected, "a.jsonl:1")
-    (found,) = rendering.Renderer(tokenizer, {"default": CHATML}, "all", TextEncoder(tokenizer))([pair])
+    (found,) = render(tokenizer, CHATML, [pair])
     assert long.content in found.prompt
 
 
@@ -139,14 +142,14 @@ def test_what_is_said_is_not_written_over_and_over(tokenizer):
     pair = Pair((long, *PAIR.prompt), PAIR.chosen, PAIR.rejected, "a.jsonl:1")
     with pytest.raises(UserError, match=r"chat template writes [\d,]+ characters"):
         again = "{% for m in messages %}" + "{{ messages[0].content }}" * 8 + "{% endfor %}"
-        rendering.Renderer(tokenizer, {"default": again}, "all", TextEncoder(tokenizer))([pair])
+        render(tokenizer, again, [pair])
 
 
 def test_many_short_turns_may_take_more_words_of_the_template_than_are_said(tokenizer):
     turns = tuple(Message(role, "word " * 40) for _ in range(5_000) for role in ("user", "assistant"))
     pair = Pair((*turns, *PAIR.prompt), PAIR.chosen, PAIR.rejected, "a.jsonl:1")
     wordy = "{% for m in messages %}" + "w" * 120 + "{{ m.content }}{% endfor %}"
-    (found,) = rendering.Renderer(tokenizer, {"default": wordy}, "all", TextEncoder(tokenizer))([pair])
+    (found,) = render(tokenizer, wordy, [pair])
     assert found.prompt == "".join("w" * 120 + message.content for message in pair.prompt)
 
 

@@ -40,7 +40,7 @@ class ChatTemplate:
     Args:
         tokenizer: A Hugging Face tokenizer; it applies templates in a sandbox.
         text: The template.
-        day: What it is told where it asks for the date; None: the day on which it asks.
+        day: The date that the template gets where it asks for one; None: that of the day on which it asks.
     """
 
     def __init__(self, tokenizer: Any, text: str, day: date | None = None) -> None:
@@ -79,7 +79,7 @@ class ChatTemplate:
     def always_asks(self) -> bool:
         """Whether it writes a generation prompt behind an answer too, as if another were to follow."""
         turns = [
-            {"role": role, "content": f"\ufdd2{place}"} for place, role in enumerate(("user", "assistant", "user"))
+            {"role": role, "content": f"\ufdd2{number}"} for number, role in enumerate(("user", "assistant", "user"))
         ]
         asked, answered, going_on = (self._tried(turns[:stop], {}) or "" for stop in (1, 2, 3))
         if not asked or not answered.startswith(asked):
@@ -178,15 +178,15 @@ def asks_for_the_day(text: str) -> bool:
 
 
 def with_day(text: str, day: date | None) -> str:
-    """Return a template that is told a day, whenever it asks for the date.
+    """Return a template that gets a fixed date, whenever it asks for one.
 
-    It is told so by a macro of the name of the function that it would call: what a template is given is plain data.
+    A macro of the name of the function that it would call returns the date: what a template is given is plain data.
     """
     if day is None or not asks_for_the_day(text):
         return text
     midnight = datetime.combine(day, time.min)
-    told = [(asked, midnight.strftime(asked)) for asked in _DIRECTIVES]
-    replaced = "".join(f"|replace({json.dumps(asked)}, {json.dumps(said)})" for asked, said in told)
+    answers = [(asked, midnight.strftime(asked)) for asked in _DIRECTIVES]
+    replaced = "".join(f"|replace({json.dumps(asked)}, {json.dumps(answer)})" for asked, answer in answers)
     head = f"{{%- macro {_ASKS}(format) %}}{{{{- format|replace('%%', '\ufdd6'){replaced}|replace('\ufdd6', '%') -}}}}"
     # A line's end behind a tag is not written, whether the template begins with one or not.
     return f"{head}{{% endmacro %}}\n{text}"
@@ -204,7 +204,7 @@ def template_errors() -> tuple[type[Exception], ...]:
 
 def common_length(one: str, other: str) -> int:
     """Count the characters with which two texts begin alike."""
-    differing = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    differing = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differing, min(len(one), len(other)))
 
 

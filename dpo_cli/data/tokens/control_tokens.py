@@ -9,13 +9,13 @@ from typing import Any
 from dpo_cli.data.records import BadRow, Message, Pair
 
 LITERAL_START, LITERAL_END = "\ufdd0", "\ufdd1"
-"""Stand around a control token that is meant as text; code points that are no characters of any script."""
+"""Surround a control token that is meant as text; code points that are no characters of any script."""
 
 STAND_IN = "\ufdd2"
-"""Takes the place of what somebody says; another such code point."""
+"""Replaces the text of a message; another such code point."""
 
 STAND_IN_TURN = Message("assistant", STAND_IN)
-"""Takes the place of a turn where only the template's own words are looked for."""
+"""Replaces a turn where only the template's own words are looked for."""
 
 _RESERVED = re.compile(f"[{LITERAL_START}{LITERAL_END}{STAND_IN}]")
 

@@ -1,8 +1,8 @@
 """Texts become token ids: those of the tokenizer on the whole text, found piece by piece where that is the same.
 
 Most tokenizers of today cut a text before they look for tokens: at their added tokens, then by a pattern whose
-pieces never hold a space behind another visible character. What stands between two such places becomes the
-same tokens wherever it stands. Few of these pieces are new in a row of text, so that most rows are put
+pieces never hold a space behind another visible character. The text between two such cuts becomes the same tokens in
+any context. Few of these pieces are new in a row of text, so that most rows are put
 together from pieces that were seen before. Of any other tokenizer, whole texts are asked.
 
 A text may spell out a control token that is meant as text: between two marks, it is tokenized as if the tokenizer
@@ -40,7 +40,7 @@ _REPLACEMENT = "\ufffd"
 
 _PIECE = re.compile(r"(?s:.)[^ ]*(?:(?<![!-~]) [^ ]*)*")
 _LAST_CUT = re.compile(r"(?s:.*)(?<=[!-~])(?= )")
-"""Pieces end before a space that follows a visible ASCII character; `_LAST_CUT` ends at the last such place."""
+"""Pieces end before a space that follows a visible ASCII character; `_LAST_CUT` ends at the last such cut."""
 
 _PATTERNS = frozenset(
     {
@@ -74,7 +74,7 @@ class TextEncoder:
         self._beginnings, self._words = _Known(engine, ""), _Known(engine, " ")
         self._tried = False
         added = _added_tokens(tokenizer) if _pieces_stand_alone(tokenizer) else None
-        # Of several that fit at one place the tokenizer takes the longest.
+        # Of several that match at one position the tokenizer takes the longest.
         longest_first = sorted(added or (), key=len, reverse=True)
         self._added = None if added is None else re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
@@ -86,7 +86,7 @@ class TextEncoder:
         return self._whole(texts) if self._added is None else self._by_pieces(texts)
 
     def settle(self, texts: Iterable[str]) -> None:
-        """Find out, once, on a few texts as they stand, whether a tokenizer does more than its engine: if so, ask it.
+        """Find out, once, on a few texts, whether a tokenizer does more than its engine: if so, ask it.
 
         Until then a text falls apart wherever the engine alone would let it.
         """
@@ -98,18 +98,18 @@ class TextEncoder:
             self._added = None
 
     def last_cut(self, text: str) -> int:
-        """Return the last place where a text falls apart, however it goes on behind its end.
+        """Return the last position where a text falls apart, however it goes on behind its end.
 
-        For any continuation, the tokens up to this place and those from there on, tokenized apart, are the
-        tokens of the whole. Where that cannot be said of any place it is 0.
+        For any continuation, the tokens up to this position and those from there on, tokenized apart, are the
+        tokens of the whole. Where no position is known to have this property it is 0.
         """
         if self._added is None or LITERAL_START in text:
             return 0
-        place = 0
+        start = 0
         for added in self._added.finditer(text):
-            place = added.end()
-        cut = _LAST_CUT.match(text, place)
-        return cut.end() if cut else place
+            start = added.end()
+        cut = _LAST_CUT.match(text, start)
+        return cut.end() if cut else start
 
     def begins_within(self, tokens: Tokens) -> bool:
         """Tell whether tokens begin within a character, the first bytes of which are in a token before them."""
@@ -126,7 +126,7 @@ class TextEncoder:
         return np.concatenate([*begins, *self._parts_within(rest, is_text=True)])
 
     def continuation(self, text: str) -> Tokens:
-        """Return the tokens of a text that does not begin its sequence, whatever stands before it."""
+        """Return the tokens of a text that does not begin its sequence, whatever precedes it."""
         return np.concatenate([np.empty(0, np.int32), *self._parts_within(LITERAL.split(text), is_text=False)])
 
     def _parts_within(self, parts: Sequence[str], *, is_text: bool) -> Iterator[Tokens]:
@@ -176,7 +176,7 @@ class _Known(dict[str, bytes]):
 
     Args:
         engine: It; None where nothing is asked.
-        before: What stands before each of these texts.
+        before: What precedes each of these texts.
     """
 
     def __init__(self, engine: Any, before: str) -> None:
@@ -230,7 +230,7 @@ def _pieces_stand_alone(tokenizer: Any) -> bool:
 
 
 def _cuts_words(pre_tokenizer: dict[str, Any]) -> bool:
-    """Tell whether a pre-tokenizer always cuts before a space behind a visible character, by that place alone."""
+    """Tell whether a pre-tokenizer always cuts before a space behind a visible character, whatever the context."""
     *steps, last = pre_tokenizer.get("pretokenizers") or [pre_tokenizer]
     patterns = [step for step in (*steps, last) if step.get("type") == "Split"]
     known = all(_pattern(step) in _PATTERNS for step in patterns)
@@ -248,7 +248,7 @@ def _pattern(step: dict[str, Any]) -> str | None:
 
 
 def _added_tokens(tokenizer: Any) -> list[str] | None:
-    """Return the added tokens at which a text is cut wherever they stand in it, or None where not all are such."""
+    """Return the added tokens at which a text is cut wherever they are in it, or None where not all are such."""
     backend = tokenizer.backend_tokenizer
     added = list(backend.get_added_tokens_decoder().values())
     contents = [token.content for token in added]

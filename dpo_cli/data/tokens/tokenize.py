@@ -1,6 +1,6 @@
-"""A `Pair` becomes token ids: the boundary between prompt and response, what is judged, the length rule.
+"""A `Pair` becomes token ids: the boundary between prompt and response, what is scored, the length rule.
 
-The response is what the model is judged on: its text and whatever the template writes to close the turn.
+The response is what is scored: its text and whatever the template writes to close the turn.
 Its first token starts exactly where generation would start, after the prompt that inference sends.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -19,8 +19,10 @@ import numpy as np
 
 from dpo_cli.data.records import BadRow, Gaps, LengthRule, Lengths, Pair, TokenizedPair, Tokens, TurnRule, total_tokens
 from dpo_cli.data.tokens.chat_template import DEFAULT, asks_for_the_day, named_templates
+from dpo_cli.data.tokens.conversation_text import PLAIN, ConversationText
+from dpo_cli.data.tokens.cutting import Cutter, later_beginnings
 from dpo_cli.data.tokens.encoding import TextEncoder, common_beginning
-from dpo_cli.data.tokens.rendering import PLAIN, Rendered, Renderer, Written
+from dpo_cli.data.tokens.rendering import Rendered, Renderer, Written
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.system.storage import text_digest
 
@@ -33,9 +35,9 @@ class Tokenized:
         pair: The pair.
         joined: Whether the tokenizer would have merged across the boundary, so that the parts were tokenized apart.
         literals: Control tokens that the messages spell out, and that became text.
-        prompt_differs: Whether what inference sends does not stand in the conversations as it is.
-        context_differs: Whether inference would send something else before a later turn that is judged.
-        rewritten: Whether the template writes something that the assistant says in another way.
+        prompt_differs: Whether the conversations do not begin with exactly what inference sends.
+        context_differs: Whether inference would send something else before a later turn that is scored.
+        rewritten: Whether the template changes a text of the assistant.
         unwritten: What the template does not write of what the row says; names of checks in `unwritten`.
         truncated: Whether some of the prompt was cut away.
         responses_cut: How many of the two responses were cut.
@@ -62,9 +64,9 @@ class PairTokenizer:
         template: A chat template's text, `plain`, or None for the tokenizer's own templates.
         max_length: The most tokens that prompt and response may have together.
         on_too_long: What becomes of longer ones.
-        turns: Which of a response's turns are judged.
+        turns: Which of a response's turns are scored.
         min_response: The fewest tokens to which a response may be cut, or None where it is never cut.
-        day: What a template is told that asks for the date; None: the day on which it asks.
+        day: The date that a template gets where it asks for one; None: that of the day on which it asks.
 
     Raises:
         UserError: The tokenizer has no template, or no end-of-sequence token where one is needed.
@@ -93,7 +95,9 @@ class PairTokenizer:
         self.templates = {} if template == PLAIN else found
         self.day = day if any(map(asks_for_the_day, self.templates.values())) else None
         self._encode = TextEncoder(tokenizer)
-        self._render = Renderer(tokenizer, self.templates, turns, self._encode, self.day)
+        texts = ConversationText(tokenizer, self.templates, self.day)
+        self._render = Renderer(texts, self._encode, turns)
+        self._cut = Cutter(texts, self._encode, max_length, min_response)
 
     @functools.cached_property
     def settings(self) -> dict[str, str | int | None]:
@@ -174,35 +178,35 @@ class PairTokenizer:
     def _response(
         self, prompt_text: str, written: Written, prompt: Tokens, cut: int, rest: Tokens
     ) -> tuple[Tokens, Gaps | None, bool]:
-        """Return the tokens after the prompt, which of them are not judged, and whether they were made apart from it.
+        """Return the tokens after the prompt, which of them are not scored, and whether they were made apart from it.
 
         Args:
             prompt_text: The prompt.
             written: The whole conversation.
             prompt: The prompt's tokens.
-            cut: How many of them stand before the last cut; up to there the conversation's are the same.
+            cut: How many of them precede the last cut; up to there the conversation's are the same.
             rest: The conversation's tokens from there on.
         """
         tail = prompt[cut:]
         joined = len(rest) <= len(tail) or rest[: len(tail)].tobytes() != tail.tobytes()
         response = self._encode.continuation(written.text[len(prompt_text) :]) if joined else rest[len(tail) :]
-        if written.judged == ((len(prompt_text), len(written.text)),):
+        if written.scored == ((len(prompt_text), len(written.text)),):
             return response, None, joined
         return response, self._gaps(prompt_text, written, prompt, response, joined=joined), joined
 
     def _gaps(self, prompt_text: str, written: Written, prompt: Tokens, response: Tokens, *, joined: bool) -> Gaps:
-        """Return which tokens of a response lie outside the turns that are judged.
+        """Return which tokens of a response lie outside the turns that are scored.
 
         A token that reaches across the border of a turn belongs to what comes behind the border.
         """
         start = len(prompt_text) if joined else 0
         before = len(prompt) if not joined else 0
         whole = response if joined else np.concatenate([prompt, response])
-        edges = [edge for span in written.judged for edge in span if edge < len(written.text)]
+        edges = [edge for span in written.scored for edge in span if edge < len(written.text)]
         texts = [written.text[start:edge] for edge in edges]
         upto = list(map(self._encode.continuation, texts)) if joined else self._encode(texts)
         places = [max(0, common_beginning(tokens, whole) - before) for tokens in upto]
-        # Where what is judged ends with the conversation, its edges without that end bound the gaps.
+        # Where what is scored ends with the conversation, its edges without that end bound the gaps.
         end = [] if len(edges) % 2 else [len(response)]
         return np.asarray([*([0, places[0]] if places[0] else []), *places[1:], *end], np.int32)
 
@@ -216,15 +220,21 @@ class PairTokenizer:
         if self.on_too_long != "truncate":
             return self._too_long(whole.pair)
         whole = dataclasses.replace(whole, uncut=_lengths(whole.pair))
-        beginnings = list(_later_beginnings(pair))
+        beginnings = list(later_beginnings(pair))
         tried = zip(beginnings, self._tokenize(beginnings), strict=True)
         shorter = [(later, found) for later, found in tried if isinstance(found, Tokenized)]
         for _, found in shorter:
             if _length(found.pair) <= self.max_length:
                 return dataclasses.replace(whole, pair=found.pair, joined=found.joined, truncated=True)
         last, found = [(pair, whole), *shorter][-1]
-        cut = self._cut(last, dataclasses.replace(whole, pair=found.pair, truncated=bool(shorter)))
-        return cut or self._too_long(whole.pair)
+        try:
+            cut = self._cut(last, found.pair)
+        except BadRow as bad:
+            return bad
+        if cut is None:
+            return self._too_long(whole.pair)
+        truncated = bool(shorter) or cut.prompt_cut
+        return dataclasses.replace(whole, pair=cut.pair, truncated=truncated, responses_cut=cut.responses_cut)
 
     def _too_long(self, pair: TokenizedPair) -> BadRow:
         """Say why a pair is too long, and how long it is."""
@@ -234,67 +244,6 @@ class PairTokenizer:
             return BadRow("too long", detail, structural=self.on_too_long == "error", lengths=lengths)
         allowed = "a response is never cut" if self.min_response is None else "`data.min_response` leaves no room"
         return BadRow("response too long", f"{detail}; {allowed}", structural=False, lengths=lengths)
-
-    def _cut(self, pair: Pair, whole: Tokenized) -> Tokenized | BadRow | None:
-        """Cut what is said last in the prompt from its left and, only where that is not enough, the responses.
-
-        What the template writes around it stays, and so do system messages: a prompt keeps its form. Where the
-        responses are too long for that, nothing is returned.
-        """
-        tokens = whole.pair
-        try:
-            head, tail = self._room_around_last(pair, tokens.prompt)
-        except BadRow as bad:
-            return bad
-        asked = tokens.prompt[head : len(tokens.prompt) - tail]
-        # Of what is said last, one character must be left.
-        least = len(asked) - self._whole_place(asked, range(len(asked) - 1, -1, -1))
-        ends = self._ends_within(tokens, self.max_length - head - tail - max(1, least))
-        if ends is None:
-            return None
-        prompt, room = tokens.prompt, self.max_length - head - tail - max(ends)
-        if room < len(asked):
-            whole = dataclasses.replace(whole, truncated=True)
-            start = self._whole_place(asked, range(len(asked) - room, len(asked)))
-            prompt = np.concatenate([prompt[:head], asked[start:], prompt[len(prompt) - tail :]])
-        cut = dataclasses.replace(
-            tokens,
-            prompt=prompt,
-            chosen=tokens.chosen[: ends[0]],
-            rejected=tokens.rejected[: ends[1]],
-            chosen_gaps=_cut_gaps(tokens.chosen_gaps, ends[0]),
-            rejected_gaps=_cut_gaps(tokens.rejected_gaps, ends[1]),
-        )
-        responses_cut = (len(tokens.chosen) > ends[0]) + (len(tokens.rejected) > ends[1])
-        return dataclasses.replace(whole, pair=cut, responses_cut=responses_cut)
-
-    def _ends_within(self, tokens: TokenizedPair, room: int) -> tuple[int, int] | None:
-        """Return where both responses must end to fit into so many tokens, or None where they would be too short."""
-        sides = tokens.chosen, tokens.rejected
-        longest = max(map(len, sides))
-        if longest > room and self.min_response is not None:
-            fewest = (min(self.min_response, len(side)) for side in sides)
-            ends = (self._whole_place(side, range(n, len(side) + 1)) for side, n in zip(sides, fewest, strict=True))
-            longest = max(room, *ends)
-        if longest > room:
-            return None
-        chosen, rejected = (self._whole_place(side, range(min(longest, len(side)), -1, -1)) for side in sides)
-        openings = [int(gaps[1]) if gaps is not None and not gaps[0] else 0 for gaps in _gaps_of(tokens)]
-        return (chosen, rejected) if chosen > openings[0] and rejected > openings[1] else None
-
-    def _whole_place(self, tokens: Tokens, places: Iterable[int]) -> int:
-        """Return the first of some places at which no character is parted; 0 where there is none."""
-        return next((place for place in places if not place or not self._encode.begins_within(tokens[place:])), 0)
-
-    def _room_around_last(self, pair: Pair, prompt: Tokens) -> tuple[int, int]:
-        """Count the tokens of a prompt before what is said last in it, and those behind."""
-        head_text, tail_text = self._render.around_last(pair)
-        head, tail = self._encode([head_text])[0], self._encode.continuation(tail_text)
-        before = common_beginning(head, prompt)
-        rest = prompt[before:]
-        # Of a generation prompt that parts from the conversations, the prompt has no more than the beginning.
-        ends = (size for size in range(len(tail), 0, -1) if np.array_equal(rest[-size:], tail[:size]))
-        return before, common_beginning(tail[::-1], rest[::-1]) or next(ends, 0)
 
 
 def _length(pair: TokenizedPair) -> int:
@@ -306,29 +255,8 @@ def _lengths(pair: TokenizedPair) -> Lengths:
     return len(pair.prompt), len(pair.chosen), len(pair.rejected)
 
 
-def _later_beginnings(pair: Pair) -> Iterator[Pair]:
-    """Yield the pair with ever fewer turns of its prompt, each time from a user's turn on; system messages stay."""
-    opening = list(itertools.takewhile(lambda message: message.role == "system", pair.prompt))
-    for place in range(len(opening) + 1, len(pair.prompt)):
-        if pair.prompt[place].role == "user":
-            yield dataclasses.replace(pair, prompt=(*opening, *pair.prompt[place:]))
-
-
-def _gaps_of(pair: TokenizedPair) -> tuple[Gaps | None, Gaps | None]:
-    return pair.chosen_gaps, pair.rejected_gaps
-
-
-def _cut_gaps(gaps: Gaps | None, length: int) -> Gaps | None:
-    """Return the gaps of a response's first tokens."""
-    if gaps is None:
-        return None
-    kept = np.minimum(gaps.reshape(-1, 2), length)
-    kept = kept[kept[:, 0] < kept[:, 1]].reshape(-1)
-    return kept if len(kept) else None
-
-
 def read_template(name: str | None) -> str | None:
-    """Return the text of a chat template file; `plain` and None stand for themselves."""
+    """Return the text of a chat template file; `plain` and None are returned as they are."""
     if name is None or name == PLAIN:
         return name
     try:
@@ -346,5 +274,5 @@ def _digest(templates: Mapping[str, str]) -> str:
     """Return a digest of chat templates; of none, which is `plain`, its name."""
     if not templates:
         return PLAIN
-    # One alone is told by its text.
+    # The text of a single one identifies it.
     return text_digest(*templates.values(), *(templates if len(templates) > 1 else ()))

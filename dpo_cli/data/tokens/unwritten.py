@@ -1,7 +1,7 @@
-"""What a row says and the chat template does not write: each part is changed, and the text looked at.
+"""Parts of a row that the chat template does not write: each part is changed, and the text compared.
 
-That is asked once for each kind of row: who speaks when, and which parts there are. What the template makes of what is
-said in a particular row (it may strip thoughts, say) is not looked for here.
+That is done once for each kind of row: the roles in their order, and which parts there are. What the template makes of
+the texts of a particular row (it may strip thoughts, say) is not looked for here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dpo_cli.data.records import Message, Pair
 
 _MOST_KINDS = 4096
 _LONGEST_WORD = 24
-"""Characters of an argument of the template that is told apart from others: `high`, `false`."""
+"""Characters of an argument of the template that is distinguished from others: `high`, `false`."""
 
 _ANOTHER = "Use a template that writes them, or take them out of the data."
 
@@ -76,18 +76,18 @@ class _Spot:
 
     Attributes:
         part: A name of `UNWRITTEN`.
-        place: Of the message in its conversation.
+        index: Of the message in its conversation.
         path: Where it is in the message's `extras`; empty for the text.
         mark: What no other text holds.
     """
 
     part: str
-    place: int
+    index: int
     path: tuple[str | int, ...]
     mark: str
 
     def changed(self, message: Message) -> Message:
-        """Return the message with the mark in the place of what is there.
+        """Return the message with the mark in this part.
 
         A text keeps its length: what a template may write is bounded by what it is given.
         """
@@ -205,8 +205,8 @@ def _parts(message: Message) -> Hashable:
 
 def _spots(messages: Sequence[Message]) -> list[_Spot]:
     """Return all parts of messages that say something."""
-    found = [(place, *one) for place, message in enumerate(messages) for one in _parts_of(message)]
-    return [_Spot(part, place, path, _mark(number)) for number, (place, part, path) in enumerate(found)]
+    found = [(index, *one) for index, message in enumerate(messages) for one in _parts_of(message)]
+    return [_Spot(part, index, path, _mark(number)) for number, (index, part, path) in enumerate(found)]
 
 
 def _parts_of(message: Message) -> Iterator[tuple[str, tuple[str | int, ...]]]:
@@ -275,10 +275,10 @@ def _marks(text: str | None) -> frozenset[str]:
 
 
 def _changed(messages: Sequence[Message], spots: Sequence[_Spot]) -> list[Message]:
-    """Return messages with marks in the place of some parts."""
+    """Return messages with marks in some parts."""
     found = list(messages)
     for spot in spots:
-        found[spot.place] = spot.changed(found[spot.place])
+        found[spot.index] = spot.changed(found[spot.index])
     return found
 
 

@@ -131,7 +131,7 @@ def test_a_prompt_whose_end_cannot_be_cut_since_the_template_looks_at_it_is_refu
     settings = {"template": text + TEMPLATES["ChatML"].text, "max_length": 60, "on_too_long": "truncate"}
     (found,) = tokenizing("ChatML", **settings)([pair])
     assert isinstance(found, BadRow)
-    assert "fails where what is said last in the prompt is cut" in found.detail
+    assert "fails where the last text of the prompt is cut" in found.detail
 
 
 def test_a_response_is_cut_only_where_the_prompt_alone_does_not_give_way():

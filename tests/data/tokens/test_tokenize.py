@@ -100,7 +100,7 @@ def test_where_the_tokenizer_would_merge_across_the_boundary_the_parts_are_token
 def test_a_template_that_loses_the_prompt_refuses_the_row(tokenizer):
     results = make(tokenizer, "{{ messages | length }}")([make_pair()])
     assert isinstance(results[0], BadRow)
-    assert "cannot be told" in results[0].detail
+    assert "cannot be determined" in results[0].detail
 
 
 def test_a_template_that_writes_nothing_for_the_prompt_refuses_the_row(tokenizer):
