@@ -14,8 +14,8 @@ from pathlib import Path
 
 from written_page import write_or_check
 
-from dpo_cli.data.pairs.conversations import ROLES
 from dpo_cli.data.pairs.detection import DETECTION_ROWS
+from dpo_cli.data.pairs.messages import ROLES
 from dpo_cli.data.pairs.shapes import FORMATS, Shape
 
 PAGE = Path(__file__).parent.parent / "docs" / "shapes.md"

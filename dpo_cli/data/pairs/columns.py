@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from dpo_cli.data.pairs.conversations import is_messages
 from dpo_cli.data.pairs.media import check_media
+from dpo_cli.data.pairs.messages import is_messages
 from dpo_cli.data.records import LABELS, NUMBERS, BadRow, Cell
 from dpo_cli.data.rows import fields
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from dpo_cli.data.pairs.conversations import is_messages
+from dpo_cli.data.pairs.messages import is_messages
 from dpo_cli.data.pairs.renaming import proposed_columns, shown_columns, under_other_names
 from dpo_cli.data.pairs.shapes import FORMATS, Shape
 from dpo_cli.data.records import Cell, Row

@@ -1,13 +1,15 @@
-"""Several answers to one prompt, and how good each of them is."""
+"""Several answers to one prompt, how good each of them is, and the pairs that they make."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from dpo_cli.data.pairs.conversations import Messages, is_message, read_turns
-from dpo_cli.data.records import BadRow, Message
+from dpo_cli.data.pairs.conversations import after, preference
+from dpo_cli.data.pairs.messages import Messages, is_message, read_turns
+from dpo_cli.data.records import BadRow, Message, Pair
 from dpo_cli.data.rows import fields
 
 RANKINGS = ("scores", "ranks")
@@ -16,14 +18,15 @@ RANKINGS = ("scores", "ranks")
 _TEXT = ("text", "content", "response")
 
 
-def read_response(value: object, place: str) -> Messages:
-    """Read one of several answers: as `read_turns` does, or an object that holds its text."""
+def read_response(value: object, prompt: Messages, place: str) -> Messages:
+    """Read one of several answers, the prompt before it: as `read_turns` does, or an object that holds its text."""
     if not isinstance(value, Mapping) or is_message(value):
-        return read_turns(value, place)
+        return after(prompt, read_turns(value, place), place)
     name = next((name for name in _TEXT if value.get(name) is not None), None)
     if name is None:
         raise BadRow("missing field", f"`{place}` has no `text`, `content` or `response`")
-    return (Message("assistant", fields.text(value[name], f"{place}.{name}")),)
+    answer = Message("assistant", fields.text(value[name], f"{place}.{name}"))
+    return after(prompt, (answer,), place)
 
 
 def read_scores(row: Mapping[str, object], count: int) -> list[float]:
@@ -40,6 +43,41 @@ def read_scores(row: Mapping[str, object], count: int) -> list[float]:
     if name == "scores" and row.get("ranks") is not None:
         _check_order(found, read_scores({"ranks": row["ranks"]}, count))
     return found
+
+
+def ranked_pairs(
+    answers: Sequence[Messages], scores: Sequence[float], best_first: Sequence[int], origin: str
+) -> list[Pair]:
+    """Make a pair of every two answers whose scores differ, the difference its margin.
+
+    A pair of which an answer is empty, or both are the same, is left out.
+
+    Args:
+        answers: The answers, each with the prompt before it.
+        scores: How good each of them is.
+        best_first: The numbers of those that are compared, the best first.
+        origin: Where they were read.
+
+    Raises:
+        BadRow: An answer is broken, or no pair is left.
+    """
+    pairs, refusals = [], []
+    for better, worse in itertools.combinations(best_first, 2):
+        if scores[better] <= scores[worse]:
+            continue
+        places = f"responses[{better}]", f"responses[{worse}]"
+        try:
+            pair = preference(answers[better], answers[worse], origin, places)
+        except BadRow as bad:
+            if bad.structural:
+                raise
+            refusals.append(bad)
+        else:
+            margin = fields.number(scores[better] - scores[worse], "difference of scores")
+            pairs.append(dataclasses.replace(pair, margin=margin))
+    if not pairs:
+        raise refusals[0]
+    return pairs
 
 
 def _check_order(scores: Sequence[float], by_rank: Sequence[float]) -> None:

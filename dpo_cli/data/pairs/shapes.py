@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo_cli.data.pairs import fitting
 from dpo_cli.data.pairs.columns import read_columns
-from dpo_cli.data.pairs.conversations import (
+from dpo_cli.data.pairs.conversations import after, preference
+from dpo_cli.data.pairs.fitting import SHAREGPT_TURNS, begins_otherwise, has_any, is_answer, is_list, is_turns
+from dpo_cli.data.pairs.messages import (
     Messages,
-    after,
-    is_hh,
     is_message,
-    is_messages,
-    preference,
     read_hh,
     read_message,
     read_messages,
@@ -26,18 +24,17 @@ from dpo_cli.data.pairs.conversations import (
     read_turns,
     read_user,
 )
-from dpo_cli.data.pairs.pairing import gather
-from dpo_cli.data.pairs.ranking import RANKINGS, read_response, read_scores
-from dpo_cli.data.pairs.verdicts import VERDICTS, better_and_worse, two_answers
-from dpo_cli.data.records import BadRow, Cell, Message, Pair, Row
+from dpo_cli.data.pairs.pairing import gather, paired_answers
+from dpo_cli.data.pairs.ranking import ranked_pairs, read_response, read_scores
+from dpo_cli.data.pairs.verdicts import as_chosen, better_and_worse
+from dpo_cli.data.records import BadRow, Message, Pair, Row
 from dpo_cli.data.rows import fields
 
 RankedRule = Literal["extremes", "all"]
 """Which pairs a ranked list makes: the best against the worst, or every two whose scores differ."""
 
 _BOTH = ("chosen", "rejected")
-_SHAREGPT_TURNS = ("conversations", "conversation")
-_TURNS = (*_SHAREGPT_TURNS, "messages")
+_TURNS = (*SHAREGPT_TURNS, "messages")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,12 +42,12 @@ class Shape:
     """A shape that rows may have.
 
     Attributes:
-        read: Makes pairs of a row's columns; it is told where the row was read, and the rule for ranked lists.
+        read: Makes pairs of a row's columns, its origin and the rule for ranked lists.
         fits: Tells whether one row looks like the shape, by its columns and the kinds of their values.
-        looks_at: What `fits` looks at, as a sentence.
+        looks_at: What `fits` checks, as a sentence.
         example: A row.
-        gather: Where it takes several rows to make a pair: makes rows that are one pair each of all rows of a
-            source; it is given an empty folder to work in.
+        gather: Where it takes several rows to make a pair: makes rows that `read` makes whole pairs of, from all
+            rows of a source; it is given an empty folder to work in.
     """
 
     read: Callable[[Mapping[str, object], str, RankedRule], Sequence[Pair]]
@@ -69,6 +66,8 @@ def read_pairs(shape: Shape, row: Row, ranked: RankedRule = "extremes") -> Seque
     if row.values is None:
         raise BadRow(row.reason, row.problem, structural=row.structural)
     pairs = shape.read(row.values, row.origin, ranked)
+    if shape.gather:
+        return pairs
     columns = read_columns(row.values)
     return [_with_columns(pair, row, columns) for pair in pairs]
 
@@ -80,7 +79,7 @@ def instruction(row: Mapping[str, object], origin: str, rule: RankedRule = "extr
     that the instruction works on, and `history`, what was said before.
     """
     asked = read_question(row, "instruction")
-    if any(_is_turns(row.get(name)) for name in _BOTH):
+    if any(is_turns(row.get(name)) for name in _BOTH):
         return [_of_turns(asked, row, origin)]
     return [_of_texts(asked, row, origin)]
 
@@ -115,10 +114,10 @@ def repeated(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
     prompt = read_user(row, "prompt").content
     values = [fields.field(row, name) for name in _BOTH]
     # Beside a conversation that repeats the prompt, a text is none.
-    are_answers = not any(map(_begins_otherwise, values)) and any(map(_is_turns, values))
+    are_answers = not any(map(begins_otherwise, values)) and any(map(is_turns, values))
     chosen, rejected = (
         read_turns(value, name)
-        if is_message(value) or (are_answers and _is_answer(value))
+        if is_message(value) or (are_answers and is_answer(value))
         else read_messages(value, name)
         for name, value in zip(_BOTH, values, strict=True)
     )
@@ -157,7 +156,7 @@ def sharegpt(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
     The list may be called `conversation`, or `messages` where it ends with a turn that is not the assistant's; an
     answer may be a text or a list of messages.
     """
-    name = next((name for name in _TURNS if row.get(name) is not None), _SHAREGPT_TURNS[0])
+    name = next((name for name in _TURNS if row.get(name) is not None), SHAREGPT_TURNS[0])
     return [_of_turns(_messages(row, name), row, origin)]
 
 
@@ -176,29 +175,14 @@ def ranked(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes"
     listed = fields.items(fields.field(row, "responses"), "responses", "answers")
     if not listed:
         raise BadRow("empty field", "`responses` is an empty list")
-    places = [f"responses[{number}]" for number in range(len(listed))]
-    answers = [after(prompt, read_response(*one), one[1]) for one in zip(listed, places, strict=True)]
+    answers = [read_response(value, prompt, f"responses[{number}]") for number, value in enumerate(listed)]
     scores = read_scores(row, len(listed))
     best_first = sorted(range(len(scores)), key=lambda number: -scores[number])
     if scores[best_first[0]] == scores[best_first[-1]]:
         raise BadRow("no preference", f"none of {len(scores)} responses is better than another", structural=False)
     if rule == "extremes":
         best_first = [best_first[0], best_first[-1]]
-    pairs, refusals = [], []
-    for better, worse in itertools.combinations(best_first, 2):
-        if scores[better] > scores[worse]:
-            try:
-                pair = preference(answers[better], answers[worse], origin, (places[better], places[worse]))
-            except BadRow as bad:
-                if bad.structural:
-                    raise
-                refusals.append(bad)
-            else:
-                margin = fields.number(scores[better] - scores[worse], "difference of scores")
-                pairs.append(dataclasses.replace(pair, margin=margin))
-    if not pairs:
-        raise refusals[0]
-    return pairs
+    return ranked_pairs(answers, scores, best_first, origin)
 
 
 def unpaired(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
@@ -212,7 +196,7 @@ def unpaired(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
     A pair is named after both rows, the good one first (`pairs.jsonl:3+pairs.jsonl:9`). Its weight is the mean of
     theirs; `margin`, `source` and `category` are those of the good one.
     """
-    return [_of_turns(read_prompt(row), row, origin)]
+    return [paired_answers(row, origin)]
 
 
 def compared(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
@@ -229,7 +213,7 @@ def compared(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
     """
     better, worse = better_and_worse(row)
     names = {"chosen": better, "rejected": worse}
-    values = _as_chosen(row, better, worse)
+    values = as_chosen(row, better, worse)
     shape = next((shape for shape in map(FORMATS.__getitem__, _OF_TWO) if shape.fits(values)), None)
     try:
         return (shape.read if shape else _nearest_of_two(values))(values, origin, rule)
@@ -238,19 +222,13 @@ def compared(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
         raise BadRow(bad.reason, said, structural=bad.structural) from None
 
 
-def _as_chosen(row: Mapping[str, object], better: str, worse: str) -> dict[str, object]:
-    """Return the columns of a row with two of them as its chosen and its rejected answer."""
-    kept = {name: value for name, value in row.items() if name not in (better, worse)}
-    return kept | {"chosen": row.get(better), "rejected": row.get(worse)}
-
-
 def _nearest_of_two(row: Mapping[str, object]) -> Callable[[Mapping[str, object], str, RankedRule], Sequence[Pair]]:
     """Return what reads a row of two answers that fits no shape, to say what is wrong with it."""
-    if _has_any(row, "prompt"):
+    if has_any(row, "prompt"):
         return text if isinstance(row["prompt"], str) else messages
-    if _has_any(row, *_TURNS):
+    if has_any(row, *_TURNS):
         return sharegpt
-    return conversations if any(_is_list(row[name]) for name in _BOTH) else text
+    return conversations if any(is_list(row[name]) for name in _BOTH) else text
 
 
 def _of_texts(prompt: Messages, row: Mapping[str, object], origin: str) -> Pair:
@@ -277,111 +255,6 @@ def _messages(row: Mapping[str, object], name: str) -> Messages:
     return read_messages(fields.field(row, name), name)
 
 
-def _like_instruction(row: Mapping[str, object]) -> bool:
-    return (
-        _are(_is_text, row, "instruction")
-        and _are(_is_answer, row, *_BOTH)
-        and not _are(_begins_otherwise, row, *_BOTH)
-    )
-
-
-def _like_text(row: Mapping[str, object]) -> bool:
-    return _are(_is_text, row, "prompt", *_BOTH)
-
-
-def _like_messages(row: Mapping[str, object]) -> bool:
-    return _are(_is_turns, row, "prompt") and _are(_is_answer, row, *_BOTH)
-
-
-def _like_repeated(row: Mapping[str, object]) -> bool:
-    return _are(_is_text, row, "prompt") and _are(_is_answer, row, *_BOTH) and not _are(_is_text, row, *_BOTH)
-
-
-def _like_conversations(row: Mapping[str, object]) -> bool:
-    asked = _has_any(row, "prompt", *_SHAREGPT_TURNS) or _asks(row) or _like_instruction(row)
-    return _are(is_messages, row, *_BOTH) and not asked
-
-
-def _like_hh(row: Mapping[str, object]) -> bool:
-    return _are(is_hh, row, *_BOTH) and not _has_any(row, "prompt", "instruction")
-
-
-def _like_sharegpt(row: Mapping[str, object]) -> bool:
-    turns = any(is_messages(row.get(name)) for name in _SHAREGPT_TURNS)
-    return (turns or _asks(row)) and _are(_is_answer, row, *_BOTH) and not _has_any(row, "prompt")
-
-
-def _like_ranked(row: Mapping[str, object]) -> bool:
-    return (
-        _are(_is_prompt, row, "prompt")
-        and _are(_is_list, row, "responses")
-        and any(_is_list(row.get(name)) for name in RANKINGS)
-    )
-
-
-def _like_unpaired(row: Mapping[str, object]) -> bool:
-    return _are(_is_prompt, row, "prompt") and _are(_is_answer, row, "completion") and _has_any(row, "label")
-
-
-def _like_compared(row: Mapping[str, object]) -> bool:
-    values = _as_chosen(row, *two_answers(row))
-    return _has_any(row, *VERDICTS) and any(FORMATS[name].fits(values) for name in _OF_TWO)
-
-
-def _asks(row: Mapping[str, object]) -> bool:
-    """Tell whether `messages` is a prompt: beside two answers it is often a copy of the chosen one."""
-    turns = row.get("messages")
-    return is_messages(turns) and not _is_answered(turns) and not _are(_begins_otherwise, row, *_BOTH)
-
-
-def _is_answered(turns: object) -> bool:
-    """Tell whether a list of messages ends with the assistant's."""
-    return _roles(turns)[-1:] == ["assistant"]
-
-
-def _begins_otherwise(turns: object) -> bool:
-    """Tell whether a value is a list of messages that does not begin with the assistant: a whole conversation."""
-    return is_messages(turns) and _roles(turns)[:1] != ["assistant"]
-
-
-def _roles(turns: object) -> list[str]:
-    """Return who speaks in a list of messages; nothing where that cannot be read."""
-    try:
-        return [message.role for message in read_messages(turns, "")]
-    except BadRow:
-        return []
-
-
-def _are(looks: Callable[[object], bool], row: Mapping[str, object], *names: str) -> bool:
-    """Tell whether all of some columns look like something."""
-    return all(looks(row.get(name)) for name in names)
-
-
-def _has_any(row: Mapping[str, object], *names: str) -> bool:
-    """Tell whether there is anything in one of some columns."""
-    return any(row.get(name) not in (None, "") for name in names)
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not _is_turns(value)
-
-
-def _is_prompt(value: object) -> bool:
-    return isinstance(value, str) or is_messages(value)
-
-
-def _is_answer(value: object) -> bool:
-    return isinstance(value, str) or is_message(value) or is_messages(value)
-
-
-def _is_turns(value: object) -> bool:
-    return is_message(value) or is_messages(value)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list) or (isinstance(value, Cell) and value.lstrip().startswith("["))
-
-
 _ASKED = "Name three primes above 20."
 _TURN = {"role": "user", "content": _ASKED}
 _GOOD = {"role": "assistant", "content": "23, 29 and 31."}
@@ -390,37 +263,37 @@ _BAD = {"role": "assistant", "content": "21, 23 and 25."}
 FORMATS: dict[str, Shape] = {
     "instruction": Shape(
         instruction,
-        _like_instruction,
+        fitting.like_instruction,
         "`instruction` is text, `chosen` and `rejected` are text, or turns that begin with the assistant's.",
         {"instruction": "Sort these numbers.", "input": "3, 1, 2", "chosen": "1, 2, 3", "rejected": "3, 2, 1"},
     ),
     "text": Shape(
         text,
-        _like_text,
+        fitting.like_text,
         "`prompt`, `chosen` and `rejected` are text.",
         {"prompt": _ASKED, "chosen": _GOOD["content"], "rejected": _BAD["content"]},
     ),
     "messages": Shape(
         messages,
-        _like_messages,
+        fitting.like_messages,
         "`prompt` is a list of messages, `chosen` and `rejected` are text, messages or lists of messages.",
         {"prompt": [_TURN], "chosen": [_GOOD], "rejected": [_BAD]},
     ),
     "repeated": Shape(
         repeated,
-        _like_repeated,
+        fitting.like_repeated,
         "`prompt` is text, `chosen` and `rejected` are messages or lists of messages, at least one of them.",
         {"prompt": _ASKED, "chosen": [_TURN, _GOOD], "rejected": [_TURN, _BAD]},
     ),
     "conversations": Shape(
         conversations,
-        _like_conversations,
+        fitting.like_conversations,
         "`chosen` and `rejected` are lists of messages, and there is no `prompt`.",
         {"chosen": [_TURN, _GOOD], "rejected": [_TURN, _BAD]},
     ),
     "hh": Shape(
         hh,
-        _like_hh,
+        fitting.like_hh,
         "`chosen` and `rejected` are texts that begin with `Human:`, and there is no `prompt` or `instruction`.",
         {
             "chosen": "\n\nHuman: Name three primes above 20.\n\nAssistant: 23, 29 and 31.",
@@ -429,7 +302,7 @@ FORMATS: dict[str, Shape] = {
     ),
     "sharegpt": Shape(
         sharegpt,
-        _like_sharegpt,
+        fitting.like_sharegpt,
         "`conversations` is a list of messages, `chosen` and `rejected` are messages or text; there is no `prompt`.",
         {
             "conversations": [{"from": "human", "value": _ASKED}],
@@ -439,7 +312,7 @@ FORMATS: dict[str, Shape] = {
     ),
     "ranked": Shape(
         ranked,
-        _like_ranked,
+        fitting.like_ranked,
         "`prompt` is text or a list of messages, `responses` is a list, and so is `scores` or `ranks`.",
         {
             "prompt": _ASKED,
@@ -449,14 +322,14 @@ FORMATS: dict[str, Shape] = {
     ),
     "unpaired": Shape(
         unpaired,
-        _like_unpaired,
+        fitting.like_unpaired,
         "`prompt` and `completion` are text or lists of messages, and there is a `label`.",
         {"prompt": _ASKED, "completion": _GOOD["content"], "label": True},
         gather,
     ),
     "compared": Shape(
         compared,
-        _like_compared,
+        fitting.like_compared,
         "`response_a` and `response_b` (or 1 and 2, or 0 and 1) are answers as in any shape of two above, "
         "and there is a `winner` or a `label`.",
         {"prompt": _ASKED, "response_a": _BAD["content"], "response_b": _GOOD["content"], "winner": "b"},

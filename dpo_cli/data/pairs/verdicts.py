@@ -54,6 +54,12 @@ def better_and_worse(row: Mapping[str, object]) -> tuple[str, str]:
     return better, worse
 
 
+def as_chosen(row: Mapping[str, object], better: str, worse: str) -> dict[str, object]:
+    """Return the columns of a row with two of them as its chosen and its rejected answer."""
+    kept = {name: value for name, value in row.items() if name not in (better, worse)}
+    return kept | {"chosen": row.get(better), "rejected": row.get(worse)}
+
+
 def _check_scores(row: Mapping[str, object], better: str, worse: str, verdict: str) -> None:
     """Refuse a verdict that is against the scores of both answers, `score_a` and `score_b`, where a row has them."""
     scores = {name.lower(): value for name, value in row.items() if name.lower().startswith("score_")}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from dpo_cli.data.pairs.conversations import CALLERS, ROLES
+from dpo_cli.data.pairs.messages import CALLERS, ROLES
+from dpo_cli.data.pairs.pairing import gather
 from dpo_cli.data.pairs.shapes import FORMATS, read_pairs
 from dpo_cli.data.records import BadRow, Cell, Message, Row
 from tests.conftest import ROW_OF
@@ -17,11 +20,16 @@ TURN, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "Hi."), ("ass
 CALL = {"type": "function", "function": {"name": "f", "arguments": {}}}
 
 READABLE = {**ROW_OF, "unpaired": {"prompt": "Add 1 and 2.", "chosen": "3", "rejected": "4"}}
-"""A row of every shape as it is read; of unpaired answers, as they are paired."""
+"""A row of every shape; of unpaired answers, both that become a pair in one."""
 
 
 def read(shape, row, **settings):
-    return read_pairs(FORMATS[shape], Row("a:1", row), **settings)
+    if shape != "unpaired":
+        return read_pairs(FORMATS[shape], Row("a:1", row), **settings)
+    answers = [{"completion": row["chosen"], "label": True}, {"completion": row["rejected"], "label": False}]
+    with tempfile.TemporaryDirectory() as scratch:
+        first, *_ = gather((Row("a:1", row | answer) for answer in answers), Path(scratch))
+    return read_pairs(FORMATS[shape], first, **settings)
 
 
 def only(shape, row):

@@ -9,13 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cli.data.pairs.pairing import gather
-from dpo_cli.data.records import Row
+from dpo_cli.data.pairs.shapes import FORMATS, read_pairs
+from dpo_cli.data.records import Message, Row
 
 
 def rows_of(judged):
     """Write rows of (prompt, label), each with an answer that no other has."""
     for line, (prompt, label) in enumerate(judged, 1):
         yield Row(f"f:{line}", {"prompt": prompt, "completion": f"answer {line}", "label": label})
+
+
+def texts(row):
+    """Return the chosen and the rejected answer."""
+    (pair,) = read_pairs(FORMATS["unpaired"], row)
+    return pair.chosen[0].text, pair.rejected[0].text
 
 
 def lines(row):
@@ -40,7 +47,7 @@ def test_the_kth_good_answer_of_a_prompt_meets_the_kth_bad_one(tmp_path_factory,
             assert (row.reason, row.structural) == ("no counterpart", False)
         else:
             good_line, bad_line = lines(row)
-            assert (row.values["chosen"], row.values["rejected"]) == (f"answer {good_line}", f"answer {bad_line}")
+            assert texts(row) == (f"answer {good_line}", f"answer {bad_line}")
 
 
 @settings(deadline=None)  # a busy machine
@@ -56,7 +63,7 @@ def test_bad_rows_travel_on_with_their_problems_and_break_no_pair(tmp_path):
             for line, (c, label) in enumerate([("x", True), (" ", False), ("y", "?"), ("z", False)], 2)]  # fmt: skip
     first, pair, empty, odd = gather(iter([unreadable, *rows]), tmp_path)
     assert first == unreadable
-    assert (pair.origin, pair.values["chosen"], pair.values["rejected"]) == ("f:2+f:5", "x", "z")
+    assert (pair.origin, *texts(pair)) == ("f:2+f:5", "x", "z")
     assert (empty.origin, empty.reason, empty.structural) == ("f:3", "empty response", False)
     assert (odd.origin, odd.reason, odd.structural) == ("f:4", "wrong label", True)
 
@@ -79,9 +86,12 @@ def test_what_was_said_before_is_a_part_of_the_prompt_and_stays_in_the_pair(tmp_
         {"prompt": "a", "completion": "z", "label": 0} | before,
     ]
     found = list(gather((Row(f"f:{line}", row) for line, row in enumerate(rows, 1)), tmp_path))
-    (pair,) = (row for row in found if row.values)
+    (row,) = (row for row in found if row.values)
+    (pair,) = read_pairs(FORMATS["unpaired"], row)
     assert pair.origin == "f:1+f:5"
-    assert {name: pair.values[name] for name in before} == before
+    assert pair.prompt == (
+        Message("system", "s"), Message("user", "u"), Message("assistant", "v"), Message("user", "a", input="w"),
+    )  # fmt: skip
 
 
 def test_two_system_prompts_are_no_prompt(tmp_path):
@@ -106,3 +116,25 @@ def test_the_texts_of_the_rows_are_not_in_memory(tmp_path):
         tracemalloc.stop()
     assert num_pairs == num_rows // 2
     assert peak < num_rows * len(text) / 10
+
+
+def test_what_waits_in_the_file_comes_back_as_it_was_parsed(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"z": 1, "a": [None, 1.5]}}}
+    turns = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "é\u2028"},
+        {"role": "assistant", "content": "no", "weight": 0},
+        {"role": "assistant", "content": "yes"},
+    ]
+    rows = [
+        {"prompt": "a", "input": "b", "completion": turns, "label": 1, "margin": 0.1, "weight": 3, "category": ["x"]},
+        {"prompt": "a\nb", "completion": "z", "label": 0, "weight": 2},
+    ]
+    (row,) = gather((Row(f"f:{line}", row) for line, row in enumerate(rows, 1)), tmp_path)
+    (pair,) = read_pairs(FORMATS["unpaired"], row)
+    columns = {name: rows[0][name] for name in ("input", "margin", "category")}
+    messages = {**columns, "instruction": "a", "chosen": turns, "rejected": "z", "weight": 2.5}
+    (expected,) = read_pairs(FORMATS["instruction"], Row("f:1+f:2", messages))
+    assert pair == expected
+    assert json.dumps(pair.chosen[0].extras) == json.dumps(expected.chosen[0].extras)
+    assert [message.scored for message in pair.chosen] == [True, True, False, True]
