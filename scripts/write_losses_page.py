@@ -202,7 +202,7 @@ def needs(model: type[Any], takes: str) -> str:
     """Say in one line what a loss needs."""
     loss = model()
     words = ["a reference" if loss.needs_reference else "no reference", takes]
-    if loss.looks_at_step:
+    if loss.compares_pairs:
         words.append("all pairs of a step at once")
     if loss.keeps_statistics:
         words.append("the mean reward of the steps before")

@@ -55,10 +55,10 @@ def evaluate(
         progress: Called with pairs done and pairs in all, by all ranks together.
     """
     mine = deal(batches.cut(indices), accelerator, lambda done: progress(done, len(indices)))
-    # Without memory, so that a model gets the same figures from the run that made it and later.
+    # Without statistics of other steps, so that a model gets the same figures from the run that made it and later.
     step = step_info(batches.pairs.sizes, indices, {})
     results: list[PairResult] = []
-    if objective.looks_at_step:
+    if objective.compares_pairs:
         for part in score_step(scorer, objective, reference, batches, mine, step, accelerator):
             results += _results(part.pairs, part.values)
     else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpo_cli.preference.losses import Loss
-from dpo_cli.preference.losses.base import MarginLossSettings, Memory, PairLosses, StepInfo
+from dpo_cli.preference.losses.base import MarginLossSettings, PairLosses, Statistics, StepInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ class Objective:
     """Losses and their sum.
 
     Attributes:
-        losses: One at least; one of them at most keeps a memory.
+        losses: One at least; one of them at most keeps running statistics.
     """
 
     losses: tuple[Loss, ...]
@@ -34,7 +34,7 @@ class Objective:
 
     @property
     def reward_source(self) -> Loss:
-        """The loss whose rewards are reported: that with a memory, else the first with a reference, else the first."""
+        """The loss whose rewards count: the one with statistics, else the first with a reference, else the first."""
         return max(self.losses, key=lambda loss: (loss.keeps_statistics, loss.needs_reference))
 
     @property
@@ -43,9 +43,9 @@ class Objective:
         return any(loss.needs_reference for loss in self.losses)
 
     @property
-    def looks_at_step(self) -> bool:
+    def compares_pairs(self) -> bool:
         """Whether any of them has to see all pairs of a step at once."""
-        return any(loss.looks_at_step for loss in self.losses)
+        return any(loss.compares_pairs for loss in self.losses)
 
     @property
     def wpo(self) -> bool:
@@ -58,7 +58,7 @@ class Objective:
         return max(loss.router_aux for loss in self.losses)
 
     @property
-    def indivisible(self) -> str:
+    def refuses_weights(self) -> str:
         """The type of a loss that belongs to no single pair, so that pairs cannot be weighted; empty: none."""
         return next((loss.type for loss in self.losses if not loss.takes_weights), "")
 
@@ -82,9 +82,9 @@ class Objective:
         rewards = results[self.losses.index(self.reward_source)]
         return PairLosses(sum(losses[1:], losses[0]), rewards.chosen_rewards, rewards.rejected_rewards)
 
-    def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
-        """Return what to keep of a step, given what was kept before and the means of its metrics."""
-        return self.reward_source.after_step(memory, means)
+    def after_step(self, statistics: Statistics, means: Mapping[str, float]) -> Statistics:
+        """Return the statistics after a step, given those before and the means of its metrics."""
+        return self.reward_source.after_step(statistics, means)
 
     def __str__(self) -> str:
         """Name them, with weights where there are several."""

@@ -16,7 +16,7 @@ from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.routing import balance_loss
 from dpo_cli.modeling.scorer import BatchScorer
-from dpo_cli.preference.losses.base import Memory, PairLosses, StepInfo
+from dpo_cli.preference.losses.base import PairLosses, Statistics, StepInfo
 from dpo_cli.preference.metrics import pair_values
 from dpo_cli.preference.objective import Objective
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dpo_cli.data.prepared.step_plan import PairSizes
 
 
-class ExpertWatch:
+class ExpertLoad:
     """A scorer that also adds up, over a step, how the policy's experts are loaded.
 
     Args:
@@ -39,24 +39,24 @@ class ExpertWatch:
         self._whole: Tensor | None = None
 
     def __call__(self, batch: PairBatch) -> Tensor:
-        """Answer as the scorer does."""
+        """Return what the scorer does."""
         logps, load = self._scorer(batch, with_load=True)
         self._loads.append(load)
         return logps
 
     @torch.no_grad()
-    def look_at(self, batches: Iterable[PairBatch]) -> None:
-        """Ask about batches for the sake of their load alone."""
+    def observe(self, batches: Iterable[PairBatch]) -> None:
+        """Score batches for their load alone."""
         for batch in batches:
             self(batch)
 
-    def settle(self) -> None:
-        """Take the batches so far, those of other ranks included, for the whole step."""
+    def gather(self) -> None:
+        """Take the batches so far, with those of other ranks, as the whole step."""
         loads: list[Tensor] = gather_object([load.detach().cpu() for load in self._loads])
         self._whole, self._loads = torch.stack(loads).sum(0), []
 
     def share(self) -> Tensor:
-        """Return the share of the step's load-balancing loss that the last batch has; all of it if none was settled."""
+        """Return the last batch's share of the step's load-balancing loss; all of it if none was gathered."""
         load = self._loads.pop()
         if self._whole is None:
             self._whole = load.detach()
@@ -64,13 +64,13 @@ class ExpertWatch:
 
     def loss(self) -> float:
         """Return the load-balancing loss of the whole step."""
-        assert self._whole is not None, "no batch was asked about"
+        assert self._whole is not None, "no batch was scored"
         return float(balance_loss(self._whole, self._whole))
 
 
-def step_info(sizes: PairSizes, pairs: Sequence[int], memory: Memory) -> StepInfo:
+def step_info(sizes: PairSizes, pairs: Sequence[int], statistics: Statistics) -> StepInfo:
     """Return what a loss knows of a step of these pairs."""
-    return StepInfo(len(pairs), int(sizes.chosen_scored[list(pairs)].sum()), memory=memory)
+    return StepInfo(len(pairs), int(sizes.chosen_scored[list(pairs)].sum()), statistics=statistics)
 
 
 def score_pairs(

@@ -72,8 +72,8 @@ def check_columns(pairs: PreparedPairs, objective: Objective) -> str:
         UserError: Pairs have weights, and a loss does not know pairs; or all weights are 0.
     """
     weighted, with_margin = int((pairs.weights != 1).sum()), int((pairs.margins != 0).sum())
-    if weighted and objective.indivisible:
-        what = f"{weighted} pairs have a weight, and {objective.indivisible} compares responses of different pairs"
+    if weighted and objective.refuses_weights:
+        what = f"{weighted} pairs have a weight, and {objective.refuses_weights} compares responses of different pairs"
         raise UserError(what, "`loss`", "take the column `weight` out of the data, or choose another loss")
     if not (pairs.weights > 0).any():
         what = f"all {len(pairs)} pairs have weight 0, so that there is nothing to learn"

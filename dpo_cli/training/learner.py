@@ -13,10 +13,10 @@ from accelerate.utils import gather_object
 from dpo_cli.data.prepared.step_plan import Plan, Step
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.preference.losses.base import Memory
+from dpo_cli.preference.losses.base import Statistics
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import OpenReference
-from dpo_cli.preference.scoring import ExpertWatch, score_pairs, score_step, step_info
+from dpo_cli.preference.scoring import ExpertLoad, score_pairs, score_step, step_info
 from dpo_cli.training.state import OPTIMIZER, REFERENCE, LearnerState, check_fits, optimizer_to_tensors, rates_at
 from dpo_cli.training.step_sums import StepSums
 
@@ -94,7 +94,7 @@ class Learner:
         accelerator: Synchronises ranks; its `gradient_accumulation_steps` must be 1.
         max_grad_norm: Where gradients are clipped, or None.
         skips: The steps that were not taken.
-        memory: What the objective keeps from step to step.
+        statistics: What the objective keeps from step to step.
         asked_to_stop: Whether this process was asked to stop; looked at once a step.
     """
 
@@ -106,7 +106,7 @@ class Learner:
     accelerator: Accelerator
     max_grad_norm: float | None = None
     skips: Skips = field(default_factory=lambda: Skips(0))
-    memory: Memory = field(default_factory=dict)
+    statistics: Statistics = field(default_factory=dict)
     asked_to_stop: Callable[[], bool] = lambda: False
 
     @property
@@ -154,7 +154,7 @@ class Learner:
         if not broken or (scaler is not None and broken.what == "gradient"):
             self.optimizer.step()
         if not broken:
-            self.memory.update(self.objective.after_step(self.memory, metrics))
+            self.statistics.update(self.objective.after_step(self.statistics, metrics))
         self.rates.step()
         self.optimizer.zero_grad()
         self.reference.after_step(step.number)
@@ -168,17 +168,17 @@ class Learner:
         """
         objective, reference, accelerator = self.objective, self.reference, self.accelerator
         sums, not_finite = StepSums(accelerator.device), []
-        info = step_info(batches.pairs.sizes, step.pairs, self.memory)
-        scored, watch = None, ExpertWatch(self.policy.scorer) if objective.router_aux else None
-        ask = watch or self.policy.scorer
+        info = step_info(batches.pairs.sizes, step.pairs, self.statistics)
+        scored, experts = None, ExpertLoad(self.policy.scorer) if objective.router_aux else None
+        ask = experts or self.policy.scorer
         if len(step.micro_batches) > 1 or accelerator.num_processes > 1:
             # What depends on the whole step takes a pass without gradient before the first one with it.
-            if objective.looks_at_step:
+            if objective.compares_pairs:
                 scored = iter(score_step(ask, objective, reference, batches, step.micro_batches, info, accelerator))
-            elif watch:
-                watch.look_at(batches(micro_batch) for micro_batch in step.micro_batches if not micro_batch.filler)
-            if watch:
-                watch.settle()
+            elif experts:
+                experts.observe(batches(micro_batch) for micro_batch in step.micro_batches if not micro_batch.filler)
+            if experts:
+                experts.gather()
         for place, micro_batch in enumerate(step.micro_batches, 1):
             with self.policy.adding_up(last=place == len(step.micro_batches)):
                 batch = batches(micro_batch)
@@ -188,16 +188,16 @@ class Learner:
                 else:
                     found = next(scored)
                     losses, values, pull = found.losses, found.values, (found.slopes * ask(batch)).sum()
-                if watch:
+                if experts:
                     # The loss of a step is a mean over its pairs, to which this is added as it is.
-                    pull = pull + objective.router_aux * step.num_pairs * watch.share()
+                    pull = pull + objective.router_aux * step.num_pairs * experts.share()
                 # Gradients are averaged over ranks, so the step's sum is restored before it is divided.
                 weight = 0.0 if micro_batch.filler else accelerator.num_processes / step.num_pairs
                 accelerator.backward(pull * weight)
             if not micro_batch.filler:
                 sums.add(values, batch.num_tokens)
                 not_finite += _not_finite(batch.pairs, losses)
-        return sums, not_finite, {"router_aux": watch.loss()} if watch else {}
+        return sums, not_finite, {"router_aux": experts.loss()} if experts else {}
 
     def state(self) -> LearnerState:
         """Look at what steps change, the policy's weights aside, as it is now; nothing is copied."""
@@ -207,7 +207,7 @@ class Learner:
             step=self.done,
             tensors={OPTIMIZER: optimizer, **({REFERENCE: moving.weights()} if moving else {})},
             groups=groups,
-            memory=dict(self.memory),
+            statistics=dict(self.statistics),
             skipped=self.skips.count,
             scaler=scaler.state_dict() if scaler else None,
         )
@@ -227,7 +227,7 @@ class Learner:
             group["lr"] = rate
         if self.reference.moving:
             self.reference.moving.set_weights(state.tensors[REFERENCE])
-        self.memory.update(state.memory)
+        self.statistics.update(state.statistics)
         self.skips.count = state.skipped
         self.rates.last_epoch, self.rates._last_lr = state.step, rates
         if self.accelerator.scaler and state.scaler:

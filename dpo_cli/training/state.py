@@ -41,7 +41,7 @@ class LearnerState:
         step: Optimizer steps taken.
         tensors: By file and name: what the optimizer keeps of each parameter, and the reference's weights, if it moves.
         groups: The settings of the optimizer's groups.
-        memory: What the objective kept.
+        statistics: What the objective kept.
         skipped: Steps that were not taken.
         scaler: The gradient scaler's state, where there is one.
     """
@@ -49,7 +49,7 @@ class LearnerState:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     groups: list[dict[str, Any]]
-    memory: dict[str, float]
+    statistics: dict[str, float]
     skipped: int
     scaler: dict[str, Any] | None
 
@@ -69,7 +69,7 @@ class TrainingState(BaseModel):
         step: Optimizer steps taken.
         fingerprints: Digests of what a resumed run must find unchanged: the model before step 1, data, settings.
         surroundings: What decides how numbers are rounded.
-        memory: What the objective kept.
+        statistics: What the objective kept.
         skipped: Steps that were not taken.
         metrics: The digest of all rows of metrics.jsonl.
         before: The held-out figures before step 1; empty where nothing is held out.
@@ -83,7 +83,7 @@ class TrainingState(BaseModel):
     step: Annotated[int, Field(ge=0)]
     fingerprints: Annotated[dict[str, str], Field(alias="stands_on")]
     surroundings: dict[str, int | str]
-    memory: dict[str, float]
+    statistics: Annotated[dict[str, float], Field(alias="memory")]
     skipped: Annotated[int, Field(ge=0)]
     metrics: str
     before: dict[str, Any] = Field(default_factory=dict)
@@ -140,7 +140,7 @@ class Snapshot:
             step=state.step,
             fingerprints=dict(notes.fingerprints),
             surroundings=surroundings(learner.accelerator),
-            memory=state.memory,
+            statistics=state.statistics,
             skipped=state.skipped,
             metrics=notes.metrics,
             before=dict(notes.before),
@@ -185,7 +185,7 @@ def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
         tensors = {OPTIMIZER: load_file(path / OPTIMIZER)}
         if learner.reference.moving is not None:
             tensors[REFERENCE] = load_file(path / REFERENCE)
-        state = LearnerState(record.step, tensors, record.optimizer, record.memory, record.skipped, record.scaler)
+        state = LearnerState(record.step, tensors, record.optimizer, record.statistics, record.skipped, record.scaler)
         learner.restore(state)
         now = surroundings(accelerator)
         if record.surroundings.get("processes") == now["processes"]:

@@ -355,9 +355,9 @@ def test_token_means_divide_by_all_tokens_of_the_step():
 def test_bco_compares_rewards_with_the_mean_of_all_steps_before():
     """After steps whose mean rewards were ½(1 + 0) and ½(2 − 1): δ = ½."""
     loss = BCO(beta=0.3)
-    memory = loss.after_step({}, {"rewards/chosen": 1.0, "rewards/rejected": 0.0})
-    memory = loss.after_step(memory, {"rewards/chosen": 2.0, "rewards/rejected": -1.0})
-    found = apply(loss, PAIRS[:1], memory=memory)
+    statistics = loss.after_step({}, {"rewards/chosen": 1.0, "rewards/rejected": 0.0})
+    statistics = loss.after_step(statistics, {"rewards/chosen": 2.0, "rewards/rejected": -1.0})
+    found = apply(loss, PAIRS[:1], statistics=statistics)
     c, r = 0.3 * PAIRS[0].c, 0.3 * PAIRS[0].r
     assert found.losses.item() == pytest.approx(softplus(-(c - 0.5)) + softplus(r - 0.5))
     assert BCO(running_mean=False).after_step({}, {"rewards/chosen": 1.0, "rewards/rejected": 0.0}) == {}
@@ -368,10 +368,10 @@ def test_adaptive_beta_follows_the_step_s_margin():
     loss = DPO(beta=0.3, adaptive_beta=AdaptiveBeta())
     first = loss.after_step({}, {"rewards/margins": 0.2})
     assert first == pytest.approx({"margin": 0.2})
-    memory = loss.after_step(first, {"rewards/margins": 1.2})
-    assert memory == pytest.approx({"margin": 0.3})
+    statistics = loss.after_step(first, {"rewards/margins": 1.2})
+    assert statistics == pytest.approx({"margin": 0.3})
     deltas = [p.c - p.r for p in PAIRS]
     beta = 0.3 * (1 + 0.6 * (0.3 * sum(deltas) / 3 - 0.3))
-    found = apply(loss, PAIRS, memory=memory)
+    found = apply(loss, PAIRS, statistics=statistics)
     assert found.losses.tolist() == pytest.approx([softplus(-beta * delta) for delta in deltas])
     assert apply(loss, PAIRS).losses.tolist() == pytest.approx([softplus(-0.3 * delta) for delta in deltas])

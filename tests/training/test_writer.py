@@ -49,7 +49,7 @@ def step(learner):
         parameter.grad = torch.ones_like(parameter)
     learner.optimizer.step()
     learner.rates.step()
-    learner.memory["mean"] = learner.memory.get("mean", 0.0) + 1.0
+    learner.statistics["mean"] = learner.statistics.get("mean", 0.0) + 1.0
 
 
 def moments_of(learner):
@@ -126,7 +126,7 @@ def test_what_was_saved_comes_back(learner, tokenizer, tmp_path):
     assert learner.done == 1
     assert all(torch.equal(tensor, weights[name]) for name, tensor in learner.policy.state().items())
     assert all(torch.equal(moment, moments[name]) for name, moment in moments_of(learner).items())
-    assert learner.memory == {"mean": 1.0}
+    assert learner.statistics == {"mean": 1.0}
     assert learner.skips.count == 1
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from dpo_cli.modeling.logps import SequenceLogps
 
-Memory = dict[str, float]
-"""What a loss keeps from step to step, by name; empty before step 1 and in evaluations."""
+Statistics = dict[str, float]
+"""Running statistics that a loss keeps from step to step, by name; empty before step 1 and in evaluations."""
 
 Beta = Annotated[float, Field(ge=1e-4, le=100)]
 """The range in which no loss overflows, whatever the log-ratios."""
@@ -53,13 +53,13 @@ class StepInfo:
         num_pairs: Pairs of the whole step, over all ranks.
         chosen_tokens: Tokens of their chosen responses.
         margins: `[B]`, the margin that the data gives each pair at hand, or 0.
-        memory: What the loss kept of the steps before.
+        statistics: Those that the loss kept of the steps before.
     """
 
     num_pairs: int
     chosen_tokens: int
     margins: Tensor | float = 0.0
-    memory: Memory = field(default_factory=dict)
+    statistics: Statistics = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class LossSettings(Settings):
 
     @model_validator(mode="after")
     def _check_wpo(self) -> Self:
-        if self.wpo and self.looks_at_step:
+        if self.wpo and self.compares_pairs:
             what = "`wpo` weights pairs one by one, and this loss compares the pairs of a step with each other"
             raise contradiction(what, "leave `wpo` out, or choose another loss")
         return self
@@ -137,7 +137,7 @@ class LossSettings(Settings):
         return sum_log_ratios(policy, reference)
 
     @property
-    def looks_at_step(self) -> bool:
+    def compares_pairs(self) -> bool:
         """Whether it compares the pairs of a step with each other, and so has to see all of them at once."""
         return False
 
@@ -151,9 +151,9 @@ class LossSettings(Settings):
         """Whether `after_step` keeps running statistics."""
         return False
 
-    def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
-        """Return what to keep of a step, given what was kept before and the means of its metrics."""
-        return memory
+    def after_step(self, statistics: Statistics, means: Mapping[str, float]) -> Statistics:
+        """Return the statistics after a step, given those before and the means of its metrics."""
+        return statistics
 
 
 class MarginLossSettings(LossSettings):

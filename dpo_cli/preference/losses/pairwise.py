@@ -13,9 +13,9 @@ from dpo_cli.preference.losses.base import (
     LogRatios,
     LossSettings,
     MarginLossSettings,
-    Memory,
     ScoredPairs,
     Smoothing,
+    Statistics,
     StepInfo,
     logistic,
     ls,
@@ -74,7 +74,7 @@ class DPO(MarginLossSettings):
     """null: the same β for every step; else β-DPO."""
 
     @property
-    def looks_at_step(self) -> bool:
+    def compares_pairs(self) -> bool:
         """Whether β depends on all pairs of the step."""
         return self.adaptive_beta is not None
 
@@ -101,18 +101,18 @@ class DPO(MarginLossSettings):
 
     def _beta(self, delta: Tensor, step: StepInfo) -> float:
         """Return the step's β."""
-        if self.adaptive_beta is None or "margin" not in step.memory:
+        if self.adaptive_beta is None or "margin" not in step.statistics:
             return self.beta
-        excess = self.beta * float(delta.detach().mean()) - step.memory["margin"]
+        excess = self.beta * float(delta.detach().mean()) - step.statistics["margin"]
         # A step of bad pairs must not make β negative.
         return min(self.beta * max(1 + self.adaptive_beta.alpha * excess, 1e-3), 100.0)
 
-    def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
+    def after_step(self, statistics: Statistics, means: Mapping[str, float]) -> Statistics:
         """M₀ ← m·M₀ + (1−m)·mean reward margin; the first step's margin begins it."""
         if self.adaptive_beta is None:
-            return memory
+            return statistics
         m, margin = self.adaptive_beta.momentum, means["rewards/margins"]
-        return {"margin": m * memory.get("margin", margin) + (1 - m) * margin}
+        return {"margin": m * statistics.get("margin", margin) + (1 - m) * margin}
 
 
 class Robust(LossSettings):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from dpo_cli.preference.losses.base import Beta, LossSettings, Memory, ScoredPairs, ls
+from dpo_cli.preference.losses.base import Beta, LossSettings, ScoredPairs, Statistics, ls
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,16 +58,16 @@ class BCO(LossSettings):
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """−ls(βc − δ) − ls(−(βr − δ))."""
-        delta = pairs.step.memory.get("reward", 0.0)
+        delta = pairs.step.statistics.get("reward", 0.0)
         return -ls(self.beta * pairs.c - delta) - ls(delta - self.beta * pairs.r)
 
-    def after_step(self, memory: Memory, means: Mapping[str, float]) -> Memory:
+    def after_step(self, statistics: Statistics, means: Mapping[str, float]) -> Statistics:
         """Take the step's mean reward into the mean over all steps."""
         if not self.running_mean:
-            return memory
-        steps = memory.get("steps", 0.0) + 1
+            return statistics
+        steps = statistics.get("steps", 0.0) + 1
         reward = (means["rewards/chosen"] + means["rewards/rejected"]) / 2
-        before = memory.get("reward", 0.0)
+        before = statistics.get("reward", 0.0)
         return {"steps": steps, "reward": before + (reward - before) / steps}
 
 

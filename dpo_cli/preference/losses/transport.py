@@ -31,7 +31,7 @@ class AOT(LossSettings):
     """ε: the share of wrong labels."""
 
     @property
-    def looks_at_step(self) -> bool:
+    def compares_pairs(self) -> bool:
         """It sorts all pairs of the step."""
         return True
 
@@ -64,7 +64,7 @@ class AOTUnpaired(LossSettings):
     takes_weights: ClassVar[bool] = False
 
     @property
-    def looks_at_step(self) -> bool:
+    def compares_pairs(self) -> bool:
         """It sorts all responses of the step."""
         return True
 
