@@ -11,7 +11,8 @@ Each count of rows is prepared by a process of its own with an empty cache. The 
 check and its report: the time of the command less the time it takes for ten rows. The memory is the resident set of the
 process and its workers together, libraries that they share counted for each of them (Linux). Where `trl` can be
 imported, its preparation of the first rows, in memory and in one process, as is its default, is measured before and
-after each command; the ratio is to the mean of both.
+after each command; the ratio is to the mean of both. The same is said of processor time, which other programs on the
+machine change little: rows per second of one core, however many cores took part.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,13 +90,22 @@ def held_bytes(process: int) -> int:
     return (int(found[1]) * 1024 if found else 0) + sum(map(held_bytes, children))
 
 
-def prepare(model: str, source: Path, folder: Path) -> tuple[float, float]:
-    """Prepare a file in a fresh process; return the seconds it took and the largest memory held, in MB."""
+@dataclass(frozen=True)
+class Spent:
+    """What some work took: seconds by the clock and of processors, and the largest memory held, in bytes."""
+
+    seconds: float
+    cpu_seconds: float
+    memory: int = 0
+
+
+def prepare(model: str, source: Path, folder: Path) -> Spent:
+    """Prepare a file in a fresh process."""
     config = folder / "config.yaml"
     data = {"train": str(source), "eval": None, "max_length": MAX_LENGTH}
     config.write_text(json.dumps({"model": model, "data": data}), encoding="utf-8")
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        started, largest = time.perf_counter(), 0
+        started, largest, before = time.perf_counter(), 0, children_seconds()
         command = [sys.executable, "-m", "dpo_cli", "prepare-data", "--config", str(config)]
         process = subprocess.Popen(
             command, env={**os.environ, "DPO_CACHE_DIR": cache}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -102,15 +113,20 @@ def prepare(model: str, source: Path, folder: Path) -> tuple[float, float]:
         while process.poll() is None:
             largest = max(largest, held_bytes(process.pid))
             time.sleep(0.1)
-        seconds = time.perf_counter() - started
         if process.returncode:
             assert process.stdout
             sys.exit(process.stdout.read().decode())
-    return seconds, largest / 1e6
+        return Spent(time.perf_counter() - started, children_seconds() - before, largest)
 
 
-def trl_rate(tokenizer: Any, rows: Sequence[Row]) -> float:
-    """Return the rows per second at which TRL's trainer prepares conversations."""
+def children_seconds() -> float:
+    """Return the processor time of all processes that this one started and that have ended, and of theirs."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+def prepare_by_trl(tokenizer: Any, rows: Sequence[Row]) -> Spent:
+    """Let TRL's trainer prepare conversations."""
     from datasets import Dataset, disable_progress_bars
     from trl import DPOConfig, DPOTrainer
 
@@ -118,9 +134,9 @@ def trl_rate(tokenizer: Any, rows: Sequence[Row]) -> float:
     dataset = Dataset.from_list(list(rows))
     with tempfile.TemporaryDirectory() as folder:
         settings = DPOConfig(output_dir=folder, use_cpu=True, bf16=False, report_to=[])
-        started = time.perf_counter()
+        started, before = time.perf_counter(), time.process_time()
         DPOTrainer._prepare_dataset(SimpleNamespace(_tokenizer=tokenizer), dataset, tokenizer, settings, "train")
-        return len(rows) / (time.perf_counter() - started)
+        return Spent(time.perf_counter() - started, time.process_time() - before)
 
 
 class Bench:
@@ -140,8 +156,8 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.trl_rows = list(itertools.islice(numbered_rows(self.pairs), trl_rows))
 
-    def seconds(self, count: int) -> tuple[float, float]:
-        """Prepare so many rows; return the seconds of the whole command and the largest memory held, in MB."""
+    def prepare(self, count: int) -> Spent:
+        """Prepare so many rows."""
         source = self.folder / "rows.jsonl"
         with source.open("w", encoding="utf-8") as file:
             for row in itertools.islice(numbered_rows(self.pairs), count):
@@ -150,16 +166,19 @@ class Bench:
 
     def line(self, count: int) -> str:
         """Measure so many rows and say what was found."""
-        before = self._trl()
-        few_seconds, _ = self.seconds(FEW_ROWS)
-        seconds, megabytes = self.seconds(count)
-        rate = count / max(seconds - few_seconds, 1e-9)
-        trl = [*before, *self._trl()]
-        beside = f"   TRL {trl[0]:,.0f} and {trl[1]:,.0f} rows/s   ratio {rate * 2 / sum(trl):.1f}" if trl else ""
-        return f"{count:>10,} rows {seconds:8.1f} s {rate:8,.0f} rows/s {megabytes:6.0f} MB at most{beside}"
+        trl = self._trl()
+        few, many = self.prepare(FEW_ROWS), self.prepare(count)
+        trl += self._trl()
+        found = [f"{count:>10,} rows {many.seconds:7.1f} s {many.memory / 1e6:6,.0f} MB at most"]
+        for what, clock in (("by the clock", "seconds"), ("of a core", "cpu_seconds")):
+            rate = count / max(getattr(many, clock) - getattr(few, clock), 1e-9)
+            theirs = [len(self.trl_rows) / getattr(spent, clock) for spent in trl]
+            beside = f", TRL {theirs[0]:,.0f} and {theirs[1]:,.0f}, ratio {rate * 2 / sum(theirs):.1f}" if trl else ""
+            found.append(f"{' ' * 15} rows/s {what} {rate:,.0f}{beside}")
+        return "\n".join(found)
 
-    def _trl(self) -> list[float]:
-        return [trl_rate(self.tokenizer, self.trl_rows)] if self.trl_rows else []
+    def _trl(self) -> list[Spent]:
+        return [prepare_by_trl(self.tokenizer, self.trl_rows)] if self.trl_rows else []
 
 
 def main() -> None:
@@ -179,7 +198,7 @@ def main() -> None:
             sys.stdout.write(f"{file.name}, {len(bench.pairs):,} pairs\n")
             for count, _ in itertools.product(options.rows, range(options.repeats)):
                 load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-                sys.stdout.write(f"{bench.line(count)}   load before {load:.1f}\n")
+                sys.stdout.write(f"{bench.line(count)}\n{' ' * 15} load of the machine before {load:.1f}\n")
                 sys.stdout.flush()
 
 

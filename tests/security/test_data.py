@@ -143,7 +143,7 @@ def column_of(length: int, repeated: int = 1) -> pa.Table:
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
 def test_columns_that_grow_out_of_all_proportion_are_refused_or_read_in_bounded_memory(project, monkeypatch, ending):
     monkeypatch.setattr(streams, "MAX_ROW_BYTES", 16 * MEGABYTE)
-    monkeypatch.setattr("dpo_cli.data.rows.files.MAX_BATCH_BYTES", 200 * MEGABYTE)
+    monkeypatch.setattr("dpo_cli.data.rows.column_files.MAX_BATCH_BYTES", 200 * MEGABYTE)
     path, table = Path(f"bomb.{ending}"), column_of(8 * MEGABYTE, repeated=200)
     if ending == "parquet":
         pq.write_table(table, path, compression="zstd", dictionary_pagesize_limit=1 << 30)
@@ -163,7 +163,7 @@ def test_columns_that_grow_out_of_all_proportion_are_refused_or_read_in_bounded_
 
 
 def test_two_thousand_million_rows_in_a_kilobyte_are_refused(project, monkeypatch):
-    monkeypatch.setattr("dpo_cli.data.rows.files.FREE_ROWS", 10_000)
+    monkeypatch.setattr("dpo_cli.data.rows.column_files.FREE_ROWS", 10_000)
     column = pa.RunEndEncodedArray.from_arrays(pa.array([2**31 - 1], pa.int32()), pa.array(["x"]))
     batch = pa.record_batch({"prompt": column, "chosen": column, "rejected": column})
     with pa.OSFile("rows.arrow", "wb") as file, pa.ipc.new_stream(file, batch.schema) as writer:

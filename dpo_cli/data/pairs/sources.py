@@ -20,7 +20,7 @@ from dpo_cli.data.pairs.renaming import ColumnNames, shown_columns
 from dpo_cli.data.pairs.shapes import FORMATS
 from dpo_cli.data.records import Row
 from dpo_cli.data.rows.fields import listed
-from dpo_cli.data.rows.files import BATCH_ROWS, reader_for, rows_of_columns
+from dpo_cli.data.rows.files import reader_for
 from dpo_cli.data.rows.paths import SPLITS, files_at
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.settings import OneOf, PathText, Settings, located
@@ -195,13 +195,18 @@ def _all_rows(source: Source) -> Iterator[Row]:
     """Yield every row of a source once."""
     files = files_at(source.path, source.split)
     if files is None:
-        name = "/".join(part for part in (source.path, source.config, source.split) if part)
-        batches = _load_dataset(source).with_format("arrow").iter(batch_size=BATCH_ROWS)
-        yield from rows_of_columns(name, "dataset", batches)
-        return
-    for file in files:
+        yield from _dataset_rows(source)
+    for file in files or ():
         if reader := reader_for(file):
             yield from reader(file)
+
+
+def _dataset_rows(source: Source) -> Iterator[Row]:
+    # Sources are checked long before one is read: Arrow is imported then.
+    from dpo_cli.data.rows.column_files import BATCH_ROWS, rows_of_columns
+
+    name = "/".join(part for part in (source.path, source.config, source.split) if part)
+    yield from rows_of_columns(name, "dataset", _load_dataset(source).with_format("arrow").iter(batch_size=BATCH_ROWS))
 
 
 def _times(number: int, weight: float) -> int:

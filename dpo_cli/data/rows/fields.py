@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from dpo_cli.data.records import BadRow, Cell
+from dpo_cli.errors import UserError
 from dpo_cli.system.text import escaped
 
 _FLOAT32 = struct.Struct("f")
@@ -134,6 +135,14 @@ def shortened(shown: Sequence[str], most: int = _COLUMNS_NAMED) -> str:
     """Write the first of some things in a row, and how many more there are."""
     more = [f"… and {len(shown) - most:,} more"] if len(shown) > most else []
     return ", ".join([*shown[:most], *more])
+
+
+def distinct(columns: Sequence[str], where: str) -> list[str]:
+    """Return the names of columns, of which no two may be the same; those without a name cannot be confused."""
+    for name in columns:
+        if name and columns.count(name) > 1:
+            raise UserError(f"two columns are called `{printable(name)}`", where, "give each column a name of its own")
+    return list(columns)
 
 
 def repeated(names: Sequence[str]) -> str | None:

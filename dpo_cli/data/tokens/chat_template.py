@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime, time
 from typing import Any
 
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
 from dpo_cli.data.pairs import calls
 from dpo_cli.data.records import BadRow, Message
 from dpo_cli.errors import UserError
@@ -30,6 +33,14 @@ _DIRECTIVES = tuple(
     f"%{flag}" for flag in ("-d", "-m", "-j", "-H", "-I", "-M", "-S", "-y", *"aAbBcdDeFGHIjmMpRSTuUVwWxXyYzZf")
 )
 """What a format may hold."""
+
+TEMPLATE_ERRORS = (
+    TemplateError,
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
+    # Of a template nested too deeply, what Jinja makes of it is no Python.
+    SyntaxError,
+)
+"""What applying a template may raise."""
 
 _Settings = Mapping[str, Any]
 
@@ -60,7 +71,7 @@ class ChatTemplate:
         Raises:
             UserError: The template leaves its bounds.
             BadRow: The arguments say what is not theirs to say, or what the template writes is no text.
-            Exception: The template fails: one of `template_errors`.
+            Exception: The template fails: one of `TEMPLATE_ERRORS`.
         """
         if taken := _arguments_taken() & arguments.keys():
             raise BadRow("template error", f"a row cannot set `{min(taken)}` of the chat template")
@@ -92,7 +103,7 @@ class ChatTemplate:
         """Write a conversation that the template may fail on; None where it does."""
         try:
             return self._applied([conversation], {**settings, "add_generation_prompt": False})[0]
-        except template_errors():
+        except TEMPLATE_ERRORS:
             return None
 
     def _applied(self, conversations: list[list[dict[str, Any]]], settings: _Settings) -> list[str]:
@@ -192,16 +203,6 @@ def with_day(text: str, day: date | None) -> str:
     return f"{head}{{% endmacro %}}\n{text}"
 
 
-@functools.cache
-def template_errors() -> tuple[type[Exception], ...]:
-    """Name what applying a template may raise."""
-    from jinja2 import TemplateError
-
-    # Of a template nested too deeply, what Jinja makes of it is no Python: a `SyntaxError`.
-    found = TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError
-    return TemplateError, *found
-
-
 def common_length(one: str, other: str) -> int:
     """Count the characters with which two texts begin alike."""
     differing = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
@@ -224,7 +225,5 @@ def _num_characters(value: Any) -> int:
 @functools.cache
 def _arguments_taken() -> frozenset[str]:
     """Name what is not a row's to say of how a template is applied."""
-    from transformers import PreTrainedTokenizerBase
-
     names = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
     return frozenset(names) - {"tools", "documents"} | {"messages"}

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_cli.data.pairs.calls import in_form
 from dpo_cli.data.records import BadRow, Message, Pair
-from dpo_cli.data.tokens.chat_template import ChatTemplates, template_errors
+from dpo_cli.data.tokens.chat_template import TEMPLATE_ERRORS, ChatTemplates
 from dpo_cli.data.tokens.control_tokens import STAND_IN, Literals
 
 PLAIN = "plain"
@@ -74,7 +74,7 @@ class ConversationText:
 
         Raises:
             BadRow: They cannot be written.
-            Exception: The template fails: one of `template_errors`.
+            Exception: The template fails: one of `TEMPLATE_ERRORS`.
         """
         if self._templates is not None:
             return self._templates.of(arguments)(
@@ -99,9 +99,7 @@ class ConversationText:
         """Write a conversation in which control tokens are marked; None where the template fails on it."""
         try:
             return self.write_marked([messages], arguments, add_generation_prompt=add_generation_prompt)[0]
-        except BadRow:
-            return None
-        except template_errors():
+        except (BadRow, *TEMPLATE_ERRORS):
             return None
 
     def around_last(self, pair: Pair) -> tuple[str, str]:
@@ -115,7 +113,7 @@ class ConversationText:
         messages = [*before, Message(last.role, STAND_IN, extras=last.extras)]
         try:
             text = self.write(messages, pair.arguments, add_generation_prompt=True)
-        except template_errors() as error:
+        except TEMPLATE_ERRORS as error:
             detail = f"the chat template fails where the last text of the prompt is cut: {reason(error)}"
             raise BadRow("template error", detail) from None
         head, found, tail = text.partition(STAND_IN)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dpo_cli.data.pairs.calls import has_broken_arguments, what_is_called
 from dpo_cli.data.records import BadRow, Message, Pair, TurnRule
-from dpo_cli.data.tokens.chat_template import template_errors
+from dpo_cli.data.tokens.chat_template import TEMPLATE_ERRORS
 from dpo_cli.data.tokens.control_tokens import LITERAL_START
 from dpo_cli.data.tokens.conversation_text import ConversationText, has_extras, reason
 from dpo_cli.data.tokens.encoding import TextEncoder
@@ -93,7 +93,7 @@ class Renderer:
             return [self._located(pair, *texts) for pair, *texts in found]
         except BadRow as bad:
             return [bad] if len(pairs) == 1 else self._one_by_one(pairs)
-        except template_errors() as error:
+        except TEMPLATE_ERRORS as error:
             if len(pairs) > 1:
                 return self._one_by_one(pairs)
             return [BadRow("template error", f"the chat template fails: {reason(error)}")]

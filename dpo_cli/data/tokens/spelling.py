@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
 from dpo_cli.data.records import Tokens
 from dpo_cli.data.tokens.control_tokens import LITERAL_END, LITERAL_START
@@ -97,8 +98,6 @@ class Speller:
     @functools.cached_property
     def _model_without(self) -> Any:
         """The engine's model, with other names for its control tokens, which no text has."""
-        from tokenizers import Tokenizer
-
         whole = json.loads(self._backend.to_str())
         model, hidden = whole["model"], {name: f"{LITERAL_START}{name}{LITERAL_END}" for name in self._names}
         vocabulary = model["vocab"]
