@@ -105,11 +105,11 @@ class StatusLine:
         line = _joined(parts)
         fewest, most = _BAR_CELLS
         if (room := width - cell_len(line) - len(_GAP)) < fewest:
-            yield Text(fitted(parts, width), end="")
+            yield Text(fitted(parts, width))
             return
         yield Text(self.counted + _GAP, end="")
         yield from console.render(ProgressBar(max(self._total, 1), self._done, width=min(room, most)), options)
-        yield Text(line.removeprefix(self.counted), end="")
+        yield Text(line.removeprefix(self.counted))
 
 
 def lines_between(every: int | None, num_steps: int, num_lines: int) -> int:
