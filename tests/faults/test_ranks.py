@@ -221,6 +221,23 @@ def test_one_is_stopped_or_hangs_and_the_others_do_not_wait_for_it(runs, ledger,
     ledger.record(f"a rank that {how}s")
 
 
+def test_a_checkpoint_that_a_rank_is_writing_is_finished_before_it_ends(runs, ledger, tmp_path):
+    """The other one is killed, and the disk takes longer than the time-out."""
+    run, gate = runs.new(), Gate(tmp_path / "gate")
+    main, other = runs.start(
+        run, 2, f"training.rank_timeout={TIMEOUT:g}", faults={0: named(gate.at_flush("/checkpoints/"))}
+    )
+    gate.wait_for(main)
+    other.send(signal.SIGKILL)
+    time.sleep(2 * TIMEOUT)
+    assert main.runs
+    gate.open()
+    assert main.wait().status == 1
+    assert_named(main.said, 1, WHEREVER)
+    verify(run / "checkpoints" / "step-000002")
+    ledger.record("a rank killed")
+
+
 @pytest.mark.skipif(not FULL, reason="it takes longer than the time-out, of course")
 def test_all_stopped_together_go_on_together(runs, ledger):
     """As a job scheduler suspends a job, for longer than the time-out."""

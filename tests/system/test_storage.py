@@ -15,6 +15,7 @@ from dpo_cli.system import storage
 from dpo_cli.system.storage import (
     DamagedFolder,
     discard,
+    is_filling,
     is_open_at,
     remove_old_strays,
     remove_strays,
@@ -47,6 +48,15 @@ def test_where_writing_fails_the_old_folder_stays_and_nothing_else_is_left(tmp_p
         raise RuntimeError
     assert (tmp_path / "x" / "a.txt").read_text() == "one"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_while_a_folder_is_filled_it_is_known(tmp_path):
+    with pytest.raises(RuntimeError), sealed_folder(tmp_path / "x", {}):
+        with sealed_folder(tmp_path / "y", {}):
+            assert is_filling()
+        assert is_filling()
+        raise RuntimeError
+    assert not is_filling()
 
 
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
