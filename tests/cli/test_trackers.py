@@ -6,7 +6,10 @@ import json
 import shutil
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+from dpo_cli.reporting.trackers import Tracker
+from dpo_cli.settings import types
 from tests.conftest import read_metrics, run_dpo
 
 WANDB = """
@@ -105,8 +108,4 @@ def test_a_tracker_that_does_not_start_is_an_error(write_config, wandb):
 
 
 def test_every_tracker_of_accelerate_is_known():
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-    from dpo_cli.config.schema import TrackerTypes
-
-    assert set(TrackerTypes.__args__) == set(LOGGER_TYPE_TO_CLASS)
+    assert set(types(Tracker)) == set(LOGGER_TYPE_TO_CLASS)
