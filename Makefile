@@ -67,6 +67,7 @@ check: install
 	$(BIN)/python scripts/check_floors.py
 	$(BIN)/dpo config schema | diff - configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py --check
+	$(BIN)/python scripts/write_findings_page.py --check
 	$(BIN)/python scripts/write_losses_page.py --check
 	$(BIN)/python scripts/write_shapes_page.py --check
 
@@ -77,6 +78,7 @@ format: install
 generated: install
 	$(BIN)/dpo config schema > configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py
+	$(BIN)/python scripts/write_findings_page.py
 	$(BIN)/python scripts/write_losses_page.py
 	$(BIN)/python scripts/write_shapes_page.py
 	$(BIN)/python scripts/write_layouts_page.py

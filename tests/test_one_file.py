@@ -154,6 +154,7 @@ SHOUTED = TextCheck(
     "the chosen response is in capitals",
     "The chosen response is in capitals: the model would learn to shout.",
     "Write it in small letters.",
+    when="the chosen response has no small letter",
     bit=14,
     seen=lambda texts: texts.chosen.isupper(),
 )
@@ -171,7 +172,13 @@ def _longest(pairs: PreparedPairs, train: Indices, held_out: Indices) -> Found:
 
 
 LONGEST = Comparison(
-    "longest", "info", "no response is longer", "No chosen response is longer.", "Look at it.", find=_longest
+    "longest",
+    "info",
+    "no response is longer",
+    "No chosen response is longer.",
+    "Look at it.",
+    when="no chosen response has more tokens",
+    find=_longest,
 )
 """,
     "COMPARISONS = (",
@@ -187,6 +194,7 @@ SHORT_PROMPT = TokenCheck(
     "the prompt has few tokens",
     "The prompt has few tokens.",
     "Nothing to do.",
+    when="the prompt has fewer than 25 tokens",
     bit=13,
     holds=lambda result: len(result.pair.prompt) < 25,
 )
@@ -204,6 +212,7 @@ FEW = DataCheck(
     "there are few pairs",
     "There are fewer than 1,000 pairs.",
     "Collect more.",
+    when="there are fewer than 1,000 pairs",
     count=lambda check, data: Counted(check, len(data.indices) * (len(data.indices) < 1000), len(data.indices), ()),
 )
 """,
@@ -252,10 +261,14 @@ def rows(tmp_path: Path, demo_rows: list[dict[str, str]]) -> Path:
     return write_rows(tmp_path / "quiz.jsonl", made)
 
 
-def test_the_schema_and_the_page_of_settings_have_them(package):
-    show = "import json; from dpo_cli.config import json_schema; from write_settings_page import page\n"
-    shown = run(package, sys.executable, "-c", f"{show}print(json.dumps([json_schema(), page()]))")
-    schema, page = json.loads(shown.stdout)
+def test_the_schema_and_the_written_pages_have_them(package):
+    show = """
+import json
+import write_findings_page, write_settings_page
+from dpo_cli.config import json_schema
+print(json.dumps([json_schema(), write_settings_page.page(), write_findings_page.page()]))
+"""
+    schema, settings, findings = json.loads(run(package, sys.executable, "-c", show).stdout)
     groups = schema["$defs"]
     assert "sgd" in groups["SGD"]["properties"]["type"]["const"]
     assert "single" in groups["TrainingSettings"]["properties"]["layout"]["enum"]
@@ -263,7 +276,10 @@ def test_the_schema_and_the_page_of_settings_have_them(package):
     assert "shouted" in groups["DataSettings"]["properties"]["drop"]["items"]["enum"]
     assert "longest" not in groups["DataSettings"]["properties"]["drop"]["items"]["enum"]
     for heading in ("training.optimizer: sgd", "reference: copied", "tracking: lines"):
-        assert f"\n### {heading}\n" in page
+        assert f"\n### {heading}\n" in settings
+    assert "\n| `shouted` | warning | the chosen response has no small letter |\n" in findings
+    for name in ("longest", "short_prompt", "few_pairs"):
+        assert f"\n| `{name}` | info | " in findings
 
 
 def test_a_run_trains_with_them(package, tiny_llama, tmp_path, rows):

@@ -7,7 +7,7 @@ tokenized, `COMPARISONS` by comparing pairs, `DATA_CHECKS` in the data as a whol
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Severity = Literal["error", "warning", "info"]
@@ -24,6 +24,7 @@ class Check:
         title: What was found, in a few words.
         meaning: One sentence: what was found, and what follows from it.
         advice: One sentence: what to do about it.
+        when: What exactly is found, for the page of findings.
         heuristic: Whether it uses a heuristic, which may be wrong about a pair.
         droppable: Whether `data.drop` can leave pairs with it out of a run.
     """
@@ -33,6 +34,7 @@ class Check:
     title: str
     meaning: str
     advice: str
+    when: str = field(kw_only=True)
     heuristic: bool = False
     droppable: bool = False
 

@@ -117,6 +117,10 @@ COMPARISONS = (
         "the prompt is held out too",
         "The prompt of a training pair is held out too: the held-out figures will be better than they should.",
         "Leave these pairs out of the training: `data.drop: [leakage]`.",
+        when=(
+            "the prompt of a training pair is also held out. A fraction in `data.eval` never splits a prompt; a "
+            "separate source may"
+        ),
         droppable=True,
         find=_leakage,
     ),
@@ -126,6 +130,7 @@ COMPARISONS = (
         "another pair prefers the response that this one rejects",
         "Another pair has the same prompt and prefers the response that this one rejects: together they teach nothing.",
         "Decide which of them is right, or leave both out: `data.drop: [conflicts]`.",
+        when="another pair, on either side, has the same prompt and the same two responses, swapped",
         droppable=True,
         find=_conflicts,
     ),
@@ -135,6 +140,7 @@ COMPARISONS = (
         "an earlier pair has the same tokens",
         "The pair repeats an earlier one token by token, and counts that much more than the others.",
         "Leave all but the first out: `data.drop: [duplicates]`; to have a pair count more, give it a `weight`.",
+        when="the same tokens as an earlier pair of the same side, unless the weight of a source repeats the row",
         droppable=True,
         find=_duplicates,
     ),
@@ -144,6 +150,7 @@ COMPARISONS = (
         "another pair has the same prompt",
         "Another pair has the same prompt with another response: usual where several answers were ranked.",
         "Nothing to do: a split by `data.eval` keeps all pairs of a prompt on one side.",
+        when="another pair has the same prompt and other responses; the same two swapped are a conflict",
         find=_shared_prompts,
     ),
 )

@@ -159,6 +159,7 @@ DATA_CHECKS = (
         "chosen and rejected end with different tokens",
         "The chosen response ends with another token than the rejected one: the last token alone tells them apart.",
         "Use a template that closes every response alike, and do not cut responses.",
+        when="chosen and rejected end with different tokens",
         count=_unlike_ends,
     ),
     DataCheck(
@@ -167,6 +168,12 @@ DATA_CHECKS = (
         "responses do not end where generation ends",
         "Responses do not end with a token at which generation ends: the trained model would not stop.",
         "Use a chat template that closes the assistant's turn with the end-of-sequence token.",
+        when=(
+            "a response that was not truncated does not end with a token that stops generation: the tokenizer's "
+            "end-of-sequence token, or one of `eos_token_id` in the model's generation_config.json. The finding "
+            "names the token that the template writes at the end of responses, and the value of `model.eos_token` "
+            "that fixes it"
+        ),
         count=_no_end,
     ),
     DataCheck(
@@ -175,6 +182,11 @@ DATA_CHECKS = (
         "rows did not become pairs",
         "Rows did not become pairs.",
         "Fix the rows.",
+        when=(
+            "rows were dropped while the data was read, by `data.on_bad_row`, by the length rule, or because both "
+            "responses are the same. The share is that of all rows read; the finding names the reasons and a remedy"
+            " for each"
+        ),
         count=_dropped_rows,
     ),
     DataCheck(
@@ -183,6 +195,10 @@ DATA_CHECKS = (
         "the length of a response tells which one is chosen",
         "The length of a response tells which one is chosen: a model may learn length before anything else.",
         "Balance the lengths, or choose a loss that takes them into account: `r_dpo`, `ld_dpo`, `simpo`.",
+        when=(
+            "the 95 % interval of how often the longer response is the chosen one (ties count half) is above 60 % "
+            "or below 40 %"
+        ),
         count=_length_bias,
     ),
 )

@@ -193,6 +193,7 @@ TEXT_CHECKS = (
         "The responses differ in a tenth of their characters or less: training on them tends to make both of "
         "them less likely.",
         "Check that the difference is what the model should learn; otherwise drop these pairs.",
+        when="at most one edit per ten characters of the longer response turns one response into the other",
         bit=0,
         seen=_near_identical,
     ),
@@ -202,6 +203,7 @@ TEXT_CHECKS = (
         "a text has U+FFFD, where characters were lost",
         "A text has U+FFFD, which stands where characters were lost.",
         "Read the original data again in its right encoding.",
+        when="a text contains U+FFFD",
         bit=1,
         seen=lambda texts: any("\ufffd" in text for text in texts.parts),
         place=_REPLACEMENT,
@@ -212,6 +214,11 @@ TEXT_CHECKS = (
         "a text has invisible or control characters",
         "A text has control characters, directional overrides or invisible marks, which the model would learn.",
         "Remove them from the data; characters U+0080 to U+009F are mostly Windows-1252 read as Latin-1.",
+        when=(
+            "a text contains a character of U+0000–U+001F (except tab and line ends) or U+007F–U+009F, a direction "
+            "override (U+202D, U+202E), a word joiner (U+2060) or a byte-order mark (U+FEFF). Joiners and direction"
+            " marks that scripts need are accepted"
+        ),
         bit=2,
         seen=_control_characters,
         place=_CONTROL,
@@ -222,6 +229,7 @@ TEXT_CHECKS = (
         "a response has nothing that can be seen",
         "A response has nothing that can be seen.",
         "Leave these pairs out.",
+        when="a response has no visible character",
         bit=3,
         seen=_blank,
     ),
@@ -231,6 +239,10 @@ TEXT_CHECKS = (
         "the responses are in different writing systems",
         "One response is in another writing system than the other, so that language alone tells them apart.",
         "Check that the model should learn to change its language; otherwise drop these pairs.",
+        when=(
+            "the responses are in two writing systems, each with at most a tenth of its letters in the other's. "
+            "Code blocks and texts of fewer than 20 letters are ignored; Chinese and Japanese are treated as one"
+        ),
         heuristic=True,
         bit=4,
         seen=_mixed_scripts,
@@ -241,6 +253,7 @@ TEXT_CHECKS = (
         "both responses are in another writing system than the prompt",
         "Both responses are in another writing system than the prompt: right for translations, else a mix-up.",
         "Look at a few.",
+        when="both responses are in another writing system than the prompt, in the same sense",
         heuristic=True,
         bit=5,
         seen=_other_script,
@@ -252,6 +265,11 @@ TEXT_CHECKS = (
         "The chosen response opens like a refusal and the rejected one does not: meant so in data on safety, "
         "elsewhere a label on the wrong side.",
         "Look at a few.",
+        when=(
+            "the chosen response begins like a refusal (“I'm sorry, but I can't …” and the like in English, German,"
+            " French, Spanish, Portuguese, Italian, Russian, Chinese, Japanese and Korean), the rejected one does "
+            "not"
+        ),
         heuristic=True,
         bit=6,
         seen=_refusal_chosen,
@@ -263,6 +281,7 @@ TEXT_CHECKS = (
         "One response begins or ends with white space and the other does not, which gives it away where the "
         "template keeps it.",
         "Strip the responses.",
+        when="one response begins or ends with white space and the other does not",
         bit=7,
         seen=_space_at_one_side,
     ),
@@ -272,6 +291,7 @@ TEXT_CHECKS = (
         "a response has several turns of the assistant",
         "A response has more than one turn of the assistant: the two conversations part before the last turn.",
         "Set `data.turns` to `all` or `last`, by what should be learnt.",
+        when="a response has several turns of the assistant: the conversations diverge before their last turn",
         bit=8,
         seen=lambda texts: texts.num_turns > 1,
     ),
@@ -281,6 +301,7 @@ TEXT_CHECKS = (
         "both responses begin with the user's last turn",
         "Both responses begin with the user's last turn: the model would learn to repeat what it is asked.",
         "Take the prompt out of the responses.",
+        when="both responses begin with the user's last turn, of 20 characters at least",
         bit=9,
         seen=_repeats_prompt,
     ),
@@ -291,6 +312,11 @@ TEXT_CHECKS = (
         "A text holds what marks turns in another format: the data is perhaps of another shape, or was written "
         "out by a template before.",
         "Look at a few; take such texts apart into messages, or name their shape in `data.format`.",
+        when=(
+            "a text contains turn markers of another format: `Human:` or `Assistant:` after an empty line, "
+            "`[INST]`, `### Instruction:`, `### Response:`, `<|user|>`, `<|im_start|>`, `<start_of_turn>` "
+            "and the like"
+        ),
         heuristic=True,
         bit=10,
         seen=_turn_markers,

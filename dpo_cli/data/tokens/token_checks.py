@@ -16,6 +16,7 @@ RESPONSES_CUT = TokenCheck(
     "a response was cut to fit `data.max_length`",
     "A response was cut to fit `data.max_length`: the model does not see how it ends.",
     "Raise `data.max_length`, or set `data.on_too_long: drop`.",
+    when="a response was truncated to fit `data.max_length`",
     bit=31,
     holds=lambda result: result.responses_cut > 0,
 )
@@ -30,6 +31,11 @@ TOKEN_CHECKS = (
         "thought, say): the boundary was put where the two part.",
         "Use a template that writes an answered conversation as it asks for an answer; `data.turns: last` changes "
         "nothing here.",
+        when=(
+            "the prompt that inference sends differs from what the template writes in an answered conversation (for"
+            " instance, it opens a thought); the boundary is where the two diverge. `data.turns: last` does not "
+            "help"
+        ),
         bit=26,
         holds=lambda result: result.prompt_differs,
     ),
@@ -40,6 +46,10 @@ TOKEN_CHECKS = (
         "Within a response of several turns the template writes earlier turns otherwise than inference would send "
         "them.",
         "Use a template that leaves earlier turns as they are, or set `data.turns: last`.",
+        when=(
+            "in a response of several turns, the template writes earlier turns differently than inference would "
+            "send them. `data.turns: last` helps"
+        ),
         bit=27,
         holds=lambda result: result.context_differs,
     ),
@@ -51,6 +61,7 @@ TOKEN_CHECKS = (
         "a text spells out a control token",
         "A text holds what is a control token of the template; it was encoded as text.",
         "Check whether a template wrote the data before; if so, take it apart into messages.",
+        when="a text spells out a control token of the template; it was encoded as text",
         bit=28,
         holds=lambda result: result.literals > 0,
     ),
@@ -62,6 +73,10 @@ TOKEN_CHECKS = (
         "What the assistant says does not stand in the template's text as the data has it: the template strips or "
         "rewrites it (thoughts, for instance).",
         "Look at a few; where something is missed, use a template that keeps it.",
+        when=(
+            "the assistant's message does not appear in the template's output as it is in the data: the template "
+            "strips or rewrites it (reasoning, for instance)"
+        ),
         bit=25,
         holds=lambda result: result.rewritten,
     ),
@@ -71,6 +86,7 @@ TOKEN_CHECKS = (
         "a prompt was cut to fit `data.max_length`",
         "The beginning of a prompt was cut to fit `data.max_length`.",
         "Nothing to do where the end of a prompt says enough; else raise `data.max_length`.",
+        when="a prompt was truncated to fit `data.max_length`",
         bit=30,
         holds=lambda result: result.truncated,
     ),
@@ -81,6 +97,7 @@ TOKEN_CHECKS = (
         "The tokenizer would have merged the end of the prompt with the beginning of the response; they were "
         "tokenized apart, so that the response begins with a token of its own.",
         "Nothing to do.",
+        when="prompt and response had to be tokenized separately",
         bit=29,
         holds=lambda result: result.joined,
     ),

@@ -23,13 +23,14 @@ _LONGEST_WORD = 24
 _ANOTHER = "Use a template that writes them, or take them out of the data."
 
 
-def _unwritten(bit: int, name: str, what: str, advice: str = _ANOTHER) -> TokenCheck:
+def _unwritten(bit: int, name: str, what: str, when: str, advice: str = _ANOTHER) -> TokenCheck:
     return TokenCheck(
         name,
         "warning",
         f"the template does not write {what.rstrip(',')}",
         f"The data has {what} that the chat template does not write: no token tells the model of them.",
         advice,
+        when=when,
         bit=bit,
         holds=lambda result: name in result.unwritten,
     )
@@ -38,20 +39,64 @@ def _unwritten(bit: int, name: str, what: str, advice: str = _ANOTHER) -> TokenC
 UNWRITTEN = {
     check.name: check
     for check in (
-        _unwritten(24, "tool_calls_unwritten", "tool calls"),
-        _unwritten(23, "tools_unwritten", "tools"),
-        _unwritten(22, "reasoning_unwritten", "thoughts of the assistant, in a field of their own,"),
-        _unwritten(21, "names_unwritten", "names (`name` of a message)"),
+        _unwritten(
+            24,
+            "tool_calls_unwritten",
+            "tool calls",
+            "a message calls tools (`tool_calls`), and the template does not write a call",
+        ),
+        _unwritten(
+            23,
+            "tools_unwritten",
+            "tools",
+            "the row has tools whose name, description or parameters the template does not write",
+        ),
+        _unwritten(
+            22,
+            "reasoning_unwritten",
+            "thoughts of the assistant, in a field of their own,",
+            (
+                "a message has reasoning in a separate field (`reasoning_content`, `reasoning`, `thinking`) that "
+                "the template does not write"
+            ),
+        ),
+        _unwritten(
+            21,
+            "names_unwritten",
+            "names (`name` of a message)",
+            "a message has a `name` that the template does not write",
+        ),
         _unwritten(
             20,
             "function_call_unwritten",
             "calls in the field `function_call`",
+            "a message calls a function in the older field `function_call`, and the template does not write the call",
             "Write them as `tool_calls`, which most templates know.",
         ),
-        _unwritten(19, "template_arguments_unwritten", "arguments of the template (`chat_template_kwargs`)"),
-        _unwritten(18, "system_unwritten", "turns of the system"),
-        _unwritten(17, "tool_results_unwritten", "turns of a tool"),
-        _unwritten(16, "turns_unwritten", "texts of a user or the assistant"),
+        _unwritten(
+            19,
+            "template_arguments_unwritten",
+            "arguments of the template (`chat_template_kwargs`)",
+            "`chat_template_kwargs` has an argument that does not change the template's output",
+        ),
+        _unwritten(
+            18,
+            "system_unwritten",
+            "turns of the system",
+            "the template does not write the system message",
+        ),
+        _unwritten(
+            17,
+            "tool_results_unwritten",
+            "turns of a tool",
+            "the template does not write a tool's result",
+        ),
+        _unwritten(
+            16,
+            "turns_unwritten",
+            "texts of a user or the assistant",
+            "the template does not write a turn of the user or the assistant",
+        ),
     )
 }
 """A check for each part of a row, by its name."""
@@ -62,6 +107,7 @@ NOT_JSON = TokenCheck(
     "the arguments of a tool call are not a JSON object",
     "The arguments of a tool call are another value than a JSON object, or no JSON: they were left as they are.",
     "Write them as an object, or as the JSON text of one.",
+    when="the arguments of a call are neither a JSON object nor the text of one; they were left as they are",
     bit=15,
     holds=lambda result: "tool_arguments_not_json" in result.unwritten,
 )
