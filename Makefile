@@ -29,7 +29,7 @@ help:
 	@echo "make bench-scaling  time and memory by the number of pairs (BENCH='--pairs 64 1024')"
 	@echo "make bench-saving   time of saving a checkpoint, beside writing it without any promise"
 	@echo "make bench-startup  time of --help and of the report of a wrong configuration"
-	@echo "make generated      write the schema and the pages of settings, losses, shapes and layouts again"
+	@echo "make generated      write the schema and the pages of settings, findings, losses, shapes and layouts again"
 	@echo "make plots          draw the losses again"
 	@echo "make plot-runs      train a healthy, an over-fitted and a diverged run of the real model and draw them (half an hour)"
 
