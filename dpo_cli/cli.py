@@ -93,7 +93,7 @@ def init(
     quiet: Quiet = False,
 ) -> None:
     """Write a configuration that fits a model and data."""
-    from dpo_cli.pipeline.init import init as write
+    from dpo_cli.jobs import init as write
 
     with _job(quiet=quiet) as (console, _):
         write(console, model=model, data=data, out=out)

@@ -1,4 +1,4 @@
-"""The three jobs, as the command line and Python programs call them: what needs no torch is checked first.
+"""The jobs, as the command line and Python programs call them: what needs no torch is checked first.
 
 The pipeline, which imports torch, is imported after that.
 """
@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 from dpo_cli.config import Config, as_config
 from dpo_cli.config.inputs import (
     check_evaluation,
+    check_new_file,
     check_preparation,
     check_training,
     look_up_on_hub,
     scored_model,
 )
-from dpo_cli.errors import UserError, raise_all
-from dpo_cli.reporting.console import Console, Unattended
+from dpo_cli.config.starting import starting_text
+from dpo_cli.errors import UserError, from_os_error, raise_all
+from dpo_cli.reporting.console import STANDARD_OUTPUT, Console, Unattended
 from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
 from dpo_cli.system.signals import StopSignals
 from dpo_cli.training.run_folder import RunFolder, RunState
@@ -31,6 +33,38 @@ if TYPE_CHECKING:
 
 Configuration = str | PathLike[str] | Mapping[str, Any] | Config
 """A YAML file, its settings, or either of them as read."""
+
+
+def init(console: Console, *, model: str | None, data: str | None, out: Path) -> None:
+    """Write a configuration with comments that fits a model and data.
+
+    Args:
+        console: Is told what was found.
+        model: A model folder, a .gguf file or a Hub id; None: a placeholder is written.
+        data: A source of pairs; None: a placeholder is written.
+        out: The file to write, which must not exist; `-`: standard output.
+
+    Raises:
+        UserError: The file exists or cannot be written; the model or the data cannot be read.
+    """
+    check_new_file(out, model, data)
+    if model or data:
+        console.notice("looking at the model and the data …")
+        from dpo_cli.pipeline.init import described
+
+        text = described(console, model, data)
+    else:
+        console.notice("writing placeholders: no model, no data")
+        text = starting_text(None, None, None, None)
+    if out == STANDARD_OUTPUT:
+        console.result(text.rstrip("\n"))
+        return
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise from_os_error(error, "writing the configuration", str(out)) from error
+    console.notice(f"configuration written: {out}; next: dpo train {out} --dry-run")
 
 
 def prepare(

@@ -12,7 +12,7 @@ import pytest
 
 from dpo_cli.config import load_config
 from dpo_cli.errors import UserError
-from dpo_cli.pipeline.init import init as write
+from dpo_cli.jobs import init as write
 from dpo_cli.reporting.console import Console
 from tests.builders import prepare_pairs
 from tests.conftest import build_llama, read_metrics, run_dpo, write_rows
