@@ -84,7 +84,7 @@ def test_a_configuration_is_a_file_a_mapping_or_what_was_read(tmp_path, tiny_lla
         "a configuration": load_config(file),
     }
     steps = list(dpo_cli.train(given[kind]))
-    assert [(step.number, step.taken) for step in steps] == [(1, True)]
+    assert [(step.number, step.broken) for step in steps] == [(1, None)]
     assert (tmp_path / "runs/run/final").is_dir()
 
 
