@@ -82,9 +82,10 @@ class Batches:
         return self.layout.cut(self.pairs.sizes, indices, self.micro_batch_tokens)
 
     def __call__(self, micro_batch: MicroBatch) -> PairBatch:
-        """Read the pairs and lay them out."""
+        """Read the pairs and lay them out; no token of a filler counts."""
         pairs = [self.pairs[index] for index in micro_batch.pairs]
-        return self.layout.batch(micro_batch.pairs, pairs).to(self.device)
+        batch = self.layout.batch(micro_batch.pairs, pairs).to(self.device)
+        return dataclasses.replace(batch, counts=torch.zeros_like(batch.counts)) if micro_batch.filler else batch
 
 
 def sequences_of(pairs: Sequence[TokenizedPair]) -> list[tuple[Tokens, Tokens]]:

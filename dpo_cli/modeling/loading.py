@@ -150,7 +150,6 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
         model = _complete(AutoModelForCausalLM, folder, use_safetensors=safely, **_how(trust))
-        _train_text_alone(model)
         remember(model, Path(folder), trust)
         return model
 
@@ -257,17 +256,7 @@ def _empty(folder: str, trust: Trust) -> PreTrainedModel:
         what = f"{CONFIG} says `sliding_window: {window}`: no token would see any"
         raise UserError(what, None, "set it to null in config.json where tokens see all that are before them")
     logits_alone(model)
-    _train_text_alone(model)
     return model
-
-
-def _train_text_alone(model: PreTrainedModel) -> None:
-    """Freeze what text does not reach in a model that reads more than text: the gradient knows nothing of it."""
-    if model.config.get_text_config() is not model.config:
-        parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-        reached = {id(parameter) for part in parts for parameter in part.parameters()}
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in reached)
 
 
 def _how(trust: Trust) -> dict[str, Any]:

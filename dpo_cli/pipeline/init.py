@@ -19,8 +19,9 @@ from dpo_cli.data.prepared.folder import PreparedPairs, Reading
 from dpo_cli.data.prepared.writing import prepare
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import empty_policy, load_tokenizer
+from dpo_cli.modeling.loading import load_tokenizer
 from dpo_cli.modeling.model_files import most_tokens
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.reporting.console import Console
 from dpo_cli.system import plain_yaml
 
@@ -67,9 +68,9 @@ def _say_what_was_found(console: Console, data: DataFound, model: ModelFound | N
 
 def _look_at_model(name: str, tokenizer: Any) -> ModelFound:
     """Count parameters by the model's settings, without its weights."""
-    policy = empty_policy(name)
+    policy = Policy.empty(name)
     template = None if tokenizer.chat_template else "plain"
-    return ModelFound(policy.num_parameters(), most_tokens(policy.config), template)
+    return ModelFound(policy.sizes().numbers, most_tokens(policy.model.config), template)
 
 
 def _look_at_data(source: Source, model: ModelFound | None, tokenizer: Any) -> DataFound:

@@ -141,25 +141,24 @@ def score_step(
     """
     mine = []
     for micro_batch in micro_batches:
+        batch, rank = batches(micro_batch), accelerator.process_index
+        with torch.no_grad():
+            parts = (scorer(batch), reference(batch), batch.weights, batch.margins)
         if not micro_batch.filler:
-            batch = batches(micro_batch)
-            with torch.no_grad():
-                parts = (scorer(batch), reference(batch), batch.weights, batch.margins)
-            rank = accelerator.process_index
             mine.append(_MicroBatchLogps(rank, batch.pairs, batch.lengths, *(part.cpu() for part in parts)))
     scored: list[_MicroBatchLogps] = gather_object(mine)
     lengths = tuple(
         length for side in zip(*(part.halves() for part in scored), strict=True) for half in side for length in half
     )
-    policy, of_reference = (
+    logps, of_reference = (
         _joined([getattr(part, name) for part in scored], scored) for name in ("policy", "reference")
     )
-    policy.requires_grad_()
+    logps.requires_grad_()
     weights, margins = (torch.cat([getattr(part, name) for part in scored]) for name in ("weights", "margins"))
     pairs, values = _apply(
-        objective, SequenceLogps.of(policy, lengths), SequenceLogps(of_reference, lengths), step, weights, margins
+        objective, SequenceLogps.of(logps, lengths), SequenceLogps(of_reference, lengths), step, weights, margins
     )
-    (slopes,) = torch.autograd.grad(pairs.losses.sum(), policy)
+    (slopes,) = torch.autograd.grad(pairs.losses.sum(), logps)
     shares = zip(
         _parted(slopes, scored),
         *(t.split([len(p.weights) for p in scored]) for t in (pairs.losses.detach(), values)),

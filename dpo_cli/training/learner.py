@@ -176,13 +176,18 @@ class Learner:
             if objective.compares_pairs:
                 scored = iter(score_step(ask, objective, reference, batches, step.micro_batches, info, accelerator))
             elif experts:
-                experts.observe(batches(micro_batch) for micro_batch in step.micro_batches if not micro_batch.filler)
+                experts.observe(map(batches, step.micro_batches))
             if experts:
                 experts.gather()
         for place, micro_batch in enumerate(step.micro_batches, 1):
             with self.policy.adding_up(last=place == len(step.micro_batches)):
                 batch = batches(micro_batch)
-                if scored is None or micro_batch.filler:
+                if micro_batch.filler:
+                    # It keeps this rank in step with the others; its weight is 0.
+                    pull = ask(batch).sum()
+                    if scored is None:
+                        reference(batch)
+                elif scored is None:
                     pairs, values = score_pairs(ask, objective, reference, batch, info)
                     losses, pull = pairs.losses, pairs.losses.sum()
                 else:

@@ -150,17 +150,21 @@ class Plan:
             )
 
     def _share(self, pairs: Sequence[int], cut: Cut, rank: int, num_ranks: int) -> tuple[MicroBatch, ...]:
-        """Cut one rank's share of a step. A rank without a share gets a filler, since it must still take part."""
+        """Cut one rank's share of a step, filled up to as many micro-batches as every other rank has.
+
+        A forward pass may need all ranks, so that none may make more of them than another.
+        """
         if num_ranks == 1:
             return tuple(cut(pairs))
         by_length = longest_first(pairs, self.lengths)
         # Dealt out and back again (0 1 1 0 0 1 …), so that every rank has about as many tokens.
-        share = [
-            index
-            for place, index in enumerate(by_length)
-            if (place % num_ranks if (place // num_ranks) % 2 == 0 else num_ranks - 1 - place % num_ranks) == rank
-        ]
-        return tuple(cut(share)) if share else (MicroBatch((by_length[-1],), filler=True),)
+        shares: list[list[int]] = [[] for _ in range(num_ranks)]
+        for place, index in enumerate(by_length):
+            there, turn = place % num_ranks, place // num_ranks
+            shares[there if turn % 2 == 0 else num_ranks - 1 - there].append(index)
+        cuts = [cut(share) if share else [] for share in shares]
+        filler = MicroBatch((by_length[-1],), filler=True)
+        return (*cuts[rank], *[filler] * (max(map(len, cuts)) - len(cuts[rank])))
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """Return the positions of one epoch. Raw generator output is the part of NumPy that never changes."""
