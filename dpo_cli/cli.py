@@ -70,7 +70,7 @@ ConfigFile = Annotated[
 ]
 Arguments = Annotated[list[str] | None, typer.Argument(hidden=True)]
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors and results alone, no warnings either.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and results, no warnings.")]
 
 
 @app.command(
@@ -86,9 +86,7 @@ def init(
     ] = None,
     out: Annotated[
         Path,
-        typer.Option(
-            parser=expanded_path, metavar="FILE", help="The file to write, never over another; `-`: standard output."
-        ),
+        typer.Option(parser=expanded_path, metavar="FILE", help="The file to write, a new one; `-`: standard output."),
     ] = Path("dpo.yaml"),
     quiet: Quiet = False,
 ) -> None:
@@ -137,9 +135,9 @@ def prepare_data(
 def train(
     arguments: Arguments = None,
     config: ConfigFile = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Resume with more steps though the learning rate takes another course.")
+        bool, typer.Option("--extend", help="Resume with more steps although the schedule changes.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older run in the folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
@@ -172,10 +170,11 @@ def evaluate(
     config: ConfigFile = None,
     model: Annotated[
         str | None,
-        typer.Option(parser=expanded, metavar="PATH", help="What to score; by default the run's trained model."),
+        typer.Option(parser=expanded, metavar="PATH", help="The model to score; by default the run's own."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(parser=expanded, metavar="SOURCE", help="Pairs to score; by default those held out.")
+        str | None,
+        typer.Option(parser=expanded, metavar="SOURCE", help="The pairs to score; by default the held-out ones."),
     ] = None,
     json_file: Annotated[
         Path | None,

@@ -118,15 +118,15 @@ def split_arguments(config: Path | None, arguments: Sequence[str]) -> tuple[Path
         files = [text for text in files if _like_a_file(text)] or files[:1]
     named = [*([str(config)] if config else []), *files]
     if not named:
-        hint = "name it: `dpo train my.yaml`; `dpo init` writes one to start from"
-        raise UserError("no configuration is named", _WHERE, hint)
+        hint = "give a file, as in `dpo train my.yaml`; `dpo init` writes one"
+        raise UserError("no configuration is given", _WHERE, hint)
     if len(named) > 1:
-        what = f"several configurations are named: {', '.join(f'`{name}`' for name in named)}"
-        raise UserError(what, _WHERE, "name one; settings that differ follow it as `training.epochs=2`")
+        what = f"several configurations are given: {', '.join(f'`{name}`' for name in named)}"
+        raise UserError(what, _WHERE, "give one, and override its settings, as in `training.epochs=2`")
     overrides = [text for text in arguments if text not in files]
     for name, value in itertools.pairwise(overrides):
         if "." in name and "=" not in name + value:
-            what = f"`{name} {value}` is not a setting and its value"
+            what = f"`{name} {value}` is not a setting with a value"
             raise UserError(what, _WHERE, f"write `{name}={value}`")
     return config or expanded_path(files[0]), overrides
 

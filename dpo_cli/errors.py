@@ -20,7 +20,7 @@ _OS_HINTS = {
     errno.EACCES: "check the permissions, or choose another folder",
     errno.EPERM: "check the permissions, or choose another folder",
     errno.EROFS: "that file system is read-only: choose another folder",
-    errno.ENOENT: "check the path: something in it does not exist",
+    errno.ENOENT: "check the path: a part of it does not exist",
     errno.ENOTDIR: "a part of that path is a file, not a folder",
     errno.EISDIR: "that is a folder; a file was expected",
     errno.EMFILE: "too many files are open: raise the limit with `ulimit -n`",

@@ -145,7 +145,7 @@ def _train(
     """Take the run's folder, then import what trains."""
     folder = RunFolder(Path(config.output_dir))
     if dry_run and not resume and not overwrite and folder.state() is not RunState.FREE:
-        console.notice(f"{folder.path} holds another run: a real run needs `--resume` or `--overwrite` there")
+        console.notice(f"{folder.path} contains another run: training needs `--resume` or `--overwrite` there")
     same_length = resume and folder.recorded_length() == (config.training.epochs, config.training.max_steps)
     if same_length and folder.state() is RunState.FINISHED:
         console.notices(folder.nothing_left(extend=extend))

@@ -50,7 +50,7 @@ Nothing about a model is assumed. Before step 1 the program computes pairs of th
 log-probability of every response token of the longest pair and the two shortest ones, and the norm of the gradient of
 the two shortest ones, and reports the result in one line:
 
-    checked: packed gives what padded gives, up to 2e-06 nats a token; its gradient's norm by 2e-08
+    checked: packed gives the same as padded, up to 2e-06 nats per token; its gradient's norm by 2e-08
 
 If a difference is larger than rounding explains, or the model is refused, `auto` says why in one line and uses the
 padded layout, and the model gets its own attention back; `training.layout: packed` stops the run instead.
@@ -68,7 +68,7 @@ models they require every parameter's gradient of a DPO loss to agree within 1e-
 float32, rounded up to powers of ten from 1e-5 on. An architecture that is not listed is proved in the same way by
 every run.
 
-| architecture | layout | features | nats a token | norm of the gradient | why not packed |
+| architecture | layout | features | nats per token | norm of the gradient | why not packed |
 |---|---|---|---|---|---|
 """
 TAIL = """

@@ -23,8 +23,8 @@ never reached). All errors of a file are reported together. `model: NAME`, `loss
 `tracking: TYPE` and `training.optimizer: TYPE` are short for the setting named in them; `loss` and `tracking` may be
 lists, and by default there are no trackers.
 
-A run that goes on with `--resume` has the settings that it was started with. Others are refused, but for those of which
-the tables say here that they may change, or be raised, on resume.
+A run that `--resume` continues has the settings that it was started with. Only settings that
+the tables mark may change, or be raised, on resume.
 
 Relative paths start at the working directory, not at the file's folder. In paths `~`, `$NAME` and `${NAME}` are
 expanded, an undefined variable is an error, and `$$` is a dollar sign.

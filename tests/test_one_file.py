@@ -46,7 +46,7 @@ class SGD(OptimizerSettings):
     """Plain steps along the gradient."""
 
     type: Literal["sgd"] = "sgd"
-    """How gradients become steps."""
+    """Which optimizer."""
     momentum: Decay = 0.0
     """What the step before leaves of itself in a step."""
 

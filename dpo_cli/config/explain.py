@@ -38,7 +38,7 @@ def _with_one_list(errors: list[UserError]) -> list[UserError]:
     """Keep of several long lists of settings the first."""
     long = [error for error in errors if (error.hint or "").startswith(_KNOWN)]
     for error in long[1:]:
-        error.hint = "see `dpo config example` for the settings there are"
+        error.hint = "see `dpo config example` for all settings"
     return errors
 
 
@@ -66,20 +66,20 @@ def contradictions(config: Config, tree: Tree) -> list[UserError]:
     needing = ", ".join(f"`{loss.type}`" for loss in objective.losses if loss.needs_reference)
     given = "reference" in config.model_fields_set
     if given and objective.needs_reference and config.reference.type == "none":
-        what = f"the loss {needing} needs a reference, and `reference` is `none`"
+        what = f"the loss {needing} needs a reference, but `reference` is `none`"
         hint = "leave `reference` out, or choose a loss without a reference, such as `simpo`"
         problems.append(UserError(what, tree.place(("reference",)), hint))
     if given and not objective.needs_reference and config.reference.type != "none":
-        what = f"the loss {names} has no use for a reference, and `reference` is `{config.reference.type}`"
+        what = f"the loss {names} ignores the reference, but `reference` is `{config.reference.type}`"
         problems.append(UserError(what, tree.place(("reference",)), "leave `reference` out"))
     keeping = [loss.type for loss in objective.losses if loss.keeps_statistics]
     if len(keeping) > 1:
         both = " and ".join(f"`{name}`" for name in keeping)
-        what = f"only one loss may keep running statistics, and {both} all do"
+        what = f"only one loss may keep running statistics, but {both} do"
         hint = "set `running_mean: false` for `bco`, or leave `adaptive_beta` out"
         problems.append(UserError(what, tree.place(("loss",)), hint))
     if sum(loss.router_aux > 0 for loss in objective.losses) > 1:
-        what = "`router_aux` is added once, and several losses set it"
+        what = "only one loss may set `router_aux`, but several do"
         problems.append(UserError(what, tree.place(("loss",)), "set it in one of them"))
     return problems
 
@@ -166,7 +166,7 @@ def _how_to_set(path: tuple[str, ...], given: Any) -> str:
         return "see `dpo config example` for how settings are written"
     meaning = _decapitalized(field.description or "")
     if path[-1].isdigit():
-        return f"change this member of `{_name(path)}`, or take it out: {meaning}"
+        return f"change this member of `{_name(path)}`, or remove it: {meaning}"
     if any(True for _ in groups_in(field.annotation)) and given is None:
         return f"indent its settings below `{path[-1]}:`, or leave it out"
     if field.is_required():
@@ -188,9 +188,9 @@ def _wanted(detail: Any) -> str:
     match detail["type"]:
         case "too_short":
             least = detail["ctx"]["min_length"]
-            return f"a list of {'one' if least == 1 else least} at least"
+            return f"a list of at least {'one' if least == 1 else least}"
         case "too_long":
-            return f"a list of {detail['ctx']['max_length']} at most"
+            return f"a list of at most {detail['ctx']['max_length']}"
         case "string_too_short":
             return "a text that is not empty"
         case "literal_error":
@@ -246,7 +246,7 @@ def _did_you_mean(path: tuple[str, ...]) -> str:
     elsewhere = sorted((name for name in _SETTINGS if name.rpartition(".")[2] == path[-1]), key=_depth)
     if found := near + elsewhere:
         return f"did you mean `{found[0]}`?"
-    return f"{_KNOWN}{_listed(siblings)}" if siblings else "see `dpo config example` for the settings there are"
+    return f"{_KNOWN}{_listed(siblings)}" if siblings else "see `dpo config example` for all settings"
 
 
 def option_hint(option: str) -> str | None:

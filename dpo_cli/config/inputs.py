@@ -46,7 +46,7 @@ def check_preparation(config: Config, report: Path | None) -> None:
     """
     problems = check_inputs(config)
     if report is not None and (obstacle := why_no_folder(report)):
-        what = f"the folder of the report cannot be made: {obstacle}"
+        what = f"the folder of the report cannot be created: {obstacle}"
         problems.append(UserError(what, f"--report {report}", "choose another with --report"))
     raise_all(problems)
 
@@ -81,7 +81,7 @@ def check_evaluation(config: Config, model: str | None, data: str | None, json_f
     problems += [problem for source in as_sources(data) if (problem := check_source(source, "--data"))]
     if data is None and config.data.eval is None:
         hint = "set `data.eval`, or name pairs with --data"
-        problems.append(UserError("the configuration holds no pairs out", "`data.eval`", hint))
+        problems.append(UserError("the configuration has no held-out pairs", "`data.eval`", hint))
     if json_file is not None and json_file != STANDARD_OUTPUT:
         where = f"--json {json_file}"
         if json_file.is_dir():

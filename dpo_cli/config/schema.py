@@ -97,14 +97,14 @@ class ModelSettings(Settings):
     name: PathText = Field(min_length=1)
     """The model: a local folder, a .gguf file, or a Hub id."""
     dtype: Annotated[str, OneOf("auto", *PRECISIONS)] = "auto"
-    """What is computed in; weights are held in float32. auto: bfloat16 on GPUs that have it, else float32."""
+    """The precision of the computation; weights are kept in float32. auto: bfloat16 on GPUs that have it."""
     chat_template: PathText | None = None
     """null: the tokenizer's own; the name of one of several; a Jinja file; `plain` for models without a template."""
     eos_token: str | None = Field(None, min_length=1)
-    """The token that ends a response, where the template closes turns with another than the tokenizer's own; saved."""
+    """The token that ends a response, if the template ends turns with another than the tokenizer's; saved."""
     attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = None
     """The attention of the padded layout, by its name in transformers. null: what config.json names, else transformers'
-    choice. The packed layout has an attention of its own."""
+    choice. The packed layout has its own attention."""
     allow_pickle: bool = False
     """Read pickled weights (.bin) where a model has no others, as bare tensors: nothing in them is executed."""
     trust_remote_code: bool = False
@@ -120,7 +120,7 @@ class DataSettings(Settings):
     """The preference pairs."""
 
     train: Sources | None = None
-    """A data file, a glob, a folder, a prepared folder or a Hub id, with or without settings; or a list of such."""
+    """A data file, a glob, a folder, a prepared folder or a Hub id, with or without settings; or a list of these."""
     eval: HeldOut | None = 0.1
     """The held-out pairs: a fraction of `train`, chosen by `training.seed`; a source or a list; or null."""
     format: Annotated[str, OneOf("auto", *FORMATS)] = "auto"
@@ -128,15 +128,15 @@ class DataSettings(Settings):
     columns: ColumnNames | None = None
     """Columns under other names: `{prompt: question, chosen: response_j}` reads the data's `question` as `prompt`."""
     system: str | None = None
-    """What the system says at the start of conversations in which it says nothing; a row's own text wins."""
+    """The system message of conversations without one; a row's own system message takes precedence."""
     on_bad_row: BadRowRule = "error"
     """Whether a row with a missing field, a wrong type or broken text stops the run or is dropped, counted."""
     max_length: int = Field(1024, ge=2)
-    """The most tokens of prompt and response together."""
+    """The maximum number of tokens of prompt and response together."""
     on_too_long: LengthRule = "drop"
-    """What becomes of longer pairs; truncate cuts the prompt from the left, whole turns first."""
+    """What to do with longer pairs; truncate shortens the prompt from the left, whole turns first."""
     min_response: int | None = Field(None, ge=1)
-    """With truncate, the fewest tokens to which a response may be cut from the right; null: it is never cut."""
+    """With truncate, the least tokens to which a response may be shortened from the right; null: never."""
     turns: TurnRule = "all"
     """Which of the assistant's turns in a response of several turns are scored."""
     ranked: RankedRule = "extremes"
@@ -167,21 +167,21 @@ class TrainingSettings(Settings):
     pairs_per_step: int = Field(32, ge=1)
     """Pairs of one optimizer step, across all processes."""
     micro_batch_tokens: Annotated[Literal["auto"] | Annotated[int, Field(ge=1)], MAY_CHANGE] = "auto"
-    """The most tokens of one forward pass, padding included; decides memory and speed, never the result."""
+    """The limit of tokens in one forward pass, with padding; affects memory and speed, not the result."""
     shuffle: bool = True
-    """Whether every epoch has an order of its own; else the order of the data."""
+    """Whether every epoch has its own order; otherwise the order of the data."""
     layout: Annotated[str, OneOf("auto", *LAYOUTS), MAY_CHANGE] = "auto"
-    """How pairs are laid out for the model; auto: packed where it proves exact, else padded."""
+    """How pairs are laid out for the model; auto: packed if it is proved exact, else padded."""
     optimizer: Annotated[Optimizer, _typed(AdamW().type), _short_type("training.optimizer", Optimizer)] = AdamW()
-    """How gradients become steps; adafactor keeps next to nothing beside the weights, rmsprop half of AdamW's."""
+    """The optimizer; adafactor keeps almost no state, rmsprop half of AdamW's."""
     learning_rate: float = Field(1.0e-6, gt=0)
     """The highest learning rate; adafactor scales it by the size of each matrix's weights."""
     schedule: Annotated[str, OneOf(*SCHEDULES)] = "linear"
-    """How the learning rate goes on after the warm-up."""
+    """The course of the learning rate after the warm-up."""
     warmup_ratio: float = Field(0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises to its highest value."""
     weight_decay: float = Field(0.0, ge=0)
-    """Weight decay of the matrices, decoupled from the gradient but for rmsprop; biases and norms have none."""
+    """Weight decay of the matrices, decoupled from the gradient except in rmsprop; biases and norms have none."""
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Gradients with a larger norm are scaled down to it; null: never."""
     on_nonfinite: Annotated[Literal["stop", "skip"], MAY_CHANGE] = "stop"
@@ -191,7 +191,7 @@ class TrainingSettings(Settings):
     gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third slower."""
     rank_timeout: Annotated[float | None, MAY_CHANGE] = Field(300, ge=1, le=31_536_000)
-    """With several processes, seconds after which one that is silent, or hangs in a step, is given up; null: never."""
+    """With several processes, seconds after which one that is silent or hangs in a step has failed; null: never."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Decides the order of the pairs and which are held out."""
 
@@ -204,23 +204,23 @@ class EvaluationSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """What a run keeps while it goes."""
+    """What a run saves while it trains."""
 
     every_steps: int = Field(100, ge=1)
     """Optimizer steps between checkpoints."""
     at_end: bool = True
-    """Whether the last step saves one, too, from which a finished run can be extended."""
+    """Whether the last step saves one, from which a finished run can be extended."""
     keep: int = Field(2, ge=1)
-    """How many of the newest checkpoints stay."""
+    """The number of newest checkpoints that are kept."""
     background: bool = False
-    """Whether a copy in memory is written while training goes on, instead of training waiting for the disk."""
+    """Whether a copy in memory is written while training continues, instead of waiting for the disk."""
 
 
 class LoggingSettings(Settings):
     """How much of the steps is printed; metrics.jsonl has all of them."""
 
     every_steps: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Steps between two lines; auto: about 200 lines a run, on a terminal 20; the last step has one in any case."""
+    """Steps between two lines; auto: about 200 lines per run, on a terminal 20; the last step always has one."""
 
 
 class Config(Settings):
@@ -242,7 +242,7 @@ class Config(Settings):
     evaluation: Annotated[EvaluationSettings, MAY_CHANGE] = EvaluationSettings()
     """When the held-out pairs are scored."""
     checkpoints: Annotated[CheckpointSettings, MAY_CHANGE] = CheckpointSettings()
-    """What a run keeps while it goes."""
+    """What a run saves while it trains."""
     logging: Annotated[LoggingSettings, MAY_CHANGE] = LoggingSettings()
     """How much of the steps is printed; metrics.jsonl has all of them."""
     tracking: Annotated[

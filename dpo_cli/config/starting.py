@@ -111,7 +111,7 @@ def _lines(model: str | None, found: ModelFound | None, data: str | None, rows: 
     yield from (
         "loss:",
         "  type: dpo",
-        "  beta: 0.1    # how tightly the model is held to what it was: larger is tighter",
+        "  beta: 0.1    # larger keeps the model closer to the reference",
     )
     yield ""
     yield from _training_lines(found, rows)
@@ -126,7 +126,7 @@ def _lines(model: str | None, found: ModelFound | None, data: str | None, rows: 
 def _model_lines(model: str | None, found: ModelFound | None) -> Iterator[str]:
     yield "model:"
     if model is None:
-        yield "  name: path/to/model    # put yours here: a folder, a .gguf file or a Hub id"
+        yield "  name: path/to/model    # replace it with yours: a folder, a .gguf file or a Hub id"
         return
     yield f"  name: {plain_yaml.written(escape_path(model))}"
     if found and found.template:
@@ -136,21 +136,21 @@ def _model_lines(model: str | None, found: ModelFound | None) -> Iterator[str]:
 def _data_lines(data: str | None, rows: DataFound | None, model: ModelFound | None) -> Iterator[str]:
     yield "data:"
     if data is None or rows is None:
-        yield "  train: pairs.jsonl    # put yours here: a file, a glob, a folder or a Hub id"
+        yield "  train: pairs.jsonl    # replace it with yours: a file, a glob, a folder or a Hub id"
     else:
         yield f"  train: {plain_yaml.written(escape_path(data))}"
         yield f"  # {rows.looked_at}"
         if rows.columns:
-            yield f"  columns: {plain_yaml.written(rows.columns)}    # guessed by their names: check them"
+            yield f"  columns: {plain_yaml.written(rows.columns)}    # guessed from their names: check them"
         if rows.dropped:
             setting = "on_bad_row: drop    " if rows.broken else ""
-            yield f"  {setting}# {rows.dropped:,} of them become no pair: `dpo prepare-data` names them"
+            yield f"  {setting}# {rows.dropped:,} of them do not become pairs: `dpo prepare-data` lists them"
     if rows and rows.held_out is None:
         yield "  eval: null    # there are too few prompts to hold some out"
     else:
         yield f"  eval: {rows.held_out if rows else _fraction(_PAIRS)}    # the fraction held out"
     yield from _length_lines(rows, model)
-    yield "  on_too_long: drop    # or truncate: cut the prompt from the left"
+    yield "  on_too_long: drop    # or truncate: shorten the prompt from the left"
 
 
 def _length_lines(rows: DataFound | None, model: ModelFound | None) -> Iterator[str]:
@@ -159,7 +159,7 @@ def _length_lines(rows: DataFound | None, model: ModelFound | None) -> Iterator[
         return
     length, covered = _length(rows.lengths, model)
     longest = int(rows.lengths.max())
-    yield f"  max_length: {length}    # tokens; holds {covered:.1%} of the pairs, the longest has {longest:,}"
+    yield f"  max_length: {length}    # tokens; fits {covered:.1%} of the pairs, the longest has {longest:,}"
 
 
 def _length(lengths: NDArray[np.int64], model: ModelFound) -> tuple[int, float]:

@@ -20,9 +20,11 @@ def _either(names: Iterable[str]) -> str:
 _STEP = "set `training.pairs_per_step`, which is pairs per device × gradient accumulation × processes"
 _NO_ADAPTERS = "leave it out: adapters are not supported, all weights are trained"
 _NO_QUANTIZATION = "leave it out: quantized training is not supported, weights are held in float32"
-_NO_SHARDS = "leave it out: every process holds the whole model; start several with `torchrun -m dpo_cli train …`"
-_UNPAIRED = "choose a loss of pairs, such as `dpo`: this one learns from single responses with a label, not from pairs"
-_ONLINE = "choose a loss of pairs, such as `dpo`: this one lets the model write responses while it trains"
+_NO_SHARDS = (
+    "leave it out: every process holds the whole model; start several processes with `torchrun -m dpo_cli train …`"
+)
+_UNPAIRED = "choose a loss on pairs, such as `dpo`: this one learns from single responses with a label, not from pairs"
+_ONLINE = "choose a loss on pairs, such as `dpo`: this one lets the model write responses while it trains"
 _FIXED = "leave it out: it cannot be set here"
 
 _TABLE: tuple[tuple[str, str], ...] = (
@@ -59,9 +61,9 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "set `data.eval` to a file, a folder or a Hub id"),
     ("val_size val_set_size split_dataset_ratio eval_split_ratio", "set `data.eval` to the fraction that is held out"),
     ("max_seq_length max_seq_len max_sequence_length sequence_len cutoff_len model_max_length max_tokens",
-     "set `data.max_length`, the most tokens of prompt and response together"),
+     "set `data.max_length`, the limit for prompt and response together"),
     ("max_prompt_length max_completion_length max_target_length max_response_length max_source_length",
-     "set `data.max_length`, the most tokens of prompt and response; `data.on_too_long: truncate` cuts prompts"),
+     "set `data.max_length`, the limit for prompt and response; `data.on_too_long: truncate` shortens prompts"),
     ("truncation_mode truncation_strategy", "set `data.on_too_long`: `drop`, `truncate` or `error`"),
     ("max_samples max_train_samples limit_samples", "set `limit` of a source: `data: {train: {path: …, limit: …}}`"),
     ("interleave_probs mix_strategy", "set `weight` of each source: `data: {train: [{path: …, weight: …}]}`"),
@@ -70,7 +72,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "overwrite_cache streaming dataloader_drop_last dataloader_pin_memory group_by_length remove_unused_columns",
      "leave it out: data is prepared once, by all CPU cores, and read from disk"),
     ("packing sample_packing neat_packing padding_free pad_to_sequence_len pad_to_multiple_of",
-     "set `training.layout`: `packed` holds no padding, and `auto` chooses it where it is exact"),
+     "set `training.layout`: `packed` has no padding, and `auto` chooses it where it is exact"),
     ("prompt_column chosen_column rejected_column prompt_field chosen_field rejected_field field_prompt field_chosen "
      "field_rejected prompt_text_column text_column rejected_text_column column_mapping",
      "set `data.columns`, as in `data: {columns: {prompt: question, chosen: good, rejected: bad}}`"),
@@ -96,7 +98,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "micro_batch_size global_batch_size auto_find_batch_size grad_accum_steps",
      _STEP),
     ("per_device_eval_batch_size eval_batch_size",
-     "leave it out: `training.micro_batch_tokens` decides how much one forward pass holds"),
+     "leave it out: `training.micro_batch_tokens` limits the tokens of a forward pass"),
     ("num_train_epochs num_epochs n_epochs max_epochs", "set `training.epochs`"),
     ("max_train_steps total_steps num_steps train_iters", "set `training.max_steps`"),
     ("lr peak_lr base_lr", "set `training.learning_rate`"),
@@ -128,18 +130,18 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ("do_train do_eval do_predict", "leave it out: `dpo train` trains, `dpo eval` scores"),
     ("save_steps save_interval saves_per_epoch", "set `checkpoints.every_steps`"),
     ("save_total_limit save_limit max_checkpoints keep_last", "set `checkpoints.keep`"),
-    ("save_strategy save_only_model save_safetensors", "leave it out: `checkpoints.every_steps` says when to save"),
+    ("save_strategy save_only_model save_safetensors", "leave it out: `checkpoints.every_steps` sets when to save"),
     ("eval_steps eval_interval evals_per_epoch", "set `evaluation.every_steps`"),
     ("eval_strategy evaluation_strategy eval_on_start eval_delay",
-     "leave it out: held-out pairs are scored before step 1, at the end, and between by `evaluation.every_steps`"),
+     "leave it out: held-out pairs are scored before step 1, at the end, and every `evaluation.every_steps` steps"),
     ("load_best_model_at_end metric_for_best_model early_stopping_patience", "leave it out: it is not supported"),
     ("logging_steps log_steps log_interval logging_interval",
      "set `logging.every_steps`; `metrics.jsonl` has every step in any case"),
     ("logging_strategy logging_first_step disable_tqdm", "leave it out: every step is written to `metrics.jsonl`"),
     ("report_to use_wandb use_tensorboard wandb tensorboard mlflow plot_loss",
-     "set `tracking`, such as to `tensorboard`"),
+     "set `tracking`, for example to `tensorboard`"),
     ("wandb_project wandb_name swanlab_project",
-     "set `tracking`, such as to `{type: wandb, project: my-project, name: my-run}`"),
+     "set `tracking`, for example to `{type: wandb, project: my-project, name: my-run}`"),
     ("push_to_hub hub_model_id hub_token hub_strategy",
      "leave it out: upload the run's `final/` with `hf upload`"),
 )  # fmt: skip

@@ -58,7 +58,7 @@ def read_tree(file: Path) -> tuple[Tree, list[UserError]]:
         raise UserError("the configuration is empty", str(file), "set at least `model` and `data.train`")
     if not isinstance(values, dict):
         what = f"the configuration is not a mapping of settings, but {_kind(values)}"
-        raise UserError(what, f"{file}, line 1", _if_data(file) or "write `model: …` and the like")
+        raise UserError(what, f"{file}, line 1", _if_data(file) or "write settings, such as `model: …`")
     places = {path: f"{file}, line {line}" for path, line in lines.items()}
     problems = [_unreadable(error, file) for error in unreadable]
     return Tree(values, {(): str(file), **places}, [error.path for error in unreadable if error.path]), problems
@@ -101,7 +101,7 @@ def override(tree: Tree, text: str) -> UserError | None:
     where, path = f"the command line: {text}", key.split(".")
     if not equals or not all(path):
         hint = "overrides look like `training.learning_rate=1e-5`; options start with `--`"
-        return UserError(f"`{text}` is not a setting and its value", "the command line", hint)
+        return UserError(f"`{text}` is not a setting with a value", "the command line", hint)
     try:
         parsed, _ = plain_yaml.parse(value)
     except NotPlain as error:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 COLLAPSE = 1.0
-"""By how many nats a token the chosen responses may become less likely.
+"""By how many nats per token the chosen responses may become less likely.
 
 DPO sees the difference of both responses alone and lowers both a little in healthy runs, by some tenths of a nat a
 token at most. At 1 nat each token of what the model should learn to say is e times less likely than before any
-training. A pretrained model has 1 to 3 nats a token on ordinary text, so it lost a large part of what it knew.
+training. A pretrained model has 1 to 3 nats per token on ordinary text, so it lost a large part of what it knew.
 """
 
 _CHANCE = 0.01
@@ -31,7 +31,7 @@ def worsened(before: Mapping[str, Any], after: Mapping[str, Any], chosen_tokens:
         logps = {side: f"{before[name]:.1f} → {after[name]:.1f}" for side, name in _SIDES.items()}
         both = after["logps/rejected"] < before["logps/rejected"]
         others = f", and so did the rejected ones ({logps['rejected']})" if both else ""
-        found.append(f"the chosen responses lost {fall:.1f} nats a token ({logps['chosen']}){others}")
+        found.append(f"the chosen responses lost {fall:.1f} nats per token ({logps['chosen']}){others}")
     if after["loss"] > before["loss"] + _CHANCE * abs(before["loss"]):
         found.append(f"the held-out loss rose from {before['loss']:.4f} to {after['loss']:.4f}")
     # A fall within the interval may be chance.

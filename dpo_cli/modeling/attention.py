@@ -159,7 +159,7 @@ def attend_to_trees(model: PreTrainedModel) -> None:
         CannotPack: Its architecture takes no attention from outside.
     """
     if not model._supports_attention_backend:
-        raise CannotPack("it takes no attention from outside")
+        raise CannotPack("its attention cannot be replaced")
     model.set_attn_implementation(TREE_ATTENTION)
 
 
@@ -173,10 +173,10 @@ def tree_mask(**arguments: Any) -> Any:
     if tree is None:
         raise CannotPack("no prefix tree is being read")
     if arguments.get("use_vmap") or "allow_is_bidirectional_skip" in arguments:
-        raise CannotPack("its attention mask has rules of its own")
+        raise CannotPack("its attention mask has special rules")
     # Chunks come under the same name as windows, and differ from them only in sequences longer than a chunk.
     if window is not None and window != getattr(arguments["config"], "sliding_window", None):
-        raise CannotPack("its layers look back in chunks")
+        raise CannotPack("its layers attend in chunks")
     return _flex_mask(tree, window) if tree.ends.is_cuda else TreeMask(tree.stretches, window)
 
 

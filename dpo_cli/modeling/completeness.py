@@ -42,8 +42,8 @@ def check_complete(model: PreTrainedModel, report: Mapping[str, Any], folder: st
     if missing := sorted(report["missing_keys"]):
         raise _missing(missing, sorted(report["unexpected_keys"]), folder)
     if unused := sorted(name for name in report["unexpected_keys"] if not _may_be_there(model, name)):
-        what = f"{len(unused)} weights in the files are no part of {_described(model)}: {_shown(unused)}"
-        hint = "correct config.json where it is wrong; or load the model in transformers and save it, which drops them"
+        what = f"{len(unused)} weights in the files are not part of {_described(model)}: {_shown(unused)}"
+        hint = "correct config.json if it is wrong; or load the model in transformers and save it, which drops them"
         raise UserError(what, folder, hint)
 
 
@@ -82,10 +82,10 @@ def _missing(missing: list[str], unused: list[str], folder: str) -> UserError:
     what = f"the weights of {len(missing)} parameters are missing: {_shown(missing)}"
     if unused:
         what += f"; {len(unused)} others in the files are not used: {_shown(unused)}"
-    hint = "the folder is incomplete, or its config.json is another model's"
+    hint = "check that the folder is complete, and that its config.json belongs to this model"
     if left := sorted({part for name in unused for part in _WRAPPER.findall(name)}):
         parts = ", ".join(f"`{part}`" for part in left)
-        hint = f"save the model without what was wrapped around it: its weights' names have {parts} in them"
+        hint = f"save the model without its wrapper: the names of its weights contain {parts}"
     return UserError(what, folder, hint)
 
 
@@ -96,11 +96,11 @@ def _other_shape(
     name, found, wanted = differing
     words = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer}
     if id(model.get_parameter(name)) in words and found[1:] == wanted[1:]:
-        what = f"config.json says `vocab_size: {wanted[0]}`, and the weights have {found[0]} (`{name}`)"
+        what = f"config.json says `vocab_size: {wanted[0]}`, but the weights have {found[0]} (`{name}`)"
     else:
         more = f", and those of {number - 1} others differ as well" if number > 1 else ""
-        what = f"`{name}` has the shape {list(found)}, and config.json asks for {list(wanted)}{more}"
-    return UserError(what, folder, "config.json or the weights are another model's")
+        what = f"`{name}` has the shape {list(found)}, but config.json asks for {list(wanted)}{more}"
+    return UserError(what, folder, "check that config.json and the weights belong to the same model")
 
 
 def _described(model: PreTrainedModel) -> str:

@@ -40,9 +40,7 @@ def check_all_read(model: PreTrainedModel, reader: GGUFReader) -> None:
     used = sum(parameter.numel() for parameter in model.parameters())
     if held > used:
         layers = model.config.get_text_config().num_hidden_layers
-        what = (
-            f"the file has {held:,} weights, and {type(model).__name__} with {layers} layers has a place for {used:,}"
-        )
+        what = f"the file has {held:,} weights, but {type(model).__name__} with {layers} layers uses {used:,}"
         raise UserError(what, None, _HINT)
 
 
@@ -67,7 +65,9 @@ def settle_positions(model: PreTrainedModel, reader: GGUFReader) -> None:
     elif kind == "none" and not tables:
         found = {**_LLAMA_3, "factor": float(divided.max()), "original_max_position_embeddings": _LLAMA_3_POSITIONS}
     if found is None or not known or "rope_type" not in known or not _divides(config, found, divided):
-        what = f"the positions are scaled ({kind if kind != 'none' else 'by a table'}) as transformers does not read it"
+        what = (
+            f"the positions are scaled ({kind if kind != 'none' else 'by a table'}) in a way transformers does not know"
+        )
         raise UserError(what, None, _HINT)
     config.rope_parameters = {**known, **found}
 

@@ -60,6 +60,8 @@ def fetch_weights(name: str, folder: Path, trust: Trust) -> None:
             return
     if is_offline_mode():
         hint = "unset HF_HUB_OFFLINE, or download the model first"
-        raise UserError(f"the weights of `{name}` are not in the Hub's cache, and no network is to be used", None, hint)
+        raise UserError(
+            f"the weights of `{name}` are not in the Hub's cache, and the network is switched off", None, hint
+        )
     hint = "`model.allow_pickle: true` reads pickled ones, as bare tensors: nothing in them is executed"
     raise UserError(f"`{name}` has no .safetensors weights", None, hint)

@@ -96,7 +96,7 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, name: str, where: str,
     ours, theirs = ({i: t for t, i in known.get_vocab().items()} for known in (tokenizer, load_tokenizer(name, trust)))
     if differing := sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]):
         shown = "; ".join(f"id {i} is {theirs[i]!r} there and {ours[i]!r} here" for i in differing[:3])
-        what = f"`{name}` reads other tokens than the pairs have: {len(differing)} ids differ ({shown})"
+        what = f"`{name}` has another vocabulary than the pairs: {len(differing)} ids differ ({shown})"
         raise UserError(what, where, "choose a model with the same tokenizer as `model.name`")
 
 
@@ -130,7 +130,7 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
     """Load a causal language model in float32, in evaluation mode (dropout off).
 
     Raises:
-        UserError: It cannot be found or read, is no causal language model, is quantized, lacks weights or has others
+        UserError: It cannot be found or read, is not a causal language model, is quantized, lacks weights or has others
             than it uses, does not fit into memory, or brings along what it is not trusted with.
     """
     from transformers import AutoModelForCausalLM
@@ -155,12 +155,12 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
 
     model = _load(name, "model", load, trust)
     if any(path.suffix == ".bin" for path in weights_files(Path(model.name_or_path))):
-        _log.warning("`model.allow_pickle`: the weights of %s are read out of a pickle, as bare tensors", name)
+        _log.warning("`model.allow_pickle`: the weights of %s are read from a pickle, as bare tensors", name)
     _warn_of_another_name(model, name)
     if others := untied(model):
         say_untied(model)
         _log.warning(
-            "config.json of %s ties %s to the embedding, and its weights have other values there: they are trained as "
+            "config.json of %s ties %s to the embedding, but its weights have other values there: they are trained as "
             "they are, and what is saved says `tie_word_embeddings: false`",
             name,
             ", ".join(others),
@@ -176,8 +176,8 @@ def _warn_of_another_name(model: PreTrainedModel, name: str) -> None:
     for other in model.config.architectures or []:
         kinds = {known for known, called in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if called == other}
         if kinds and kind not in kinds and other != type(model).__name__:
-            told = f"config.json of {name} says `model_type: {kind}` and names `{other}`, which is of another type"
-            _log.warning("%s: it is trained as %s, and what is saved says so", told, type(model).__name__)
+            told = f"config.json of {name} says `model_type: {kind}` but names `{other}`, which is of another type"
+            _log.warning("%s: it is trained as %s, and saved as that", told, type(model).__name__)
 
 
 def empty_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
@@ -207,7 +207,7 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         model.load_state_dict(saved.state_dict())
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        hint = "the checkpoint is another model's: start again with `--overwrite`"
+        hint = "the checkpoint belongs to another model: start again with `--overwrite`"
         raise UserError(f"the weights do not fit the model: {reason}", str(folder), hint) from None
 
 
@@ -253,8 +253,8 @@ def _empty(folder: str, trust: Trust) -> PreTrainedModel:
         raise UserError("FlexAttention, which it asks for, computes no gradient without a GPU", None, hint)
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window is not None and window < 1:
-        what = f"{CONFIG} says `sliding_window: {window}`: no token would see any"
-        raise UserError(what, None, "set it to null in config.json where tokens see all that are before them")
+        what = f"{CONFIG} says `sliding_window: {window}`: no token would attend to any"
+        raise UserError(what, None, "set it to null in config.json if tokens attend to all earlier tokens")
     logits_alone(model)
     return model
 
@@ -296,7 +296,7 @@ def _check_room(needed: int) -> None:
 
     free = free_bytes(torch.device("cpu"))
     if needed > free:
-        what = f"its weights take {needed / 2**30:.1f} GiB in float32, and {free / 2**30:.1f} GiB of memory are free"
+        what = f"its weights take {needed / 2**30:.1f} GiB in float32, but {free / 2**30:.1f} GiB of memory are free"
         raise UserError(what, None, "choose a smaller model, or a machine with more memory")
 
 

@@ -163,8 +163,10 @@ def check_elements(num_elements: int, folder: Path) -> None:
     """
     num_bytes = sum(path.stat().st_size for path in weights_files(folder) if path.is_file())
     if num_bytes and num_elements > 2 * num_bytes + _SPARE_ELEMENTS:
-        what = f"{CONFIG} asks for {num_elements:,} numbers, and its weights are {num_bytes:,} bytes"
-        raise UserError(what, str(folder), "the folder is incomplete, or its config.json is another model's")
+        what = f"{CONFIG} asks for {num_elements:,} numbers, but its weights have {num_bytes:,} bytes"
+        raise UserError(
+            what, str(folder), "check that the folder is complete, and that its config.json belongs to this model"
+        )
 
 
 def _inside(name: str, ending: str) -> str:
@@ -180,11 +182,11 @@ def _check_company(folder: Path) -> None:
     """Refuse what would be loaded in place of the model's own weights, and settings that fill the memory."""
     for path in folder.iterdir():
         if path.name == "adapter_config.json":
-            hint = "merge the adapter into its model; or remove that file, where the folder holds a whole model"
+            hint = "merge the adapter into its model; or remove that file, if the folder has a whole model"
             raise UserError("it is an adapter to another model (adapter_config.json)", None, hint)
         if _BY_PROCESS.fullmatch(path.name):
-            hint = "put them together with transformers' `consolidate_distributed_checkpoint`"
-            raise UserError(f"its weights are parted by processes ({path.name})", None, hint)
+            hint = "merge them with transformers' `consolidate_distributed_checkpoint`"
+            raise UserError(f"its weights are split by process ({path.name})", None, hint)
         if path.suffix in _TEXTS and path.is_file() and path.stat().st_size > MOST_TEXT_BYTES:
             raise UserError(f"`{path.name}` is larger than {MOST_TEXT_BYTES:,} bytes", None, _DAMAGED)
 
@@ -194,7 +196,7 @@ def _check_fetched(files: list[Path]) -> None:
     for file in files:
         if file.is_file() and file.stat().st_size <= _MOST_POINTER_BYTES and file.read_bytes().startswith(_POINTER):
             hint = "run `git lfs pull` in the folder"
-            raise UserError(f"`{file.name}` is a pointer of Git LFS: the file itself was not fetched", None, hint)
+            raise UserError(f"`{file.name}` is a Git LFS pointer: the file itself was not downloaded", None, hint)
 
 
 def _check_generation(file: Path) -> None:
@@ -213,14 +215,14 @@ def _check_settings(settings: dict[str, Any]) -> None:
         if most is not None and isinstance(value, (int, float)) and value > most:
             raise UserError(f"{CONFIG} sets `{name}` to more than {most:,}", None, _DAMAGED)
         if name.endswith("attn_implementation") and "/" in str(value):
-            hint = "such code is never run: take that setting out of config.json"
+            hint = "such code is never run: remove that setting from config.json"
             raise UserError(f"{CONFIG} asks for attention code from the Hub in `{name}`", None, hint)
     check_unquantized(settings)
     _check_architecture(settings)
 
 
 def _check_architecture(settings: dict[str, Any]) -> None:
-    """Refuse what is no causal language model by the name of its architecture, before it is trained as one."""
+    """Refuse what is not a causal language model by the name of its architecture, before it is trained as one."""
     if "AutoModelForCausalLM" in (settings.get("auto_map") or {}):
         # Code of its own has names of its own.
         return
@@ -244,7 +246,7 @@ def all_settings(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _read_json(path: Path) -> dict[str, Any]:
     found = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(found, dict):
-        raise ValueError(f"{path.name} is no object")
+        raise ValueError(f"{path.name} is not a JSON object")
     return found
 
 

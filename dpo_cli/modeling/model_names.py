@@ -23,10 +23,10 @@ def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) ->
     if path.is_dir():
         if (path / CONFIG).is_file():
             return check_folder(path, trust, where)
-        hint = _model_inside(path) or "a model folder holds config.json, the weights and the tokenizer's files"
+        hint = _model_inside(path) or "name a folder with config.json, the weights and the tokenizer's files"
         return UserError(f"`{name}` is not a model folder: it has no config.json", where, hint)
     if path.is_file():
-        hint = "name the folder that holds config.json, a .gguf file, or a Hub id"
+        hint = "name the folder with config.json, a .gguf file, or a Hub id"
         return UserError(f"`{name}` is neither a model folder nor a .gguf file", where, hint)
     if names_hub_model(name):
         return None

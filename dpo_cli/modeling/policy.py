@@ -218,7 +218,7 @@ class Policy:
             ValueError: Names or shapes are others.
         """
         if {name: tensor.shape for name, tensor in weights.items()} != self.shapes():
-            raise ValueError("the weights are another model's")
+            raise ValueError("the weights belong to another model")
         for name, ours in self.weights().items():
             ours.copy_(weights[name])
 

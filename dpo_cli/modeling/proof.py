@@ -45,7 +45,7 @@ class Proof:
         if self.refusal:
             return self.refusal
         if not self.difference <= precision.token_tolerance:
-            return f"log-probabilities differ by {self.difference:.2g} nats a token"
+            return f"log-probabilities differ by {self.difference:.2g} nats per token"
         if not self.norm_difference <= precision.norm_tolerance:
             return f"the gradient's norm differs by {self.norm_difference:.2%}"
         return ""
@@ -77,8 +77,8 @@ def prove(
         layout.prepare(model)
         return Proof(0.0, 0.0)
     if trained and not expected_norm:
-        hint = "its weights are zeros, as an interrupted save leaves them, or a factor in config.json is"
-        raise UserError("no weight of the model has a gradient: nothing would be learnt", type(model).__name__, hint)
+        hint = "check the weights, which an interrupted save leaves at zero, and the factors in config.json"
+        raise UserError("no weight of the model has a gradient: nothing would be learned", type(model).__name__, hint)
     try:
         layout.prepare(model)
         with autocast():
@@ -106,7 +106,7 @@ def asking(model: PreTrainedModel) -> Iterator[None]:
         raise
     except REFUSALS as error:
         what = f"the model fails on the first pairs, {type(error).__name__}: {_first_line(error)}"
-        raise UserError(what, type(model).__name__, "look for a value in its config.json that does not fit") from error
+        raise UserError(what, type(model).__name__, "check the values in its config.json") from error
 
 
 def _answers(

@@ -79,7 +79,7 @@ def check_headers(files: list[Path]) -> None:
             other = holding.setdefault(name, place)
             if other != place and other.content() != place.content():
                 what = f"`{name}` is in {other.file.name} and, with other values, in {place.file.name}"
-                raise UserError(what, None, "remove it from one of the files: no program says which one it takes")
+                raise UserError(what, None, "remove it from one of the files: which of them is used is undefined")
 
 
 def check_pickles(files: list[Path]) -> None:
@@ -107,7 +107,7 @@ def _check_type(name: str, dtype: str) -> None:
 def _quantized(method: str, because: str = "") -> UserError:
     """Say how a model is quantized, and what works instead."""
     known = method if method != "unknown" else "by an unnamed method"
-    what = f"its weights are quantized ({because or known}), and such weights cannot be trained or scored here"
+    what = f"its weights are quantized ({because or known}), and quantized weights cannot be trained or scored"
     return UserError(what, None, _HINTS.get(method, _HINT))
 
 

@@ -36,12 +36,12 @@ def reason_and_hint(error: Exception, name: str, folder: Path | None) -> tuple[s
     reason = _reason(error)
     if "custom code" in reason:
         hint = "such code is never run unless `model.trust_remote_code` is true; read it before you allow it"
-        return "it brings code of its own", hint
+        return "it has its own code", hint
     if reason.startswith("Unrecognized configuration class"):
         named = re.search(r"(\w+)Config'", reason)
-        return f"{named[1] if named else 'it'} is no causal language model", "choose a model that continues text"
+        return f"{named[1] if named else 'it'} is not a causal language model", "choose a model that continues text"
     if "not supported yet" in reason:
-        return reason, "choose another model, or update transformers, where the model is newer"
+        return reason, "choose another model, or update transformers if the model is newer"
     if folder is None:
         return (
             reason,
@@ -52,9 +52,9 @@ def reason_and_hint(error: Exception, name: str, folder: Path | None) -> tuple[s
         return reason, "the model is incomplete or damaged: save or download it again"
     file, version = found[0][0], importlib.metadata.version("transformers")
     said = ", ".join(f"`{setting}: {json.dumps(value)}`" for _, setting, value in found)
-    hint = f"correct {file}; or update transformers ({version} is installed), where the model is newer"
+    hint = f"correct {file}; or update transformers ({version} is installed) if the model is newer"
     if any(setting.endswith("attn_implementation") for _, setting, _ in found):
-        hint = "set `model.attention` to `eager` or `sdpa`, for which nothing has to be installed"
+        hint = "set `model.attention` to `eager` or `sdpa`, which need no other package"
     return f"{file} says {said}: {reason}", hint
 
 

@@ -185,7 +185,7 @@ def prove_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             if refusal := _os_error(error):
                 raise from_os_error(refusal, "trying to save the model", scratch) from error
             reason, hint = reason_and_hint(error, model.name_or_path, folder)
-            raise UserError(f"what is trained could not be saved: {reason}", model.name_or_path, hint) from error
+            raise UserError(f"the model could not be saved: {reason}", model.name_or_path, hint) from error
     check_complete(model, report, model.name_or_path)
     return "the model can be saved and read again"
 
@@ -209,7 +209,7 @@ def check_saved(folder: Path, model: PreTrainedModel) -> None:
 
 
 def _other_bytes(name: str, folder: Path) -> UserError:
-    hint = "check the disk, then `--resume`: the last checkpoint is as it was"
+    hint = "check the disk, then `--resume`: the last checkpoint is intact"
     return UserError(f"`{name}` was not saved as it is in memory", str(folder.parent), hint, status=FAILED)
 
 

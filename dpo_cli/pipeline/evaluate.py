@@ -147,7 +147,7 @@ def scored(
     broken = [result.index for result in results if not math.isfinite(result.metrics["loss"])]
     if broken:
         what = f"the held-out loss is not finite; its pairs: {named_pairs(batches.pairs, broken)}"
-        hint = "the weights are damaged, or `training.learning_rate` was too high; the last checkpoint is as it was"
+        hint = "the weights are damaged, or `training.learning_rate` was too high; the last checkpoint is intact"
         raise UserError(what, where, hint, status=FAILED)
     return results
 
@@ -156,7 +156,7 @@ def _show(config: Config, found: dict[str, Any], console: Console) -> None:
     """Print what was measured, and the figures of all pairs and of groups of them."""
     measured = {
         "loss": described_loss(config),
-        "reference": found["reference"] or "none, and none is needed",
+        "reference": found["reference"] or "none (not needed)",
         "pairs of": found["data"],
     }
     console.block()

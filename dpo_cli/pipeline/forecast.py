@@ -61,10 +61,10 @@ def show_forecast(run: PlannedRun, *, resume: bool) -> None:
 def _passes(run: PlannedRun, batches: Batches, memory: MemoryEstimate) -> Mapping[str, str]:
     """Say how pairs go through the model and what that takes in memory, part by part."""
     can_fail = run.session.config.training.layout == "auto" and batches.layout.needs_proof
-    about_peak = "not all parts are there at once" if memory.counted else "and activations, not counted"
+    about_peak = "not all parts exist at the same time" if memory.counted else "and activations, not counted"
     return {
         "tokens of all pairs": f"{run.data.pairs.num_tokens():,}",
-        "layout": f"{batches.layout.name}{', if it proves exact' if can_fail else ''}",
+        "layout": f"{batches.layout.name}{', if it is proved exact' if can_fail else ''}",
         "tokens of a forward pass": f"at most {batches.micro_batch_tokens:,}, or one pair",
         **{f"memory: {name}": gib(size) for name, size in memory.parts().items() if size},
         "memory: at the peak": f"{gib(memory.peak)} ({about_peak})",
@@ -105,9 +105,9 @@ def _time(run: PlannedRun, batches: Batches, done: int) -> Mapping[str, str]:
     layers, config = " and ".join(map(str, measured_layers(run.sketch.model))), run.sketch.model.config
     speed = sum(_num_tokens(batches, cut) for cut in cuts) * num_ranks / len(steps) / step
     return {
-        "speed": f"about {speed:,.0f} tokens a second, by {layers} of "
+        "speed": f"about {speed:,.0f} tokens per second, by {layers} of "
         f"{config.get_text_config().num_hidden_layers} layers measured with random weights",
-        "time": f"about {clock(sum(seconds.values()))} ({parts}), loading and saving aside",
+        "time": f"about {clock(sum(seconds.values()))} ({parts}), without loading and saving",
     }
 
 

@@ -56,10 +56,10 @@ def _say_what_was_found(console: Console, data: DataFound, model: ModelFound | N
     console.notice(data.looked_at)
     if data.columns:
         console.warning(
-            f"`data.columns` is guessed by the columns' names, check it: {plain_yaml.written(data.columns)}"
+            f"`data.columns` is guessed from the column names, check it: {plain_yaml.written(data.columns)}"
         )
     if data.dropped:
-        console.warning(f"{data.dropped:,} of the rows become no pair; `dpo prepare-data` names them")
+        console.warning(f"{data.dropped:,} of the rows do not become pairs; `dpo prepare-data` lists them")
     if model and model.template:
         console.warning("the tokenizer has no chat template; `model.chat_template: plain` puts headings before turns")
     if model and (beyond := too_long(data, model)):

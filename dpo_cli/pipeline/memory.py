@@ -51,7 +51,7 @@ def check_memory(session: Session, policy: Policy, program_bytes: int) -> None:
         return
     where = f"`model.name: {session.config.model.name}`"
     shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if name != "program and libraries")
-    what = f"training takes at least {gib(least)} of memory, and {gib(free)} are free ({shown})"
+    what = f"training needs at least {gib(least)} of memory, but {gib(free)} are free ({shown})"
     settings, smaller = [], session.config
     for setting, smaller in _smaller(session.config):
         settings.append(f"`{setting}`")

@@ -158,8 +158,8 @@ def choose_layout(
         if failure:
             failure = f"{policy}: {failure}"
             break
-        nats, share = f"{proof.difference:.1g} nats a token", f"; its gradient's norm by {proof.norm_difference:.1g}"
-        given = f"{layout.name} gives what {PADDED.name} gives"
+        nats, share = f"{proof.difference:.1g} nats per token", f"; its gradient's norm by {proof.norm_difference:.1g}"
+        given = f"{layout.name} gives the same as {PADDED.name}"
         session.console.notice(f"checked: {given}, up to {nats}{share if learnt else ''}")
     if not failure:
         return layout

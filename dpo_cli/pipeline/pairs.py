@@ -90,7 +90,7 @@ def prepared_pairs(
     reading = prepared.Reading(data.format, data.on_bad_row, data.ranked, data.columns or {}, data.system or "")
     if any(prepared.is_prepared(source.path) for source in sources):
         if len(sources) > 1:
-            hint = "name one prepared folder alone, or the raw sources"
+            hint = "name only one prepared folder, or the raw sources"
             raise UserError("a prepared folder cannot be mixed with other sources", names, hint)
         return prepared.open_for(Path(sources[0].path), reading, tokenize)
     if folder and (problem := _check_out(folder)):
@@ -124,9 +124,9 @@ def _check_out(folder: Path) -> UserError | None:
     """Say why pairs cannot be kept in a folder, if so: what is there and is not prepared data stays."""
     hint = "choose another folder with --out"
     if obstacle := why_no_folder(folder):
-        return UserError(f"the folder for the prepared pairs cannot be made: {obstacle}", f"--out {folder}", hint)
+        return UserError(f"the folder for the prepared pairs cannot be created: {obstacle}", f"--out {folder}", hint)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        return UserError("the folder for the prepared pairs holds something else", f"--out {folder}", hint)
+        return UserError("the folder for the prepared pairs contains other files", f"--out {folder}", hint)
     return None
 
 
@@ -174,7 +174,7 @@ def _tell(name: str, pairs: PreparedPairs, console: Console) -> None:
     shapes = ", ".join(dict.fromkeys(source["shape"] for source in statistics["sources"]))
     line = f"{name}: {statistics['rows_read']:,} rows of the shape {shapes}, {statistics['pairs_kept']:,} pairs"
     if dropped := statistics["dropped"]:
-        console.warning(f"{line}; dropped: {shown_counts(dropped)} (`dpo prepare-data` names them)")
+        console.warning(f"{line}; dropped: {shown_counts(dropped)} (`dpo prepare-data` lists them)")
     else:
         console.notice(line)
 
@@ -212,8 +212,8 @@ def _without_dropped(config: Config, data: RunData) -> RunData:
     if not names:
         return data
     if "leakage" in names and not held_out_sources(config):
-        what = "`leakage` has no effect: a prompt stands on one side unless `data.eval` is a source of its own"
-        raise UserError(what, "`data.drop`", "take it out of the list")
+        what = "`leakage` has no effect: a prompt is on one side only, unless `data.eval` is a separate source"
+        raise UserError(what, "`data.drop`", "remove it from the list")
     left_out = drops(data.pairs, data.train, data.held_out, names)
     gone = np.concatenate(list(left_out.values()))
     train, held_out = np.setdiff1d(data.train, gone), np.setdiff1d(data.held_out, gone)

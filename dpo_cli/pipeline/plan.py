@@ -207,7 +207,7 @@ def _shown(value: object) -> str:
 
 def _reference(config: Config) -> str:
     if config.reference.type == "none":
-        return "none, and none is needed"
+        return "none (not needed)"
     return f"{config.reference.type}, {config.reference.model or 'the policy before step 1'}"
 
 
@@ -235,8 +235,8 @@ def out_of_reach(config: Config, data: RunData, plan: Plan) -> dict[str, list[st
         note(evaluation, "every_steps", f"{what}; held-out pairs are scored before step 1 and after the last")
     if checkpoints.every_steps > steps:
         what = f"`checkpoints.every_steps` {checkpoints.every_steps:,} {never}"
-        note(checkpoints, "every_steps", f"{what}; a crash before the last one would cost all of them")
+        note(checkpoints, "every_steps", f"{what}; a crash before the last step would lose all steps")
     if training.pairs_per_step > pairs:
         what = f"`training.pairs_per_step` {training.pairs_per_step:,} is above the {pairs:,} training pairs"
-        note(training, "pairs_per_step", f"{what}; every step has all of them")
+        note(training, "pairs_per_step", f"{what}; every step uses all of them")
     return found

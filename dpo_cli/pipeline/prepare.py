@@ -65,7 +65,7 @@ def prepare(
     if strict and found.grave:
         named = shown_counts({finding.name: finding.count for finding in found.grave})
         hint = "fix the data, list the findings to leave out in `data.drop`, or check without --strict"
-        raise UserError(f"the data has findings that --strict does not let pass: {named}", str(folder), hint)
+        raise UserError(f"the data has findings that --strict does not accept: {named}", str(folder), hint)
     return found
 
 

@@ -127,10 +127,8 @@ def check_length(config: Config, folder: RunFolder, plan: Plan, *, extend: bool)
     course = _course(old, new, training.learning_rate, done, now)
     if extend:
         return f"{longer}; {course}"
-    what = f"the learning rate of the first {done:,} steps would have been another in a run of {now:,} steps"
-    hint = (
-        f"`--extend` goes on all the same: {course}; for {now:,} steps of one schedule start again with `--overwrite`"
-    )
+    what = f"the learning rate of the first {done:,} steps would have been different in a run of {now:,} steps"
+    hint = f"`--extend` continues anyway: {course}; for {now:,} steps of one schedule, start again with `--overwrite`"
     raise UserError(what, str(folder.config), hint)
 
 

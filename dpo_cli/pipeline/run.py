@@ -104,7 +104,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Records:
-    """What a run keeps while it goes.
+    """What a run saves while it trains.
 
     Attributes:
         run: The run.

@@ -105,12 +105,12 @@ def start_accelerator(config: Config) -> Accelerator:
             accelerator = Accelerator(**settings)
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        hint = "look at what `accelerate config` has set, and at the environment variables that begin with ACCELERATE_"
+        hint = "check what `accelerate config` has set, and the environment variables that begin with ACCELERATE_"
         raise UserError(
             f"Accelerate cannot start: {reason}", "Accelerate's own configuration", hint, status=FAILED
         ) from error
     if accelerator.gradient_accumulation_steps != 1:
-        hint = "set it to 1 there; `training.pairs_per_step` decides how many pairs make up a step"
+        hint = "set it to 1 there; `training.pairs_per_step` sets the number of pairs per step"
         raise UserError("Accelerate is configured to accumulate gradients", "Accelerate's own configuration", hint)
     return accelerator
 

@@ -136,7 +136,7 @@ def _described(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:
     """Say how pairs go through the model, and what that takes in memory at the peak."""
     activations = f"{gib(memory.activations)} of it activations"
     if not memory.counted:
-        activations = "and activations, which could not be counted beforehand"
+        activations = "and activations, which could not be estimated"
     return {
         "micro-batch": f"at most {batches.micro_batch_tokens:,} tokens, or one pair; {batches.layout.name}",
         "memory": f"about {gib(memory.peak)} at the peak, {activations}",
@@ -228,7 +228,7 @@ def _steps(run: Run, records: Records) -> Iterator[StepResult]:
                 yield result
                 before = time.monotonic()
     except NotFinite as broken:
-        hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is as it was"
+        hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is intact"
         skipped = min(run.learner.skips.count, run.learner.skips.allowed)
         what = run.described(broken) + (f"; {skipped} steps were skipped before" if skipped else "")
         raise UserError(what, str(run.plan.folder.checkpoints), hint, status=FAILED) from None
@@ -256,7 +256,7 @@ def _after_step(run: Run, records: Records, result: StepResult, record: Record) 
         record.saved(step, path, background=config.checkpoints.background)
         return
     records.writer.finish()
-    session.console.answer(f"stopped after step {step}; saved {path}; `--resume` goes on from there")
+    session.console.answer(f"stopped after step {step}; saved {path}; `--resume` continues from there")
     raise Interrupted(next(filter(None, session.of_all(session.signals.received))))
 
 

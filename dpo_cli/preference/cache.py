@@ -166,7 +166,7 @@ class ReferenceCache:
 
     def _refusal(self, path: Path) -> str:
         """Return why a file cannot be used, or nothing; one that never can be is removed."""
-        reason = "is another reference's"
+        reason = "belongs to another reference"
         try:
             if file_digest(path) != path.stem:
                 reason = "is damaged"

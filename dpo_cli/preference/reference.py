@@ -66,7 +66,7 @@ class Cached(Settings):
 
 
 class Frozen(Settings):
-    """Hold a frozen model beside the policy and ask it for every batch."""
+    """Keep a frozen model beside the policy and score every batch with it."""
 
     type: Literal["frozen"] = "frozen"
     """Where the reference log-probabilities come from."""
@@ -85,7 +85,7 @@ class Frozen(Settings):
 
 
 class Synced(Settings):
-    """Hold a model beside the policy that follows it: every so many steps it moves a part of the way (TR-DPO).
+    """Keep a model beside the policy that moves part of the way to it at intervals (TR-DPO).
 
     Evaluations compare with it as it was before step 1, so that they can be compared with each other.
 

@@ -101,7 +101,7 @@ def refuse_other_shapes(reference: Policy, policy: Policy) -> None:
         UserError: Their weights differ in name or shape.
     """
     if reference.shapes() != policy.shapes():
-        what = "the reference has weights of other names or shapes than the policy, and cannot move towards it"
+        what = "the reference has weights of other names or shapes than the policy, so that it cannot move towards it"
         raise UserError(what, "`reference.model`", "choose a model of the same architecture, or `reference: frozen`")
 
 

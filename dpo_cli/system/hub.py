@@ -33,7 +33,7 @@ def name_hint(name: str, hint: str) -> str:
     """Add to a hint why a name that looks like a Hub id is not asked for on the Hub, where that needs a word."""
     first, slash, _ = name.partition("/")
     if slash and not name.startswith((".", "/", "~")) and is_path(name):
-        return f"{hint} (`{first}` is a folder here, so the Hub is not asked)"
+        return f"{hint} (`{first}` is a local folder, so the Hub is not used)"
     return hint
 
 
@@ -59,10 +59,8 @@ def look_up(kind: Kind, name: str, where: str) -> bool:
         ask(name, timeout=_SECONDS)
     except HfHubHTTPError as error:
         if _status(error) in _REFUSALS:
-            hint = "check the name; for a private one log in with `hf auth login`; a folder needs to exist"
-            raise UserError(
-                f"the {kind} `{name}` cannot be loaded: the Hub has none of that name", where, hint
-            ) from None
+            hint = "check the name; for a private one log in with `hf auth login`; a local folder must exist"
+            raise UserError(f"the {kind} `{name}` cannot be loaded: it is not on the Hub", where, hint) from None
         reason = f"status {_status(error)}"
     except Exception as error:
         # Errors on the way there are those of the HTTP library, which is not always the same one.
@@ -85,7 +83,7 @@ def _work_offline(reason: str) -> None:
     from huggingface_hub import constants
 
     if not constants.HF_HUB_OFFLINE:
-        _log.warning("the Hub cannot be reached (%s); only what was downloaded before is used", reason)
+        _log.warning("the Hub cannot be reached (%s); using only files that were downloaded before", reason)
         # `datasets` reads the variable when it is imported.
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True

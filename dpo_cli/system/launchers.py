@@ -52,20 +52,20 @@ def settle_environment() -> list[str]:
 
 def environment_errors() -> Iterator[UserError]:
     """Yield what is wrong with what a launcher says, after `settle_environment`."""
-    hint = "unset it, or leave it to what starts several processes (torchrun, srun)"
+    hint = "unset it, or let the launcher set it (torchrun, srun)"
     broken = [name for name in _RANK if not os.environ.get(name, "0").isdecimal()]
     for name in broken:
         what = f"the environment variable {name} is not a whole number: `{os.environ[name]}`"
         yield UserError(what, "the environment", hint)
     if not broken and (num_ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         if missing := [name for name in (*_RANK, "MASTER_ADDR") if not os.environ.get(name)]:
-            what = f"WORLD_SIZE is {num_ranks}, and {', '.join(missing)} is not set"
+            what = f"WORLD_SIZE is {num_ranks}, but {', '.join(missing)} is not set"
             yield UserError(what, "the environment", "start the processes with torchrun, or unset WORLD_SIZE")
         elif int(os.environ["RANK"]) >= num_ranks:
             what = f"RANK is {os.environ['RANK']}, and WORLD_SIZE is {num_ranks}: ranks count from 0"
             yield UserError(what, "the environment", hint)
     for name, engine in _ENGINES.items():
         if os.environ.get(name, "").lower() in ("1", "true", "yes"):
-            what = f"Accelerate is configured for {engine}, which dpo does not use"
+            what = f"Accelerate is configured for {engine}, which dpo does not support"
             hint = f"unset {name}, choose no such engine in `accelerate config`, or start with torchrun"
             yield UserError(what, "the environment", hint)

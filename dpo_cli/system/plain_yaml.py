@@ -83,7 +83,7 @@ def read(file: Path) -> str:
     with file.open("rb") as opened:
         data = opened.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise NotPlain(f"the settings are longer than {MAX_BYTES:,} bytes", 1, "name the file that holds the settings")
+        raise NotPlain(f"the settings are longer than {MAX_BYTES:,} bytes", 1, "name the file with the settings")
     return data.decode("utf-8-sig")
 
 
@@ -211,7 +211,7 @@ def _too_many(line: int) -> NotPlain:
 
 
 def _strange(node: yaml.Node) -> NotPlain:
-    what = f"not valid YAML: `{_named(node)}` is more than plain data"
+    what = f"not valid YAML: `{_named(node)}` is not plain data"
     return NotPlain(what, _line(node), "write text, numbers, true, false, null, lists and groups, without tags")
 
 

@@ -46,7 +46,7 @@ def cache_root() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo-cli"
     except RuntimeError:
         hint = "set the environment variable DPO_CACHE_DIR to a folder"
-        raise UserError("the cache has no folder, since the user has no home", None, hint) from None
+        raise UserError("the cache has no folder, since the user has no home folder", None, hint) from None
 
 
 def why_no_folder(path: Path) -> str | None:

@@ -132,21 +132,21 @@ def newest_whole(folder: Path, fingerprints: Mapping[str, str]) -> Path | None:
             verify(path)
             record = read_state(path)
         except DamagedFolder as damage:
-            _log.warning("passing over the damaged checkpoint %s: %s", path, damage)
+            _log.warning("skipping the damaged checkpoint %s: %s", path, damage)
             continue
         other = _difference(record.fingerprints, fingerprints)
         if other is None:
             return path
-        _log.warning("passing over the checkpoint %s: the %s is not this run's", path, other)
-        same = " (another version of the program may prepare the same data otherwise)" * (other == "data")
-        hint = f"bring back the {other} that the run was started with{same}, or start again with `--overwrite`"
+        _log.warning("skipping the checkpoint %s: the %s is not this run's", path, other)
+        same = " (another version of the program may prepare the same data differently)" * (other == "data")
+        hint = f"restore the {other} that the run was started with{same}, or start again with `--overwrite`"
         what = f"the {other} is not the one that the run was started with"
         refusal = refusal or UserError(what, str(path), hint)
     if refusal:
         raise refusal
     if found:
-        hint = "bring one back from elsewhere, or start again with `--overwrite`"
-        raise UserError("every checkpoint is damaged: there is nothing to go on from", str(folder), hint)
+        hint = "restore one from elsewhere, or start again with `--overwrite`"
+        raise UserError("every checkpoint is damaged: there is nothing to continue from", str(folder), hint)
     return None
 
 

@@ -39,13 +39,13 @@ def check_fits(pairs: PreparedPairs, policy: Policy, where: str) -> None:
     """
     largest, vocabulary, config = pairs.largest_token(), policy.vocabulary, policy.model.config
     if largest >= vocabulary:
-        what = f"the data has token {largest}, the model's vocabulary ends at {vocabulary - 1}"
-        raise UserError(what, where, "the tokenizer is another model's")
+        what = f"the data has token {largest}, but the model's vocabulary ends at {vocabulary - 1}"
+        raise UserError(what, where, "use the tokenizer of this model")
     positions = most_tokens(config)
     longest = int(pairs.sizes.longest.max())
     if positions and longest > positions:
-        what = f"the longest pair has {longest} tokens, the model has positions for {positions}"
-        raise UserError(what, where, f"set `data.max_length: {positions}`, or choose a model that reads more")
+        what = f"the longest pair has {longest} tokens, but the model has positions for {positions}"
+        raise UserError(what, where, f"set `data.max_length: {positions}`, or choose a model with a longer context")
     shortest = int(pairs.sizes.shortest.min())
     for limit in _longrope_limits(config.get_text_config()):
         # transformers turns all positions of a forward pass by its longest sequence.
@@ -73,11 +73,11 @@ def check_columns(pairs: PreparedPairs, objective: Objective) -> str:
     """
     weighted, with_margin = int((pairs.weights != 1).sum()), int((pairs.margins != 0).sum())
     if weighted and objective.refuses_weights:
-        what = f"{weighted} pairs have a weight, and {objective.refuses_weights} compares responses of different pairs"
+        what = f"{weighted} pairs have a weight, but {objective.refuses_weights} compares responses of different pairs"
         raise UserError(what, "`loss`", "take the column `weight` out of the data, or choose another loss")
     if not (pairs.weights > 0).any():
         what = f"all {len(pairs)} pairs have weight 0, so that there is nothing to learn"
-        raise UserError(what, "the column `weight`", "give weights above 0 (with 32 bits the least is about 1e-45)")
+        raise UserError(what, "the column `weight`", "give weights above 0 (the smallest 32-bit number is about 1e-45)")
     if with_margin and not objective.uses_margins:
         have = "1 pair has a margin" if with_margin == 1 else f"{with_margin:,} pairs have a margin"
         return "; ".join(filter(None, (f"{have}, which the loss `{objective}` ignores", objective.use_of_margins)))
@@ -91,7 +91,7 @@ def check_ends(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int])
     lacking = without_end(pairs, end_tokens)
     if not lacking.any() or not (closing := closing_token(pairs, lacking, tokenizer)):
         return ""
-    what = f"{lacking.sum():,} pairs end with `{closing}`, at which generation does not end"
+    what = f"{lacking.sum():,} pairs end with `{closing}`, which does not stop generation"
     return f"{what}: {way_out(closing, tokenizer)}"
 
 
@@ -116,7 +116,7 @@ def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int
         "the prompt starts with two BOS tokens",
         "the chat template writes one that the text has already",
     )
-    yield "one BOS at most in every prompt"
+    yield "at most one BOS in every prompt"
     ends = end_tokens | (set(tokenizer.all_special_ids) - {tokenizer.bos_token_id})
     cut = pairs.flags & RESPONSES_CUT.flag > 0
     for name in ("chosen", "rejected"):
@@ -126,9 +126,9 @@ def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int
         # Of several turns, each ends.
         once = (num_ends <= 1) & ((pairs.counts(name, end_tokens) <= 1) | pairs.has_gaps(name))
         _require(pairs, once, f"the {name} response ends twice", hint)
-    yield f"every response ends, once{f' ({cut.sum()} pairs were cut and may not end)' if cut.any() else ''}"
+    yield f"every response ends, once{f' ({cut.sum()} pairs were truncated and may not end)' if cut.any() else ''}"
     joined = pairs.manifest["statistics"]["joined_at_boundary"]
-    apart = f" ({joined} tokenized apart, where the tokenizer would have merged)" if joined else ""
+    apart = f" ({joined} tokenized separately, where the tokenizer would have merged)" if joined else ""
     yield f"the prompt's tokens are a true prefix of both sequences in every pair{apart}"
 
 
@@ -152,15 +152,15 @@ def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -
         hint = "its weights are damaged, or its precision is too low: download it again, or set `model.dtype: float32`"
         raise UserError(what, type(scorer.policy).__name__, hint)
     if not ahead <= precision_of(accelerator.mixed_precision).token_tolerance:
-        what = f"a token's log-probability changes by {ahead:.2g} nats with the tokens behind it: the model sees them"
-        hint = "it is no causal language model, or its config.json does not say so (`is_decoder: true`)"
+        what = f"a token's log-probability changes by {ahead:.2g} nats with later tokens: the model attends to them"
+        hint = "it is not a causal language model, or its config.json does not say so (`is_decoder: true`)"
         raise UserError(what, type(scorer.policy).__name__, hint)
     if not difference <= precision_of(accelerator.mixed_precision).token_tolerance:
-        what = f"log-probabilities differ from the model's own by {difference:.2g} nats a token"
+        what = f"log-probabilities differ from the model's own by {difference:.2g} nats per token"
         raise UserError(
             what, type(scorer.policy).__name__, "choose another architecture: this one treats its logits in its own way"
         )
-    return f"log-probabilities are the model's own (largest difference {difference:.1g} nats a token)"
+    return f"log-probabilities are the model's own (largest difference {difference:.1g} nats per token)"
 
 
 def check_reference(
@@ -186,7 +186,7 @@ def check_reference(
         what = (
             f"the policy is not its reference before step 1: a token's log-probability differs by {difference:.2g} nats"
         )
-        raise UserError(what, f"{len(batch.pairs)} of the run's pairs", "report it: this is a defect of the program")
+        raise UserError(what, f"{len(batch.pairs)} of the run's pairs", "report this as a bug of the program")
     step = StepInfo(len(batch.pairs), sum(batch.lengths[: len(batch.pairs)]), batch.margins)
     losses = objective(policy, answers, step).losses
     counted = objective.uses_margins and bool(batch.margins.any())

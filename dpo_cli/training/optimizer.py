@@ -58,17 +58,17 @@ class OptimizerSettings(Settings):
 
 
 class AdamW(OptimizerSettings):
-    """AdamW, which keeps two numbers a weight.
+    """AdamW, which keeps two numbers per weight.
 
     Source: Loshchilov and Hutter 2017, arXiv 1711.05101.
     """
 
     type: Literal["adamw"] = "adamw"
-    """How gradients become steps."""
+    """Which optimizer."""
     betas: list[Decay] = Field([0.9, 0.999], min_length=2, max_length=2)
-    """What the running means of the gradient and of its square keep of themselves at a step."""
+    """The decay of the running means of the gradient and of its square."""
     eps: Eps = 1e-8
-    """What is added to the root of the squares' mean."""
+    """Added to the root of the mean square."""
 
     def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
         """Return torch's, as a single kernel where there is one."""
@@ -84,19 +84,19 @@ class AdamW(OptimizerSettings):
 
 
 class Adafactor(OptimizerSettings):
-    """Adafactor, which keeps next to nothing of a matrix: the means of its rows and columns.
+    """Adafactor, which keeps only the means of a matrix's rows and columns.
 
     Source: Shazeer and Stern 2018, arXiv 1804.04235.
     """
 
     type: Literal["adafactor"] = "adafactor"
-    """How gradients become steps."""
+    """Which optimizer."""
     beta2_decay: float = Field(-0.8, ge=-1, lt=0)
-    """How the running mean of the gradient's square grows longer: at step t it keeps 1 − t^beta2_decay of itself."""
+    """The decay of the running mean of the gradient's square at step t is 1 − t^beta2_decay."""
     eps1: Eps | None = None
-    """What is added to the gradient's squares; null: the machine epsilon of the weights' dtype."""
+    """Added to the gradient's squares; null: the machine epsilon of the weights' dtype."""
     eps2: Eps = 1e-3
-    """The least root mean square of a matrix's weights that is assumed where it scales the learning rate."""
+    """The lower limit of the root mean square of a matrix's weights, which scales the learning rate."""
     d: float = Field(1.0, ge=1)
     """Updates whose root mean square is larger, before the learning rate, are scaled down to it."""
 
@@ -114,21 +114,21 @@ class Adafactor(OptimizerSettings):
 
 
 class RMSprop(OptimizerSettings):
-    """RMSprop, which keeps one number a weight; DPO was first trained with it. Weight decay is added to the gradient.
+    """RMSprop, which keeps one number per weight; DPO was first trained with it. Weight decay is added to the gradient.
 
     Source: Hinton 2012, lecture 6e.
     """
 
     type: Literal["rmsprop"] = "rmsprop"
-    """How gradients become steps."""
+    """Which optimizer."""
     alpha: Decay = 0.99
-    """What the running mean of the gradient's square keeps of itself at a step."""
+    """The decay of the running mean of the gradient's square."""
     eps: Eps = 1e-8
-    """What is added to the root of that mean."""
+    """Added to the root of that mean."""
     momentum: Decay = 0.0
-    """What the step before leaves of itself in a step; above 0, a second number a weight is kept."""
+    """The share of the previous step in a step; above 0, a second number per weight is kept."""
     centered: bool = False
-    """Divide by the gradient's standard deviation instead; one more number a weight is kept."""
+    """Divide by the gradient's standard deviation instead; one more number per weight is kept."""
 
     def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
         """Return torch's."""

@@ -34,7 +34,7 @@ from dpo_cli.training.rank_notes import Missing, Note, Notes
 Result = TypeVar("Result")
 Say = Callable[[UserError], None]
 
-_HINT = "look into what ended it (out of memory?); the last checkpoint is whole, and `--resume` goes on from there"
+_HINT = "look into what ended it (out of memory?); the last checkpoint is whole, and `--resume` continues from there"
 _LONGEST_INTERVAL_SECONDS = 1.0
 _LONGEST_GRACE_SECONDS = 10.0
 _NOTES_OF_PATIENCE = 10

@@ -118,28 +118,28 @@ class RunFolder:
         """
         where = str(self.path)
         if "\0" in where:
-            return UserError("the name of the output folder holds a NUL", repr(where), "choose another `output_dir`")
+            return UserError("the name of the output folder contains a NUL", repr(where), "choose another `output_dir`")
         try:
             state, obstacle = self.state(), why_no_folder(self.path)
         except OSError as error:
             return from_os_error(error, "looking at the output folder", where, status=USAGE)
         if state is RunState.FREE and obstacle:
             hint = "choose another `output_dir`, or remove what is in the way"
-            return UserError(f"the output folder cannot be made: {obstacle}", where, hint)
+            return UserError(f"the output folder cannot be created: {obstacle}", where, hint)
         if state is RunState.FOREIGN:
-            what = "the output folder holds something else" if self.path.is_dir() else "the output folder is a file"
+            what = "the output folder contains other files" if self.path.is_dir() else "the output folder is a file"
             return UserError(what, where, "choose another `output_dir`; a run never writes among other files")
         if resume and self.checkpoints.exists() and not self.checkpoints.is_dir():
             hint = "remove it, or start again with `--overwrite`"
-            return UserError("where the run's checkpoints should be is a file", str(self.checkpoints), hint)
+            return UserError("a file is in the place of the run's checkpoints", str(self.checkpoints), hint)
         if overwrite and (link := next((path for path in self._own_folders if path.is_symlink()), None)):
             what = f"`--overwrite` does not remove what a link leads to: {link.resolve()}"
             return UserError(what, str(link), "remove the link, or choose another `output_dir`")
         if state is not RunState.FREE and not (resume or overwrite or beside):
             if at_work := self._at_work():
                 return at_work
-            hint = "go on with `--resume`, replace it with `--overwrite`, or choose another `output_dir`"
-            return UserError("the output folder holds another run", where, hint)
+            hint = "continue it with `--resume`, replace it with `--overwrite`, or choose another `output_dir`"
+            return UserError("the output folder contains another run", where, hint)
         return None
 
     def _at_work(self) -> UserError | None:
@@ -164,7 +164,7 @@ class RunFolder:
         run = RunFolder(file.parent)
         if file.name == run.config.name and run.checkpoints.is_dir() and run._is_a_run() and not self.path.exists():
             what = f"the run was moved: its `output_dir` is {self.path}, and there is no such folder"
-            raise UserError(what, str(file), f"add `output_dir={run.path}` to go on with it, or leave `--resume` out")
+            raise UserError(what, str(file), f"add `output_dir={run.path}` to continue it, or leave `--resume` out")
 
     def check_inputs(self, inputs: Sequence[str]) -> UserError | None:
         """Say which input `clear` would remove, if one."""
@@ -252,7 +252,7 @@ class RunFolder:
         """
         if not self.config.is_file():
             return
-        hint = "set them back, or start a new run in another `output_dir`"
+        hint = "restore them, or start a new run in another `output_dir`"
         before, now = _deciding(self._started_with(), changeable), _deciding(settings, changeable)
         changed = [
             f"`{name}` was {_shown(before.get(name))} and is {_shown(now.get(name))}"
@@ -260,7 +260,7 @@ class RunFolder:
             if before.get(name) != now.get(name)
         ]
         if changed:
-            what = f"a run cannot be resumed under other settings: {'; '.join(changed)}"
+            what = f"a run cannot be resumed with other settings: {'; '.join(changed)}"
             raise UserError(what, str(self.config), hint)
 
     def _started_with(self) -> dict[str, Any]:
@@ -269,7 +269,7 @@ class RunFolder:
         Raises:
             UserError: They are not what a run writes.
         """
-        reason = "they are no settings"
+        reason = "they are not settings"
         try:
             started, _ = plain_yaml.parse(plain_yaml.read(self.config))
             if isinstance(started, dict):

@@ -191,11 +191,11 @@ def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
         if record.surroundings.get("processes") == now["processes"]:
             _restore_random_states(random, accelerator.process_index)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DamagedFolder, SafetensorError) as error:
-        hint = "remove that folder to go on from an older checkpoint, or start again with `--overwrite`"
+        hint = "remove that folder to continue from an older checkpoint, or start again with `--overwrite`"
         raise UserError(f"`{path.name}` is not a checkpoint of this run: {error}", str(path), hint) from error
     learner.policy.restore(path)
     if accelerator.is_main_process and (other := _changes(record.surroundings, now)):
-        _log.warning("the run goes on at the right pair, but maybe not bit for bit: %s", "; ".join(other))
+        _log.warning("the run continues at the right pair, but perhaps not bit for bit: %s", "; ".join(other))
     return record
 
 
@@ -274,7 +274,7 @@ def check_fits(state: Mapping[int, Mapping[str, Tensor]], optimizer: Any) -> Non
         for name, tensor in moments.items():
             fits = 0 <= index < len(weights) and tensor.shape == _shape_of(name, weights[index].shape)
             if not fits or not tensor.is_floating_point():
-                raise ValueError(f"{OPTIMIZER}: {index}.{name} fits no weights of the model")
+                raise ValueError(f"{OPTIMIZER}: {index}.{name} matches no weights of the model")
 
 
 def _shape_of(name: str, shape: Sequence[int]) -> tuple[int, ...]:

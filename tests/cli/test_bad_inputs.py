@@ -397,8 +397,8 @@ CONFIG_CASES = {
         settings(data={"eval": None}, evaluation={"every_steps": 1}), TRAIN, 2, r"has no effect", r"set `data.eval`"
     ),
     "override without a value": Case(nothing, f"{TRAIN} training.epochs=", 2, r"a number, but is null", r"passes"),
-    "override without =": Case(nothing, f"{TRAIN} training.epochs", 2, r"not a setting and its value", r"look like"),
-    "override without a key": Case(nothing, f"{TRAIN} =3", 2, r"not a setting and its value", r"look like"),
+    "override without =": Case(nothing, f"{TRAIN} training.epochs", 2, r"not a setting with a value", r"look like"),
+    "override without a key": Case(nothing, f"{TRAIN} =3", 2, r"not a setting with a value", r"look like"),
     "override unknown": Case(nothing, f"{TRAIN} training.epoch=1", 2, r"is not a setting", r"`training.epochs`"),
     "override not YAML": Case(nothing, f"{TRAIN} tracking=[", 2, r"`tracking` is not valid YAML", r"quote"),
     "override of a number with too much": Case(nothing, f"{TRAIN} loss.beta=1e999", 2, r"finite number", r"reference"),
@@ -411,7 +411,7 @@ USAGE_CASES = {
     "unknown option": Case(
         nothing, f"{TRAIN} --resum", 2, r"`--resum` is not an option of `dpo train`", r"mean `--resume`"
     ),
-    "no config named": Case(nothing, "train", 2, r"no configuration is named", r"dpo train my.yaml"),
+    "no config named": Case(nothing, "train", 2, r"no configuration is given", r"dpo train my.yaml"),
     "option without its value": Case(
         nothing, f"{EVAL} --json", 2, r"`--json` requires an argument", r"dpo eval --help"
     ),
@@ -437,7 +437,7 @@ DATA_CASES = {
     "data of an unknown kind": Case(data("x", name="a.txt"), f"{PREPARE} data.train=a.txt", 2, r"kind of", r"ends in"),
     "a folder without data": Case(folder("data"), f"{PREPARE} data.train=data", 2, r"cannot be loaded", r"data files"),
     "data unreadable": Case(unreadable("pairs.jsonl"), PREPARE, 2, r"reading the data failed", r"read"),
-    "data empty": Case(data(""), PREPARE, 2, r"there are no rows", r"at least one row"),
+    "data empty": Case(data(""), PREPARE, 2, r"there are no rows", r"that has rows"),
     "line cut off": Case(data(PAIR, '{"instruction": "S'), PREPARE, 2, r"is not valid JSON.*column", r"fix the row"),
     "line in Latin-1": Case(
         data('{"instruction": "é"}'.encode("latin-1")), PREPARE, 2, r"is not UTF-8: byte 0xe9", r"as UTF-8"
@@ -560,7 +560,7 @@ MODEL_CASES = {
     "no such model folder": Case(nothing, f"{TRAIN} model.name=./modle", 2, r"no model folder `./modle`", r"name a"),
     "no such model on the Hub": Case(nothing, f"{TRAIN} model.name=nobody/nothing", 2, r"cannot be loaded", r"network"),
     "model a file": Case(nothing, f"{TRAIN} model.name=pairs.jsonl", 2, r"neither a model folder", r"config.json"),
-    "model without config.json": Case(gone("model/config.json"), TRAIN, 2, r"it has no config.json", r"holds config"),
+    "model without config.json": Case(gone("model/config.json"), TRAIN, 2, r"it has no config.json", r"with config"),
     "config.json broken": Case(file("model/config.json", "{"), TRAIN, 2, r"cannot be loaded", r"incomplete or damaged"),
     "config.json a list": Case(file("model/config.json", "[]"), TRAIN, 2, r"cannot be loaded", r"incomplete"),
     "config.json without a kind": Case(file("model/config.json", "{}"), TRAIN, 2, r"cannot be loaded", r"incomplete"),
@@ -587,7 +587,7 @@ MODEL_CASES = {
         file("model/config.json", '{"model_type": "gpt2", "vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4}'),
         TRAIN, 2, r"weights of \d+ parameters are missing", r"another model's",
     ),
-    "no causal language model": Case(
+    "not a causal language model": Case(
         file("model/config.json", '{"model_type": "t5", "vocab_size": 400}'), TRAIN, 2, r"T5 is no causal", r"text"
     ),
     "weights that are not finite": Case(weights_of_nan, TRAIN, 2, r"nan|NaN|not finite", r"weights"),
@@ -684,7 +684,7 @@ MODEL_CASES = {
     ),
     "rank beyond the others": Case(
         environment(WORLD_SIZE="2", RANK="2", LOCAL_RANK="0", MASTER_ADDR="localhost"), TRAIN, 2,
-        r"RANK is 2, and WORLD_SIZE is 2", r"leave it to",
+        r"RANK is 2, and WORLD_SIZE is 2", r"let the launcher",
     ),
     "an engine that is not used": Case(
         environment(ACCELERATE_USE_DEEPSPEED="true"), TRAIN, 2, r"configured for DeepSpeed", r"ACCELERATE_USE_DEEPSPEED"
@@ -707,13 +707,13 @@ MODEL_CASES = {
 }  # fmt: skip
 
 OUTPUT_CASES = {
-    "output folder holds a run": Case(stopped(), TRAIN, 2, r"holds another run", r"--resume.*--overwrite"),
-    "output folder holds a finished run": Case(finished(), TRAIN, 2, r"holds another run", r"--resume.*--overwrite"),
-    "output folder holds something else": Case(
-        file("runs/run/essay.txt", "x"), TRAIN, 2, r"holds something else", r"another `output_dir`"
+    "output folder holds a run": Case(stopped(), TRAIN, 2, r"contains another run", r"--resume.*--overwrite"),
+    "output folder holds a finished run": Case(finished(), TRAIN, 2, r"contains another run", r"--resume.*--overwrite"),
+    "output folder contains other files": Case(
+        file("runs/run/essay.txt", "x"), TRAIN, 2, r"contains other files", r"another `output_dir`"
     ),
-    "output folder holds something else, overwrite": Case(
-        file("runs/run/essay.txt", "x"), f"{TRAIN} --overwrite", 2, r"holds something else", r"another `output_dir`"
+    "output folder contains other files, overwrite": Case(
+        file("runs/run/essay.txt", "x"), f"{TRAIN} --overwrite", 2, r"contains other files", r"another `output_dir`"
     ),
     "output folder is a file": Case(file("runs/run", "x"), TRAIN, 2, r"is a file", r"another `output_dir`"),
     "output folder a link to nothing": Case(
@@ -741,7 +741,7 @@ OUTPUT_CASES = {
         finished(data("null")), f"{TRAIN} --overwrite", 2, r"is not a JSON object", r"fix the row"
     ),
     "resuming under other settings": Case(
-        stopped(), f"{TRAIN} --resume loss.beta=0.3", 2, r"`loss.beta` was 0.1 and is 0.3", r"set them back"
+        stopped(), f"{TRAIN} --resume loss.beta=0.3", 2, r"`loss.beta` was 0.1 and is 0.3", r"restore them"
     ),
     "resuming from a broken config": Case(
         stopped(append("runs/run/config.yaml", "]")), f"{TRAIN} --resume", 2, r"cannot be read", r"--overwrite"
@@ -791,12 +791,12 @@ EVAL_CASES = {
         nothing, f"{EVAL} --model model --data no.jsonl", 2, r"no file or folder", r"mean|name"
     ),
     "pairs to score of an unknown kind": Case(
-        nothing, f"{EVAL} --model model --data run.yaml", 2, r"kind of data file", r"ends in one of"
+        nothing, f"{EVAL} --model model --data run.yaml", 2, r"data file of a known type", r"ends in one of"
     ),
     "pairs to score broken": Case(
         data("null", name="held.jsonl"), f"{EVAL} --model model --data held.jsonl", 2, r"JSON object", r"fix"
     ),
-    "nothing held out": Case(nothing, f"{EVAL} --model model data.eval=null", 2, r"holds no pairs out", r"--data"),
+    "nothing held out": Case(nothing, f"{EVAL} --model model data.eval=null", 2, r"no held-out pairs", r"--data"),
     "JSON into no folder": Case(
         nothing, f"{EVAL} --model model --json no/a.json", 2, r"there is no folder `no`", r"create it"
     ),

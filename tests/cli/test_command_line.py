@@ -35,10 +35,10 @@ def test_the_configuration_is_the_word_without_an_equals_sign(config, arguments,
 @pytest.mark.parametrize(
     ("config", "arguments", "what"),
     [
-        (None, [], "no configuration is named"),
-        (None, ["training.epochs=2"], "no configuration is named"),
-        (None, ["a.yaml", "b.yaml"], "several configurations are named: `a.yaml`, `b.yaml`"),
-        (Path("a.yaml"), ["b.yaml"], "several configurations are named: `a.yaml`, `b.yaml`"),
+        (None, [], "no configuration is given"),
+        (None, ["training.epochs=2"], "no configuration is given"),
+        (None, ["a.yaml", "b.yaml"], "several configurations are given: `a.yaml`, `b.yaml`"),
+        (Path("a.yaml"), ["b.yaml"], "several configurations are given: `a.yaml`, `b.yaml`"),
     ],
 )
 def test_a_configuration_is_named_once(config, arguments, what):

@@ -80,7 +80,7 @@ def test_findings_are_named_with_file_and_line_and_written_where_they_were_wante
 def test_strict_fails_after_everything_was_printed_and_written_and_keeps_the_prepared_pairs(checked):
     file, folder, result = checked
     assert result.exit_code == 2
-    assert "--strict does not let pass" in result.stderr
+    assert "--strict does not accept" in result.stderr
     assert "Traceback" not in result.stderr
     assert sorted(path.name for path in (folder / "report").iterdir()) == ["report.html", "report.json"]
     again = dpo("prepare-data", "--config", file, "--report", folder / "report")

@@ -49,7 +49,7 @@ def test_it_says_what_a_run_takes_and_says_nothing_twice(dry, tmp_path):
     result = dry(evaluation={"every_steps": 3})
     assert result.returncode == 0, result.stderr
     plan = rows(result.stdout)
-    assert re.fullmatch(r"about [\d,]+ tokens a second, by 2 of 2 layers measured with random weights", plan["speed"])
+    assert re.fullmatch(r"about [\d,]+ tokens per second, by 2 of 2 layers measured with random weights", plan["speed"])
     assert re.match(r"about [\d:]+ \(training [\d:]+, reference, unless it is cached [\d:]+, eval", plan["time"])
     assert re.match(r"[\d.]+ GiB at most \(model .* and 3 × .* of checkpoints\); [\d.]+ GiB are free", plan["disk"])
     assert not (tmp_path / "runs").exists()
@@ -69,11 +69,11 @@ def test_it_works_beside_a_run_and_says_what_a_real_one_would_need(dry, write_co
         before = content(tmp_path / "runs")
         result = dry()
         assert result.returncode == 0, result.stderr
-        assert "holds another run: a real run needs `--resume` or `--overwrite` there" in result.stderr
+        assert "contains another run: training needs `--resume` or `--overwrite` there" in result.stderr
         assert rows(result.stdout)["steps"].startswith("8 of 4")
         assert content(tmp_path / "runs") == before
     (tmp_path / "runs/run/config.yaml").unlink()
-    assert "holds something else" in dry().stderr
+    assert "contains other files" in dry().stderr
 
 
 def test_it_checks_whether_a_run_can_be_extended(write_config, forked_dpo):

@@ -95,7 +95,7 @@ def test_where_the_learning_rate_would_have_been_another_it_is_refused(train, tm
     done(train("run", **training))
     before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
     said = refused(train("run", "--resume", epochs=2, **training))
-    assert "the learning rate of the first 8 steps would have been another in a run of 16 steps" in said
+    assert "the learning rate of the first 8 steps would have been different in a run of 16 steps" in said
     assert "`--extend`" in said
     assert "`--overwrite`" in said
     assert {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()} == before

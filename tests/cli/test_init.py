@@ -25,7 +25,7 @@ def init(out: Path, model: Path | None = None, data: Path | None = None) -> str:
 
 
 def test_without_arguments_it_writes_what_is_to_be_filled_in(tmp_path):
-    assert init(tmp_path / "dpo.yaml").count("put yours here") == 2
+    assert init(tmp_path / "dpo.yaml").count("replace it with yours") == 2
     assert load_config(tmp_path / "dpo.yaml").model.name == "path/to/model"
 
 

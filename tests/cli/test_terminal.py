@@ -174,7 +174,7 @@ def test_ctrl_c_is_answered_at_once_and_says_what_another_would_cost(write_confi
     assert said, text
     done = read_metrics(tmp_path / "runs" / "run")[-1]["step"]
     assert 3 <= int(said[1]) <= done
-    assert f"stopped after step {done}; saved" in text and "`--resume` goes on from there" in text
+    assert f"stopped after step {done}; saved" in text and "`--resume` continues from there" in text
     assert screen.lines[-2].strip() == "stopped by SIGINT"
 
 

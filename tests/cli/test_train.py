@@ -57,7 +57,7 @@ def test_the_trained_model_and_every_checkpoint_load_as_hugging_face_folders(fin
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, run, result = finished
-    assert "checked: packed gives what padded gives" in result.stderr
+    assert "checked: packed gives the same as padded" in result.stderr
     assert "dpo_prefix_tree" not in (run / "final" / "config.json").read_text()
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     last = AutoModelForCausalLM.from_pretrained(run / "checkpoints" / "step-000008")
@@ -506,7 +506,7 @@ def test_a_run_that_diverged_says_what_got_worse_and_what_to_change(forked_dpo, 
     assert result.returncode == 0, result.stderr
     (line,) = (line for line in result.stderr.splitlines() if "worse than before step 1" in line)
     assert line.startswith("warning: ")
-    assert re.search(r"the chosen responses lost [\d.]+ nats a token", line)
+    assert re.search(r"the chosen responses lost [\d.]+ nats per token", line)
     for advice in ("`training.learning_rate` (1)", "fewer steps (8)", "raise `beta`", "`sft`"):
         assert advice in line
 

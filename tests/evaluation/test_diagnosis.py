@@ -41,9 +41,9 @@ def test_a_healthy_run_has_nothing_to_say(after):
     [
         (
             figures(loss=0.1, accuracy=1.0, chosen=-35.0, rejected=-90.0),
-            "lost 1.5 nats a token (-20.0 → -35.0), and so did the rejected ones (-30.0 → -90.0)",
+            "lost 1.5 nats per token (-20.0 → -35.0), and so did the rejected ones (-30.0 → -90.0)",
         ),
-        (figures(loss=0.6, chosen=-35.0, rejected=-25.0), "lost 1.5 nats a token (-20.0 → -35.0)"),
+        (figures(loss=0.6, chosen=-35.0, rejected=-25.0), "lost 1.5 nats per token (-20.0 → -35.0)"),
         (figures(loss=0.9), "the held-out loss rose from 0.6900 to 0.9000"),
         (figures(loss=-3.0 + 2.0, accuracy=0.1), "the held-out reward accuracy fell from 50.0 % to 10.0 %"),
     ],

@@ -183,7 +183,9 @@ def test_prepared_data_of_other_pairs_is_not_trained_on(tmp_path, whole, strange
     shutil.rmtree(prepared_of(trial))
     shutil.copytree(prepared_of(stranger), trial.cache / "prepared" / prepared_of(whole).name)
     with judged(ledger, "damage: the prepared data of another run"):
-        require_said(trial.train(), "^warning: the prepared data is of other data or settings; preparing it again")
+        require_said(
+            trial.train(), "^warning: the prepared data was made from other data or settings; preparing it again"
+        )
         require_same(trial, whole)
 
 

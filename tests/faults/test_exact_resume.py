@@ -185,7 +185,7 @@ def test_on_another_machine_it_goes_on_at_the_right_pair_and_says_what_differs(
     elsewhere = "tests.faults.strokes:move_elsewhere", {"threads": 2, "build": "elsewhere"}
     ended = zygote.run("train", "--config", file, "--resume", fault=elsewhere)
     assert ended.status == 0, ended.said
-    said = next(line for line in ended.said.splitlines() if "maybe not bit for bit" in line)
+    said = next(line for line in ended.said.splitlines() if "perhaps not bit for bit" in line)
     assert "threads 1 → 2" in said
     assert ".elsewhere" in said
     ours, theirs = read_metrics(run), read_metrics(whole)

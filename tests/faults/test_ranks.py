@@ -316,7 +316,7 @@ def test_with_another_number_of_processes_it_goes_on_at_the_right_pair_and_says_
     for checkpoint in sorted((run / "checkpoints").iterdir())[1:]:
         shutil.rmtree(checkpoint)
     said = assert_resumes(runs, run, num_ranks=1)
-    assert "at the right pair, but maybe not bit for bit: processes 2 → 1" in said
+    assert "at the right pair, but perhaps not bit for bit: processes 2 → 1" in said
     ours, theirs = read_metrics(run), read_metrics(runs.whole)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     assert [row["loss"] for row in ours] == pytest.approx([row["loss"] for row in theirs], abs=1e-5)

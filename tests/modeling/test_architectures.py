@@ -185,7 +185,7 @@ def test_what_can_be_packed_is_packed_and_the_proof_says_how_near_it_is(kind):
     chosen, said, warned = choose(build(kind), "auto")
     assert isinstance(chosen, Packed)
     assert not warned
-    assert said[0].startswith("checked: packed gives what padded gives")
+    assert said[0].startswith("checked: packed gives the same as padded")
 
 
 def test_a_proof_fails_on_what_is_not_a_number_and_on_a_gradient_alone():
@@ -262,7 +262,7 @@ def test_a_run_that_cannot_be_packed_says_so_once_and_finishes(forked_dpo, bloom
 def test_a_run_that_asks_for_what_cannot_be_packed_ends_with_a_hint(forked_dpo, bloom_config, tmp_path):
     result = forked_dpo("train", "--config", bloom_config(), "training.layout=packed")
     assert result.returncode == 2
-    assert "BloomForCausalLM: it takes no attention from outside" in result.stderr
+    assert "BloomForCausalLM: its attention cannot be replaced" in result.stderr
     assert "hint: set `training.layout: auto`" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()

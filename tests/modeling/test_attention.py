@@ -196,11 +196,11 @@ def test_what_is_without_effect_is_accepted():
     ("config", "make", "said"),
     [
         (LlamaConfig(attention_chunk_size=8), create_chunked_causal_mask, "chunks"),
-        (LlamaConfig(), create_bidirectional_mask, "rules of its own"),
+        (LlamaConfig(), create_bidirectional_mask, "special rules"),
         (
             LlamaConfig(),
             functools.partial(create_causal_mask, or_mask_function=lambda batch, head, q, k: k < 2),
-            "rules of its own",
+            "special rules",
         ),
     ],
     ids=["chunks", "both directions", "a rule more"],

@@ -402,7 +402,7 @@ def test_a_pointer_in_place_of_a_file_is_told_with_what_fetches_the_file(model, 
     (model / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 131\n")
     problem = check_model(str(model), "`model.name`")
     assert problem is not None
-    assert f"`{name}` is a pointer of Git LFS" in problem.what
+    assert f"`{name}` is a Git LFS pointer" in problem.what
     assert "git lfs pull" in problem.hint
 
 

@@ -40,7 +40,7 @@ def test_what_looks_like_a_path_is_never_asked_for(folder, name):
 
 def test_a_name_that_begins_with_a_folder_says_so(folder):
     for problem in (check_model("here/name"), check_source(Source(path="here/name"))):
-        assert "`here` is a folder here" in problem.hint
+        assert "`here` is a local folder" in problem.hint
     assert check_model("there/name") is None
     assert check_source(Source(path="there/name")) is None
 

@@ -73,7 +73,7 @@ def test_a_response_that_was_cut_need_not_end(tmp_path, demo_rows, tokenizer):
     rows = [{**row, "chosen": row["chosen"] + " and on" * 20} for row in demo_rows[:5]]
     file = write_rows(tmp_path / "pairs.jsonl", rows)
     pairs = prepare_pairs(file, tokenizer, tmp_path / "p", max_length=60, on_too_long="truncate", min_response=20)
-    assert "were cut and may not end" in lines(pairs, tokenizer)[1]
+    assert "were truncated and may not end" in lines(pairs, tokenizer)[1]
 
 
 def test_of_several_turns_each_may_end(tmp_path, tokenizer):
@@ -203,7 +203,7 @@ def test_a_model_that_sees_the_tokens_behind_is_refused(ready):
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
     encoder = BertLMHeadModel(BertConfig(**small, vocab_size=1000, initializer_range=0.5)).eval()
-    with pytest.raises(UserError, match="with the tokens behind it") as refused:
+    with pytest.raises(UserError, match="with later tokens") as refused:
         check_logps(Scorer(encoder), batch, accelerator)
     assert "is_decoder" in refused.value.hint
 

@@ -22,7 +22,7 @@ def test_who_is_at_work_is_told_before_what_to_do(folder):
     with folder.locked():
         refusal = folder.check(resume=False, overwrite=False)
     assert "another run is writing" in str(refusal)
-    assert "the output folder holds another run" in str(folder.check(resume=False, overwrite=False))
+    assert "the output folder contains another run" in str(folder.check(resume=False, overwrite=False))
 
 
 def test_a_folder_that_cannot_be_locked_is_told_for_what_it_holds(folder, monkeypatch):
@@ -31,7 +31,7 @@ def test_a_folder_that_cannot_be_locked_is_told_for_what_it_holds(folder, monkey
 
     monkeypatch.setattr(run_folder, "locked", refuse)
     refusal = folder.check(resume=False, overwrite=False)
-    assert "the output folder holds another run" in str(refusal)
+    assert "the output folder contains another run" in str(refusal)
     assert "`--resume`" in str(refusal)
     with pytest.raises(UserError, match="permission denied"), folder.locked():
         pass

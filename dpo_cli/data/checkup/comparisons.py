@@ -114,9 +114,9 @@ COMPARISONS = (
     Comparison(
         "leakage",
         "error",
-        "the prompt is held out too",
-        "The prompt of a training pair is held out too: the held-out figures will be better than they should.",
-        "Leave these pairs out of the training: `data.drop: [leakage]`.",
+        "the prompt is also held out",
+        "The prompt of a training pair is also held out: the held-out figures will be too good.",
+        "Leave these pairs out of training: `data.drop: [leakage]`.",
         when=(
             "the prompt of a training pair is also held out. A fraction in `data.eval` never splits a prompt; a "
             "separate source may"
@@ -138,8 +138,8 @@ COMPARISONS = (
         "duplicates",
         "warning",
         "an earlier pair has the same tokens",
-        "The pair repeats an earlier one token by token, and counts that much more than the others.",
-        "Leave all but the first out: `data.drop: [duplicates]`; to have a pair count more, give it a `weight`.",
+        "The pair has the same tokens as an earlier one, and thus counts more than the others.",
+        "Keep only the first: `data.drop: [duplicates]`; to make a pair count more, set its `weight`.",
         when="the same tokens as an earlier pair of the same side, unless the weight of a source repeats the row",
         droppable=True,
         find=_duplicates,
@@ -148,7 +148,7 @@ COMPARISONS = (
         "shared_prompts",
         "info",
         "another pair has the same prompt",
-        "Another pair has the same prompt with another response: usual where several answers were ranked.",
+        "Another pair has the same prompt with another response, as is usual if several answers were ranked.",
         "Nothing to do: a split by `data.eval` keeps all pairs of a prompt on one side.",
         when="another pair has the same prompt and other responses; the same two swapped are a conflict",
         find=_shared_prompts,

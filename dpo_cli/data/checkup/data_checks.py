@@ -91,7 +91,7 @@ def _no_end(check: DataCheck, data: Examined) -> Counted | None:
     if lacking.any() and (closing := closing_token(pairs, lacking, tokenizer)):
         named = ", ".join(f"`{token}`" for token in tokenizer.convert_ids_to_tokens(sorted(ends)))
         meaning = (
-            f"The template ends responses with `{closing}`, and generation ends at {named or 'no token'}: the trained "
+            f"The template ends responses with `{closing}`, but generation ends at {named or 'no token'}: the trained "
             "model would not stop."
         )
         advice = way_out(closing, tokenizer)
@@ -148,7 +148,7 @@ _ADVICE = {
     "response too long": "Raise `data.max_length` ({}) or set a lower `data.min_response`.",
     "empty turn": "Set `model.chat_template` to a template that writes what the turns say or call.",
     "template error": "Fix the template, or set `model.chat_template` to another one.",
-    "identical responses": "Take pairs that teach nothing out of the data.",
+    "identical responses": "Remove pairs that teach nothing from the data.",
 }
 """What to do about rows that were dropped for a reason, given `data.max_length`; about others: fix them."""
 
@@ -157,16 +157,16 @@ DATA_CHECKS = (
         "unlike_ends",
         "warning",
         "chosen and rejected end with different tokens",
-        "The chosen response ends with another token than the rejected one: the last token alone tells them apart.",
-        "Use a template that closes every response alike, and do not cut responses.",
+        "The chosen response ends with another token than the rejected one: the last token alone distinguishes them.",
+        "Use a template that ends all responses in the same way, and do not truncate responses.",
         when="chosen and rejected end with different tokens",
         count=_unlike_ends,
     ),
     DataCheck(
         "no_end_token",
         "warning",
-        "responses do not end where generation ends",
-        "Responses do not end with a token at which generation ends: the trained model would not stop.",
+        "responses do not end with a token that stops generation",
+        "Responses do not end with a token that stops generation: the trained model would not stop.",
         "Use a chat template that closes the assistant's turn with the end-of-sequence token.",
         when=(
             "a response that was not truncated does not end with a token that stops generation: the tokenizer's "
@@ -192,8 +192,8 @@ DATA_CHECKS = (
     DataCheck(
         "length_bias",
         "warning",
-        "the length of a response tells which one is chosen",
-        "The length of a response tells which one is chosen: a model may learn length before anything else.",
+        "the length of a response reveals which one is chosen",
+        "The length of a response reveals which one is chosen: a model may learn length before anything else.",
         "Balance the lengths, or choose a loss that takes them into account: `r_dpo`, `ld_dpo`, `simpo`.",
         when=(
             "the 95 % interval of how often the longer response is the chosen one (ties count half) is above 60 % "

@@ -65,7 +65,7 @@ def way_out(closing: str, tokenizer: Any) -> str:
         return "use a chat template that closes the assistant's turn"
     own = f", or use a template that closes them with `{tokenizer.eos_token}`" if tokenizer.eos_token else ""
     return (
-        f'set `model.eos_token: "{closing}"`, by which `{closing}` ends texts in the trained model too, or add its id, '
+        f'set `model.eos_token: "{closing}"`, so that `{closing}` also ends texts in the trained model, or add its id, '
         f"{tokenizer.convert_tokens_to_ids(closing)}, to `eos_token_id` in the model's generation_config.json{own}"
     )
 

@@ -39,7 +39,7 @@ def check_answers(conversation: Messages, start: int, place: str) -> None:
             which = f" in turn {number}" if len(conversation) > start + 1 else ""
             raise BadRow("empty response", f"`{place}` is empty{which}", structural=False)
     if not any(message.role == "user" and message.text.strip() for message in conversation[:start]):
-        raise BadRow("empty field", f"no user says anything before the answer of `{place}`")
+        raise BadRow("empty field", f"there is no turn of a user before the answer of `{place}`")
 
 
 def preference(
@@ -70,7 +70,7 @@ def preference(
     check_answers(rejected, start, places[1])
     for conversation, place in zip((chosen, rejected), places, strict=True):
         if not any(message.scored for message in conversation[start:] if message.role == "assistant"):
-            raise BadRow("nothing scored", f"no turn of `{place}` is scored: its `weight` or `train` says so")
+            raise BadRow("nothing scored", f"no turn of `{place}` is scored, by its `weight` or `train`")
     return Pair(chosen[:start], chosen[start:], rejected[start:], origin)
 
 
@@ -84,7 +84,7 @@ def _parting(chosen: Messages, rejected: Messages, places: tuple[str, str]) -> i
     answers = [_is_answer(chosen, differing), _is_answer(rejected, differing)]
     # Where the answers agree up to here, one of them has to go on for them to differ.
     if not (all(answers) or (start < differing and any(answers))):
-        said = "`{}` and `{}` part at turn {}, which is not the assistant's in both".format(*places, differing + 1)
+        said = "`{}` and `{}` diverge at turn {}, which is not the assistant's in both".format(*places, differing + 1)
         raise BadRow("different contexts", said, structural=False)
     return start
 

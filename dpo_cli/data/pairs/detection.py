@@ -36,9 +36,9 @@ def detect(rows: Sequence[Row], where: str) -> str:
         if named := [name for name, shape in FORMATS.items() if any(_has_columns(row, shape) for row in readable)]:
             # Reading the rows as that tells better than we could here what is wrong with each.
             return max(named, key=lambda name: sum(_num_alike(row, FORMATS[name]) for row in readable))
-        raise UserError(f"the rows are of no known shape: they have {_columns(readable)}", where, _hint(readable))
+        raise UserError(f"the rows have no known shape: they have {_columns(readable)}", where, _hint(readable))
     if readable and all(map(_is_all_messages_as_text, readable)):
-        hint = "write them as lists of objects; if it is text that is meant, set `data.format: text`"
+        hint = "write them as lists of objects; if they are meant as text, set `data.format: text`"
         raise UserError("prompts and answers are lists of messages, written as JSON text", where, hint)
     return best
 
@@ -53,21 +53,19 @@ def _hint(rows: Sequence[Mapping[str, object]]) -> str:
     """Say how rows that fit no shape can be read: with the columns' names guessed, or as the nearest shape."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     if guess := guessed_columns(rows):
-        return f"set `data.columns: {shown_columns(guess)}`, if that is what they are"
+        return f"set `data.columns: {shown_columns(guess)}`, if that is correct"
     if written := list(dict.fromkeys(name for row in rows for name in _lists_as_text(row))):
-        return (
-            f"{listed(written)} hold lists or objects written as JSON text, as only CSV and TSV may: write them as such"
-        )
+        return f"{listed(written)} are lists or objects written as JSON text, which only CSV and TSV allow: write lists"
     if any(is_messages(row.get("messages")) and row.keys() >= {"chosen", "rejected"} for row in rows):
-        return "`messages` is a prompt where it ends with a turn that is not the assistant's: take the answer out of it"
+        return "`messages` is a prompt if its last turn is not the assistant's: remove the answer from it"
     there = {name: [need for need in _needed(shape) if need in names] for name, shape in FORMATS.items()}
     # Of several that share as much, most people mean plain texts.
     nearest = max(FORMATS, key=lambda name: (len(there[name]), name == "text"))
     lacking = [need for need in _needed(FORMATS[nearest]) if need not in there[nearest]]
-    what = f"the nearest shape is `{nearest}`, and lacks {listed(lacking)}"
+    what = f"the nearest shape is `{nearest}`, which also needs {listed(lacking)}"
     if len(names) - len(there[nearest]) < len(lacking):
-        return f"{what}, for which the rows have no columns left: write rows that have a better and a worse answer"
-    return f"{what}: name the data's columns by `data.columns: {{{', '.join(f'{name}: …' for name in lacking)}}}`"
+        return f"{what}, for which the rows have no columns left: write rows with a better and a worse answer"
+    return f"{what}: map the data's columns with `data.columns: {{{', '.join(f'{name}: …' for name in lacking)}}}`"
 
 
 def _lists_as_text(row: Mapping[str, object]) -> list[str]:

@@ -20,9 +20,9 @@ def check_media(row: Mapping[str, object]) -> None:
     """Refuse a row of which a column holds pictures, or says where they are while its texts have a place for them."""
     for name, value in row.items():
         if not isinstance(value, (str, int, float)) and _holds_media(value):
-            raise BadRow("not text", f"`{printable(name)}` holds images or sounds, and only text can be trained")
+            raise BadRow("not text", f"`{printable(name)}` has images or sounds, but only text can be trained")
         if value and _is_name(name) and any(map(_holds_placeholder, row.values())):
-            what = f"the texts refer to what is in `{printable(name)}`, and only text can be trained"
+            what = f"the texts refer to the content of `{printable(name)}`, but only text can be trained"
             raise BadRow("not text", what)
 
 
@@ -32,7 +32,7 @@ def _is_name(name: str) -> bool:
 
 
 def _holds_media(value: object) -> bool:
-    """Tell whether a value is what `datasets` stores of a picture or a sound, or a list of such."""
+    """Tell whether a value is what `datasets` stores of a picture or a sound, or a list of these."""
     if isinstance(value, Mapping):
         return isinstance(value.get("bytes"), bytes) or (value.keys() == {"path"} and isinstance(value["path"], str))
     return isinstance(value, list) and bool(value) and _holds_media(value[0])

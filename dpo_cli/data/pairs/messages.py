@@ -137,7 +137,7 @@ def read_message(value: object, place: str) -> Message:
     scored = message.keys() <= _PLAIN or _is_scored(message, place)
     if name in CALLERS:
         if "tool_calls" in extras:
-            raise BadRow("wrong type", f"`{place}` calls tools twice: in what it says and in `tool_calls`")
+            raise BadRow("wrong type", f"`{place}` calls tools twice: in its content and in `tool_calls`")
         return Message("assistant", "", extras={**extras, "tool_calls": _calls(content, place)}, scored=scored)
     return Message(ROLES[name], content, extras=extras, scored=scored)
 
@@ -285,7 +285,7 @@ def _thoughts(message: Mapping[str, object], place: str) -> str:
     found = {name: fields.text(message[name], f"{place}.{name}") for name in _REASONING if message.get(name)}
     if len(set(found.values())) > 1:
         one, other, *_ = found
-        raise BadRow("two thoughts", f"`{place}` has other thoughts in `{one}` than in `{other}`")
+        raise BadRow("two thoughts", f"`{place}` has different reasoning in `{one}` than in `{other}`")
     return next(iter(found.values()), "")
 
 
@@ -295,9 +295,7 @@ def _is_scored(message: Mapping[str, object], place: str) -> bool:
     for name, value in said:
         if value not in (0, 1):
             shown = fields.printable(value) if isinstance(value, (str, int, float)) else fields.kind(value)
-            raise BadRow(
-                "wrong type", f"`{place}.{name}` is `{shown}`: a turn is scored or not, by 1 or 0, true or false"
-            )
+            raise BadRow("wrong type", f"`{place}.{name}` is `{shown}`, not 1 or 0, true or false")
     return all(value for _, value in said)
 
 

@@ -181,7 +181,7 @@ def _label(values: Mapping[str, object]) -> int:
 def _alone(row: Row, label: int) -> Row:
     """Return a row that found no counterpart."""
     other = "bad" if label == _GOOD else "good"
-    problem = f"no {other} answer to its prompt is left to pair it with"
+    problem = f"no {other} answer to its prompt is left for a pair"
     return Row(row.origin, None, problem, "no counterpart", structural=False)
 
 

@@ -158,13 +158,13 @@ def _problem(rows: Sequence[Mapping[str, object]], name: str, columns: Columns, 
     known = list(dict.fromkeys(name for row in rows for name in row))
     if column not in known:
         near = difflib.get_close_matches(column, known, n=1)
-        none = "a source whose columns keep their names takes `columns: {}`"
+        none = "for a source whose columns keep their names, set `columns: {}`"
         hint = f"did you mean `{printable(near[0])}`?" if near else f"the rows have {listed(known)}; {none}"
-        what = f"no row has a column `{printable(column)}`, which is to be read as `{name}`"
+        what = f"no row has a column `{printable(column)}`, which `data.columns` maps to `{name}`"
         return UserError(what, where, hint)
     if any(_is_twice(name, row, columns) for row in rows):
-        what = f"the column `{printable(column)}` is to be read as `{name}`, and the rows have a column `{name}` too"
-        return UserError(what, where, f"leave `{name}` out of `data.columns`, or take the other column out of the data")
+        what = f"the column `{printable(column)}` is mapped to `{name}`, but the rows also have a column `{name}`"
+        return UserError(what, where, f"leave `{name}` out of `data.columns`, or remove the other column from the data")
     return None
 
 

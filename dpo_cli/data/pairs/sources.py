@@ -29,7 +29,7 @@ from dpo_cli.system.storage import MANIFEST, file_digest, text_digest
 
 
 class Source(Settings):
-    """Rows of one place, and how they are used."""
+    """A source of rows, and how they are used."""
 
     path: PathText
     """A data file, a glob, a folder of data files or one that `datasets` or `dpo prepare-data` wrote, or a Hub id."""
@@ -40,13 +40,13 @@ class Source(Settings):
     format: Annotated[str, OneOf("auto", *FORMATS)] = "auto"
     """The shape of these rows; auto: as `data.format` says."""
     columns: ColumnNames | None = None
-    """The columns of these rows, as `data.columns` has them; null: as it says, {}: those of the data."""
+    """The column names of these rows, instead of `data.columns`; null: as there; {}: no mapping."""
     system: str | None = None
-    """What the system says where a row does not; null: as `data.system` says, an empty text: nothing."""
+    """The system message of rows without one; null: that of `data.system`; an empty text: none."""
     weight: float = Field(1.0, gt=0, le=1000)
-    """How often a row is used: 2 twice, 0.5 every second row, drawn by its number in the source."""
+    """How often a row is used: 2 means twice, 0.5 about every second row, by its index in the source."""
     limit: int | None = Field(None, ge=1)
-    """How many rows are read, from the first on; null: all."""
+    """The number of rows to read from the start; null: all."""
 
 
 NAME, GROUP, SEVERAL = "a path", "a source", "a list of sources"
@@ -110,7 +110,9 @@ def check_source(source: Source, where: str | None = None) -> UserError | None:
     except OSError as error:
         return from_os_error(error, "looking for the data", f"{source.path[:60]}", status=2)
     if idle := sorted(_settings(source).keys() - effective):
-        hint = f"leave it out; what has an effect here: {listed(sorted(effective)) if effective else 'the path alone'}"
+        hint = (
+            f"leave it out; settings with an effect here: {listed(sorted(effective)) if effective else 'only the path'}"
+        )
         return UserError(f"`{idle[0]}` has no effect on `{source.path}`", where, hint)
     return None
 

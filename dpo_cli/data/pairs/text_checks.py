@@ -200,9 +200,9 @@ TEXT_CHECKS = (
     TextCheck(
         "replacement_characters",
         "warning",
-        "a text has U+FFFD, where characters were lost",
-        "A text has U+FFFD, which stands where characters were lost.",
-        "Read the original data again in its right encoding.",
+        "a text has U+FFFD, which replaces lost characters",
+        "A text has U+FFFD, which replaces lost characters.",
+        "Read the original data again with the correct encoding.",
         when="a text contains U+FFFD",
         bit=1,
         seen=lambda texts: any("\ufffd" in text for text in texts.parts),
@@ -226,8 +226,8 @@ TEXT_CHECKS = (
     TextCheck(
         "blank_response",
         "warning",
-        "a response has nothing that can be seen",
-        "A response has nothing that can be seen.",
+        "a response has no visible character",
+        "A response has no visible character.",
         "Leave these pairs out.",
         when="a response has no visible character",
         bit=3,
@@ -237,7 +237,7 @@ TEXT_CHECKS = (
         "mixed_scripts",
         "warning",
         "the responses are in different writing systems",
-        "One response is in another writing system than the other, so that language alone tells them apart.",
+        "One response is in another writing system than the other, so that the language alone distinguishes them.",
         "Check that the model should learn to change its language; otherwise drop these pairs.",
         when=(
             "the responses are in two writing systems, each with at most a tenth of its letters in the other's. "
@@ -251,7 +251,7 @@ TEXT_CHECKS = (
         "other_script",
         "info",
         "both responses are in another writing system than the prompt",
-        "Both responses are in another writing system than the prompt: right for translations, else a mix-up.",
+        "Both responses are in another writing system than the prompt: right for translations, else probably wrong.",
         "Look at a few.",
         when="both responses are in another writing system than the prompt, in the same sense",
         heuristic=True,
@@ -261,8 +261,8 @@ TEXT_CHECKS = (
     TextCheck(
         "refusal_chosen",
         "info",
-        "the chosen response opens like a refusal",
-        "The chosen response opens like a refusal and the rejected one does not: meant so in data on safety, "
+        "the chosen response begins like a refusal",
+        "The chosen response begins like a refusal and the rejected one does not: meant so in data on safety, "
         "elsewhere a label on the wrong side.",
         "Look at a few.",
         when=(
@@ -277,7 +277,7 @@ TEXT_CHECKS = (
     TextCheck(
         "space_at_one_side",
         "info",
-        "one response alone begins or ends with white space",
+        "only one response begins or ends with white space",
         "One response begins or ends with white space and the other does not, which gives it away where the "
         "template keeps it.",
         "Strip the responses.",
@@ -289,8 +289,8 @@ TEXT_CHECKS = (
         "multi_turn",
         "info",
         "a response has several turns of the assistant",
-        "A response has more than one turn of the assistant: the two conversations part before the last turn.",
-        "Set `data.turns` to `all` or `last`, by what should be learnt.",
+        "A response has more than one turn of the assistant: the two conversations diverge before the last turn.",
+        "Set `data.turns` to `all` or `last`, depending on what the model should learn.",
         when="a response has several turns of the assistant: the conversations diverge before their last turn",
         bit=8,
         seen=lambda texts: texts.num_turns > 1,
@@ -299,8 +299,8 @@ TEXT_CHECKS = (
         "repeats_prompt",
         "warning",
         "both responses begin with the user's last turn",
-        "Both responses begin with the user's last turn: the model would learn to repeat what it is asked.",
-        "Take the prompt out of the responses.",
+        "Both responses begin with the user's last turn: the model would learn to repeat the question.",
+        "Remove the prompt from the responses.",
         when="both responses begin with the user's last turn, of 20 characters at least",
         bit=9,
         seen=_repeats_prompt,
@@ -311,7 +311,7 @@ TEXT_CHECKS = (
         "a text has turn markers of another format",
         "A text holds what marks turns in another format: the data is perhaps of another shape, or was written "
         "out by a template before.",
-        "Look at a few; take such texts apart into messages, or name their shape in `data.format`.",
+        "Look at some examples; split such texts into messages, or set their shape in `data.format`.",
         when=(
             "a text contains turn markers of another format: `Human:` or `Assistant:` after an empty line, "
             "`[INST]`, `### Instruction:`, `### Response:`, `<|user|>`, `<|im_start|>`, `<start_of_turn>` "

@@ -101,4 +101,4 @@ def _other_names(value: object, two: tuple[str, str]) -> str:
     """Say how a number can be made to name one of two answers that have letters."""
     if two != TWO[0] or not re.fullmatch(r"\s*[0-2](\.0)?\s*", str(value)):
         return ""
-    return "; by `data.columns` call them `response_0` and `response_1`, or `response_1` and `response_2`"
+    return "; use `data.columns` to call them `response_0` and `response_1`, or `response_1` and `response_2`"

@@ -58,7 +58,7 @@ def problem_of_rows(rows: pa.RecordBatch) -> str:
         return "tokens that are not scored lie outside of their response"
     weights, margins = rows.column("weight").to_numpy(), rows.column("margin").to_numpy()
     if not (np.isfinite(weights) & (weights >= 0) & np.isfinite(margins)).all():
-        return "weights or margins are not numbers that a row may have"
+        return "weights or margins are not valid numbers"
     return ""
 
 

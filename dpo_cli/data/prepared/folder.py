@@ -140,7 +140,7 @@ class PreparedPairs(Sequence[TokenizedPair]):
         """
         manifest = verify(folder)
         if PAIRS not in manifest["files"]:
-            raise DamagedFolder("it does not hold prepared pairs")
+            raise DamagedFolder("it has no prepared pairs")
         try:
             table = pa.ipc.open_stream(pa.memory_map(str(folder / PAIRS))).read_all()
         except (pa.ArrowException, OSError) as error:
@@ -312,7 +312,7 @@ def find(folder: Path, digest: str) -> tuple[PreparedPairs | None, str]:
     except DamagedFolder as damage:
         return None, f"the prepared data is damaged ({damage})"
     if pairs.manifest["fingerprint"] != digest:
-        return None, "the prepared data is of other data or settings"
+        return None, "the prepared data was made from other data or settings"
     return pairs, ""
 
 
@@ -331,5 +331,5 @@ def open_for(folder: Path, reading: Reading, tokenize: PairTokenizer) -> Prepare
     # The day that a template was told is the folder's own.
     if differing := [name for name in wanted if name != "day" and made.get(name) != wanted[name]]:
         what = f"the prepared folder was made with another {listed(differing)}"
-        raise UserError(what, str(folder), f"{hint}, or set the configuration to what it was then")
+        raise UserError(what, str(folder), f"{hint}, or restore the configuration of that time")
     return pairs

@@ -36,17 +36,17 @@ MEASURED = ("prompt", "chosen", "rejected", "longest")
 _FIX, _UTF_8 = "fix the row", "save the file as UTF-8"
 _ADVICE = {
     "too long": "raise `data.max_length`, or set `data.on_too_long: truncate`",
-    "response too long": "raise `data.max_length`, or set `data.min_response` to let responses be cut",
+    "response too long": "raise `data.max_length`, or set `data.min_response` to let responses be truncated",
     "template error": "fix the template, or set `model.chat_template` to another one",
     "empty turn": "set `model.chat_template` to a template that writes it, or fix the row",
-    "missing field": "fix the row, name the column by `data.columns`, or set another shape in `data.format`",
+    "missing field": "fix the row, map the column with `data.columns`, or set another shape in `data.format`",
     "wrong type": "fix the row, or set another shape in `data.format`",
     "wrong role": "fix the row, or call the speaker system, user, assistant or tool",
     "identical responses": "check that `chosen` and `rejected` are read from two columns (`data.columns`)",
     "empty response": "check that `chosen` and `rejected` are read from the right columns (`data.columns`)",
-    "no counterpart": "check that each prompt has answers of both labels, and that prompts are spelled alike",
+    "no counterpart": "check that each prompt has answers of both labels, and that prompts are spelled the same way",
     "no preference": "check that the scores differ, and are read from the right column (`data.columns`)",
-    "different contexts": "check that both conversations of a row begin alike",
+    "different contexts": "check that both conversations of a row begin in the same way",
     "two system prompts": "leave out the column `system`, or the system's turn in the conversation",
 }
 """What to do about rows of which no pair can be made, by the reason."""
@@ -147,7 +147,7 @@ class Tally:
 
 def _how_to_fix(bad: BadRow) -> str:
     """Say what to do about a row that stops the reading."""
-    drop = "set `data.on_bad_row: drop` to leave such rows out (counted)"
+    drop = "set `data.on_bad_row: drop` to drop and count such rows"
     if bad.reason == "too long":
         return "raise `data.max_length`, or set `data.on_too_long` to drop or truncate"
     if "not UTF-8" in bad.detail:

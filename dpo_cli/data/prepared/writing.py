@@ -168,7 +168,7 @@ def _runs(sources: Sequence[Source], reading: Reading, read: list[dict[str, Any]
         rows = _named(read_rows(source), source, reading)
         first = list(itertools.islice(rows, DETECTION_ROWS))
         if not first:
-            raise UserError("there are no rows", source.path, "a source holds at least one row")
+            raise UserError("there are no rows", source.path, "name a source that has rows")
         asked = source.format if source.format != "auto" else reading.format
         name = read[number]["shape"] = detect(first, source.path) if asked == "auto" else asked
         rows = itertools.chain(first, rows)

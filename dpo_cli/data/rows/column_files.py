@@ -80,8 +80,8 @@ def _within_reason(path: Path, batches: Iterator[Any]) -> Iterator[Any]:
             return
         number += batch.num_rows
         if number > most:
-            hint = "no file is so repetitive; if this one is, write its rows as JSON lines"
-            raise UserError(f"the file holds more than {most:,} rows in {path.stat().st_size:,} bytes", str(path), hint)
+            hint = "if its rows really are so repetitive, write them as JSON lines"
+            raise UserError(f"the file has more than {most:,} rows in {path.stat().st_size:,} bytes", str(path), hint)
         yield batch
 
 
@@ -111,7 +111,7 @@ def rows_of_columns(place: str, kind: str, batches: Iterable[Any]) -> Iterator[R
             hint = "it is damaged, or its values are too long for it: write it again, or as JSON lines"
             raise UserError(what, f"{place}:row {number + 1}", hint) from None
         reason = printable(str(error).partition("\n")[0] or type(error).__name__, _REASON_LENGTH)
-        hint = f"it is damaged or is no {kind}: write it again"
+        hint = f"it is damaged or not a {kind}: write it again"
         raise UserError(f"the {kind} cannot be read: {reason}", f"{place}:row {number + 1}", hint) from None
 
 

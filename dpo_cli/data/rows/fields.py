@@ -39,7 +39,7 @@ def text(value: object, place: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRow("undecodable text", f"`{place}` holds half of a surrogate pair") from None
+        raise BadRow("undecodable text", f"`{place}` has half of a surrogate pair") from None
     return str(value)
 
 
@@ -90,7 +90,7 @@ def number(value: object, place: str) -> float:
     except OverflowError:
         found = math.inf
     if not math.isfinite(found):
-        raise BadRow("number out of range", f"`{place}` is not finite as a number of 32 bits")
+        raise BadRow("number out of range", f"`{place}` is not finite as a 32-bit number")
     return found
 
 
@@ -99,7 +99,7 @@ def plain_json(value: Any, place: str) -> Any:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRow("undecodable text", f"`{place}` holds half of a surrogate pair") from None
+        raise BadRow("undecodable text", f"`{place}` has half of a surrogate pair") from None
     except RecursionError:
         raise BadRow("wrong type", f"`{place}` is nested too deeply") from None
     except (TypeError, ValueError) as error:
@@ -122,7 +122,7 @@ def from_json(value: object, place: str) -> object:
         raise BadRow("wrong type", f"`{place}` is nested too deeply") from None
     except ValueError as error:
         if _LIKE_PYTHON.match(value):
-            raise BadRow("wrong type", f"`{place}` is written as a Python literal and must be JSON") from None
+            raise BadRow("wrong type", f"`{place}` is a Python literal, not JSON") from None
         raise BadRow("wrong type", f"`{place}` is text that is not valid JSON: {error}") from None
 
 
@@ -141,7 +141,7 @@ def distinct(columns: Sequence[str], where: str) -> list[str]:
     """Return the names of columns, of which no two may be the same; those without a name cannot be confused."""
     for name in columns:
         if name and columns.count(name) > 1:
-            raise UserError(f"two columns are called `{printable(name)}`", where, "give each column a name of its own")
+            raise UserError(f"two columns are called `{printable(name)}`", where, "give each column a different name")
     return list(columns)
 
 

@@ -18,7 +18,7 @@ _ARROW_FILE, _ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 
 _SAVE = "save its rows as JSON lines or Parquet"
 _SAVE_AS_TEXT = "save the file as UTF-8"
-_UNPACK = "unpack it, and name the file that comes out"
+_UNPACK = "unpack it, and name the extracted file"
 _KNOWN = (
     (rb"PK\x03\x04.{26}(?:xl/|\[Content_Types)", "a spreadsheet", "save its sheet as CSV in UTF-8"),
     (rb"PK\x03\x04", "a zip archive", _UNPACK),
@@ -31,17 +31,17 @@ _KNOWN = (
     (rb"%PDF-|\x89PNG|\xff\xd8\xff|GIF8", "a document or a picture", "name a file of rows"),
     (
         rb"version https://git-lfs\.github\.com/spec/",
-        "a Git LFS pointer and not the data",
-        "fetch the data by `git lfs pull`, or download it again",
+        "a Git LFS pointer, not the data",
+        "fetch the data with `git lfs pull`, or download it again",
     ),
     (
         rb"(?i)\s*<(?:!doctype html|html|head)\b",
         "a web page",
-        "download the file itself and not its page: on the Hub its address has `/resolve/` in the place of `/blob/`",
+        "download the file itself and not its page: on the Hub its address has `/resolve/` instead of `/blob/`",
     ),
     (rb"\s*<\?xml", "XML", _SAVE),
-    (rb"(?:[^\0]\0{3}){2}|(?:\0{3}[^\0]){2}", "UTF-32 by its looks, not UTF-8", _SAVE_AS_TEXT),
-    (rb"(?:[^\0]\0){2}|(?:\0[^\0]){2}", "UTF-16 by its looks, not UTF-8", _SAVE_AS_TEXT),
+    (rb"(?:[^\0]\0{3}){2}|(?:\0{3}[^\0]){2}", "UTF-32 by its bytes, not UTF-8", _SAVE_AS_TEXT),
+    (rb"(?:[^\0]\0){2}|(?:\0[^\0]){2}", "UTF-16 by its bytes, not UTF-8", _SAVE_AS_TEXT),
 )
 _SIGNS = tuple((re.compile(sign, re.DOTALL), what, hint) for sign, what, hint in _KNOWN)
 

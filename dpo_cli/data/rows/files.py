@@ -56,7 +56,7 @@ def _by_content(path: Path, head: bytes) -> Reader | None:
     """
     if file_types.is_parquet(head) or file_types.is_arrow(head):
         if is_packed(path):
-            raise UserError("the file of columns is compressed as a whole", str(path), "unpack it")
+            raise UserError("a Parquet or Arrow file cannot be compressed as a whole", str(path), "unpack it")
         return _parquet if file_types.is_parquet(head) else _arrow
     file_types.check_content(head, path)
     return json_list if file_types.starts_as_json(head) else None
@@ -99,5 +99,5 @@ _COMPRESSED = {f"{ending}{packed}": reader for ending, reader in _TEXTS.items() 
 
 READERS = {**_TEXTS, **_COMPRESSED, **_COLUMNS}
 
-ENDINGS = f"{', '.join([*_TEXTS, *_COLUMNS])}; those of text also with {', '.join(COMPRESSIONS)} behind it"
+ENDINGS = f"{', '.join([*_TEXTS, *_COLUMNS])}; text formats also with {', '.join(COMPRESSIONS)} behind it"
 """The endings of all kinds in a few words."""

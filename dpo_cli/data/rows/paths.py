@@ -88,10 +88,10 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
     files = [_readable(path) for path in inside if not _is_company(path)]
     if not files:
         what = f"the folder `{folder}` cannot be loaded: there is no data file in it"
-        raise UserError(what, None, f"name a folder with data files in it; they end in {ENDINGS}")
+        raise UserError(what, None, f"name a folder with data files, which end in {ENDINGS}")
     if _hold_both_sides(path.relative_to(folder) for path in files):
-        hint = f"name those to train on by a glob, such as `{folder}/**/*train*`"
-        raise UserError(f"the folder `{folder}` holds training data and held-out data", None, hint)
+        hint = f"select those to train on with a glob, such as `{folder}/**/*train*`"
+        raise UserError(f"the folder `{folder}` has training data and held-out data", None, hint)
     return files
 
 
@@ -107,7 +107,7 @@ def _listed(file: Path, key: str) -> list[str]:
         listed = json.loads(file.read_text(encoding="utf-8"))[key]
         return [str(entry["filename"]) if isinstance(entry, dict) else str(entry) for entry in listed]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"`{file}` is not what `datasets` writes", None, "save the dataset again") from None
+        raise UserError(f"`{file}` is not a file that `datasets` writes", None, "save the dataset again") from None
 
 
 def _inside(folder: Path, name: str) -> Path:
@@ -125,12 +125,12 @@ def _readable(path: Path) -> Path:
     except UnicodeEncodeError:
         raise UserError(f"the name of `{printable(path, 1000)}` is not UTF-8", None, "rename it") from None
     if not path.is_file():
-        what = f"`{printable(path, 1000)}` is missing, which its folder lists"
+        what = f"`{printable(path, 1000)}` is missing, although its folder lists it"
         raise UserError(what, None, "save or download the dataset again")
     if reader_for(path):
         return path
-    what = f"`{path}` is not a kind of data file that can be read"
-    raise UserError(what, None, f"a data file ends in one of {ENDINGS}")
+    what = f"`{path}` is not a data file of a known type"
+    raise UserError(what, None, f"name a file that ends in one of {ENDINGS}")
 
 
 def _is_company(path: Path) -> bool:

@@ -80,7 +80,7 @@ def _pass_over_line(file: io.BufferedReader, where: str) -> None:
     while (line := file.readline(BLOCK_BYTES)) and not line.endswith(b"\n"):
         passed += len(line)
         if passed > MAX_LINE_BYTES:
-            hint = "a data file has a row on each line, or is a JSON list with the ending .json"
+            hint = "write one row per line, or a JSON list with the extension .json"
             raise UserError(f"the line has no end within {MAX_LINE_BYTES:,} bytes", where, hint)
 
 
@@ -129,8 +129,8 @@ class _Unpacked(io.RawIOBase):
         buffer[: len(block)] = block
         self._num_given += len(block)
         if self._num_given > self._most:
-            what = f"the compressed file becomes more than {MAX_RATIO:,} times its size"
-            hint = "no text is so repetitive; if this one is, unpack it and name what comes out"
+            what = f"the compressed file expands to more than {MAX_RATIO:,} times its size"
+            hint = "if its text really is so repetitive, unpack it and name the extracted file"
             raise UserError(what, f"{self._path}:{self._line}", hint)
         self._line += block.count(b"\n")
         return len(block)

@@ -53,7 +53,9 @@ def json_list(path: Path) -> Iterator[Row]:
             yield from members(window, path)
             return
         if first != "{" or _spans_lines(window):
-            raise UserError("the file is not a JSON list", f"{path}:1", "write a list of objects, or an object a line")
+            raise UserError(
+                "the file is not a JSON list", f"{path}:1", "write a list of objects, or one object per line"
+            )
     yield from json_lines(path)
 
 
@@ -73,7 +75,7 @@ def separated(path: Path, delimiter: str) -> Iterator[Row]:
         for origin, fields, problem in _records(_CsvLines(file, path), path, delimiter):
             if columns is None:
                 if problem:
-                    hint = "the first line names the columns, separated and quoted as the others are"
+                    hint = "name the columns in the first line, separated and quoted like the others"
                     raise UserError(problem.replace("the row", "the header", 1), origin, hint)
                 columns = distinct(fields, origin)
             elif problem:

@@ -167,7 +167,7 @@ class ChatTemplates:
         """
         name = TOOL_USE if TOOL_USE in self._named and arguments.get("tools") is not None else DEFAULT
         if name not in self._named:
-            raise BadRow("template error", f"of the chat templates {_listed(self._named)} none is called `{name}`")
+            raise BadRow("template error", f"none of the chat templates {_listed(self._named)} is called `{name}`")
         return self._named[name]
 
 

@@ -67,7 +67,7 @@ def _marked(value: Any, sought: _Sought) -> Any:
     """Mark what is sought in all texts of a JSON value."""
     if isinstance(value, str):
         if reserved := _RESERVED.search(value):
-            detail = f"a text holds U+{ord(reserved[0]):04X}, which is no character of any script"
+            detail = f"a text has U+{ord(reserved[0]):04X}, which is not a character of any script"
             raise BadRow("undecodable text", detail)
         return sought.pattern.sub(rf"{LITERAL_START}\g<0>{LITERAL_END}", value)
     if isinstance(value, Mapping):

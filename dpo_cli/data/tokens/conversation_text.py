@@ -81,7 +81,7 @@ class ConversationText:
                 conversations, self._literals.marked_values(arguments), add_generation_prompt=add_generation_prompt
             )
         if arguments:
-            detail = f"`plain` makes no use of {', '.join(f'`{name}`' for name in arguments)}"
+            detail = f"`plain` ignores {', '.join(f'`{name}`' for name in arguments)}"
             raise BadRow("template error", detail)
         return [self._plain(one, add_generation_prompt=add_generation_prompt) for one in conversations]
 
@@ -154,7 +154,7 @@ def _written_plainly(messages: Sequence[Message], *, add_generation_prompt: bool
 def _sections(messages: Sequence[Message], end: str) -> Iterator[str]:
     for message in messages:
         if message.role == "tool" or "tool_calls" in message.extras:
-            raise BadRow("template error", "`plain` has no words for tools: set `model.chat_template` to a template")
+            raise BadRow("template error", "`plain` cannot write tools: set `model.chat_template` to a template")
         if message.role == "assistant":
             yield f"### Response:\n{message.text}{end}"
         else:

@@ -107,7 +107,7 @@ class Renderer:
         literals = self.texts.num_literals(pair) if LITERAL_START in chosen or LITERAL_START in rejected else 0
         if literals and (part := self.encode.spell.unspeakable(chosen, rejected)):
             raise BadRow(
-                "control token", f"the tokenizer has no tokens for the characters of `{part}`, which a text has"
+                "control token", f"the tokenizer has no tokens for the characters of `{part}`, which a text uses"
             )
         whole = chosen.startswith(prompt) and rejected.startswith(prompt)
         boundary = len(prompt) if whole else self._boundary(pair, prompt, chosen, rejected)

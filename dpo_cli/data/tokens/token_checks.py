@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 RESPONSES_CUT = TokenCheck(
     "responses_cut",
     "warning",
-    "a response was cut to fit `data.max_length`",
-    "A response was cut to fit `data.max_length`: the model does not see how it ends.",
+    "a response was truncated to fit `data.max_length`",
+    "A response was truncated to fit `data.max_length`: the model does not see how it ends.",
     "Raise `data.max_length`, or set `data.on_too_long: drop`.",
     when="a response was truncated to fit `data.max_length`",
     bit=31,
@@ -26,7 +26,7 @@ TOKEN_CHECKS = (
     TokenCheck(
         "prompt_differs",
         "warning",
-        "inference sends another prompt than the template writes",
+        "inference sends a different prompt than the template writes",
         "The prompt that inference sends is not how the template writes the answered conversation (it opens a "
         "thought, say): the boundary was put where the two part.",
         "Use a template that writes an answered conversation as it asks for an answer; `data.turns: last` changes "
@@ -42,7 +42,7 @@ TOKEN_CHECKS = (
     TokenCheck(
         "context_differs",
         "warning",
-        "inference sends other earlier turns than the template writes",
+        "inference sends earlier turns differently than the template writes them",
         "Within a response of several turns the template writes earlier turns otherwise than inference would send "
         "them.",
         "Use a template that leaves earlier turns as they are, or set `data.turns: last`.",
@@ -59,8 +59,8 @@ TOKEN_CHECKS = (
         "control_tokens_as_text",
         "warning",
         "a text spells out a control token",
-        "A text holds what is a control token of the template; it was encoded as text.",
-        "Check whether a template wrote the data before; if so, take it apart into messages.",
+        "A text spells out a control token of the template; it was encoded as text.",
+        "Check whether a template was applied to the data before; if so, split it into messages.",
         when="a text spells out a control token of the template; it was encoded as text",
         bit=28,
         holds=lambda result: result.literals > 0,
@@ -72,7 +72,7 @@ TOKEN_CHECKS = (
         "the template strips or rewrites what the assistant says",
         "What the assistant says does not stand in the template's text as the data has it: the template strips or "
         "rewrites it (thoughts, for instance).",
-        "Look at a few; where something is missed, use a template that keeps it.",
+        "Look at some examples; if something is missing, use a template that keeps it.",
         when=(
             "the assistant's message does not appear in the template's output as it is in the data: the template "
             "strips or rewrites it (reasoning, for instance)"
@@ -83,9 +83,9 @@ TOKEN_CHECKS = (
     TokenCheck(
         "truncated",
         "info",
-        "a prompt was cut to fit `data.max_length`",
-        "The beginning of a prompt was cut to fit `data.max_length`.",
-        "Nothing to do where the end of a prompt says enough; else raise `data.max_length`.",
+        "a prompt was truncated to fit `data.max_length`",
+        "The beginning of a prompt was truncated to fit `data.max_length`.",
+        "Nothing to do if the end of a prompt is enough; otherwise raise `data.max_length`.",
         when="a prompt was truncated to fit `data.max_length`",
         bit=30,
         holds=lambda result: result.truncated,
@@ -93,7 +93,7 @@ TOKEN_CHECKS = (
     TokenCheck(
         "joined_at_boundary",
         "info",
-        "prompt and response were tokenized apart",
+        "prompt and response were tokenized separately",
         "The tokenizer would have merged the end of the prompt with the beginning of the response; they were "
         "tokenized apart, so that the response begins with a token of its own.",
         "Nothing to do.",

@@ -214,7 +214,7 @@ class PairTokenizer:
         """Apply the length rule: turns of the prompt go first, then its tokens, then, if at all, those of responses."""
         for name in ("prompt", "chosen", "rejected"):
             if not len(getattr(whole.pair, name)):
-                return BadRow("template error", f"of `{name}` the chat template makes no token")
+                return BadRow("template error", f"the chat template makes no token of `{name}`")
         if _length(whole.pair) <= self.max_length:
             return whole
         if self.on_too_long != "truncate":
@@ -239,7 +239,7 @@ class PairTokenizer:
     def _too_long(self, pair: TokenizedPair) -> BadRow:
         """Say why a pair is too long, and how long it is."""
         lengths = _lengths(pair)
-        detail = f"the pair has {_length(pair)} tokens where `data.max_length` is {self.max_length}"
+        detail = f"the pair has {_length(pair)} tokens, but `data.max_length` is {self.max_length}"
         if self.on_too_long != "truncate":
             return BadRow("too long", detail, structural=self.on_too_long == "error", lengths=lengths)
         allowed = "a response is never cut" if self.min_response is None else "`data.min_response` leaves no room"

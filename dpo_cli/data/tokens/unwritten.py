@@ -20,7 +20,7 @@ _MOST_KINDS = 4096
 _LONGEST_WORD = 24
 """Characters of an argument of the template that is distinguished from others: `high`, `false`."""
 
-_ANOTHER = "Use a template that writes them, or take them out of the data."
+_ANOTHER = "Use a template that writes them, or remove them from the data."
 
 
 def _unwritten(bit: int, name: str, what: str, when: str, advice: str = _ANOTHER) -> TokenCheck:
@@ -28,7 +28,7 @@ def _unwritten(bit: int, name: str, what: str, when: str, advice: str = _ANOTHER
         name,
         "warning",
         f"the template does not write {what.rstrip(',')}",
-        f"The data has {what} that the chat template does not write: no token tells the model of them.",
+        f"The data has {what} that the chat template does not write: the model never sees them.",
         advice,
         when=when,
         bit=bit,
@@ -54,7 +54,7 @@ UNWRITTEN = {
         _unwritten(
             22,
             "reasoning_unwritten",
-            "thoughts of the assistant, in a field of their own,",
+            "reasoning of the assistant, in a separate field,",
             (
                 "a message has reasoning in a separate field (`reasoning_content`, `reasoning`, `thinking`) that "
                 "the template does not write"
@@ -82,7 +82,7 @@ UNWRITTEN = {
         _unwritten(
             18,
             "system_unwritten",
-            "turns of the system",
+            "system messages",
             "the template does not write the system message",
         ),
         _unwritten(
@@ -105,7 +105,7 @@ NOT_JSON = TokenCheck(
     "tool_arguments_not_json",
     "warning",
     "the arguments of a tool call are not a JSON object",
-    "The arguments of a tool call are another value than a JSON object, or no JSON: they were left as they are.",
+    "The arguments of a tool call are not a JSON object, or not JSON: they were left as they are.",
     "Write them as an object, or as the JSON text of one.",
     when="the arguments of a call are neither a JSON object nor the text of one; they were left as they are",
     bit=15,

@@ -102,7 +102,7 @@ class LossSettings(Settings):
     """The settings that every loss has, and what a run has to know of it."""
 
     weight: float = Field(1.0, gt=0)
-    """Factor on this loss where several are added up."""
+    """The factor of this loss in a sum of several."""
     wpo: bool = False
     """Whether a pair is weighted by how likely its responses are under the policy (WPO), without an upper bound."""
     router_aux: float = Field(0.0, ge=0)
@@ -114,7 +114,7 @@ class LossSettings(Settings):
     @model_validator(mode="after")
     def _check_wpo(self) -> Self:
         if self.wpo and self.compares_pairs:
-            what = "`wpo` weights pairs one by one, and this loss compares the pairs of a step with each other"
+            what = "`wpo` weights pairs one by one, but this loss compares the pairs of a step with each other"
             raise contradiction(what, "leave `wpo` out, or choose another loss")
         return self
 

@@ -63,13 +63,13 @@ class DPO(MarginLossSettings):
     type: Literal["dpo"] = "dpo"
     """Which loss."""
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference: 0.01 to 0.5 for sums, 2 to 10 for means."""
+    """How strongly the policy is kept near the reference: 0.01 to 0.5 for sums, 2 to 10 for means."""
     label_smoothing: Smoothing = 0.0
     """ε: the share of labels that are assumed to be swapped (conservative DPO)."""
     logps: Literal["sum", "mean"] = "sum"
     """Whether a response's log-probability is the sum over its tokens or their mean."""
     divergence: Divergence = ReverseKL()
-    """What holds the policy to the reference; only reverse_kl can be used with means."""
+    """What keeps the policy near the reference; only reverse_kl can be used with means."""
     adaptive_beta: AdaptiveBeta | None = None
     """null: the same β for every step; else β-DPO."""
 
@@ -128,11 +128,11 @@ class Robust(LossSettings):
     type: Literal["robust"] = "robust"
     """Which loss."""
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
     label_smoothing: Smoothing = 0.1
     """ε: the share of wrong labels."""
     divergence: Divergence = ReverseKL()
-    """What holds the policy to the reference."""
+    """What keeps the policy near the reference."""
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """[−(1−ε)·ls(βΔ) + ε·ls(−βΔ)] / (1−2ε)."""
@@ -181,7 +181,7 @@ class Hinge(LossSettings):
     beta: Beta = 0.1
     """The inverse of the margin."""
     divergence: Divergence = ReverseKL()
-    """What holds the policy to the reference."""
+    """What keeps the policy near the reference."""
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """max(0, 1 − βΔ)."""
@@ -201,11 +201,11 @@ class EXO(LossSettings):
     type: Literal["exo"] = "exo"
     """Which loss."""
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
     label_smoothing: float = Field(1e-3, ge=1e-6, lt=0.5)
     """ε: the probability that the labels give to the rejected response."""
     divergence: Divergence = ReverseKL()
-    """What holds the policy to the reference."""
+    """What keeps the policy near the reference."""
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """σ(βΔ)·[ls(βΔ) − log(1−ε)] + σ(−βΔ)·[ls(−βΔ) − log ε]."""
@@ -227,11 +227,11 @@ class DiscoPOP(LossSettings):
     type: Literal["discopop"] = "discopop"
     """Which loss."""
     beta: Beta = 0.05
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
     tau: float = Field(0.05, ge=1e-3, le=1)
     """τ: how sharply the blend changes from one to the other."""
     divergence: Divergence = ReverseKL()
-    """What holds the policy to the reference."""
+    """What keeps the policy near the reference."""
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """(1−m)·(−ls(βΔ)) + m·e^(−βΔ), m = σ(βΔ/τ)."""
@@ -252,7 +252,7 @@ class DPOP(LossSettings):
     type: Literal["dpop"] = "dpop"
     """Which loss."""
     beta: Beta = 0.3
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
     penalty: float = Field(50.0, ge=0, le=1000)
     """λ: the weight of the penalty."""
 
@@ -276,7 +276,7 @@ class RDPO(LossSettings):
     type: Literal["r_dpo"] = "r_dpo"
     """Which loss."""
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
     alpha: float = Field(0.01, ge=0, le=10)
     """α: the reward of a token of length."""
 
@@ -298,7 +298,7 @@ class LDDPO(LossSettings):
     type: Literal["ld_dpo"] = "ld_dpo"
     """Which loss."""
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
     alpha: float = Field(0.5, ge=0, le=1)
     """α: the weight of such a token; 1 is DPO."""
 

@@ -24,7 +24,7 @@ class NCA(LossSettings):
     type: Literal["nca"] = "nca"
     """Which loss."""
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """−ls(βc) − ½·ls(−βc) − ½·ls(−βr)."""
@@ -47,7 +47,7 @@ class BCO(LossSettings):
     type: Literal["bco"] = "bco"
     """Which loss."""
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
     running_mean: bool = True
     """Whether rewards are compared with their running mean; else with 0."""
 
@@ -107,7 +107,7 @@ class APOZero(LossSettings):
     type: Literal["apo_zero"] = "apo_zero"
     """Which loss."""
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """1 − σ(βc) + σ(βr)."""
@@ -128,7 +128,7 @@ class APODown(LossSettings):
     type: Literal["apo_down"] = "apo_down"
     """Which loss."""
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """σ(βc) + 1 − σ(βΔ)."""

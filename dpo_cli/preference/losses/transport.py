@@ -26,7 +26,7 @@ class AOT(LossSettings):
     type: Literal["aot"] = "aot"
     """Which loss."""
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
     label_smoothing: Smoothing = 0.0
     """ε: the share of wrong labels."""
 
@@ -57,7 +57,7 @@ class AOTUnpaired(LossSettings):
     type: Literal["aot_unpaired"] = "aot_unpaired"
     """Which loss."""
     beta: Beta = 0.1
-    """How strongly the policy is held to the reference."""
+    """How strongly the policy is kept near the reference."""
     label_smoothing: Smoothing = 0.0
     """ε: the share of wrong labels."""
 

@@ -99,7 +99,7 @@ def test_messages_that_end_with_an_answer_are_what_differs():
     turns = [TURN, {"role": "assistant", "content": "y"}]
     with pytest.raises(UserError) as caught:
         detect(rows_of({"messages": turns, "chosen": turns[1], "rejected": "z"}), "f")
-    assert "`messages` is a prompt where it ends with a turn that is not the assistant's" in caught.value.hint
+    assert "`messages` is a prompt if its last turn is not the assistant's" in caught.value.hint
 
 
 @pytest.mark.parametrize("asked", [{"prompt": "Q"}, {"prompt": TURN}, {"prompt": [TURN]}, {"instruction": "Q"}])

@@ -81,7 +81,7 @@ def test_an_input_that_is_empty_leaves_no_trace(given):
         ("messages", {"chosen": [GOOD | {"tool_calls": "f()"}]}, "wrong type", "`chosen[0].tool_calls` is text", True),
         ("messages", {"chosen": [GOOD | {"tool_calls": [CALL, 1]}]}, "wrong type", "`chosen[0].tool_calls[1]`", True),
         ("messages", {"chosen": [GOOD | {"tool_calls": [{"name": "\udfff"}]}]}, "undecodable text",
-         "`chosen[0].tool_calls` holds half", True),
+         "`chosen[0].tool_calls` has half", True),
         ("messages", {"chosen": [GOOD | {"thinking": 3}]}, "wrong type", "`chosen[0].thinking` is a number", True),
         ("messages", {"chosen": [GOOD, TURN, GOOD | {"content": " "}]}, "empty response",
          "`chosen` is empty in turn 5", False),
@@ -247,7 +247,7 @@ def test_a_list_that_python_wrote_is_told_as_that(column):
     as_json = {name: Cell(json.dumps(value)) for name, value in row.items()}
     assert only("messages", as_json) == only("messages", row)
     bad = refusal("messages", as_json | {column: Cell(row[column])})
-    assert (bad.reason, bad.detail) == ("wrong type", f"`{column}` is written as a Python literal and must be JSON")
+    assert (bad.reason, bad.detail) == ("wrong type", f"`{column}` is a Python literal, not JSON")
     cut = refusal("messages", as_json | {column: Cell(as_json[column][:-3])})
     assert f"`{column}` is text that is not valid JSON" in cut.detail
 
@@ -255,7 +255,7 @@ def test_a_list_that_python_wrote_is_told_as_that(column):
 @pytest.mark.parametrize("value", [["a", "b"], [None, 1], {"name": "f"}])
 def test_any_value_that_python_wrote_is_told_as_that(value):
     bad = refusal("text", ROW_OF["text"] | {"tools": str(value)})
-    assert bad.detail == "`tools` is written as a Python literal and must be JSON"
+    assert bad.detail == "`tools` is a Python literal, not JSON"
 
 
 def test_a_missing_field_lists_what_the_row_has():
@@ -453,8 +453,8 @@ def test_a_row_of_every_shape_may_have_a_weight_and_a_margin(shape, given, weigh
         ([2], "wrong type", "is a list instead of a number"),
         (float("nan"), "number out of range", "is not finite"),
         (float("-inf"), "number out of range", "is not finite"),
-        (1e39, "number out of range", "is not finite as a number of 32 bits"),
-        (10**400, "number out of range", "is not finite as a number of 32 bits"),
+        (1e39, "number out of range", "is not finite as a 32-bit number"),
+        (10**400, "number out of range", "is not finite as a 32-bit number"),
     ],
 )
 def test_a_weight_or_margin_that_is_no_finite_number_is_refused(shape, name, value, reason, detail):
@@ -520,10 +520,10 @@ def test_a_row_of_every_shape_may_tell_the_template_more(shape, given, arguments
             "wrong type",
             "not valid JSON: it has the key `a` twice",
         ),
-        ({"tools": [{"name": "\ud83d"}]}, "undecodable text", "`tools` holds half of a surrogate pair"),
+        ({"tools": [{"name": "\ud83d"}]}, "undecodable text", "`tools` has half of a surrogate pair"),
         ({"tools": [{"name": b"f"}]}, "wrong type", "`tools` is not plain JSON"),
         ({"chat_template_kwargs": [1]}, "wrong type", "`chat_template_kwargs` is a list instead of an object"),
-        ({"category": "\ud83d"}, "undecodable text", "`category` holds half of a surrogate pair"),
+        ({"category": "\ud83d"}, "undecodable text", "`category` has half of a surrogate pair"),
     ],
 )
 def test_what_a_template_cannot_be_told_is_refused(shape, given, reason, detail):

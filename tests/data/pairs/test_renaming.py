@@ -93,7 +93,7 @@ def test_a_late_row_with_both_names_is_a_broken_row():
     [
         ({"prompt": "qestion"}, "no row has a column `qestion`", "did you mean `question`?"),
         ({"prompt": "zzz"}, "no row has a column `zzz`", r"the rows have `system`, `question`, .*`columns: \{\}`"),
-        ({"chosen": "question"}, "the rows have a column `chosen` too", "leave `chosen` out"),
+        ({"chosen": "question"}, "the rows also have a column `chosen`", "leave `chosen` out"),
     ],
 )
 def test_a_mapping_that_is_not_of_these_rows_is_explained(tmp_path, tokenizer, columns, what, hint):
@@ -272,16 +272,19 @@ def test_what_the_error_proposes_can_be_pasted(tmp_path, row):
     [
         (
             {"chosen": "a", "rejected": "b", "said": "c"},
-            "nearest shape is `text`, and lacks `prompt`: .*`data.columns: {prompt: …}`",
+            "nearest shape is `text`, which also needs `prompt`: .*`data.columns: {prompt: …}`",
         ),
-        ({"instruction": "a", "chosen": "b", "output": "c"}, "nearest shape is `instruction`, and lacks `rejected`"),
+        (
+            {"instruction": "a", "chosen": "b", "output": "c"},
+            "nearest shape is `instruction`, which also needs `rejected`",
+        ),
         (
             dict.fromkeys("abc", 1),
-            "`text`, and lacks `prompt`, `chosen`, `rejected`: .*{prompt: …, chosen: …, rejected: …}",
+            "`text`, which also needs `prompt`, `chosen`, `rejected`: .*{prompt: …, chosen: …, rejected: …}",
         ),
-        ({"prompt": "a", "responses": ["b"]}, "nearest shape is `ranked`, and lacks `scores`"),
-        ({"chosen": "a", "rejected": "b"}, "lacks `prompt`, for which the rows have no columns left"),
-        ({"prompt": "a", "completion": "b"}, "lacks `label`, for which the rows have no columns left"),
+        ({"prompt": "a", "responses": ["b"]}, "nearest shape is `ranked`, which also needs `scores`"),
+        ({"chosen": "a", "rejected": "b"}, "needs `prompt`, for which the rows have no columns left"),
+        ({"prompt": "a", "completion": "b"}, "needs `label`, for which the rows have no columns left"),
         (
             {"data": [{"prompt": "a", "chosen": "b", "rejected": "c"}]},
             "`rejected`, for which the rows have no columns left",

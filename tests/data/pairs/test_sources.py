@@ -109,11 +109,11 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
     ("path", "what", "hint"),
     [
         ("pairs.jsnl", "no file or folder", r"did you mean `.*pairs\.jsonl`\?"),
-        ("pairs.xlsx", "not a kind of data file", r"ends in one of \.json, .*\.parquet.* \.zst"),
+        ("pairs.xlsx", "not a data file of a known type", r"ends in one of \.json, .*\.parquet.* \.zst"),
         ("pears*.jsonl", "no data file matches", r"did you mean `.*pairs\.jsonl`\?"),
-        ("mixed", r"`.*mixed/b\.xlsx` is not a kind of data file", "ends in one of"),
-        ("mixed/*", r"`.*mixed/b\.xlsx` is not a kind of data file", "ends in one of"),
-        ("company", "there is no data file in it", r"they end in \.json"),
+        ("mixed", r"`.*mixed/b\.xlsx` is not a data file of a known type", "ends in one of"),
+        ("mixed/*", r"`.*mixed/b\.xlsx` is not a data file of a known type", "ends in one of"),
+        ("company", "there is no data file in it", r"which end in \.json"),
         ("company/*", "no data file matches", "name a data file"),
         ("splits", "training data and held-out data", r"splits/\*\*/\*train\*"),
         (" ", "is empty", "name a data file"),
@@ -174,7 +174,7 @@ def test_a_folder_that_datasets_wrote_and_that_is_not_whole_is_explained(saved, 
     assert "is missing" in problem_of(tmp_path / "one").what
     for text in ("{", "[]", "{}", '{"_data_files": [{}]}', '{"_data_files": 5}', "[" * 5000):
         (tmp_path / "one/state.json").write_text(text, encoding="utf-8")
-        assert "not what `datasets` writes" in problem_of(tmp_path / "one").what
+        assert "not a file that `datasets` writes" in problem_of(tmp_path / "one").what
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_a_bad_weight_or_margin_is_named_with_its_line(tmp_path, tokenizer):
     with pytest.raises(ExceptionGroup) as caught:
         prepare(source, tokenizer, tmp_path / "p")
     *named, _ = caught.value.exceptions
-    expected = ["`weight` is negative", "`margin` is not finite as a number of 32 bits", "`weight` is text"]
+    expected = ["`weight` is negative", "`margin` is not finite as a 32-bit number", "`weight` is text"]
     for line, (error, what) in enumerate(zip(named, expected, strict=True), 2):
         assert error.where == f"{source}:{line}"
         assert error.what.startswith(what)

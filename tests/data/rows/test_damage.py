@@ -106,7 +106,7 @@ def with_columns(row: dict[str, Any]) -> list[Damage]:
         ("true as a weight", {"weight": True}, "wrong type", "`weight` is true or false"),
         ("a margin that is no number", {"margin": float("nan")}, "number out of range", "`margin` is not finite"),
         ("tools that are no list", {"tools": "hammer"}, "wrong type", "`tools` is text"),
-        ("half a surrogate pair in a label", {"source": "\ud83d"}, "undecodable text", "`source` holds half"),
+        ("half a surrogate pair in a label", {"source": "\ud83d"}, "undecodable text", "`source` has half"),
     ]
     return [Damage(about, as_line(row | change), reason, detail) for about, change, reason, detail in cases]
 
@@ -118,7 +118,7 @@ def in_text(place: str, *, empty: str) -> list[tuple[str, Any, str, str]]:
         ("a number", 5, "wrong type", f"`{place}` is a number instead of text"),
         ("true", True, "wrong type", f"`{place}` is true or false instead of text"),
         ("an object", {"a": 1}, "wrong type", f"`{place}` is an object instead of text"),
-        ("half a surrogate pair", "a \udc00", "undecodable text", f"`{place}` holds half of a surrogate pair"),
+        ("half a surrogate pair", "a \udc00", "undecodable text", f"`{place}` has half of a surrogate pair"),
         ("no text", "", empty, "empty"),
         ("white space", " \n\t", empty, "empty"),
     ]
@@ -149,7 +149,7 @@ def in_messages(place: str, name: str) -> list[tuple[str, Any, str, str]]:
         ("no content", [*before, {"role": "assistant"}], "missing field", f"`{last}` has no `content`"),
         ("null as content", [*before, assistant(None)], "missing field", f"`{last}.content` is null"),
         ("a number as content", [*before, assistant(3.5)], "wrong type", f"`{last}.content` is a number"),
-        ("half a surrogate pair", [*before, assistant("\ud800")], "undecodable text", f"`{last}.content` holds half"),
+        ("half a surrogate pair", [*before, assistant("\ud800")], "undecodable text", f"`{last}.content` has half"),
         ("an image", [*before, assistant([{"type": "image"}])], "wrong type", f"`{last}.content[0]` is a part of type"),
         ("a user at the end", [*before, assistant("a"), user("b")], "no answer", f"`{place}` ends with"),
         ("an empty answer", [*before, assistant(" ")], "empty response", f"`{place}` is empty"),
@@ -178,7 +178,7 @@ OF_SHAPE: dict[str, dict[tuple[str | int, ...], list[Change]]] = {
         ("prompt",): [
             ("a number", 1, "wrong type", "`prompt` is a number instead of a list"),
             ("an answer at its end", [user("a"), assistant("b")], "prompt ends with an answer", "the assistant's"),
-            ("nobody asks", [user(" ")], "empty field", "no user says anything"),
+            ("nobody asks", [user(" ")], "empty field", "there is no turn of a user"),
         ],
         ("chosen",): in_messages("chosen", "messages"),
     },
@@ -192,7 +192,7 @@ OF_SHAPE: dict[str, dict[tuple[str | int, ...], list[Change]]] = {
     "conversations": {
         ("chosen",): [
             *in_messages("chosen", "conversations"),
-            ("another question", [user("What?"), assistant("a")], "different contexts", "part at turn 1"),
+            ("another question", [user("What?"), assistant("a")], "different contexts", "diverge at turn 1"),
         ],
     },
     "hh": {
@@ -203,7 +203,7 @@ OF_SHAPE: dict[str, dict[tuple[str | int, ...], list[Change]]] = {
             ("the assistant first", "\n\nAssistant: a", "no human turn", "`chosen` does not begin with `Human:`"),
             ("no answer", "\n\nHuman: a", "no answer", "`chosen` ends with a turn of the user"),
             ("an empty answer", f"\n\nHuman: {QUESTIONS[0]}\n\nAssistant: ", "empty response", "`chosen` is empty"),
-            ("another question", "\n\nHuman: a\n\nAssistant: b", "different contexts", "part at turn 1"),
+            ("another question", "\n\nHuman: a\n\nAssistant: b", "different contexts", "diverge at turn 1"),
         ],
     },
     "sharegpt": {
@@ -218,7 +218,7 @@ OF_SHAPE: dict[str, dict[tuple[str | int, ...], list[Change]]] = {
             ("a number", 1, "wrong type", "`conversations[0].from` is a number"),
             ("null", None, "missing field", "`conversations[0]` has no `role`"),
         ],
-        ("conversations", 0, "value"): [("white space", " ", "empty field", "no user says anything")],
+        ("conversations", 0, "value"): [("white space", " ", "empty field", "there is no turn of a user")],
         ("chosen", "value"): in_text("chosen.value", empty="empty response"),
         ("chosen", "from"): [("the human", "human", "prompt not repeated", "`chosen` begins with a turn of the user")],
         ("rejected",): [("a number", 1, "wrong type", "`rejected` is a number instead of an object")],

@@ -145,7 +145,7 @@ def test_a_compressed_file_of_columns_is_to_be_unpacked(tmp_path):
 def test_a_file_without_a_telling_name_or_content_is_refused(tmp_path, content):
     (tmp_path / "notes").write_bytes(content)
     problem = check_source(Source(path=str(tmp_path / "notes")))
-    assert problem is not None and "is not a kind of data file" in problem.what
+    assert problem is not None and "is not a data file of a known type" in problem.what
 
 
 @pytest.mark.parametrize("ending", TEXTS)

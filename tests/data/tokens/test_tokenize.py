@@ -107,7 +107,7 @@ def test_a_template_that_writes_nothing_for_the_prompt_refuses_the_row(tokenizer
     answers = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
     [bad] = make(tokenizer, answers)([make_pair()])
     assert isinstance(bad, BadRow)
-    assert bad.detail == "of `prompt` the chat template makes no token"
+    assert bad.detail == "the chat template makes no token of `prompt`"
 
 
 def test_a_template_that_raises_refuses_the_row_and_not_the_others(tokenizer):
