@@ -7,14 +7,13 @@ the texts of a particular row (it may strip thoughts, say) is not looked for her
 from __future__ import annotations
 
 import functools
-import json
-import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_cli.data.findings import TokenCheck
 from dpo_cli.data.records import Message, Pair
+from dpo_cli.data.tokens.marks import another_value, marks_in, numbered_mark, replaced, with_mark, with_mark_at
 
 _MOST_KINDS = 4096
 _LONGEST_WORD = 24
@@ -139,7 +138,7 @@ class _Spot:
         """
         if not self.path:
             return replace(message, content=self.mark.ljust(len(message.text), self.mark[-1]), input="")
-        return replace(message, extras=_put(message.extras, self.path, self.mark))
+        return replace(message, extras=with_mark_at(message.extras, self.path, self.mark))
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +188,7 @@ class Unwritten:
         """Yield the parts of messages that are not written."""
         spots = _spots(messages)
         text = self._write(_changed(messages, spots), arguments, False)
-        seen = _marks(text)
+        seen = marks_in(text)
         missing = [spot for spot in spots if spot.mark not in seen]
         for part in dict.fromkeys(spot.part for spot in missing):
             if self._any_unseen(messages, [spot for spot in missing if spot.part == part], arguments):
@@ -205,9 +204,9 @@ class Unwritten:
         """Tell whether a tool may change and the text stays the same."""
         tools = arguments.get("tools") or []
         parts = [_Change((n, *path), change) for n, tool in enumerate(tools) for path, change in _parts_of_tool(tool)]
-        marks = {_mark(number): part for number, part in enumerate(parts)}
+        marks = {numbered_mark(number): part for number, part in enumerate(parts)}
         text = self._write(messages, {**arguments, "tools": _all_changed(tools, marks)}, False) if tools else ""
-        seen = _marks(text)
+        seen = marks_in(text)
         missing = [{mark: part} for mark, part in marks.items() if mark not in seen]
         before = self._write(messages, arguments, False) if missing else None
         return any(
@@ -220,7 +219,7 @@ class Unwritten:
         for name, value in pair.arguments.items():
             if name == "tools" or value is None:
                 continue
-            others = {**pair.arguments, name: _other(value)}
+            others = {**pair.arguments, name: another_value(value)}
             if all(self._write(one, others, ends) == self._write(one, pair.arguments, ends) for one, ends in asked):
                 return True
         return False
@@ -252,7 +251,7 @@ def _parts(message: Message) -> Hashable:
 def _spots(messages: Sequence[Message]) -> list[_Spot]:
     """Return all parts of messages that say something."""
     found = [(index, *one) for index, message in enumerate(messages) for one in _parts_of(message)]
-    return [_Spot(part, index, path, _mark(number)) for number, (index, part, path) in enumerate(found)]
+    return [_Spot(part, index, path, numbered_mark(number)) for number, (index, part, path) in enumerate(found)]
 
 
 def _parts_of(message: Message) -> Iterator[tuple[str, tuple[str | int, ...]]]:
@@ -295,13 +294,13 @@ def _parts_of_tool(tool: Any) -> Iterator[tuple[tuple[str, ...], Callable[[str],
         found = True
         yield (*inner, "parameters", "properties"), functools.partial(_with_property, properties)
     if not found:
-        yield (), functools.partial(_with_mark, tool)
+        yield (), functools.partial(with_mark, tool)
 
 
 def _all_changed(value: Any, marks: Mapping[str, _Change]) -> Any:
     """Return a JSON value with a mark in each of some parts."""
     for mark, change in marks.items():
-        value = _replaced(value, change.path, change.make(mark))
+        value = replaced(value, change.path, change.make(mark))
     return value
 
 
@@ -310,58 +309,9 @@ def _with_property(properties: Mapping[str, Any], mark: str) -> dict[str, Any]:
     return {**properties, mark: next(iter(properties.values()))}
 
 
-def _mark(number: int) -> str:
-    """Return a text that neither data nor templates have: of code points that are no characters."""
-    return f"\ufdd5{number}\ufdd5"
-
-
-def _marks(text: str | None) -> frozenset[str]:
-    """Return all marks in what was written."""
-    return frozenset(re.findall("\ufdd5[0-9]+\ufdd5", text or ""))
-
-
 def _changed(messages: Sequence[Message], spots: Sequence[_Spot]) -> list[Message]:
     """Return messages with marks in some parts."""
     found = list(messages)
     for spot in spots:
         found[spot.index] = spot.changed(found[spot.index])
     return found
-
-
-def _put(value: Any, path: Sequence[str | int], mark: str) -> Any:
-    """Return a JSON value with a mark at a path; an object, and the JSON text of one, stay what they are."""
-    there = functools.reduce(lambda outer, step: outer[step], path, value)
-    other: Any = {mark: mark} if isinstance(there, Mapping) else mark
-    if path[-1] == "arguments" and isinstance(there, str):
-        other = json.dumps({mark: mark}, ensure_ascii=False)
-    return _replaced(value, path, other)
-
-
-def _replaced(value: Any, path: Sequence[str | int], other: Any) -> Any:
-    """Return a JSON value with another at a path."""
-    if not path:
-        return other
-    first, *rest = path
-    inner = _replaced(value[first], rest, other)
-    if isinstance(first, int):
-        return [*value[:first], inner, *value[first + 1 :]]
-    return {**value, first: inner}
-
-
-def _with_mark(value: Any, mark: str) -> Any:
-    """Return a JSON value with a mark at the end of each of its texts, but of those that name a type."""
-    if isinstance(value, Mapping):
-        return {name: item if name == "type" else _with_mark(item, mark) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_with_mark(item, mark) for item in value]
-    return value + mark if isinstance(value, str) else value
-
-
-def _other(value: Any) -> Any:
-    """Return another value of the same type."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, (int, float)):
-        return value + 1
-    mark = _mark(0)
-    return _with_mark(value, mark) if isinstance(value, str) or value else [mark]
