@@ -1,4 +1,4 @@
-"""Calls of tools, however a row spells them, and their arguments, JSON text or an object, as the template wants them.
+"""Calls of tools, in every form that a row may have, and their arguments as the template wants them: text or an object.
 
 OpenAI's format has the arguments as text. Most templates write objects (by `tojson`, or item by item), so that text
 would become JSON within JSON; a few join them to other text, and want text. Inference servers do the same.

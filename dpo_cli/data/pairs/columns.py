@@ -1,4 +1,4 @@
-"""What a row of any shape may say of its pair beside the texts: numbers, labels, arguments of the chat template."""
+"""The columns that a row of any shape may have beside the texts: numbers, labels, arguments of the chat template."""
 
 from __future__ import annotations
 

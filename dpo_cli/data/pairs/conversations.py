@@ -21,8 +21,8 @@ def after(prompt: Messages, response: Messages, place: str) -> Messages:
     if response[0].role == "assistant":
         return prompt + response
     if len(response) < len(prompt) or not all(map(_same, prompt, response)):
-        said = f"`{place}` begins with a turn of the {response[0].role} and does not repeat the prompt"
-        raise BadRow("prompt not repeated", said)
+        detail = f"`{place}` begins with a turn of the {response[0].role} and does not repeat the prompt"
+        raise BadRow("prompt not repeated", detail)
     return response
 
 
@@ -33,9 +33,9 @@ def check_end(conversation: Messages, place: str) -> None:
 
 
 def check_answers(conversation: Messages, start: int, place: str) -> None:
-    """Refuse a conversation of which an answer, from a turn on, is empty, or before which no user says anything."""
+    """Refuse a conversation of which an answer, from a turn on, is empty, or that no text of a user precedes."""
     for number, message in enumerate(conversation[start:], start + 1):
-        if not _says_something(message):
+        if not _has_content(message):
             which = f" in turn {number}" if len(conversation) > start + 1 else ""
             raise BadRow("empty response", f"`{place}` is empty{which}", structural=False)
     if not any(message.role == "user" and message.text.strip() for message in conversation[:start]):
@@ -84,8 +84,8 @@ def _parting(chosen: Messages, rejected: Messages, places: tuple[str, str]) -> i
     answers = [_is_answer(chosen, differing), _is_answer(rejected, differing)]
     # Where the answers agree up to here, one of them has to go on for them to differ.
     if not (all(answers) or (start < differing and any(answers))):
-        said = "`{}` and `{}` diverge at turn {}, which is not the assistant's in both".format(*places, differing + 1)
-        raise BadRow("different contexts", said, structural=False)
+        detail = "`{}` and `{}` diverge at turn {}, which is not the assistant's in both".format(*places, differing + 1)
+        raise BadRow("different contexts", detail, structural=False)
     return start
 
 
@@ -100,8 +100,8 @@ def _is_answer(conversation: Messages, place: int) -> bool:
     return place < len(conversation) and conversation[place].role == "assistant"
 
 
-def _says_something(message: Message) -> bool:
-    """Tell whether a turn may be judged: it is another's, or it has visible text or calls a tool."""
+def _has_content(message: Message) -> bool:
+    """Tell whether a turn may be scored: it is another's, or it has visible text or calls a tool."""
     if message.role != "assistant" or not message.scored:
         return True
     return bool(message.content.strip()) or not CALLED.isdisjoint(message.extras)

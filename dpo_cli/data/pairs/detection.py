@@ -19,7 +19,7 @@ DETECTION_ROWS = 1000
 def detect(rows: Sequence[Row], where: str) -> str:
     """Return the name of the shape that most rows fit; of several the first in the table.
 
-    Where none fits, the columns' names decide, so that the rows' own errors are told.
+    Where none fits, the columns' names decide, so that the rows' own errors are reported.
     Where no row could be read at all, any shape will do to say so of each of them.
 
     Args:

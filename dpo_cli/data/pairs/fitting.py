@@ -90,7 +90,7 @@ def begins_otherwise(turns: object) -> bool:
 
 
 def _roles(turns: object) -> list[str]:
-    """Return who speaks in a list of messages; nothing where that cannot be read."""
+    """Return the roles in a list of messages; nothing where it cannot be read."""
     try:
         return [message.role for message in read_messages(turns, "")]
     except BadRow:

@@ -1,4 +1,4 @@
-"""One message and lists of them, however a row spells them."""
+"""One message and lists of them, in every form that a row may have."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ ROLES: dict[str, Role] = {
     "tool_result": "tool",
     "function_response": "tool",
 }
-"""Who speaks, by the names that data has for it, in lower case."""
+"""The roles, by the names that data has for them, in lower case."""
 
 CALLERS = ("function_call", "tool_call")
-"""Names under which the assistant says nothing but calls: one or a list of them, as JSON."""
+"""Names of turns of the assistant that hold nothing but calls: one or a list of them, as JSON."""
 
 _SPEAKER = ("role", "from")
-_SAID = ("content", "value")
-_PLAIN = frozenset((*_SPEAKER, *_SAID))
-_TURN = frozenset((*_SAID, *CALLED))
+_CONTENT = ("content", "value")
+_PLAIN = frozenset((*_SPEAKER, *_CONTENT))
+_TURN = frozenset((*_CONTENT, *CALLED))
 """What a turn has beside its speaker, one of them at least."""
 
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -69,7 +69,7 @@ def read_prompt(row: Mapping[str, object]) -> Messages:
 
 
 def read_question(row: Mapping[str, object], name: str) -> Messages:
-    """Read a column that is text as a user's turn, with what it works on, `input`, and what was said before, `history`.
+    """Read a column that is text as a user's turn, with what it works on, `input`, and the turns before it, `history`.
 
     Raises:
         BadRow: It is empty, or one of them is of another form.
@@ -80,10 +80,10 @@ def read_question(row: Mapping[str, object], name: str) -> Messages:
 
 def read_user(row: Mapping[str, object], name: str) -> Message:
     """Read a column that is text as a user's turn; it must not be empty."""
-    said = fields.text(fields.field(row, name), name)
-    if not said.strip():
+    text = fields.text(fields.field(row, name), name)
+    if not text.strip():
         raise BadRow("empty field", f"`{name}` is empty")
-    return Message("user", said)
+    return Message("user", text)
 
 
 def read_system(row: Mapping[str, object], conversation: Messages, default: str) -> Messages:
@@ -92,7 +92,7 @@ def read_system(row: Mapping[str, object], conversation: Messages, default: str)
     Args:
         row: The columns.
         conversation: The turns.
-        default: What the system says where neither has a turn of it, or nothing.
+        default: The text of the system's turn where neither has one, or nothing.
 
     Raises:
         BadRow: The system has another turn in the conversation.
@@ -125,10 +125,10 @@ def read_messages(value: object, place: str) -> Messages:
 
 
 def read_message(value: object, place: str) -> Message:
-    """Read `{"role", "content"}`, or `{"from", "value"}` as ShareGPT spells it.
+    """Read `{"role", "content"}`, or `{"from", "value"}` the names that ShareGPT uses.
 
     Raises:
-        BadRow: It is no such object, nobody known speaks, or what is said is not text.
+        BadRow: It is no such object, its role is unknown, or its content is not text.
     """
     message = fields.mapping(value, place)
     extras = _extras(message, place)
@@ -165,7 +165,7 @@ def read_hh(value: object, place: str) -> Messages:
 
 
 def is_message(value: object) -> bool:
-    """Tell whether a value looks like a message: an object in which somebody speaks, or a cell with the JSON of one."""
+    """Tell whether a value looks like a message: an object with a speaker, or a cell with the JSON of one."""
     if isinstance(value, str):
         return _is_cell_of(value, dict)
     return isinstance(value, Mapping) and any(name in value for name in _SPEAKER)
@@ -219,16 +219,16 @@ def _speaker(message: Mapping[str, object], place: str) -> str:
     name = _present(message, _SPEAKER)
     if name is None:
         raise BadRow("missing field", f"`{place}` has no `{_SPEAKER[0]}`")
-    said = fields.text(message[name], f"{place}.{name}")
-    if (known := said.strip().lower()) not in ROLES:
+    role = fields.text(message[name], f"{place}.{name}")
+    if (known := role.strip().lower()) not in ROLES:
         raise BadRow(
-            "wrong role", f"`{place}.{name}` is `{fields.printable(said)}`, not system, user, assistant or tool"
+            "wrong role", f"`{place}.{name}` is `{fields.printable(role)}`, not system, user, assistant or tool"
         )
     return known
 
 
 def _calls(content: str, place: str) -> list[dict[str, Any]]:
-    """Read what a turn says that is nothing but calls of tools."""
+    """Read the content of a turn that holds nothing but calls of tools."""
     found = fields.from_json(content, place)
     calls = found if isinstance(found, list) else [found]
     if not calls or not all(isinstance(call, dict) for call in calls):
@@ -237,13 +237,13 @@ def _calls(content: str, place: str) -> list[dict[str, Any]]:
 
 
 def _content(message: Mapping[str, object], place: str, extras: Mapping[str, Any]) -> str:
-    """Return what is said; a turn that calls tools need not say anything."""
-    name = _present(message, _SAID)
+    """Return the content; a turn that calls tools need not have one."""
+    name = _present(message, _CONTENT)
     if name is None:
         if not CALLED.isdisjoint(extras):
             return ""
-        known = next((name for name in _SAID if name in message), None)
-        raise BadRow("missing field", f"`{place}.{known}` is null" if known else f"`{place}` has no `{_SAID[0]}`")
+        known = next((name for name in _CONTENT if name in message), None)
+        raise BadRow("missing field", f"`{place}.{known}` is null" if known else f"`{place}` has no `{_CONTENT[0]}`")
     content = message[name]
     if isinstance(content, list):
         return "".join(_part(part, f"{place}.{name}[{number}]") for number, part in enumerate(content))
@@ -290,13 +290,13 @@ def _thoughts(message: Mapping[str, object], place: str) -> str:
 
 
 def _is_scored(message: Mapping[str, object], place: str) -> bool:
-    """Tell whether a message is to be scored, as it says itself by `weight`, 0 or 1, or by `train`."""
-    said = [(name, message[name]) for name in _SCORED if message.get(name) is not None]
-    for name, value in said:
+    """Tell whether a message is to be scored, by its own `weight`, 0 or 1, or `train`."""
+    given = [(name, message[name]) for name in _SCORED if message.get(name) is not None]
+    for name, value in given:
         if value not in (0, 1):
             shown = fields.printable(value) if isinstance(value, (str, int, float)) else fields.kind(value)
             raise BadRow("wrong type", f"`{place}.{name}` is `{shown}`, not 1 or 0, true or false")
-    return all(value for _, value in said)
+    return all(value for _, value in given)
 
 
 def _present(message: Mapping[str, object], names: Sequence[str]) -> str | None:

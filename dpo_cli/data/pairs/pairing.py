@@ -26,7 +26,7 @@ from dpo_cli.data.rows import fields
 _KEY_BYTES = 8
 _BAD, _GOOD, _UNUSABLE = range(3)
 _LABELS = {"true": _GOOD, "1": _GOOD, "false": _BAD, "0": _BAD}
-"""The two labels, by how JSON and CSV spell them, in lower case."""
+"""The two labels, as JSON and CSV write them, in lower case."""
 
 _sorted_json = json.JSONEncoder(sort_keys=True).encode
 

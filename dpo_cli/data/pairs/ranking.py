@@ -85,5 +85,5 @@ def _check_order(scores: Sequence[float], by_rank: Sequence[float]) -> None:
     for one, other in itertools.combinations(range(len(scores)), 2):
         if (scores[one] - scores[other]) * (by_rank[one] - by_rank[other]) < 0:
             better = (one, other) if scores[one] > scores[other] else (other, one)
-            said = "`scores` say that `responses[{}]` is better than `responses[{}]`, and `ranks` the opposite"
-            raise BadRow("scores against ranks", said.format(*better))
+            detail = "`scores` say that `responses[{}]` is better than `responses[{}]`, and `ranks` the opposite"
+            raise BadRow("scores against ranks", detail.format(*better))

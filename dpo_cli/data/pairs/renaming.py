@@ -1,4 +1,4 @@
-"""Columns under other names: which name of the data stands for which that a shape knows, set or guessed."""
+"""Columns under other names: the data's names for the columns that a shape has, set or guessed."""
 
 from __future__ import annotations
 
@@ -182,67 +182,67 @@ def proposed_columns(columns: Iterable[str]) -> dict[str, str] | None:
     Returns:
         What `data.columns` would have to be, or None where no name has to change or nothing can be guessed.
     """
-    spelled = {_spelled(name): name for name in reversed(list(columns))}
+    normalized = {_normalized(name): name for name in reversed(list(columns))}
     for guess in (_preference, _verdict, _judgement, _ranking):
-        if found := guess(spelled):
+        if found := guess(normalized):
             return {name: column for name, column in found.items() if name != column} or None
     return None
 
 
-def _spelled(name: str) -> str:
+def _normalized(name: str) -> str:
     """Return a name in small letters, its words joined by underscores."""
     return re.sub(r"[^a-z0-9]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()).strip("_")
 
 
-def _preference(spelled: Mapping[str, str]) -> dict[str, str]:
+def _preference(normalized: Mapping[str, str]) -> dict[str, str]:
     """Guess a prompt, the better and the worse answer; the prompt may be within the answers."""
     for better, worse in _PREFERENCES:
-        for name in spelled:
+        for name in normalized:
             words = name.split("_")
             other = "_".join(worse if word == better else word for word in words)
-            if better in words and other in spelled and {*words} - {better} <= {*_ANSWERS}:
+            if better in words and other in normalized and {*words} - {better} <= {*_ANSWERS}:
                 if len(words) == 1 and len(better) == 1:
                     continue
-                return _prompt(spelled) | {"chosen": spelled[name], "rejected": spelled[other]}
+                return _prompt(normalized) | {"chosen": normalized[name], "rejected": normalized[other]}
     return {}
 
 
-def _verdict(spelled: Mapping[str, str]) -> dict[str, str]:
+def _verdict(normalized: Mapping[str, str]) -> dict[str, str]:
     """Guess a prompt, two answers that letters or numbers tell apart, and which of them is better."""
-    label = _first(_OTHERS["label"], spelled)
-    verdict = _first(_WINNERS, spelled)
+    label = _first(_OTHERS["label"], normalized)
+    verdict = _first(_WINNERS, normalized)
     said = {"winner": verdict} if verdict else {"label": label} if label else {}
     for ends in (("a", "b"), ("1", "2"), ("0", "1")):
-        for name in spelled:
+        for name in normalized:
             words = re.findall(r"[a-z]+|\d+", name)
             other = name.removesuffix(ends[0]) + ends[1]
             are_answers = words[-1:] == [ends[0]] and words[:-1] and {*words[:-1]} <= {*_ANSWERS, "human", "ref"}
-            if said and are_answers and other in spelled:
-                two = {f"response_{end}": spelled[column] for end, column in zip(ends, (name, other), strict=True)}
-                return _prompt(spelled) | two | {name: spelled[column] for name, column in said.items()}
+            if said and are_answers and other in normalized:
+                two = {f"response_{end}": normalized[column] for end, column in zip(ends, (name, other), strict=True)}
+                return _prompt(normalized) | two | {name: normalized[column] for name, column in said.items()}
     return {}
 
 
-def _prompt(spelled: Mapping[str, str]) -> dict[str, str]:
-    name = _first(_PROMPTS, spelled)
-    return {} if name is None else {name if name in _AS_THEY_ARE else "prompt": spelled[name]}
+def _prompt(normalized: Mapping[str, str]) -> dict[str, str]:
+    name = _first(_PROMPTS, normalized)
+    return {} if name is None else {name if name in _AS_THEY_ARE else "prompt": normalized[name]}
 
 
-def _judgement(spelled: Mapping[str, str]) -> dict[str, str]:
+def _judgement(normalized: Mapping[str, str]) -> dict[str, str]:
     """Guess a prompt, an answer and whether it is good."""
-    return _all_of(spelled, "completion", "label")
+    return _all_of(normalized, "completion", "label")
 
 
-def _ranking(spelled: Mapping[str, str]) -> dict[str, str]:
+def _ranking(normalized: Mapping[str, str]) -> dict[str, str]:
     """Guess a prompt, its answers, and how good each of them is."""
-    return _all_of(spelled, "responses", "scores") or _all_of(spelled, "responses", "ranks")
+    return _all_of(normalized, "responses", "scores") or _all_of(normalized, "responses", "ranks")
 
 
-def _all_of(spelled: Mapping[str, str], *names: str) -> dict[str, str]:
+def _all_of(normalized: Mapping[str, str], *names: str) -> dict[str, str]:
     """Guess a prompt and some other columns, or none of them."""
-    found = {"prompt": _first(_PROMPTS, spelled)} | {name: _first(_OTHERS[name], spelled) for name in names}
-    return {name: spelled[column] for name, column in found.items() if column} if all(found.values()) else {}
+    found = {"prompt": _first(_PROMPTS, normalized)} | {name: _first(_OTHERS[name], normalized) for name in names}
+    return {name: normalized[column] for name, column in found.items() if column} if all(found.values()) else {}
 
 
-def _first(names: Iterable[str], spelled: Mapping[str, str]) -> str | None:
-    return next((name for name in names if name in spelled), None)
+def _first(names: Iterable[str], normalized: Mapping[str, str]) -> str | None:
+    return next((name for name in names if name in normalized), None)

@@ -58,7 +58,7 @@ class Shape:
 
 
 def read_pairs(shape: Shape, row: Row, ranked: RankedRule = "extremes") -> Sequence[Pair]:
-    """Read a row of a shape, and what a row of any shape may say of its pair beside the texts.
+    """Read a row of a shape, and the columns that a row of any shape may have beside the texts.
 
     Raises:
         BadRow: The row could not be read; or as the shape does, or `read_columns`.
@@ -76,7 +76,7 @@ def instruction(row: Mapping[str, object], origin: str, rule: RankedRule = "extr
     """Read `{"instruction", "chosen", "rejected"}`, all of them text.
 
     An answer may also be a message, or a list of messages that begins with the assistant's. Optional are `input`, text
-    that the instruction works on, and `history`, what was said before.
+    that the instruction works on, and `history`, the turns before it.
     """
     asked = read_question(row, "instruction")
     if any(is_turns(row.get(name)) for name in _BOTH):
@@ -143,7 +143,7 @@ def conversations(row: Mapping[str, object], origin: str, rule: RankedRule = "ex
 def hh(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
     r"""Read `{"chosen", "rejected"}`, two texts whose turns begin with `\n\nHuman:` and `\n\nAssistant:`.
 
-    The first turn is the human's. White space around a turn belongs to the format and not to what is said. Where two
+    The first turn is the human's. White space around a turn belongs to the format and not to the messages. Where two
     texts part earlier than at the last answer, everything from there on is the response.
     """
     chosen, rejected = (read_hh(fields.field(row, name), name) for name in _BOTH)
@@ -188,7 +188,7 @@ def ranked(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes"
 def unpaired(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes") -> Sequence[Pair]:
     """Read `{"prompt", "completion", "label"}`, one answer and whether it is good; two rows, paired, become a pair.
 
-    Of one prompt, the k-th good answer is paired with the k-th bad one, wherever in the source they stand; what is
+    Of one prompt, the k-th good answer is paired with the k-th bad one, wherever in the source they are; what is
     left over is dropped and counted. Prompts are the same if the model is given the same: the system's turn, tools and
     other arguments of the template included. The label is true or false, 1 or 0. The prompt is text or a message list;
     the answer a text, a message or a message list.
@@ -218,8 +218,8 @@ def compared(row: Mapping[str, object], origin: str, rule: RankedRule = "extreme
     try:
         return (shape.read if shape else _nearest_of_two(values))(values, origin, rule)
     except BadRow as bad:
-        said = re.sub(r"(?<=`)(chosen|rejected)\b", lambda name: names[name[0]], bad.detail)
-        raise BadRow(bad.reason, said, structural=bad.structural) from None
+        detail = re.sub(r"(?<=`)(chosen|rejected)\b", lambda name: names[name[0]], bad.detail)
+        raise BadRow(bad.reason, detail, structural=bad.structural) from None
 
 
 def _nearest_of_two(row: Mapping[str, object]) -> Callable[[Mapping[str, object], str, RankedRule], Sequence[Pair]]:
@@ -245,7 +245,7 @@ def _of_turns(prompt: Messages, row: Mapping[str, object], origin: str) -> Pair:
 
 
 def _with_columns(pair: Pair, row: Row, columns: Mapping[str, Any]) -> Pair:
-    """Return a pair with what its row says beside the texts, and the system's turn, if there is one apart."""
+    """Return a pair with the other columns of its row, and the system's turn, if there is one apart."""
     assert row.values is not None
     system = read_system(row.values, pair.prompt + pair.chosen + pair.rejected, row.system)
     return dataclasses.replace(pair, prompt=system + pair.prompt, **columns) if system or columns else pair

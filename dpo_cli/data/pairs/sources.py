@@ -1,6 +1,6 @@
 """Sources, as the settings name them, become rows: files, globs, folders and Hub ids, weighed and limited.
 
-Reading a source says nothing of the sources beside it: which of its rows are used, and how often, depends on itself
+Sources are read independently of each other: which of its rows are used, and how often, depends on itself
 alone.
 """
 
@@ -78,14 +78,14 @@ Sources = Annotated[
 
 
 def as_sources(named: str | Source | Sequence[str | Source] | None) -> list[Source]:
-    """Return what a setting names as a list; a path by itself is a source with nothing else said of it."""
+    """Return what a setting names as a list; a path by itself is a source whose other settings are the defaults."""
     several = [] if named is None else [named] if isinstance(named, (str, Source)) else named
     # What a setting or an option named is expanded already; a second time, its `$$` would be lost.
     return [Source.model_construct(path=one) if isinstance(one, str) else one for one in several]
 
 
 def describe(sources: Iterable[Source]) -> str:
-    """Name sources, with what was said of them: `pairs.jsonl, others.csv (weight 2.0)`."""
+    """Name sources, with their settings: `pairs.jsonl, others.csv (weight 2.0)`."""
     return ", ".join(_described(source) for source in sources)
 
 
@@ -97,7 +97,7 @@ def _described(source: Source) -> str:
 
 
 def _settings(source: Source) -> dict[str, Any]:
-    """Return what is said of a source beside its path and is not the default."""
+    """Return the settings of a source other than its path that are not the default."""
     return source.model_dump(exclude={"path"}, exclude_defaults=True)
 
 
@@ -170,7 +170,7 @@ def weighted(rows: Iterable[Row], weight: float) -> Iterator[Row]:
         weight: How often a row is used, on average.
     """
     for number, row in enumerate(rows):
-        # What is broken is told of once, whatever the weight.
+        # What is broken is reported once, whatever the weight.
         if times := _times(number, weight) if row.values is not None else 1:
             yield row
             if times > 1:
@@ -178,17 +178,17 @@ def weighted(rows: Iterable[Row], weight: float) -> Iterator[Row]:
 
 
 def source_digest(source: Source) -> str:
-    """Return a digest that changes whenever other rows would be read: of the content and of what is said of it."""
+    """Return a digest that changes whenever other rows would be read: of the content and of its settings."""
     if problem := check_source(source):
         raise problem
-    said = json.dumps(_settings(source), sort_keys=True)
+    settings = json.dumps(_settings(source), sort_keys=True)
     files = files_at(source.path, source.split)
     try:
         if files is None:
-            return text_digest(said, str(_load_dataset(source)._fingerprint))
+            return text_digest(settings, str(_load_dataset(source)._fingerprint))
         if len(files) == 1:
-            return text_digest(said, file_digest(files[0]))
-        return text_digest(said, *(f"{file} {file_digest(file)}" for file in files))
+            return text_digest(settings, file_digest(files[0]))
+        return text_digest(settings, *(f"{file} {file_digest(file)}" for file in files))
     except OSError as error:
         raise from_os_error(error, "reading the data", source.path, status=2) from error
 

@@ -12,7 +12,7 @@ _LOOKED_AT = 2000
 """Characters of a text that tell in which writing system it is."""
 
 _FEWEST_LETTERS = 20
-"""Letters by which a text's writing system can be told."""
+"""Letters that show a text's writing system."""
 
 _APART = 0.1
 """The share of letters that two texts in different writing systems may have in the other's."""
@@ -91,7 +91,7 @@ class Letters:
 def apart(one: Letters, other: Letters) -> bool:
     """Tell whether two texts are each in a writing system that the other hardly uses.
 
-    Texts that mix them, such as explained code or a sentence to be translated, are not told apart from either.
+    Texts that mix them, such as explained code or a sentence to be translated, are not distinguished from either.
     """
     if one.script == other.script or min(one.total, other.total) < _FEWEST_LETTERS:
         return False

@@ -45,7 +45,7 @@ class Reading:
     """How rows become pairs.
 
     Attributes:
-        format: A name of `FORMATS`, or `auto`: found out for each source.
+        format: A name of `FORMATS`, or `auto`: detected for each source.
         on_bad_row: Whether structural errors stop, or their rows are dropped and counted.
         ranked: Which pairs a ranked list becomes.
         columns: The data's column by each name that a shape has for it, where that is another.
@@ -328,7 +328,7 @@ def open_for(folder: Path, reading: Reading, tokenize: PairTokenizer) -> Prepare
     except DamagedFolder as damage:
         raise UserError(f"the prepared folder is damaged: {damage}", str(folder), hint) from None
     made, wanted = pairs.manifest["settings"], reading.settings | tokenize.settings
-    # The day that a template was told is the folder's own.
+    # The date that a template got is the folder's own.
     if differing := [name for name in wanted if name != "day" and made.get(name) != wanted[name]]:
         what = f"the prepared folder was made with another {listed(differing)}"
         raise UserError(what, str(folder), f"{hint}, or restore the configuration of that time")

@@ -50,7 +50,7 @@ _SCRATCH = ".scratch"
 
 _NO_GAPS = np.empty(0, np.int32)
 
-_SAID = json.JSONEncoder(sort_keys=True, ensure_ascii=True, default=str)
+_AS_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=True, default=str)
 
 
 def prepare(sources: Sequence[Source], reading: Reading, tokenize: PairTokenizer, folder: Path) -> PreparedPairs:
@@ -60,7 +60,7 @@ def prepare(sources: Sequence[Source], reading: Reading, tokenize: PairTokenizer
         sources: Where rows come from, in order.
         reading: How rows become pairs.
         tokenize: The template and the length rule.
-        folder: Where the prepared folder should stand; an older one is replaced.
+        folder: The path of the prepared folder; an older one is replaced.
 
     Raises:
         UserError: A source cannot be read, or has no shape that is known; rows are broken under `error`, or nothing
@@ -209,7 +209,7 @@ def _checked(some: _Rows, start: int, reading: Reading, tally: Tally) -> Iterato
 
 
 class _Kept(NamedTuple):
-    """A pair that is kept, what was noticed of it, and a digest of what was said before its responses."""
+    """A pair that is kept, what was noticed of it, and a digest of its prompt."""
 
     result: Tokenized
     flags: int
@@ -262,9 +262,9 @@ def _or_none(gaps: Gaps | None) -> Gaps:
 
 
 def _prompt_key(pair: Pair) -> bytes:
-    """Digest what a prompt says: that is the same whatever a template makes of it, and on whatever day."""
-    said = [[message.role, message.text, message.extras] for message in pair.prompt]
-    return hashlib.blake2b(_SAID.encode([said, pair.arguments]).encode(), digest_size=16).digest()
+    """Digest the messages of a prompt: they are the same under every template, and on every day."""
+    messages = [[message.role, message.text, message.extras] for message in pair.prompt]
+    return hashlib.blake2b(_AS_JSON.encode([messages, pair.arguments]).encode(), digest_size=16).digest()
 
 
 def _pair_key(pair: TokenizedPair) -> bytes:

@@ -33,7 +33,7 @@ _WITH_OBJECTS = re.compile(r"arrow\.json|struct<")
 """Arrow's names for the types of columns that hold objects, at whatever depth, or JSON."""
 
 _REASON_LENGTH = 200
-"""How much is shown of what Arrow says of a file; it may name what stands there."""
+"""How much is shown of what Arrow says of a file; it may quote the file."""
 
 
 def parquet(path: Path) -> Iterator[Row]:

@@ -146,12 +146,12 @@ def distinct(columns: Sequence[str], where: str) -> list[str]:
 
 
 def repeated(names: Sequence[str]) -> str | None:
-    """Return the first of some names that stands among them twice, or None."""
+    """Return the first of some names that occurs among them twice, or None."""
     return next((name for place, name in enumerate(names) if name in names[:place]), None)
 
 
 def _members(members: list[tuple[str, object]]) -> dict[str, object]:
-    """Return an object's members; where a key stands twice nobody knows which value is meant."""
+    """Return an object's members; where a key occurs twice nobody knows which value is meant."""
     found = dict(members)
     if len(found) < len(members) and (name := repeated([name for name, _ in members])):
         raise ValueError(f"it has the key `{printable(name)}` twice in one object")
@@ -159,7 +159,7 @@ def _members(members: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def printable(value: object, most: int = 40) -> str:
-    r"""Return what data says as it can be shown: on one line, controlling no terminal, writable as UTF-8.
+    r"""Return data as it can be shown: on one line, controlling no terminal, writable as UTF-8.
 
     Args:
         value: Mostly a text: a name, a key, a role.

@@ -17,7 +17,7 @@ from dpo_cli.errors import UserError
 
 
 class _Repeated(dict[str, Any]):
-    """An object in which a key stands twice, so that nobody knows which value is meant."""
+    """An object in which a key occurs twice, so that nobody knows which value is meant."""
 
     key = ""
 
@@ -131,7 +131,7 @@ class Window:
 
 
 def members(window: Window, path: Path) -> Iterator[Row]:
-    """Yield the members of the list that begins at the window; several on one line are told apart by their numbers.
+    """Yield the members of the list that begins at the window; several on one line are distinguished by their numbers.
 
     Raises:
         UserError: The list is broken; the members before that have been yielded.
@@ -164,7 +164,7 @@ def _named_byte(escaped: str) -> str:
 
 
 def as_row(value: object, origin: str) -> Row:
-    """Accept an object; refuse any other JSON value, and one that is too deep to be handed on or says a thing twice."""
+    """Accept an object; refuse any other JSON value, and one that is too deep to be handed on or has a key twice."""
     if not isinstance(value, dict):
         return Row(origin, None, "the row is not a JSON object")
     if problem := _problem_within(_MAX_LEVELS, value):

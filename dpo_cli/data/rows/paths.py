@@ -119,7 +119,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _readable(path: Path) -> Path:
-    """Return a file that there is, that is of a known kind, and that can be named where its rows are told."""
+    """Return a file that there is, that is of a known kind, and whose name can be shown in messages."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

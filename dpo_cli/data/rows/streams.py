@@ -101,7 +101,7 @@ def too_long() -> str:
 
 
 class _Unpacked(io.RawIOBase):
-    """What a compressed file holds. Where it is damaged, all that stands before is given out first."""
+    """What a compressed file holds. Where it is damaged, everything before the damage is given out first."""
 
     _stream: Any = None
     _damage = ""
