@@ -318,9 +318,11 @@ def forked_dpo(
     """Runs the program as `run_dpo` does, in processes of which each spares the imports."""
     folder, numbers = tmp_path_factory.mktemp("printed"), itertools.count()
 
-    def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         printed = folder / f"{next(numbers)}.txt"
-        ended = zygote.run(*arguments, printed=printed, cwd=cwd)
+        ended = zygote.run(*arguments, printed=printed, cwd=cwd, env=env)
         return subprocess.CompletedProcess(arguments, ended.status, printed.read_text(encoding="utf-8"), ended.said)
 
     return run

@@ -11,6 +11,7 @@ import pytest
 from benchmark.runs import run_process
 
 from tests.conftest import DEMO_PAIRS, GGUF, dpo_command, make_config
+from tests.marks import slow_unless
 
 pytestmark = [pytest.mark.real_model, pytest.mark.program]
 
@@ -45,7 +46,9 @@ def test_the_gguf_file_becomes_an_ordinary_model_once_and_answers_with_sense():
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("model.safetensors")} == before
 
 
-@pytest.mark.parametrize(("pairs_per_step", "micro_batch_tokens"), [(2, "auto"), (4, 150)])
+@pytest.mark.parametrize(
+    ("pairs_per_step", "micro_batch_tokens"), slow_unless(lambda case: case[0] == 2, [(2, "auto"), (4, 150)])
+)
 def test_a_dry_run_tells_the_memory_of_the_run_within_15_percent(tmp_path, pairs_per_step, micro_batch_tokens):
     """Two pairs make one forward pass a step; four of few tokens make several, so that gradients stand meanwhile."""
     config = make_config(

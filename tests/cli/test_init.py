@@ -15,7 +15,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.jobs import init as write
 from dpo_cli.reporting.console import Console
 from tests.builders import prepare_pairs
-from tests.conftest import build_llama, read_metrics, run_dpo, write_rows
+from tests.conftest import build_llama, read_metrics, write_rows
 
 
 def init(out: Path, model: Path | None = None, data: Path | None = None) -> str:
@@ -32,17 +32,17 @@ def test_without_arguments_it_writes_what_is_to_be_filled_in(tmp_path):
 @pytest.mark.parametrize(
     "names", [None, {"instruction": "question", "chosen": "Good Answer", "rejected": "Bad Answer"}]
 )
-def test_what_it_writes_trains_as_it_is(tmp_path, tiny_llama, demo_rows, names):
+def test_what_it_writes_trains_as_it_is(forked_dpo, tmp_path, tiny_llama, demo_rows, names):
     """With columns as they are known and with other names: every pair is read, and two steps are taken."""
     rows = [{(names or {}).get(name, name): row[name] for name in ("instruction", "chosen", "rejected")}
             for row in demo_rows[:40]]  # fmt: skip
     write_rows(tmp_path / "some pairs.jsonl", rows)
-    done = run_dpo("init", "--model", tiny_llama, "--data", "some pairs.jsonl", "--out", "my.yaml", cwd=tmp_path)
+    done = forked_dpo("init", "--model", tiny_llama, "--data", "some pairs.jsonl", "--out", "my.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "my.yaml").read_text(encoding="utf-8")
     assert "40 rows looked at" in text
     assert ("guessed" in text) == (names is not None)
-    done = run_dpo("train", "my.yaml", "training.max_steps=2", cwd=tmp_path)
+    done = forked_dpo("train", "my.yaml", "training.max_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(read_metrics(tmp_path / "runs" / "my")) == 2
 
@@ -70,11 +70,13 @@ def test_the_length_is_no_more_than_the_model_reads(tmp_path, tiny_llama, capsys
 
 
 @pytest.mark.parametrize("num_pairs", [1, 5, 6, 1100])
-def test_what_it_writes_is_within_the_run_however_few_pairs_there_are(tmp_path, tiny_llama, demo_rows, num_pairs):
+def test_what_it_writes_is_within_the_run_however_few_pairs_there_are(
+    forked_dpo, tmp_path, tiny_llama, demo_rows, num_pairs
+):
     """Evaluations and checkpoints come before the last step, and where pairs are held out, both sides have some."""
     rows = [{**demo_rows[n % 300], "instruction": f"Task {n}."} for n in range(num_pairs)]
     init(tmp_path / "my.yaml", tiny_llama, write_rows(tmp_path / "pairs.jsonl", rows))
-    done = run_dpo("train", "my.yaml", "--dry-run", cwd=tmp_path)
+    done = forked_dpo("train", "my.yaml", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "never reached" not in done.stderr
     assert (load_config(tmp_path / "my.yaml").data.eval is None) == (num_pairs <= 5)
@@ -171,10 +173,10 @@ def test_data_that_is_prepared_already_is_refused(tmp_path, tokenizer, pairs_fil
         init(tmp_path / "dpo.yaml", None, tmp_path / "prepared")
 
 
-def test_it_is_written_to_standard_output_on_demand(tmp_path, tiny_llama, pairs_file):
+def test_it_is_written_to_standard_output_on_demand(forked_dpo, tmp_path, tiny_llama, pairs_file):
     """What is printed is what the file would be: nothing else is on standard output, and no file appears."""
     arguments = ("init", "--model", tiny_llama, "--data", pairs_file, "--out")
-    printed, written = (run_dpo(*arguments, out, cwd=tmp_path) for out in ("-", "my.yaml"))
+    printed, written = (forked_dpo(*arguments, out, cwd=tmp_path) for out in ("-", "my.yaml"))
     assert (printed.returncode, written.returncode) == (0, 0), printed.stderr + written.stderr
     assert printed.stdout == (tmp_path / "my.yaml").read_text(encoding="utf-8")
     assert not (tmp_path / "-").exists()

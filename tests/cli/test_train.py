@@ -250,9 +250,9 @@ def test_scores_of_ranked_responses_move_the_loss_only_where_it_is_told_to_use_t
     assert ("margin_scale: 0.25" if settings else "margin_scale: null") in (run / "config.yaml").read_text()
 
 
-def test_the_resolved_configuration_runs_again_to_the_same_result(finished, tmp_path):
+def test_the_resolved_configuration_runs_again_to_the_same_result(forked_dpo, finished, tmp_path):
     _, run, _ = finished
-    result = run_dpo("train", "--config", run / "config.yaml", f"output_dir={tmp_path / 'again'}")
+    result = forked_dpo("train", "--config", run / "config.yaml", f"output_dir={tmp_path / 'again'}")
     assert result.returncode == 0, result.stderr
     assert without_clock(read_metrics(tmp_path / "again")) == without_clock(read_metrics(run))
     weights = "final/model.safetensors"
@@ -280,8 +280,8 @@ def test_another_run_is_never_written_over_unless_asked(forked_dpo, finished, wr
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000001"]
 
 
-def test_a_dry_run_prints_the_plan_and_writes_no_run(write_config, tmp_path, tiny_llama):
-    result = run_dpo("train", "--config", write_config(), "--dry-run")
+def test_a_dry_run_prints_the_plan_and_writes_no_run(forked_dpo, write_config, tmp_path, tiny_llama):
+    result = forked_dpo("train", "--config", write_config(), "--dry-run")
     assert result.returncode == 0, result.stderr
     from transformers import AutoModelForCausalLM
 
@@ -335,18 +335,18 @@ def test_training_and_held_out_pairs_may_come_from_sources_of_their_own(forked_d
     assert read_metrics(tmp_path / "runs" / "run", "eval")[0]["pairs"] == 6
 
 
-def test_a_second_start_tokenizes_nothing(write_config, monkeypatch):
+def test_a_second_start_tokenizes_nothing(forked_dpo, write_config, monkeypatch):
     file = write_config()
-    first = run_dpo("prepare-data", "--config", file)
-    second = run_dpo("prepare-data", "--config", file, "training.learning_rate=1e-4", "training.seed=1")
+    first = forked_dpo("prepare-data", "--config", file)
+    second = forked_dpo("prepare-data", "--config", file, "training.learning_rate=1e-4", "training.seed=1")
     assert "prepared data written" in first.stderr
     assert "prepared data found" in second.stderr
     assert "preparing" not in second.stderr
     assert first.stdout == second.stdout
 
 
-def test_prepare_data_shows_pairs_with_their_special_tokens(write_config, demo_rows):
-    result = run_dpo("prepare-data", "--config", write_config(), "--show", 2)
+def test_prepare_data_shows_pairs_with_their_special_tokens(forked_dpo, write_config, demo_rows):
+    result = forked_dpo("prepare-data", "--config", write_config(), "--show", 2)
     assert result.returncode == 0, result.stderr
     assert "data.train: 40 rows of the shape instruction, 40 pairs" in result.stdout
     shown = result.stdout.replace("|", "")
@@ -357,10 +357,10 @@ def test_prepare_data_shows_pairs_with_their_special_tokens(write_config, demo_r
     assert "<im_end>⏎" in shown
 
 
-def test_colours_tell_the_parts_apart_on_a_terminal_and_no_color_is_obeyed(write_config):
+def test_colours_tell_the_parts_apart_on_a_terminal_and_no_color_is_obeyed(forked_dpo, write_config):
     file = write_config()
-    coloured = run_dpo("prepare-data", "--config", file, "--show", 1, env={"FORCE_COLOR": "1"})
-    plain = run_dpo("prepare-data", "--config", file, "--show", 1, env={"FORCE_COLOR": "1", "NO_COLOR": "1"})
+    coloured = forked_dpo("prepare-data", "--config", file, "--show", 1, env={"FORCE_COLOR": "1"})
+    plain = forked_dpo("prepare-data", "--config", file, "--show", 1, env={"FORCE_COLOR": "1", "NO_COLOR": "1"})
     assert "\x1b[36m" in coloured.stdout
     assert "\x1b[32m" in coloured.stdout
     assert "\x1b[3" not in plain.stdout
@@ -492,9 +492,9 @@ def test_a_damaged_model_is_not_scored(forked_dpo, finished, tmp_path):
     assert "the model is damaged" in result.stderr
 
 
-def test_results_are_not_cut_on_a_pipe(finished):
+def test_results_are_not_cut_on_a_pipe(forked_dpo, finished):
     file, run, _ = finished
-    result = run_dpo("eval", "--config", file, env={"COLUMNS": "40"})
+    result = forked_dpo("eval", "--config", file, env={"COLUMNS": "40"})
     assert str(run / "final") in result.stdout
     assert "log-probability of rejected" in result.stdout
     assert "…" not in result.stdout
