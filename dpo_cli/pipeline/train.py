@@ -171,13 +171,13 @@ def _take(run: Run, rows: str) -> Iterator[StepResult]:
         run: All that it takes.
         rows: The digest that the rows of the steps before have in metrics.jsonl, or nothing.
     """
-    session, last, done = run.session, run.plan.steps.num_steps, run.learner.done
+    session, done = run.session, run.learner.done
     with recorded(run) as records:
         damaged = records.log is not None and rows not in ("", records.digest)
-        again = done == last and run.holds_out
+        only_evaluates = done == run.plan.steps.num_steps and run.holds_out
         if damaged:
             what = f"rows of {run.plan.folder.metrics} are missing or changed that were there at step {done}"
-            session.console.warning(what + "; measuring the held-out figures again" * again)
+            session.console.warning(what + "; measuring the held-out figures again" * only_evaluates)
         started_at = time.monotonic()
         if not done and run.holds_out:
             run.before.update(run.measure_before())
@@ -185,7 +185,7 @@ def _take(run: Run, rows: str) -> Iterator[StepResult]:
         with session.signals.deferred():
             yield from _steps(run, records)
             with session.signals.during("the trained model is saved"):
-                if again and any(session.of_all(damaged)):
+                if only_evaluates and any(session.of_all(damaged)):
                     _measure_again(run, records)
                 records.writer.finish()
                 # Rows of a run without held-out pairs that speak of some are not its own.
