@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from write_settings_page import allowed, shown
 from written_page import write_or_check
@@ -22,6 +22,7 @@ from dpo_cli.preference.losses.base import MarginLossSettings
 from dpo_cli.preference.losses.divergences import Divergence
 from dpo_cli.preference.losses.pairwise import AdaptiveBeta
 from dpo_cli.preference.reference import Reference
+from dpo_cli.settings import members
 
 PAGE = Path(__file__).parent.parent / "docs" / "losses.md"
 HEAD = """# Losses
@@ -156,11 +157,6 @@ TAIL = "\nThis page is written by `scripts/write_losses_page.py`.\n"
 PARTS = ("Use", "Watch", "Takes", "Source")
 ELSEWHERE = {"divergence": "[a divergence](#divergences)", "adaptive_beta": "[a group](#adaptive-β) or null"}
 """Settings that are groups, and what they accept."""
-
-
-def members(union: Any) -> tuple[type[Any], ...]:
-    """Return the classes of a closed union."""
-    return get_args(get_args(union)[0])
 
 
 def kind(model: type[Any]) -> str:

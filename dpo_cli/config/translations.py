@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.settings import types
 from dpo_cli.training.optimizer import SCHEDULES, Optimizer
 
@@ -34,7 +35,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ("ref_model ref_model_name_or_path ref_model_path reference_model",
      "set `reference.model`; without it the reference is the model before step 1"),
     ("torch_dtype bf16 fp16 tf32 half precision mixed_precision pure_bf16 load_dtype model_dtype",
-     "set `model.dtype`: `auto`, `float32`, `bfloat16` or `float16`"),
+     f"set `model.dtype`: {_either(('auto', *PRECISIONS))}"),
     ("template chat_template_path custom_chat_template chat_template_jinja",
      "set `model.chat_template` to a Jinja file or `plain`; the tokenizer's own template is the default"),
     ("attn_implementation attn_impl flash_attn flash_attention sdp_attention use_liger use_liger_kernel "

@@ -145,13 +145,12 @@ def test_the_header_says_what_decides_a_run(forked_dpo, write_config):
 
 
 def test_every_loss_names_its_beta_in_the_header():
-    from typing import get_args
-
     from dpo_cli.config import Config
     from dpo_cli.pipeline.plan import described_loss
     from dpo_cli.preference.losses import Loss
+    from dpo_cli.settings import members
 
-    for member in get_args(get_args(Loss)[0]):
+    for member in members(Loss):
         kind = member.model_fields["type"].default
         config = Config.model_validate({"model": {"name": "m"}, "loss": {"type": kind}})
         beta = member.model_fields.get("beta")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.reference import NoReference, Reference
 from dpo_cli.settings import members, types
@@ -80,7 +81,7 @@ OPTIONS = [
     training("unclipped", max_grad_norm=None, warmup_ratio=0.5, weight_decay=0.1),
     *(training(f"optimizer-{kind}", optimizer=kind, weight_decay=0.1) for kind in types(Optimizer)),
     *(training(f"schedule-{kind}", schedule=kind) for kind in SCHEDULES),
-    *(training(f"layout-{kind}", layout=kind) for kind in ("padded", "packed")),
+    *(training(f"layout-{kind}", layout=kind) for kind in LAYOUTS),
     *(Case(f"two-ranks-{reference}", {**of_losses(["aot", "bco", "sft"], reference).settings}, 2)
       for reference in REFERENCES if reference != "none"),
 ]  # fmt: skip

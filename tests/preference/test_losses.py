@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -45,8 +45,9 @@ from dpo_cli.preference.losses import (
 from dpo_cli.preference.losses.base import StepInfo
 from dpo_cli.preference.losses.divergences import Alpha, ForwardKL, JensenShannon, ReverseKL
 from dpo_cli.preference.losses.pairwise import AdaptiveBeta
+from dpo_cli.settings import members
 
-LOSSES: tuple[Any, ...] = get_args(get_args(Loss)[0])
+LOSSES: tuple[Any, ...] = members(Loss)
 
 
 def softplus(x: float) -> float:

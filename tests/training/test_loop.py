@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
 from dpo_cli.data.prepared.step_plan import MicroBatch, Plan
+from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.preference.losses import AOT, BCO, DPO, SFT, Loss, SimPO
 from dpo_cli.preference.losses.pairwise import AdaptiveBeta
 from dpo_cli.preference.objective import Objective
+from dpo_cli.settings import members
 from dpo_cli.training.learner import NotFinite, Skips
 from tests.builders import prepare_pairs, train_in_process
 from tests.conftest import ROOT
@@ -35,7 +36,7 @@ def assert_same(one, other, rel=1e-7, rtol=1e-9, atol=1e-11):
         torch.testing.assert_close(tensor, other[1][name], rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("budget", [1, 400])
 def test_neither_the_cut_nor_the_layout_changes_metrics_or_weights(tiny_llama, pairs, layout, budget):
     """In float64, so that what is left of rounding is far below any mistake; 40 pairs make uneven steps of 12.
@@ -49,7 +50,7 @@ def test_neither_the_cut_nor_the_layout_changes_metrics_or_weights(tiny_llama, p
 
 
 EVERY_LOSS = [
-    *(kind() for kind in get_args(get_args(Loss)[0])),
+    *(kind() for kind in members(Loss)),
     DPO(adaptive_beta=AdaptiveBeta(alpha=5.0)),
     SimPO(wpo=True),
     [DPO(wpo=True), AOT(weight=0.5), BCO(), SFT(weight=0.2)],
@@ -102,7 +103,7 @@ ROUNDED = {"rel": 1e-6, "rtol": 1e-5, "atol": 1e-6}
 """Routers compute probabilities in float32, whatever is asked."""
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("loss", BALANCED, ids=lambda loss: str(Objective.of(loss)))
 def test_the_load_of_experts_is_balanced_alike_however_a_step_is_cut(mixture, pairs, loss, layout):
     whole = train_in_process(mixture, pairs, loss=loss, **ROUTED)
@@ -166,7 +167,7 @@ def test_balancing_evens_the_load_out_and_nothing_is_balanced_by_default(mixture
     assert all(torch.equal(left[name], tensor) for name, tensor in weights.items())
 
 
-@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradient_checkpointing_changes_nothing_but_memory(tiny_llama, pairs, layout):
     settings = {"max_steps": 3, "dtype": torch.float64, "layout": layout}
     kept = train_in_process(tiny_llama, pairs, **settings)
