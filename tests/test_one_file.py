@@ -293,7 +293,7 @@ def test_a_run_trains_with_them(package, tiny_llama, tmp_path, rows):
         data={"drop": ["shouted"]},
     )
     said = run(package, *dpo_command("train", "--config", config)).stderr
-    assert "checked: single gives what padded gives" in said
+    assert "checked: single gives the same as padded" in said
     assert "sgd (momentum 0.5)" in said
     assert re.search(r"\b2 shouted", said)
     run_folder = tmp_path / "runs" / "run"
