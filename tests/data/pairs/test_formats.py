@@ -90,7 +90,7 @@ def test_an_input_that_is_empty_leaves_no_trace(given):
         ("repeated", {"prompt": "Add."}, "prompt not repeated", "the user's first turn in `chosen`", True),
         ("repeated", {"rejected": [BAD]}, "prompt not repeated", "the user's first turn in `rejected`", True),
         ("conversations", {"chosen": [TURN, GOOD], "rejected": [TURN | {"content": "Ho."}, BAD]},
-         "different contexts", "`chosen` and `rejected` part at turn 1", False),
+         "different contexts", "`chosen` and `rejected` diverge at turn 1", False),
         ("conversations", {"chosen": [GOOD], "rejected": [BAD]}, "empty field", "no turn of a user", True),
         ("hh", {"chosen": "\n\nAssistant: Hi.\n\nHuman: 3"}, "no human turn", "`chosen` does not begin", True),
         ("hh", {"rejected": "Add 1 and 2."}, "no human turn", "`rejected` does not begin with `Human:`", True),
