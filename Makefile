@@ -25,7 +25,7 @@ help:
 	@echo "make check-losses   losses of a real run against an independent trainer's (PAIRS=file)"
 	@echo "make compare-losses  20 steps of the real model with every loss, side by side (COMPARE='--losses dpo ipo')"
 	@echo "make bench          speed and memory beside TRL 1.16 on the same work, about 100 minutes (BENCH='--repeats 1')"
-	@echo "make bench-prepare  speed of reading, checking and tokenizing pairs"
+	@echo "make bench-prepare  speed of preparing pairs, beside TRL (BENCH='--data FILE --rows 20000')"
 	@echo "make bench-scaling  time and memory by the number of pairs (BENCH='--pairs 64 1024')"
 	@echo "make bench-saving   time of saving a checkpoint, beside writing it without any promise"
 	@echo "make bench-startup  time of --help and of the report of a wrong configuration"

@@ -171,10 +171,15 @@ class Bench:
         trl += self._trl()
         found = [f"{count:>10,} rows {many.seconds:7.1f} s {many.memory / 1e6:6,.0f} MB at most"]
         for what, clock in (("by the clock", "seconds"), ("of a core", "cpu_seconds")):
-            rate = count / max(getattr(many, clock) - getattr(few, clock), 1e-9)
-            theirs = [len(self.trl_rows) / getattr(spent, clock) for spent in trl]
-            beside = f", TRL {theirs[0]:,.0f} and {theirs[1]:,.0f}, ratio {rate * 2 / sum(theirs):.1f}" if trl else ""
-            found.append(f"{' ' * 15} rows/s {what} {rate:,.0f}{beside}")
+            spent = getattr(many, clock) - getattr(few, clock)
+            if spent <= 0:
+                found.append(f"{' ' * 15} rows/s {what}: more rows took no longer, other programs were at work")
+                continue
+            theirs = [len(self.trl_rows) / getattr(one, clock) for one in trl]
+            shown = f"{what} {count / spent:,.0f}"
+            if theirs:
+                shown += f", TRL {theirs[0]:,.0f} and {theirs[1]:,.0f}, ratio {count / spent * 2 / sum(theirs):.1f}"
+            found.append(f"{' ' * 15} rows/s {shown}")
         return "\n".join(found)
 
     def _trl(self) -> list[Spent]:
