@@ -189,7 +189,7 @@ def test_strict_does_not_let_dropped_rows_pass(tmp_path, tiny_llama):
     result = dpo("prepare-data", "--config", file, "--report", tmp_path / "report", "--strict")
     assert result.exit_code == 2
     assert "36 dropped_rows" in result.stderr
-    assert "dropped_rows: 36 of 48 rows (75 %) were dropped as identical responses: take pairs" in result.stdout
+    assert "dropped_rows: 36 of 48 rows (75 %) were dropped as identical responses: remove pairs" in result.stdout
     assert f"    {tmp_path / 'pairs.jsonl'}:13: " in result.stdout
     (found,) = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))["findings"]
     assert (found["name"], found["count"], found["share"], len(found["examples"])) == ("dropped_rows", 36, 0.75, 3)
