@@ -127,11 +127,13 @@ class Policy:
         )
 
     def read(self, layout: Layout) -> None:
-        """Prepare the model for pairs of a layout.
+        """Prepare the model for pairs of a layout, whatever it read before.
 
         Raises:
-            CannotPack: Its architecture cannot read it; the model is as it was.
+            CannotPack: Its architecture cannot read it.
         """
+        if self.model.config._attn_implementation != self._own_attention:
+            self.model.set_attn_implementation(self._own_attention)
         layout.prepare(self.model)
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Proof, on real pairs, that a model answers the same whether pairs are padded or packed."""
+"""Proof, on real pairs, that a model answers under a layout as its own logits say."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import CannotPack
+from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.layouts import PADDED, Layout
 from dpo_cli.modeling.precision import Precision
 from dpo_cli.modeling.scorer import Scorer
@@ -22,13 +23,16 @@ from dpo_cli.modeling.scorer import Scorer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_FIRST_WEIGHTS = 12
+"""Of how many weights the gradient is compared: about those of a layer."""
+
 REFUSALS = (CannotPack, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 """What architectures that cannot be packed raise: they were never made for it, and say so in their own ways."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How far a layout is from the padded one, or why it cannot be used.
+    """How far log-probabilities under a layout are from the model's own, or why it cannot be used.
 
     Attributes:
         difference: The largest difference of a response token's log-probability, in nats.
@@ -54,40 +58,50 @@ class Proof:
 def prove(
     model: PreTrainedModel,
     layout: Layout,
-    seen: Sequence[TokenizedPair],
-    trained: Sequence[TokenizedPair],
+    pairs: Sequence[TokenizedPair],
     autocast: Callable[[], AbstractContextManager[None]],
+    *,
+    beside: Sequence[TokenizedPair] = (),
+    longer: Sequence[TokenizedPair] = (),
+    trained: bool = True,
 ) -> Proof:
-    """Compare a layout with the padded one; leave the model prepared for the layout.
+    """Compare log-probabilities under a layout with those of the model's own logits; leave it prepared for the layout.
 
     Args:
-        model: The model; its gradients are cleared.
+        model: The model, with its own attention.
         layout: The layout that is to be proved.
-        seen: Pairs whose response tokens are all compared, without a gradient.
-        trained: Further pairs, for which the gradient is compared as well; none: it is not looked at.
+        pairs: Pairs whose response tokens are compared. Of them all logits are made.
         autocast: Opens the precision that the run computes in.
+        beside: Pairs before them in the same forward pass, which must not matter.
+        longer: Pairs that are compared as the padded layout has them, without gradient and whole logits.
+        trained: Whether the gradient is compared as well.
 
     Raises:
         UserError: The model fails, or its gradient is zero.
     """
+    score, weights = Scorer(model), _first_weights(model) if trained else []
+    own = PADDED.batch(range(len(pairs)), pairs).to(model.device)
     with asking(model), autocast():
-        expected, expected_norm = _answers(model, PADDED, seen, trained)
+        expected, expected_norm = _answers(score.own_logps, own, 0, weights)
+        if trained and not expected_norm:
+            weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            expected, expected_norm = _answers(score.own_logps, own, 0, weights)
+        expected = torch.cat([expected, *_scored_alone(score, PADDED, longer)])
     if not torch.isfinite(expected).all():
-        # A model that is broken under both layouts; the checks that follow say so.
-        layout.prepare(model)
-        return Proof(0.0, 0.0)
+        return Proof()
     if trained and not expected_norm:
         hint = "check the weights, which an interrupted save leaves at zero, and the factors in config.json"
         raise UserError("no weight of the model has a gradient: nothing would be learned", type(model).__name__, hint)
     try:
         layout.prepare(model)
+        together = [*beside, *pairs]
+        batch = layout.batch(range(len(together)), together).to(model.device)
         with autocast():
-            found, norm = _answers(model, layout, seen, trained)
+            found, norm = _answers(score, batch, len(beside), weights)
+            found = torch.cat([found, *_scored_alone(score, layout, longer)])
     except torch.OutOfMemoryError:
         raise
     except REFUSALS as error:
-        # A backward pass that broke off has left a part of its gradients behind.
-        model.zero_grad(set_to_none=True)
         return Proof(refusal=_reason(error))
     difference = float((found - expected).abs().max())
     return Proof(difference, abs(norm - expected_norm) / expected_norm if trained else 0.0)
@@ -110,37 +124,35 @@ def asking(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _answers(
-    model: PreTrainedModel, layout: Layout, seen: Sequence[TokenizedPair], trained: Sequence[TokenizedPair]
+    score: Callable[[PairBatch], Tensor], batch: PairBatch, first: int, weights: Sequence[Tensor]
 ) -> tuple[Tensor, float]:
-    """Return the log-probabilities of all response tokens, pair by pair, and the norm of a gradient.
+    """Return the log-probabilities of the pairs of a batch from one on, and the norm of a gradient of some weights.
 
-    It is the gradient of what pulls the chosen responses of `trained` up and the rejected ones down, half as hard.
+    It is the gradient of what pulls the chosen responses up and the rejected ones down, half as hard.
     """
-    score = Scorer(model)
-    answers, norm = [], 0.0
-    with torch.no_grad():
-        # What is compared with goes through alone, what is proved together with all others.
-        for cut in [[pair] for pair in seen] if not layout.needs_proof else [list(seen)] if seen else []:
-            batch = layout.batch(range(len(cut)), cut).to(model.device)
-            answers += _by_pair(score(batch), batch.lengths)
-    if trained:
-        batch = layout.batch(range(len(trained)), trained).to(model.device)
-        tokens = score(batch)
-        num_chosen = sum(batch.lengths[: len(trained)])
-        (tokens[:num_chosen].sum() - tokens[num_chosen:].sum() / 2).backward()
-        norms = [parameter.grad.norm() for parameter in model.parameters() if parameter.grad is not None]
-        norm = float(torch.stack(norms).norm())
-        model.zero_grad(set_to_none=True)
-        answers += _by_pair(tokens.detach(), batch.lengths)
-    return torch.cat(answers), norm
+    with torch.set_grad_enabled(bool(weights)):
+        responses = score(batch).split(list(batch.lengths))
+    num_pairs = len(batch.pairs)
+    chosen, rejected = torch.cat(responses[first:num_pairs]), torch.cat(responses[num_pairs + first :])
+    norm = 0.0
+    if weights:
+        gradients = torch.autograd.grad(chosen.sum() - rejected.sum() / 2, weights, allow_unused=True)
+        norms = [gradient.norm() for gradient in gradients if gradient is not None]
+        norm = float(torch.stack(norms).norm()) if norms else 0.0
+    return torch.cat([chosen, rejected]).detach(), norm
 
 
-def _by_pair(tokens: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """Return the tokens of each pair's chosen and rejected response, pair by pair."""
-    responses = tokens.split(list(lengths))
-    return [
-        torch.cat(pair) for pair in zip(responses[: len(responses) // 2], responses[len(responses) // 2 :], strict=True)
-    ]
+@torch.no_grad()
+def _scored_alone(score: Scorer, layout: Layout, pairs: Sequence[TokenizedPair]) -> list[Tensor]:
+    """Return the log-probabilities of pairs, each in a forward pass of its own."""
+    return [score(layout.batch([0], [pair]).to(score.policy.device)) for pair in pairs]
+
+
+def _first_weights(model: PreTrainedModel) -> list[Tensor]:
+    """Return the weights next to the embedding: their gradient comes through all layers, and takes little more."""
+    embeddings = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    inner = [weights for weights in model.parameters() if weights.requires_grad and id(weights) not in embeddings]
+    return list(inner[:_FIRST_WEIGHTS])
 
 
 def _reason(error: Exception) -> str:

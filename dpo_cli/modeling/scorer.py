@@ -70,17 +70,21 @@ class Scorer(nn.Module):
         softcap = getattr(config, "final_logit_softcapping", None)
         return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
 
+    def own_logps(self, batch: PairBatch) -> Tensor:
+        """Return what `forward` should: the same log-probabilities, by the model's own logits, all of them."""
+        with reading(batch.tree):
+            logits = self.policy(**model_inputs(batch)).logits
+        logps = logits.flatten(0, 1)[batch.positions].float().log_softmax(-1)
+        found: Tensor = logps.gather(-1, batch.targets[:, None]).squeeze(-1)
+        return found
+
     @torch.no_grad()
     def largest_difference(self, batch: PairBatch) -> float:
         """Compare `forward` with the model's own logits, all of them; return the largest difference in nats.
 
         Architectures may treat their logits in ways that `head` does not know; this shows whether one does.
         """
-        with reading(batch.tree):
-            logits = self.policy(**model_inputs(batch)).logits
-        logps = logits.flatten(0, 1)[batch.positions].float().log_softmax(-1)
-        direct = logps.gather(-1, batch.targets[:, None]).squeeze(-1)
-        return float((direct - self(batch)).abs().max())
+        return float((self.own_logps(batch) - self(batch)).abs().max())
 
     @torch.no_grad()
     def looks_ahead(self, batch: PairBatch) -> float:

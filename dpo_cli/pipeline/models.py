@@ -16,12 +16,12 @@ from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.layouts import LAYOUTS, PACKED, PADDED, Layout
 from dpo_cli.modeling.memory import activation_bytes
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.proof import REFUSALS, prove
+from dpo_cli.modeling.proof import REFUSALS, Proof, prove
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.reference import OpenReference
 from dpo_cli.preference.reference_work import ReferenceWork, reference_model
-from dpo_cli.training.checks import check_fits, check_logps
+from dpo_cli.training.checks import check_fits, check_logps, own_logps_line
 
 Settle = Callable[[Policy, Layout], tuple[Batches, Mapping[str, str]]]
 """Settles how pairs are cut for a model and a layout; returns the batches, and what is to be said of them."""
@@ -58,14 +58,13 @@ def opened(
         check_fits(pairs, policies[-1], where)
     likely = expected_layout(session, policies[0], pairs)
     batches, said = settle(policies[0], likely)
-    layout = choose_layout(session, policies, pairs, indices, trained=trained)
+    layout, proved = choose_layout(session, policies, pairs, indices, trained=trained)
     if layout is not likely:
         batches, said = settle(policies[0], layout)
     if said:
         session.console.facts(said)
-    for policy, whose in zip(policies, ("", "of the reference, "), strict=False):
-        proved = check_logps(Scorer(policy.model), shortest_pair(batches, indices), session.accelerator)
-        session.console.notice(f"checked: {whose}{proved}")
+    for line, whose in zip(proved, ("", "of the reference, "), strict=False):
+        session.console.notice(f"checked: {whose}{line}")
     return policies, batches
 
 
@@ -132,44 +131,63 @@ def expected_layout(session: Session, policy: Policy, pairs: PreparedPairs) -> L
 
 def choose_layout(
     session: Session, policies: Sequence[Policy], pairs: PreparedPairs, indices: NDArray[np.int64], *, trained: bool
-) -> Layout:
-    """Prove the layout on pairs of the job where it needs a proof; with `auto`, take the padded one where that fails.
+) -> tuple[Layout, list[str]]:
+    """Prove the layout on pairs of the job; with `auto`, take the padded one where that fails.
 
-    The longest and the two shortest are compared token by token; the gradient on the shortest, since nothing is
-    known of the memory yet.
+    The shortest pairs do, since nothing is known of the memory yet. A layout that is proved gives the model's own
+    log-probabilities; of the padded one that remains to be proved.
+
+    Returns:
+        The layout, and what was proved of each model's log-probabilities.
 
     Raises:
-        UserError: The layout was asked for by name and is not exact.
+        UserError: The layout was asked for by name and is not exact, or log-probabilities are not the model's own.
     """
     layout = LAYOUTS.get(session.config.training.layout, PACKED)
-    if not layout.needs_proof:
-        return layout
-    lengths = pairs.sizes.longest[indices]
-    longest, shortest = indices[lengths.argmax()], indices[lengths.argsort(kind="stable")[:2]]
-    learnt = list(shortest) if trained else []
-    seen = [index for index in dict.fromkeys([longest, *shortest]) if index not in learnt]
-    before = [policy.model.config._attn_implementation for policy in policies]
-    failure = ""
-    for policy in policies:
-        compared, learning = [pairs[i] for i in seen], [pairs[i] for i in learnt]
-        proof = prove(policy.model, layout, compared, learning, session.accelerator.autocast)
+    failure, proofs = "", []
+    for policy in policies if layout.needs_proof else ():
+        proof = _prove(session, policy, layout, pairs, indices, trained=trained)
         # All ranks take the same layout, so the one that fails decides.
-        failure = next(filter(None, session.of_all(proof.fails(session.precision))), "")
-        if failure:
+        if failure := next(filter(None, session.of_all(proof.fails(session.precision))), ""):
             failure = f"{policy}: {failure}"
             break
+        proofs.append(proof)
         nats, share = f"{proof.difference:.1g} nats per token", f"; its gradient's norm by {proof.norm_difference:.1g}"
         given = f"{layout.name} gives the same as {PADDED.name}"
-        session.console.notice(f"checked: {given}, up to {nats}{share if learnt else ''}")
-    if not failure:
-        return layout
-    for policy, attention in zip(policies, before, strict=True):
-        policy.model.set_attn_implementation(attention)
-    if session.config.training.layout in LAYOUTS:
+        session.console.notice(f"checked: {given}, up to {nats}{share if trained else ''}")
+    if proofs and not failure:
+        return layout, [own_logps_line(proof.difference) for proof in proofs]
+    shortest = shortest_pair(Batches(pairs, PADDED, 1, session.accelerator.device), indices)
+    lines = []
+    for policy in policies:
+        policy.read(PADDED)
+        lines.append(check_logps(Scorer(policy.model), shortest, session.accelerator))
+    if failure and session.config.training.layout in LAYOUTS:
         raise _inexact(layout, failure)
-    what = f"using the padded layout, since the {layout.name} one is not exact with this model ({failure})"
-    session.console.warning(what)
-    return PADDED
+    if failure:
+        what = f"using the padded layout, since the {layout.name} one is not exact with this model ({failure})"
+        session.console.warning(what)
+    return PADDED if layout.needs_proof else layout, lines
+
+
+def _prove(
+    session: Session,
+    policy: Policy,
+    layout: Layout,
+    pairs: PreparedPairs,
+    indices: NDArray[np.int64],
+    *,
+    trained: bool,
+) -> Proof:
+    """Prove a layout on the shortest pair behind the next one, and on one beyond the window that a model looks back."""
+    lengths = pairs.sizes.longest[indices]
+    order = lengths.argsort(kind="stable")
+    window = getattr(policy.model.config.get_text_config(), "sliding_window", None) or np.inf
+    beyond = [index for index in order if lengths[index] > window][:1]
+    shortest, *beside = (pairs[int(indices[place])] for place in order[:2])
+    longer = [pairs[int(indices[place])] for place in beyond]
+    autocast = session.accelerator.autocast
+    return prove(policy.model, layout, [shortest], autocast, beside=beside, longer=longer, trained=trained)
 
 
 def _inexact(layout: Layout, failure: str) -> UserError:

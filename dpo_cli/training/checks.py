@@ -160,6 +160,11 @@ def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -
         raise UserError(
             what, type(scorer.policy).__name__, "choose another architecture: this one treats its logits in its own way"
         )
+    return own_logps_line(difference)
+
+
+def own_logps_line(difference: float) -> str:
+    """Say that log-probabilities are those of the model's own logits, up to a difference in nats a token."""
     return f"log-probabilities are the model's own (largest difference {difference:.1g} nats per token)"
 
 

@@ -140,7 +140,7 @@ def choose(model, layout):
     console = SimpleNamespace(notice=said.append, warning=warned.append)
     config = Config(model="m", training={"layout": layout})
     session = Session(config, console, StopSignals(), Accelerator(cpu=True), Progress())
-    chosen = choose_layout(session, [Policy(model)], Held(PAIRS), np.arange(len(PAIRS)), trained=True)
+    chosen, _ = choose_layout(session, [Policy(model)], Held(PAIRS), np.arange(len(PAIRS)), trained=True)
     return chosen, said, warned
 
 
@@ -148,6 +148,7 @@ def choose(model, layout):
 def test_what_cannot_be_packed_says_why_falls_back_answers_as_before_and_trains(kind):
     model = build(kind)
     attention, before = model.config._attn_implementation, answers(model, "padded")
+    model.zero_grad(set_to_none=True)
     chosen, said, warned = choose(model, "auto")
     assert isinstance(chosen, Padded)
     assert not said
@@ -188,6 +189,20 @@ def test_what_can_be_packed_is_packed_and_the_proof_says_how_near_it_is(kind):
     assert said[0].startswith("checked: packed gives the same as padded")
 
 
+def test_a_window_that_only_the_longer_pairs_reach_is_proved_as_well(monkeypatch):
+    """The packed attention is made to look back without end; the shortest pairs cannot tell."""
+    from dpo_cli.modeling import attention
+
+    lengths = sorted(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in PAIRS)
+    window = lengths[-1] - 6
+    assert window > lengths[0]
+    mask = attention.TreeMask
+    monkeypatch.setattr(attention, "TreeMask", lambda stretches, window: mask(stretches, None))
+    chosen, _, (line,) = choose(build("mistral", sliding_window=window), "auto")
+    assert isinstance(chosen, Padded)
+    assert "log-probabilities differ" in line
+
+
 def test_a_proof_fails_on_what_is_not_a_number_and_on_a_gradient_alone():
     assert Proof(math.nan, 0.0).fails(PRECISIONS["float32"])
     assert Proof(0.0, math.nan).fails(PRECISIONS["float32"])
@@ -210,7 +225,7 @@ def test_a_refusal_in_the_middle_of_the_gradient_leaves_no_gradient(monkeypatch)
     attend = attention._attend
     monkeypatch.setattr(attention, "_attend", lambda *arguments: Breaks.apply(attend(*arguments)))
     model = build("llama")
-    proof = prove(model, Packed(), PAIRS, PAIRS, contextlib.nullcontext)
+    proof = prove(model, Packed(), PAIRS, contextlib.nullcontext)
     assert proof.fails(PRECISIONS["float32"]) == "it fails on packed pairs, RuntimeError: no backward pass"
     assert all(parameter.grad is None for parameter in model.parameters())
 
