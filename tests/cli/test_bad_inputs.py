@@ -525,14 +525,14 @@ PREPARED_CASES = {
         prepared(gone("prepared/pairs.arrow")), f"{TRAIN} data.train=prepared", 2, r"pairs.arrow is missing", r"again"
     ),
     "prepared under another length": Case(
-        prepared(), f"{TRAIN} data.train=prepared data.max_length=99", 2, r"with another `data.max_length`", r"set the"
+        prepared(), f"{TRAIN} data.train=prepared data.max_length=99", 2, r"with another `data.max_length`", r"restore the"
     ),
     "prepared with another tokenizer": Case(
         prepared(fewer_merges),
         f"{TRAIN} data.train=prepared", 2, r"with another `tokenizer`", r"again",
     ),
     "prepared data among raw data": Case(
-        prepared(), f"{TRAIN} 'data.train=[prepared, pairs.jsonl]'", 2, r"cannot be mixed", r"alone"
+        prepared(), f"{TRAIN} 'data.train=[prepared, pairs.jsonl]'", 2, r"cannot be mixed", r"only one prepared folder"
     ),
     "cache folder below a file": Case(
         environment(DPO_CACHE_DIR="pairs.jsonl/cache"), PREPARE, 1, r"failed: not a directory", r"DPO_CACHE_DIR"
