@@ -525,7 +525,7 @@ PREPARED_CASES = {
         prepared(gone("prepared/pairs.arrow")), f"{TRAIN} data.train=prepared", 2, r"pairs.arrow is missing", r"again"
     ),
     "prepared under another length": Case(
-        prepared(), f"{TRAIN} data.train=prepared data.max_length=99", 2, r"with another `data.max_length`", r"restore the"
+        prepared(), f"{TRAIN} data.train=prepared data.max_length=99", 2, r"with another `data.max_length`", r"restore"
     ),
     "prepared with another tokenizer": Case(
         prepared(fewer_merges),
