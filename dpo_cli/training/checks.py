@@ -164,7 +164,7 @@ def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -
 
 
 def own_logps_line(difference: float) -> str:
-    """Say that log-probabilities are those of the model's own logits, up to a difference in nats a token."""
+    """Say that log-probabilities are those of the model's own logits, up to a difference in nats per token."""
     return f"log-probabilities are the model's own (largest difference {difference:.1g} nats per token)"
 
 
