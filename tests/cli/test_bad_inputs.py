@@ -581,7 +581,7 @@ MODEL_CASES = {
         lambda project: project.model(num_hidden_layers=3, layer_types=None), TRAIN, 2, r"parameters are miss", r"inc"
     ),
     "weights of another width": Case(
-        lambda project: project.model(intermediate_size=48), TRAIN, 2, r"has the shape \[32, 64\]", r"another model"
+        lambda project: project.model(intermediate_size=48), TRAIN, 2, r"has the shape \[32, 64\]", r"the same model"
     ),
     "config.json of another architecture": Case(
         file("model/config.json", '{"model_type": "gpt2", "vocab_size": 400, "n_embd": 32, "n_layer": 2, "n_head": 4}'),
@@ -732,7 +732,7 @@ OUTPUT_CASES = {
     "output folder with too long a name": Case(nothing, f"{TRAIN} output_dir={'x' * 300}", 2, r"too long", r"shorter"),
     "output folder is the user's own": Case(
         own_config_file,
-        "train --config mine/config.yaml --overwrite output_dir=mine", 2, r"something else|not a run", r"another",
+        "train --config mine/config.yaml --overwrite output_dir=mine", 2, r"other files", r"another",
     ),
     "overwriting the model that is trained": Case(
         finished(), f"{TRAIN} --overwrite model.name=runs/run/final", 2, r"overwrit|remove|replace", r"another"
@@ -747,7 +747,7 @@ OUTPUT_CASES = {
         stopped(append("runs/run/config.yaml", "]")), f"{TRAIN} --resume", 2, r"cannot be read", r"--overwrite"
     ),
     "resuming without the config": Case(
-        stopped(gone("runs/run/config.yaml")), f"{TRAIN} --resume", 2, r"something else|config.yaml", r"."
+        stopped(gone("runs/run/config.yaml")), f"{TRAIN} --resume", 2, r"other files", r"."
     ),
     "resuming with another model": Case(
         stopped(other_weights), f"{TRAIN} --resume", 2, r"the model is not the one", r"restore the model"
