@@ -63,6 +63,7 @@ def train_in_process(
     dtype: torch.dtype = torch.float32,
     layout: str = "padded",
     max_skipped: int = 0,
+    ways: dict[str, Any] | None = None,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Train and return the metrics of every step and the weights after the last."""
     accelerator = Accelerator(cpu=True)
@@ -72,7 +73,7 @@ def train_in_process(
         loaded.set_experts_implementation("eager")
     objective = Objective.of(loss or DPO())
     indices = np.arange(len(pairs))
-    policy = Policy(loaded)
+    policy = Policy(loaded, **(ways or {}))
     policy.read(LAYOUTS[layout])
     policy.place(accelerator, trained=True, collisions=objective.wpo, recomputed=checkpointing)
     batches = Batches(pairs, LAYOUTS[layout], micro_batch_tokens, accelerator.device)

@@ -40,5 +40,7 @@ class Float32(Settings):
         return list(trained)
 
 
+FLOAT32 = Float32()
+
 Held = Float32
 """The closed union of all ways to hold weights, told apart by `type`."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.completeness import check_complete, say_untied, untied
+from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.hub import fetch_weights, fetched
 from dpo_cli.modeling.model_files import (
     CONFIG,
@@ -126,8 +127,8 @@ def end_at(model: PreTrainedModel, token: int) -> None:
         settings.eos_token_id = ids if len(ids) > 1 else token
 
 
-def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
-    """Load a causal language model in float32, in evaluation mode (dropout off).
+def load_policy(name: str, trust: Trust = NO_TRUST, held: Held = FLOAT32) -> PreTrainedModel:
+    """Load a causal language model, in float32 unless it is to be held otherwise, in evaluation mode (dropout off).
 
     Raises:
         UserError: It cannot be found or read, is not a causal language model, is quantized, lacks weights or has others
@@ -138,7 +139,7 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
     from dpo_cli.modeling.saving import remember
 
     def load(folder: str) -> PreTrainedModel:
-        empty = _empty(folder, trust)
+        empty = _empty(folder, trust, held)
         _check_size(empty, Path(folder))
         if not Path(name).exists():
             fetch_weights(name, Path(folder), trust)
@@ -149,7 +150,7 @@ def load_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
         # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
-        model = _complete(AutoModelForCausalLM, folder, use_safetensors=safely, **_how(trust))
+        model = _complete(AutoModelForCausalLM, folder, use_safetensors=safely, **held.loaded_as(), **_how(trust))
         remember(model, Path(folder), trust)
         return model
 
@@ -180,11 +181,11 @@ def _warn_of_another_name(model: PreTrainedModel, name: str) -> None:
             _log.warning("%s: it is trained as %s, and saved as that", told, type(model).__name__)
 
 
-def empty_policy(name: str, trust: Trust = NO_TRUST) -> PreTrainedModel:
+def empty_policy(name: str, trust: Trust = NO_TRUST, held: Held = FLOAT32) -> PreTrainedModel:
     """Build a model without its weights, which takes no time and no memory: its shapes and settings alone."""
 
     def build(folder: str) -> PreTrainedModel:
-        empty = _empty(folder, trust)
+        empty = _empty(folder, trust, held)
         _check_elements(empty, Path(folder))
         return empty
 
@@ -229,16 +230,14 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 def _complete(loader: Any, folder: str, **settings: Any) -> PreTrainedModel:
     """Load a model of which every weight is there, and no other."""
-    import torch
-
     model: PreTrainedModel
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = loader.from_pretrained(folder, dtype=torch.float32, **told, **settings)
+    model, report = loader.from_pretrained(folder, **{**FLOAT32.loaded_as(), **told, **settings})
     check_complete(model, report, str(Path(folder, settings.get("gguf_file", ""))))
     return model.eval()
 
 
-def _empty(folder: str, trust: Trust) -> PreTrainedModel:
+def _empty(folder: str, trust: Trust, held: Held) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -246,7 +245,7 @@ def _empty(folder: str, trust: Trust) -> PreTrainedModel:
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **_how(trust))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **held.loaded_as(), **_how(trust))
         model.tie_weights()
     if model.config._attn_implementation == "flex_attention" and not torch.cuda.is_available():
         hint = "set `model.attention` to `eager` or `sdpa`"

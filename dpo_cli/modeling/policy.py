@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dpo_cli.modeling.held import Float32, Held
+from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.loading import empty_policy, load_policy, weights_digest
 from dpo_cli.modeling.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.placement import Placement, placement_for
-from dpo_cli.modeling.saving import check_saved, write_model
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.modeling.trained import Trained, Whole
 
@@ -66,9 +65,9 @@ class Policy:
         model: As above.
     """
 
-    def __init__(self, model: PreTrainedModel, trained: Trained | None = None, held: Held | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, trained: Trained | None = None, held: Held = FLOAT32) -> None:
         self.model = model
-        self._trained, self._held = trained or Whole(), held or Float32()
+        self._trained, self._held = trained or Whole(), held
         self._own_attention: str = model.config._attn_implementation
         self._placement: Placement | None = None
         self._scorer: nn.Module | None = None
@@ -76,18 +75,25 @@ class Policy:
         self._trained.choose(model)
 
     @classmethod
-    def load(cls, name: str, trust: Trust = NO_TRUST, device: torch.device | str = "cpu") -> Policy:
+    def load(
+        cls,
+        name: str,
+        trust: Trust = NO_TRUST,
+        device: torch.device | str = "cpu",
+        trained: Trained | None = None,
+        held: Held = FLOAT32,
+    ) -> Policy:
         """Load a model and all of its weights.
 
         Raises:
             UserError: It cannot be loaded, as `load_policy` says.
         """
-        return cls(load_policy(name, trust).to(device))
+        return cls(load_policy(name, trust, held).to(device), trained, held)
 
     @classmethod
-    def empty(cls, name: str, trust: Trust = NO_TRUST) -> Policy:
+    def empty(cls, name: str, trust: Trust = NO_TRUST, trained: Trained | None = None, held: Held = FLOAT32) -> Policy:
         """Build a model without its weights: it has sizes and settings, and answers nothing."""
-        return cls(empty_policy(name, trust))
+        return cls(empty_policy(name, trust, held), trained, held)
 
     def __str__(self) -> str:
         """Name the architecture."""
@@ -260,7 +266,7 @@ class Policy:
             tokenizer: Written beside the weights.
             state: What `state` returned, where the weights may have changed since.
         """
-        write_model(folder, self.model, tokenizer, dict(state) if state else None)
+        self._trained.write(self.model, folder, tokenizer, dict(state) if state else None)
 
     def check_written(self, folder: Path) -> None:
         """Compare the weights in a folder, tensor by tensor, with those of the policy.
@@ -268,4 +274,4 @@ class Policy:
         Raises:
             UserError: The disk did not keep them.
         """
-        check_saved(folder, self.model)
+        self._trained.check_written(self.model, folder)

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dpo_cli.modeling.loading import load_weights
+from dpo_cli.modeling.saving import check_saved, write_model
 from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Whole(Settings):
@@ -56,6 +57,24 @@ class Whole(Settings):
         """Return what a checkpoint holds of the model, by name, tied weights under each of their names."""
         state: dict[str, Tensor] = model.state_dict()
         return state
+
+    def write(
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write what `state` returned, by default now, and all that it takes to load it, into a folder."""
+        write_model(folder, model, tokenizer, state)
+
+    def check_written(self, model: PreTrainedModel, folder: Path) -> None:
+        """Compare what was written with what is in memory.
+
+        Raises:
+            UserError: The disk did not keep it.
+        """
+        check_saved(folder, model)
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:
         """Replace the weights by those in a folder.

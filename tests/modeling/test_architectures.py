@@ -196,8 +196,12 @@ def test_a_window_that_only_the_longer_pairs_reach_is_proved_as_well(monkeypatch
     lengths = sorted(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in PAIRS)
     window = lengths[-1] - 6
     assert window > lengths[0]
-    mask = attention.TreeMask
-    monkeypatch.setattr(attention, "TreeMask", lambda stretches, window: mask(stretches, None))
+
+    class Endless(attention.TreeMask):
+        def __init__(self, stretches, window):
+            super().__init__(stretches, None)
+
+    monkeypatch.setattr(attention, "TreeMask", Endless)
     chosen, _, (line,) = choose(build("mistral", sliding_window=window), "auto")
     assert isinstance(chosen, Padded)
     assert "log-probabilities differ" in line

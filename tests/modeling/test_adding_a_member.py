@@ -1,0 +1,151 @@
+"""A way to train, hold or place weights is one file: made-up ones are added to a copy of the package and used."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, dpo_command, make_config, read_metrics
+
+pytestmark = pytest.mark.program
+
+MEMBERS = {
+    "trained.py": (
+        "Trained",
+        '''
+class Norms(Whole):
+    """Train the norms alone."""
+
+    type: Literal["norms"] = "norms"
+
+    def choose(self, model: PreTrainedModel) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" in name)
+
+    def beginning_bytes(self, model: PreTrainedModel) -> int:
+        return sum(weights.nbytes for weights in self.weights(model))
+
+    def keep_beginning(self, model: PreTrainedModel) -> None:
+        model.norms_before = [weights.detach().clone() for weights in self.weights(model)]
+
+    @contextlib.contextmanager
+    def at_beginning(self, model: PreTrainedModel):
+        now = [weights.data for weights in self.weights(model)]
+        for weights, before in zip(self.weights(model), model.norms_before, strict=True):
+            weights.data = before
+        yield
+        for weights, after in zip(self.weights(model), now, strict=True):
+            weights.data = after
+
+    def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        return {name: weights.detach() for name, weights in model.named_parameters() if weights.requires_grad}
+''',
+    ),
+    "held.py": (
+        "Held",
+        '''
+class Float64(Float32):
+    """Hold every weight in 64 bits."""
+
+    type: Literal["float64"] = "float64"
+
+    def loaded_as(self) -> dict[str, Any]:
+        import torch
+
+        return {"dtype": torch.float64}
+''',
+    ),
+    "placement.py": (
+        "Placement",
+        '''
+@dataclass(frozen=True)
+class Gentle(Alone):
+    """One process, which lets no gradient through."""
+
+    def clip(self, trained: Iterable[Parameter], norm: float | None) -> float:
+        return super().clip(trained, norm and 1e-12)
+''',
+    ),
+}
+
+LEARN = """
+import json, pathlib, sys
+from transformers import AutoTokenizer
+from dpo_cli.modeling.held import Float64
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.trained import Norms
+from tests.builders import prepare_pairs, train_in_process
+
+model, source, folder = map(pathlib.Path, sys.argv[1:])
+held, empty = Policy.load(str(model), trained=Norms()), Policy.empty(str(model))
+double = Policy.empty(str(model), held=Float64())
+before = held.weights()
+pairs = prepare_pairs(source, AutoTokenizer.from_pretrained(model), folder)
+metrics, state = train_in_process(model, pairs, max_steps=3, max_grad_norm=None, ways={"trained": Norms()})
+print(json.dumps({
+    "losses": [row["loss"] for row in metrics],
+    "saved": sorted(state),
+    "moved": sorted(name for name in state if not state[name].equal(before[name])),
+    "trained": held.sizes().trained, "beginning": held.sizes().beginning, "held": held.sizes().held,
+    "held_double": double.sizes().held, "held_empty": empty.sizes().held,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A folder with a copy of the package: in each of the three files a class more, and a name more in the union."""
+    folder = tmp_path_factory.mktemp("package")
+    shutil.copytree(ROOT / "dpo_cli", folder / "dpo_cli", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, (union, code) in MEMBERS.items():
+        file, made_up = folder / "dpo_cli" / "modeling" / name, re.search(r"class (\w+)", code)[1]
+        text, entries = re.subn(
+            rf"^{union} = (.*)$", rf"{code}\n\n{union} = {made_up} | \1", file.read_text(encoding="utf-8"), flags=re.M
+        )
+        assert entries == 1, name
+        file.write_text(text, encoding="utf-8")
+    return folder
+
+
+def run(package, *command):
+    path = os.pathsep.join([str(package), str(ROOT), str(ROOT / "scripts")])
+    done = subprocess.run(
+        command, cwd=package, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_another_way_to_train_and_to_hold_weights_is_used_by_all_that_asks(package, tiny_llama, pairs_file, tmp_path):
+    """Two norms of each of two layers and the last one: 5 × 32 numbers of 44,192."""
+    found = json.loads(run(package, sys.executable, "-c", LEARN, tiny_llama, pairs_file, tmp_path / "prepared"))
+    assert len(found["saved"]) == 5
+    assert all("norm" in name for name in found["saved"])
+    assert found["moved"] == found["saved"]
+    assert (found["trained"], found["beginning"]) == (5 * 32 * 4,) * 2
+    assert found["held"] == found["held_empty"] == 44_192 * 4
+    assert found["held_double"] == 44_192 * 8
+    # The reference is the policy with the norms of the beginning: at first they are equal, and then not.
+    assert found["losses"][0] == pytest.approx(0.693147, abs=1e-5)
+    assert found["losses"][-1] != pytest.approx(0.693147, abs=1e-5)
+
+
+def test_a_run_uses_another_placement_where_it_suits(package, tiny_llama, pairs_file, tmp_path):
+    """Its gradients are clipped to nothing, and RMSprop with a large epsilon then moves nothing."""
+    config = make_config(
+        tmp_path,
+        tiny_llama,
+        pairs_file,
+        training={"max_steps": 2, "optimizer": {"type": "rmsprop", "eps": 1.0}, "weight_decay": 0.0},
+        data={"eval": None},
+    )
+    run(package, *dpo_command("train", "--config", config))
+    rows = read_metrics(tmp_path / "runs" / "run")
+    assert rows[0]["grad_norm"] > 0.1
+    assert rows[1]["rewards/margins"] == pytest.approx(rows[0]["rewards/margins"], abs=1e-6)
