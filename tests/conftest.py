@@ -112,6 +112,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for name in _MARKS.get(item.path.parent.name, ()):
             item.add_marker(name)
+        if "zygote" in getattr(item, "fixturenames", ()):
+            item.add_marker("program")
     items.sort(key=lambda item: item.get_closest_marker("real_model") is None)
 
 
