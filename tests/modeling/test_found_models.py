@@ -115,7 +115,7 @@ def test_weights_that_the_model_does_not_use_are_named(model, name):
     change_weights(model, **{name: torch.ones(4, 4)})
     problem = refused(model)
     assert name in problem.what
-    assert "no part of LlamaForCausalLM with 2 layers" in problem.what
+    assert "not part of LlamaForCausalLM with 2 layers" in problem.what
 
 
 def test_fewer_layers_in_the_settings_than_in_the_file_are_refused(model):
@@ -272,7 +272,7 @@ except UserError as error:
     [
         (lambda folder: None, "'preprocessor_config.json'"),
         (lambda folder: (folder / WEIGHTS).unlink(), "are not in the Hub's cache"),
-        (lambda folder: change_weights(folder, more=torch.ones(4)), "no part of LlamaForCausalLM"),
+        (lambda folder: change_weights(folder, more=torch.ones(4)), "not part of LlamaForCausalLM"),
         (lambda folder: change_weights(folder, weight_scale_inv=torch.ones(4).to(torch.float8_e5m2)), "quantized"),
     ],
 )
