@@ -37,7 +37,7 @@ def lines(pairs, tokenizer):
 
 def test_good_pairs_pass_with_a_line_for_each_proof(tmp_path, pairs_file, tokenizer):
     found = lines(prepare(pairs_file, tokenizer, tmp_path / "p"), tokenizer)
-    assert [line.split()[0] for line in found] == ["one", "every", "the"]
+    assert [line.split()[0] for line in found] == ["at", "every", "the"]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ def test_a_scale_of_margins_where_no_pair_has_one_is_reported(tmp_path, pairs_fi
 def test_weights_are_refused_where_a_loss_knows_no_pairs(tmp_path, demo_rows, tokenizer):
     rows = [{**row, "weight": 2.0} for row in demo_rows[:4]]
     pairs = prepare(write_rows(tmp_path / "pairs.jsonl", rows), tokenizer, tmp_path / "p")
-    with pytest.raises(UserError, match="4 pairs have a weight, and aot_unpaired"):
+    with pytest.raises(UserError, match="4 pairs have a weight, but aot_unpaired"):
         check_columns(pairs, Objective.of([DPO(), AOTUnpaired()]))
 
 
