@@ -427,7 +427,7 @@ def test_a_name_of_another_architecture_than_that_of_the_type_is_told(model, cap
     change_settings(model, model_type="mistral")
     assert type(load_policy(str(model))).__name__ == "MistralForCausalLM"
     (message,) = caplog.messages
-    assert "`model_type: mistral` and names `LlamaForCausalLM`" in message
+    assert "`model_type: mistral` but names `LlamaForCausalLM`" in message
 
 
 def test_a_tokenizer_reads_a_text_the_same_each_time(model):
