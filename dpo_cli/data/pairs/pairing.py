@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from dpo_cli.data.pairs.columns import read_columns
 from dpo_cli.data.pairs.conversations import after, check_answers, check_end, preference
+from dpo_cli.data.pairs.extra_columns import read_columns
 from dpo_cli.data.pairs.messages import Messages, read_prompt, read_system, read_turns
 from dpo_cli.data.records import BadRow, Message, Pair, Row
 from dpo_cli.data.rows import fields

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_cli.data.pairs import fitting
-from dpo_cli.data.pairs.columns import read_columns
+from dpo_cli.data.pairs import shape_matching
 from dpo_cli.data.pairs.conversations import after, preference
-from dpo_cli.data.pairs.fitting import SHAREGPT_TURNS, begins_otherwise, has_any, is_answer, is_list, is_turns
+from dpo_cli.data.pairs.extra_columns import read_columns
 from dpo_cli.data.pairs.messages import (
     Messages,
     is_message,
@@ -26,6 +25,7 @@ from dpo_cli.data.pairs.messages import (
 )
 from dpo_cli.data.pairs.pairing import gather, paired_answers
 from dpo_cli.data.pairs.ranking import ranked_pairs, read_response, read_scores
+from dpo_cli.data.pairs.shape_matching import SHAREGPT_TURNS, begins_otherwise, has_any, is_answer, is_list, is_turns
 from dpo_cli.data.pairs.verdicts import as_chosen, better_and_worse
 from dpo_cli.data.records import BadRow, Message, Pair, Row
 from dpo_cli.data.rows import fields
@@ -263,37 +263,37 @@ _BAD = {"role": "assistant", "content": "21, 23 and 25."}
 FORMATS: dict[str, Shape] = {
     "instruction": Shape(
         instruction,
-        fitting.like_instruction,
+        shape_matching.like_instruction,
         "`instruction` is text, `chosen` and `rejected` are text, or turns that begin with the assistant's.",
         {"instruction": "Sort these numbers.", "input": "3, 1, 2", "chosen": "1, 2, 3", "rejected": "3, 2, 1"},
     ),
     "text": Shape(
         text,
-        fitting.like_text,
+        shape_matching.like_text,
         "`prompt`, `chosen` and `rejected` are text.",
         {"prompt": _ASKED, "chosen": _GOOD["content"], "rejected": _BAD["content"]},
     ),
     "messages": Shape(
         messages,
-        fitting.like_messages,
+        shape_matching.like_messages,
         "`prompt` is a list of messages, `chosen` and `rejected` are text, messages or lists of messages.",
         {"prompt": [_TURN], "chosen": [_GOOD], "rejected": [_BAD]},
     ),
     "repeated": Shape(
         repeated,
-        fitting.like_repeated,
+        shape_matching.like_repeated,
         "`prompt` is text, `chosen` and `rejected` are messages or lists of messages, at least one of them.",
         {"prompt": _ASKED, "chosen": [_TURN, _GOOD], "rejected": [_TURN, _BAD]},
     ),
     "conversations": Shape(
         conversations,
-        fitting.like_conversations,
+        shape_matching.like_conversations,
         "`chosen` and `rejected` are lists of messages, and there is no `prompt`.",
         {"chosen": [_TURN, _GOOD], "rejected": [_TURN, _BAD]},
     ),
     "hh": Shape(
         hh,
-        fitting.like_hh,
+        shape_matching.like_hh,
         "`chosen` and `rejected` are texts that begin with `Human:`, and there is no `prompt` or `instruction`.",
         {
             "chosen": "\n\nHuman: Name three primes above 20.\n\nAssistant: 23, 29 and 31.",
@@ -302,7 +302,7 @@ FORMATS: dict[str, Shape] = {
     ),
     "sharegpt": Shape(
         sharegpt,
-        fitting.like_sharegpt,
+        shape_matching.like_sharegpt,
         "`conversations` is a list of messages, `chosen` and `rejected` are messages or text; there is no `prompt`.",
         {
             "conversations": [{"from": "human", "value": _ASKED}],
@@ -312,7 +312,7 @@ FORMATS: dict[str, Shape] = {
     ),
     "ranked": Shape(
         ranked,
-        fitting.like_ranked,
+        shape_matching.like_ranked,
         "`prompt` is text or a list of messages, `responses` is a list, and so is `scores` or `ranks`.",
         {
             "prompt": _ASKED,
@@ -322,14 +322,14 @@ FORMATS: dict[str, Shape] = {
     ),
     "unpaired": Shape(
         unpaired,
-        fitting.like_unpaired,
+        shape_matching.like_unpaired,
         "`prompt` and `completion` are text or lists of messages, and there is a `label`.",
         {"prompt": _ASKED, "completion": _GOOD["content"], "label": True},
         gather,
     ),
     "compared": Shape(
         compared,
-        fitting.like_compared,
+        shape_matching.like_compared,
         "`response_a` and `response_b` (or 1 and 2, or 0 and 1) are answers as in any shape of two above, "
         "and there is a `winner` or a `label`.",
         {"prompt": _ASKED, "response_a": _BAD["content"], "response_b": _GOOD["content"], "winner": "b"},
