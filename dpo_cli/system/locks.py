@@ -74,8 +74,8 @@ def locked(path: Path, doing: str, waiting: Callable[[str], None] | None = None)
 def _acquire(lock: BaseFileLock, folder: Path, waiting: Callable[[str], None] | None) -> None:
     """Take a lock whose file lies in a folder, which another process may remove meanwhile if it made it."""
     while not lock.is_locked:
+        make_folder(folder)
         try:
-            make_folder(folder)
             lock.acquire(blocking=False)
         except Timeout:
             holder = _holder(Path(lock.lock_file))

@@ -14,6 +14,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -56,10 +57,16 @@ def why_no_folder(path: Path) -> str | None:
         OSError: The system does not let us look.
     """
     for place in (path, *path.absolute().parents):
-        if place.exists():
-            return None if place.is_dir() else f"`{place}` is a file"
-        if place.is_symlink():
-            return f"`{place}` is a link to `{place.readlink()}`, which does not exist"
+        # One look each, since another process may make or remove the folder meanwhile.
+        try:
+            is_folder = stat.S_ISDIR(place.stat().st_mode)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            if place.is_symlink():
+                return f"`{place}` is a link to `{place.readlink()}`, which does not exist"
+        else:
+            return None if is_folder else f"`{place}` is a file"
     return None
 
 

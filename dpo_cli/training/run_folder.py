@@ -101,12 +101,16 @@ class RunFolder:
 
     def state(self) -> RunState:
         """Tell what the folder holds now."""
-        if self.path.is_dir():
-            if self._is_a_run():
-                return RunState.FINISHED if (self.final / MANIFEST).is_file() else RunState.STARTED
+        # Another rank may make the folder meanwhile: what is seen is what a listing has.
+        try:
             others = set(self.path.iterdir()) - strays(self.path) - {self.path / _LOCK}
-            return RunState.FOREIGN if others else RunState.FREE
-        return RunState.FOREIGN if self.path.exists() else RunState.FREE
+        except FileNotFoundError:
+            return RunState.FREE
+        except NotADirectoryError:
+            return RunState.FOREIGN
+        if self._is_a_run():
+            return RunState.FINISHED if (self.final / MANIFEST).is_file() else RunState.STARTED
+        return RunState.FOREIGN if others else RunState.FREE
 
     def check(self, *, resume: bool, overwrite: bool, beside: bool = False) -> UserError | None:
         """Say why a run may not write here, if so; nothing is changed.

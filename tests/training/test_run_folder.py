@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from dpo_cli.errors import UserError
@@ -54,3 +57,23 @@ def test_overwrite_leaves_what_a_link_leads_to(folder, tmp_path, name):
 def test_what_a_run_was_started_with_is_believed_where_it_is_a_count(folder, written, found):
     folder.config.write_text(run_folder.RESOLVED + f"training:\n  micro_batch_tokens: {written}\n")
     assert folder.recorded_count("training.micro_batch_tokens") == found
+
+
+MAKES_AND_REMOVES = """
+import sys, time
+from pathlib import Path
+folder, end = Path(sys.argv[1]), time.monotonic() + 3
+while time.monotonic() < end:
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".lock").unlink()
+    folder.rmdir()
+"""
+
+
+@pytest.mark.program
+def test_a_rank_that_looks_while_another_makes_the_folder_finds_nothing_wrong(tmp_path):
+    run = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", MAKES_AND_REMOVES, run]) as other:
+        while other.poll() is None:
+            assert RunFolder(run).check(resume=False, overwrite=False) is None
