@@ -81,12 +81,14 @@ def train_in_process(
     opened = (reference or (Frozen() if objective.needs_reference else NoReference())).open(work)
     optimizer = AdamW().over(policy.trained(), learning_rate, 0.0)
     plan = Plan(indices, pairs.sizes.longest, pairs_per_step, 1, max_steps, True, 0)
+    # Before the optimizer is prepared: a gradient scaler keeps the step that the schedule counts.
+    rates = schedule(optimizer, "constant", 0.0, plan.num_steps)
     learner = Learner(
         policy=policy,
         objective=objective,
         reference=opened,
         optimizer=accelerator.prepare_optimizer(optimizer),
-        rates=schedule(optimizer, "constant", 0.0, plan.num_steps),
+        rates=rates,
         accelerator=accelerator,
         max_grad_norm=max_grad_norm,
         skips=Skips(max_skipped),

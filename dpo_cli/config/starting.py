@@ -144,7 +144,8 @@ def _data_lines(data: str | None, rows: DataFound | None, model: ModelFound | No
             yield f"  columns: {plain_yaml.written(rows.columns)}    # guessed from their names: check them"
         if rows.dropped:
             setting = "on_bad_row: drop    " if rows.broken else ""
-            yield f"  {setting}# {rows.dropped:,} of them do not become pairs: `dpo prepare-data` lists them"
+            dropped = f"{rows.dropped:,} of them {become_no_pairs(rows.dropped)}"
+            yield f"  {setting}# {dropped}: `dpo prepare-data` lists them"
     if rows and rows.held_out is None:
         yield "  eval: null    # there are too few prompts to hold some out"
     else:
@@ -203,3 +204,8 @@ def _fraction(pairs_per_step: int) -> float:
 def _counted(number: int) -> str:
     """Write a number of parameters as people say it: 135M, 1.7B."""
     return f"{number / 1e9:.1f}B" if number >= 1e9 else f"{number / 1e6:.0f}M" if number >= 1e6 else f"{number:,}"
+
+
+def become_no_pairs(num_rows: int) -> str:
+    """Say of a number of rows that they do not become pairs."""
+    return "does not become a pair" if num_rows == 1 else "do not become pairs"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.schema import TrainingSettings
-from dpo_cli.config.starting import UNLIMITED, DataFound, ModelFound, starting_text, too_long
+from dpo_cli.config.starting import UNLIMITED, DataFound, ModelFound, become_no_pairs, starting_text, too_long
 from dpo_cli.data.pairs.detection import detect, guessed_columns
 from dpo_cli.data.pairs.renaming import renamed
 from dpo_cli.data.pairs.sources import Source, as_sources, read_rows
@@ -59,7 +59,7 @@ def _say_what_was_found(console: Console, data: DataFound, model: ModelFound | N
             f"`data.columns` is guessed from the column names, check it: {plain_yaml.written(data.columns)}"
         )
     if data.dropped:
-        console.warning(f"{data.dropped:,} of the rows do not become pairs; `dpo prepare-data` lists them")
+        console.warning(f"{data.dropped:,} of the rows {become_no_pairs(data.dropped)}; `dpo prepare-data` lists them")
     if model and model.template:
         console.warning("the tokenizer has no chat template; `model.chat_template: plain` puts headings before turns")
     if model and (beyond := too_long(data, model)):

@@ -98,12 +98,14 @@ def _ready(plan: PlannedRun, *, resume: bool) -> Run:
         session, models.pop(), without_gradient(batches), needed, policy=policy, held_out=data.held_out
     )
     optimizer = training.optimizer.over(policy.trained(), training.learning_rate, training.weight_decay)
+    # Before the optimizer is prepared: a gradient scaler keeps the step that the schedule counts.
+    rates = schedule(optimizer, training.schedule, training.warmup_ratio, plan.steps.num_steps)
     learner = Learner(
         policy=policy,
         objective=config.objective,
         reference=reference,
         optimizer=accelerator.prepare_optimizer(optimizer),
-        rates=schedule(optimizer, training.schedule, training.warmup_ratio, plan.steps.num_steps),
+        rates=rates,
         accelerator=accelerator,
         max_grad_norm=training.max_grad_norm,
         skips=Skips(training.max_skipped if training.on_nonfinite == "skip" else 0),

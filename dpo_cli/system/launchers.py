@@ -59,7 +59,7 @@ def environment_errors() -> Iterator[UserError]:
         yield UserError(what, "the environment", hint)
     if not broken and (num_ranks := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         if missing := [name for name in (*_RANK, "MASTER_ADDR") if not os.environ.get(name)]:
-            what = f"WORLD_SIZE is {num_ranks}, but {', '.join(missing)} is not set"
+            what = f"WORLD_SIZE is {num_ranks}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set"
             yield UserError(what, "the environment", "start the processes with torchrun, or unset WORLD_SIZE")
         elif int(os.environ["RANK"]) >= num_ranks:
             what = f"RANK is {os.environ['RANK']}, and WORLD_SIZE is {num_ranks}: ranks count from 0"

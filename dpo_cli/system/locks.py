@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from dpo_cli.system.storage import make_folder, refused
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_POLL_SECONDS = 0.2
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +49,7 @@ def locked(path: Path, doing: str, waiting: Callable[[str], None] | None = None)
     path = path.absolute()
     missing = [folder for folder in path.parents if not folder.exists()]
     # A soft lock would outlive a process that is killed.
-    lock, taken = FileLock(path, poll_interval=0.2, fallback_to_soft=False), None
+    lock, taken = FileLock(path, fallback_to_soft=False), None
     try:
         try:
             _acquire(lock, path.parent, waiting)
@@ -73,21 +75,31 @@ def locked(path: Path, doing: str, waiting: Callable[[str], None] | None = None)
 
 def _acquire(lock: BaseFileLock, folder: Path, waiting: Callable[[str], None] | None) -> None:
     """Take a lock whose file lies in a folder, which another process may remove meanwhile if it made it."""
+    file = Path(lock.lock_file)
     while not lock.is_locked:
         make_folder(folder)
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            holder = _holder(Path(lock.lock_file))
+            if not file.exists():
+                # Where no file can be made, filelock waits as if one were locked; this raises the reason.
+                _touch(file)
+                continue
+            holder = _holder(file)
             if waiting is None:
                 raise Locked(holder) from None
             waiting(holder)
             waiting = _wait_in_silence
-            with contextlib.suppress(FileNotFoundError):
-                lock.acquire()
-        except FileNotFoundError:
-            if folder.exists():
-                raise
+            time.sleep(_POLL_SECONDS)
+
+
+def _touch(file: Path) -> None:
+    """Make a file, unless its folder was removed meanwhile."""
+    try:
+        file.touch()
+    except FileNotFoundError:
+        if file.parent.exists():
+            raise
 
 
 def _wait_in_silence(holder: str) -> None:

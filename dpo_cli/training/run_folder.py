@@ -107,7 +107,7 @@ class RunFolder:
         except FileNotFoundError:
             return RunState.FREE
         except NotADirectoryError:
-            return RunState.FOREIGN
+            return RunState.FOREIGN if self.path.exists() else RunState.FREE
         if self._is_a_run():
             return RunState.FINISHED if (self.final / MANIFEST).is_file() else RunState.STARTED
         return RunState.FOREIGN if others else RunState.FREE

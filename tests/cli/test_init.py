@@ -51,9 +51,9 @@ def test_the_length_holds_nearly_all_pairs_and_the_share_is_said(tmp_path, tiny_
     """One response in fifty is ten times as long: at 99 % it counts. One in four hundred does not."""
     rows = [{"instruction": "Count.", "chosen": "a " * (20 if n % 50 else 200), "rejected": "b"} for n in range(400)]
     data = write_rows(tmp_path / "pairs.jsonl", rows)
-    assert "holds 100.0% of the pairs" in init(tmp_path / "one.yaml", tiny_llama, data)
+    assert "fits 100.0% of the pairs" in init(tmp_path / "one.yaml", tiny_llama, data)
     write_rows(data, [rows[1]] * 399 + [rows[0]])
-    assert "holds 99.8% of the pairs" in init(tmp_path / "two.yaml", tiny_llama, data)
+    assert "fits 99.8% of the pairs" in init(tmp_path / "two.yaml", tiny_llama, data)
     one, two = (load_config(tmp_path / name).data.max_length for name in ("one.yaml", "two.yaml"))
     assert two < 200 < one
     assert np.gcd(one, two) % 64 == 0
@@ -65,7 +65,7 @@ def test_the_length_is_no_more_than_the_model_reads(tmp_path, tiny_llama, capsys
     data, out = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "dpo.yaml"
     write(Console(), model=str(tiny_llama), data=str(data), out=out)
     assert load_config(out).data.max_length == 512
-    assert "holds 25.0% of the pairs" in out.read_text(encoding="utf-8")
+    assert "fits 25.0% of the pairs" in out.read_text(encoding="utf-8")
     assert "75.0% of the pairs have more than the 512 tokens" in capsys.readouterr().err
 
 
@@ -124,7 +124,7 @@ def test_rows_that_cannot_be_read_are_counted_and_dropped_by_what_is_written(tmp
     rows = [*demo_rows[:30], {"instruction": "What?", "chosen": None, "rejected": "no"}]
     text = init(tmp_path / "dpo.yaml", tiny_llama, write_rows(tmp_path / "pairs.jsonl", rows))
     assert load_config(tmp_path / "dpo.yaml").data.on_bad_row == "drop"
-    assert "1 of them become no pair" in text
+    assert "1 of them does not become a pair" in text
 
 
 def test_rows_that_teach_nothing_are_counted_and_stop_at_no_setting(tmp_path, tiny_llama, demo_rows):
@@ -132,7 +132,7 @@ def test_rows_that_teach_nothing_are_counted_and_stop_at_no_setting(tmp_path, ti
     rows = [*demo_rows[:30], {"instruction": "What?", "chosen": "no", "rejected": "no"}]
     text = init(tmp_path / "dpo.yaml", tiny_llama, write_rows(tmp_path / "pairs.jsonl", rows))
     assert load_config(tmp_path / "dpo.yaml").data.on_bad_row == "error"
-    assert "1 of them become no pair" in text
+    assert "1 of them does not become a pair" in text
 
 
 def test_it_shows_what_it_found_and_warns_of_what_it_guessed(tmp_path, tiny_llama, capsys):
@@ -143,7 +143,7 @@ def test_it_shows_what_it_found_and_warns_of_what_it_guessed(tmp_path, tiny_llam
     said = " ".join(capsys.readouterr().err.split())
     assert "4 rows looked at, of the shape text" in said
     assert "{prompt: question, chosen: answer_good, rejected: answer_bad}" in said
-    assert "warning: 1 of the rows become no pair" in said
+    assert "warning: 1 of the rows does not become a pair" in said
 
 
 def test_nothing_is_warned_of_where_all_is_well(tmp_path, tiny_llama, demo_rows, capsys):

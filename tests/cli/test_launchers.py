@@ -61,9 +61,9 @@ def test_what_torchrun_says_is_taken_as_it_is(left, world):
     ("variables", "reason"),
     [
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR is not set"),
-        ({"WORLD_SIZE": "2", "MASTER_ADDR": "node7"}, "RANK, LOCAL_RANK is not set"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "node7"}, "RANK, LOCAL_RANK are not set"),
         ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "node7"}, "ranks count from 0"),
-        ({"WORLD_SIZE": "two"}, "no whole number: `two`"),
+        ({"WORLD_SIZE": "two"}, "not a whole number: `two`"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
         ({"ACCELERATE_USE_PARALLELISM_CONFIG": "True"}, "parallelism"),
     ],

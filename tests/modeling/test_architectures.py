@@ -38,12 +38,12 @@ from dpo_cli.training.ranks import Progress
 from tests.conftest import make_config, read_metrics
 
 FALLING_BACK = {
-    "falcon": "takes no attention from outside",
-    "bloom": "takes no attention from outside",
-    "mpt": "takes no attention from outside",
-    "mamba": "takes no attention from outside",
-    "stablelm": "takes no attention from outside",
-    "qwen3_next": "takes no attention from outside",
+    "falcon": "its attention cannot be replaced",
+    "bloom": "its attention cannot be replaced",
+    "mpt": "its attention cannot be replaced",
+    "mamba": "its attention cannot be replaced",
+    "stablelm": "its attention cannot be replaced",
+    "qwen3_next": "its attention cannot be replaced",
     "gpt_oss": "its attention has sinks",
     "lfm2": "log-probabilities differ by",
 }
