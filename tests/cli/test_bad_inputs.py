@@ -434,7 +434,7 @@ DATA_CASES = {
     ),
     "no such data on the Hub": Case(nothing, f"{PREPARE} data.train=nobody/nothing", 2, r"cannot be load", r"network"),
     "no such held-out data": Case(nothing, f"{PREPARE} data.eval=held.jsonl", 2, r"no file or folder `held", r"name a"),
-    "data of an unknown kind": Case(data("x", name="a.txt"), f"{PREPARE} data.train=a.txt", 2, r"known type", r"ends in"),
+    "data of an unknown kind": Case(data("x", name="a.txt"), f"{PREPARE} data.train=a.txt", 2, r"known type", r"ends"),
     "a folder without data": Case(folder("data"), f"{PREPARE} data.train=data", 2, r"cannot be loaded", r"data files"),
     "data unreadable": Case(unreadable("pairs.jsonl"), PREPARE, 2, r"reading the data failed", r"read"),
     "data empty": Case(data(""), PREPARE, 2, r"there are no rows", r"that has rows"),
