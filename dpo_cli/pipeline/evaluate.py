@@ -193,7 +193,7 @@ def _by_label(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, 
 
 
 def _write(file: Path, found: dict[str, Any]) -> None:
-
+    """Write figures as JSON into a file, which may be a pipe or a device."""
     text = json.dumps(found, indent=1) + "\n"
     try:
         if file.exists() and not file.is_file():
