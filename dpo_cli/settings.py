@@ -102,8 +102,9 @@ MAY_GROW = OnResume("may be raised")
 
 
 def members(union: Any) -> tuple[type[Settings], ...]:
-    """Return the groups of a closed union, `Annotated[A | B, Field(discriminator="type")]`."""
-    return get_args(get_args(union)[0])
+    """Return the groups of a closed union, `Annotated[A | B, Field(discriminator="type")]`, or of one group alone."""
+    inner = next(iter(get_args(union)), union)
+    return get_args(inner) or (inner,)
 
 
 def types(union: Any) -> tuple[str, ...]:

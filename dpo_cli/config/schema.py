@@ -11,6 +11,7 @@ from dpo_cli.data.pairs.renaming import ColumnNames
 from dpo_cli.data.pairs.shapes import FORMATS, RankedRule
 from dpo_cli.data.pairs.sources import Sources
 from dpo_cli.data.records import BadRowRule, LengthRule, TurnRule
+from dpo_cli.modeling.adapters import Adapter, Lora
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.model_files import Trust
 from dpo_cli.modeling.precision import PRECISIONS
@@ -35,6 +36,7 @@ from dpo_cli.training.optimizer import SCHEDULES, AdamW, Optimizer
 
 SHORT_FORMS = {
     "model": "name",
+    "adapter": "type",
     "loss": "type",
     "reference": "type",
     "data.train": "path",
@@ -228,6 +230,8 @@ class Config(Settings):
 
     model: Annotated[ModelSettings, _short("model", str | ModelSettings)]
     """The model that is trained."""
+    adapter: Annotated[Adapter | None, _typed(Lora().type), _short_type("adapter", Adapter)] = None
+    """What is trained beside the model's own weights, which then stay as they are; null: all weights train."""
     data: DataSettings = DataSettings()
     """The preference pairs."""
     loss: Annotated[

@@ -6,7 +6,7 @@ A way says what a model is loaded as, how many bytes that takes, and what an opt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from dpo_cli.settings import Settings
 
@@ -15,17 +15,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Float32(Settings):
-    """Hold every weight in 32 bits; the optimizer steps on the weights themselves."""
+class HeldSettings(Settings):
+    """Hold every weight in one dtype of torch; the optimizer steps on the weights themselves."""
 
-    type: Literal["float32"] = "float32"
-    """How weights are held."""
+    dtype: ClassVar[str]
 
     def loaded_as(self) -> dict[str, Any]:
         """Return what transformers is told when it builds or loads a model."""
         import torch
 
-        return {"dtype": torch.float32}
+        return {"dtype": getattr(torch, self.dtype)}
 
     def bytes_of(self, model: PreTrainedModel) -> int:
         """Return what all weights take."""
@@ -40,7 +39,37 @@ class Float32(Settings):
         return list(trained)
 
 
+class Float32(HeldSettings):
+    """Hold every weight in 32 bits."""
+
+    type: Literal["float32"] = "float32"
+    """How weights are held."""
+    dtype: ClassVar[str] = "float32"
+
+
+class Bfloat16(HeldSettings):
+    """Hold every weight in bfloat16: for weights that do not train."""
+
+    type: Literal["bfloat16"] = "bfloat16"
+    """How weights are held."""
+    dtype: ClassVar[str] = "bfloat16"
+
+
+class Float16(HeldSettings):
+    """Hold every weight in float16: for weights that do not train."""
+
+    type: Literal["float16"] = "float16"
+    """How weights are held."""
+    dtype: ClassVar[str] = "float16"
+
+
 FLOAT32 = Float32()
 
-Held = Float32
+Held = Float32 | Bfloat16 | Float16
 """The closed union of all ways to hold weights, told apart by `type`."""
+
+
+def held_as(name: str) -> Held:
+    """Return the way of that name."""
+    found: Held = next(one for one in get_args(Held) if one.model_fields["type"].default == name)()
+    return found

@@ -212,8 +212,13 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         raise UserError(f"the weights do not fit the model: {reason}", str(folder), hint) from None
 
 
-def weights_digest(model: PreTrainedModel) -> str:
-    """Return a digest of a model's architecture and of every weight's bytes, those that no gradient moves included."""
+def weights_digest(model: PreTrainedModel, own_name: Callable[[str], str | None] = str) -> str:
+    """Return a digest of a model's architecture and of every weight's bytes, those that no gradient moves included.
+
+    Args:
+        model: The model.
+        own_name: Returns the name that a weight has in the model by itself; None for one that was added to it.
+    """
     import torch
 
     whole = hashlib.blake2b(digest_size=32)
@@ -223,7 +228,9 @@ def weights_digest(model: PreTrainedModel) -> str:
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, torch.nn.Parameter) and name not in parameters:
             continue  # Tied to one that counts already.
-        whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if (own := own_name(name)) is None:
+            continue
+        whole.update(f"{own} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return whole.hexdigest()
 

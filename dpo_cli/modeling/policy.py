@@ -12,12 +12,13 @@ import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.held import FLOAT32, Held
-from dpo_cli.modeling.loading import empty_policy, load_policy, weights_digest
+from dpo_cli.modeling.loading import empty_policy, load_policy
 from dpo_cli.modeling.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.placement import Placement, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
@@ -101,8 +102,8 @@ class Policy:
 
     @functools.cached_property
     def identity(self) -> str:
-        """A digest of the weights that training starts from; it has to be asked for before step 1."""
-        return weights_digest(self.model)
+        """A digest of what answers before step 1, which it has to be asked for before."""
+        return self._trained.identity(self.model)
 
     @property
     def scorer(self) -> nn.Module:
@@ -198,7 +199,13 @@ class Policy:
 
     def frozen_copy(self) -> Policy:
         """Return a policy of its own with the same weights, none of which trains."""
-        return Policy(copy.deepcopy(self.model), self._trained, self._held).frozen()
+        return self._beside(copied(self.model))
+
+    def _beside(self, model: PreTrainedModel) -> Policy:
+        """Return a policy over a copy of this one's model, in which what trains was chosen already."""
+        other = copy.copy(self)
+        other.model, other._placement, other._scorer, other._beginning = model, None, None, None
+        return other
 
     def frozen(self) -> Policy:
         """Let no weight of this policy train, and return it: it is a reference."""
@@ -206,21 +213,22 @@ class Policy:
         return self
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Return the shape of every weight by name."""
-        return {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        """Return the shape of every weight that training moves, by name."""
+        return {name: parameter.shape for name, parameter in self._trained.moved(self.model).items()}
 
     @torch.no_grad()
     def move_towards(self, other: Policy, share: float) -> None:
-        """Move every weight a share of the way to another policy's: θ ← share·θ' + (1 − share)·θ."""
-        for ours, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
-            ours.lerp_(theirs, share)
+        """Move what training moves a share of the way to another policy's: θ ← share·θ' + (1 − share)·θ."""
+        theirs = other.weights()
+        for name, ours in self.weights().items():
+            ours.lerp_(theirs[name], share)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return every weight by name, tied ones once, without copying it."""
-        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+        """Return every weight that training moves by name, tied ones once, without copying it."""
+        return {name: parameter.detach() for name, parameter in self._trained.moved(self.model).items()}
 
     def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace every weight by what `weights` returned.
+        """Replace every weight that training moves by what `weights` returned.
 
         Raises:
             ValueError: Names or shapes are others.
@@ -230,9 +238,11 @@ class Policy:
         for name, ours in self.weights().items():
             ours.copy_(weights[name])
 
-    def adding_up(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Return the context of a backward pass whose gradients add to the step's; the last exchanges them."""
-        return self.placement.adding_up(self.scorer, last=last)
+    @contextlib.contextmanager
+    def adding_up(self, *, last: bool) -> Iterator[None]:
+        """Open the context of a pass whose gradients add to the step's; the last exchanges them."""
+        with self._trained.training_pass(self.model), self.placement.adding_up(self.scorer, last=last):
+            yield
 
     def clip(self, norm: float | None) -> float:
         """Clip the step's gradients to a norm, or to none; return the norm before."""
@@ -267,6 +277,14 @@ class Policy:
             state: What `state` returned, where the weights may have changed since.
         """
         self._trained.write(self.model, folder, tokenizer, dict(state) if state else None)
+
+    def prove_saving(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Prove, before hours go into it, that the policy can be saved and read again; return a line that says so.
+
+        Raises:
+            UserError: Something fails.
+        """
+        return self._trained.prove_saving(self.model, tokenizer)
 
     def check_written(self, folder: Path) -> None:
         """Compare the weights in a folder, tensor by tensor, with those of the policy.

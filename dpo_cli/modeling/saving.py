@@ -138,6 +138,17 @@ def write_model(
     write_beside_weights(folder, model, tokenizer)
 
 
+def write_tokenizer(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer, and the files that belong to the model, into a folder, so that other programs read them."""
+    tokenizer.save_pretrained(folder)
+    origin: Origin = getattr(model, "origin", Origin({}, {}, {}))
+    for name, content in origin.files.items():
+        (folder / name).write_bytes(content)
+    _name_tokenizer(folder / _TOKENIZER, tokenizer)
+    for name in (_TOKENIZER, "special_tokens_map.json"):
+        _name_end(folder / name, tokenizer)
+
+
 def _os_error(error: Exception) -> OSError | None:
     """Return what the system refused, which safetensors and tokenizers tell by errors of their own; or None."""
     number = re.search(r"\(os error (\d+)\)", str(error))
@@ -150,12 +161,7 @@ def write_beside_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTra
     _ask_again(folder / CONFIG, origin.asked)
     if (generation := folder / GENERATION).is_file():
         _write_json(generation, {**origin.generation, **json.loads(generation.read_text(encoding="utf-8"))})
-    tokenizer.save_pretrained(folder)
-    for name, content in origin.files.items():
-        (folder / name).write_bytes(content)
-    _name_tokenizer(folder / _TOKENIZER, tokenizer)
-    for name in (_TOKENIZER, "special_tokens_map.json"):
-        _name_end(folder / name, tokenizer)
+    write_tokenizer(folder, model, tokenizer)
 
 
 def prove_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,13 +6,14 @@ A way says which weights an optimizer moves, how the policy answers as before st
 from __future__ import annotations
 
 import contextlib
-import copy
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dpo_cli.modeling.loading import load_weights
-from dpo_cli.modeling.saving import check_saved, write_model
+from dpo_cli.modeling.adapted import Adapted
+from dpo_cli.modeling.copies import copied
+from dpo_cli.modeling.loading import load_weights, weights_digest
+from dpo_cli.modeling.saving import check_saved, prove_saving, write_model
 from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -39,19 +40,37 @@ class Whole(Settings):
         """Return the weights that train."""
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
+    def moved(self, model: PreTrainedModel) -> dict[str, Parameter]:
+        """Return by name what training moves, whether it takes gradients now or not."""
+        return dict(model.named_parameters())
+
+    def identity(self, model: PreTrainedModel) -> str:
+        """Return a digest of what answers before step 1."""
+        return weights_digest(model)
+
     def beginning_bytes(self, model: PreTrainedModel) -> int:
-        """Return what `keep_beginning` takes in memory: a copy of every weight."""
-        return sum(parameter.nbytes for parameter in model.parameters())
+        """Return what `keep_beginning` takes in memory: a copy of every weight that trains."""
+        return sum(parameter.nbytes for parameter in self.weights(model))
 
     def keep_beginning(self, model: PreTrainedModel) -> PreTrainedModel | None:
         """Return a model that answers as this one does now; None: this one does, inside `at_beginning`."""
-        beginning = copy.deepcopy(model)
-        beginning.requires_grad_(False)
-        return beginning
+        return copied(model)
 
     def at_beginning(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Return the context in which what trains has no effect on this model; here it has, and a copy answers."""
         return contextlib.nullcontext()
+
+    def training_pass(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Return the context of a pass with gradient: here it is as one without."""
+        return contextlib.nullcontext()
+
+    def prove_saving(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Prove that what trains can be saved and read again; return a line that says so.
+
+        Raises:
+            UserError: Something fails.
+        """
+        return prove_saving(model, tokenizer)
 
     def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return what a checkpoint holds of the model, by name, tied weights under each of their names."""
@@ -85,5 +104,5 @@ class Whole(Settings):
         load_weights(model, folder)
 
 
-Trained = Whole
+Trained = Whole | Adapted
 """The closed union of all ways to choose what trains, told apart by `type`."""

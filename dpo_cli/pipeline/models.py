@@ -29,7 +29,7 @@ Settle = Callable[[Policy, Layout], tuple[Batches, Mapping[str, str]]]
 
 def opened(
     session: Session,
-    names: Mapping[str, str],
+    names: Mapping[str, str | Policy],
     pairs: PreparedPairs,
     indices: NDArray[np.int64],
     settle: Settle,
@@ -40,7 +40,7 @@ def opened(
 
     Args:
         session: Asks for a layout, or leaves the choice.
-        names: The models, each under the setting or option that names it.
+        names: The models, or what is opened of them already, each under the setting or option that names it.
         pairs: All pairs of the job.
         indices: Which of them are trained on or scored.
         settle: Settles the batches. It is asked before the proof, which is the first to take much memory.
@@ -54,7 +54,7 @@ def opened(
     """
     policies = []
     for where, name in names.items():
-        policies.append(Policy.load(name, session.config.model.trust, session.accelerator.device))
+        policies.append(loaded(session, name) if isinstance(name, str) else name)
         check_fits(pairs, policies[-1], where)
     likely = expected_layout(session, policies[0], pairs)
     batches, said = settle(policies[0], likely)
@@ -66,6 +66,24 @@ def opened(
     for line, whose in zip(proved, ("", "of the reference, "), strict=False):
         session.console.notice(f"checked: {whose}{line}")
     return policies, batches
+
+
+def loaded(session: Session, name: str, *, empty: bool = False) -> Policy:
+    """Return a model all of whose weights are its own; or, with `empty`, that without weights."""
+    trust, device = session.config.model.trust, session.accelerator.device
+    return (
+        Policy.empty(name, trust, held=session.held) if empty else Policy.load(name, trust, device, held=session.held)
+    )
+
+
+def trained_policy(session: Session, *, empty: bool = False) -> Policy:
+    """Return what the run trains, as it is before step 1; or, with `empty`, that without weights.
+
+    Raises:
+        UserError: The model cannot be loaded, or the adapter does not fit it.
+    """
+    name, trust, how = session.config.model.name, session.config.model.trust, (session.trained, session.held)
+    return Policy.empty(name, trust, *how) if empty else Policy.load(name, trust, session.accelerator.device, *how)
 
 
 def reference_sketch(session: Session, sketch: Policy) -> Policy:

@@ -15,7 +15,7 @@ from dpo_cli.modeling.memory import resident_bytes
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.routing import check_routers
 from dpo_cli.pipeline.memory import check_memory
-from dpo_cli.pipeline.models import reference_sketch
+from dpo_cli.pipeline.models import reference_sketch, trained_policy
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data, shown_counts
 from dpo_cli.pipeline.resume import check_length
 from dpo_cli.pipeline.session import Session
@@ -68,7 +68,7 @@ def planned(session: Session, folder: RunFolder, *, resume: bool, extend: bool) 
         UserError: Something is wrong that the user can fix.
     """
     config, finished = session.config, resume and folder.state() is RunState.FINISHED
-    program_bytes, sketch = resident_bytes(), Policy.empty(config.model.name, config.model.trust)
+    program_bytes, sketch = resident_bytes(), trained_policy(session, empty=True)
     if config.objective.router_aux:
         check_routers(sketch.model)
     if not finished:

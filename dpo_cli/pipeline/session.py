@@ -17,8 +17,11 @@ from transformers.utils import logging as hf_logging
 
 from dpo_cli.config import Config
 from dpo_cli.errors import FAILED, UserError
+from dpo_cli.modeling.adapted import Adapted
 from dpo_cli.modeling.allocator import return_freed_memory
+from dpo_cli.modeling.held import FLOAT32, Held, held_as
 from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of
+from dpo_cli.modeling.trained import Trained, Whole
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.signals import StopSignals
 from dpo_cli.training.ranks import Progress, gathering, watched
@@ -48,6 +51,17 @@ class Session:
     def precision(self) -> Precision:
         """What is computed in."""
         return precision_of(self.accelerator.mixed_precision)
+
+    @property
+    def trained(self) -> Trained:
+        """What of the policy trains."""
+        adapter = self.config.adapter
+        return Whole() if adapter is None else Adapted(adapter, self.config.training.seed)
+
+    @property
+    def held(self) -> Held:
+        """How the weights of the run's models are held: those that train in float32, frozen ones as it is computed."""
+        return FLOAT32 if self.config.adapter is None else held_as(self.precision.name)
 
     def under(self, config: Config) -> Session:
         """Return the same session with other settings."""

@@ -17,10 +17,9 @@ from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.loading import end_at
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.saving import prove_saving
 from dpo_cli.pipeline.forecast import disk_need, show_forecast, warn_of_disk
 from dpo_cli.pipeline.memory import settle_tokens, without_gradient
-from dpo_cli.pipeline.models import Settle, open_reference, opened, shortest_pair
+from dpo_cli.pipeline.models import Settle, open_reference, opened, shortest_pair, trained_policy
 from dpo_cli.pipeline.plan import PlannedRun, check_data, header, planned
 from dpo_cli.pipeline.resume import begin
 from dpo_cli.pipeline.run import Records, Run, recorded, save_final, summarize
@@ -77,8 +76,8 @@ def _ready(plan: PlannedRun, *, resume: bool) -> Run:
     session.console.facts(header(plan))
     warn_of_disk(disk_need(config, plan.folder, plan.steps, plan.sketch), plan.folder, session.console)
     check_data(plan)
-    names = {"`model.name`": config.model.name, "`reference.model`": config.reference.model}
-    named = {where: name for where, name in names.items() if name}
+    other = {"`reference.model`": config.reference.model} if config.reference.model else {}
+    named: dict[str, str | Policy] = {"`model.name`": trained_policy(session), **other}
     all_pairs = np.concatenate([data.train, data.held_out])
     models, batches = opened(session, named, data.pairs, all_pairs, _settling(plan, resume=resume), trained=True)
     session = session.under(_with_tokens(config, batches.micro_batch_tokens))
@@ -163,7 +162,7 @@ def _prove(run: Run) -> None:
         session.console.notice(f"checked: {proved}")
     if session.accelerator.is_main_process:
         # transformers writes on the first rank alone.
-        session.console.notice(f"checked: {prove_saving(run.learner.policy.model, run.plan.tokenizer)}")
+        session.console.notice(f"checked: {run.learner.policy.prove_saving(run.plan.tokenizer)}")
 
 
 def _take(run: Run, rows: str) -> Iterator[StepResult]:

@@ -1,0 +1,214 @@
+"""A model with an adapter: what is added trains, and the base stays as it is.
+
+PEFT makes the layers inside the model, so that whatever calls the model calls them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.modeling.adapters import Adapter, layer_settings
+from dpo_cli.modeling.copies import copied
+from dpo_cli.modeling.loading import weights_digest
+from dpo_cli.modeling.saving import write_tokenizer
+from dpo_cli.system.storage import text_digest
+
+if TYPE_CHECKING:
+    from torch.nn import Parameter
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+"""What PEFT puts before the names of weights that it saves."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Train an adapter; the model's own weights stay as they are.
+
+    Attributes:
+        adapter: Its settings.
+        seed: What its first weights are drawn with.
+    """
+
+    adapter: Adapter
+    seed: int = 0
+
+    def choose(self, model: PreTrainedModel) -> None:
+        """Put the adapter into the model; of one to go on from, with the weights that it has.
+
+        Raises:
+            UserError: The model has no layers for it; or the one to go on from does not fit.
+        """
+        from peft import inject_adapter_in_model
+
+        on_paper = next(model.parameters()).is_meta
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            model.requires_grad_(False)
+            inject_adapter_in_model(self.adapter.layers(model), model, low_cpu_mem_usage=on_paper)
+        for weights in self.moved(model).values():
+            # PEFT gives them the dtype of the base, in which small steps are lost.
+            weights.data = weights.data.float()
+        model.eval()
+        if self.adapter.start and not on_paper:
+            self.restore(model, Path(self.adapter.start))
+
+    def weights(self, model: PreTrainedModel) -> list[Parameter]:
+        """Return the weights that train."""
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def moved(self, model: PreTrainedModel) -> dict[str, Parameter]:
+        """Return by name what training moves, whether it takes gradients now or not."""
+        base = self._base_names(model)
+        return {name: parameter for name, parameter in model.named_parameters() if base(name) is None}
+
+    def identity(self, model: PreTrainedModel) -> str:
+        """Return a digest of what answers before step 1: of a fresh adapter, that of the base alone."""
+        base = weights_digest(model, self._base_names(model))
+        if not self.adapter.start:
+            return base
+        started = [part for name, weights in self.state(model).items() for part in (name, _digest(weights))]
+        return text_digest(base, json.dumps(layer_settings(self.adapter), sort_keys=True), *started)
+
+    def beginning_bytes(self, model: PreTrainedModel) -> int:
+        """Return what `keep_beginning` takes in memory: a second adapter where training goes on from one."""
+        return sum(weights.nbytes for weights in self.moved(model).values()) if self.adapter.start else 0
+
+    def keep_beginning(self, model: PreTrainedModel) -> PreTrainedModel | None:
+        """Return a model that answers as this one does now; None: this one does, inside `at_beginning`."""
+        return copied(model) if self.adapter.start else None
+
+    @contextlib.contextmanager
+    def at_beginning(self, model: PreTrainedModel) -> Iterator[None]:
+        """Let a fresh adapter have no effect; of one that was gone on from, a copy answers."""
+        layers = [] if self.adapter.start else list(_adapter_layers(model).values())
+        # PEFT's own switch would let the weights train no longer.
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    @contextlib.contextmanager
+    def training_pass(self, model: PreTrainedModel) -> Iterator[None]:
+        """Switch dropout on for a pass with gradient, and off again."""
+        dropouts = [module for layer in _adapter_layers(model).values() for module in layer.lora_dropout.values()]
+        for dropout in dropouts:
+            dropout.train()
+        try:
+            yield
+        finally:
+            for dropout in dropouts:
+                dropout.eval()
+
+    def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Return the adapter's weights under the names that PEFT saves them by."""
+        from peft import get_peft_model_state_dict
+
+        found = get_peft_model_state_dict(model, save_embedding_layers=False)
+        return {f"{_PREFIX}{name}": weights.detach() for name, weights in sorted(found.items())}
+
+    def write(
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        state: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Write what `state` returned, by default now, as a folder that PEFT reads, with the tokenizer beside it."""
+        written = {name: weights.contiguous() for name, weights in (state or self.state(model)).items()}
+        save_file(written, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        said = model.peft_config["default"].to_dict()
+        said |= {"base_model_name_or_path": _named(model.name_or_path), "inference_mode": True}
+        # PEFT keeps names in sets, whose order is another in every process.
+        said = {name: sorted(value) if isinstance(value, set) else value for name, value in said.items()}
+        text = json.dumps(said, indent=2, sort_keys=True) + "\n"
+        (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+        write_tokenizer(folder, model, tokenizer)
+
+    def prove_saving(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Prove that the adapter can be saved and read again; return a line that says so.
+
+        Raises:
+            UserError: Something fails.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            try:
+                self.write(model, folder, tokenizer)
+                type(tokenizer).from_pretrained(folder)
+            except OSError as error:
+                raise from_os_error(error, "trying to save the adapter", scratch) from error
+            self.check_written(model, folder)
+        return "the adapter can be saved and read again"
+
+    def check_written(self, model: PreTrainedModel, folder: Path) -> None:
+        """Compare what was written with what is in memory.
+
+        Raises:
+            UserError: The disk did not keep it.
+        """
+        written = load_file(folder / ADAPTER_WEIGHTS)
+        for name, weights in self.state(model).items():
+            if not torch.equal(written[name], weights.cpu()):
+                hint = "check the disk, then `--resume`: the last checkpoint is intact"
+                raise UserError(f"`{name}` was not saved as it is in memory", str(folder.parent), hint, status=FAILED)
+
+    @torch.no_grad()
+    def restore(self, model: PreTrainedModel, folder: Path) -> None:
+        """Replace the adapter's weights by those in a folder.
+
+        Raises:
+            UserError: They are another adapter's.
+        """
+        theirs, ours = load_file(folder / ADAPTER_WEIGHTS), self.state(model)
+        differing = sorted(theirs.keys() ^ ours.keys()) or [n for n in ours if theirs[n].shape != ours[n].shape]
+        if differing:
+            what = f"the adapter does not fit: `{differing[0]}` is not in both, or has another shape"
+            raise UserError(what, str(folder), "choose an adapter of the same base with the same settings")
+        for name, weights in ours.items():
+            weights.copy_(theirs[name])
+
+    @staticmethod
+    def _base_names(model: PreTrainedModel) -> Any:
+        """Return a function from the name of a weight to its name in the base, or to None: it is the adapter's."""
+        layers = tuple(f"{name}." for name in _adapter_layers(model))
+
+        def base_name(name: str) -> str | None:
+            within = next((layer for layer in layers if name.startswith(layer)), None)
+            if within is None:
+                return name
+            inner = name.removeprefix(within)
+            return within + inner.removeprefix("base_layer.") if inner.startswith("base_layer.") else None
+
+        return base_name
+
+
+def _adapter_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the layers that PEFT made, by name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _digest(weights: Tensor) -> str:
+    return text_digest(str(weights.dtype), weights.cpu().contiguous().view(torch.uint8).numpy().tobytes().hex())
+
+
+def _named(name: str) -> str:
+    """Return how a model is named from anywhere: a folder by its whole path."""
+    return str(Path(name).absolute()) if Path(name).exists() else name

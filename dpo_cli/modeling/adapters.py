@@ -1,0 +1,100 @@
+"""The adapters, of which `Adapter` lists all: a few weights beside a model's own, which stay as they are.
+
+This file is read with the configuration, before torch is needed: import torch and PEFT inside functions.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from dpo_cli.settings import PathText, Settings, contradiction
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+ALL_LINEAR = "all-linear"
+"""Stands for every linear layer of the model but its vocabulary projection."""
+
+
+class AdapterSettings(Settings):
+    """What all adapters have in common."""
+
+    start: PathText | None = None
+    """An adapter to go on from, a PEFT folder; the reference is then the base with that adapter. null: a fresh one."""
+
+    def layers(self, model: PreTrainedModel) -> PeftConfig:
+        """Return how PEFT makes the layers of a model.
+
+        Raises:
+            UserError: The model has no layers that could have them.
+        """
+        raise NotImplementedError
+
+
+class Lora(AdapterSettings):
+    """Low-rank adaptation: beside a matrix W, scale · B A with the rank r of A and B; B is 0 before step 1.
+
+    Source: Hu et al. 2021, arXiv 2106.09685.
+    """
+
+    type: Literal["lora"] = "lora"
+    """Which adapter."""
+    rank: int = Field(16, ge=1)
+    """r: the number of rows of A and of columns of B."""
+    alpha: float = Field(32, gt=0)
+    """The scale is alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """The share of A's inputs that are left out in a training pass."""
+    targets: str | list[str] = Field(ALL_LINEAR, min_length=1)
+    """The layers: all-linear, which leaves the vocabulary projection out; a list of their names; or a regular
+    expression that matches their whole names."""
+    dora: bool = False
+    """DoRA: the norm of each row of W + scale · B A trains apart from its direction. Source: Liu et al. 2024, arXiv
+    2402.09353."""
+    rslora: bool = False
+    """rsLoRA: the scale is alpha / √r. Source: Kalajdzievski 2023, arXiv 2312.03732."""
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> Self:
+        if isinstance(self.targets, list) and not all(self.targets):
+            raise contradiction("`adapter.targets` has an empty name", "remove it")
+        if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                what = f"`adapter.targets` is no regular expression: {error}"
+                raise contradiction(
+                    what, f"set {ALL_LINEAR}, a list of names, or a pattern such as `.*_proj`"
+                ) from None
+        return self
+
+    def layers(self, model: PreTrainedModel) -> PeftConfig:
+        """Return PEFT's settings of LoRA for the targets that the model has."""
+        from peft import LoraConfig
+
+        from dpo_cli.modeling.adapter_targets import stores_transposed, target_names
+
+        names = target_names(model, self.targets)
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=names,
+            use_dora=self.dora,
+            use_rslora=self.rslora,
+            fan_in_fan_out=stores_transposed(model, names),
+        )
+
+
+Adapter = Lora
+"""The closed union of all adapters, told apart by `type`."""
+
+
+def layer_settings(adapter: AdapterSettings) -> dict[str, Any]:
+    """Return what decides the layers of an adapter and what they compute, where it came from and dropout aside."""
+    return adapter.model_dump(mode="json", exclude={"start", "dropout"})
