@@ -21,6 +21,7 @@ from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.modeling.adapters import Adapter, layer_settings
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.loading import weights_digest
+from dpo_cli.modeling.quantized_layers import import_bitsandbytes
 from dpo_cli.modeling.saving import write_tokenizer
 from dpo_cli.system.storage import text_digest
 
@@ -51,6 +52,7 @@ class Adapted:
         Raises:
             UserError: The model has no layers for it; or the one to go on from does not fit.
         """
+        import_bitsandbytes()
         from peft import inject_adapter_in_model
 
         on_paper = next(model.parameters()).is_meta
