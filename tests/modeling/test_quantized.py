@@ -23,7 +23,7 @@ print(kernels.__name__)
 
 @pytest.mark.program
 def test_no_kernel_of_others_is_asked_for_and_nothing_is_printed(tmp_path: Path) -> None:
-    # On CPUs that have the instructions for it, bitsandbytes downloads code as it is imported, if it finds this package.
+    # On some CPUs bitsandbytes downloads code as it is imported, if it finds this package.
     asked = tmp_path / "asked"
     (tmp_path / "kernels.py").write_text(f"def get_kernel(*a, **b):\n    open({str(asked)!r}, 'w').close()\n")
     done = subprocess.run(
