@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
 
 from dpo_cli.data.pairs.shapes import RankedRule
 from dpo_cli.data.pairs.sources import Source
@@ -42,6 +44,20 @@ def prepare_pairs(
     length = {"max_length": 1000, "on_too_long": "drop"}
     tokenize = PairTokenizer(tokenizer, **{"template": None, **length, **settings})
     return prepare([Source(path=str(source))], Reading(data_format, on_bad_row, ranked), tokenize, folder)
+
+
+def save_adapter(model: Path, folder: Path, *, rank: int = 4, seed: int = 1, **settings: Any) -> Path:
+    """Let PEFT save an adapter of a model none of whose weights are 0, as if it had been trained."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    settings = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "lora_alpha": 32, **settings}
+    base = AutoModelForCausalLM.from_pretrained(model)
+    with warnings.catch_warnings():
+        # PEFT asks transformers in a way that is deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        get_peft_model(base, LoraConfig(r=rank, init_lora_weights=False, **settings)).save_pretrained(folder)
+    return folder
 
 
 def silent(done: int, total: int) -> None:

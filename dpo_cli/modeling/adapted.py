@@ -76,13 +76,13 @@ class Adapted:
         base = self._base_names(model)
         return {name: parameter for name, parameter in model.named_parameters() if base(name) is None}
 
-    def identity(self, model: PreTrainedModel) -> str:
-        """Return a digest of what answers before step 1: of a fresh adapter, that of the base alone."""
-        base = weights_digest(model, self._base_names(model))
+    def fingerprints(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return a digest of each part of what answers before step 1: a fresh adapter is none."""
+        base = {"model": weights_digest(model, self._base_names(model))}
         if not self.adapter.start:
             return base
         started = [part for name, weights in self.state(model).items() for part in (name, _digest(weights))]
-        return text_digest(base, json.dumps(layer_settings(self.adapter), sort_keys=True), *started)
+        return base | {"start adapter": text_digest(json.dumps(layer_settings(self.adapter), sort_keys=True), *started)}
 
     def beginning_bytes(self, model: PreTrainedModel) -> int:
         """Return what `keep_beginning` takes in memory: a second adapter where training goes on from one."""

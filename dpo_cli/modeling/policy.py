@@ -23,6 +23,7 @@ from dpo_cli.modeling.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.placement import Placement, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.modeling.trained import Trained, Whole
+from dpo_cli.system.storage import text_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -101,9 +102,15 @@ class Policy:
         return type(self.model).__name__
 
     @functools.cached_property
+    def fingerprints(self) -> dict[str, str]:
+        """A digest of each part of what answers before step 1, which they have to be asked for before."""
+        return self._trained.fingerprints(self.model)
+
+    @property
     def identity(self) -> str:
         """A digest of what answers before step 1, which it has to be asked for before."""
-        return self._trained.identity(self.model)
+        model, *others = self.fingerprints.values()
+        return text_digest(model, *others) if others else model
 
     @property
     def scorer(self) -> nn.Module:
@@ -249,8 +256,8 @@ class Policy:
         return self.placement.clip(self._trained.weights(self.model), norm)
 
     def finite(self) -> bool:
-        """Tell whether no weight is NaN or infinite."""
-        finite = all(bool(torch.isfinite(weights).all()) for weights in self.model.parameters())
+        """Tell whether no weight that training moves is NaN or infinite."""
+        finite = all(bool(torch.isfinite(weights).all()) for weights in self.weights().values())
         return self._placement.everywhere(finite) if self._placement else finite
 
     def state(self) -> dict[str, Tensor]:

@@ -44,9 +44,9 @@ class Whole(Settings):
         """Return by name what training moves, whether it takes gradients now or not."""
         return dict(model.named_parameters())
 
-    def identity(self, model: PreTrainedModel) -> str:
-        """Return a digest of what answers before step 1."""
-        return weights_digest(model)
+    def fingerprints(self, model: PreTrainedModel) -> dict[str, str]:
+        """Return a digest of each part of what answers before step 1, by what the part is called."""
+        return {"model": weights_digest(model)}
 
     def beginning_bytes(self, model: PreTrainedModel) -> int:
         """Return what `keep_beginning` takes in memory: a copy of every weight that trains."""

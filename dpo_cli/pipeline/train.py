@@ -85,7 +85,7 @@ def _ready(plan: PlannedRun, *, resume: bool) -> Run:
     if config.model.eos_token is not None:
         end_at(policy.model, plan.tokenizer.eos_token_id)
     fingerprints = {
-        "model": policy.identity,
+        **policy.fingerprints,
         "data": data.fingerprint,
         "settings": settings_digest(config.model_dump(mode="json"), changeable()),
         **({"reference": models[-1].identity} if config.reference.model else {}),

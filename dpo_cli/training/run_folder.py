@@ -258,10 +258,12 @@ class RunFolder:
             return
         hint = "restore them, or start a new run in another `output_dir`"
         before, now = _deciding(self._started_with(), changeable), _deciding(settings, changeable)
+        named = before.keys() | now.keys()
+        # A group that was null, or has become it, is named as a whole.
         changed = [
-            f"`{name}` was {_shown(before.get(name))} and is {_shown(now.get(name))}"
-            for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name)
+            f"`{name}` was {_shown(was)} and is {_shown(asked)}"
+            for name in sorted(name for name in named if name.rpartition(".")[0] not in named)
+            if (was := _value(before, name)) != (asked := _value(now, name))
         ]
         if changed:
             what = f"a run cannot be resumed with other settings: {'; '.join(changed)}"
@@ -307,6 +309,11 @@ def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def _value(settings: dict[str, Any], name: str) -> Any:
+    """Return a setting, or the type of a group."""
+    return settings.get(name, settings.get(f"{name}.type"))
 
 
 def _shown(value: object) -> str:

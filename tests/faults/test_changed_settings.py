@@ -15,6 +15,7 @@ import yaml
 
 from dpo_cli.config.schema import Config, changeable
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapters import Adapter
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.reference import Reference
 from dpo_cli.settings import MAY_CHANGE, MAY_GROW, is_within, members, on_resume
@@ -33,7 +34,7 @@ DECIDES = {
     "training.learning_rate", "training.schedule", "training.warmup_ratio", "training.weight_decay",
     "training.max_grad_norm", "training.seed",
 }  # fmt: skip
-"""What decides the weights, beside everything of the loss and of the reference."""
+"""What decides the weights, beside everything of the adapter, of the loss and of the reference."""
 
 WATCHES = {
     "training.micro_batch_tokens", "training.layout", "training.gradient_checkpointing", "training.rank_timeout",
@@ -43,6 +44,9 @@ WATCHES = {
     "tracking", "output_dir",
 }  # fmt: skip
 """What decides memory and speed, what is kept and who is told."""
+
+GROUPS = {"adapter": Adapter, "loss": Loss, "reference": Reference, "training.optimizer": Optimizer}
+"""Groups of which nothing may change, whichever members of these unions they are."""
 
 LENGTH = {"training.epochs", "training.max_steps"}
 """How many steps there are; `tests/cli/test_extend.py` gives runs more of them."""
@@ -74,7 +78,8 @@ def changed(config: Config, name: str) -> dict[str, Any]:
 
 def test_every_setting_is_known_to_decide_the_weights_or_not():
     named = {name for name, _ in leaves(Config(model={"name": "m"}).model_dump(mode="json"))}
-    assert {name for name in named if not name.startswith(("loss.", "reference."))} == DECIDES | WATCHES | LENGTH
+    groups = ("adapter", "loss.", "reference.")
+    assert {name for name in named if not name.startswith(groups)} == DECIDES | WATCHES | LENGTH
     assert len(DECIDES) + len(WATCHES) + len(LENGTH) == len(DECIDES | WATCHES | LENGTH)
 
 
@@ -101,9 +106,9 @@ def test_every_setting_says_itself_what_it_may_do():
         assert found == ({MAY_CHANGE} if name in WATCHES else {MAY_GROW} if name in LENGTH else set()), name
 
 
-@pytest.mark.parametrize("group", ["loss", "reference", "training.optimizer"])
-def test_nothing_of_a_loss_a_reference_or_an_optimizer_may_change(tmp_path, group):
-    for kind in members({"loss": Loss, "reference": Reference, "training.optimizer": Optimizer}[group]):
+@pytest.mark.parametrize(("group", "union"), GROUPS.items())
+def test_nothing_of_an_adapter_a_loss_a_reference_or_an_optimizer_may_change(tmp_path, group, union):
+    for kind in members(union):
         *above, last = group.split(".")
         settings = {last: kind().model_dump()}
         config = Config(model={"name": "m"}, **({above[0]: settings} if above else settings))
@@ -111,6 +116,23 @@ def test_nothing_of_a_loss_a_reference_or_an_optimizer_may_change(tmp_path, grou
         for name in (name for name, _ in leaves(config.model_dump(mode="json")) if is_within(name, [group])):
             with pytest.raises(UserError, match=f"`{name}` was"):
                 run.check_unchanged(changed(config, name), changeable())
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (None, "lora", "`adapter` was null and is lora"),
+        ("lora", None, "`adapter` was lora and is null"),
+        ("lora", {"rank": 8}, "`adapter.rank` was 16 and is 8"),
+        ({"start": "a/b"}, {"start": "a/c"}, "`adapter.start` was a/b and is a/c"),
+        ("lora", {"start": "a/c"}, "`adapter.start` was null and is a/c"),
+    ],
+)
+def test_another_adapter_is_refused_by_what_is_another(tmp_path, before, now, said):
+    run = started(tmp_path, Config(model={"name": "m"}, adapter=before))
+    with pytest.raises(UserError, match="cannot be resumed") as refused:
+        run.check_unchanged(Config(model={"name": "m"}, adapter=now).model_dump(mode="json"), changeable())
+    assert refused.value.what.endswith(f"other settings: {said}")
 
 
 def test_another_optimizer_is_refused_by_its_name_and_other_betas_by_theirs(tmp_path):

@@ -17,6 +17,7 @@ from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.reference import NoReference, Reference
 from dpo_cli.settings import members, types
 from dpo_cli.training.optimizer import SCHEDULES, Optimizer
+from tests.builders import save_adapter
 from tests.conftest import make_config, read_metrics, without_clock, write_rows
 from tests.faults.conftest import FULL
 from tests.faults.launching import run_ranks
@@ -26,6 +27,8 @@ REFERENCES = types(Reference)
 NO_EVALUATION: dict[str, Any] = {"data": {"eval": None}, "evaluation": {"every_steps": None}}
 """All pairs are trained on, so that an epoch has four steps."""
 MOVES = {"type": "synced", "every_steps": 2, "alpha": 0.5}
+START = {"type": "lora", "rank": 4, "start": "start"}
+"""An adapter that goes on from the one in a folder beside the configuration."""
 
 NUM_STEPS = 5
 """Two epochs of three steps, the second cut short; the third step has fewer pairs than the others."""
@@ -68,11 +71,26 @@ def fits(name: str, reference: str) -> bool:
     return LOSSES[name].needs_reference == (reference != NoReference().type)
 
 
+ADAPTERS = [
+    Case("lora", {"adapter": "lora"}),
+    Case("lora-dropout", {"adapter": {"dropout": 0.5}, "training": {"gradient_checkpointing": True}}),
+    Case("lora-bfloat16", {"adapter": "lora", "model": {"dtype": "bfloat16"}}),
+    Case("rslora-dropout-synced", {"adapter": {"rslora": True, "dropout": 0.2}, "reference": MOVES}),
+    Case("dora-frozen", {"adapter": {"dora": True, "targets": ["q_proj", "down_proj"]}, "reference": "frozen"}),
+    *(Case(f"lora-start-{reference}", {"adapter": START, "reference": reference}) for reference in ("cached", "frozen")),
+    Case("lora-start-dropout-synced-in-the-background",
+         {"adapter": {**START, "dropout": 0.5}, "reference": MOVES, "checkpoints": {"background": True},
+          "training": {"gradient_checkpointing": True}}),
+    Case("lora-two-ranks", {"adapter": {"dropout": 0.5, "dora": True}, "reference": "frozen"}, 2),
+    Case("lora-start-two-ranks", {"adapter": START, "reference": MOVES}, 2),
+]  # fmt: skip
+"""Adapters alone, with each reference, and with what takes random numbers."""
 OPTIONS = [
     Case("wpo", {"loss": {"type": "dpo", "wpo": True}}),
     Case("wpo-list", {"loss": [{"type": "simpo", "wpo": True}, {"type": "sft", "weight": 0.3}]}),
     Case("adaptive-beta", {"loss": {"type": "dpo", "adaptive_beta": {"alpha": 5.0}}, "reference": MOVES}),
     Case("bfloat16", {"model": {"dtype": "bfloat16"}}),
+    *ADAPTERS,
     Case("without-evaluation", {**NO_EVALUATION, "training": {"epochs": 1.25}}),
     Case("in-the-background", {"checkpoints": {"background": True}}),
     training("checkpointing", gradient_checkpointing=True),
@@ -106,7 +124,8 @@ def few() -> Iterator[Case]:
     for place, option in enumerate(options):
         case = of_losses(list(LOSSES)[place :: len(options)], references[place % len(references)])
         yield Case(case.name, {**case.settings, "training": option})
-    yield from (case for case in OPTIONS if case.name in ("wpo-list", "two-ranks-synced"))
+    names = ("wpo-list", "two-ranks-synced", "lora-start-dropout-synced-in-the-background", "lora-two-ranks")
+    yield from (case for case in OPTIONS if case.name in names)
 
 
 FEW = list(few())
@@ -123,6 +142,9 @@ def run_case(case: Case, folder: Path, model: Path, rows: list[dict[str, str]], 
     groups = {name: {**settings} if isinstance(settings, dict) else settings for name, settings in BASE.items()}
     for name, settings in case.settings.items():
         groups[name] = {**groups[name], **settings} if isinstance(groups.get(name), dict) else settings
+    if "start" in (adapter := groups.get("adapter", ())):
+        start = save_adapter(model, folder / "start", rank=adapter["rank"])
+        groups["adapter"] = {**adapter, "start": str(start)}
     file = make_config(folder, model, write_rows(folder / "pairs.jsonl", rows), "run", **groups)
     ended = run_ranks(zygote, case.num_ranks, "train", "--config", file)
     assert ended.status == 0, ended.said

@@ -29,6 +29,7 @@ _POLL_SECONDS = 0.005
 
 _IMPORTED_LATE = (
     "pandas",
+    "peft",
     "pyarrow.pandas_compat",
     "safetensors.torch",
     "torch._subclasses.fake_tensor",
