@@ -77,7 +77,7 @@ ADAPTERS = [
     Case("lora-bfloat16", {"adapter": "lora", "model": {"dtype": "bfloat16"}}),
     Case("rslora-dropout-synced", {"adapter": {"rslora": True, "dropout": 0.2}, "reference": MOVES}),
     Case("dora-frozen", {"adapter": {"dora": True, "targets": ["q_proj", "down_proj"]}, "reference": "frozen"}),
-    *(Case(f"lora-start-{reference}", {"adapter": START, "reference": reference}) for reference in ("cached", "frozen")),
+    *(Case(f"lora-start-{kind}", {"adapter": START, "reference": kind}) for kind in ("cached", "frozen")),
     Case("lora-start-dropout-synced-in-the-background",
          {"adapter": {**START, "dropout": 0.5}, "reference": MOVES, "checkpoints": {"background": True},
           "training": {"gradient_checkpointing": True}}),
