@@ -64,6 +64,15 @@ def silent(done: int, total: int) -> None:
     pass
 
 
+@torch.no_grad()
+def stirred(policy: Policy, by: float = 0.2, seed: int = 3) -> Policy:
+    """Move what trains, each number by another amount, and return the policy."""
+    generator = torch.Generator().manual_seed(seed)
+    for weights in policy.trained():
+        weights += by * torch.randn(weights.shape, generator=generator)
+    return policy
+
+
 def train_in_process(
     model: Path,
     pairs: PreparedPairs,
