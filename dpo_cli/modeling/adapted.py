@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from dpo_cli.modeling.adapters import Adapter, layer_settings
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.loading import weights_digest
@@ -28,10 +29,6 @@ from dpo_cli.system.storage import text_digest
 if TYPE_CHECKING:
     from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-"""What PEFT puts before the names of weights that it saves."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class Adapted:
         from peft import get_peft_model_state_dict
 
         found = get_peft_model_state_dict(model, save_embedding_layers=False)
-        return {f"{_PREFIX}{name}": weights.detach() for name, weights in sorted(found.items())}
+        return {f"{PREFIX}{name}": weights.detach() for name, weights in sorted(found.items())}
 
     def write(
         self,

@@ -1,0 +1,273 @@
+"""What an adapter folder holds, as PEFT saves it: looked at and checked before torch or PEFT is needed.
+
+Only what can be put into the base exactly, with nothing left out, is taken; everything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.system.hub import is_path
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of weights that it saves."""
+
+_PICKLED = "adapter_model.bin"
+_DAMAGED = "the adapter is damaged: save or download it again"
+_MERGE = "merge it in PEFT (`merge_and_unload`), save the whole model, and name that"
+
+_REFUSED = {
+    "modules_to_save": "it has layers of the base in it that were trained as a whole",
+    "target_parameters": "it changes parameters that are no layers of their own",
+    "trainable_token_indices": "it changes the embeddings of tokens",
+    "layer_replication": "it changes the number of layers",
+    "lora_bias": "its layers have biases",
+    "alora_invocation_tokens": "it only has an effect after certain tokens",
+    "use_qalora": "it pools the inputs of its layers",
+    "use_bdlora": "its matrices are block-diagonal",
+    "velora_config": "its layers compress their inputs",
+    "monteclora_config": "its weights are drawn at random in every pass",
+    "arrow_config": "it chooses among several adapters",
+    "kasa_config": "its layers have singular values beside A and B",
+}
+"""Settings of PEFT that make another layer than LoRA's of it, and what they do; unset, each is empty or false."""
+
+_LEAVE_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""What A and B may have begun with (`init_lora_weights`): with these the base stays as it is."""
+
+_CHOOSE_AMONG_TARGETS = ("layers_to_transform", "layers_pattern", "exclude_modules")
+"""Settings that leave layers out which the targets name."""
+
+_TENSOR = re.compile(re.escape(PREFIX) + r"(?P<layer>.+)\.lora_(?P<part>A|B|magnitude_vector)(\.weight)?")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """An adapter on disk, of which everything can be used.
+
+    Attributes:
+        path: Its folder.
+        base: The model that it belongs to, as the folder names it; empty where it names none.
+        revision: The version of the base on the Hub; empty: the newest.
+        rank: The rank of its layers.
+        alpha: What their scale is computed from.
+        dora: Whether they are DoRA's.
+        rslora: Whether the scale is rsLoRA's.
+        targets: The layers: last parts of their names, or a regular expression of whole names.
+        layers: Their whole names.
+        shapes: The shape of each tensor, by its name in the file.
+        uneven: Whether rank or alpha differ from layer to layer.
+    """
+
+    path: Path
+    base: str
+    revision: str
+    rank: int
+    alpha: float
+    dora: bool
+    rslora: bool
+    targets: str | tuple[str, ...]
+    layers: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    uneven: bool
+
+
+def holds_adapter(name: str | Path) -> bool:
+    """Tell whether a name is that of a folder with an adapter in it."""
+    try:
+        return (Path(name) / ADAPTER_CONFIG).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def read_adapter(folder: Path, where: str | None = None) -> AdapterFolder:
+    """Look at an adapter folder.
+
+    Args:
+        folder: Holds adapter_config.json and adapter_model.safetensors.
+        where: The setting or option that names it.
+
+    Raises:
+        UserError: It is none, is damaged, or holds what cannot be put into the base exactly.
+    """
+    try:
+        return _read(folder)
+    except UserError as error:
+        raise UserError(f"the adapter `{folder}` cannot be used: {error.what}", where, error.hint) from None
+    except OSError as error:
+        raise from_os_error(error, f"reading the adapter `{folder}`", where, status=2) from error
+
+
+def base_name(found: AdapterFolder, where: str | None = None) -> str:
+    """Return the name of an adapter's base: a whole path that exists, or a Hub id.
+
+    Args:
+        found: The adapter.
+        where: The setting or option that names it.
+
+    Raises:
+        UserError: It names none, or one that cannot be found from here.
+    """
+    path, told = Path(found.base), f"`base_model_name_or_path` in {found.path / ADAPTER_CONFIG}"
+    hint = f"write the whole path of its base, or its Hub id, into {told}"
+    if not found.base:
+        problem = "names no base"
+    elif found.revision not in ("", "main") and not path.is_dir():
+        problem = f"belongs to the version `{found.revision}` of `{found.base}`"
+        hint = f"download that version, and write its path into {told}"
+    elif not path.is_absolute() and (is_path(found.base) or path.exists()):
+        problem = f"names its base by a relative path, `{found.base}`"
+    elif path.is_absolute() and not path.exists():
+        problem = f"belongs to `{found.base}`, which does not exist"
+    elif holds_adapter(path):
+        problem = f"belongs to `{found.base}`, which is an adapter itself"
+        hint = f"merge that into its base, and write the path of the whole model into {told}"
+    else:
+        return found.base
+    raise UserError(f"the adapter `{found.path}` {problem}", where, hint)
+
+
+def _read(folder: Path) -> AdapterFolder:
+    said = _settings(folder)
+    _check_kind(said)
+    rank, alpha = said.get("r"), said.get("lora_alpha")
+    if type(rank) is not int or rank < 1:
+        raise _wrong("r", rank, "a whole number above 0")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not (0 < alpha < math.inf):
+        raise _wrong("lora_alpha", alpha, "a number above 0")
+    switches = {name: said.get(name, False) for name in ("use_dora", "use_rslora")}
+    for name, value in switches.items():
+        if type(value) is not bool:
+            raise _wrong(name, value, "true or false")
+    patterned = bool(said.get("rank_pattern"))
+    shapes = _shapes(folder)
+    layers = _layers(shapes, None if patterned else rank, dora=switches["use_dora"])
+    return AdapterFolder(
+        path=folder,
+        base=_text(said, "base_model_name_or_path"),
+        revision=_text(said, "revision"),
+        rank=rank,
+        alpha=float(alpha),
+        dora=switches["use_dora"],
+        rslora=switches["use_rslora"],
+        targets=_targets(said, layers),
+        layers=layers,
+        shapes=shapes,
+        uneven=patterned or bool(said.get("alpha_pattern")),
+    )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json."""
+    try:
+        said = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"it has no {ADAPTER_CONFIG}", None, "name a folder that PEFT or a run has saved") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{ADAPTER_CONFIG} cannot be read: {error}", None, _DAMAGED) from None
+    if not isinstance(said, dict):
+        raise UserError(f"{ADAPTER_CONFIG} is not a JSON object", None, _DAMAGED)
+    return said
+
+
+def _check_kind(said: Mapping[str, Any]) -> None:
+    """Refuse what is no LoRA, or one with something beside it."""
+    if said.get("peft_type") != "LORA":
+        what = f"it is of the type {_shown(said.get('peft_type'))}, and only LORA is known"
+        raise UserError(what, None, _MERGE)
+    for name, meaning in _REFUSED.items():
+        if said.get(name):
+            raise UserError(f"{meaning} (`{name}`)", None, _MERGE)
+    if said.get("bias", "none") != "none":
+        raise UserError(f"it has biases of the base in it (`bias: {said['bias']}`)", None, _MERGE)
+    if (began := said.get("init_lora_weights", True)) not in _LEAVE_THE_BASE:
+        what = f"it belongs to a base that was changed when it began (`init_lora_weights: {began}`)"
+        hint = "save it in PEFT with `path_initial_model_for_weight_conversion`, which makes it a plain adapter"
+        raise UserError(what, None, hint)
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of the weights, without reading their values."""
+    file = folder / ADAPTER_WEIGHTS
+    if not file.is_file():
+        if (folder / _PICKLED).is_file():
+            hint = "load it in PEFT once and save it: `PeftModel.from_pretrained(…).save_pretrained(…)`"
+            raise UserError(f"its weights are pickled ({_PICKLED})", None, hint)
+        raise UserError(f"it has no {ADAPTER_WEIGHTS}", None, _DAMAGED)
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            for name, tensor in slices.items():
+                if tensor.get_dtype() not in _FLOATS:
+                    raise UserError(f"`{name}` is of the type {tensor.get_dtype()}", None, _MERGE)
+            return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+    except SafetensorError as error:
+        raise UserError(f"{ADAPTER_WEIGHTS} cannot be read: {error}", None, _DAMAGED) from None
+
+
+def _layers(shapes: Mapping[str, tuple[int, ...]], rank: int | None, *, dora: bool) -> tuple[str, ...]:
+    """Return the whole names of the layers; refuse tensors that are no part of one, and layers without a part.
+
+    Args:
+        shapes: The shape of each tensor, by name.
+        rank: The rank of all layers, or None where each may have its own.
+        dora: Whether each has a magnitude.
+    """
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        if not (found := _TENSOR.fullmatch(name)):
+            raise UserError(f"it holds `{name}`, which is no part of a linear layer's LoRA", None, _MERGE)
+        parts.setdefault(found["layer"], {})[found["part"]] = shape
+    wanted = {"A", "B", *(["magnitude_vector"] if dora else [])}
+    for layer, found_parts in parts.items():
+        if found_parts.keys() != wanted:
+            differing = sorted(found_parts.keys() ^ wanted)
+            what = f"of `{layer}` it should have {', '.join(sorted(wanted))}, and {', '.join(differing)} differ"
+            raise UserError(what, None, _DAMAGED)
+        a, b = found_parts["A"], found_parts["B"]
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or (rank is not None and a[0] != rank):
+            what = f"A and B of `{layer}` have the shapes {list(a)} and {list(b)}"
+            raise UserError(what if rank is None else f"{what}, but the rank is {rank}", None, _DAMAGED)
+    if not parts:
+        raise UserError(f"{ADAPTER_WEIGHTS} is empty", None, _DAMAGED)
+    return tuple(sorted(parts))
+
+
+def _targets(said: Mapping[str, Any], layers: tuple[str, ...]) -> str | tuple[str, ...]:
+    """Return which layers have it: as the folder names them, unless it leaves out some of these."""
+    named = said.get("target_modules")
+    if any(said.get(name) not in (None, [], "") for name in _CHOOSE_AMONG_TARGETS):
+        return layers
+    if isinstance(named, str) and named:
+        return named
+    if isinstance(named, list) and named and all(isinstance(one, str) for one in named):
+        return tuple(sorted(named))
+    raise _wrong("target_modules", named, "names of layers or a regular expression")
+
+
+def _text(said: Mapping[str, Any], name: str) -> str:
+    """Return a setting that is a text; empty where it is null."""
+    value = said.get(name) or ""
+    if not isinstance(value, str):
+        raise _wrong(name, value, "text")
+    return value
+
+
+def _wrong(name: str, value: object, wanted: str) -> UserError:
+    return UserError(f"`{name}` in {ADAPTER_CONFIG} should be {wanted}, but is {_shown(value)}", None, _DAMAGED)
+
+
+def _shown(value: object) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
