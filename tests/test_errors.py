@@ -44,6 +44,7 @@ WRAPPED = {
     "model_files.py": "`check_folder` puts the folder before them",
     "quantization.py": "`check_folder` puts the folder before them",
     "loading.py": "`check_folder` puts the folder before them",
+    "size_checks.py": "`explained` puts the model before them",
 }
 """Modules whose messages may begin with `it` or `its`, and why."""
 

@@ -23,13 +23,12 @@ def test_a_few_steps_log_the_losses_of_an_independent_trainer(tmp_path):
 def test_the_gguf_file_becomes_an_ordinary_model_once_and_answers_with_sense():
     import torch
 
-    from dpo_cli.modeling import loading
+    from dpo_cli.modeling.loading import empty_policy, load_policy
+    from dpo_cli.modeling.tokenizers import load_tokenizer
 
-    policy, tokenizer = loading.load_policy(str(GGUF)), loading.load_tokenizer(str(GGUF))
+    policy, tokenizer = load_policy(str(GGUF)), load_tokenizer(str(GGUF))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
-    assert (
-        sum(p.numel() for p in policy.parameters()) == loading.empty_policy(str(GGUF)).num_parameters() == 134_515_008
-    )
+    assert sum(p.numel() for p in policy.parameters()) == empty_policy(str(GGUF)).num_parameters() == 134_515_008
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "What is the capital of France?"}],
         add_generation_prompt=True,
@@ -42,7 +41,7 @@ def test_the_gguf_file_becomes_an_ordinary_model_once_and_answers_with_sense():
     cache = Path(os.environ["DPO_CACHE_DIR"])
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("model.safetensors")}
     assert before
-    loading.load_policy(str(GGUF))
+    load_policy(str(GGUF))
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("model.safetensors")} == before
 
 

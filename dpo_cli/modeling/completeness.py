@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.held import FLOAT32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +26,15 @@ _WRAPPER = re.compile(
 """What is left in the names of weights that were saved with what training had put around the model."""
 
 _SHOWN = 3
+
+
+def load_complete(loader: Any, folder: str, **settings: Any) -> PreTrainedModel:
+    """Load a model of which every weight is there, and no other."""
+    model: PreTrainedModel
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = loader.from_pretrained(folder, **{**FLOAT32.loaded_as(), **told, **settings})
+    check_complete(model, report, str(Path(folder, settings.get("gguf_file", ""))))
+    return model.eval()
 
 
 def check_complete(model: PreTrainedModel, report: Mapping[str, Any], folder: str) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import json
+import pickle
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as hf_logging
+
+from dpo_cli.errors import UserError
 from dpo_cli.modeling.model_files import CONFIG, GENERATION, all_settings
 from dpo_cli.settings import located
 
@@ -23,6 +30,32 @@ _OTHER_NAMES = {
 
 _SHORTEST_VALUE = 3
 _SHOWN = 3
+
+
+@contextlib.contextmanager
+def explained(name: str, kind: str) -> Iterator[None]:
+    """Silence the libraries' bars and reports, and turn what they raise for bad input into a `UserError`."""
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except UserError as error:
+        error.where = error.where or name
+        raise
+    except pickle.UnpicklingError as error:
+        what = f"the {kind} cannot be loaded: its pickled weights hold more than tensors, or are damaged"
+        hint = "nothing pickled is executed: choose a model whose weights are in .safetensors files"
+        raise UserError(what, name, hint) from error
+    except Exception as error:
+        # What they raise for a broken folder is of every kind, and none of it is ours: only their calls stand inside.
+        path = Path(name)
+        # Of a Hub id nothing is here yet, or nothing was wrong with it.
+        reason, hint = reason_and_hint(error, name, path if path.exists() else None)
+        raise UserError(f"the {kind} cannot be loaded: {reason}", name, hint) from error
+    finally:
+        hf_logging.set_verbosity(level)
 
 
 def reason_and_hint(error: Exception, name: str, folder: Path | None) -> tuple[str, str]:

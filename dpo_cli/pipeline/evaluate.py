@@ -22,9 +22,9 @@ from dpo_cli.evaluation.evaluate import evaluate as score
 from dpo_cli.evaluation.figures import figures, figures_by
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import Layout
-from dpo_cli.modeling.loading import check_same_tokens
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
+from dpo_cli.modeling.tokenizers import check_same_tokens
 from dpo_cli.pipeline.memory import wanted_tokens, without_gradient
 from dpo_cli.pipeline.models import open_reference, opened, reference_sketch
 from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, prepared_pairs, run_data

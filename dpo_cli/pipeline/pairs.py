@@ -23,7 +23,7 @@ from dpo_cli.data.tokens.chat_template import named_templates
 from dpo_cli.data.tokens.conversation_text import PLAIN
 from dpo_cli.data.tokens.tokenize import PairTokenizer, read_template
 from dpo_cli.errors import UserError
-from dpo_cli.modeling import loading
+from dpo_cli.modeling import tokenizers
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.locks import lock_beside, locked
 from dpo_cli.system.storage import MANIFEST, text_digest, why_no_folder
@@ -40,9 +40,9 @@ def load_tokenizer(config: Config, console: Console, day: date | None = None) ->
     Raises:
         UserError: Tokenizer or template cannot be read, or the tokenizer lacks what the configuration names.
     """
-    tokenizer = loading.load_tokenizer(config.model.name, config.model.trust)
+    tokenizer = tokenizers.load_tokenizer(config.model.name, config.model.trust)
     if config.reference.model is not None:
-        loading.check_same_tokens(tokenizer, config.reference.model, "`reference.model`", config.model.trust)
+        tokenizers.check_same_tokens(tokenizer, config.reference.model, "`reference.model`", config.model.trust)
     if config.model.eos_token is not None:
         set_end(tokenizer, config.model.eos_token)
     own, asked = named_templates(tokenizer), config.model.chat_template

@@ -10,10 +10,10 @@ from dpo_cli.config import Config
 from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import generation_config
 from dpo_cli.modeling.memory import resident_bytes
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.routing import check_routers
+from dpo_cli.modeling.tokenizers import generation_config
 from dpo_cli.pipeline.memory import check_memory
 from dpo_cli.pipeline.models import reference_sketch, trained_policy
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data, shown_counts

@@ -22,8 +22,9 @@ from dpo_cli.data.pairs.shapes import FORMATS
 from dpo_cli.data.records import BadRow
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.errors import UserError
-from dpo_cli.modeling import loading
+from dpo_cli.modeling.loading import empty_policy, load_policy
 from dpo_cli.modeling.saving import saved_model
+from dpo_cli.modeling.tokenizers import load_tokenizer
 
 MAX_LENGTH = 1024
 MATRIX = 2048
@@ -172,8 +173,8 @@ def model_folder(model: str, folder: Path) -> str:
     if Path(model).suffix.lower() != ".gguf":
         return model
     target = folder / "model"
-    tokenizer = loading.load_tokenizer(model)
-    with saved_model(target, loading.load_policy(model), tokenizer, "converting the model"):
+    tokenizer = load_tokenizer(model)
+    with saved_model(target, load_policy(model), tokenizer, "converting the model"):
         return str(target)
 
 
@@ -189,10 +190,10 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
     """
     folder = Path(request["folder"])
     model = model_folder(request["model"], folder)
-    tokenizer = loading.load_tokenizer(model)
+    tokenizer = load_tokenizer(model)
     costs, not_counted = None, None
     try:
-        costs = arithmetic(loading.empty_policy(model))
+        costs = arithmetic(empty_policy(model))
     except NotCounted as reason:
         not_counted = str(reason)
     workloads = {}

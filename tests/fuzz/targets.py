@@ -311,8 +311,9 @@ def go_on_in(folder: Path) -> None:
 
 def load_model(damage: Damage, folder: Path) -> None:
     """A model folder is loaded or refused; nothing in it is executed."""
-    from dpo_cli.modeling.loading import empty_policy, load_policy, load_tokenizer
+    from dpo_cli.modeling.loading import empty_policy, load_policy
     from dpo_cli.modeling.model_names import check_model
+    from dpo_cli.modeling.tokenizers import load_tokenizer
 
     shutil.copytree(parts.model(), "model")
     damage.to(Path("model"))

@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import SMALL
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import load_policy, load_tokenizer
+from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.model_files import Trust
 from dpo_cli.modeling.model_names import check_model
+from dpo_cli.modeling.tokenizers import load_tokenizer
 
 WEIGHTS = "model.safetensors"
 

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import empty_policy, load_policy, load_tokenizer
+from dpo_cli.modeling.loading import empty_policy, load_policy
 from dpo_cli.modeling.model_files import Trust
+from dpo_cli.modeling.tokenizers import load_tokenizer
 from tests.cli.test_bad_inputs import CHECKPOINTS, TRAIN, Payload
 from tests.security.conftest import within
 

@@ -1,0 +1,93 @@
+"""A model's tokenizer, and the tokens that end what the model writes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.model_files import NO_TRUST, Trust, holds_tokenizer
+from dpo_cli.modeling.model_folders import load_named
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+def load_tokenizer(name: str, trust: Trust = NO_TRUST) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        UserError: It cannot be found or read.
+    """
+    if trust.remote_code:
+        _log.warning(
+            "`model.trust_remote_code`: Python files that come with a model are run with your rights: "
+            "they can read, change and send whatever you can"
+        )
+
+    def load(folder: str) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        words: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        if getattr(words, "dropout", None):
+            # As that of models it is for their training; with it a text has other tokens each time.
+            words.dropout = None
+        return tokenizer
+
+    try:
+        return load_named(name, "tokenizer", load, trust)
+    except UserError as error:
+        if not Path(name).is_dir() or holds_tokenizer(Path(name)):
+            raise
+        hint = "copy tokenizer.json and tokenizer_config.json there, or save or download the model again"
+        raise UserError("the model has no tokenizer: its files are missing", name, hint) from error
+
+
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, name: str, where: str, trust: Trust = NO_TRUST) -> None:
+    """Refuse another model whose ids stand for other tokens; a folder without a tokenizer is not asked.
+
+    Args:
+        tokenizer: What the pairs are tokenized with.
+        name: The other model.
+        where: What names it: a setting or an option.
+        trust: What it may bring along.
+
+    Raises:
+        UserError: Ids differ; it names the first.
+    """
+    if Path(name).is_dir() and not holds_tokenizer(Path(name)):
+        return
+    ours, theirs = ({i: t for t, i in known.get_vocab().items()} for known in (tokenizer, load_tokenizer(name, trust)))
+    if differing := sorted(i for i in ours.keys() & theirs.keys() if ours[i] != theirs[i]):
+        shown = "; ".join(f"id {i} is {theirs[i]!r} there and {ours[i]!r} here" for i in differing[:3])
+        what = f"`{name}` has another vocabulary than the pairs: {len(differing)} ids differ ({shown})"
+        raise UserError(what, where, "choose a model with the same tokenizer as `model.name`")
+
+
+def generation_config(name: str, trust: Trust = NO_TRUST) -> GenerationConfig:
+    """Load what a model says of generation: of it the end tokens are used.
+
+    Raises:
+        UserError: The model cannot be found or read.
+    """
+
+    def load(folder: str) -> GenerationConfig:
+        if (Path(folder) / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
+        return GenerationConfig.from_model_config(config)
+
+    return load_named(name, "model", load, trust)
+
+
+def end_at(model: PreTrainedModel, token: int) -> None:
+    """Let generation end at a token too, by the settings that are saved with a model; others that end it stay."""
+    for settings in (model.generation_config, model.config):
+        known = getattr(settings, "eos_token_id", None)
+        others = known if isinstance(known, list) else [known]
+        ids = [token, *(other for other in others if other not in (None, token))]
+        settings.eos_token_id = ids if len(ids) > 1 else token
