@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from dpo_cli.modeling.attention import reading
 from dpo_cli.modeling.batch import PairBatch
@@ -27,6 +28,8 @@ from dpo_cli.modeling.scorer import model_inputs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from dpo_cli.modeling.policy import Policy
+
 _FLOAT_BYTES = 4
 
 
@@ -36,12 +39,12 @@ class MemoryEstimate:
 
     Attributes:
         program: The process before the model is loaded; nothing on a GPU.
-        weights: The policy in float32.
-        reference: A frozen reference beside it.
-        optimizer: What the optimizer keeps of each parameter.
-        gradients: One of each parameter.
+        weights: The policy, the weights that do not train included.
+        reference: What a reference takes beside it.
+        optimizer: What the optimizer keeps of each parameter that trains.
+        gradients: One of each parameter that trains.
         activations: What the largest forward pass keeps for its backward pass.
-        logits: The chunk of logits at hand and the vocabulary projection's own gradient.
+        logits: The chunk of logits at hand and, where it trains, the vocabulary projection's own gradient.
         copy: The state that is written in the background while training goes on.
         counted: Whether the activations could be counted: not where what a model computes depends on the values.
         several: Whether a step has several forward passes, so that gradients stand while activations are made.
@@ -87,7 +90,7 @@ class MemoryEstimate:
 
 
 def activation_bytes(
-    model: PreTrainedModel,
+    policy: Policy,
     layout: Layout,
     batch: PairBatch,
     dtype: torch.dtype,
@@ -97,27 +100,26 @@ def activation_bytes(
     """Return what a forward pass keeps for the backward pass, in bytes, logits aside.
 
     Args:
-        model: The model, of which the configuration alone is looked at.
+        policy: The policy, of which the settings are looked at: weights that do not train keep less.
         layout: The batch's layout.
         batch: Pairs, on the CPU.
         dtype: What is computed in.
         recomputed: Whether layers keep their inputs alone and compute the rest again (gradient checkpointing).
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(model.config)
+    sketch = policy.sketched(copy.deepcopy(policy.model.config))
     with _experts_on_paper(), FakeTensorMode(allow_non_fake_inputs=True):
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        sketch.model = empty = _with_shapes_alone(sketch.model)
         layout.prepare(empty)
         lower = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-        with _kept() as kept, lower, reading(batch.tree):
+        with _kept() as kept, lower, sketch.training_pass(), reading(batch.tree):
             states = empty.base_model(**model_inputs(batch))[0]
     weights = {parameter.untyped_storage()._cdata for parameter in empty.parameters()}
     size = sum(int(storage.nbytes()) for key, storage in kept.items() if key not in weights)
     if not recomputed:
         return size
-    num_layers = config.get_text_config().num_hidden_layers
+    num_layers = empty.config.get_text_config().num_hidden_layers
     return int(num_layers * states.numel() * states.element_size() + size // num_layers)
 
 
@@ -127,7 +129,8 @@ def logits_bytes(model: PreTrainedModel, batch: PairBatch, *, collisions: bool =
     rows = len(torch.unique(batch.positions))
     chunk = min(rows * weight.shape[0] * _FLOAT_BYTES, CHUNK_BYTES)
     # Log-probabilities stand beside their doubles and the doubles' powers, or beside the projection's gradient.
-    return int(chunk + max(2 * collisions * chunk, weight.numel() * _FLOAT_BYTES))
+    gradient = weight.numel() * _FLOAT_BYTES if weight.requires_grad else 0
+    return int(chunk + max(2 * collisions * chunk, gradient))
 
 
 def resident_bytes() -> int:
@@ -140,6 +143,19 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min([int(psutil.virtual_memory().available), *_group_bytes()])
+
+
+def _with_shapes_alone(sketch: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model without weights whose tensors are on the CPU for whoever asks, with no content."""
+
+    def shaped(tensor: Tensor) -> Tensor:
+        empty = torch.empty_like(tensor, device="cpu")
+        return Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
+
+    tensors = [value for module in sketch.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    tensors += [*sketch.parameters(), *sketch.buffers()]
+    copied: PreTrainedModel = copy.deepcopy(sketch, {id(tensor): shaped(tensor) for tensor in tensors})
+    return copied
 
 
 @contextlib.contextmanager

@@ -10,11 +10,13 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.held import FLOAT32, Held
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
     from torch.nn import Parameter
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from dpo_cli.modeling.layouts import Layout
 
@@ -96,6 +98,13 @@ class Policy:
     def empty(cls, name: str, trust: Trust = NO_TRUST, trained: Trained | None = None, held: Held = FLOAT32) -> Policy:
         """Build a model without its weights: it has sizes and settings, and answers nothing."""
         return cls(empty_policy(name, trust, held), trained, held)
+
+    def sketched(self, config: PreTrainedConfig) -> Policy:
+        """Return a policy without weights of which the same trains, held in the same way, under other settings."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, **self._held.loaded_as()).eval()
+            model.tie_weights()
+        return Policy(model, self._trained, self._held)
 
     def __str__(self) -> str:
         """Name the architecture."""
@@ -245,10 +254,14 @@ class Policy:
         for name, ours in self.weights().items():
             ours.copy_(weights[name])
 
+    def training_pass(self) -> AbstractContextManager[None]:
+        """Return the context of a pass with gradient, in which what trains may drop some of its inputs."""
+        return self._trained.training_pass(self.model)
+
     @contextlib.contextmanager
     def adding_up(self, *, last: bool) -> Iterator[None]:
         """Open the context of a pass whose gradients add to the step's; the last exchanges them."""
-        with self._trained.training_pass(self.model), self.placement.adding_up(self.scorer, last=last):
+        with self.training_pass(), self.placement.adding_up(self.scorer, last=last):
             yield
 
     def clip(self, norm: float | None) -> float:

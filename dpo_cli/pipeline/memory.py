@@ -163,7 +163,7 @@ def _estimate(session: Session, policy: Policy, batches: Batches, plan: Plan, pr
     recomputed = session.config.training.gradient_checkpointing
     try:
         activations = max(
-            activation_bytes(policy.model, batches.layout, batch, session.precision.dtype, recomputed=recomputed)
+            activation_bytes(policy, batches.layout, batch, session.precision.dtype, recomputed=recomputed)
             for batch in candidates
         )
     except REFUSALS:

@@ -137,9 +137,7 @@ def expected_layout(session: Session, policy: Policy, pairs: PreparedPairs) -> L
         return layout
     with contextlib.suppress(*(kind for kind in REFUSALS if kind is not CannotPack)):
         try:
-            activation_bytes(
-                policy.model, layout, layout.batch([0], [pairs[0]]), session.precision.dtype, recomputed=False
-            )
+            activation_bytes(policy, layout, layout.batch([0], [pairs[0]]), session.precision.dtype, recomputed=False)
         except CannotPack as refusal:
             if session.config.training.layout in LAYOUTS:
                 raise _inexact(layout, f"{policy}: {refusal}") from None

@@ -9,9 +9,14 @@ from tiny_models import build
 
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.modeling import memory
+from dpo_cli.modeling.adapted import Adapted
+from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.held import held_as
 from dpo_cli.modeling.layouts import LAYOUTS
-from dpo_cli.modeling.loading import empty_policy, load_policy
+from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
+from dpo_cli.modeling.model_files import NO_TRUST
+from dpo_cli.modeling.policy import Policy
 
 
 def batch_of(layout, num_pairs):
@@ -23,8 +28,9 @@ def batch_of(layout, num_pairs):
     return LAYOUTS[layout].batch(range(num_pairs), pairs)
 
 
-def really_kept(model, batch):
+def really_kept(policy, batch, dtype=torch.float32):
     """Bytes that a real forward pass through the body holds on to."""
+    model, lower = policy.model, torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -33,7 +39,8 @@ def really_kept(model, batch):
         kept[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), memory.reading(batch.tree):
+    keeping = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with keeping, lower, policy.training_pass(), memory.reading(batch.tree):
         states = model.base_model(**memory.model_inputs(batch))[0]
     assert states.requires_grad
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
@@ -41,27 +48,53 @@ def really_kept(model, batch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_activations_are_counted_as_a_real_pass_keeps_them_without_the_models_weights(tiny_llama, layout):
-    model = load_policy(str(tiny_llama))
-    LAYOUTS[layout].prepare(model)
+    policy = Policy.load(str(tiny_llama))
+    policy.read(LAYOUTS[layout])
     for num_pairs in (1, 6):
         batch = batch_of(layout, num_pairs)
-        empty = empty_policy(str(tiny_llama))
+        empty = Policy.empty(str(tiny_llama))
         counted = activation_bytes(empty, LAYOUTS[layout], batch, torch.float32, recomputed=False)
-        assert counted == pytest.approx(really_kept(model, batch), rel=0.01)
+        assert counted == pytest.approx(really_kept(policy, batch), rel=0.01)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("adapter", "dtype"),
+    [
+        ({}, "float32"),
+        ({"dropout": 0.1}, "float32"),
+        ({"dora": True}, "float32"),
+        ({"targets": ["q_proj"]}, "float32"),
+        ({}, "bfloat16"),
+    ],
+    ids=["LoRA", "dropout", "DoRA", "one layer of several", "bfloat16"],
+)
+def test_activations_beside_a_frozen_base_are_counted_as_a_real_pass_keeps_them(tiny_llama, layout, adapter, dtype):
+    """A weight that does not train needs its input no more, an adapter keeps its own; in bfloat16 both are smaller."""
+    ways = Adapted(Lora(**adapter)), held_as(dtype)
+    policy = Policy.load(str(tiny_llama), NO_TRUST, "cpu", *ways)
+    policy.read(LAYOUTS[layout])
+    batch, computed = batch_of(layout, 4), getattr(torch, dtype)
+    empty = Policy.empty(str(tiny_llama), NO_TRUST, *ways)
+    counted = activation_bytes(empty, LAYOUTS[layout], batch, computed, recomputed=False)
+    assert counted == pytest.approx(really_kept(policy, batch, computed), rel=0.01)
+    assert counted != pytest.approx(
+        activation_bytes(Policy.empty(str(tiny_llama)), LAYOUTS[layout], batch, computed, recomputed=False), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "granitemoe"])
 def test_activations_of_experts_are_counted_as_well(kind, caplog):
-    model, batch = build(kind, vocab_size=1000, max_position_embeddings=1000), batch_of("padded", 4)
-    counted = activation_bytes(model, LAYOUTS["padded"], batch, torch.float32, recomputed=False)
-    assert counted == pytest.approx(really_kept(model, batch), rel=0.02)
+    policy, batch = Policy(build(kind, vocab_size=1000, max_position_embeddings=1000)), batch_of("padded", 4)
+    counted = activation_bytes(policy, LAYOUTS["padded"], batch, torch.float32, recomputed=False)
+    assert counted == pytest.approx(really_kept(policy, batch), rel=0.02)
     assert not caplog.records
 
 
 def test_recomputed_activations_take_less(tiny_llama):
     model = load_policy(str(tiny_llama))
     whole, recomputed = (
-        activation_bytes(model, LAYOUTS["packed"], batch_of("packed", 4), torch.float32, recomputed=answer)
+        activation_bytes(Policy(model), LAYOUTS["packed"], batch_of("packed", 4), torch.float32, recomputed=answer)
         for answer in (False, True)
     )
     assert recomputed < 0.7 * whole
