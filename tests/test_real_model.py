@@ -46,17 +46,29 @@ def test_the_gguf_file_becomes_an_ordinary_model_once_and_answers_with_sense():
 
 
 @pytest.mark.parametrize(
-    ("pairs_per_step", "micro_batch_tokens"), slow_unless(lambda case: case[0] == 2, [(2, "auto"), (4, 150)])
+    ("pairs_per_step", "micro_batch_tokens", "others"),
+    slow_unless(
+        lambda case: case[0] == 2,
+        [
+            (2, "auto", {}),
+            (4, 150, {}),
+            (12, 1024, {"adapter": "lora"}),
+            (12, 1024, {"adapter": "lora", "reference": "frozen", "checkpoints": {"background": True}}),
+        ],
+    ),
 )
-def test_a_dry_run_tells_the_memory_of_the_run_within_15_percent(tmp_path, pairs_per_step, micro_batch_tokens):
-    """Two pairs make one forward pass a step; four of few tokens make several, so that gradients stand meanwhile."""
+def test_a_dry_run_tells_the_memory_of_the_run_within_15_percent(tmp_path, pairs_per_step, micro_batch_tokens, others):
+    """Two pairs make one forward pass a step; four of few tokens make several, so that gradients stand meanwhile.
+
+    Beside an adapter, twelve pairs make a pass whose activations take more than the weights.
+    """
     config = make_config(
         tmp_path,
         GGUF,
         DEMO_PAIRS,
         training={"pairs_per_step": pairs_per_step, "micro_batch_tokens": micro_batch_tokens, "max_steps": 2},
         data={"eval": None},
-        checkpoints={"every_steps": 100},
+        **{"checkpoints": {"every_steps": 100}, **others},
     )
     printed = run_process(dpo_command("train", "--config", config, "--dry-run"), dict(os.environ)).output
     estimate = float(re.search(r"at the peak\s+([\d.]+) GiB", printed)[1]) * 2**30

@@ -9,7 +9,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,14 @@ class Adapted:
         model.eval()
         if self.adapter.start and not on_paper:
             self.restore(model, Path(self.adapter.start))
+
+    def described(self, model: PreTrainedModel) -> str:
+        """Say what trains, in a few words."""
+        return f"{self.adapter.title} on {len(_adapter_layers(model))} layers"
+
+    def fresh(self) -> Adapted:
+        """Return the same where no weights are to go on from."""
+        return replace(self, adapter=self.adapter.model_copy(update={"start": None}))
 
     def weights(self, model: PreTrainedModel) -> list[Parameter]:
         """Return the weights that train."""

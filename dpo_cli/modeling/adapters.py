@@ -26,6 +26,11 @@ class AdapterSettings(Settings):
     start: PathText | None = None
     """An adapter to go on from, a PEFT folder; the reference is then the base with that adapter. null: a fresh one."""
 
+    @property
+    def title(self) -> str:
+        """What people call it, with what decides its size."""
+        raise NotImplementedError
+
     def layers(self, model: PreTrainedModel) -> PeftConfig:
         """Return how PEFT makes the layers of a model.
 
@@ -71,6 +76,12 @@ class Lora(AdapterSettings):
                     what, f"set {ALL_LINEAR}, a list of names, or a pattern such as `.*_proj`"
                 ) from None
         return self
+
+    @property
+    def title(self) -> str:
+        """What people call it: LoRA, rsLoRA or DoRA, and its rank."""
+        kind = " with ".join(["DoRA"] * self.dora + ["rsLoRA"] * self.rslora) or "LoRA"
+        return f"{kind} rank {self.rank}"
 
     def layers(self, model: PreTrainedModel) -> PeftConfig:
         """Return PEFT's settings of LoRA for the targets that the model has."""

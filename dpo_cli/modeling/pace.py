@@ -11,18 +11,19 @@ from dataclasses import dataclass
 
 import torch
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.memory import free_bytes
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 
 _FEW, _MORE = 1, 5
 """Layers of the two models that are measured; what all layers take is extrapolated from their difference."""
 
-_COPIES = 4
-"""Weights, gradients and what AdamW keeps."""
+_BESIDE = 3
+"""What is held beside weights that train: gradients, and two numbers that AdamW keeps."""
 
 _SHARE_OF_FREE = 0.5
 _REPEATS = 2
@@ -63,7 +64,7 @@ def measured_layers(model: PreTrainedModel) -> list[int]:
 
 
 def measure_pace(
-    model: PreTrainedModel,
+    policy: Policy,
     layout: Layout,
     batch: PairBatch,
     autocast: Callable[[], AbstractContextManager[None]],
@@ -75,7 +76,7 @@ def measure_pace(
     """Measure a model of the same architecture with few layers and random weights; extrapolate to all layers.
 
     Args:
-        model: The model, of which the configuration alone is looked at.
+        policy: The policy, of which the settings alone are looked at.
         layout: The batch's layout.
         batch: Pairs, on the device.
         autocast: Sets the precision.
@@ -86,18 +87,15 @@ def measure_pace(
     Raises:
         MemoryError: There is too little memory for it.
     """
-    depths, num_layers = measured_layers(model), model.config.get_text_config().num_hidden_layers
+    depths, num_layers = measured_layers(policy.model), policy.model.config.get_text_config().num_hidden_layers
     found = []
     for depth in depths:
-        shallow = _shallow(model, depth, batch.input_ids.device)
-        layout.prepare(shallow)
+        shallow = _shallow(policy, depth, batch.input_ids.device)
+        layout.prepare(shallow.model)
         if recomputed:
-            recompute_activations(shallow)
-        found.append(
-            _seconds(
-                Scorer(shallow, collisions=collisions), batch, autocast, build_optimizer(list(shallow.parameters()))
-            )
-        )
+            recompute_activations(shallow.model)
+        scorer, optimizer = Scorer(shallow.model, collisions=collisions), build_optimizer(shallow.trained())
+        found.append(_seconds(scorer, batch, autocast, shallow.training_pass, optimizer))
         del shallow
     few, more = found[0], found[-1]
     times = (num_layers - depths[0]) / max(1, depths[-1] - depths[0])
@@ -105,12 +103,16 @@ def measure_pace(
 
 
 def _seconds(
-    scorer: Scorer, batch: PairBatch, autocast: Callable[[], AbstractContextManager[None]], optimizer: Optimizer
+    scorer: Scorer,
+    batch: PairBatch,
+    autocast: Callable[[], AbstractContextManager[None]],
+    training_pass: Callable[[], AbstractContextManager[None]],
+    optimizer: Optimizer,
 ) -> tuple[float, float, float]:
     """Return the seconds of a pass with gradient, of one without, and of an optimizer step."""
 
     def train() -> None:
-        with autocast():
+        with autocast(), training_pass():
             logps = scorer(batch)
         logps.sum().backward()
 
@@ -139,20 +141,18 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def _shallow(model: PreTrainedModel, num_layers: int, device: torch.device) -> PreTrainedModel:
-    """Build the model with its first layers alone, and random weights.
+def _shallow(policy: Policy, num_layers: int, device: torch.device) -> Policy:
+    """Build the policy with its first layers alone, and random weights.
 
     Raises:
         MemoryError: There is too little memory for it.
     """
-    config = copy.deepcopy(model.config)
+    config = copy.deepcopy(policy.model.config)
     text = config.get_text_config()
     text.num_hidden_layers = num_layers
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:num_layers]
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if _COPIES * sum(weights.nbytes for weights in empty.parameters()) > _SHARE_OF_FREE * free_bytes(device):
+    sizes = policy.sketched(config).sizes()
+    if sizes.held + _BESIDE * sizes.trained > _SHARE_OF_FREE * free_bytes(device):
         raise MemoryError("too little memory is free to measure it")
-    shallow: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().to(device)
-    return shallow
+    return policy.untrained(config, device)

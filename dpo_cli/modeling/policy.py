@@ -44,7 +44,9 @@ class Sizes:
         numbers: How many numbers they are.
         held: Their bytes in memory.
         present: How many of these are in memory already: none of a policy whose weights were left out.
+        num_trained: How many of them train.
         trained: The bytes of the gradients of those that train.
+        saved: The bytes of those that a checkpoint holds: of an adapter, not its base.
         gathered: The bytes that a forward pass holds for a time of weights that other processes have.
         beginning: The bytes that it takes to answer as before step 1 while training goes on.
     """
@@ -52,7 +54,9 @@ class Sizes:
     numbers: int
     held: int
     present: int
+    num_trained: int
     trained: int
+    saved: int
     gathered: int
     beginning: int
 
@@ -106,9 +110,19 @@ class Policy:
             model.tie_weights()
         return Policy(model, self._trained, self._held)
 
+    def untrained(self, config: PreTrainedConfig, device: torch.device) -> Policy:
+        """Return a policy with random weights of which the same trains, held in the same way, under other settings."""
+        model = AutoModelForCausalLM.from_config(config, **self._held.loaded_as()).eval()
+        return Policy(model.to(device), self._trained.fresh(), self._held)
+
     def __str__(self) -> str:
         """Name the architecture."""
         return type(self.model).__name__
+
+    @property
+    def described(self) -> str:
+        """What trains, in a few words; empty where all weights do."""
+        return self._trained.described(self.model)
 
     @functools.cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -140,11 +154,14 @@ class Policy:
     def sizes(self) -> Sizes:
         """Return what the weights come to, whether they are in memory or not."""
         parameters, held = list(self.model.parameters()), self._held.bytes_of(self.model)
+        trained = self._trained.weights(self.model)
         return Sizes(
             numbers=sum(parameter.numel() for parameter in parameters),
             held=held,
             present=0 if any(parameter.is_meta for parameter in parameters) else held,
-            trained=self._held.gradient_bytes(self._trained.weights(self.model)),
+            num_trained=sum(parameter.numel() for parameter in trained),
+            trained=self._held.gradient_bytes(trained),
+            saved=sum(parameter.nbytes for parameter in self._trained.moved(self.model).values()),
             gathered=self._placement.gathered_bytes(held) if self._placement else 0,
             beginning=self._trained.beginning_bytes(self.model),
         )

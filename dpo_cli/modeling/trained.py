@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from dpo_cli.modeling.adapted import Adapted
 from dpo_cli.modeling.copies import copied
@@ -35,6 +35,14 @@ class Whole(Settings):
             reached = {id(parameter) for part in parts for parameter in part.parameters()}
             for parameter in model.parameters():
                 parameter.requires_grad_(id(parameter) in reached)
+
+    def described(self, model: PreTrainedModel) -> str:
+        """Say what trains, in a few words; nothing where no adapter does."""
+        return ""
+
+    def fresh(self) -> Self:
+        """Return the same where no weights are to go on from."""
+        return self
 
     def weights(self, model: PreTrainedModel) -> list[Parameter]:
         """Return the weights that train."""

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dpo_cli.config import Config
 from dpo_cli.data.prepared.step_plan import MicroBatch, Plan
+from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.pace import Pace, measure_pace, measured_layers
@@ -43,7 +44,7 @@ def show_forecast(run: PlannedRun, *, resume: bool) -> None:
     if session.config.reference.type == "synced":
         refuse_other_shapes(run.reference, policy)
     batches = Batches(pairs, expected_layout(session, policy, pairs), 1, session.accelerator.device)
-    batches, memory = settle_tokens(session, policy, batches, run.steps, run.program_bytes)
+    batches, memory = settle_tokens(run, policy, batches)
     done = newest_step(run.folder.checkpoints) if resume else 0
     disk = disk_need(session.config, run.folder, run.steps, policy)
     rows = {**header(run), **_passes(run, batches, memory), **_time(run, batches, done), "disk": str(disk)}
@@ -87,7 +88,7 @@ def _time(run: PlannedRun, batches: Batches, done: int) -> Mapping[str, str]:
     typical = _typical(batches, cuts)
     try:
         pace = _measured_pace(run, batches, typical)
-    except (*REFUSALS, MemoryError) as error:
+    except (*REFUSALS, MemoryError, UserError) as error:
         return {"time": f"not estimated: {next(iter(str(error).splitlines()), type(error).__name__)}"}
     size = batches.layout.tokens(batches.pairs.sizes, typical.pairs)
     tokens_of_step = sum(batches.layout.tokens(batches.pairs.sizes, cut.pairs) for cut in cuts) / len(steps)
@@ -119,7 +120,7 @@ def _measured_pace(run: PlannedRun, batches: Batches, typical: MicroBatch) -> Pa
         return training.optimizer.over(trained, training.learning_rate, training.weight_decay)
 
     return measure_pace(
-        run.sketch.model,
+        run.sketch,
         batches.layout,
         batches(typical),
         run.session.accelerator.autocast,
@@ -164,7 +165,7 @@ class DiskNeed:
     """What a run holds on the disk at most, in bytes.
 
     Attributes:
-        model: The trained model.
+        model: The trained model, or the adapter alone.
         checkpoint: One checkpoint.
         num_checkpoints: As many as there are at once: one more than are kept, while the newest is written.
         free: What is free where the run is written, an older run in its folder counted as free.
@@ -190,7 +191,7 @@ class DiskNeed:
 
 def disk_need(config: Config, folder: RunFolder, plan: Plan, policy: Policy) -> DiskNeed:
     """Count what a run writes, and look at what is free for it; the policy's weights may be missing."""
-    saving, weights = config.checkpoints, policy.sizes().held
+    saving, weights = config.checkpoints, policy.sizes().saved
     checkpoint = weights + config.training.optimizer.state_bytes(policy.trained())
     if config.reference.type == "synced":
         checkpoint += weights

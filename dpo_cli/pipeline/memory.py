@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
 
 from dpo_cli.config import Config
-from dpo_cli.data.prepared.step_plan import MicroBatch, Plan, largest
+from dpo_cli.data.prepared.step_plan import MicroBatch, largest
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapters import Lora
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes
 from dpo_cli.modeling.pace import enough_tokens
-from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.policy import Policy, Sizes
 from dpo_cli.modeling.proof import REFUSALS
+from dpo_cli.pipeline.models import trained_policy
 from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.reference import Cached
 from dpo_cli.reporting.console import gib
 from dpo_cli.training.optimizer import Adafactor
+
+if TYPE_CHECKING:
+    from dpo_cli.pipeline.plan import PlannedRun
 
 SHARE_OF_FREE = 0.8
 """How much of the free memory `micro_batch_tokens: auto` lets a run take."""
@@ -29,51 +36,70 @@ STEPS_LOOKED_AT = 500
 """Steps of a run that are looked at for what its forward passes take."""
 
 
-def check_memory(session: Session, policy: Policy, program_bytes: int) -> None:
+def check_memory(session: Session, policy: Policy, reference: Policy, program_bytes: int) -> None:
     """Refuse a run that cannot fit into memory, whatever its pairs are, before anything is loaded.
 
     Args:
         session: Says what is held beside the weights, on which device, and how many processes share it.
         policy: The policy; its weights may be missing.
+        reference: The reference; the policy where no other model is named.
         program_bytes: What the process holds already.
 
     Raises:
         UserError: It does not fit; it names the parts, and what would fit.
     """
 
-    def needed(config: Config) -> tuple[int, dict[str, int]]:
-        memory = _without_passes(session.under(config), policy, program_bytes)
-        return memory.peak - memory.program, {name: size for name, size in memory.parts().items() if size}
+    def needed(config: Config) -> MemoryEstimate:
+        changed = session.under(config)
+        model = policy if config.adapter == session.config.adapter else trained_policy(changed, empty=True)
+        other = reference if config.reference.model else model
+        memory = _without_passes(changed, model, other, program_bytes)
+        return dataclasses.replace(memory, program=0)
 
     free = free_bytes(session.accelerator.device) // _sharing(session)
-    least, parts = needed(session.config)
-    if least <= free:
+    least = needed(session.config)
+    if least.peak <= free:
         return
     where = f"`model.name: {session.config.model.name}`"
-    shown = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if name != "program and libraries")
-    what = f"training needs at least {gib(least)} of memory, but {gib(free)} are free ({shown})"
-    settings, smaller = [], session.config
-    for setting, smaller in _smaller(session.config):
-        settings.append(f"`{setting}`")
-        if needed(smaller)[0] <= free:
-            raise UserError(what, where, f"set {' and '.join(settings)}")
-    most = policy.sizes().numbers * free / needed(smaller)[0] / 1e9
-    under = f" (under {' and '.join(settings)})" if settings else ""
+    shown = ", ".join(f"{name} {gib(size)}" for name, size in least.parts().items() if size)
+    what = f"training needs at least {gib(least.peak)} of memory, but {gib(free)} are free ({shown})"
+    settings, peak = "", least.peak
+    for settings, smaller in _smaller(session.config):
+        peak = needed(smaller).peak
+        if peak <= free:
+            raise UserError(what, where, f"set {settings}")
+    most = policy.sizes().numbers * free / peak / 1e9
+    under = f" (under {settings})" if settings else ""
     hint = f"choose a model of at most {most:.2g} billion parameters{under}, or a machine with more memory"
     raise UserError(what, where, hint)
 
 
 def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
-    """Yield settings that take less memory, each with the configuration that has it and all before."""
+    """Yield settings that take less memory, in the order of what they cost, with the configuration that has them."""
+    settings, lighter = [], config
     if config.checkpoints.background:
-        config = config.model_copy(update={"checkpoints": config.checkpoints.model_copy(update={"background": False})})
-        yield "checkpoints.background: false", config
+        saving = config.checkpoints.model_copy(update={"background": False})
+        settings, lighter = ["`checkpoints.background: false`"], config.model_copy(update={"checkpoints": saving})
+        yield _listed(settings), lighter
     if config.reference.holds_model:
-        config = config.model_copy(update={"reference": Cached(model=config.reference.model)})
-        yield "reference.type: cached", config
+        lighter = lighter.model_copy(update={"reference": Cached(model=config.reference.model)})
+        settings = [*settings, "`reference.type: cached`"]
+        yield _listed(settings), lighter
+    if config.adapter is not None:
+        return
     if config.training.optimizer.type != "adafactor":
         training = config.training.model_copy(update={"optimizer": Adafactor()})
-        yield "training.optimizer: adafactor", config.model_copy(update={"training": training})
+        yield (
+            _listed([*settings, "`training.optimizer: adafactor`"]),
+            lighter.model_copy(update={"training": training}),
+        )
+    if find_spec("peft"):
+        # Of an adapter, neither a reference nor a copy of its state takes much.
+        yield "`adapter: lora`", config.model_copy(update={"adapter": Lora()})
+
+
+def _listed(settings: Sequence[str]) -> str:
+    return " and ".join(settings)
 
 
 def _sharing(session: Session) -> int:
@@ -81,15 +107,15 @@ def _sharing(session: Session) -> int:
     return session.accelerator.num_processes if session.accelerator.device.type == "cpu" else 1
 
 
-def _without_passes(session: Session, policy: Policy, program_bytes: int) -> MemoryEstimate:
+def _without_passes(session: Session, policy: Policy, reference: Policy, program_bytes: int) -> MemoryEstimate:
     """Estimate what a run takes whatever its pairs are: without activations and logits."""
     config, sizes, on_cpu = session.config, policy.sizes(), session.accelerator.device.type == "cpu"
     state = config.training.optimizer.state_bytes(policy.trained())
-    saved = sizes.held + state + (sizes.held if config.reference.type == "synced" else 0)
+    saved = sizes.saved + state + (sizes.saved if config.reference.type == "synced" else 0)
     return MemoryEstimate(
         program=program_bytes if on_cpu else 0,
         weights=sizes.held,
-        reference=sizes.held if config.reference.holds_model else 0,
+        reference=_reference_bytes(config, sizes, reference),
         optimizer=state,
         gradients=sizes.trained,
         activations=0,
@@ -100,8 +126,18 @@ def _without_passes(session: Session, policy: Policy, program_bytes: int) -> Mem
     )
 
 
+def _reference_bytes(config: Config, policy: Sizes, reference: Policy) -> int:
+    """Return what the reference holds beside a policy: of one that shares its weights, what is not shared."""
+    if not config.reference.holds_model:
+        return 0
+    if config.reference.model:
+        return reference.sizes().held
+    # One that moves has weights of its own also where switching an adapter off would answer as before step 1.
+    return policy.beginning or (policy.saved if config.reference.type == "synced" else 0)
+
+
 def settle_tokens(
-    session: Session, policy: Policy, batches: Batches, plan: Plan, program_bytes: int, resumed: int | None = None
+    run: PlannedRun, policy: Policy, batches: Batches, resumed: int | None = None
 ) -> tuple[Batches, MemoryEstimate]:
     """Settle how many tokens a forward pass has, and estimate what the run then takes in memory.
 
@@ -109,20 +145,19 @@ def settle_tokens(
     memory that is free.
 
     Args:
-        session: Asks for a number, or for `auto`; is told where the memory will not do.
+        run: Its session asks for a number, or for `auto`, and is told where the memory will not do.
         policy: The policy; its weights may be missing.
         batches: The pairs in their layout; how many tokens a pass has is replaced.
-        plan: The run's steps.
-        program_bytes: What the process held before the model was loaded.
         resumed: The number that a run to be resumed began with, or None.
 
     Returns:
         The batches under that number, the same in all processes, and the estimate.
     """
+    session = run.session
 
     def with_budget(num_tokens: int) -> tuple[Batches, MemoryEstimate]:
         cut = dataclasses.replace(batches, micro_batch_tokens=num_tokens)
-        return cut, _estimate(session, policy, cut, plan, program_bytes)
+        return cut, _estimate(run, policy, cut)
 
     asked = session.config.training.micro_batch_tokens
     if asked != "auto":
@@ -137,10 +172,8 @@ def settle_tokens(
             break
         settled, memory = fewer, smaller
     if memory.peak - memory.program > free:
-        hint = "try `training.gradient_checkpointing: true`, `training.optimizer: adafactor`, a lower `data.max_length`"
-        session.console.warning(
-            f"the run takes about {memory.peak / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; {hint}"
-        )
+        what = f"the run takes about {memory.peak / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        session.console.warning(f"{what}; try {', '.join(_advice(session.config))}")
     fewest = min(session.of_all(settled.micro_batch_tokens))
     return (settled, memory) if fewest == settled.micro_batch_tokens else with_budget(fewest)
 
@@ -151,9 +184,21 @@ def wanted_tokens(session: Session) -> int:
     return enough_tokens(session.accelerator.device) if asked == "auto" else asked
 
 
-def _estimate(session: Session, policy: Policy, batches: Batches, plan: Plan, program_bytes: int) -> MemoryEstimate:
+def _advice(config: Config) -> Iterator[str]:
+    """Yield what takes less memory and is not set yet."""
+    if not config.training.gradient_checkpointing:
+        yield "`training.gradient_checkpointing: true`"
+    if config.adapter is None:
+        yield "`adapter: lora`"
+        if config.training.optimizer.type != "adafactor":
+            yield "`training.optimizer: adafactor`"
+    yield "a lower `data.max_length`"
+
+
+def _estimate(run: PlannedRun, policy: Policy, batches: Batches) -> MemoryEstimate:
     """Estimate a run's memory by its largest micro-batch, found among its first steps and its longest pair."""
-    accelerator, sizes = session.accelerator, batches.pairs.sizes
+    session, plan, sizes = run.session, run.steps, batches.pairs.sizes
+    accelerator = session.accelerator
     planned = plan.steps(batches.cut, 0, accelerator.process_index, accelerator.num_processes)
     steps = list(itertools.islice(planned, STEPS_LOOKED_AT))
     cuts = [cut for step in steps for cut in step.micro_batches]
@@ -171,7 +216,7 @@ def _estimate(session: Session, policy: Policy, batches: Batches, plan: Plan, pr
         activations = None
     collisions = session.config.objective.wpo
     return dataclasses.replace(
-        _without_passes(session, policy, program_bytes),
+        _without_passes(session, policy, run.reference, run.program_bytes),
         activations=activations or 0,
         counted=activations is not None,
         logits=max(logits_bytes(policy.model, batch, collisions=collisions) for batch in candidates),

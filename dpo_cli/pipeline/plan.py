@@ -71,9 +71,9 @@ def planned(session: Session, folder: RunFolder, *, resume: bool, extend: bool) 
     program_bytes, sketch = resident_bytes(), trained_policy(session, empty=True)
     if config.objective.router_aux:
         check_routers(sketch.model)
-    if not finished:
-        check_memory(session, sketch, program_bytes)
     other = reference_sketch(session, sketch)
+    if not finished:
+        check_memory(session, sketch, other, program_bytes)
     # A template that writes the date writes that of the first day, also when the run goes on.
     day = session.agreed((folder.first_day() if resume else None) or date.today())
     with session.accelerator.main_process_first():
@@ -144,7 +144,8 @@ def header(run: PlannedRun) -> dict[str, str]:
     processes = f", {num_processes} processes" if num_processes > 1 else ""
     return {
         "model": f"{config.model.name} ({run.sketch})",
-        "parameters": f"{run.sketch.sizes().numbers:,}",
+        "parameters": _parameters(run.sketch),
+        **_held(session),
         "pairs": f"{len(run.data.train):,} to train on, {len(run.data.held_out):,} held out",
         **_left_out(run.data),
         "steps": _steps(run.steps),
@@ -155,6 +156,23 @@ def header(run: PlannedRun) -> dict[str, str]:
         "device": f"{session.accelerator.device}, {session.precision.name}{processes}",
         "output": str(run.folder.path),
     }
+
+
+def _parameters(policy: Policy) -> str:
+    """Say how many weights there are and how they are held, and how many of them train where not all do."""
+    sizes = policy.sizes()
+    if sizes.num_trained == sizes.numbers:
+        return f"{sizes.numbers:,}"
+    which = f" ({policy.described})" if policy.described else ""
+    return f"{sizes.numbers:,}, of which {sizes.num_trained:,} are trained{which}"
+
+
+def _held(session: Session) -> dict[str, str]:
+    """Say in what the base is held beneath an adapter."""
+    if session.config.adapter is None:
+        return {}
+    held = session.held.type
+    return {"weights": held if held == "float32" else f"{held}, those of the adapter float32"}
 
 
 def _steps(plan: Plan) -> str:

@@ -117,12 +117,12 @@ def _ready(plan: PlannedRun, *, resume: bool) -> Run:
 
 def _settling(plan: PlannedRun, *, resume: bool) -> Settle:
     """Return what settles the forward passes of a run: tokens and memory of each."""
-    session, device = plan.session, plan.session.accelerator.device
+    device = plan.session.accelerator.device
     resumed = plan.folder.recorded_count("training.micro_batch_tokens") if resume else None
 
     def settle(policy: Policy, layout: Layout) -> tuple[Batches, Mapping[str, str]]:
         batches = Batches(plan.data.pairs, layout, 1, device)
-        batches, memory = settle_tokens(session, policy, batches, plan.steps, plan.program_bytes, resumed)
+        batches, memory = settle_tokens(plan, policy, batches, resumed)
         if device.type == "cpu":
             if memory.activations > memory.weights + memory.optimizer:
                 # Then gaps of the size of the gradients are a small price for the time.

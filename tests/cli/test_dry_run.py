@@ -138,11 +138,11 @@ def test_a_model_that_is_too_large_to_be_measured_is_not(tmp_path, tokenizer):
     batch = PairBatch((0,), ids, ones, None, ones[0], ids[0], ids[0], ids[0], ids[0], (2, 2), 8)
     with pytest.raises(MemoryError, match="too little memory is free"):
         measure_pace(
-            empty_policy(str(large)),
+            Policy.empty(str(large)),
             LAYOUTS["padded"],
             batch,
             contextlib.nullcontext,
-            lambda model: torch.optim.SGD(model.parameters()),
+            torch.optim.SGD,
             recomputed=False,
             collisions=False,
         )
