@@ -8,6 +8,7 @@ from pathlib import Path
 from dpo_cli.config.schema import Config, changeable
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source, look_up_source, paths_of
 from dpo_cli.errors import UserError, raise_all
+from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapter
 from dpo_cli.modeling.model_names import check_model, look_up_model, missing_weights, names_hub_model
 from dpo_cli.reporting.console import STANDARD_OUTPUT
 from dpo_cli.reporting.trackers import check_trackers
@@ -99,11 +100,16 @@ def scored_model(config: Config, model: str | None) -> str:
 
 def _check_scored(config: Config, model: str | None) -> list[UserError]:
     """Say what is wrong with the model that is scored."""
-    scored = scored_model(config, model)
+    scored, trust = scored_model(config, model), config.model.trust
     if model is None and not Path(scored).is_dir():
         what = f"the run has no trained model yet: there is no folder {located(scored)}"
         return [UserError(what, "`output_dir`", "train first, or name a model with --model")]
-    if problem := check_model(scored, "--model", config.model.trust):
+    try:
+        # Of an adapter, its base.
+        named = base_name(read_adapter(Path(scored), "--model"), "--model") if holds_adapter(scored) else scored
+    except UserError as error:
+        return [error]
+    if problem := check_model(named, "--model", trust):
         return [problem]
     if model is None or (Path(scored) / MANIFEST).is_file():
         try:

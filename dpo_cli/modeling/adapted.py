@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
-from dpo_cli.modeling.adapters import Adapter, layer_settings
+from dpo_cli.modeling.adapters import Adapter, Saved, layer_settings
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.loading import weights_digest
 from dpo_cli.modeling.quantized_layers import import_bitsandbytes
@@ -40,7 +40,7 @@ class Adapted:
         seed: What its first weights are drawn with.
     """
 
-    adapter: Adapter
+    adapter: Adapter | Saved
     seed: int = 0
 
     def choose(self, model: PreTrainedModel) -> None:

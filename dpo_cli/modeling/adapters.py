@@ -6,10 +6,12 @@ This file is read with the configuration, before torch is needed: import torch a
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dpo_cli.modeling.adapter_files import read_adapter
 from dpo_cli.settings import PathText, Settings, contradiction
 
 if TYPE_CHECKING:
@@ -100,6 +102,28 @@ class Lora(AdapterSettings):
             use_rslora=self.rslora,
             fan_in_fan_out=stores_transposed(model, names),
         )
+
+
+class Saved(AdapterSettings):
+    """An adapter as the folder says that it was saved in, whatever its rank and its layers: it is scored."""
+
+    type: Literal["saved"] = "saved"
+    """Which adapter."""
+
+    def layers(self, model: PreTrainedModel) -> PeftConfig:
+        """Return what PEFT saved of its settings, for the layers that the weights in the folder are of."""
+        from peft import LoraConfig
+
+        from dpo_cli.modeling.adapter_targets import check_layers
+
+        assert self.start is not None, "it is in a folder"
+        found = read_adapter(Path(self.start))
+        check_layers(model, found)
+        config = LoraConfig.from_pretrained(self.start)
+        config.target_modules = set(found.layers)
+        config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+        config.init_lora_weights, config.inference_mode = True, False
+        return config
 
 
 Adapter = Lora

@@ -34,6 +34,12 @@ def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) ->
     return UserError(f"there is no model folder {located(name)}", where, hint)
 
 
+def same_model(one: str, other: str) -> bool:
+    """Tell whether two names are those of one folder, one file or one Hub id."""
+    paths = Path(one), Path(other)
+    return paths[0].samefile(paths[1]) if all(path.exists() for path in paths) else one == other
+
+
 def names_hub_model(name: str) -> bool:
     """Tell whether a name is a Hub id, given that it is nothing on this disk."""
     return not Path(name).exists() and not is_path(name) and bool(_HUB_ID.fullmatch(name))

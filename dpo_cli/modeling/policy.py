@@ -234,6 +234,18 @@ class Policy:
         """Return a policy of its own with the same weights, none of which trains."""
         return self._beside(copied(self.model))
 
+    def with_adapter(self, trained: Trained) -> Policy:
+        """Return a policy with the weights of this one, in the same memory, and an adapter beside them.
+
+        Args:
+            trained: Puts the adapter into the model. This one goes on without it, and none of its weights trains.
+
+        Raises:
+            UserError: The adapter does not fit.
+        """
+        assert self.model.config._attn_implementation == self._own_attention, "it reads a layout already"
+        return Policy(copied(self.frozen().model), trained, self._held)
+
     def _beside(self, model: PreTrainedModel) -> Policy:
         """Return a policy over a copy of this one's model, in which what trains was chosen already."""
         other = copy.copy(self)

@@ -20,13 +20,14 @@ from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.evaluate import evaluate as score
 from dpo_cli.evaluation.figures import figures, figures_by
+from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapter
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.modeling.tokenizers import check_same_tokens
 from dpo_cli.pipeline.memory import wanted_tokens, without_gradient
-from dpo_cli.pipeline.models import open_reference, opened, reference_sketch
+from dpo_cli.pipeline.models import loaded, open_reference, opened, reference_sketch, scored_and_reference
 from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, prepared_pairs, run_data
 from dpo_cli.pipeline.plan import described_loss
 from dpo_cli.pipeline.session import Session, started
@@ -73,7 +74,8 @@ def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
         # Where there is a run, its prompts are as they were on its first day.
         day = RunFolder(Path(config.output_dir)).first_day()
         tokenizer, tokenize = load_tokenizer(config, session.console, day)
-        check_same_tokens(tokenizer, model, "the model that is scored", config.model.trust)
+        base = base_name(read_adapter(Path(model))) if holds_adapter(model) else None
+        check_same_tokens(tokenizer, base or model, "the model that is scored", config.model.trust)
         pairs, held_out, source = _held_out(config, data, tokenize, session.console)
     check_columns(pairs, config.objective)
     policy, reference, batches = _open_both(session, model, pairs, held_out)
@@ -83,7 +85,8 @@ def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
         **figures(results),
         **_by_label(results, pairs),
         "model": model,
-        "reference": None if config.reference.type == "none" else config.reference.model or config.model.name,
+        **({"base": base} if base else {}),
+        "reference": _named_reference(config),
         "data": source,
         "objective": config.model_dump(mode="json")["loss"],
     }
@@ -92,7 +95,10 @@ def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
 def _open_both(
     session: Session, model: str, pairs: PreparedPairs, held_out: NDArray[np.int64]
 ) -> tuple[Policy, OpenReference, Batches]:
-    """Open the model that is scored and the reference that the run began with; both at once only if it has to be."""
+    """Open the model that is scored and the reference that the run began with; both at once only if it has to be.
+
+    An adapter beside the reference's own weights takes little more than these.
+    """
     config = session.config
 
     def settle(policy: Policy, layout: Layout) -> tuple[Batches, Mapping[str, str]]:
@@ -102,15 +108,15 @@ def _open_both(
     if isinstance(config.reference, NoReference):
         (policy,), batches = opened(session, {model: model}, pairs, held_out, settle)
         return policy, config.reference.open(), batches
-    sketch = Policy.empty(config.model.name, config.model.trust)
+    sketch = loaded(session, config.model.name, empty=True)
     check_fits(pairs, sketch, "`model.name`")
     reference_sketch(session, sketch)
-    name = config.reference.model
-    named = {"`reference.model`": name} if name else {"`model.name`": config.model.name}
-    if config.reference.holds_model:
-        (policy, other), batches = opened(session, {model: model, **named}, pairs, held_out, settle)
+    where = "`reference.model`" if config.reference.model else "`model.name`"
+    asked, other = scored_and_reference(session, model)
+    if config.reference.holds_model or isinstance(asked, Policy):
+        (policy, other), batches = opened(session, {model: asked, where: other}, pairs, held_out, settle)
         return policy, open_reference(session, other, batches, held_out), batches
-    (other,), batches = opened(session, named, pairs, held_out, settle)
+    (other,), batches = opened(session, {where: other}, pairs, held_out, settle)
     reference = open_reference(session, other, batches, held_out)
     del other
     (policy,), batches = opened(session, {model: model}, pairs, held_out, settle)
@@ -152,10 +158,19 @@ def scored(
     return results
 
 
+def _named_reference(config: Config) -> str | None:
+    """Say what is the reference; None: there is none."""
+    if config.reference.type == "none":
+        return None
+    start = config.adapter.start if config.adapter and not config.reference.model else None
+    return f"{config.model.name} with {start}" if start else config.reference.model or config.model.name
+
+
 def _show(config: Config, found: dict[str, Any], console: Console) -> None:
     """Print what was measured, and the figures of all pairs and of groups of them."""
     measured = {
         "loss": described_loss(config),
+        **{name: found[name] for name in ("base",) if name in found},
         "reference": found["reference"] or "none (not needed)",
         "pairs of": found["data"],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +12,14 @@ from numpy.typing import NDArray
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapted import Adapted
+from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.adapters import Saved
 from dpo_cli.modeling.attention import CannotPack
 from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.layouts import LAYOUTS, PACKED, PADDED, Layout
 from dpo_cli.modeling.memory import activation_bytes
+from dpo_cli.modeling.model_names import same_model
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import REFUSALS, Proof, prove
 from dpo_cli.modeling.scorer import Scorer
@@ -69,7 +74,13 @@ def opened(
 
 
 def loaded(session: Session, name: str, *, empty: bool = False) -> Policy:
-    """Return a model all of whose weights are its own; or, with `empty`, that without weights."""
+    """Return a model as it is, in an adapter's folder the base with the adapter; or, with `empty`, without weights.
+
+    Raises:
+        UserError: It cannot be loaded, or the adapter does not fit.
+    """
+    if holds_adapter(name):
+        return loaded(session, base_name(read_adapter(Path(name))), empty=empty).with_adapter(_saved(name))
     trust, device = session.config.model.trust, session.accelerator.device
     return (
         Policy.empty(name, trust, held=session.held) if empty else Policy.load(name, trust, device, held=session.held)
@@ -86,6 +97,29 @@ def trained_policy(session: Session, *, empty: bool = False) -> Policy:
     return Policy.empty(name, trust, *how) if empty else Policy.load(name, trust, session.accelerator.device, *how)
 
 
+def scored_and_reference(session: Session, scored: str) -> tuple[str | Policy, Policy]:
+    """Return what is scored and the reference before step 1.
+
+    An adapter of the reference's own base is put beside the weights that are loaded already; else the name is returned.
+
+    Raises:
+        UserError: The reference cannot be loaded, or an adapter does not fit.
+    """
+    config = session.config
+    name = config.reference.model or config.model.name
+    base = loaded(session, name)
+    goes_on = config.adapter is not None and config.adapter.start and not config.reference.model
+    reference = base.with_adapter(session.trained) if goes_on else base
+    if not holds_adapter(scored) or not same_model(base_name(read_adapter(Path(scored))), name):
+        return scored, reference
+    return base.with_adapter(_saved(scored)), reference
+
+
+def _saved(folder: str) -> Adapted:
+    """Return what puts the adapter in a folder into a model."""
+    return Adapted(Saved(start=folder))
+
+
 def reference_sketch(session: Session, sketch: Policy) -> Policy:
     """Return the reference without its weights: the model that is named for it, or the policy before step 1.
 
@@ -95,7 +129,7 @@ def reference_sketch(session: Session, sketch: Policy) -> Policy:
     config = session.config
     if config.reference.model is None:
         return sketch
-    return reference_model(config.reference.model, sketch, config.model.trust, empty=True)
+    return reference_model(config.reference.model, sketch, config.model.trust, session.held, empty=True)
 
 
 def open_reference(

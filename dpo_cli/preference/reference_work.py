@@ -10,6 +10,7 @@ import torch
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches, PairBatch
+from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
@@ -105,13 +106,16 @@ def refuse_other_shapes(reference: Policy, policy: Policy) -> None:
         raise UserError(what, "`reference.model`", "choose a model of the same architecture, or `reference: frozen`")
 
 
-def reference_model(name: str | None, policy: Policy, trust: Trust = NO_TRUST, *, empty: bool = False) -> Policy:
+def reference_model(
+    name: str | None, policy: Policy, trust: Trust = NO_TRUST, held: Held = FLOAT32, *, empty: bool = False
+) -> Policy:
     """Return the policy itself, or the named model beside it, which is trusted with as much.
 
     Args:
         name: The model, or None.
         policy: What is trained.
         trust: What the model may bring along.
+        held: How its weights are held.
         empty: Whether its weights are left out, as the policy's are.
 
     Raises:
@@ -119,7 +123,7 @@ def reference_model(name: str | None, policy: Policy, trust: Trust = NO_TRUST, *
     """
     if name is None:
         return policy
-    model = Policy.empty(name, trust) if empty else Policy.load(name, trust, policy.model.device)
+    model = Policy.empty(name, trust, held=held) if empty else Policy.load(name, trust, policy.model.device, held=held)
     if model.vocabulary != policy.vocabulary:
         what = f"the reference model has a vocabulary of {model.vocabulary}, the policy of {policy.vocabulary}"
         raise UserError(what, f"`reference.model: {name}`", "choose a reference with the same tokenizer")
