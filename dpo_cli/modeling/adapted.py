@@ -53,8 +53,9 @@ class Adapted:
         from peft import inject_adapter_in_model
 
         on_paper = next(model.parameters()).is_meta
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
+        # PEFT draws on the CPU, wherever the model is.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
             model.requires_grad_(False)
             inject_adapter_in_model(self.adapter.layers(model), model, low_cpu_mem_usage=on_paper)
         for weights in self.moved(model).values():

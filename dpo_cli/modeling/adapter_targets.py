@@ -6,7 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.errors import UserError
@@ -16,7 +18,8 @@ from dpo_cli.modeling.adapters import ALL_LINEAR
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_LINEAR = (nn.Linear, Conv1D)
+_BYPASSED = ("dt_proj", "out_proj")
+"""Layers of state-space mixers whose weights are used without calling them, by kernels or always."""
 _SHOWN = 12
 
 
@@ -31,9 +34,11 @@ def target_names(model: PreTrainedModel, asked: str | Sequence[str]) -> list[str
         UserError: A name is that of no layer, or of one that can have no adapter.
     """
     head, layers = model.get_output_embeddings(), _text_layers(model)
-    linear = [name for name, module in layers.items() if isinstance(module, _LINEAR) and module is not head]
+    linear = [name for name, module in layers.items() if module is not head and _takes_adapter(model, name)]
+    renamed = {last for last in {name.rpartition(".")[2] for name in linear} if _renamed(model, last)}
+    linear = [name for name in linear if name.rpartition(".")[2] not in renamed]
     if asked == ALL_LINEAR:
-        return _some(linear, asked, linear)
+        return _some([name for name in linear if not _routes(model, name)], asked, linear)
     if isinstance(asked, str):
         return _checked(model, [name for name in layers if re.fullmatch(asked, name)], asked, linear)
     found: list[str] = []
@@ -68,6 +73,52 @@ def _text_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if id(module) in reached and name}
 
 
+def _takes_adapter(model: PreTrainedModel, name: str) -> bool:
+    """Tell whether a layer is linear, and is called wherever its weights are used."""
+    parent, _, last = name.rpartition(".")
+    mixer = model.get_submodule(parent)
+    bypassed = last in _BYPASSED and hasattr(mixer, "A_log") and hasattr(mixer, "D")
+    return not bypassed and _is_linear(model.get_submodule(name))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Tell whether a layer takes one tensor and answers with one, however it computes it."""
+    if not isinstance(module, nn.Linear):
+        return isinstance(module, Conv1D)
+    if type(module) is nn.Linear or type(module).__module__.startswith("bitsandbytes."):
+        return True
+    # A subclass may be a router, or a product by groups; without memory it is tried.
+    weights = {name: torch.empty_like(one, device="meta") for name, one in module.named_parameters()}
+    try:
+        answer = functional_call(module, weights, (torch.empty(1, 1, module.in_features, device="meta"),))
+    except (RuntimeError, TypeError):
+        return False
+    return isinstance(answer, Tensor) and answer.shape == (1, 1, module.out_features)
+
+
+def _renamed(model: PreTrainedModel, last_name: str) -> bool:
+    """Tell whether PEFT takes the layers of a name for experts, as older models of a type had them."""
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    settings = LoraConfig(target_modules=[last_name])
+    try:
+        convert_peft_config_for_transformers(settings, model, None)
+    except ValueError:
+        return True
+    return last_name not in settings.target_modules
+
+
+def _routes(model: PreTrainedModel, name: str) -> bool:
+    """Tell whether a layer chooses among experts; elsewhere routers are parameters, which have no adapter either."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        beside = model.get_submodule(".".join(parts[:place]))
+        if "router" in part or (part == "gate" and hasattr(beside, "experts")):
+            return True
+    return False
+
+
 def _checked(model: PreTrainedModel, names: list[str], asked: str, linear: Sequence[str]) -> list[str]:
     """Refuse what can have no adapter; of a pattern, what it matches beside layers is left out.
 
@@ -85,6 +136,6 @@ def _some(names: list[str], asked: str, linear: Sequence[str]) -> list[str]:
     if names:
         return names
     known = sorted({name.rpartition(".")[2] for name in linear})
-    what = f"`{asked}` is no linear layer of the model"
-    hint = f"its linear layers are {', '.join(known[:_SHOWN])}" if known else "train all weights with `adapter: null`"
+    what = f"`{asked}` names no layer that can have an adapter"
+    hint = f"the layers that can are {', '.join(known[:_SHOWN])}" if known else "train all weights with `adapter: null`"
     raise UserError(what, "`adapter.targets`", hint)
