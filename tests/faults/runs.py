@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.system.storage import DamagedFolder, verify
+from tests.builders import save_adapter
 from tests.conftest import make_config, without_clock, write_rows
 from tests.faults.launching import free_port
 from tests.faults.ledger import Ledger, Outcome
@@ -38,6 +39,11 @@ RUNS: dict[str, dict[str, Any]] = {
         "loss": "bco",
         "reference": {"type": "synced", "every_steps": 3, "alpha": 0.5},
         "training": {**_TRAINING, "layout": "padded"},
+    },
+    # What it goes on from is not in its checkpoints, and each pass draws random numbers.
+    "lora": {
+        "adapter": {"rank": 4, "dropout": 0.2, "start": "start"},
+        "reference": {"type": "synced", "every_steps": 3, "alpha": 0.5},
     },
     "dpo, saved in the background": {
         "checkpoints": {**_CHECKPOINTS, "background": True},
@@ -209,9 +215,18 @@ def build_bench(
     Its two epochs are eight steps; it saves in their middle, evaluates in between and drops old checkpoints.
     """
     short = sorted(rows, key=lambda row: sum(map(len, row.values())))[:_NUM_PAIRS]
-    pairs, settings = write_rows(folder / "pairs.jsonl", short), {**_SETTINGS, **RUNS[name]}
+    pairs, settings = write_rows(folder / "pairs.jsonl", short), with_start({**_SETTINGS, **RUNS[name]}, model, folder)
     config = make_config(folder, model, pairs, "run", **settings)
     return Bench(zygote, folder, config, num_ranks, background="background" in settings["checkpoints"])
+
+
+def with_start(settings: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
+    """Save in a folder the adapter that settings name to go on from, if one; return settings that name it there."""
+    adapter = settings.get("adapter")
+    if not isinstance(adapter, dict) or "start" not in adapter:
+        return settings
+    start = save_adapter(model, folder / adapter["start"], rank=adapter["rank"])
+    return {**settings, "adapter": {**adapter, "start": str(start)}}
 
 
 def _surroundings(rank: int, number: int, port: int) -> dict[str, str]:

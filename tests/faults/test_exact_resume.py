@@ -17,10 +17,10 @@ from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.reference import NoReference, Reference
 from dpo_cli.settings import members, types
 from dpo_cli.training.optimizer import SCHEDULES, Optimizer
-from tests.builders import save_adapter
 from tests.conftest import make_config, read_metrics, without_clock, write_rows
 from tests.faults.conftest import FULL
 from tests.faults.launching import run_ranks
+from tests.faults.runs import with_start
 
 LOSSES = {kind().type: kind() for kind in members(Loss)}
 REFERENCES = types(Reference)
@@ -142,10 +142,8 @@ def run_case(case: Case, folder: Path, model: Path, rows: list[dict[str, str]], 
     groups = {name: {**settings} if isinstance(settings, dict) else settings for name, settings in BASE.items()}
     for name, settings in case.settings.items():
         groups[name] = {**groups[name], **settings} if isinstance(groups.get(name), dict) else settings
-    if "start" in (adapter := groups.get("adapter", ())):
-        start = save_adapter(model, folder / "start", rank=adapter["rank"])
-        groups["adapter"] = {**adapter, "start": str(start)}
-    file = make_config(folder, model, write_rows(folder / "pairs.jsonl", rows), "run", **groups)
+    pairs = write_rows(folder / "pairs.jsonl", rows)
+    file = make_config(folder, model, pairs, "run", **with_start(groups, model, folder))
     ended = run_ranks(zygote, case.num_ranks, "train", "--config", file)
     assert ended.status == 0, ended.said
     assert [row["step"] for row in read_metrics(folder / "runs" / "run")] == list(range(1, NUM_STEPS + 1))
