@@ -62,10 +62,7 @@ class Adapted:
             # PEFT gives them the dtype of the base, in which small steps are lost.
             weights.data = weights.data.float()
         for layer in _adapter_layers(model).values():
-            _measure_norms(layer)
-            if not layer.lora_magnitude_vector:
-                # Autocast casts as it multiplies, and layers that have an input in common then keep it once.
-                layer._cast_input_dtype = _cast_outside_autocast
+            self.adapter.refine(layer)
         model.eval()
         if self.adapter.start and not on_paper:
             self.restore(model, Path(self.adapter.start))
@@ -119,9 +116,13 @@ class Adapted:
     @contextlib.contextmanager
     def training_pass(self, model: PreTrainedModel) -> Iterator[None]:
         """Switch dropout on for a pass with gradient, and off again."""
-        layers = list(_adapter_layers(model).values())
-        # DoRA asks the layer whether there is dropout. What is in the base layer has none.
-        modules = [*layers, *(dropout for layer in layers for dropout in layer.lora_dropout.values())]
+        # Some ask the layer itself whether it trains. What is in the base layer has no dropout.
+        modules = [
+            module
+            for layer in _adapter_layers(model).values()
+            for name, module in layer.named_modules()
+            if name.partition(".")[0] != "base_layer"
+        ]
         for module in modules:
             module.training = True
         try:
@@ -218,21 +219,6 @@ def _adapter_layers(model: PreTrainedModel) -> dict[str, Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-
-
-def _cast_outside_autocast(inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bring a layer's inputs to the dtype of its adapter, unless autocast does."""
-    return inputs if torch.is_autocast_enabled(inputs.device.type) else inputs.to(dtype)
-
-
-def _measure_norms(layer: Any) -> None:
-    """Set the norms that DoRA trains to those of the base's rows, in float32, as its forward pass computes them.
-
-    PEFT rounds them to the dtype of the base, and the model would not answer as its base before step 1.
-    """
-    for name, norms in layer.lora_magnitude_vector.items():
-        factors = {"lora_A": layer.lora_A[name].weight, "lora_B": layer.lora_B[name].weight}
-        norms.update_layer(base_layer=layer.get_base_layer(), scaling=layer.scaling[name], **factors)
 
 
 def _digest(weights: Tensor) -> str:

@@ -16,6 +16,7 @@ from dpo_cli.settings import PathText, Settings, contradiction
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"
@@ -40,6 +41,9 @@ class AdapterSettings(Settings):
             UserError: The model has no layers that could have them.
         """
         raise NotImplementedError
+
+    def refine(self, layer: BaseTunerLayer) -> None:
+        """Change what is not exact of a layer that PEFT made, whose weights may be missing; by default nothing."""
 
 
 class Lora(AdapterSettings):
@@ -102,6 +106,12 @@ class Lora(AdapterSettings):
             use_rslora=self.rslora,
             fan_in_fan_out=stores_transposed(model, names),
         )
+
+    def refine(self, layer: BaseTunerLayer) -> None:
+        """Let DoRA begin as the base."""
+        from dpo_cli.modeling.lora_layers import refine
+
+        refine(layer)
 
 
 class Saved(AdapterSettings):

@@ -1,4 +1,4 @@
-"""A way to train, hold or place weights is one file: made-up ones are added to a copy of the package and used."""
+"""A way to train, hold or place weights, or an adapter, is one file: made-up ones go into a copy of the package."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from tests.conftest import ROOT, dpo_command, make_config, read_metrics
+from tests.marks import slow_unless
 
 pytestmark = pytest.mark.program
 
@@ -72,7 +78,37 @@ class Gentle(Alone):
         return super().clip(trained, norm and 1e-12)
 ''',
     ),
+    "adapters.py": (
+        "Adapter",
+        '''
+from typing import Annotated
+
+
+class LoHa(AdapterSettings):
+    """The Hadamard product of two low-rank matrices. Source: Hyeon-Woo et al. 2021, arXiv 2108.06098."""
+
+    type: Literal["loha"] = "loha"
+    """Which adapter."""
+    rank: int = Field(4, ge=1)
+    """The rank of each of both."""
+
+    @property
+    def title(self) -> str:
+        return f"LoHa rank {self.rank}"
+
+    def layers(self, model: PreTrainedModel) -> PeftConfig:
+        from peft import LoHaConfig
+
+        from dpo_cli.modeling.adapter_targets import target_names
+
+        names = target_names(model, ALL_LINEAR)
+        return LoHaConfig(task_type="CAUSAL_LM", r=self.rank, alpha=self.rank, target_modules=names)
+''',
+    ),
 }
+
+ENTRY = {"Adapter": 'Annotated[{} | {}, Field(discriminator="type")]'}
+"""How a union is written that has had one member until now."""
 
 LEARN = """
 import json, pathlib, sys
@@ -100,13 +136,14 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A folder with a copy of the package: in each of the three files a class more, and a name more in the union."""
+    """A folder with a copy of the package: in each of the files a class more, and a name more in the union."""
     folder = tmp_path_factory.mktemp("package")
     shutil.copytree(ROOT / "dpo_cli", folder / "dpo_cli", ignore=shutil.ignore_patterns("__pycache__"))
     for name, (union, code) in MEMBERS.items():
         file, made_up = folder / "dpo_cli" / "modeling" / name, re.search(r"class (\w+)", code)[1]
+        entry = ENTRY.get(union, "{} | {}").format(made_up, r"\1")
         text, entries = re.subn(
-            rf"^{union} = (.*)$", rf"{code}\n\n{union} = {made_up} | \1", file.read_text(encoding="utf-8"), flags=re.M
+            rf"^{union} = (.*)$", rf"{code}\n\n{union} = {entry}", file.read_text(encoding="utf-8"), flags=re.M
         )
         assert entries == 1, name
         file.write_text(text, encoding="utf-8")
@@ -149,3 +186,37 @@ def test_a_run_uses_another_placement_where_it_suits(package, tiny_llama, pairs_
     rows = read_metrics(tmp_path / "runs" / "run")
     assert rows[0]["grad_norm"] > 0.1
     assert rows[1]["rewards/margins"] == pytest.approx(rows[0]["rewards/margins"], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", slow_unless(lambda name: name == "bfloat16", ["float32", "bfloat16"]))
+def test_a_run_trains_another_adapter_saves_it_and_goes_on_with_it(package, tiny_llama, pairs_file, tmp_path, dtype):
+    """Before step 1 it is the base, which answers for the reference; in the end PEFT loads it, and it is another."""
+    adapter, data = {"type": "loha", "rank": 2}, {"eval": None}
+    training = {"max_steps": 4, "learning_rate": 1e-2, "micro_batch_tokens": 512, "max_grad_norm": None}
+    settings = {"adapter": adapter, "training": training, "data": data, "reference": "frozen"}
+    config = make_config(tmp_path, tiny_llama, pairs_file, model={"name": str(tiny_llama), "dtype": dtype}, **settings)
+    run(package, *dpo_command("train", "--config", config))
+    folder = tmp_path / "runs" / "run"
+    rows = read_metrics(folder)
+    assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert rows[0]["rewards/margins"] == 0.0
+    assert abs(rows[-1]["rewards/margins"]) > 1e-3
+    assert json.loads((folder / "final" / "adapter_config.json").read_text())["peft_type"] == "LOHA"
+    weights = (folder / "final" / "adapter_model.safetensors").read_bytes()
+    # 2 layers of 7 matrices, each with four factors; nothing of the base.
+    assert len(load_file(folder / "final" / "adapter_model.safetensors")) == 2 * 7 * 4
+
+    tokens = torch.arange(20)[None]
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    before = base(tokens).logits
+    with warnings.catch_warnings():
+        # PEFT asks transformers in a way that is deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        trained = PeftModel.from_pretrained(base, folder / "final")
+    assert not torch.allclose(trained(tokens).logits, before, atol=1e-3)
+
+    shutil.rmtree(folder / "final")
+    shutil.rmtree(folder / "checkpoints" / "step-000004")
+    run(package, *dpo_command("train", "--config", config, "--resume"))
+    assert (folder / "final" / "adapter_model.safetensors").read_bytes() == weights
+    assert read_metrics(folder)[-1]["loss"] == rows[-1]["loss"]
