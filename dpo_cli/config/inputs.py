@@ -9,6 +9,7 @@ from dpo_cli.config.schema import Config, changeable
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source, look_up_source, paths_of
 from dpo_cli.errors import UserError, raise_all
 from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.model_names import check_model, look_up_model, missing_weights, names_hub_model
 from dpo_cli.reporting.console import STANDARD_OUTPUT
 from dpo_cli.reporting.trackers import check_trackers
@@ -121,10 +122,14 @@ def _check_scored(config: Config, model: str | None) -> list[UserError]:
 
 
 def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]:
-    """Say what the configuration names and is missing or unusable: models, template, data."""
+    """Say what the configuration names and is missing or unusable: models, packages, template, data."""
     problems = [check_model(config.model.name, "`model.name`", config.model.trust)]
     if config.reference.model is not None:
         problems.append(check_model(config.reference.model, "`reference.model`", config.model.trust))
+    if config.adapter is not None:
+        problems.append(missing_package("peft", "adapters", "`adapter`"))
+    if config.model.quantize is not None:
+        problems.append(missing_package("bitsandbytes", "quantize", "`model.quantize`"))
     template = config.model.chat_template
     if template is not None and template != "plain" and not is_file(template) and not _may_be_named(config):
         problems.append(no_template(template, ()))

@@ -12,6 +12,7 @@ from dpo_cli.data.pairs.shapes import FORMATS, RankedRule
 from dpo_cli.data.pairs.sources import Sources
 from dpo_cli.data.records import BadRowRule, LengthRule, TurnRule
 from dpo_cli.modeling.adapters import Adapter, Lora
+from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.model_files import Trust
 from dpo_cli.modeling.precision import PRECISIONS
@@ -100,6 +101,8 @@ class ModelSettings(Settings):
     """The model: a local folder, a .gguf file, or a Hub id."""
     dtype: Annotated[str, OneOf("auto", *PRECISIONS)] = "auto"
     """The precision of the computation; weights are kept in float32. auto: bfloat16 on GPUs that have it."""
+    quantize: Annotated[str, OneOf(*QUANTIZED)] | None = None
+    """Hold the linear layers in 4 bits a weight (nf4) or 8 (int8), under an adapter. null: in the dtype."""
     chat_template: PathText | None = None
     """null: the tokenizer's own; the name of one of several; a Jinja file; `plain` for models without a template."""
     eos_token: str | None = Field(None, min_length=1)
@@ -257,6 +260,13 @@ class Config(Settings):
     """A tracker beside metrics.jsonl, or a list of trackers."""
     output_dir: Annotated[PathText, MAY_CHANGE] = Field("", json_schema_extra={"default": "runs/NAME"})
     """The run's folder; by default `runs/` and the name of the configuration file."""
+
+    @model_validator(mode="after")
+    def _check_quantize(self) -> Self:
+        if self.model.quantize is not None and self.adapter is None:
+            what = f"`model.quantize: {self.model.quantize}` needs an adapter: weights of so few bits cannot be trained"
+            raise contradiction(what, "set `adapter: lora`, or leave `model.quantize` out")
+        return self
 
     @property
     def objective(self) -> Objective:

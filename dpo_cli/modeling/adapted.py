@@ -21,8 +21,8 @@ from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from dpo_cli.modeling.adapters import Adapter, Saved, layer_settings
 from dpo_cli.modeling.copies import copied
+from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.loading import weights_digest
-from dpo_cli.modeling.quantized_layers import import_bitsandbytes
 from dpo_cli.modeling.saving import write_tokenizer
 from dpo_cli.system.storage import text_digest
 

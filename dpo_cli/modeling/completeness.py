@@ -32,7 +32,7 @@ def load_complete(loader: Any, folder: str, **settings: Any) -> PreTrainedModel:
     """Load a model of which every weight is there, and no other."""
     model: PreTrainedModel
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = loader.from_pretrained(folder, **{**FLOAT32.loaded_as(), **told, **settings})
+    model, report = loader.from_pretrained(folder, **{**FLOAT32.built_as(), **told, **settings})
     check_complete(model, report, str(Path(folder, settings.get("gguf_file", ""))))
     return model.eval()
 

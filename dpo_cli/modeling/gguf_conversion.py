@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.completeness import load_complete
 from dpo_cli.modeling.gguf_files import check_all_read, settle_positions
+from dpo_cli.modeling.held import FLOAT32
 from dpo_cli.modeling.refusals import explained
 from dpo_cli.modeling.saving import saved_model
 from dpo_cli.modeling.size_checks import check_room
@@ -42,7 +44,7 @@ def converted(path: Path) -> Path:
     parent, file = str(path.parent), path.name
     with explained(str(path), "model"):
         reader = gguf.GGUFReader(path)
-        check_room(sum(4 * int(tensor.n_elements) for tensor in reader.tensors))
+        check_room(sum(4 * int(tensor.n_elements) for tensor in reader.tensors), FLOAT32, torch.device("cpu"))
         tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
         told = {"gguf_file": file, "quantization_config": GgufConfig(gguf_file=file, dequantize=True)}
         model = load_complete(AutoModelForCausalLM, parent, **told)

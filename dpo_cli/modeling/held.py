@@ -1,33 +1,79 @@
 """How weights are held in memory: `Held` at the end lists the ways.
 
 A way says what a model is loaded as, how many bytes that takes, and what an optimizer steps on.
+
+This file is read with the configuration, before torch is needed: import torch and bitsandbytes inside functions.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
     from torch.nn import Parameter
-    from transformers import PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class HeldSettings(Settings):
     """Hold every weight in one dtype of torch; the optimizer steps on the weights themselves."""
 
-    dtype: ClassVar[str]
+    dtype: Dtype = "float32"
+    """The dtype of the weights."""
 
-    def loaded_as(self) -> dict[str, Any]:
-        """Return what transformers is told when it builds or loads a model."""
+    def __str__(self) -> str:
+        """Name the way."""
+        return self.dtype
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the weights, as torch has it."""
         import torch
 
-        return {"dtype": getattr(torch, self.dtype)}
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def built_as(self) -> dict[str, Any]:
+        """Return what transformers is told when it builds a model without weights."""
+        return {"dtype": self.torch_dtype}
+
+    def loaded_as(self, device: torch.device | str) -> dict[str, Any]:
+        """Return what transformers is told when it loads a model that is to be on a device."""
+        return self.built_as()
+
+    def loaded_on(self, device: torch.device | str) -> torch.device:
+        """Return where the weights come into memory first."""
+        import torch
+
+        return torch.device("cpu")
+
+    def lay_out(self, model: PreTrainedModel) -> None:
+        """Give a model without weights the layers that it has when it is loaded.
+
+        Raises:
+            UserError: It has none for which there are such.
+        """
+
+    def settle(self, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+        """Return a model that was loaded, as it computes, on its device."""
+        moved: PreTrainedModel = model.to(device)
+        return moved
+
+    def take_over(self, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+        """Return a model that was built with weights, as it would be if these had been loaded."""
+        return self.settle(model, device)
+
+    def numbers_of(self, model: PreTrainedModel) -> int:
+        """Return how many numbers all weights are."""
+        return sum(parameter.numel() for parameter in model.parameters())
 
     def bytes_of(self, model: PreTrainedModel) -> int:
-        """Return what all weights take."""
+        """Return what all weights take, whether they are in memory or not."""
         return sum(parameter.nbytes for parameter in model.parameters())
 
     def gradient_bytes(self, trained: Sequence[Parameter]) -> int:
@@ -44,7 +90,7 @@ class Float32(HeldSettings):
 
     type: Literal["float32"] = "float32"
     """How weights are held."""
-    dtype: ClassVar[str] = "float32"
+    dtype: Literal["float32"] = "float32"
 
 
 class Bfloat16(HeldSettings):
@@ -52,7 +98,7 @@ class Bfloat16(HeldSettings):
 
     type: Literal["bfloat16"] = "bfloat16"
     """How weights are held."""
-    dtype: ClassVar[str] = "bfloat16"
+    dtype: Literal["bfloat16"] = "bfloat16"
 
 
 class Float16(HeldSettings):
@@ -60,16 +106,135 @@ class Float16(HeldSettings):
 
     type: Literal["float16"] = "float16"
     """How weights are held."""
-    dtype: ClassVar[str] = "float16"
+    dtype: Literal["float16"] = "float16"
+
+
+class QuantizedSettings(HeldSettings):
+    """Hold the matrices of linear layers in few bits, and embeddings, head and all else in the dtype.
+
+    What few bits stand for is multiplied in that dtype as well. None of it trains.
+    """
+
+    type: str
+
+    def __str__(self) -> str:
+        """Name the way."""
+        return self.type
+
+    def layers(self) -> BitsAndBytesConfig:
+        """Return how transformers makes the layers."""
+        raise NotImplementedError
+
+    def loaded_as(self, device: torch.device | str) -> dict[str, Any]:
+        """Return what transformers is told: each matrix is quantized on the device as it is read."""
+        return {**self.built_as(), "quantization_config": self.layers(), "device_map": {"": self.loaded_on(device)}}
+
+    def loaded_on(self, device: torch.device | str) -> torch.device:
+        """Return where the weights come into memory first: never as a whole before they are quantized."""
+        import torch
+
+        return torch.device(device)
+
+    def lay_out(self, model: PreTrainedModel) -> None:
+        """Give a model without weights quantized layers.
+
+        Raises:
+            UserError: It has no layers for which there are such.
+        """
+        from dpo_cli.modeling import quantized_layers
+
+        quantized_layers.lay_out(model, self.layers())
+        self.settle(model, "meta")
+
+    def settle(self, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+        """Return a model that computes as it should, without the marks that quantizing leaves in its settings."""
+        from dpo_cli.modeling import quantized_layers
+
+        quantized_layers.settle(model, self.torch_dtype)
+        model.hf_quantizer = None
+        for part in (model.config, model.config.get_text_config()):
+            for mark in ("quantization_config", "_is_quantized"):
+                vars(part).pop(mark, None)
+        # What PEFT looks at.
+        setattr(model, f"is_loaded_in_{self._bits}bit", True)
+        return model
+
+    def take_over(self, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+        """Return a model that was built with weights, quantized."""
+        from dpo_cli.modeling import quantized_layers
+
+        moved: PreTrainedModel = model.to(device)
+        quantized_layers.quantize(moved, self.layers())
+        return self.settle(moved, device)
+
+    @property
+    def _bits(self) -> int:
+        """How many a quantized weight has."""
+        return 4 if self.layers().load_in_4bit else 8
+
+    def numbers_of(self, model: PreTrainedModel) -> int:
+        """Return how many numbers all weights are, whatever each of them takes."""
+        from dpo_cli.modeling.quantized_layers import held_numbers
+
+        return held_numbers(model)
+
+    def bytes_of(self, model: PreTrainedModel) -> int:
+        """Return what all weights take with their scales, whether they are in memory or not."""
+        from dpo_cli.modeling.quantized_layers import held_bytes
+
+        return held_bytes(model)
+
+
+class Nf4(QuantizedSettings):
+    """Hold matrices in 4 bits a weight and a scale for 64 of them, which has 8 bits itself.
+
+    Source: Dettmers et al. 2023, arXiv 2305.14314.
+    """
+
+    type: Literal["nf4"] = "nf4"
+    """How weights are held."""
+
+    def layers(self) -> BitsAndBytesConfig:
+        """Return how transformers makes the layers."""
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=self.torch_dtype,
+        )
+
+
+class Int8(QuantizedSettings):
+    """Hold matrices in 8 bits a weight and a scale for each row. Source: Dettmers et al. 2022, arXiv 2208.07339."""
+
+    type: Literal["int8"] = "int8"
+    """How weights are held."""
+
+    def layers(self) -> BitsAndBytesConfig:
+        """Return how transformers makes the layers."""
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 
 FLOAT32 = Float32()
 
-Held = Float32 | Bfloat16 | Float16
+Held = Float32 | Bfloat16 | Float16 | Nf4 | Int8
 """The closed union of all ways to hold weights, told apart by `type`."""
 
+QUANTIZED = tuple(one.model_fields["type"].default for one in get_args(Held) if issubclass(one, QuantizedSettings))
+"""The ways that `model.quantize` chooses among."""
 
-def held_as(name: str) -> Held:
-    """Return the way of that name."""
-    found: Held = next(one for one in get_args(Held) if one.model_fields["type"].default == name)()
+
+def held_as(name: str, dtype: str) -> Held:
+    """Return the way of that name.
+
+    Args:
+        name: Its type.
+        dtype: The dtype of what is not quantized, where a part is.
+    """
+    way = next(one for one in get_args(Held) if one.model_fields["type"].default == name)
+    found: Held = way(dtype=dtype)
     return found

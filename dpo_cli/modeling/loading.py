@@ -38,7 +38,9 @@ _NO_PART_OF_A_MODEL = {"transformers_version", "_name_or_path", "architectures",
 _log = logging.getLogger(__name__)
 
 
-def load_policy(name: str, trust: Trust = NO_TRUST, held: Held = FLOAT32) -> PreTrainedModel:
+def load_policy(
+    name: str, trust: Trust = NO_TRUST, held: Held = FLOAT32, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """Load a causal language model, in float32 unless it is to be held otherwise, in evaluation mode (dropout off).
 
     Raises:
@@ -48,17 +50,18 @@ def load_policy(name: str, trust: Trust = NO_TRUST, held: Held = FLOAT32) -> Pre
 
     def load(folder: str) -> PreTrainedModel:
         empty = _empty(folder, trust, held)
-        check_size(empty, Path(folder))
+        check_size(empty, Path(folder), held, device)
         if not Path(name).exists():
             fetch_weights(name, Path(folder), trust)
             if problem := check_folder(Path(folder), trust):
                 raise problem
-            check_size(empty, Path(folder))
+            check_size(empty, Path(folder), held, device)
         check_pickles([file for file in weights_files(Path(folder)) if file.suffix == ".bin"])
         # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
-        model = load_complete(AutoModelForCausalLM, folder, use_safetensors=safely, **held.loaded_as(), **_how(trust))
+        told = {"use_safetensors": safely, **held.loaded_as(device), **_how(trust)}
+        model = held.settle(load_complete(AutoModelForCausalLM, folder, **told), device)
         remember(model, Path(folder), trust)
         return model
 
@@ -92,7 +95,7 @@ def empty_policy(name: str, trust: Trust = NO_TRUST, held: Held = FLOAT32) -> Pr
 
     def build(folder: str) -> PreTrainedModel:
         empty = _empty(folder, trust, held)
-        check_model_elements(empty, Path(folder))
+        check_model_elements(empty, Path(folder), held)
         return empty
 
     return load_named(name, "model", build, trust)
@@ -140,10 +143,9 @@ def weights_digest(model: PreTrainedModel, own_name: Callable[[str], str | None]
 
 
 def _empty(folder: str, trust: Trust, held: Held) -> PreTrainedModel:
-
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **held.loaded_as(), **_how(trust))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **held.built_as(), **_how(trust))
         model.tie_weights()
     if model.config._attn_implementation == "flex_attention" and not torch.cuda.is_available():
         hint = "set `model.attention` to `eager` or `sdpa`"
@@ -153,6 +155,7 @@ def _empty(folder: str, trust: Trust, held: Held) -> PreTrainedModel:
         what = f"{CONFIG} says `sliding_window: {window}`: no token would attend to any"
         raise UserError(what, None, "set it to null in config.json if tokens attend to all earlier tokens")
     logits_alone(model)
+    held.lay_out(model)
     return model
 
 

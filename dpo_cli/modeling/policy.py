@@ -96,7 +96,7 @@ class Policy:
         Raises:
             UserError: It cannot be loaded, as `load_policy` says.
         """
-        return cls(load_policy(name, trust, held).to(device), trained, held)
+        return cls(load_policy(name, trust, held, device), trained, held)
 
     @classmethod
     def empty(cls, name: str, trust: Trust = NO_TRUST, trained: Trained | None = None, held: Held = FLOAT32) -> Policy:
@@ -106,14 +106,14 @@ class Policy:
     def sketched(self, config: PreTrainedConfig) -> Policy:
         """Return a policy without weights of which the same trains, held in the same way, under other settings."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, **self._held.loaded_as()).eval()
+            model = AutoModelForCausalLM.from_config(config, **self._held.built_as()).eval()
             model.tie_weights()
         return Policy(model, self._trained, self._held)
 
     def untrained(self, config: PreTrainedConfig, device: torch.device) -> Policy:
         """Return a policy with random weights of which the same trains, held in the same way, under other settings."""
-        model = AutoModelForCausalLM.from_config(config, **self._held.loaded_as()).eval()
-        return Policy(model.to(device), self._trained.fresh(), self._held)
+        model = AutoModelForCausalLM.from_config(config, **self._held.built_as()).eval()
+        return Policy(self._held.take_over(model, device), self._trained.fresh(), self._held)
 
     def __str__(self) -> str:
         """Name the architecture."""
@@ -156,7 +156,7 @@ class Policy:
         parameters, held = list(self.model.parameters()), self._held.bytes_of(self.model)
         trained = self._trained.weights(self.model)
         return Sizes(
-            numbers=sum(parameter.numel() for parameter in parameters),
+            numbers=self._held.numbers_of(self.model),
             held=held,
             present=0 if any(parameter.is_meta for parameter in parameters) else held,
             num_trained=sum(parameter.numel() for parameter in trained),

@@ -61,7 +61,9 @@ class Session:
     @property
     def held(self) -> Held:
         """How the weights of the run's models are held: those that train in float32, frozen ones as it is computed."""
-        return FLOAT32 if self.config.adapter is None else held_as(self.precision.name)
+        if self.config.adapter is None:
+            return FLOAT32
+        return held_as(self.config.model.quantize or self.precision.name, self.precision.name)
 
     def under(self, config: Config) -> Session:
         """Return the same session with other settings."""

@@ -6,13 +6,24 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft.utils.integrations import dequantize_bnb_weight
+from transformers import PreTrainedModel
+
+from dpo_cli.modeling.adapted import Adapted
+from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.held import FLOAT32, QUANTIZED, Held, held_as
+from dpo_cli.modeling.loading import load_policy, weights_digest
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.quantized_layers import quantized_layers
 
 TRIES_KERNELS = """
 import sys
 import torch
-from dpo_cli.modeling.quantized_layers import import_bitsandbytes
+from dpo_cli.modeling.extras import import_bitsandbytes
 import_bitsandbytes()
 import peft.tuners.lora.bnb
 assert "bitsandbytes" in sys.modules
@@ -35,3 +46,115 @@ def test_no_kernel_of_others_is_asked_for_and_nothing_is_printed(tmp_path: Path)
     )
     assert (done.stdout, done.stderr) == ("kernels\n", "")
     assert not asked.exists()
+
+
+def held_policy(model: Path, held: Held, **adapter: Any) -> Policy:
+    """Load a model with an adapter that is not zero."""
+    policy = Policy.load(str(model), trained=Adapted(Lora(**adapter)), held=held)
+    with torch.no_grad():
+        for name, weights in policy.weights().items():
+            if "lora_B" in name:
+                weights.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
+    return policy
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sizes_on_paper_are_those_in_memory(kind: str, dtype: str, tiny_llama: Path) -> None:
+    held, adapter = held_as(kind, dtype), Adapted(Lora())
+    plain = Policy.load(str(tiny_llama), trained=adapter).sizes()
+    sketch = Policy.empty(str(tiny_llama), trained=adapter, held=held).sizes()
+    policy = Policy.load(str(tiny_llama), trained=adapter, held=held)
+    loaded = policy.sizes()
+    assert sketch.held == pytest.approx(held_in_memory(policy.model), rel=0.01)
+    assert loaded.held == pytest.approx(held_in_memory(policy.model), rel=0.01)
+    assert (sketch.numbers, loaded.numbers) == (plain.numbers, plain.numbers)
+    assert (sketch.present, loaded.present) == (0, loaded.held)
+    assert sketch.trained == loaded.trained == plain.trained
+
+
+def held_in_memory(model: PreTrainedModel) -> int:
+    """Return the bytes of every tensor that can be reached from a model but its buffers, each storage once."""
+    buffers = {id(buffer) for buffer in model.buffers()}
+    found: dict[int, int] = {}
+    waiting: list[Any] = list(model.modules())
+    seen: set[int] = set()
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen or id(one) in buffers:
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.Tensor):
+            found[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        if isinstance(one, dict):
+            waiting += one.values()
+        elif hasattr(one, "__dict__"):
+            waiting += [value for value in vars(one).values() if not isinstance(value, type)]
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_copy_shares_all_that_does_not_train(kind: str, tiny_llama: Path) -> None:
+    policy = held_policy(tiny_llama, held_as(kind, "float32"))
+    before = held_in_memory(policy.model)
+    other = policy.frozen_copy()
+    both = held_in_memory(torch.nn.ModuleList([policy.model, other.model]))
+    assert both - before == sum(weights.nbytes for weights in policy.weights().values())
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("dora", [False, True])
+def test_gradients_are_those_of_the_dequantized_model(kind: str, dora: bool, tiny_llama: Path) -> None:
+    policy = held_policy(tiny_llama, held_as(kind, "float32"), dora=dora)
+    plain = held_policy(tiny_llama, FLOAT32, dora=dora)
+    for name, layer in quantized_layers(policy.model).items():
+        plain.model.get_submodule(name).weight.data = dequantize_bnb_weight(layer.weight, layer.__dict__.get("state"))
+    plain.set_weights(policy.weights())
+    ids = torch.arange(40).reshape(2, 20)
+    # A pass without gradient must not change what the next one computes.
+    with torch.no_grad():
+        first = policy.model(ids).logits
+    results = [one.model(ids).logits for one in (policy, plain)]
+    assert torch.equal(first, results[0])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+    for logits in results:
+        logits.log_softmax(-1)[..., 3].sum().backward()
+    ours, expected = policy.model.named_parameters(), dict(plain.model.named_parameters())
+    gradients = {name: weights.grad for name, weights in ours if weights.requires_grad}
+    assert [*gradients] == [*policy.weights()]
+    for name, gradient in gradients.items():
+        assert gradient is not None
+        torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_token_does_not_depend_on_what_it_is_batched_with(kind: str, tiny_llama: Path) -> None:
+    policy = held_policy(tiny_llama, held_as(kind, "float32"))
+    # One token whose activations are large, as those of some tokens of real models are.
+    policy.model.get_input_embeddings().weight.data[7] *= 200
+    ids = torch.tensor([[1, 2, 3, 4, 5], [7, 7, 7, 7, 7]])
+    with torch.no_grad():
+        together, alone = policy.model(ids).logits[0], policy.model(ids[:1]).logits[0]
+    assert (together.log_softmax(-1) - alone.log_softmax(-1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_identity_is_the_bases_whatever_the_adapter_and_the_passes_are(kind: str, tiny_llama: Path) -> None:
+    held = held_as(kind, "float32")
+    policies = [
+        Policy.load(str(tiny_llama), trained=Adapted(Lora(rank=rank), seed), held=held)
+        for rank, seed in ((4, 1), (8, 2))
+    ]
+    before = weights_digest(Policy.load(str(tiny_llama), held=held).frozen().model)
+    with torch.no_grad():
+        policies[1].model(torch.arange(20)[None])
+    assert policies[0].identity == policies[1].identity == before
+    assert before != Policy.load(str(tiny_llama), held=FLOAT32).identity
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_built_is_quantized_as_what_is_loaded(kind: str, dtype: str, tiny_llama: Path) -> None:
+    held = held_as(kind, dtype)
+    built = held.take_over(load_policy(str(tiny_llama), held=held_as(dtype, dtype)), "cpu")
+    assert weights_digest(built) == weights_digest(load_policy(str(tiny_llama), held=held))
