@@ -39,9 +39,10 @@ one that the run gives as if all were well. A **traceback** is one that the user
 - **Crash at a file operation.** A run with a cache of its own prepares its data, scores the reference, takes eight
   steps, evaluates, saves four checkpoints and drops the older two. The process is ended at every file operation: before
   it opens, writes, syncs, renames or removes a file or makes a folder, and when half of the bytes of a write are
-  written. Three kinds of run: `dpo`; `bco`, which remembers something and has a reference that moves; and one that
-  saves in the background. Where two processes train, the other one is killed, as a launcher does, and every eighth
-  operation is tried. Of one process, every twelfth is followed by two more crashes while resuming.
+  written. Four kinds of run: `dpo`; `bco`, which remembers something and has a reference that moves; `lora`, an adapter
+  with dropout that goes on from another and has such a reference; and one that saves in the background. Where two
+  processes train, the other one is killed, as a launcher does, and every eighth operation is tried. Of one process,
+  every twelfth is followed by two more crashes while resuming.
 - **Power cut at a file operation**, every tenth. What was not synced is lost by the rules of POSIX, which promise less
   than any one file system: bytes are kept when their file was synced, names when their folder was. Of the rest nothing
   remains; or all names, and files are short; or all names, and files hold zeros; or a part of it, by chance.
@@ -51,14 +52,15 @@ one that the run gives as if all were well. A **traceback** is one that the user
 - **Disk.** Full (a small tmpfs, a limit on the size of files), read-only, slow, failing to flush, refusing each kind of
   file with each error; a folder removed under the run.
 - **Damage.** Every file of a checkpoint, of prepared data, of the reference cache, of the trained model and of the run
-  truncated, emptied, with a flipped byte, missing, a folder in its place, or from another run.
+  truncated, emptied, with a flipped byte, missing, a folder in its place, or from another run; and those of a run that
+  trains an adapter.
 - **Numbers.** A loss, a gradient or a weight that is NaN or infinite at every step, from data or made so; overflow in
   float16; learning rates far too high; steps skipped, too often and with a resume between.
 - **Two at once.** On one output folder, on one prepared folder, on one reference cache; holders and waiters killed and
   interrupted.
 - **Ranks.** One of two or three processes killed, stopped, hanging or failing while it loads, scores the reference,
   takes a step, saves or evaluates.
-- **Resume.** After every step, with every loss, reference, optimizer and option.
+- **Resume.** After every step, with every loss, reference, optimizer, kind of adapter and option.
 - **Fuzzing.** Inputs that atheris makes up for everything that reads files: each gives a result or an error. It stands
   in the table where it was run before.
 

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, verified before they are believed, the oldest pruned.
 
     step-000100/
-      config.json, model.safetensors, tokenizer.json …    a Hugging Face folder
+      config.json, model.safetensors, tokenizer.json …    a Hugging Face folder; of an adapter, PEFT's
       optimizer.safetensors                               the optimizer's state: AdamW's moments, say
       random_states.safetensors                           one for each rank
       reference.safetensors                               the reference's weights, where it moves

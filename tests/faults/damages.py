@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.conftest import FULL
+
+TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
+STATE_FILES = ("optimizer.safetensors", "random_states.safetensors", "training_state.json")
 
 Damage = Callable[[Path, Path], None]
 """Damages a file; the other is the file of the same name of another run."""
@@ -46,6 +50,11 @@ DAMAGES: dict[str, Damage] = {
     FOLDER: _put_folder,
     OTHERS: _put_other,
 }
+
+
+def named(file: str, damage: str = MISSING) -> str:
+    """Match a line that names a damaged file; with a manifest of other digests it is other files that are damaged."""
+    return "" if file == "manifest.json" and damage in (FLIPPED, OTHERS) else f".*{re.escape(file)}"
 
 
 def flip(file: Path, place: int) -> None:

@@ -7,7 +7,6 @@ damaged one, caches are written again, and what can be had nowhere else is an er
 from __future__ import annotations
 
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from tests.conftest import build_llama, read_metrics
 from tests.faults.conftest import FULL
-from tests.faults.damages import DAMAGES, FLIPPED, FOLDER, MISSING, OTHERS, cases, flip
+from tests.faults.damages import DAMAGES, FOLDER, MISSING, STATE_FILES, TOKENIZER_FILES, cases, flip, named
 from tests.faults.launching import run_ranks
 from tests.faults.ledger import Outcome
 from tests.faults.trials import (
@@ -26,6 +25,7 @@ from tests.faults.trials import (
     judged,
     require_error,
     require_no_traceback,
+    require_on_from,
     require_said,
     require_same,
     same_metrics,
@@ -36,10 +36,8 @@ from tests.faults.zygote import Ended
 NEWEST, BEFORE = f"step-{NUM_STEPS:06d}", f"step-{NUM_STEPS - 2:06d}"
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
-TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
 SAME_FILES = ("generation_config.json", *TOKENIZER_FILES)
 """Those that cannot be told from another run's."""
-STATE_FILES = ("optimizer.safetensors", "random_states.safetensors", "training_state.json")
 CHECKPOINT_FILES = (*MODEL_FILES, *STATE_FILES, "manifest.json", *TOKENIZER_FILES)
 FINAL_FILES = (*MODEL_FILES, "README.md", "manifest.json", *TOKENIZER_FILES)
 PREPARED_FILES = ("pairs.arrow", "manifest.json")
@@ -72,15 +70,6 @@ def prepared_of(trial: Trial) -> Path:
 
 def reference_of(trial: Trial) -> Path:
     return only(trial.cache, "reference/*/*.arrow")
-
-
-def named(file: str, damage: str = MISSING) -> str:
-    """Match a line that names a damaged file; with a manifest of other digests it is other files that are damaged."""
-    return "" if file == "manifest.json" and damage in (FLIPPED, OTHERS) else f".*{re.escape(file)}"
-
-
-def require_on_from(ended: Ended, step: int, *lines: str) -> None:
-    require_said(ended, *lines, f"^resuming after step {step}: ")
 
 
 def test_every_file_is_among_those_that_are_damaged(whole):

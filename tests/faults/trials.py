@@ -250,6 +250,11 @@ def require_said(ended: Ended, *lines: str) -> None:
         _require(re.search(line, ended.said, re.MULTILINE) is not None, f"not said: {line!r}\n{ended.said}")
 
 
+def require_on_from(ended: Ended, step: int, *lines: str) -> None:
+    """Require a good end of a run that went on after a step, and lines that match."""
+    require_said(ended, *lines, f"^resuming after step {step}: ")
+
+
 def require_no_traceback(ended: Ended) -> None:
     """Require that the user was not shown one."""
     if "Traceback" in ended.said:
