@@ -105,6 +105,7 @@ def _lines(model: str | None, found: ModelFound | None, data: str | None, rows: 
     yield "# yaml-language-server: $schema=schema.json"
     yield "# Written by `dpo init`. `dpo config example` shows more settings, `dpo config schema > schema.json` all."
     yield from _model_lines(model, found)
+    yield "# adapter: lora    # train a few weights beside the model's own, in less memory; then at a rate of 2e-5"
     yield ""
     yield from _data_lines(data, rows, found)
     yield ""

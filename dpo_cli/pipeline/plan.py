@@ -24,6 +24,9 @@ from dpo_cli.training.checks import check_columns, check_ends, check_fits, check
 from dpo_cli.training.optimizer import Optimizer, warmup_steps
 from dpo_cli.training.run_folder import RunFolder, RunState
 
+_LEAST_OF_AN_ADAPTER, _MOST_OF_ALL_WEIGHTS = 2e-6, 5e-5
+"""Learning rates below and above which a run is warned of: what many publish is well within."""
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -104,9 +107,20 @@ def check_data(run: PlannedRun) -> None:
     ends = end_tokens(run.tokenizer, generation_config(config.model.name, config.model.trust))
     for proved in check_tokens(data.pairs, run.tokenizer, ends):
         console.notice(f"checked: {proved}")
-    for warning in (check_ends(data.pairs, run.tokenizer, ends), check_columns(data.pairs, config.objective)):
+    found = check_ends(data.pairs, run.tokenizer, ends), check_columns(data.pairs, config.objective)
+    for warning in (unusual_rate(config), *found):
         if warning:
             console.warning(warning)
+
+
+def unusual_rate(config: Config) -> str:
+    """Say so where the learning rate is one for an adapter and all weights train, or the other way round."""
+    rate, low = config.training.learning_rate, config.adapter is not None
+    if not (rate < _LEAST_OF_AN_ADAPTER if low else rate > _MOST_OF_ALL_WEIGHTS):
+        return ""
+    what = "low for an adapter" if low else "high where all weights train"
+    usual = "5e-6 to 5e-5 are usual with an adapter, about 1e-6 where all weights train"
+    return f"`training.learning_rate` {rate:g} is {what}: {usual}"
 
 
 def make_plan(config: Config, data: RunData) -> Plan:

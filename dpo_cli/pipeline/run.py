@@ -195,11 +195,13 @@ def _before_and_after(run: Run, after: dict[str, Any] | None) -> dict[str, dict[
 
 def _worsened(run: Run, after: dict[str, Any]) -> str:
     """Say in one line what is worse than before step 1, and which settings to change; nothing where all is well."""
-    objective, training = run.session.config.objective, run.session.config.training
+    config = run.session.config
+    objective, training = config.objective, config.training
     chosen_tokens = float(run.batches.pairs.sizes.chosen_scored[run.plan.data.held_out].mean())
     advice = [f"lower `training.learning_rate` ({training.learning_rate:g})"]
     advice += [f"train fewer steps ({run.plan.steps.num_steps})"]
     advice += ["raise `beta` of the loss"] if objective.needs_reference else []
     advice += ["add the loss `sft`"] if all(loss.type != "sft" for loss in objective.losses) else []
+    advice += ["train an adapter (`adapter: lora`)"] if config.adapter is None else []
     found = "; ".join(worsened(run.before, after, chosen_tokens))
     return found and f"the model is worse than before step 1: {found}. Try one of these: {', '.join(advice)}"

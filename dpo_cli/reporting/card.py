@@ -5,6 +5,7 @@ Names of models, data and folders are text in it, neither Markdown nor HTML, and
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.reporting.safe_text import as_markdown, markdown_code, markdown_fence, visible
 from dpo_cli.reporting.secrets import covered
 from dpo_cli.system import plain_yaml
+
+_LOADED = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
 
 
 def model_card(
@@ -30,13 +39,16 @@ def model_card(
         columns: The held-out figures by the time of their measurement; empty without held-out pairs.
     """
     base = settings["model"]["name"]
-    front: dict[str, Any] = {"library_name": "transformers", "tags": ["dpo", "preference-optimization"]}
+    adapted = settings.get("adapter") is not None
+    library = "peft" if adapted else "transformers"
+    front: dict[str, Any] = {"library_name": library, "tags": ["dpo", "preference-optimization", *["lora"] * adapted]}
     if not Path(base).exists():
         front["base_model"] = covered(base)
     sections = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {as_markdown(name)}",
         f"Fine-tuned from {markdown_code(visible(covered(base)))} on preference pairs by dpo {__version__}.",
+        *(_use(base, settings["adapter"]) if adapted else []),
         "## Data and steps",
         _table({name: [fact] for name, fact in facts.items()}),
     ]
@@ -49,6 +61,21 @@ def model_card(
     fence = markdown_fence(settings_text, 3)
     sections += ["## Settings", f"{fence}yaml\n{settings_text}{fence}"]
     return "\n\n".join(sections) + "\n"
+
+
+def _use(base: str, adapter: Mapping[str, Any]) -> list[str]:
+    """Say that this is an adapter, of which base, and how both are loaded and merged."""
+    start = adapter.get("start")
+    went_on = f" Training went on from the adapter {markdown_code(visible(covered(start)))}." if start else ""
+    code = _LOADED.format(base=json.dumps(visible(covered(base)), ensure_ascii=False))
+    fence = markdown_fence(code, 3)
+    return [
+        f"This folder holds an adapter, not a whole model: it changes what its base answers.{went_on}",
+        "## Use",
+        f"{fence}python\n{code}{fence}",
+        "`model.merge_and_unload()` makes one model of both. `dpo export RUN --to FOLDER --merge` writes such a model, "
+        "and compares its log-probabilities with the adapter's.",
+    ]
 
 
 def _covered_within(value: Any) -> Any:

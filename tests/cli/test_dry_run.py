@@ -20,6 +20,7 @@ from dpo_cli.modeling.loading import empty_policy, load_policy
 from dpo_cli.modeling.pace import measure_pace, measured_layers
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.forecast import DiskNeed, disk_need, warn_of_disk
+from dpo_cli.pipeline.plan import unusual_rate
 from dpo_cli.reporting.console import Console
 from dpo_cli.training.run_folder import RunFolder
 from tests.conftest import build_llama, read_metrics
@@ -58,6 +59,41 @@ def test_it_says_what_a_run_takes_and_says_nothing_twice(dry, tmp_path):
     assert [name for name in plan if counts[name] > 1] == []
     said = [line for line in result.stderr.splitlines() if line]
     assert len(said) == len(set(said))
+
+
+def test_of_an_adapter_it_says_what_trains_and_counts_that_alone_on_the_disk(dry):
+    """On each of two layers, rank 2 beside 32 → 32 twice, 32 → 16 twice, 32 → 64 twice and 64 → 32."""
+    result = dry(adapter={"type": "lora", "rank": 2, "rslora": True})
+    assert result.returncode == 0, result.stderr
+    plan, trained = rows(result.stdout), 2 * 2 * (2 * 64 + 2 * 48 + 3 * 96)
+    assert plan["parameters"].endswith(f", of which {trained:,} are trained (rsLoRA rank 2 on 14 layers)")
+    assert plan["weights"] == "float32"
+    assert plan["speed"].startswith("about ")
+    assert plan["disk"].startswith("0.00 GiB at most")
+
+
+@pytest.mark.parametrize(
+    ("settings", "rate", "said"),
+    [
+        ({}, 1e-6, ""),
+        ({}, 5e-5, ""),
+        ({}, 1e-4, "0.0001 is high where all weights train"),
+        ({"adapter": "lora"}, 1e-6, "1e-06 is low for an adapter"),
+        ({"adapter": "lora"}, 2e-6, ""),
+        ({"adapter": "lora"}, 1e-3, ""),
+    ],
+)
+def test_a_learning_rate_that_suits_the_other_way_to_train_is_warned_of(write_config, settings, rate, said):
+    found = unusual_rate(load_config(write_config(**settings, training={"learning_rate": rate})))
+    assert said in found
+    assert bool(found) == bool(said)
+
+
+def test_the_warning_about_the_learning_rate_is_there_once(dry, write_config, forked_dpo):
+    settings = {"adapter": "lora", "training": {"learning_rate": 1e-6, "max_steps": 1}}
+    for result in (dry(**settings), forked_dpo("train", "--config", write_config(**settings))):
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.count("low for an adapter: 5e-6 to 5e-5 are usual with an adapter") == 1
 
 
 def test_it_works_beside_a_run_and_says_what_a_real_one_would_need(dry, write_config, forked_dpo, tmp_path):

@@ -82,6 +82,24 @@ def test_the_model_card_states_base_data_loss_settings_and_held_out_figures(fini
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it.
+def test_the_card_of_an_adapter_names_its_base_and_its_own_lines_load_both(
+    forked_dpo, write_config, tmp_path, tiny_llama
+):
+    """The code is taken from the card, and answers otherwise than the base alone."""
+    done = forked_dpo("train", "--config", write_config(adapter="lora", training={"max_steps": 2}))
+    assert done.returncode == 0, done.stderr
+    final = tmp_path / "runs/run/final"
+    card = (final / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+    names = {}
+    exec(re.search(r"^```python\n(.*?)^```$", card, re.M | re.S)[1].replace("path/to/this/folder", str(final)), names)
+    tokens = names["tokenizer"]("Name three primes.", return_tensors="pt")["input_ids"]
+    base = names["AutoModelForCausalLM"].from_pretrained(tiny_llama)
+    with torch.no_grad():
+        assert not torch.allclose(names["model"](tokens).logits, base(tokens).logits, atol=1e-4)
+
+
 def test_dpo_eval_gives_the_figures_that_the_run_logged(forked_dpo, finished, tmp_path, tiny_llama):
     file, run, _ = finished
     for model, logged in ((tiny_llama, 0), (run / "final", 2), (run / "checkpoints" / "step-000008", 2)):

@@ -145,12 +145,14 @@ def test_hostile_names_are_escaped_in_json(hostile, dpo, name):
 @pytest.mark.parametrize(
     "name", ["a`<b>x</b>", "x```\n<script>", "a|b", "![x](https://host/x.png)", "[x](y) <img src=z>"]
 )
-def test_a_name_in_the_model_card_is_neither_markdown_nor_html(name):
-    card = model_card(name, {"model": {"name": name}, "note": f"\n```\n{name}\n"}, {"data": name}, {})
+@pytest.mark.parametrize("adapted", [False, True], ids=["model", "adapter"])
+def test_a_name_in_the_model_card_is_neither_markdown_nor_html(name, adapted):
+    settings = {"model": {"name": name}, "note": f"\n```\n{name}\n"}
+    card = model_card(name, {**settings, "adapter": {"start": name} if adapted else None}, {"data": name}, {})
     front, body = card.split("---\n", 2)[1:]
     assert "dpo" in front
     # What a reader of Markdown sees as code is text; nothing else of the name is left in a form that means something.
-    prose = re.sub(r"^(`{3,})yaml$.*^\1$", "", body, flags=re.MULTILINE | re.DOTALL)
+    prose = re.sub(r"^(`{3,})(?:yaml|python)$.*?^\1$", "", body, flags=re.MULTILINE | re.DOTALL)
     prose = re.sub(r"(?<!`)(`+)(?!`).*?(?<!`)\1(?!`)", "", prose)
     assert not re.search(r"[<>\[\]!`]", prose)
     assert prose.count("\n| ") == body.count("\n| ")

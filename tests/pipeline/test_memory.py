@@ -1,0 +1,132 @@
+"""What a run is estimated to take whatever its pairs are, and what is suggested where that is too much."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import build
+
+from dpo_cli.config import load_config
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.pipeline import memory
+from dpo_cli.pipeline.memory import check_memory
+from dpo_cli.pipeline.models import trained_policy
+from dpo_cli.pipeline.session import started
+from dpo_cli.reporting.console import Console
+from tests.conftest import make_config
+
+RANK = 2
+SIZES = {"vocab_size": 400, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("model")
+    build("llama", **SIZES, **HEADS).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def numbers(model):
+    """Return how many weights the model has, by its own count, and how many a LoRA of `RANK` on all linear layers.
+
+    Each layer has q, o of 256 → 256, k, v of 256 → 128, gate, up of 256 → 512 and down of 512 → 256.
+    """
+    of_layer = 2 * (256 + 256) + 2 * (256 + 128) + 3 * (256 + 512)
+    return Policy.empty(str(model)).model.num_parameters(), 2 * RANK * of_layer
+
+
+@pytest.fixture
+def session(tmp_path, model, pairs_file):
+    """Open a session under some settings."""
+    opened = []
+
+    def open_one(**settings):
+        config = load_config(make_config(tmp_path, model, pairs_file, **settings))
+        opened.append(started(config, Console(quiet=True)))
+        return opened[-1].__enter__()
+
+    yield open_one
+    for one in opened:
+        one.__exit__(None, None, None)
+
+
+LORA = {"type": "lora", "rank": RANK}
+SYNCED = {"type": "synced", "every_steps": 2}
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(("reference", "copies"), [("cached", 0), ("frozen", 0), (SYNCED, 1)], ids=str)
+@pytest.mark.parametrize("started_from", [False, True], ids=["fresh", "start"])
+def test_an_adapter_takes_gradients_moments_and_copies_of_its_own_weights_alone(
+    session, model, tmp_path, tokenizer, reference, copies, started_from, background
+):
+    """Beside the base: 4 bytes for a weight, 4 for its gradient, 8 for AdamW; a start adapter that answers is a copy.
+
+    What is saved in the background is the adapter, its moments and a reference that moves.
+    """
+    base, adapter = numbers(model)
+    lora = dict(LORA)
+    if started_from:
+        lora["start"] = str(tmp_path / "start")
+        (tmp_path / "start").mkdir()
+        with started(load_config(make_config(tmp_path, model, model, adapter=LORA)), Console(quiet=True)) as first:
+            trained_policy(first).write(tmp_path / "start", tokenizer)
+        copies = copies or int(reference == "frozen")
+    one = session(adapter=lora, reference=reference, checkpoints={"background": background})
+    policy = trained_policy(one, empty=True)
+    parts = memory._without_passes(one, policy, policy, 0).parts()
+    assert {name: size for name, size in parts.items() if name != "optimizer"} == {
+        "program and libraries": 0,
+        "weights": 4 * (base + adapter),
+        "reference model": 4 * adapter * copies,
+        "gradients": 4 * adapter,
+        "activations": 0,
+        "logits": 0,
+        "copy being saved": background * (4 * adapter * (1 + (reference == SYNCED)) + parts["optimizer"]),
+    }
+    # AdamW counts the steps of every weight beside the moments of its numbers.
+    assert parts["optimizer"] == pytest.approx(8 * adapter, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bytes_of", "hint"),
+    [
+        ({}, lambda base, adapter: 12 * base, "set `training.optimizer: adafactor`"),
+        ({}, lambda base, adapter: 4 * base + 17 * 8 * adapter, "set `adapter: lora`"),
+        ({"checkpoints": {"background": True}}, lambda base, adapter: 17 * base, "set `checkpoints.background: false`"),
+        ({"reference": "frozen"}, lambda base, adapter: 17 * base, "set `reference.type: cached`"),
+        ({"reference": "frozen"}, lambda base, adapter: 4 * base + 17 * 8 * adapter, "set `adapter: lora`"),
+    ],
+    ids=["adafactor", "adapter", "background", "cached", "an adapter instead of all others"],
+)
+def test_what_does_not_fit_is_refused_with_the_least_change_that_would(
+    session, model, monkeypatch, settings, bytes_of, hint
+):
+    """All weights take 16 bytes each, a reference 4 and a copy 12 more; the adapter that is suggested has rank 16."""
+    one = session(**settings)
+    policy = trained_policy(one, empty=True)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: bytes_of(*numbers(model)))
+    with pytest.raises(UserError) as refused:
+        check_memory(one, policy, policy, 0)
+    assert refused.value.hint == hint
+
+
+def test_of_what_fits_in_no_way_the_size_that_would_is_told(session, model, monkeypatch):
+    """Half of the memory that the least of all takes is enough for half of the weights."""
+    one = session()
+    policy = trained_policy(one, empty=True)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(UserError, match="training needs at least") as refused:
+        check_memory(one, policy, policy, 0)
+    assert "choose a model of at most" in refused.value.hint
+    assert "(under `adapter: lora`)" in refused.value.hint
+
+
+def test_what_fits_is_not_refused(session, model, monkeypatch):
+    one = session(adapter=LORA)
+    policy = trained_policy(one, empty=True)
+    base, adapter = numbers(model)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * base + 17 * adapter)
+    check_memory(one, policy, policy, 0)
