@@ -94,11 +94,11 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class World:
-    """What both sides are given: two models that are near each other, and pairs."""
+    """What both sides are given: a policy, a reference near it, by default the policy before step 1, and pairs."""
 
     folder: Path
     policy: Path
-    reference: Path
+    reference: Path | None
     rows: Path
     pairs: PreparedPairs
     tokenizer: Any
@@ -161,9 +161,9 @@ def alike(rows: list[dict[str, str]]) -> list[dict[str, str]]:
 # Their side.
 
 
-def peer(world: World, trainer: Any = InOrder, config: Any = DPOConfig, **settings: Any) -> Any:
-    """Build one of TRL's trainers."""
-    arguments = config(
+def their_settings(world: World, config: Any = DPOConfig, **settings: Any) -> Any:
+    """Build the settings of one of TRL's trainers, under which it does the same work as we do."""
+    return config(
         output_dir=str(world.folder / "trl"),
         use_cpu=True,
         bf16=False,
@@ -179,10 +179,14 @@ def peer(world: World, trainer: Any = InOrder, config: Any = DPOConfig, **settin
         report_to=[],
         **{"beta": BETA, **settings},
     )
+
+
+def peer(world: World, trainer: Any = InOrder, config: Any = DPOConfig, **settings: Any) -> Any:
+    """Build one of TRL's trainers."""
     models = {"model": load_policy(str(world.policy))}
     if config is DPOConfig:
         models["ref_model"] = load_policy(str(world.reference))
-    data = conversations(world.rows)
+    arguments, data = their_settings(world, config, **settings), conversations(world.rows)
     return trainer(**models, args=arguments, train_dataset=data, processing_class=world.tokenizer)
 
 
@@ -192,7 +196,7 @@ def collated(trainer: Any, pairs: Sequence[int] = PAIRS) -> dict[str, Any]:
 
 def backward(trainer: Any, loss: Tensor) -> OneStep:
     loss.backward()
-    return OneStep(loss.item(), {name: p.grad for name, p in trainer.model.named_parameters()})
+    return OneStep(loss.item(), {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad})
 
 
 def their_step(trainer: Any) -> OneStep:
@@ -240,12 +244,15 @@ def train(
     optimizer: Callable[[Sequence[nn.Parameter]], Any] = keep,
     reference: Any = None,
     max_grad_norm: float | None = None,
+    trained: Any = None,
 ) -> tuple[list[dict[str, float]], OneStep]:
     """Take steps, each given as the pairs of its micro-batches; return all metrics, and the last step's gradients."""
     accelerator, objective = Accelerator(cpu=True), Objective.of(losses)
-    policy, other = (Policy.load(str(model)) for model in (world.policy, world.reference))
+    policy = Policy.load(str(world.policy), trained=trained)
     policy.place(accelerator, trained=True, collisions=objective.wpo)
-    other.place(accelerator, trained=False)
+    other = Policy.load(str(world.reference)) if world.reference else policy
+    if other is not policy:
+        other.place(accelerator, trained=False)
     batches = Batches(world.pairs, LAYOUTS["padded"], 10_000, accelerator.device)
     indices = np.arange(len(world.pairs))
     work = ReferenceWork(other, policy, accelerator, indices, batches, silent)
