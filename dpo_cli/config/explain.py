@@ -81,7 +81,24 @@ def contradictions(config: Config, tree: Tree) -> list[UserError]:
     if sum(loss.router_aux > 0 for loss in objective.losses) > 1:
         what = "only one loss may set `router_aux`, but several do"
         problems.append(UserError(what, tree.place(("loss",)), "set it in one of them"))
-    return problems
+    return [*problems, *_of_the_adapter(config, tree)]
+
+
+def _of_the_adapter(config: Config, tree: Tree) -> Iterator[UserError]:
+    """Find what does not go together with an adapter."""
+    adapter, reference = config.adapter, config.reference
+    if adapter is None:
+        return
+    comparing = ", ".join(f"`{loss.type}`" for loss in config.objective.losses if loss.compares_pairs)
+    if adapter.dropout and comparing:
+        what = (
+            f"`adapter.dropout` does not go together with the loss {comparing}, which takes all pairs of a step twice"
+        )
+        yield UserError(what, tree.place(("adapter", "dropout")), "leave `adapter.dropout` out, or choose another loss")
+    if reference.type == "synced" and reference.model is not None:
+        what = "under an adapter, `reference.model` cannot move towards the policy: it has no adapter"
+        hint = "leave `reference.model` out, or set `reference: frozen` with it"
+        yield UserError(what, tree.place(("reference", "model")), hint)
 
 
 def _path(location: Sequence[int | str], values: Any) -> tuple[str, ...]:
@@ -116,7 +133,8 @@ def _explain_one(path: tuple[str, ...], details: list[Any], tree: Tree) -> UserE
             return _wrong_type(path, detail["input"], place)
     wanted = [*dict.fromkeys(_wanted(one) for one in details), *(["null"] if _takes_null(path) else [])]
     what = f"`{dotted}` should be {' or '.join(wanted)}, but is {_show(detail['input'])}"
-    return UserError(what, place, _near_choice(details) or _how_to_set(path, detail["input"]))
+    advice = translations.type_advice(_name(path).removesuffix(".type"), str(detail["input"]))
+    return UserError(what, place, advice or _near_choice(details) or _how_to_set(path, detail["input"]))
 
 
 def _near_choice(details: list[Any]) -> str | None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dpo_cli.config.schema import Config, changeable
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source, look_up_source, paths_of
 from dpo_cli.errors import UserError, raise_all
-from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.adapter_files import holds_adapter, read_start
 from dpo_cli.modeling.extras import missing_package
-from dpo_cli.modeling.model_names import check_model, look_up_model, missing_weights, names_hub_model
+from dpo_cli.modeling.model_names import (
+    check_model,
+    look_up_model,
+    missing_weights,
+    names_hub_model,
+    whole_model,
+)
 from dpo_cli.reporting.console import STANDARD_OUTPUT
 from dpo_cli.reporting.trackers import check_trackers
 from dpo_cli.settings import located
@@ -68,9 +74,23 @@ def check_training(config: Config, *, resume: bool, overwrite: bool, dry_run: bo
         unusable = folder.check_inputs(_named_inputs(config))
     untracked = check_trackers(config.trackers, "`tracking`")
     missing = missing_weights(config.model.name, "`model.name`")
-    raise_all([*check_inputs(config), *untracked, *(one for one in (unusable, missing) if one)])
+    found = (one for one in (unusable, missing) if one)
+    raise_all([*check_inputs(config), *_check_alone(config), *untracked, *found])
     if resume:
         folder.check_unchanged(config.model_dump(mode="json"), changeable())
+
+
+def _check_alone(config: Config) -> Iterator[UserError]:
+    """Refuse an adapter to be trained on another one."""
+    name = config.model.name
+    if config.adapter is not None and holds_adapter(name):
+        base = whole_model(name)
+        shown = "its base" if base == name else f"`{base}`"
+        hint = (
+            f"to go on with it, set `model` to {shown} and `adapter.start: {name}`; to train another adapter, merge it "
+            f"first: `dpo export {name} --to DIR --merge`"
+        )
+        yield UserError(f"`{name}` is an adapter itself, beside which no other is trained", "`model.name`", hint)
 
 
 def check_evaluation(config: Config, model: str | None, data: str | None, json_file: Path | None) -> None:
@@ -105,12 +125,9 @@ def _check_scored(config: Config, model: str | None) -> list[UserError]:
     if model is None and not Path(scored).is_dir():
         what = f"the run has no trained model yet: there is no folder {located(scored)}"
         return [UserError(what, "`output_dir`", "train first, or name a model with --model")]
-    try:
-        # Of an adapter, its base.
-        named = base_name(read_adapter(Path(scored), "--model"), "--model") if holds_adapter(scored) else scored
-    except UserError as error:
-        return [error]
-    if problem := check_model(named, "--model", trust):
+    if problem := check_model(scored, "--model", trust) or (
+        missing_package("peft", "adapters", "--model") if holds_adapter(scored) else None
+    ):
         return [problem]
     if model is None or (Path(scored) / MANIFEST).is_file():
         try:
@@ -125,9 +142,12 @@ def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]
     """Say what the configuration names and is missing or unusable: models, packages, template, data."""
     problems = [check_model(config.model.name, "`model.name`", config.model.trust)]
     if config.reference.model is not None:
-        problems.append(check_model(config.reference.model, "`reference.model`", config.model.trust))
+        problems.append(_check_reference(config.reference.model, config))
     if config.adapter is not None:
         problems.append(missing_package("peft", "adapters", "`adapter`"))
+        problems.append(_check_start(config.adapter.start))
+    elif holds_adapter(config.model.name):
+        problems.append(missing_package("peft", "adapters", "`model.name`"))
     if config.model.quantize is not None:
         problems.append(missing_package("bitsandbytes", "quantize", "`model.quantize`"))
     template = config.model.chat_template
@@ -144,6 +164,27 @@ def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]
     return [problem for problem in problems if problem]
 
 
+def _check_reference(name: str, config: Config) -> UserError | None:
+    """Say what is wrong with a reference that is a model of its own."""
+    if holds_adapter(name):
+        hint = (
+            "to train on from it, set `adapter.start` and leave `reference.model` out: the reference is then the base "
+            f"with that adapter; else merge it first: `dpo export {name} --to DIR --merge`"
+        )
+        return UserError(f"`{name}` is an adapter, and a reference is a whole model", "`reference.model`", hint)
+    return check_model(name, "`reference.model`", config.model.trust)
+
+
+def _check_start(name: str | None) -> UserError | None:
+    """Say what is wrong with an adapter that training is to go on from, if there is one."""
+    try:
+        if name is not None:
+            read_start(name, "`adapter.start`")
+    except UserError as error:
+        return error
+    return None
+
+
 def look_up_on_hub(config: Config, *, model: str | None = None, data: str | None = None) -> None:
     """Ask the Hub for every model and dataset that is named and is not on this disk, before any work is done.
 
@@ -156,7 +197,8 @@ def look_up_on_hub(config: Config, *, model: str | None = None, data: str | None
         UserError: The Hub has something not, or cannot be reached and it was not downloaded before.
     """
     models = {"`model.name`": config.model.name, "`reference.model`": config.reference.model, "--model": model}
-    problems = [look_up_model(name, where) for where, name in models.items() if name and names_hub_model(name)]
+    asked = {where: whole_model(name) for where, name in models.items() if name}
+    problems = [look_up_model(name, where) for where, name in asked.items() if names_hub_model(name)]
     sources = {"`data.train`": as_sources(config.data.train), "`data.eval`": held_out_sources(config)}
     if data is not None:
         sources = {"--data": as_sources(data)}
@@ -198,8 +240,9 @@ def _may_be_named(config: Config) -> bool:
 
 
 def _named_inputs(config: Config) -> list[str]:
-    """Return what the configuration names as a model, a template or data."""
-    named = [config.model.name, config.model.chat_template, config.reference.model]
+    """Return what the configuration names as a model, an adapter, a template or data."""
+    named = [config.model.name, whole_model(config.model.name), config.model.chat_template, config.reference.model]
+    named += [config.adapter.start] if config.adapter else []
     for source in (*as_sources(config.data.train), *held_out_sources(config)):
         named += paths_of(source)
     return [name for name in named if name]

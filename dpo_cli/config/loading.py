@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from dpo_cli.config.explain import contradictions, explain, unfounded
 from dpo_cli.config.schema import Config, without_needless_reference
+from dpo_cli.config.start_adapter import other_than_start, with_settings_of_start
 from dpo_cli.config.tree import Tree, override, read_tree
 from dpo_cli.errors import UserError, raise_all
 from dpo_cli.settings import escape_path
@@ -41,8 +42,7 @@ def as_config(given: str | PathLike[str] | Mapping[str, Any] | Config) -> Config
         ExceptionGroup: Several things are wrong; every member is a `UserError`.
     """
     if isinstance(given, Config):
-        raise_all(contradictions(given, Tree()))
-        return without_needless_reference(given)
+        return _whole(given, Tree())
     if isinstance(given, Mapping):
         return _checked(Tree(_plain(given)), [])
     return load_config(Path(given))
@@ -65,5 +65,10 @@ def _checked(tree: Tree, problems: list[UserError]) -> Config:
     except ValidationError as error:
         raise_all([*problems, *explain(error, tree)])
         raise
-    raise_all([*problems, *contradictions(config, tree)])
-    return without_needless_reference(config)
+    return _whole(config, tree, problems)
+
+
+def _whole(config: Config, tree: Tree, problems: Sequence[UserError] = ()) -> Config:
+    """Settle what follows from settings that go together, given what is known to be wrong with them."""
+    raise_all([*problems, *contradictions(config, tree), *other_than_start(config, tree)])
+    return with_settings_of_start(without_needless_reference(config))

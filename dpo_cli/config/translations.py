@@ -19,7 +19,7 @@ def _either(names: Iterable[str]) -> str:
 
 
 _STEP = "set `training.pairs_per_step`, which is pairs per device × gradient accumulation × processes"
-_NO_ADAPTERS = "leave it out: adapters are not supported, all weights are trained"
+_WHOLE_LAYERS = "leave it out: an adapter trains no layer as a whole; `adapter: null` trains all weights"
 _NO_QUANTIZATION = "leave it out: quantized training is not supported, weights are held in float32"
 _NO_SHARDS = (
     "leave it out: every process holds the whole model; start several processes with `torchrun -m dpo_cli train …`"
@@ -41,12 +41,21 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ("attn_implementation attn_impl flash_attn flash_attention sdp_attention use_liger use_liger_kernel "
      "enable_liger_kernel",
      "leave it out: `training.layout` decides how attention is computed"),
-    ("revision model_revision tokenizer_name tokenizer_name_or_path adapter_name_or_path",
+    ("revision model_revision tokenizer_name tokenizer_name_or_path",
      "leave it out, and name a local folder in `model.name`"),
-    ("peft peft_config use_peft lora lora_config use_lora adapter adapters finetuning_type train_type tuner_type "
-     "lora_model_dir qlora lora_r lora_rank lora_alpha lora_dropout lora_target lora_target_modules target_modules "
-     "lora_target_linear modules_to_save lora_modules_to_save use_dora use_rslora freeze_trainable_layers",
-     _NO_ADAPTERS),
+    ("peft peft_config use_peft lora qlora lora_config use_lora adapters finetuning_type train_type tuner_type",
+     "set `adapter: lora`, or as a group `adapter: {type: lora, rank: …, alpha: …}`"),
+    ("lora_r lora_rank r", "set `adapter.rank`"),
+    ("lora_alpha", "set `adapter.alpha`"),
+    ("lora_dropout", "set `adapter.dropout`"),
+    ("lora_target lora_target_modules target_modules lora_target_linear",
+     "set `adapter.targets` to all-linear, a list of names or a pattern; all-linear is the default"),
+    ("use_dora", "set `adapter.dora: true`"),
+    ("use_rslora", "set `adapter.rslora: true`"),
+    ("adapter_name_or_path lora_model_dir lora_model_path resume_from_adapter",
+     "set `adapter.start` to the adapter's folder: training goes on from it"),
+    ("modules_to_save lora_modules_to_save additional_target freeze_trainable_layers", _WHOLE_LAYERS),
+    ("init_lora_weights lora_init pissa_init loraplus_lr_ratio", _FIXED),
     ("load_in_4bit load_in_8bit quantization_bit quantization_config quant_bits quant_method bnb_4bit_quant_type "
      "bnb_4bit_compute_dtype use_bnb_nested_quant",
      _NO_QUANTIZATION),
@@ -120,7 +129,8 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "set `training.gradient_checkpointing: true`"),
     ("data_seed random_seed", "set `training.seed`"),
     ("ddp_timeout ddp_backend", "set `training.rank_timeout`, in seconds"),
-    ("disable_dropout dropout attention_dropout", "leave it out: dropout is off"),
+    ("disable_dropout dropout attention_dropout",
+     "leave it out: dropout is off, except that of an adapter, `adapter.dropout`"),
     ("neftune_noise_alpha torch_compile use_unsloth unsloth activation_offloading",
      "leave it out: it is not supported"),
     # What is written.
@@ -172,8 +182,14 @@ _REFERENCES = {
     "ema": "write `synced`",
     "reference_free": "write `none`, with a loss that needs no reference, such as `simpo`",
 }
-_TYPES = {"loss": _LOSSES, "reference": _REFERENCES}
-"""Types of losses and references that others have or call so, and what to do in their place."""
+_ADAPTERS = {
+    "dora": "write `adapter: {type: lora, dora: true}`",
+    "rslora": "write `adapter: {type: lora, rslora: true}`",
+    **dict.fromkeys(("full", "none", "false"), "write `adapter: null`, which trains all weights"),
+    **dict.fromkeys(("true", "peft", "qlora"), "write `adapter: lora`"),
+}
+_TYPES = {"loss": _LOSSES, "reference": _REFERENCES, "adapter": _ADAPTERS}
+"""Types of losses, references and adapters that others have or call so, and what to do in their place."""
 
 
 def advice(name: str) -> str | None:
@@ -182,5 +198,5 @@ def advice(name: str) -> str | None:
 
 
 def type_advice(group: str, name: str) -> str | None:
-    """Return what to do in place of a type of `loss` or `reference` that others have or call so, if they do."""
+    """Return what to do in place of a type of loss, reference or adapter that others have or call so, if they do."""
     return _TYPES.get(group, {}).get(name.replace("-", "_").lower())

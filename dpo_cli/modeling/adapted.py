@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+from dpo_cli.modeling.adapter_fit import adapter_weights, check_head, check_layers, check_targets
 from dpo_cli.modeling.adapters import Adapter, Saved, layer_settings
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.extras import import_bitsandbytes
@@ -52,20 +53,26 @@ class Adapted:
         import_bitsandbytes()
         from peft import inject_adapter_in_model
 
-        on_paper = next(model.parameters()).is_meta
+        on_paper, start = next(model.parameters()).is_meta, self.adapter.started_from()
+        if start:
+            check_layers(model, start)
+            check_head(model, start)
+        layers = self.adapter.layers(model)
+        if start:
+            check_targets(start, layers.target_modules)
         # PEFT draws on the CPU, wherever the model is.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed)
             model.requires_grad_(False)
-            inject_adapter_in_model(self.adapter.layers(model), model, low_cpu_mem_usage=on_paper)
+            inject_adapter_in_model(layers, model, low_cpu_mem_usage=on_paper)
         for weights in self.moved(model).values():
             # PEFT gives them the dtype of the base, in which small steps are lost.
             weights.data = weights.data.float()
         for layer in _adapter_layers(model).values():
             self.adapter.refine(layer)
         model.eval()
-        if self.adapter.start and not on_paper:
-            self.restore(model, Path(self.adapter.start))
+        if start and not on_paper:
+            self._take_over(model, adapter_weights(start), start.path)
 
     def described(self, model: PreTrainedModel) -> str:
         """Say what trains, in a few words."""
@@ -184,14 +191,22 @@ class Adapted:
                 hint = "check the disk, then `--resume`: the last checkpoint is intact"
                 raise UserError(f"`{name}` was not saved as it is in memory", str(folder.parent), hint, status=FAILED)
 
-    @torch.no_grad()
     def restore(self, model: PreTrainedModel, folder: Path) -> None:
         """Replace the adapter's weights by those in a folder.
 
         Raises:
             UserError: They are another adapter's.
         """
-        theirs, ours = load_file(folder / ADAPTER_WEIGHTS), self.state(model)
+        self._take_over(model, load_file(folder / ADAPTER_WEIGHTS), folder)
+
+    @torch.no_grad()
+    def _take_over(self, model: PreTrainedModel, theirs: dict[str, Tensor], folder: Path) -> None:
+        """Replace the adapter's weights by those that were read from a folder.
+
+        Raises:
+            UserError: They are another adapter's.
+        """
+        ours = self.state(model)
         differing = sorted(theirs.keys() ^ ours.keys()) or [n for n in ours if theirs[n].shape != ours[n].shape]
         if differing:
             what = f"the adapter does not fit: `{differing[0]}` is not in both, or has another shape"

@@ -16,6 +16,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.modeling.model_files import WHOLE_WEIGHTS, check_fetched, check_texts
+from dpo_cli.settings import located
 from dpo_cli.system.hub import is_path
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -67,7 +69,8 @@ class AdapterFolder:
         targets: The layers: last parts of their names, or a regular expression of whole names.
         layers: Their whole names.
         shapes: The shape of each tensor, by its name in the file.
-        uneven: Whether rank or alpha differ from layer to layer.
+        ranks: The ranks of layers that have another, by a pattern of their names.
+        alphas: The alphas of layers that have another, by a pattern of their names.
     """
 
     path: Path
@@ -80,13 +83,15 @@ class AdapterFolder:
     targets: str | tuple[str, ...]
     layers: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
-    uneven: bool
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
 
 
 def holds_adapter(name: str | Path) -> bool:
-    """Tell whether a name is that of a folder with an adapter in it."""
+    """Tell whether a name is that of a folder with an adapter in it, and without a whole model's weights."""
+    folder = Path(name)
     try:
-        return (Path(name) / ADAPTER_CONFIG).is_file()
+        return (folder / ADAPTER_CONFIG).is_file() and not any((folder / file).is_file() for file in WHOLE_WEIGHTS)
     except (OSError, ValueError):
         return False
 
@@ -104,9 +109,36 @@ def read_adapter(folder: Path, where: str | None = None) -> AdapterFolder:
     try:
         return _read(folder)
     except UserError as error:
-        raise UserError(f"the adapter `{folder}` cannot be used: {error.what}", where, error.hint) from None
+        raise UserError(f"the adapter `{folder}` is not loaded: {error.what}", where, error.hint) from None
     except OSError as error:
         raise from_os_error(error, f"reading the adapter `{folder}`", where, status=2) from error
+
+
+def read_start(name: str, where: str) -> AdapterFolder:
+    """Look at an adapter that training is to go on from.
+
+    Args:
+        name: Its folder.
+        where: The setting that names it.
+
+    Raises:
+        UserError: It is not usable, as `read_adapter` says, or rank or alpha differ among its layers.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        hint = "name a folder that PEFT or a run has saved; `hf download ID --local-dir DIR` brings one from the Hub"
+        is_file = "is a file, not an adapter folder" if folder.is_file() else "does not exist"
+        raise UserError(f"the adapter {located(name)} {is_file}", where, hint)
+    if not (folder / ADAPTER_CONFIG).is_file() and holds_adapter(inside := folder / "final"):
+        raise UserError(
+            f"`{name}` is no adapter folder: it has no {ADAPTER_CONFIG}", where, f"did you mean `{inside}`?"
+        )
+    found = read_adapter(folder, where)
+    for setting, differing in (("rank_pattern", found.ranks), ("alpha_pattern", found.alphas)):
+        if differing:
+            what = f"training cannot go on from the adapter `{name}`: not all of its layers are alike (`{setting}`)"
+            raise UserError(what, where, "merge it into its base, and train another adapter beside the result")
+    return found
 
 
 def base_name(found: AdapterFolder, where: str | None = None) -> str:
@@ -140,6 +172,7 @@ def base_name(found: AdapterFolder, where: str | None = None) -> str:
 
 def _read(folder: Path) -> AdapterFolder:
     said = _settings(folder)
+    check_texts(folder)
     _check_kind(said)
     rank, alpha = said.get("r"), said.get("lora_alpha")
     if type(rank) is not int or rank < 1:
@@ -150,9 +183,9 @@ def _read(folder: Path) -> AdapterFolder:
     for name, value in switches.items():
         if type(value) is not bool:
             raise _wrong(name, value, "true or false")
-    patterned = bool(said.get("rank_pattern"))
+    ranks, alphas = (_pattern(said, name) for name in ("rank_pattern", "alpha_pattern"))
     shapes = _shapes(folder)
-    layers = _layers(shapes, None if patterned else rank, dora=switches["use_dora"])
+    layers = _layers(shapes, None if ranks else rank, dora=switches["use_dora"])
     return AdapterFolder(
         path=folder,
         base=_text(said, "base_model_name_or_path"),
@@ -164,7 +197,8 @@ def _read(folder: Path) -> AdapterFolder:
         targets=_targets(said, layers),
         layers=layers,
         shapes=shapes,
-        uneven=patterned or bool(said.get("alpha_pattern")),
+        ranks=ranks,
+        alphas=alphas,
     )
 
 
@@ -205,6 +239,7 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             hint = "load it in PEFT once and save it: `PeftModel.from_pretrained(…).save_pretrained(…)`"
             raise UserError(f"its weights are pickled ({_PICKLED})", None, hint)
         raise UserError(f"it has no {ADAPTER_WEIGHTS}", None, _DAMAGED)
+    check_fetched([file])
     try:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
@@ -250,10 +285,25 @@ def _targets(said: Mapping[str, Any], layers: tuple[str, ...]) -> str | tuple[st
     if any(said.get(name) not in (None, [], "") for name in _CHOOSE_AMONG_TARGETS):
         return layers
     if isinstance(named, str) and named:
+        try:
+            re.compile(named)
+        except re.error as error:
+            raise UserError(f"`target_modules` is no regular expression: {error}", None, _DAMAGED) from None
         return named
     if isinstance(named, list) and named and all(isinstance(one, str) for one in named):
         return tuple(sorted(named))
     raise _wrong("target_modules", named, "names of layers or a regular expression")
+
+
+def _pattern(said: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return what layers have other values than the rest."""
+    value = said.get(name) or {}
+    numbers = isinstance(value, dict) and all(
+        type(one) in (int, float) and 0 < one < math.inf for one in value.values()
+    )
+    if not numbers:
+        raise _wrong(name, value, "a table of numbers above 0")
+    return dict(value)
 
 
 def _text(said: Mapping[str, Any], name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import AdapterFolder
-from dpo_cli.modeling.adapters import ALL_LINEAR
+from dpo_cli.modeling.adapters import ALL_LINEAR, is_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,26 +38,11 @@ def target_names(model: PreTrainedModel, asked: str | Sequence[str]) -> list[str
     if asked == ALL_LINEAR:
         return _some([name for name in linear if not _routes(model, name)], asked, linear)
     if isinstance(asked, str):
-        return _checked(model, [name for name in layers if re.fullmatch(asked, name)], asked, linear)
+        return _checked(model, [name for name in layers if is_named(name, asked, pattern=True)], asked, linear)
     found: list[str] = []
     for one in asked:
-        found += _checked(model, [name for name in layers if f".{name}".endswith(f".{one}")], one, linear)
+        found += _checked(model, [name for name in layers if is_named(name, one, pattern=False)], one, linear)
     return [name for name in layers if name in set(found)]
-
-
-def check_layers(model: PreTrainedModel, found: AdapterFolder) -> None:
-    """Refuse an adapter with weights for layers that a model has not, or in other sizes.
-
-    Raises:
-        UserError: It is of another base; one of these layers is named.
-    """
-    modules = dict(model.named_modules())
-    for layer in found.layers:
-        module = modules.get(layer)
-        if module is None or module is model.get_output_embeddings():
-            what = f"the adapter `{found.path}` has weights for `{layer}`, "
-            what += "which the model has not" if module is None else "the vocabulary projection, which can have none"
-            raise UserError(what, model.name_or_path, "choose an adapter of this model")
 
 
 def stores_transposed(model: PreTrainedModel, names: Sequence[str]) -> bool:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from dpo_cli.modeling.adapter_files import read_adapter
+from dpo_cli.modeling.adapter_files import AdapterFolder, read_adapter, read_start
 from dpo_cli.settings import PathText, Settings, contradiction
 
 if TYPE_CHECKING:
@@ -33,6 +33,14 @@ class AdapterSettings(Settings):
     def title(self) -> str:
         """What people call it, with what decides its size."""
         raise NotImplementedError
+
+    def started_from(self) -> AdapterFolder | None:
+        """Return what is known of the adapter that training goes on from.
+
+        Raises:
+            UserError: It cannot be used, or rank or alpha differ among its layers.
+        """
+        return read_start(self.start, "`adapter.start`") if self.start else None
 
     def layers(self, model: PreTrainedModel) -> PeftConfig:
         """Return how PEFT makes the layers of a model.
@@ -120,16 +128,17 @@ class Saved(AdapterSettings):
     type: Literal["saved"] = "saved"
     """Which adapter."""
 
+    def started_from(self) -> AdapterFolder:
+        """Return what is known of it."""
+        assert self.start is not None, "it is in a folder"
+        return read_adapter(Path(self.start))
+
     def layers(self, model: PreTrainedModel) -> PeftConfig:
         """Return what PEFT saved of its settings, for the layers that the weights in the folder are of."""
         from peft import LoraConfig
 
-        from dpo_cli.modeling.adapter_targets import check_layers
-
-        assert self.start is not None, "it is in a folder"
-        found = read_adapter(Path(self.start))
-        check_layers(model, found)
-        config = LoraConfig.from_pretrained(self.start)
+        found = self.started_from()
+        config = LoraConfig.from_pretrained(found.path)
         config.target_modules = set(found.layers)
         config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
         config.init_lora_weights, config.inference_mode = True, False
@@ -138,6 +147,11 @@ class Saved(AdapterSettings):
 
 Adapter = Lora
 """The closed union of all adapters, told apart by `type`."""
+
+
+def is_named(layer: str, asked: str, *, pattern: bool) -> bool:
+    """Tell whether a target is a layer's: a regular expression of its whole name, or the last parts of it."""
+    return bool(re.fullmatch(asked, layer)) if pattern else f".{layer}".endswith(f".{asked}")
 
 
 def layer_settings(adapter: AdapterSettings) -> dict[str, Any]:

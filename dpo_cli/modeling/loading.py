@@ -19,14 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapter_files import read_adapter
 from dpo_cli.modeling.completeness import load_complete, say_untied, untied
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.hub import fetch_weights
+from dpo_cli.modeling.merging import merge
 from dpo_cli.modeling.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
 from dpo_cli.modeling.model_folders import load_named
+from dpo_cli.modeling.model_names import whole_model
 from dpo_cli.modeling.quantization import check_pickles
 from dpo_cli.modeling.refusals import explained
-from dpo_cli.modeling.saving import logits_alone, remember
+from dpo_cli.modeling.saving import logits_alone, remember, remember_tokenizer
 from dpo_cli.modeling.size_checks import check_model_elements, check_size
 
 if TYPE_CHECKING:
@@ -43,16 +46,24 @@ def load_policy(
 ) -> PreTrainedModel:
     """Load a causal language model, in float32 unless it is to be held otherwise, in evaluation mode (dropout off).
 
+    The name of an adapter folder is that of its base with the adapter merged into it.
+
     Raises:
         UserError: It cannot be found or read, is not a causal language model, is quantized, lacks weights or has others
             than it uses, does not fit into memory, or brings along what it is not trusted with.
     """
+    base = whole_model(name)
+    if base != name and held != FLOAT32:
+        told = held.loaded_as(device)
+        assert told.keys() == {"dtype"}, "an adapter is merged into weights that are not quantized"
+        # Merged in float32, and rounded once.
+        return load_policy(name, trust).to(told["dtype"])
 
     def load(folder: str) -> PreTrainedModel:
         empty = _empty(folder, trust, held)
         check_size(empty, Path(folder), held, device)
-        if not Path(name).exists():
-            fetch_weights(name, Path(folder), trust)
+        if not Path(base).exists():
+            fetch_weights(base, Path(folder), trust)
             if problem := check_folder(Path(folder), trust):
                 raise problem
             check_size(empty, Path(folder), held, device)
@@ -77,6 +88,10 @@ def load_policy(
             name,
             ", ".join(others),
         )
+    if base != name:
+        adapter = read_adapter(Path(name))
+        merge(model, adapter)
+        remember_tokenizer(model, adapter.path)
     return model
 
 

@@ -22,7 +22,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 _INDEX = ".index.json"
 """How the list of a model's weights ends where they are parted among several files."""
 
-_WEIGHTS = ("model.safetensors", f"model.safetensors{_INDEX}", "pytorch_model.bin", f"pytorch_model.bin{_INDEX}")
+WHOLE_WEIGHTS = ("model.safetensors", f"model.safetensors{_INDEX}", "pytorch_model.bin", f"pytorch_model.bin{_INDEX}")
 """Where weights are looked for, in this order."""
 
 _BY_PROCESS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -84,7 +84,7 @@ def check_folder(folder: Path, trust: Trust, where: str | None = None) -> UserEr
         settings = _read_json(folder / CONFIG)
         _check_settings(settings)
         files = weights_files(folder, settings)
-        _check_fetched([*files, *(path for path in folder.iterdir() if path.suffix in _TEXTS)])
+        check_fetched([*files, *(path for path in folder.iterdir() if path.suffix in _TEXTS)])
         check_headers([file for file in files if file.suffix == ".safetensors"])
     except UserError as error:
         return UserError(f"`{folder}` is not loaded: {error.what}", where, error.hint)
@@ -135,7 +135,7 @@ def weights_names(folder: Path, settings: dict[str, Any] | None = None) -> Seque
     """
     settings = _read_json(folder / CONFIG) if settings is None else settings
     named = settings.get("transformers_weights")
-    return _WEIGHTS if named is None else [_inside(named, ".safetensors")]
+    return WHOLE_WEIGHTS if named is None else [_inside(named, ".safetensors")]
 
 
 def parts_of(folder: Path, name: str) -> list[str]:
@@ -187,12 +187,26 @@ def _check_company(folder: Path) -> None:
         if _BY_PROCESS.fullmatch(path.name):
             hint = "merge them with transformers' `consolidate_distributed_checkpoint`"
             raise UserError(f"its weights are split by process ({path.name})", None, hint)
+    check_texts(folder)
+
+
+def check_texts(folder: Path) -> None:
+    """Refuse settings that would fill the memory.
+
+    Raises:
+        UserError: A file of them is larger than any that there is.
+    """
+    for path in folder.iterdir():
         if path.suffix in _TEXTS and path.is_file() and path.stat().st_size > MOST_TEXT_BYTES:
             raise UserError(f"`{path.name}` is larger than {MOST_TEXT_BYTES:,} bytes", None, _DAMAGED)
 
 
-def _check_fetched(files: list[Path]) -> None:
-    """Refuse files of which only the pointer is there."""
+def check_fetched(files: list[Path]) -> None:
+    """Refuse files of which only the pointer is there.
+
+    Raises:
+        UserError: One is a pointer of Git LFS.
+    """
     for file in files:
         if file.is_file() and file.stat().st_size <= _MOST_POINTER_BYTES and file.read_bytes().startswith(_POINTER):
             hint = "run `git lfs pull` in the folder"

@@ -9,19 +9,20 @@ from typing import TypeVar
 from dpo_cli.modeling.gguf_conversion import converted
 from dpo_cli.modeling.hub import fetched
 from dpo_cli.modeling.model_files import Trust
-from dpo_cli.modeling.model_names import check_model
+from dpo_cli.modeling.model_names import check_model, whole_model
 from dpo_cli.modeling.refusals import explained
 
 _T = TypeVar("_T")
 
 
 def load_named(name: str, kind: str, load: Callable[[str], _T], trust: Trust) -> _T:
-    """Call a loader on the folder that a name stands for."""
+    """Call a loader on the folder that a name stands for; that of an adapter is its base's."""
     if problem := check_model(name, trust=trust):
         raise problem
-    folder = _folder_of(name)
+    whole = whole_model(name)
+    folder = _folder_of(whole)
     with explained(name, kind):
-        return load(str(folder if Path(folder).is_dir() else fetched(name)))
+        return load(str(folder if Path(folder).is_dir() else fetched(whole)))
 
 
 def _folder_of(name: str) -> Path | str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapter
 from dpo_cli.modeling.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
 from dpo_cli.settings import located
 from dpo_cli.system.hub import cached_config, is_path, look_up, name_hint
@@ -20,6 +22,8 @@ def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) ->
         if path.is_file():
             return None
         return UserError(f"there is no GGUF file {located(name)}", where, "check the path")
+    if holds_adapter(path):
+        return _check_adapter(path, where, trust)
     if path.is_dir():
         if (path / CONFIG).is_file():
             return check_folder(path, trust, where)
@@ -40,6 +44,26 @@ def same_model(one: str, other: str) -> bool:
     return paths[0].samefile(paths[1]) if all(path.exists() for path in paths) else one == other
 
 
+def _check_adapter(folder: Path, where: str | None, trust: Trust) -> UserError | None:
+    """Say what is wrong with an adapter folder or with the base that it names."""
+    try:
+        base = base_name(read_adapter(folder, where), where)
+    except UserError as error:
+        return error
+    return check_model(base, where, trust)
+
+
+def whole_model(name: str) -> str:
+    """Return the model whose weights are read for a name: of an adapter folder that is right, the base that it names.
+
+    What is wrong with one is left to `check_model`.
+    """
+    if holds_adapter(name):
+        with contextlib.suppress(UserError):
+            return base_name(read_adapter(Path(name)))
+    return name
+
+
 def names_hub_model(name: str) -> bool:
     """Tell whether a name is a Hub id, given that it is nothing on this disk."""
     return not Path(name).exists() and not is_path(name) and bool(_HUB_ID.fullmatch(name))
@@ -53,7 +77,7 @@ def _model_inside(folder: Path) -> str | None:
 
 def missing_weights(name: str, where: str) -> UserError | None:
     """Say which file of weights a model folder lacks, without loading any; what is broken is left to the loader."""
-    folder = Path(name)
+    folder = Path(whole_model(name))
     try:
         files = weights_files(folder)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -61,7 +85,7 @@ def missing_weights(name: str, where: str) -> UserError | None:
         return None
     lost = next((file.name for file in files if not file.is_file()), None if files else "model.safetensors")
     hint = "the model is incomplete: save or download it again"
-    return UserError(f"the weights are missing: there is no {lost} in `{name}`", where, hint) if lost else None
+    return UserError(f"the weights are missing: there is no {lost} in `{folder}`", where, hint) if lost else None
 
 
 def look_up_model(name: str, where: str) -> UserError | None:

@@ -6,8 +6,8 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.modeling.completeness import check_complete, configs
-from dpo_cli.modeling.model_files import CONFIG, GENERATION, MOST_TEXT_BYTES, Trust, weights_files
+from dpo_cli.modeling.model_files import CONFIG, GENERATION, MOST_TEXT_BYTES, Trust, holds_tokenizer, weights_files
 from dpo_cli.modeling.refusals import reason_and_hint
 from dpo_cli.system.storage import refused, sealed_folder
 
@@ -33,9 +33,15 @@ _LOGITS_ALONE = {
 }
 """What a model's settings ask for beside its logits, and what they say where they ask for nothing."""
 
+_OF_TOKENIZERS = re.compile(
+    r"tokenizer(_config)?\.json|(special_tokens_map|added_tokens|tekken)\.json"
+    r"|vocab\.(json|txt|bpe)|merges\.txt|.+\.(model|tiktoken|spm)|tokenizer\.model\..+",
+    re.IGNORECASE,
+)
+"""Files of a tokenizer, which training does not change."""
+
 _BELONGS = re.compile(
-    r"(\w+_)?(pre)?processor_config\.json|tokenizer(_config)?\.json|(special_tokens_map|added_tokens|tekken)\.json"
-    r"|vocab\.(json|txt|bpe)|merges\.txt|.+\.(model|tiktoken|spm)|tokenizer\.model\..+"
+    rf"{_OF_TOKENIZERS.pattern}|(\w+_)?(pre)?processor_config\.json"
     r"|(licen[cs]e|notice|copying|use_policy|acceptable_use_policy)[\w.-]*",
     re.IGNORECASE,
 )
@@ -67,16 +73,30 @@ def remember(model: PreTrainedModel, folder: Path, trust: Trust) -> None:
         folder: Where it came from.
         trust: Python files belong to a model that is trusted with them.
     """
-    files = {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if (_BELONGS.fullmatch(path.name) or (trust.remote_code and path.suffix == ".py"))
-        and path.is_file()
-        and path.stat().st_size <= MOST_TEXT_BYTES
-    }
+    files = _files(
+        folder, lambda path: bool(_BELONGS.fullmatch(path.name)) or (trust.remote_code and path.suffix == ".py")
+    )
     said = folder / GENERATION
     generation = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
     model.origin = Origin(logits_alone(model), files, generation)
+
+
+def remember_tokenizer(model: PreTrainedModel, folder: Path) -> None:
+    """Keep with a model the tokenizer of another folder in place of that of its own, if there is one."""
+    if holds_tokenizer(folder):
+        origin: Origin = model.origin
+        others = {name: content for name, content in origin.files.items() if not _OF_TOKENIZERS.fullmatch(name)}
+        files = _files(folder, lambda path: bool(_OF_TOKENIZERS.fullmatch(path.name)))
+        model.origin = replace(origin, files=others | files)
+
+
+def _files(folder: Path, belongs: Callable[[Path], bool]) -> dict[str, bytes]:
+    """Return the content of some files of a folder, by name, unless they are too large for what they are."""
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if belongs(path) and path.is_file() and path.stat().st_size <= MOST_TEXT_BYTES
+    }
 
 
 def logits_alone(model: PreTrainedModel) -> dict[str, dict[str, Any]]:

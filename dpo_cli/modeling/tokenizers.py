@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapter
 from dpo_cli.modeling.model_files import NO_TRUST, Trust, holds_tokenizer
 from dpo_cli.modeling.model_folders import load_named
+from dpo_cli.modeling.refusals import explained
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,21 +32,41 @@ def load_tokenizer(name: str, trust: Trust = NO_TRUST) -> PreTrainedTokenizerBas
             "they can read, change and send whatever you can"
         )
 
-    def load(folder: str) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
-        words: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-        if getattr(words, "dropout", None):
-            # As that of models it is for their training; with it a text has other tokens each time.
-            words.dropout = None
-        return tokenizer
-
+    if holds_adapter(name):
+        return _beside_adapter(Path(name), trust)
     try:
-        return load_named(name, "tokenizer", load, trust)
+        return load_named(name, "tokenizer", lambda folder: _read(folder, trust), trust)
     except UserError as error:
         if not Path(name).is_dir() or holds_tokenizer(Path(name)):
             raise
         hint = "copy tokenizer.json and tokenizer_config.json there, or save or download the model again"
         raise UserError("the model has no tokenizer: its files are missing", name, hint) from error
+
+
+def _read(folder: str, trust: Trust) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a folder."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust.remote_code)
+    words: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(words, "dropout", None):
+        # As that of models it is for their training; with it a text has other tokens each time.
+        words.dropout = None
+    return tokenizer
+
+
+def _beside_adapter(folder: Path, trust: Trust) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that is used with an adapter: tokenizer and template of its folder, else of its base."""
+    found = read_adapter(folder)
+    base, template = base_name(found), folder / "chat_template.jinja"
+    if not holds_tokenizer(folder):
+        tokenizer = load_tokenizer(base, trust)
+    else:
+        with explained(str(folder), "tokenizer"):
+            tokenizer = _read(str(folder), trust)
+    if template.is_file():
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = load_tokenizer(base, trust).chat_template
+    return tokenizer
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, name: str, where: str, trust: Trust = NO_TRUST) -> None:

@@ -107,7 +107,8 @@ def scored_and_reference(session: Session, scored: str) -> tuple[str | Policy, P
     """
     config = session.config
     name = config.reference.model or config.model.name
-    base = loaded(session, name)
+    # An adapter that the run was given as its model is merged, as it was then.
+    base = Policy.load(name, config.model.trust, session.accelerator.device, held=session.held)
     goes_on = config.adapter is not None and config.adapter.start and not config.reference.model
     reference = base.with_adapter(session.trained) if goes_on else base
     if not holds_adapter(scored) or not same_model(base_name(read_adapter(Path(scored))), name):

@@ -9,6 +9,7 @@ import pytest
 from dpo_cli.config import translations
 from dpo_cli.config.explain import option_hint
 from dpo_cli.config.schema import Config
+from dpo_cli.settings import all_settings
 from tests.config.test_config import MINIMAL, problems, write
 
 NAMES = sorted(translations._BY_NAME)
@@ -41,8 +42,15 @@ SETTINGS = {
     "template": "model.chat_template",
     "padding_free": "training.layout",
     "packing": "training.layout",
+    "peft_config": "adapter",
+    "lora": "adapter",
+    "lora_r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_target_modules": "adapter.targets",
+    "use_dora": "adapter.dora",
+    "adapter_name_or_path": "adapter.start",
 }
-ABSENT = ["peft_config", "lora", "lora_r", "deepspeed", "fsdp", "logging_strategy", "load_in_4bit"]
+ABSENT = ["modules_to_save", "init_lora_weights", "deepspeed", "fsdp", "logging_strategy", "load_in_4bit"]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -65,10 +73,9 @@ def test_what_there_is_not_is_said_to_be_absent(tmp_path, name):
 def test_every_advice_names_settings_that_there_are(tmp_path, name):
     """Those that it names with their group exist; and the name is no setting itself, which would never be advised."""
     advice = translations.advice(name)
-    for dotted in re.findall(r"`((?:model|data|reference|training|evaluation|checkpoints|logging)\.\w+)", advice):
-        group, leaf = dotted.split(".")
-        kinds = {"reference": {"model"}}.get(group) or Config.model_fields[group].annotation.model_fields
-        assert leaf in kinds, dotted
+    groups = "model|adapter|data|reference|training|evaluation|checkpoints|logging"
+    for dotted in re.findall(rf"`((?:{groups})\.\w+)", advice):
+        assert dotted in dict(all_settings(Config)), dotted
     assert name not in Config.model_fields
 
 
@@ -91,6 +98,21 @@ def test_a_loss_of_another_trainer_leads_to_ours(tmp_path, loss, hint):
         assert hint in error.hint
     (error,) = problems(write(tmp_path, f"{MINIMAL}reference: {loss}\n"))
     assert hint not in error.hint
+
+
+@pytest.mark.parametrize(
+    ("adapter", "hint"),
+    [
+        ("dora", "`adapter: {type: lora, dora: true}`"),
+        ("rslora", "`adapter: {type: lora, rslora: true}`"),
+        ("full", "`adapter: null`"),
+        ("lroa", "did you mean `lora`?"),
+    ],
+)
+def test_an_adapter_of_another_trainer_leads_to_ours(tmp_path, adapter, hint):
+    for text in (f"adapter: {adapter}", f"adapter: {{type: {adapter}}}"):
+        (error,) = problems(write(tmp_path, f"{MINIMAL}{text}\n"))
+        assert hint in error.hint
 
 
 @pytest.mark.parametrize(

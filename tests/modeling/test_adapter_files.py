@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_name, read_adapter
+from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_name, read_adapter, read_start
 from tests.builders import save_adapter
 
 LAYERS = {f"model.layers.{n}.self_attn.{part}_proj" for n in (0, 1) for part in "qv"}
@@ -80,10 +80,13 @@ def test_a_pattern_stays_one_and_left_out_layers_are_named_by_those_that_are_lef
     assert set(first.targets) == set(first.layers) == {name for name in LAYERS if ".0." in name}
 
 
-def test_ranks_that_differ_from_layer_to_layer_are_noticed(tiny_llama, tmp_path):
-    assert read_adapter(of_two(tiny_llama, tmp_path / "a", rank_pattern={"q_proj": 2})).uneven
-    assert read_adapter(of_two(tiny_llama, tmp_path / "b", alpha_pattern={"q_proj": 2})).uneven
-    assert not read_adapter(of_two(tiny_llama, tmp_path / "c")).uneven
+def test_training_cannot_go_on_where_ranks_or_alphas_differ_from_layer_to_layer(tiny_llama, tmp_path):
+    for name in ("rank_pattern", "alpha_pattern"):
+        folder = of_two(tiny_llama, tmp_path / name, **{name: {"q_proj": 2}})
+        assert len(read_adapter(folder).layers) == 4
+        with pytest.raises(UserError, match=f"not all of its layers are alike .`{name}`"):
+            read_start(str(folder), "`adapter.start`")
+    assert read_start(str(of_two(tiny_llama, tmp_path / "c")), "`adapter.start`").rank == 4
 
 
 REFUSED = {
@@ -143,7 +146,7 @@ def test_what_cannot_be_used_is_refused_with_the_reason_and_a_hint(adapter, name
     with pytest.raises(UserError, match=reason) as refused:
         read_adapter(adapter, "`adapter.start`")
 
-    assert refused.value.what.startswith(f"the adapter `{adapter}` cannot be used: ")
+    assert refused.value.what.startswith(f"the adapter `{adapter}` is not loaded: ")
     assert refused.value.where == "`adapter.start`"
     assert refused.value.hint
 
