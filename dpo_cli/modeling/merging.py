@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import AdapterFolder
+from dpo_cli.modeling.adapter_files import PREFIX, AdapterFolder
 from dpo_cli.modeling.adapter_fit import adapter_weights, check_head, check_layers
 from dpo_cli.modeling.adapter_targets import stores_transposed
 from dpo_cli.modeling.extras import import_bitsandbytes
@@ -42,7 +42,10 @@ def merge(model: PreTrainedModel, found: AdapterFolder) -> None:
         fan_in_fan_out=stores_transposed(model, found.layers),
     )
     tuner = LoraModel(model, layers, "default")
-    set_peft_model_state_dict(tuner, adapter_weights(found))
+    weights = {name.removeprefix(PREFIX): one for name, one in adapter_weights(found).items()}
+    report = set_peft_model_state_dict(model, weights)
+    lost = [*report.unexpected_keys, *(name for name in report.missing_keys if ".lora_" in name)]
+    assert not lost, f"PEFT has not taken {lost[0]}"
     try:
         tuner.merge_and_unload(safe_merge=True)
     except ValueError as error:

@@ -176,7 +176,7 @@ def says(folder, **settings):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder, other: says(folder, base_model_name_or_path=str(other)), "has another shape"),
+        (lambda folder, other: says(folder, base_model_name_or_path=str(other)), "another base: .* 64 outputs"),
         (lambda folder, other: says(folder, base_model_name_or_path="./gone"), "relative path"),
         (lambda folder, other: says(folder, base_model_name_or_path=str(folder / "gone")), "does not exist"),
         (lambda folder, other: (folder / "adapter_model.safetensors").write_bytes(b"x"), "cannot be read"),
@@ -199,5 +199,5 @@ def test_an_adapter_with_layers_that_the_model_lacks_is_refused(write_config, to
         {name.replace("layers.1", "layers.7"): tensor for name, tensor in weights.items()},
         adapter / "adapter_model.safetensors",
     )
-    with pytest.raises(dpo_cli.UserError, match=r"layers\.7\..*which the model has not"):
+    with pytest.raises(dpo_cli.UserError, match=r"another base: the model has no .*layers\.7\."):
         dpo_cli.evaluate(write_config(), model=str(adapter))
