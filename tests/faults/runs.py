@@ -45,6 +45,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "adapter": {"rank": 4, "dropout": 0.2, "start": "start"},
         "reference": {"type": "synced", "every_steps": 3, "alpha": 0.5},
     },
+    "nf4": {"model": {"quantize": "nf4"}, "adapter": {"rank": 4}},
     "dpo, saved in the background": {
         "checkpoints": {**_CHECKPOINTS, "background": True},
         "training": {**_TRAINING, "layout": "padded"},

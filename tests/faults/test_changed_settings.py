@@ -24,7 +24,8 @@ from dpo_cli.training.run_folder import RESOLVED, RunFolder
 from tests.faults.conftest import FULL
 
 DECIDES = {
-    "model.name", "model.dtype", "model.attention", "model.chat_template", "model.eos_token", "model.allow_pickle",
+    "model.name", "model.dtype", "model.quantize", "model.attention",
+    "model.chat_template", "model.eos_token", "model.allow_pickle",
     "model.trust_remote_code",
     "data.train", "data.eval", "data.format", "data.columns", "data.system", "data.on_bad_row",
     "data.max_length", "data.on_too_long",

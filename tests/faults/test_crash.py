@@ -11,11 +11,11 @@ import pytest
 
 from tests.faults.ledger import Ledger
 from tests.faults.power import KEPT
-from tests.faults.runs import RUNS, Bench, Case, Point
-from tests.faults.shares import SHARES, SOME, chosen, report
+from tests.faults.runs import Bench, Case, Point
+from tests.faults.shares import MOST, SHARES, SOME, chosen, report
 from tests.faults.shim import CRASHED
 
-KINDS = [*((name, 1) for name in RUNS), ("dpo", 2), ("bco", 2)]
+KINDS = [*((name, 1) for name in MOST), ("dpo", 2), ("bco", 2)]
 NAMES = {1: "one process", 2: "two processes"}
 
 

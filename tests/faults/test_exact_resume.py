@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.reference import NoReference, Reference
@@ -82,9 +83,14 @@ ADAPTERS = [
          {"adapter": {**START, "dropout": 0.5}, "reference": MOVES, "checkpoints": {"background": True},
           "training": {"gradient_checkpointing": True}}),
     Case("lora-two-ranks", {"adapter": {"dropout": 0.5, "dora": True}, "reference": "frozen"}, 2),
+    *(Case(f"{kind}-dropout", {"model": {"quantize": kind}, "adapter": {"dropout": 0.5}}) for kind in QUANTIZED),
+    Case("nf4-start-synced", {"model": {"quantize": "nf4"}, "adapter": START, "reference": MOVES}),
+    Case("nf4-dora-checkpointing", {"model": {"quantize": "nf4"}, "adapter": {"dora": True}, "reference": "frozen",
+                                    "training": {"gradient_checkpointing": True}}),
+    Case("nf4-two-ranks", {"model": {"quantize": "nf4"}, "adapter": "lora"}, 2),
     Case("lora-start-two-ranks", {"adapter": START, "reference": MOVES}, 2),
 ]  # fmt: skip
-"""Adapters alone, with each reference, and with what takes random numbers."""
+"""Adapters alone, with each reference, with what takes random numbers, and beside a base of few bits."""
 OPTIONS = [
     Case("wpo", {"loss": {"type": "dpo", "wpo": True}}),
     Case("wpo-list", {"loss": [{"type": "simpo", "wpo": True}, {"type": "sft", "weight": 0.3}]}),
@@ -113,6 +119,10 @@ EVERY = [
 ]
 
 
+ADAPTED = ("lora-start-dropout-synced-in-the-background", "lora-two-ranks", "nf4-dropout")
+"""The few that train an adapter."""
+
+
 def few() -> Iterator[Case]:
     """Every loss, every reference and most options in a few runs: a run is the same only if all it is made of is."""
     options = [
@@ -124,7 +134,7 @@ def few() -> Iterator[Case]:
     for place, option in enumerate(options):
         case = of_losses(list(LOSSES)[place :: len(options)], references[place % len(references)])
         yield Case(case.name, {**case.settings, "training": option})
-    names = ("wpo-list", "two-ranks-synced", "lora-start-dropout-synced-in-the-background", "lora-two-ranks")
+    names = ("wpo-list", "two-ranks-synced", *ADAPTED)
     yield from (case for case in OPTIONS if case.name in names)
 
 
