@@ -24,7 +24,7 @@ help:
 	@echo "make check-layouts  losses of 50 steps of the real model, packed against padded"
 	@echo "make check-losses   losses of a real run against an independent trainer's (PAIRS=file)"
 	@echo "make compare-losses  20 steps of the real model with every loss, side by side (COMPARE='--losses dpo ipo')"
-	@echo "make bench          speed and memory beside TRL 1.16 on the same work, about 100 minutes (BENCH='--repeats 1')"
+	@echo "make bench          speed and memory beside TRL 1.16 on the same work, about 100 minutes (BENCH='--repeats 1 --adapter lora')"
 	@echo "make bench-prepare  speed of preparing pairs, beside TRL (BENCH='--data FILE --rows 20000')"
 	@echo "make bench-scaling  time and memory by the number of pairs (BENCH='--pairs 64 1024')"
 	@echo "make bench-saving   time of saving a checkpoint, beside writing it without any promise"

@@ -18,7 +18,7 @@ from benchmark import speed
 from benchmark.report import Case, Disagreement, Machine, Results, Run, check_losses, joined, page, plot, write_report
 from benchmark.runs import OUR_CLOCK, THEIR_CLOCK, RunFailed, as_run, run_process
 from benchmark.speed import Gauge, GaugeFailed, Pause
-from benchmark.work import LONG_TOKENS, Lengths, NotCounted, arithmetic, long_rows
+from benchmark.work import LONG_TOKENS, Lengths, NotCounted, adapter_arithmetic, arithmetic, long_rows
 
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE
@@ -104,6 +104,40 @@ def test_what_cannot_be_counted_is_not_guessed(on_meta):
 @pytest.mark.parametrize(("epochs", "passes"), [(1, 4), (3, 10)])
 def test_the_reference_is_computed_once_and_every_epoch_costs_three_passes(epochs, passes):
     assert make_case([make_run()], [make_run()], epochs).necessary_flops == passes * 1e12
+
+
+def test_an_adapter_adds_its_matrices_and_spares_the_gradients_of_the_base(on_meta):
+    """Two layers of width 8 with 2 heads of 4 that share one key and value head, an MLP of 16; rank 3.
+
+    Rows and columns of a layer's matrices: q and o 16 each, k and v 12 each, three of 24: 128. A token: 2·3·128·2
+    layers = 1536, beside none for attention and none for the vocabulary. A pair of 2 + 1 + 2 tokens: 7680.
+
+    Of 1000 operations and 10 of the adapter a reference pass takes 1000; a step 2000 and 30.
+    """
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    model = on_meta("Llama", vocab_size=10, **shape, **heads)
+    assert adapter_arithmetic(model, 3).forward(Lengths(prompt=2, chosen=1, rejected=2)) == 7680
+    assert adapter_arithmetic(model, 0).forward(Lengths(prompt=2, chosen=1, rejected=2)) == 0
+    case = make_case([make_run()], [make_run()], epochs=3, forward_flops=1000)
+    adapted = case.model_copy(update={"adapter": "LoRA of rank 3", "adapter_flops": 10.0})
+    assert adapted.necessary_flops == 1000 + 3 * 2030
+
+
+def test_the_page_names_the_adapter_in_both_tables_and_keeps_it_apart_from_all_weights(tmp_path):
+    pytest.importorskip("matplotlib")
+    whole = make_case([make_run()], [make_run(30)])
+    adapted = make_case([make_run(5)], [make_run(25)]).model_copy(update={"adapter": "LoRA of rank 16"})
+    results = joined([make_results(whole), make_results(adapted)])
+    assert len(results.cases) == 2
+    text = page(results)
+    assert "| short, LoRA of rank 16, 1 epoch | dpo | 2.00 | **5.00×** |" in text
+    assert "| short, LoRA of rank 16, 1 epoch (pairs.jsonl) |" in text
+    assert "| short, 1 epoch | dpo | 1.00 | **3.00×** |" in text
+    assert "begin with the same adapter weights" in text
+    assert "LoRA" not in page(make_results(whole))
+    write_report(results, tmp_path)
+    assert Results.model_validate_json((tmp_path / "results.json").read_text()) == results
 
 
 def test_the_share_is_of_the_mean_speed_while_the_run_was_held():

@@ -2,6 +2,7 @@
 
     make bench                                                     the demo model and pairs, about 100 minutes
     make bench BENCH='--repeats 1 --epochs 1'                      the same in 10 to 20 minutes
+    make bench BENCH='--adapter lora --repeats 1 --epochs 1'       an adapter beside TRL's with PEFT
     make bench BENCH='--model DIR --short a.json --long b.jsonl'
     make bench BENCH='--from docs/benchmark/results.json'          page and plot again, without running
     make bench BENCH='--from a/results.json b/results.json'        one page of what was run in parts
@@ -29,8 +30,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from benchmark.report import PACKAGES, Case, Disagreement, Machine, Results, Run, check_losses, joined, write_report
+from benchmark.report import (
+    ADAPTER_PACKAGES,
+    PACKAGES,
+    Case,
+    Disagreement,
+    Machine,
+    Results,
+    Run,
+    check_losses,
+    joined,
+    write_report,
+)
 from benchmark.runs import (
+    ADAPTER_TITLES,
+    ADAPTERS,
     DEMO_MODEL,
     DEMO_PAIRS,
     ROOT,
@@ -90,11 +104,12 @@ def measure(options: argparse.Namespace) -> Results:
         GaugeFailed: The machine's speed could not be measured.
         Disagreement: The losses differ.
     """
-    threads, of_code = options.threads, versions()
+    threads, of_code = options.threads, versions(options.adapter)
     with tempfile.TemporaryDirectory() as folder:
         say("preparing model and pairs …")
         workloads = {name: _wanted(options, name) for name in options.workloads}
-        request = {"model": str(options.model.resolve()), "folder": folder, "workloads": workloads}
+        rank = ADAPTERS[options.adapter]["rank"] if options.adapter else 0
+        request = {"model": str(options.model.resolve()), "folder": folder, "rank": rank, "workloads": workloads}
         prepared = ask(threads, "prepare", json.dumps(request))
         cases = [
             _measured_case(options, name, epochs, prepared["model"], dict(found))
@@ -124,7 +139,7 @@ def _wanted(options: argparse.Namespace, name: str) -> dict[str, Any]:
 def _measured_case(options: argparse.Namespace, name: str, epochs: int, model: str, found: dict[str, Any]) -> Case:
     """Run both sides on a workload and set the runs beside what the workload is."""
     per_step = getattr(options, f"{name}_per_step")
-    work = Work(model, found.pop("file"), per_step, epochs)
+    work = Work(model, found.pop("file"), per_step, epochs, options.adapter)
     ours, theirs = run_in_turn(work, f"{name}, epochs {epochs}", options.repeats, options.threads)
     file = getattr(options, name)
     return Case(
@@ -133,6 +148,7 @@ def _measured_case(options: argparse.Namespace, name: str, epochs: int, model: s
         epochs=epochs,
         pairs=getattr(options, f"{name}_pairs"),
         pairs_per_step=per_step,
+        adapter=ADAPTER_TITLES[options.adapter] if options.adapter else None,
         ours=ours,
         theirs=theirs,
         **found,
@@ -149,9 +165,10 @@ def machine(threads: int) -> Machine:
     return Machine(cpu=cpu, cpus=os.cpu_count() or 1, threads=threads, memory_gb=round(memory, 1))
 
 
-def versions() -> dict[str, str]:
+def versions(adapter: str | None = None) -> dict[str, str]:
     """Return what is installed; of this program the commit as well, where that is known, and whether it was changed."""
-    found = {name: importlib.metadata.version(package) for name, package in PACKAGES.items()}
+    packages = PACKAGES | ADAPTER_PACKAGES if adapter else PACKAGES
+    found = {name: importlib.metadata.version(package) for name, package in packages.items()}
     if commit := _git("log", "-1", "--format=%h", "--", "dpo_cli"):
         found["dpo"] += f" ({commit}{', changed' if _git('status', '--porcelain', '--', 'dpo_cli') else ''})"
     return found
@@ -177,18 +194,21 @@ def read_options() -> argparse.Namespace:
     add("--short-per-step", type=positive, default=8, metavar="N", help="pairs of a step (default: %(default)s)")
     add("--long-pairs", type=positive, default=16, metavar="N", help="how many of them (default: %(default)s)")
     add("--long-per-step", type=positive, default=2, metavar="N", help="pairs of a step (default: %(default)s)")
+    add("--adapter", choices=ADAPTERS, help="train an adapter beside a frozen base (default: all weights train)")
     add("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS, help="which to run (default: both)")
     add("--epochs", type=positive, nargs="+", default=[1, 3], metavar="N", help="(default: 1 3)")
     add("--repeats", type=positive, default=3, metavar="N", help="runs of each side (default: %(default)s)")
     add("--threads", type=positive, metavar="N", help="of every process (default: what torch takes by itself)")
-    add("--out", type=Path, default=ROOT / "docs" / "benchmark", metavar="DIR", help="(default: docs/benchmark)")
+    add("--out", type=Path, metavar="DIR", help="(default: docs/benchmark, of an adapter a folder of its name in it)")
     add("--from", type=Path, nargs="+", dest="sources", metavar="FILE", help="page of these results.json; run nothing")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.out = options.out or ROOT / "docs" / "benchmark" / (options.adapter or "")
+    return options
 
 
 def missing(options: argparse.Namespace) -> str | None:
     """Say what the benchmark lacks, before it has run for an hour."""
-    packages = ("matplotlib",) if options.sources else ("matplotlib", "trl")
+    packages = ("matplotlib",) if options.sources else ("matplotlib", "trl", "peft")
     lacking = [name for name in packages if importlib.util.find_spec(name) is None]
     if lacking:
         return f"{' and '.join(lacking)} missing; hint: `make bench` installs the extra `bench`"

@@ -1,12 +1,13 @@
 """Train on given pairs with TRL's DPOTrainer; the benchmark starts this as a process of its own.
 
-    python peer.py MODEL PAIRS PAIRS_PER_STEP EPOCHS OUTPUT_FOLDER
+    python peer.py MODEL PAIRS PAIRS_PER_STEP EPOCHS LEARNING_RATE SEED OUTPUT_FOLDER [--adapter JSON]
 
 Lines on standard error say when training begins and ends; the last line of standard output is the losses as JSON.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer
 
 
@@ -48,14 +50,41 @@ def mark(text: str) -> None:
     sys.stderr.flush()
 
 
+def read_options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser()
+    add = parser.add_argument
+    add("model")
+    add("pairs", type=Path)
+    add("pairs_per_step", type=int)
+    add("epochs", type=int)
+    add("learning_rate", type=float)
+    add("seed", type=int)
+    add("output")
+    add("--adapter", type=json.loads, help="rank and alpha of LoRA on every linear layer")
+    return parser.parse_args()
+
+
+def lora(settings: dict[str, Any]) -> LoraConfig:
+    """Return PEFT's settings as TRL's documentation writes them."""
+    return LoraConfig(
+        r=settings["rank"],
+        lora_alpha=settings["alpha"],
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+
+
 def main() -> None:
     """Load, train, save; TRL's defaults but for what makes the work the same."""
-    model, pairs, pairs_per_step, epochs, output = sys.argv[1:]
+    options = read_options()
     settings = DPOConfig(
-        output_dir=output,
-        per_device_train_batch_size=int(pairs_per_step),
-        num_train_epochs=int(epochs),
-        learning_rate=5e-6,
+        output_dir=options.output,
+        per_device_train_batch_size=options.pairs_per_step,
+        num_train_epochs=options.epochs,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
         lr_scheduler_type="constant",
         warmup_steps=0,
         weight_decay=0.0,
@@ -69,11 +98,15 @@ def main() -> None:
         save_strategy="no",
         report_to=[],
     )
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    # An adapter's first weights are drawn next: the same as those of the other side, or the losses would tell.
+    set_seed(options.seed)
     trainer = InOrder(
-        model=AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        model=model,
         args=settings,
-        train_dataset=conversations(Path(pairs)),
-        processing_class=AutoTokenizer.from_pretrained(model),
+        train_dataset=conversations(options.pairs),
+        processing_class=AutoTokenizer.from_pretrained(options.model),
+        peft_config=lora(options.adapter) if options.adapter else None,
     )
     mark("training begins")
     trainer.train()

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 PACKAGES = {"dpo": "dpo-cli", "trl": "trl", "torch": "torch", "transformers": "transformers"}
 """Those whose versions belong to the results, and what they are called where they are installed."""
 
+ADAPTER_PACKAGES = {"peft": "peft"}
+"""Those that belong to the results of adapters as well."""
+
 TOLERANCE = 2e-4
 PAGE, PLOT, RAW = "README.md", "benchmark.png", "results.json"
 BLUE, GREY, DARK = "#2f6db5", "#b4b4b4", "#222222"
@@ -52,6 +55,10 @@ class Case(_Record):
     rejected_tokens: int
     forward_flops: float | None
     """One forward pass over all pairs, or None where the model's arithmetic is not known."""
+    adapter: str | None = None
+    """What trains beside a base that stays as it is; None: all weights train."""
+    adapter_flops: float = 0.0
+    """What the adapter adds to one forward pass over all pairs."""
     ours: list[Run] = Field(min_length=1)
     theirs: list[Run] = Field(min_length=1)
 
@@ -68,8 +75,24 @@ class Case(_Record):
 
     @property
     def necessary_flops(self) -> float | None:
-        """The reference is one forward pass; a step's forward and backward cost as much as three."""
-        return None if self.forward_flops is None else (1 + 3 * self.epochs) * self.forward_flops
+        """The reference is one forward pass; a step's forward and backward cost as much as three.
+
+        Of a base that stays as it is, two: no weight of it has a gradient.
+        """
+        if self.forward_flops is None:
+            return None
+        passes = 2 if self.adapter else 3
+        return (1 + passes * self.epochs) * self.forward_flops + 3 * self.epochs * self.adapter_flops
+
+    @property
+    def trained(self) -> str:
+        """Workload and adapter."""
+        return f"{self.workload}, {self.adapter}" if self.adapter else self.workload
+
+    @property
+    def title(self) -> str:
+        """Workload, adapter and epochs, as tables name them."""
+        return f"{self.trained}, {_counted(self.epochs, 'epoch')}"
 
     @property
     def ratios(self) -> list[float]:
@@ -153,7 +176,7 @@ def largest_difference(results: Results) -> float:
         Disagreement: See `check_losses`.
     """
     return max(
-        check_losses(ours, theirs, f"{case.workload}, {_counted(case.epochs, 'epoch')}, run {number}")
+        check_losses(ours, theirs, f"{case.title}, run {number}")
         for case in results.cases
         for number, (ours, theirs) in enumerate(zip(case.ours, case.theirs, strict=True), 1)
     )
@@ -215,7 +238,7 @@ def table(results: Results) -> list[str]:
         for name, runs, ratio in sides:
             shares = _shares(case, runs)
             cells = (
-                f"{case.workload}, {_counted(case.epochs, 'epoch')}" if name == "dpo" else "",
+                case.title if name == "dpo" else "",
                 name,
                 _spread(case.speeds(runs)),
                 ratio,
@@ -246,7 +269,7 @@ def _workloads(results: Results) -> list[str]:
         parts = (case.prompt_tokens, case.chosen_tokens, case.rejected_tokens)
         tokens = " + ".join(f"{part / case.pairs:.0f}" for part in parts)
         flops = "–" if case.necessary_flops is None else f"{case.necessary_flops / 1e9:,.0f} GFLOP"
-        name = f"{case.workload}, {_counted(case.epochs, 'epoch')} ({case.source})"
+        name = f"{case.title} ({case.source})"
         lines.append(f"| {name} | {case.pairs} | {case.pairs_per_step} | {tokens} | {flops} |")
     return lines
 
@@ -269,13 +292,21 @@ def _notes(results: Results) -> list[str]:
         "- **peak memory** is the largest resident memory of the process. Median.",
         "- **whole command** is imports, loading, tokenizing, training and saving. Median.",
     ]
+    if any(case.adapter for case in results.cases):
+        notes.append(
+            "- **LoRA** is PEFT's on every linear layer but the vocabulary projection, without dropout, beside a "
+            "frozen base; both programs begin with the same adapter weights. TRL is given it as `peft_config` and asks "
+            "the same model with the adapter off for the reference."
+        )
     if results.not_counted:
         return [*notes, f"- The arithmetic of this model is not counted: {results.not_counted}."]
     return [
         *notes,
         "- **necessary arithmetic** is (1 + 3 · epochs) forward passes over the shared tokens, the prompt of a pair "
         "once: 2 operations for each weight of the body's linear layers and token; 4 · heads · head size for each "
-        "layer, query and key that it attends to; 2 · vocabulary · hidden size for each response token.",
+        "layer, query and key that it attends to; 2 · vocabulary · hidden size for each response token. With an "
+        "adapter it is (1 + 2 · epochs), since a frozen base has no gradients of weights, and 3 · epochs of what the "
+        "adapter adds to a forward pass.",
         "- **share of matrix-product speed**: necessary arithmetic by the time of training, as a share of the speed of "
         "`torch.matmul` on float32 matrices of 2048 × 2048, same threads. For that a run is held after 5 seconds of "
         "its training and then every 10, which is not counted as its time, and the best of 8 products is taken: the "
@@ -303,10 +334,10 @@ def plot(results: Results, file: Path) -> None:
     from matplotlib import pyplot
 
     matplotlib.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    workloads = list(dict.fromkeys(case.workload for case in results.cases))
+    workloads = list(dict.fromkeys(case.trained for case in results.cases))
     figure, rows = pyplot.subplots(len(workloads), 2, figsize=(8, 3.1 * len(workloads)), squeeze=False)
     for (left, right), workload in zip(rows, workloads, strict=True):
-        cases = [case for case in results.cases if case.workload == workload]
+        cases = [case for case in results.cases if case.trained == workload]
         first = cases[0]
         tokens = (first.prompt_tokens + first.chosen_tokens + first.rejected_tokens) / first.pairs
         labels = [_counted(case.epochs, "epoch") for case in cases]

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,10 @@ DEMO_MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
 FOLDER = Path(__file__).parent
 LINES_OF_A_FAILURE = 20
+SEED = 42
+ADAPTERS: Mapping[str, dict[str, Any]] = {"lora": {"rank": 16, "alpha": 32}}
+"""Adapters that both sides can train, by name; on every linear layer, without dropout."""
+ADAPTER_TITLES = {"lora": "LoRA of rank 16"}
 
 StampedLines = list[tuple[float, str]]
 
@@ -74,12 +78,26 @@ class Ended:
 
 @dataclass(frozen=True)
 class Work:
-    """The same work for both sides."""
+    """The same work for both sides.
+
+    Attributes:
+        model: A folder.
+        pairs: A file.
+        pairs_per_step: Pairs of a step.
+        epochs: Passes over the pairs.
+        adapter: Which of `ADAPTERS` trains; None: all weights.
+    """
 
     model: str
     pairs: str
     pairs_per_step: int
     epochs: int
+    adapter: str | None = None
+
+    @property
+    def learning_rate(self) -> float:
+        """An adapter moves too little at the rate of all weights: losses would agree whatever was computed."""
+        return 5e-5 if self.adapter else 5e-6
 
 
 def run_process(
@@ -159,12 +177,14 @@ def run_ours(work: Work, threads: int | None, gauge: Gauge) -> Run:
         settings = {
             "model": {"name": work.model, "dtype": "float32"},
             "data": {"train": work.pairs, "eval": None, "max_length": 1024},
+            "adapter": {"type": work.adapter, **ADAPTERS[work.adapter]} if work.adapter else None,
             "loss": {"type": "dpo", "beta": 0.1},
             "training": {
+                "seed": SEED,
                 "epochs": work.epochs,
                 "pairs_per_step": work.pairs_per_step,
                 "shuffle": False,
-                "learning_rate": 5e-6,
+                "learning_rate": work.learning_rate,
                 "schedule": "constant",
                 "warmup_ratio": 0,
                 "weight_decay": 0,
@@ -186,7 +206,9 @@ def run_ours(work: Work, threads: int | None, gauge: Gauge) -> Run:
 def run_theirs(work: Work, threads: int | None, gauge: Gauge) -> Run:
     """Train with TRL."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = [work.model, work.pairs, str(work.pairs_per_step), str(work.epochs), folder]
+        of_adapter = ["--adapter", json.dumps(ADAPTERS[work.adapter])] if work.adapter else []
+        numbers = (work.pairs_per_step, work.epochs, work.learning_rate, SEED)
+        arguments = [work.model, work.pairs, *map(str, numbers), folder, *of_adapter]
         command = [sys.executable, str(FOLDER / "peer.py"), *arguments]
         ended = run_process(command, environment_of(threads), (THEIR_CLOCK, gauge))
     return as_run(ended, THEIR_CLOCK, json.loads(ended.output.splitlines()[-1]))

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -104,6 +104,13 @@ def arithmetic(model: nn.Module) -> Arithmetic:
     return Arithmetic(2 * weights, 4 * width * layers, 2 * head.weight.numel())
 
 
+def adapter_arithmetic(model: nn.Module, rank: int) -> Arithmetic:
+    """Return what matrices of a rank beside every linear layer but the vocabulary projection add to a forward pass."""
+    head = cast(Any, model).get_output_embeddings()
+    linear = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head]
+    return Arithmetic(2 * rank * sum(sum(module.weight.shape) for module in linear), 0, 0)
+
+
 def read_rows(file: Path) -> list[Row]:
     """Read a JSON list or JSON lines; keep the fields of a pair."""
     text = file.read_text(encoding="utf-8")
@@ -182,18 +189,21 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
     """Make the model a folder, write the pairs of each workload and count what they cost.
 
     Args:
-        request: `model`, `folder` to write to, and `workloads`: name → `file`, `pairs`, `join`.
+        request: `model`, `folder` to write to, `rank` of the adapter or 0, and `workloads`: name → `file`, `pairs`,
+            `join`.
 
     Returns:
         `model`, a folder; `threads`, how many there are; `not_counted`, why the arithmetic is not known, or None; and
-        `workloads`: name → `file`, the sums of tokens and `forward_flops`.
+        `workloads`: name → `file`, the sums of tokens, `forward_flops` and of the adapter `adapter_flops`.
     """
     folder = Path(request["folder"])
     model = model_folder(request["model"], folder)
     tokenizer = load_tokenizer(model)
     costs, not_counted = None, None
+    empty = empty_policy(model)
+    added = adapter_arithmetic(empty, request["rank"])
     try:
-        costs = arithmetic(empty_policy(model))
+        costs = arithmetic(empty)
     except NotCounted as reason:
         not_counted = str(reason)
     workloads = {}
@@ -208,6 +218,7 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
             "chosen_tokens": sum(pair.chosen for pair in lengths),
             "rejected_tokens": sum(pair.rejected for pair in lengths),
             "forward_flops": sum(costs.forward(pair) for pair in lengths) if costs else None,
+            "adapter_flops": sum(added.forward(pair) for pair in lengths),
         }
     return {"model": model, "threads": torch.get_num_threads(), "not_counted": not_counted, "workloads": workloads}
 
