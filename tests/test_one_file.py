@@ -74,11 +74,9 @@ class Single(Padded):
     name: ClassVar[str] = "single"
     needs_proof: ClassVar[bool] = True
 
-    def cut(self, sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
+    def cut(self, sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
         """Cut between all pairs."""
-        from dpo_cli.data.prepared.step_plan import MicroBatch
-
-        return [MicroBatch((index,)) for index in indices]
+        return [[index] for index in indices]
 ''',
     "PADDED, PACKED = ",
     (r"in \(PADDED, PACKED\)", "in (PADDED, PACKED, Single())"),

@@ -15,6 +15,7 @@ from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.data.records import Gaps, TokenizedPair, Tokens
 from dpo_cli.modeling.attention import TokenTree
 from dpo_cli.modeling.layouts import Layout
+from dpo_cli.modeling.tree import grow
 
 if TYPE_CHECKING:
     from dpo_cli.data.prepared.folder import PreparedPairs
@@ -79,7 +80,8 @@ class Batches:
 
     def cut(self, indices: Sequence[int]) -> list[MicroBatch]:
         """Cut some pairs, each in one micro-batch."""
-        return self.layout.cut(self.pairs.sizes, indices, self.micro_batch_tokens)
+        cuts = self.layout.cut(self.pairs.sizes, indices, self.micro_batch_tokens)
+        return [MicroBatch(tuple(cut)) for cut in cuts]
 
     def __call__(self, micro_batch: MicroBatch) -> PairBatch:
         """Read the pairs and lay them out; no token of a filler counts."""
@@ -88,12 +90,34 @@ class Batches:
         return dataclasses.replace(batch, counts=torch.zeros_like(batch.counts)) if micro_batch.filler else batch
 
 
-def sequences_of(pairs: Sequence[TokenizedPair]) -> list[tuple[Tokens, Tokens]]:
+def padded_batch(indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
+    """Lay out B pairs, a row for each sequence, padded on the right."""
+    sequences = _sequences_of(pairs)
+    width = max(len(prompt) + len(response) for prompt, response in sequences)
+    input_ids = np.zeros((len(sequences), width), np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    places = []
+    for row, (prompt, response) in enumerate(sequences):
+        size = len(prompt) + len(response)
+        input_ids[row, :size] = np.concatenate([prompt, response])
+        attention_mask[row, :size] = 1
+        places.append(row * width + np.arange(size))
+    mask = torch.from_numpy(attention_mask)
+    return _as_batch(indices, pairs, torch.from_numpy(input_ids), mask, None, places)
+
+
+def packed_batch(indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
+    """Lay out B pairs as one row, in which what sequences begin with in common is written once."""
+    tree = grow([np.concatenate(sequence) for sequence in _sequences_of(pairs)])
+    return _as_batch(indices, pairs, torch.from_numpy(tree.tokens)[None], None, TokenTree.of(tree), tree.places)
+
+
+def _sequences_of(pairs: Sequence[TokenizedPair]) -> list[tuple[Tokens, Tokens]]:
     """Return prompt and response of all chosen, then of all rejected sequences."""
     return [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
 
 
-def as_batch(
+def _as_batch(
     indices: Sequence[int],
     pairs: Sequence[TokenizedPair],
     input_ids: Tensor,
@@ -102,7 +126,7 @@ def as_batch(
     places: Sequence[np.ndarray[tuple[int], np.dtype[np.int64]]],
 ) -> PairBatch:
     """Name the response tokens; `places` says where each sequence's tokens are among the hidden states."""
-    sequences = sequences_of(pairs)
+    sequences = _sequences_of(pairs)
     scored = [_scored(len(pair.chosen), pair.chosen_gaps) for pair in pairs]
     scored += [_scored(len(pair.rejected), pair.rejected_gaps) for pair in pairs]
     positions, targets = [], []

@@ -4,7 +4,8 @@ A layout cuts a step's pairs into micro-batches under a token budget, and lays a
 name the same response tokens in the same order (every pair's chosen response, then every pair's rejected one), so that
 nothing behind the batch knows which layout ran.
 
-This file is read with the configuration, before NumPy and torch are needed: import them inside functions.
+This file is read with the configuration, before NumPy and torch are needed: what computes with them is in modules of
+its own, imported inside functions.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from dpo_cli.data.prepared.step_plan import MicroBatch, PairSizes
+    from dpo_cli.data.prepared.step_plan import PairSizes
     from dpo_cli.data.records import TokenizedPair
     from dpo_cli.modeling.batch import PairBatch
 
@@ -40,7 +41,7 @@ class Layout(Protocol):
             CannotPack: Its architecture cannot.
         """
 
-    def cut(self, sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
+    def cut(self, sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
         """Cut pairs into micro-batches, each pair in one of them; it decides speed and memory, never the result.
 
         Args:
@@ -74,17 +75,15 @@ class Padded:
     def prepare(self, model: PreTrainedModel) -> None:
         """Leave the model as it is."""
 
-    def cut(self, sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
+    def cut(self, sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
         """Cut pairs, the longest first, so that their padded size (two sequences a pair) stays in the budget."""
-        from dpo_cli.data.prepared.step_plan import MicroBatch, longest_first
-
         lengths = sizes.longest
         cuts: list[list[int]] = []
-        for index in longest_first(indices, lengths):
+        for index in sizes.longest_first(indices):
             if not cuts or 2 * lengths[cuts[-1][0]] * (len(cuts[-1]) + 1) > micro_batch_tokens:
                 cuts.append([])
             cuts[-1].append(index)
-        return [MicroBatch(tuple(cut)) for cut in cuts]
+        return cuts
 
     def tokens(self, sizes: PairSizes, indices: Sequence[int]) -> int:
         """Return the tokens of a forward pass, padding included."""
@@ -92,23 +91,9 @@ class Padded:
 
     def batch(self, indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
         """Lay out B pairs, a row for each sequence."""
-        import numpy as np
-        import torch
+        from dpo_cli.modeling.batch import padded_batch
 
-        from dpo_cli.modeling.batch import as_batch, sequences_of
-
-        sequences = sequences_of(pairs)
-        width = max(len(prompt) + len(response) for prompt, response in sequences)
-        input_ids = np.zeros((len(sequences), width), np.int64)
-        attention_mask = np.zeros_like(input_ids)
-        places = []
-        for row, (prompt, response) in enumerate(sequences):
-            size = len(prompt) + len(response)
-            input_ids[row, :size] = np.concatenate([prompt, response])
-            attention_mask[row, :size] = 1
-            places.append(row * width + np.arange(size))
-        mask = torch.from_numpy(attention_mask)
-        return as_batch(indices, pairs, torch.from_numpy(input_ids), mask, None, places)
+        return padded_batch(indices, pairs)
 
 
 @dataclass(frozen=True)
@@ -128,13 +113,11 @@ class Packed:
 
         attend_to_trees(model)
 
-    def cut(self, sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[MicroBatch]:
+    def cut(self, sizes: PairSizes, indices: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
         """Cut pairs so that their tokens stay in the budget, pairs of one prompt side by side, cuts of about one size.
 
         Counted are the tokens that are certain to be shared once: prompts, and how all prompts begin.
         """
-        from dpo_cli.data.prepared.step_plan import MicroBatch
-
         by_prompt: dict[tuple[int, int], list[int]] = {}
         for index in indices:
             by_prompt.setdefault((int(sizes.prompt_ids[index]), int(sizes.prompts[index])), []).append(index)
@@ -142,7 +125,7 @@ class Packed:
         full = _filled(sizes, ordered, micro_batch_tokens, micro_batch_tokens)
         # Even cuts run faster than full ones and a remainder; where pairs are too uneven for that, full ones do.
         even = _filled(sizes, ordered, micro_batch_tokens, self.tokens(sizes, ordered) / max(1, len(full)))
-        return [MicroBatch(tuple(cut)) for cut in (even if len(even) <= len(full) else full)]
+        return even if len(even) <= len(full) else full
 
     def tokens(self, sizes: PairSizes, indices: Sequence[int]) -> int:
         """Return the tokens of pairs in one row, those of one prompt side by side, or a little more."""
@@ -150,15 +133,9 @@ class Packed:
 
     def batch(self, indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
         """Lay out B pairs as one row."""
-        import numpy as np
-        import torch
+        from dpo_cli.modeling.batch import packed_batch
 
-        from dpo_cli.modeling.attention import TokenTree
-        from dpo_cli.modeling.batch import as_batch, sequences_of
-        from dpo_cli.modeling.tree import grow
-
-        tree = grow([np.concatenate(sequence) for sequence in sequences_of(pairs)])
-        return as_batch(indices, pairs, torch.from_numpy(tree.tokens)[None], None, TokenTree.of(tree), tree.places)
+        return packed_batch(indices, pairs)
 
 
 def _filled(sizes: PairSizes, ordered: Sequence[int], limit: int, wanted: float) -> list[list[int]]:

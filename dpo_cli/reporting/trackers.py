@@ -60,6 +60,13 @@ class TrackerSettings(Settings):
         """Return Accelerate's tracker, not started yet."""
         raise NotImplementedError
 
+    def made(self, *arguments: Any, **named: Any) -> GeneralTracker:
+        """Make Accelerate's tracker of that package; its module takes torch with it."""
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        tracker: GeneralTracker = LOGGER_TYPE_TO_CLASS[self.package](*arguments, **named)
+        return tracker
+
     def describe(self, tracker: Any, settings: Mapping[str, Any], run: TrackedRun) -> None:
         """Pass the run's settings, as flat values, to a tracker that was started."""
         tracker.store_init_configuration(settings)
@@ -77,9 +84,7 @@ class TensorBoard(TrackerSettings):
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
         """Write below `trackers/NAME`, and discard the steps after the last one: they run again."""
-        from accelerate.tracking import TensorBoardTracker
-
-        return TensorBoardTracker(self.name or run.name, run.folder, purge_step=run.done + 1 if run.done else 0)
+        return self.made(self.name or run.name, run.folder, purge_step=run.done + 1 if run.done else 0)
 
     def describe(self, tracker: Any, settings: Mapping[str, Any], run: TrackedRun) -> None:
         """Write the settings into the file of the metrics; Accelerate would make two more runs of them, empty ones."""
@@ -109,10 +114,8 @@ class WandB(InProject):
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
         """Name the run by an id that is kept in its folder."""
-        from accelerate.tracking import WandBTracker
-
         known = run.kept("wandb-id") or run.keep("wandb-id", uuid.uuid4().hex)
-        return WandBTracker(
+        return self.made(
             self.project, name=self.name or run.name, id=known, resume="allow", dir=str(run.folder.absolute())
         )
 
@@ -127,9 +130,7 @@ class MLflow(InProject):
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
         """Continue the run whose id is kept in the run's folder, or start one."""
-        from accelerate.tracking import MLflowTracker
-
-        return MLflowTracker(self.project, run_name=self.name or run.name, run_id=run.kept("mlflow-id") or None)
+        return self.made(self.project, run_name=self.name or run.name, run_id=run.kept("mlflow-id") or None)
 
     def describe(self, tracker: Any, settings: Mapping[str, Any], run: TrackedRun) -> None:
         """Keep the id of the run; a run's settings cannot be written twice."""
@@ -145,9 +146,7 @@ class Other(InProject):
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
         """Pass on project and name."""
-        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-
-        return LOGGER_TYPE_TO_CLASS[self.package](self.project, **{self.named: self.name or run.name})
+        return self.made(self.project, **{self.named: self.name or run.name})
 
 
 class Trackio(Other):
@@ -190,9 +189,7 @@ class Aim(InProject):
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
         """Pass on experiment and name."""
-        from accelerate.tracking import AimTracker
-
-        return AimTracker(self.name or run.name, run.folder, experiment=self.project)
+        return self.made(self.name or run.name, run.folder, experiment=self.project)
 
 
 class CometML(TrackerSettings):
@@ -207,9 +204,7 @@ class CometML(TrackerSettings):
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
         """Pass on the project."""
-        from accelerate.tracking import CometMLTracker
-
-        return CometMLTracker(self.project)
+        return self.made(self.project)
 
 
 class DVCLive(TrackerSettings):
@@ -222,9 +217,7 @@ class DVCLive(TrackerSettings):
 
     def connect(self, run: TrackedRun) -> GeneralTracker:
         """Pass on nothing."""
-        from accelerate.tracking import DVCLiveTracker
-
-        return DVCLiveTracker()
+        return self.made()
 
 
 Tracker = Annotated[

@@ -47,6 +47,10 @@ class PairSizes:
         """Tokens of each pair's shorter sequence, prompt included, `[pairs]`."""
         return self.prompts + np.minimum(self.chosen, self.rejected)
 
+    def longest_first(self, indices: Sequence[int]) -> list[int]:
+        """Sort pairs by their longer sequence, the longest first, and those of one length by their index."""
+        return _longest_first(indices, self.longest)
+
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
@@ -156,7 +160,7 @@ class Plan:
         """
         if num_ranks == 1:
             return tuple(cut(pairs))
-        by_length = longest_first(pairs, self.lengths)
+        by_length = _longest_first(pairs, self.lengths)
         # Dealt out and back again (0 1 1 0 0 1 …), so that every rank has about as many tokens.
         shares: list[list[int]] = [[] for _ in range(num_ranks)]
         for place, index in enumerate(by_length):
@@ -190,6 +194,6 @@ def largest(
     return {most_tokens, max(cuts, key=lambda cut: int(sizes.longest[list(cut.pairs)].sum()))}
 
 
-def longest_first(indices: Sequence[int], lengths: NDArray[np.int64]) -> list[int]:
+def _longest_first(indices: Sequence[int], lengths: NDArray[np.int64]) -> list[int]:
     """Sort pairs by length, the longest first, and those of one length by their index."""
     return sorted(indices, key=lambda index: (-lengths[index], index))

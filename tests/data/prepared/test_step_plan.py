@@ -33,7 +33,7 @@ def make_plan(lengths, **settings):
 
 def cutter(lengths, budget=400):
     sizes = sizes_of(lengths)
-    return lambda indices: PADDED.cut(sizes, indices, budget)
+    return lambda indices: [MicroBatch(tuple(cut)) for cut in PADDED.cut(sizes, indices, budget)]
 
 
 def steps_of(plan, *arguments, budget=400):
@@ -71,9 +71,9 @@ def test_ranks_share_each_step_without_overlap_and_none_is_without_work(lengths,
 @given(lengths_lists, st.integers(1, 600))
 def test_a_padded_micro_batch_stays_in_the_budget_unless_one_pair_is_larger(lengths, budget):
     cuts = PADDED.cut(sizes_of(lengths), range(len(lengths)), budget)
-    assert sorted(i for cut in cuts for i in cut.pairs) == list(range(len(lengths)))
+    assert sorted(i for cut in cuts for i in cut) == list(range(len(lengths)))
     for cut in cuts:
-        assert 2 * len(cut.pairs) * max(lengths[i] for i in cut.pairs) <= budget or len(cut.pairs) == 1
+        assert 2 * len(cut) * max(lengths[i] for i in cut) <= budget or len(cut) == 1
 
 
 def packed_tokens(sizes, pairs):
@@ -86,17 +86,17 @@ def packed_tokens(sizes, pairs):
 def test_a_packed_micro_batch_stays_in_the_budget_with_each_prompt_counted_once(prompt_ids, budget, opening):
     sizes = sizes_of([30 + 12 * i for i in prompt_ids], prompt_ids, opening)
     cuts = PACKED.cut(sizes, range(len(prompt_ids)), budget)
-    assert sorted(i for cut in cuts for i in cut.pairs) == list(range(len(prompt_ids)))
+    assert sorted(i for cut in cuts for i in cut) == list(range(len(prompt_ids)))
     for cut in cuts:
-        assert packed_tokens(sizes, cut.pairs) <= budget or len(cut.pairs) == 1
+        assert packed_tokens(sizes, cut) <= budget or len(cut) == 1
 
 
 def test_pairs_of_one_prompt_go_together_and_cuts_are_even():
     sizes = sizes_of([90] * 12, [0, 1, 2] * 4)
-    cuts = [cut.pairs for cut in PACKED.cut(sizes, range(12), 300)]
+    cuts = PACKED.cut(sizes, range(12), 300)
     assert [{int(sizes.prompt_ids[i]) for i in cut} for cut in cuts] == [{0}, {1}, {2}]
     alone = sizes_of([90] * 9)
-    assert [len(cut.pairs) for cut in PACKED.cut(alone, range(9), 92 * 7)] == [5, 4]
+    assert [len(cut) for cut in PACKED.cut(alone, range(9), 92 * 7)] == [5, 4]
 
 
 @given(lengths_lists, st.integers(0, 30))
