@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from dpo_cli.data.prepared.step_plan import MicroBatch, largest
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters import Lora
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes
 from dpo_cli.modeling.pace import enough_tokens
 from dpo_cli.modeling.policy import Policy, Sizes
@@ -51,7 +52,8 @@ def check_memory(session: Session, policy: Policy, reference: Policy, program_by
 
     def needed(config: Config) -> MemoryEstimate:
         changed = session.under(config)
-        model = policy if config.adapter == session.config.adapter else trained_policy(changed, empty=True)
+        same = (config.adapter, config.model) == (session.config.adapter, session.config.model)
+        model = policy if same else trained_policy(changed, empty=True)
         other = reference if config.reference.model else model
         memory = _without_passes(changed, model, other, program_bytes)
         return dataclasses.replace(memory, program=0)
@@ -64,8 +66,10 @@ def check_memory(session: Session, policy: Policy, reference: Policy, program_by
     shown = ", ".join(f"{name} {gib(size)}" for name, size in least.parts().items() if size)
     what = f"training needs at least {gib(least.peak)} of memory, but {gib(free)} are free ({shown})"
     settings, peak = "", least.peak
-    for settings, smaller in _smaller(session.config):
-        peak = needed(smaller).peak
+    for tried, smaller in _smaller(session.config):
+        # A model may have no layers that an adapter or few bits could be put to.
+        with contextlib.suppress(UserError):
+            settings, peak = tried, needed(smaller).peak
         if peak <= free:
             raise UserError(what, where, f"set {settings}")
     most = policy.sizes().numbers * free / peak / 1e9
@@ -85,17 +89,21 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
         lighter = lighter.model_copy(update={"reference": Cached(model=config.reference.model)})
         settings = [*settings, "`reference.type: cached`"]
         yield _listed(settings), lighter
-    if config.adapter is not None:
-        return
-    if config.training.optimizer.type != "adafactor":
-        training = config.training.model_copy(update={"optimizer": Adafactor()})
-        yield (
-            _listed([*settings, "`training.optimizer: adafactor`"]),
-            lighter.model_copy(update={"training": training}),
-        )
-    if find_spec("peft"):
+    if config.adapter is None:
+        if config.training.optimizer.type != "adafactor":
+            training = config.training.model_copy(update={"optimizer": Adafactor()})
+            yield (
+                _listed([*settings, "`training.optimizer: adafactor`"]),
+                lighter.model_copy(update={"training": training}),
+            )
+        if missing_package("peft", "adapters", ""):
+            return
         # Of an adapter, neither a reference nor a copy of its state takes much.
-        yield "`adapter: lora`", config.model_copy(update={"adapter": Lora()})
+        settings, lighter = ["`adapter: lora`"], config.model_copy(update={"adapter": Lora()})
+        yield _listed(settings), lighter
+    if lighter.model.quantize is None and not missing_package("bitsandbytes", "quantize", ""):
+        model = lighter.model.model_copy(update={"quantize": "nf4"})
+        yield _listed([*settings, "`model.quantize: nf4`"]), lighter.model_copy(update={"model": model})
 
 
 def _listed(settings: Sequence[str]) -> str:
@@ -192,6 +200,8 @@ def _advice(config: Config) -> Iterator[str]:
         yield "`adapter: lora`"
         if config.training.optimizer.type != "adafactor":
             yield "`training.optimizer: adafactor`"
+    elif config.model.quantize is None:
+        yield "`model.quantize: nf4`"
     yield "a lower `data.max_length`"
 
 

@@ -185,8 +185,9 @@ def _held(session: Session) -> dict[str, str]:
     """Say in what the base is held beneath an adapter."""
     if session.config.adapter is None:
         return {}
-    held = session.held.type
-    return {"weights": held if held == "float32" else f"{held}, those of the adapter float32"}
+    held = session.held
+    parts = [f"{held.type} in linear layers, {held.dtype} elsewhere" if held.type != held.dtype else held.dtype]
+    return {"weights": ", ".join(parts + ["float32 in the adapter"] * (held.type != "float32"))}
 
 
 def _steps(plan: Plan) -> str:

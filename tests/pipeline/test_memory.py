@@ -98,13 +98,18 @@ def test_an_adapter_takes_gradients_moments_and_copies_of_its_own_weights_alone(
         ({"checkpoints": {"background": True}}, lambda base, adapter: 17 * base, "set `checkpoints.background: false`"),
         ({"reference": "frozen"}, lambda base, adapter: 17 * base, "set `reference.type: cached`"),
         ({"reference": "frozen"}, lambda base, adapter: 4 * base + 17 * 8 * adapter, "set `adapter: lora`"),
+        ({}, lambda base, adapter: 2 * base + 17 * 8 * adapter, "set `adapter: lora` and `model.quantize: nf4`"),
+        ({"adapter": LORA}, lambda base, adapter: 2 * base + 17 * adapter, "set `model.quantize: nf4`"),
     ],
-    ids=["adafactor", "adapter", "background", "cached", "an adapter instead of all others"],
+    ids=["adafactor", "adapter", "background", "cached", "an adapter instead of all others", "quantized", "more"],
 )
 def test_what_does_not_fit_is_refused_with_the_least_change_that_would(
     session, model, monkeypatch, settings, bytes_of, hint
 ):
-    """All weights take 16 bytes each, a reference 4 and a copy 12 more; the adapter that is suggested has rank 16."""
+    """All weights take 16 bytes each, a reference 4 and a copy 12 more; the adapter that is suggested has rank 16.
+
+    In 4 bits, half a byte each and their scales: less than 2 bytes also with the embeddings, which keep 4.
+    """
     one = session(**settings)
     policy = trained_policy(one, empty=True)
     monkeypatch.setattr(memory, "free_bytes", lambda device: bytes_of(*numbers(model)))
@@ -121,7 +126,7 @@ def test_of_what_fits_in_no_way_the_size_that_would_is_told(session, model, monk
     with pytest.raises(UserError, match="training needs at least") as refused:
         check_memory(one, policy, policy, 0)
     assert "choose a model of at most" in refused.value.hint
-    assert "(under `adapter: lora`)" in refused.value.hint
+    assert "(under `adapter: lora` and `model.quantize: nf4`)" in refused.value.hint
 
 
 def test_what_fits_is_not_refused(session, model, monkeypatch):
