@@ -177,9 +177,9 @@ def watched(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_frozen_weight_has_no_gradient_and_no_moment_and_stays(write_config, watched, tiny_llama, kind, dtype):
-    adapter = {"type": "lora", "rank": 2, **kind}
+@pytest.mark.parametrize(("dtype", "settings"), [("float32", {}), ("bfloat16", {"dora": True})])
+def test_a_frozen_weight_has_no_gradient_and_no_moment_and_stays(write_config, watched, tiny_llama, dtype, settings):
+    adapter = {"type": "lora", "rank": 2, **settings}
     list(dpo_cli.train(write_config(adapter=adapter, model={"dtype": dtype}, training={"max_steps": 3})))
     learner = watched["learner"]
     policy = learner.policy
