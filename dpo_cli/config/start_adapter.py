@@ -33,7 +33,7 @@ def other_than_start(config: Config, tree: Tree) -> Iterator[UserError]:
     for name, theirs in _settings(found).items():
         ours = getattr(adapter, name)
         if name in adapter.model_fields_set and ours != theirs and not (name == "targets" and _may_be(ours, found)):
-            shown, other = (plain_yaml.written(value) for value in (ours, theirs))
+            shown, other = (f"{one:g}" if isinstance(one, float) else plain_yaml.written(one) for one in (ours, theirs))
             what = f"`adapter.{name}` is {shown}, but {other} in the adapter that training goes on from"
             hint = f"leave `adapter.{name}` out: it is taken from `{adapter.start}`"
             yield UserError(what, tree.place(("adapter", name)), hint)

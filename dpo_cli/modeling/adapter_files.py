@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.modeling.model_files import WHOLE_WEIGHTS, check_fetched, check_texts
+from dpo_cli.modeling.model_files import CONFIG, WHOLE_WEIGHTS, check_fetched, check_texts
 from dpo_cli.settings import located
 from dpo_cli.system.hub import is_path
 
@@ -129,16 +129,25 @@ def read_start(name: str, where: str) -> AdapterFolder:
         hint = "name a folder that PEFT or a run has saved; `hf download ID --local-dir DIR` brings one from the Hub"
         is_file = "is a file, not an adapter folder" if folder.is_file() else "does not exist"
         raise UserError(f"the adapter {located(name)} {is_file}", where, hint)
-    if not (folder / ADAPTER_CONFIG).is_file() and holds_adapter(inside := folder / "final"):
-        raise UserError(
-            f"`{name}` is no adapter folder: it has no {ADAPTER_CONFIG}", where, f"did you mean `{inside}`?"
-        )
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise _no_adapter(folder, where)
     found = read_adapter(folder, where)
     for setting, differing in (("rank_pattern", found.ranks), ("alpha_pattern", found.alphas)):
         if differing:
             what = f"training cannot go on from the adapter `{name}`: not all of its layers are alike (`{setting}`)"
             raise UserError(what, where, "merge it into its base, and train another adapter beside the result")
     return found
+
+
+def _no_adapter(folder: Path, where: str) -> UserError:
+    """Say what a folder is that is no adapter's."""
+    if (folder / CONFIG).is_file():
+        hint = "name it in `model.name`, and leave `adapter.start` out: the adapter is then a fresh one"
+        return UserError(f"`{folder}` is a whole model, not an adapter", where, hint)
+    hint = "name a folder that PEFT or a run has saved"
+    if holds_adapter(inside := folder / "final"):
+        hint = f"did you mean `{inside}`?"
+    return UserError(f"`{folder}` is not an adapter folder: it has no {ADAPTER_CONFIG}", where, hint)
 
 
 def base_name(found: AdapterFolder, where: str | None = None) -> str:

@@ -24,8 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dpo_cli.cli import app
+from tests.builders import save_adapter
 from tests.conftest import CHATML, build_llama, make_config, write_rows
 
 PREPARE, TRAIN, EVAL = (f"{command} --config run.yaml" for command in ("prepare-data", "train", "eval"))
@@ -318,6 +320,42 @@ def state_of_each(**changes: Any) -> Callable[[Project], None]:
         seal.write_text(json.dumps(manifest))
 
     return reseal
+
+
+def adapter(*then: Callable[[Project], object], base: str = "model", **settings: Any) -> Callable[[Project], None]:
+    """Let PEFT save an adapter of a model as `adapter`, of two layers a block, and spoil it."""
+
+    def save(project: Project) -> None:
+        told = {"target_modules": ["q_proj", "v_proj"], "lora_alpha": 8, **settings}
+        save_adapter(project.folder / base, project.folder / "adapter", **told)
+
+    return both(save, *then)
+
+
+def says(**settings: Any) -> Callable[[Project], None]:
+    """Change what the adapter says of itself."""
+
+    def change(project: Project) -> None:
+        path = project.folder / "adapter/adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+
+    return change
+
+
+def weighs(change: Callable[[dict[str, torch.Tensor], str], object]) -> Callable[[Project], None]:
+    """Change the tensors of the adapter, given the name of one of them."""
+
+    def write(project: Project) -> None:
+        path = project.folder / "adapter/adapter_model.safetensors"
+        tensors = load_file(path)
+        change(tensors, next(name for name in tensors if name.endswith("lora_A.weight")))
+        save_file(tensors, path)
+
+    return write
+
+
+def wider_model(project: Project) -> None:
+    build_llama(project.folder / "model", project.tokenizer, seed=0, head_dim=16)
 
 
 def in_utf_16(project: Project) -> None:
@@ -706,6 +744,165 @@ MODEL_CASES = {
     "tracker not installed": Case(nothing, f"{TRAIN} tracking=[dvclive]", 2, r"`dvclive` is not installed", r"pip"),
 }  # fmt: skip
 
+LORA, START, MERGED = f"{TRAIN} adapter=lora", f"{TRAIN} adapter.start=adapter", f"{TRAIN} model.name=adapter"
+ADAPTER_CASES = {
+    "adapter unknown": Case(nothing, f"{TRAIN} adapter=lroa", 2, r"`adapter` should be `lora` or null", r"mean `lora`"),
+    "adapter that is a setting of one": Case(
+        nothing, f"{TRAIN} adapter=dora", 2, r"`adapter` should be `lora`", r"\{type: lora, dora: true\}"
+    ),
+    "adapter a number": Case(nothing, f"{TRAIN} adapter=16", 2, r"should be a group of settings", r"`adapter: null`"),
+    "adapter with an unknown setting": Case(
+        settings(adapter={"rnk": 8}), TRAIN, 2, r"`adapter.rnk` is not a setting", r"mean `adapter.rank`"
+    ),
+    "adapter with a setting of PEFT": Case(
+        settings(adapter={"lora_alpha": 8}), TRAIN, 2, r"`adapter.lora_alpha` is not a setting", r"`adapter.alpha`"
+    ),
+    "rank 0": Case(nothing, f"{TRAIN} adapter.rank=0", 2, r"`adapter.rank` should be greater than or", r"rank: 16"),
+    "alpha 0": Case(nothing, f"{TRAIN} adapter.alpha=0", 2, r"`adapter.alpha` should be greater than 0", r"alpha: 32"),
+    "dropout of everything": Case(nothing, f"{TRAIN} adapter.dropout=1", 2, r"should be less than 1", r"dropout: 0.0"),
+    "no targets": Case(nothing, f"{TRAIN} 'adapter.targets=[]'", 2, r"`adapter.targets` should be", r"all-linear"),
+    "a target without a name": Case(
+        nothing, f"{TRAIN} 'adapter.targets=[q_proj, \"\"]'", 2, r"has an empty name", r"remove it"
+    ),
+    "targets that are no pattern": Case(
+        nothing, f"{TRAIN} 'adapter.targets=(q_proj'", 2, r"no regular expression: missing \)", r"all-linear"
+    ),
+    "a target that there is not": Case(
+        nothing, f"{TRAIN} 'adapter.targets=[q_proj, v_porj]'", 2, r"`v_porj` names no layer", r"q_proj.*v_proj"
+    ),
+    "a pattern of no layer": Case(
+        nothing, f"{TRAIN} adapter.targets=q_proj", 2, r"`q_proj` names no layer", r"the layers that can"
+    ),
+    "the vocabulary projection a target": Case(
+        nothing, f"{TRAIN} 'adapter.targets=[lm_head]'", 2, r"names the vocabulary projection", r"leave it out"
+    ),
+    "the embedding a target": Case(
+        nothing, f"{TRAIN} 'adapter.targets=[embed_tokens]'", 2, r"`embed_tokens` names no layer", r"q_proj"
+    ),
+    "dropout with a loss that compares pairs": Case(
+        settings(adapter={"dropout": 0.1}, loss="aot"), TRAIN, 2, r"go together with the loss `aot`", r"dropout` out"
+    ),
+    "an adapter with a reference that cannot follow": Case(
+        both(gpt2("other"), settings(adapter="lora", reference={"type": "synced", "model": "other"})),
+        TRAIN, 2, r"`reference.model` cannot move towards the policy", r"`reference: frozen`",
+    ),
+    "no such start": Case(nothing, START, 2, r"the adapter `adapter` .* does not exist", r"name a folder"),
+    "a variable in the start that is not set": Case(
+        nothing, f"{TRAIN} 'adapter.start=$NOWHERE/a'", 2, r"variable `NOWHERE` is not defined", r"export NOWHERE"
+    ),
+    "start a file": Case(nothing, f"{TRAIN} adapter.start=pairs.jsonl", 2, r"is a file, not an adapter", r"folder"),
+    "start a run": Case(
+        finished(), f"{TRAIN} adapter.start=runs/run output_dir=new", 2, r"no adapter_config.json", r"name a folder"
+    ),
+    "start a run that has an adapter": Case(
+        adapter(lambda project: shutil.copytree("adapter", "runs/other/final")),
+        f"{TRAIN} adapter.start=runs/other", 2, r"no adapter_config.json", r"mean `runs/other/final`",
+    ),
+    "start a whole model": Case(nothing, f"{TRAIN} adapter.start=model", 2, r"is a whole model", r"`model.name`"),
+    "start of another rank": Case(
+        adapter(), f"{START} adapter.rank=8", 2, r"`adapter.rank` is 8, but 4 in the", r"leave `adapter.rank` out"
+    ),
+    "start with another scale": Case(
+        adapter(), f"{START} adapter.alpha=32", 2, r"`adapter.alpha` is 32, but 8", r"leave `adapter.alpha` out"
+    ),
+    "start that is not DoRA": Case(
+        adapter(), f"{START} adapter.dora=true", 2, r"`adapter.dora` is true, but false", r"leave `adapter.dora` out"
+    ),
+    "start that is rsLoRA": Case(
+        adapter(use_rslora=True), f"{START} adapter.rslora=false", 2, r"`adapter.rslora` is false, but true",
+        r"leave `adapter.rslora` out",
+    ),
+    "start with other targets": Case(
+        adapter(), f"{START} 'adapter.targets=[q_proj, k_proj]'", 2,
+        r"`adapter.targets` is \[q_proj, k_proj\], but \[q_proj, v_proj\]", r"leave `adapter.targets` out",
+    ),
+    "start with fewer layers than the targets": Case(
+        adapter(), f"{START} adapter.targets=all-linear", 2, r"targets are other layers.*`.*`, which it has not",
+        r"leave `adapter.targets` out",
+    ),
+    "start of another base": Case(
+        both(gpt2("other"), adapter(base="other", target_modules=["c_attn"], fan_in_fan_out=True)),
+        START, 2, r"another base: the model has no linear layer `transformer", r"other`\), or an adapter of this",
+    ),
+    "start of a base of another size": Case(
+        adapter(wider_model), START, 2, r"another base: .* 64 outputs in the model, and", r"beside"
+    ),
+    "start whose settings are cut": Case(
+        adapter(cut("adapter/adapter_config.json")), START, 2, r"adapter_config.json cannot be read", r"again"
+    ),
+    "start without weights": Case(
+        adapter(gone("adapter/adapter_model.safetensors")), START, 2, r"no adapter_model.safetensors", r"again"
+    ),
+    "start whose weights are cut": Case(
+        adapter(cut("adapter/adapter_model.safetensors")), START, 2, r"safetensors cannot be read", r"again"
+    ),
+    "start whose weights are text": Case(
+        adapter(file("adapter/adapter_model.safetensors", "NaN " * 99)), START, 2, r"cannot be read", r"again"
+    ),
+    "start whose weights are a pointer": Case(
+        adapter(file("adapter/adapter_model.safetensors", "version https://git-lfs.github.com/spec/v1\n")),
+        START, 2, r"Git LFS pointer", r"git lfs pull",
+    ),
+    "start whose weights are pickled": Case(
+        adapter(lambda project: Path("adapter/adapter_model.safetensors").rename("adapter/adapter_model.bin")),
+        START, 2, r"pickled \(adapter_model.bin\)", r"load it in PEFT",
+    ),
+    "start with a weight of another shape": Case(
+        adapter(weighs(lambda all_, name: all_.update({name: torch.ones(3, 32)}))), START, 2, r"rank is 4", r"again"
+    ),
+    "start that lacks a weight": Case(
+        adapter(weighs(lambda all_, name: all_.pop(name))), START, 2, r"should have A, B, and A differ", r"again"
+    ),
+    "start with a weight that is no number": Case(
+        adapter(weighs(lambda all_, name: all_.update({name: torch.full((4, 32), float("nan"))}))),
+        START, 2, r"is NaN or infinite", r"earlier checkpoint",
+    ),
+    "start with a scale that is no number": Case(
+        adapter(says(lora_alpha=float("nan"))), START, 2, r"`lora_alpha` .* but is nan", r"again"
+    ),
+    "start of PiSSA": Case(
+        adapter(says(init_lora_weights="pissa")), START, 2, r"base that was changed .*pissa", r"path_initial_model"
+    ),
+    "start with whole layers": Case(
+        adapter(says(modules_to_save=["lm_head"])), START, 2, r"trained as a whole \(`modules_to_save`\)", r"merge it"
+    ),
+    "start with biases": Case(adapter(says(bias="lora_only")), START, 2, r"`bias: lora_only`", r"merge it"),
+    "start of another kind": Case(adapter(says(peft_type="IA3")), START, 2, r"of the type 'IA3'", r"merge it"),
+    "start whose ranks differ": Case(
+        adapter(rank_pattern={"q_proj": 2}), START, 2, r"not all of its layers are alike", r"merge it"
+    ),
+    "overwriting the start": Case(
+        finished(adapter(lambda project: shutil.move("adapter", "runs/run/checkpoints/adapter"))),
+        f"{TRAIN} --overwrite adapter.start=runs/run/checkpoints/adapter", 2, r"`--overwrite` would remove", r"another",
+    ),
+    "a model that is an adapter, under an adapter": Case(
+        adapter(), f"{MERGED} adapter=lora", 2, r"`adapter` is an adapter itself", r"`adapter.start: adapter`.*--merge"
+    ),
+    "a model that is an adapter to nothing": Case(
+        adapter(says(base_model_name_or_path=None)), MERGED, 2, r"names no base", r"write the whole path"
+    ),
+    "a model that is an adapter to a relative path": Case(
+        adapter(says(base_model_name_or_path="model")), MERGED, 2, r"by a relative path, `model`", r"the whole path"
+    ),
+    "a model that is an adapter to what is gone": Case(
+        adapter(lambda project: shutil.move("model", "moved")), MERGED, 2, r"/model`, which does not exist", r"write"
+    ),
+    "a model that is an adapter of a base without weights": Case(
+        adapter(gone("model/model.safetensors")), MERGED, 2, r"weights are missing: .*/model`", r"incomplete"
+    ),
+    "a model that is an adapter of another base": Case(adapter(wider_model), MERGED, 2, r"another base", r"beside"),
+    "a reference that is an adapter": Case(
+        adapter(), f"{TRAIN} reference.model=adapter", 2, r"`adapter` is an adapter, and a ref", r"`adapter.start`"
+    ),
+    "a configuration for a broken adapter": Case(
+        adapter(gone("adapter/adapter_model.safetensors")), "init --model adapter --out new.yaml", 2,
+        r"no adapter_model.safetensors", r"again",
+    ),
+    "scoring a broken adapter": Case(
+        adapter(cut("adapter/adapter_model.safetensors")), f"{EVAL} --model adapter", 2, r"cannot be read", r"again"
+    ),
+}  # fmt: skip
+
 OUTPUT_CASES = {
     "output folder holds a run": Case(stopped(), TRAIN, 2, r"contains another run", r"--resume.*--overwrite"),
     "output folder holds a finished run": Case(finished(), TRAIN, 2, r"contains another run", r"--resume.*--overwrite"),
@@ -839,7 +1036,17 @@ FULL_CASES = {
 }  # fmt: skip
 FRESH = [{**PAIR, "instruction": f"Say hi {n} times, please." * 9, "chosen": "Hi. " * n} for n in range(1, 40)]
 
-CASES = CONFIG_CASES | USAGE_CASES | DATA_CASES | PREPARED_CASES | MODEL_CASES | OUTPUT_CASES | EVAL_CASES | FULL_CASES
+CASES = (
+    CONFIG_CASES
+    | USAGE_CASES
+    | DATA_CASES
+    | PREPARED_CASES
+    | MODEL_CASES
+    | ADAPTER_CASES
+    | OUTPUT_CASES
+    | EVAL_CASES
+    | FULL_CASES
+)
 
 
 def call(arguments: str) -> int:
