@@ -10,7 +10,9 @@ from dpo_cli.config import Config
 from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapter_files import holds_adapter
 from dpo_cli.modeling.memory import resident_bytes
+from dpo_cli.modeling.model_names import whole_model
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.routing import check_routers
 from dpo_cli.modeling.tokenizers import generation_config
@@ -157,7 +159,7 @@ def header(run: PlannedRun) -> dict[str, str]:
     num_processes = session.accelerator.num_processes
     processes = f", {num_processes} processes" if num_processes > 1 else ""
     return {
-        "model": f"{config.model.name} ({run.sketch})",
+        "model": _model(config.model.name, run.sketch),
         "parameters": _parameters(run.sketch),
         **_held(session),
         "pairs": f"{len(run.data.train):,} to train on, {len(run.data.held_out):,} held out",
@@ -170,6 +172,12 @@ def header(run: PlannedRun) -> dict[str, str]:
         "device": f"{session.accelerator.device}, {session.precision.name}{processes}",
         "output": str(run.folder.path),
     }
+
+
+def _model(name: str, policy: Policy) -> str:
+    """Name the model; of an adapter that is one, its base too."""
+    merged = f": that adapter, merged into {whole_model(name)}" if holds_adapter(name) else ""
+    return f"{name} ({policy}){merged}"
 
 
 def _parameters(policy: Policy) -> str:

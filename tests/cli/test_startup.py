@@ -7,6 +7,9 @@ import sys
 
 import pytest
 
+from tests.builders import save_adapter
+from tests.conftest import run_dpo
+
 WATCH = """
 import sys
 from dpo_cli.cli import app
@@ -37,11 +40,41 @@ sys.stderr.write(f"status {{status}}, heavy {{heavy}}")
         (["train", "--config", "missing.yaml"], 2),
         (["prepare-data", "--config", "nodata.yaml"], 2),
         (["eval", "--config", "nodata.yaml"], 2),
+        (["train", "--config", "nodata.yaml", "adapter.start=adapter"], 2),
     ],
 )
 def test_nothing_heavy_is_imported(tmp_path, arguments, status):
     (tmp_path / "wrong.yaml").write_text("modle: a/b\ntraining: {learning_rat: 1}\n")
     (tmp_path / "nodata.yaml").write_text("model: a/b\ndata: {train: nowhere.jsonl}\n")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 0}')
     code = WATCH.format(arguments=arguments)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr.endswith(f"status {status}, heavy []"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "setting", "where", "extra"),
+    [
+        ("peft", "adapter=lora", "`adapter`", "adapters"),
+        ("peft", "model.name=adapter", "`model.name`", "adapters"),
+        ("bitsandbytes", "model.quantize=nf4", "`model.quantize`", "quantize"),
+    ],
+)
+def test_a_package_that_is_missing_is_reported_with_its_extra_before_anything_is_loaded(
+    write_config, tiny_llama, tmp_path, package, setting, where, extra
+):
+    save_adapter(tiny_llama, tmp_path / "adapter")
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    # Python runs this as it starts: the package cannot be found from then on.
+    (hidden / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None")
+    arguments = ["train", write_config(), setting, *(["adapter=lora"] if "quantize" in setting else [])]
+    ended = run_dpo(*arguments, cwd=tmp_path, env={"PYTHONPATH": str(hidden)})
+
+    assert ended.returncode == 2, ended.stderr
+    (error,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert f"`{package}`" in error
+    assert f"in {where}" in ended.stderr
+    assert f"pip install 'dpo-cli[{extra}]'" in ended.stderr
+    assert "loading" not in ended.stderr

@@ -1,0 +1,124 @@
+"""Training goes on from an adapter with that adapter's settings, or trains all weights of its base with it merged."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import dpo_cli
+from dpo_cli.config import load_config
+from dpo_cli.modeling.loading import load_policy
+from dpo_cli.reporting.console import Console
+from dpo_cli.settings import escape_path
+from tests.builders import save_adapter
+from tests.conftest import read_metrics
+
+# PEFT asks transformers in a way that is deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+TWO = {"target_modules": ["v_proj", "q_proj"], "lora_alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, tiny_llama):
+    return save_adapter(tiny_llama, tmp_path_factory.mktemp("start"), rank=3, use_dora=True, **TWO)
+
+
+def trained(file, **how):
+    list(dpo_cli.train(file, **how))
+    return Path(load_config(file).output_dir)
+
+
+def final(run):
+    return (run / "final/adapter_model.safetensors").read_bytes()
+
+
+def test_what_was_not_set_is_the_adapters_and_the_resolved_configuration_runs_again_as_it_is(write_config, start):
+    run = trained(write_config(adapter={"start": str(start)}, training={"max_steps": 2}))
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+
+    own = {"rank": 3, "alpha": 8, "targets": ["q_proj", "v_proj"], "dora": True, "rslora": False, "dropout": 0.0}
+    assert resolved["adapter"] == {"type": "lora", "start": escape_path(str(start)), **own}
+    first = final(run)
+    assert final(trained(run / "config.yaml", overwrite=True)) == first
+    assert (
+        load_file(run / "final/adapter_model.safetensors").keys()
+        == load_file(start / "adapter_model.safetensors").keys()
+    )
+
+
+def test_a_start_is_found_below_the_home_and_behind_variables(write_config, start, monkeypatch):
+    monkeypatch.setenv("HOME", str(start.parent))
+    monkeypatch.setenv("STARTS", str(start.parent))
+    for written in (f"~/{start.name}", f"$STARTS/{start.name}"):
+        config = load_config(write_config(adapter={"start": written}))
+        assert (config.adapter.start, config.adapter.rank) == (str(start), 3)
+
+
+def test_what_is_set_as_in_the_adapter_is_no_error_whatever_its_order(write_config, start):
+    same = {"rank": 3, "alpha": 8, "dora": True, "targets": ["v_proj", "q_proj"]}
+    assert load_config(write_config(adapter={"start": str(start), **same})).adapter.rank == 3
+    pattern = r"model\.layers\.\d+\.self_attn\.[qv]_proj"
+    assert load_config(write_config(adapter={"start": str(start), "targets": pattern})).adapter.targets == pattern
+
+
+@pytest.mark.parametrize(
+    "targets", ["q_proj", "[qv]_proj", ["q_proj", "v_proj", "o_proj"], ["layers.0.self_attn.v_proj"]]
+)
+def test_targets_that_cannot_be_those_of_the_adapter_are_refused_before_anything_is_loaded(
+    write_config, start, targets
+):
+    with pytest.raises(dpo_cli.UserError, match=r"`adapter.targets` is .*, but \[q_proj, v_proj\]"):
+        load_config(write_config(adapter={"start": str(start), "targets": targets}))
+
+
+def test_one_run_goes_on_where_another_ended_with_all_linear_layers(write_config, tiny_llama):
+    first = trained(write_config("first", adapter="lora", training={"max_steps": 2}))
+    going_on = {"start": str(first / "final"), "targets": "all-linear"}
+    second = trained(write_config("second", adapter=going_on, training={"max_steps": 2}, evaluation={"every_steps": 1}))
+
+    rows = read_metrics(second, "eval")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[0]["logps/chosen"] == pytest.approx(read_metrics(first, "eval")[-1]["logps/chosen"], rel=1e-6)
+    assert final(second) != final(first)
+
+
+def test_all_weights_of_an_adapter_that_is_the_model_train_and_the_header_says_so(
+    write_config, tiny_llama, tmp_path, capfd
+):
+    adapter = save_adapter(tiny_llama, tmp_path / "adapter", **TWO)
+    file = write_config(model={"name": str(adapter)}, training={"max_steps": 2})
+    run = trained(file, console=Console())
+
+    said = capfd.readouterr().err
+    assert f"{adapter} (LlamaForCausalLM): that adapter, merged into {tiny_llama}" in said
+    before, after = load_policy(str(adapter)).state_dict(), load_policy(str(run / "final")).state_dict()
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    assert read_metrics(run, "eval")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_its_evaluation_gives_the_figures_of_the_run(write_config, tiny_llama, tmp_path):
+    adapter = save_adapter(tiny_llama, tmp_path / "adapter", **TWO)
+    file = write_config(model={"name": str(adapter)}, training={"max_steps": 2})
+    run = trained(file)
+    last = read_metrics(run, "eval")[-1]
+
+    found = dpo_cli.evaluate(file)
+    assert {name: found[name] for name in found if name in last} == {
+        name: pytest.approx(last[name], abs=1e-5) for name in last if name in found
+    }
+
+
+def test_an_overwritten_run_never_loses_an_adapter_that_it_needs(write_config, tiny_llama, tmp_path):
+    run = trained(write_config(training={"max_steps": 1}))
+    inside = save_adapter(tiny_llama, run / "checkpoints/adapter", **TWO)
+    for settings in ({"adapter": {"start": str(inside)}}, {"model": {"name": str(inside)}}):
+        with pytest.raises(dpo_cli.UserError, match="would remove"):
+            dpo_cli.train(write_config(**settings), overwrite=True)
+    assert (inside / "adapter_config.json").is_file()
