@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import dpo_cli
-from dpo_cli.command_line import Command, Program, expanded, expanded_path, split_arguments
+from dpo_cli.command_line import Command, Program, expanded, expanded_path, split_arguments, split_run
 from dpo_cli.errors import UserError, raise_all
 from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
 from dpo_cli.system.signals import Interrupted, StopSignals, ignore_signals
@@ -29,6 +29,9 @@ _ARGUMENTS = "[FILE] [KEY=VALUE ...] [OPTIONS]"
 _ABOUT_ARGUMENTS = """\b
 FILE is the configuration, as `--config FILE`. KEY=VALUE overrides a setting
 of it. Relative paths, in it too, start at the working directory."""
+_ABOUT_RUN = """\b
+RUN is the folder of a run with an adapter, or in it `final` or a checkpoint.
+KEY=VALUE overrides a setting of the run, such as where its base is now."""
 _ABOUT_CONFIG = """About configuration files.
 
 A configuration is a YAML file of settings. Relative paths in it start at the working directory, not at the file's
@@ -55,6 +58,7 @@ app = typer.Typer(
         "dpo train my.yaml --dry-run     check everything, print the plan, stop",
         "dpo train my.yaml               train",
         "dpo eval my.yaml                score the trained model",
+        "dpo export runs/my --merge --to models/my",
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
@@ -190,6 +194,32 @@ def evaluate(
     with _job(quiet=quiet) as (console, _):
         settings = load_config(*split_arguments(config, arguments or ()))
         dpo_cli.evaluate(settings, model=model, data=data, json_file=json_file, console=console)
+
+
+@app.command(
+    cls=Command,
+    options_metavar="RUN --to DIR --merge [KEY=VALUE ...] [OPTIONS]",
+    epilog=f"{_ABOUT_RUN}\n\n"
+    + _examples(
+        "dpo export runs/my --merge --to models/my",
+        "dpo export runs/my/checkpoints/step-000100 --merge --to models/my-100",
+        "dpo export runs/my --merge --to models/my model.name=/new/place/of/the/base",
+    ),
+)
+def export(
+    arguments: Arguments = None,
+    to: Annotated[
+        Path | None, typer.Option(parser=expanded_path, metavar="DIR", help="The folder to write, a new one.")
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Make the adapter part of its base.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a run's adapter and its base as one plain model, and prove it."""
+    with _job(quiet=quiet) as (console, _):
+        run, overrides = split_run(arguments or ())
+        if to is None:
+            raise UserError("no folder to write is given", "the command line", "give one, as in `--to models/my`")
+        dpo_cli.export(run, to, merge=merge, overrides=overrides, console=console)
 
 
 @config_app.command(cls=Command)

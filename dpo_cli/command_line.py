@@ -131,6 +131,24 @@ def split_arguments(config: Path | None, arguments: Sequence[str]) -> tuple[Path
     return config or expanded_path(files[0]), overrides
 
 
+def split_run(arguments: Sequence[str]) -> tuple[Path, list[str]]:
+    """Tell the run's folder from the settings that override its own.
+
+    Args:
+        arguments: The folder, and `KEY=VALUE` each.
+
+    Raises:
+        UserError: No folder is named, or several are.
+    """
+    named = [text for text in arguments if "=" not in text or Path(text).exists()]
+    if not named:
+        raise UserError("no run is given", _WHERE, "give its folder, as in `dpo export runs/my --merge --to models/my`")
+    if len(named) > 1:
+        what = f"several runs are given: {', '.join(f'`{name}`' for name in named)}"
+        raise UserError(what, _WHERE, "export one after the other, each into a folder of its own")
+    return expanded_path(named[0]), [text for text in arguments if text not in named]
+
+
 def _like_a_file(text: str) -> bool:
     return Path(text).suffix in (".yaml", ".yml", ".json") or Path(text).is_file()
 

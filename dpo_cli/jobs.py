@@ -6,12 +6,13 @@ The pipeline, which imports torch, is imported after that.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config, as_config
+from dpo_cli.config.exporting import check_export
 from dpo_cli.config.inputs import (
     check_evaluation,
     check_new_file,
@@ -187,6 +188,35 @@ def evaluate(
     from dpo_cli.pipeline.evaluate import evaluate
 
     return evaluate(settings, console, model=scored_model(settings, model), data=data, json_file=json_file)
+
+
+def export(
+    run: str | PathLike[str],
+    to: str | PathLike[str],
+    *,
+    merge: bool = True,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Merge a run's adapter into its base, write that as a plain model folder, and prove it; return how exact it is.
+
+    Args:
+        run: The run's folder, or that of an adapter in it: `final`, or a checkpoint.
+        to: The folder to be written, which must not exist.
+        merge: Whether the adapter becomes part of the base; nothing else can be exported yet.
+        overrides: `KEY=VALUE` each: settings of the run that are others now, such as where the base is.
+        console: What a person sees, or None.
+
+    Raises:
+        UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
+    """
+    console = console or _unattended()
+    merging = check_export(Path(run), Path(to), overrides, merge=merge)
+    console.notice("loading …")
+    look_up_on_hub(merging.config)
+    from dpo_cli.pipeline.export import export
+
+    return export(merging, console)
 
 
 def _unattended() -> Console:

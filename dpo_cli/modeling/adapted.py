@@ -68,7 +68,7 @@ class Adapted:
         for weights in self.moved(model).values():
             # PEFT gives them the dtype of the base, in which small steps are lost.
             weights.data = weights.data.float()
-        for layer in _adapter_layers(model).values():
+        for layer in adapter_layers(model).values():
             self.adapter.refine(layer)
         model.eval()
         if start and not on_paper:
@@ -76,7 +76,7 @@ class Adapted:
 
     def described(self, model: PreTrainedModel) -> str:
         """Say what trains, in a few words."""
-        return f"{self.adapter.title} on {len(_adapter_layers(model))} layers"
+        return f"{self.adapter.title} on {len(adapter_layers(model))} layers"
 
     def fresh(self) -> Adapted:
         """Return the same where no weights are to go on from."""
@@ -91,9 +91,9 @@ class Adapted:
         base = self._base_names(model)
         return {name: parameter for name, parameter in model.named_parameters() if base(name) is None}
 
-    def fingerprints(self, model: PreTrainedModel) -> dict[str, str]:
+    def fingerprints(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, str]:
         """Return a digest of each part of what answers before step 1: a fresh adapter is none."""
-        base = {"model": weights_digest(model, self._base_names(model))}
+        base = {"model": weights_digest(model, self._base_names(model), dtype)}
         if not self.adapter.start:
             return base
         started = [part for name, weights in self.state(model).items() for part in (name, _digest(weights))]
@@ -110,7 +110,7 @@ class Adapted:
     @contextlib.contextmanager
     def at_beginning(self, model: PreTrainedModel) -> Iterator[None]:
         """Let a fresh adapter have no effect; of one that was gone on from, a copy answers."""
-        layers = [] if self.adapter.start else list(_adapter_layers(model).values())
+        layers = [] if self.adapter.start else list(adapter_layers(model).values())
         # PEFT's own switch would let the weights train no longer.
         for layer in layers:
             layer._disable_adapters = True
@@ -126,7 +126,7 @@ class Adapted:
         # Some ask the layer itself whether it trains. What is in the base layer has no dropout.
         modules = [
             module
-            for layer in _adapter_layers(model).values()
+            for layer in adapter_layers(model).values()
             for name, module in layer.named_modules()
             if name.partition(".")[0] != "base_layer"
         ]
@@ -217,7 +217,7 @@ class Adapted:
     @staticmethod
     def _base_names(model: PreTrainedModel) -> Any:
         """Return a function from the name of a weight to its name in the base, or to None: it is the adapter's."""
-        layers = tuple(f"{name}." for name in _adapter_layers(model))
+        layers = tuple(f"{name}." for name in adapter_layers(model))
 
         def base_name(name: str) -> str | None:
             within = next((layer for layer in layers if name.startswith(layer)), None)
@@ -229,11 +229,20 @@ class Adapted:
         return base_name
 
 
-def _adapter_layers(model: PreTrainedModel) -> dict[str, Any]:
+def adapter_layers(model: PreTrainedModel) -> dict[str, Any]:
     """Return the layers that PEFT made, by name."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+@torch.no_grad()
+def merge_layers(model: PreTrainedModel) -> None:
+    """Add what an adapter does to the weights beside it, in the dtype that they have, and take the adapter out."""
+    for name, layer in adapter_layers(model).items():
+        layer.merge()
+        model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
 
 
 def _digest(weights: Tensor) -> str:

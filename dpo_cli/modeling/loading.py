@@ -33,6 +33,7 @@ from dpo_cli.modeling.saving import logits_alone, remember, remember_tokenizer
 from dpo_cli.modeling.size_checks import check_model_elements, check_size
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 _NO_PART_OF_A_MODEL = {"transformers_version", "_name_or_path", "architectures", "dtype", "use_cache"}
@@ -136,12 +137,15 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         raise UserError(f"the weights do not fit the model: {reason}", str(folder), hint) from None
 
 
-def weights_digest(model: PreTrainedModel, own_name: Callable[[str], str | None] = str) -> str:
+def weights_digest(
+    model: PreTrainedModel, own_name: Callable[[str], str | None] = str, dtype: torch.dtype | None = None
+) -> str:
     """Return a digest of a model's architecture and of every weight's bytes, those that no gradient moves included.
 
     Args:
         model: The model.
         own_name: Returns the name that a weight has in the model by itself; None for one that was added to it.
+        dtype: What the weights are taken to be held in; None: in what they are.
     """
     whole = hashlib.blake2b(digest_size=32)
     settings = {name: value for name, value in model.config.to_dict().items() if name not in _NO_PART_OF_A_MODEL}
@@ -152,6 +156,8 @@ def weights_digest(model: PreTrainedModel, own_name: Callable[[str], str | None]
             continue  # Tied to one that counts already.
         if (own := own_name(name)) is None:
             continue
+        if dtype and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
         whole.update(f"{own} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return whole.hexdigest()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM
 
+from dpo_cli.modeling.adapted import merge_layers
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.loading import empty_policy, load_policy
@@ -25,6 +26,7 @@ from dpo_cli.modeling.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.placement import Placement, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.modeling.trained import Trained, Whole
+from dpo_cli.modeling.weight_types import WeightTypes, cast_weights, round_weights
 from dpo_cli.system.storage import text_digest
 
 if TYPE_CHECKING:
@@ -128,6 +130,18 @@ class Policy:
     def fingerprints(self) -> dict[str, str]:
         """A digest of each part of what answers before step 1, which they have to be asked for before."""
         return self._trained.fingerprints(self.model)
+
+    def began_with(self, fingerprints: Mapping[str, str]) -> str | None:
+        """Return which part of the policy before step 1 is not that of some fingerprints, in whatever dtype; or None.
+
+        It has to be asked before step 1.
+        """
+        for dtype in (None, torch.bfloat16, torch.float16, torch.float32):
+            ours = self._trained.fingerprints(self.model, dtype) if dtype else self.fingerprints
+            differing = [name for name, digest in ours.items() if fingerprints.get(name) != digest]
+            if not differing:
+                return None
+        return differing[0]
 
     @property
     def identity(self) -> str:
@@ -326,6 +340,19 @@ class Policy:
             state: What `state` returned, where the weights may have changed since.
         """
         self._trained.write(self.model, folder, tokenizer, dict(state) if state else None)
+
+    def merge(self) -> None:
+        """Make the adapter part of the weights that it is beside; nothing is left of it, and nothing trains."""
+        merge_layers(self.model)
+        self._trained = Whole()
+
+    def round_to(self, types: WeightTypes) -> None:
+        """Round every weight as it would be if it were saved in its type, and hold it as before."""
+        round_weights(self.model, types)
+
+    def hold_as(self, types: WeightTypes) -> None:
+        """Hold every weight in its type, to be written; the policy answers nothing any more."""
+        cast_weights(self.model, types)
 
     def prove_saving(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Prove, before hours go into it, that the policy can be saved and read again; return a line that says so.

@@ -111,18 +111,19 @@ def logits_alone(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def saved_folder(target: Path, doing: str) -> Iterator[Path]:
+def saved_folder(target: Path, doing: str, details: dict[str, Any] | None = None) -> Iterator[Path]:
     """Yield a folder to write into, which appears as `target`, sealed, when all of it is written.
 
     Args:
         target: The folder to appear.
         doing: What failed, where it fails.
+        details: What its manifest says beside sizes and digests.
 
     Raises:
         UserError: The disk refuses. `target` is as it was then.
     """
     try:
-        with sealed_folder(target, {}) as temporary:
+        with sealed_folder(target, details or {}) as temporary:
             yield temporary
     except OSError as error:
         raise refused(error, doing, target) from error

@@ -17,6 +17,7 @@ from dpo_cli.modeling.saving import check_saved, prove_saving, write_model
 from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,9 +53,9 @@ class Whole(Settings):
         """Return by name what training moves, whether it takes gradients now or not."""
         return dict(model.named_parameters())
 
-    def fingerprints(self, model: PreTrainedModel) -> dict[str, str]:
-        """Return a digest of each part of what answers before step 1, by what the part is called."""
-        return {"model": weights_digest(model)}
+    def fingerprints(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, str]:
+        """Return a digest of each part of what answers before step 1, by what it is called, as if held in a dtype."""
+        return {"model": weights_digest(model, dtype=dtype)}
 
     def beginning_bytes(self, model: PreTrainedModel) -> int:
         """Return what `keep_beginning` takes in memory: a copy of every weight that trains."""

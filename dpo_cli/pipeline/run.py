@@ -24,7 +24,7 @@ from dpo_cli.reporting.environment import versions
 from dpo_cli.reporting.metrics_log import MetricsLog
 from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.tables import figures_table
-from dpo_cli.training.checkpoints import CheckpointWriter
+from dpo_cli.training.checkpoints import FINGERPRINTS, CheckpointWriter
 from dpo_cli.training.learner import Learner, NotFinite
 from dpo_cli.training.state import RunNotes
 
@@ -168,7 +168,9 @@ def save_final(run: Run, after: dict[str, Any] | None) -> None:
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     card = model_card(folder.path.name, config.model_dump(mode="json"), facts, _before_and_after(run, after))
-    with saved_folder(folder.final, "saving the trained model") as temporary:
+    # An adapter means nothing without its base.
+    details = {FINGERPRINTS: run.fingerprints} if config.adapter else {}
+    with saved_folder(folder.final, "saving the trained model", details) as temporary:
         run.learner.policy.write(temporary, run.plan.tokenizer)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         run.learner.policy.check_written(temporary)

@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.saving import saved_folder
-from dpo_cli.system.storage import DamagedFolder, discard, make_folder, remove_strays, verify
+from dpo_cli.system.storage import DamagedFolder, discard, make_folder, read_manifest, remove_strays, verify
 from dpo_cli.training.learner import Learner, NotFinite
 from dpo_cli.training.state import RunNotes, Snapshot, random_states, read_state
 
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from dpo_cli.modeling.policy import Policy
+
+FINGERPRINTS = "fingerprints"
+"""Under which name the manifest of a trained adapter has digests of what the run began with."""
 
 _log = logging.getLogger(__name__)
 
@@ -148,6 +151,17 @@ def newest_whole(folder: Path, fingerprints: Mapping[str, str]) -> Path | None:
         hint = "restore one from elsewhere, or start again with `--overwrite`"
         raise UserError("every checkpoint is damaged: there is nothing to continue from", str(folder), hint)
     return None
+
+
+def beginning_of(folder: Path) -> Mapping[str, str]:
+    """Return digests of what the run began with, by a checkpoint or by its trained adapter; empty where none are kept.
+
+    Raises:
+        DamagedFolder: It is neither.
+    """
+    if (kept := read_manifest(folder).get(FINGERPRINTS)) is None and folder.name.startswith("step-"):
+        return read_state(folder).fingerprints
+    return kept if isinstance(kept, dict) else {}
 
 
 def newest_step(folder: Path) -> int:

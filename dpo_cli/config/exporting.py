@@ -1,0 +1,139 @@
+"""What `dpo export` is given, checked before anything slow is imported: the run, its adapter, where the model goes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_cli.config.inputs import check_inputs
+from dpo_cli.config.loading import load_config
+from dpo_cli.config.schema import Config
+from dpo_cli.errors import UserError, raise_all
+from dpo_cli.settings import located, nearest_file
+from dpo_cli.system.storage import DamagedFolder, verify, why_no_folder
+from dpo_cli.training.run_folder import RunFolder, RunState
+
+_ADAPTER = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class Merging:
+    """An adapter that is to be merged.
+
+    Attributes:
+        run: The run that it is of.
+        config: What that run did.
+        adapter: The folder of the adapter.
+        to: The folder to be written.
+    """
+
+    run: RunFolder
+    config: Config
+    adapter: Path
+    to: Path
+
+
+def check_export(named: Path, to: Path, overrides: Sequence[str], *, merge: bool) -> Merging:
+    """Check what is exported, and where to.
+
+    Args:
+        named: A run's folder, or that of an adapter in it: `final`, or a checkpoint.
+        to: The folder to be written.
+        overrides: `KEY=VALUE` each: settings of the run that are others now, such as where the base is.
+        merge: Whether the adapter becomes part of the base.
+
+    Raises:
+        UserError: Something is wrong; an `ExceptionGroup` where several things are.
+    """
+    run, adapter = _found(named)
+    config = load_config(run.config, overrides)
+    problems = [_check_target(to, named, run), *_check_adapter(adapter, config, merge=merge)]
+    if config.adapter is not None:
+        problems += [_of_run(problem, run) for problem in check_inputs(config)]
+    raise_all(problem for problem in problems if problem)
+    return Merging(run, config, adapter, to)
+
+
+def _found(named: Path) -> tuple[RunFolder, Path]:
+    """Return the run that is meant and the folder of what it has trained.
+
+    Raises:
+        UserError: There is none, or it is not finished.
+    """
+    if not named.exists():
+        near = nearest_file(named)
+        hint = f"did you mean `{near}`?" if near else "name a run's folder, or one of its checkpoints"
+        raise UserError(f"there is no run {located(named)}", "the command line", hint)
+    if not named.is_dir():
+        hint = "name the run's folder: the `output_dir` of its configuration"
+        raise UserError(f"`{named}` is a file, not a run", "the command line", hint)
+    if (run := RunFolder(named)).state() in (RunState.STARTED, RunState.FINISHED):
+        return run, _trained(run)
+    absolute = named.absolute()
+    for above in (absolute.parent, absolute.parent.parent):
+        if (run := RunFolder(above)).state() in (RunState.STARTED, RunState.FINISHED):
+            return run, named
+    if (named / _ADAPTER).is_file():
+        what = f"`{named}` is an adapter that no run here has trained: there is no config.yaml of a run beside it"
+        hint = "merge it with PEFT's `merge_and_unload`; this command proves a merged model on the pairs of its run"
+        raise UserError(what, "the command line", hint)
+    raise UserError(f"`{named}` is not a run's folder", "the command line", "name the `output_dir` of a run")
+
+
+def _trained(run: RunFolder) -> Path:
+    """Return the folder of the trained model.
+
+    Raises:
+        UserError: The run has none yet.
+    """
+    if run.final.is_dir():
+        return run.final
+    steps = [path for path in run.checkpoints.glob("step-*") if path.name[5:].isdecimal()]
+    newest = max(steps, key=lambda path: int(path.name[5:]), default=None)
+    hint = f"finish it: `dpo train {run.config} --resume`"
+    hint += f"; or export a checkpoint, such as `{newest}`" if newest else ""
+    raise UserError(f"the run is not finished: there is no folder {located(run.final)}", str(run.path), hint)
+
+
+def _check_target(to: Path, named: Path, run: RunFolder) -> UserError | None:
+    """Say why the model cannot be written there, if so: what is there stays, and a run keeps its folder."""
+    where = f"--to {to}"
+    if to.exists() or to.is_symlink():
+        return UserError(f"{located(to)} exists already", where, "choose another folder, or remove that one")
+    if any(to.resolve().is_relative_to(inside.resolve()) for inside in (run.path, named)):
+        return UserError("the folder to write is inside the run", where, "choose a folder outside the run")
+    if obstacle := why_no_folder(to):
+        return UserError(f"the folder cannot be created: {obstacle}", where, "choose another folder")
+    return None
+
+
+def _check_adapter(adapter: Path, config: Config, *, merge: bool) -> list[UserError]:
+    """Say why there is nothing to merge, if so."""
+    if config.adapter is None:
+        what = "the run trained all weights: it has no adapter to merge"
+        return [UserError(what, str(adapter), f"use `{adapter}` as it is: it is a plain model folder already")]
+    problems = []
+    if not merge:
+        hint = f"add `--merge`; without it, `{adapter}` is what there is: a folder that PEFT reads"
+        problems.append(UserError("only merged models are exported", "the command line", hint))
+    if importlib.util.find_spec("peft") is None:
+        hint = "install it with `pip install 'dpo-cli[adapters]'`"
+        problems.append(UserError("merging an adapter needs the package `peft`", "the command line", hint))
+    if not (adapter / _ADAPTER).is_file():
+        what = f"there is no adapter: `{adapter}` has no {_ADAPTER}"
+        hint = "name the run's folder, its `final`, or one of its checkpoints"
+        return [*problems, UserError(what, "the command line", hint)]
+    try:
+        verify(adapter)
+    except DamagedFolder as damage:
+        hint = "export a checkpoint of the run, or train again"
+        problems.append(UserError(f"the adapter is damaged: {damage}", str(adapter), hint))
+    return problems
+
+
+def _of_run(problem: UserError, run: RunFolder) -> UserError:
+    """Say of what the run was given and is gone that it is named in the run's own configuration."""
+    hint = "start the command where the run was started, or name what moved, as in `model.name=PATH`"
+    return UserError(problem.what, f"{problem.where or 'the configuration'}, {run.config}", hint)
