@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,8 @@ def check_export(named: Path, to: Path, overrides: Sequence[str], *, merge: bool
     config = load_config(run.config, overrides)
     problems = [_check_target(to, named, run), *_check_adapter(adapter, config, merge=merge)]
     if config.adapter is not None:
-        problems += [_of_run(problem, run) for problem in check_inputs(config)]
+        moved = _moved_base(adapter, config)
+        problems += [moved] if moved else [_of_run(problem, run) for problem in check_inputs(config)]
     raise_all(problem for problem in problems if problem)
     return Merging(run, config, adapter, to)
 
@@ -64,7 +66,7 @@ def _found(named: Path) -> tuple[RunFolder, Path]:
     """
     if not named.exists():
         near = nearest_file(named)
-        hint = f"did you mean `{near}`?" if near else "name a run's folder, or one of its checkpoints"
+        hint = f"did you mean `{near}`?" if near and near.is_dir() else "name a run's folder, or one of its checkpoints"
         raise UserError(f"there is no run {located(named)}", "the command line", hint)
     if not named.is_dir():
         hint = "name the run's folder: the `output_dir` of its configuration"
@@ -131,6 +133,20 @@ def _check_adapter(adapter: Path, config: Config, *, merge: bool) -> list[UserEr
         hint = "export a checkpoint of the run, or train again"
         problems.append(UserError(f"the adapter is damaged: {damage}", str(adapter), hint))
     return problems
+
+
+def _moved_base(adapter: Path, config: Config) -> UserError | None:
+    """Say where the base was, if it was a folder: a relative name that leads nowhere could be the Hub's as well."""
+    try:
+        said = json.loads((adapter / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    if not isinstance(said, str) or not Path(said).is_absolute() or Path(config.model.name).exists():
+        return None
+    hint = f"name it where it is now, as in `model.name={said if Path(said).exists() else 'PATH'}`"
+    return UserError(
+        f"the base is not there: there is no model folder {located(config.model.name)}", str(adapter), hint
+    )
 
 
 def _of_run(problem: UserError, run: RunFolder) -> UserError:

@@ -131,7 +131,7 @@ def _merge(session: Session, merging: Merging) -> dict[str, Any]:
     adapter = examiner.scores(policy, "the adapter")
     types = WeightTypes.of_files(Path(policy.model.name_or_path))
     policy.merge()
-    rounding = _rounded(policy, examiner, types)
+    rounding = _rounded(policy, examiner, types, adapter, merging.to)
     with saved_folder(merging.to, "writing the merged model") as folder:
         policy.hold_as(types)
         policy.write(folder, tokenizer)
@@ -185,11 +185,16 @@ def _check_base(policy: Policy, merging: Merging) -> None:
         raise UserError(what, f"`{setting}`", f"restore it, or name it where it is now, as in `{setting}=PATH`")
 
 
-def _rounded(policy: Policy, examiner: Examiner, types: WeightTypes) -> Difference:
-    """Round a merged policy's weights; return how far that alone takes its log-probabilities."""
+def _rounded(policy: Policy, examiner: Examiner, types: WeightTypes, adapter: Scores, to: Path) -> Difference:
+    """Round a merged policy's weights; return how far that alone takes its log-probabilities.
+
+    Raises:
+        UserError: The policy was not what the adapter was before that.
+    """
     if not types.rounds:
         return Difference(0.0, 0.0)
     exact = examiner.scores(policy, "the merged model before rounding")
+    _check(Difference.between(adapter.logps, exact.logps), Difference(0.0, 0.0), to)
     policy.round_to(types)
     return Difference.between(exact.logps, examiner.scores(policy, "the merged model after rounding").logps)
 
@@ -206,7 +211,7 @@ def _check(difference: Difference, rounding: Difference, to: Path) -> None:
     ):
         if not ours <= (allowed := max(EXACT, ROUNDING_SHARE * by_rounding)):
             what = f"the merged model is not the adapter's: its log-probabilities differ by {ours:.1e} nats per token"
-            hint = "nothing was written; check that the base and the adapter are those of the run, or report this"
+            hint = "nothing was written; update PEFT and transformers to versions that fit each other, or report this"
             raise UserError(f"{what} {name}, where {allowed:.1e} is allowed", str(to), hint, status=FAILED)
 
 

@@ -41,6 +41,8 @@ sys.stderr.write(f"status {{status}}, heavy {{heavy}}")
         (["prepare-data", "--config", "nodata.yaml"], 2),
         (["eval", "--config", "nodata.yaml"], 2),
         (["train", "--config", "nodata.yaml", "adapter.start=adapter"], 2),
+        (["export", "--help"], 0),
+        (["export", "nowhere", "--merge", "--to", "out"], 2),
     ],
 )
 def test_nothing_heavy_is_imported(tmp_path, arguments, status):

@@ -1,0 +1,443 @@
+"""`dpo export`: what it writes is proved, whole or absent; what is wrong is said."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft.tuners.lora.layer import Linear
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import dpo_cli
+from dpo_cli.cli import app
+from dpo_cli.system.storage import MANIFEST
+from tests.conftest import build_llama, make_config, write_rows
+from tests.faults.shim import CRASHED
+
+EXPORT = "export runs/run --merge --to out"
+
+
+def call(arguments: str) -> int:
+    """Run the program in this process and return its exit status."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    logger = logging.getLogger("dpo_cli")
+    before = logger.handlers, logger.propagate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["dpo", *shlex.split(arguments)])
+        try:
+            app(prog_name="dpo")
+        except SystemExit as stop:
+            assert isinstance(stop.code, int)
+            return stop.code
+        finally:
+            logger.handlers, logger.propagate = before
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+    return 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tokenizer, demo_rows) -> Callable[[str], Path]:
+    """Return a folder with a model of some dtype, pairs, a configuration and a finished run of an adapter."""
+    made: dict[str, Path] = {}
+
+    def folder_of(dtype: str) -> Path:
+        if dtype not in made:
+            made[dtype] = folder = tmp_path_factory.mktemp(dtype)
+            model = build_llama(folder / "model", tokenizer, seed=0)
+            AutoModelForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(model)
+            write_rows(folder / "pairs.jsonl", demo_rows[:40])
+            settings: dict[str, Any] = {
+                "adapter": {"type": "lora", "rank": 4},
+                "training": {"learning_rate": 1e-2, "max_steps": 4},
+                "output_dir": "runs/run",
+            }
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                make_config(folder, Path("model"), Path("pairs.jsonl"), **settings)
+                assert call("train run.yaml --quiet") == 0
+        return made[dtype]
+
+    return folder_of
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch, finished, request) -> Path:
+    """A copy of it, in which the test is."""
+    folder = tmp_path / "project"
+    shutil.copytree(finished(getattr(request, "param", "float32")), folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def weights(folder: Path | str) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = load_file(Path(folder) / "model.safetensors")
+    return found
+
+
+def numbers(line: str) -> list[float]:
+    return [float(number) for number in re.findall(r"\d\.\d+e[-+]\d+", line)]
+
+
+@pytest.mark.parametrize("project", ["float32", "bfloat16"], indirect=True)
+def test_the_model_is_written_in_the_type_of_the_base_and_proved(project, capfd):
+    capfd.readouterr()
+    assert call(EXPORT) == 0
+    printed = capfd.readouterr().out
+    dtype = "bfloat16" if "rounding" in printed else "float32"
+    assert {str(tensor.dtype) for tensor in weights("out").values()} == {f"torch.{dtype}"}
+    assert {str(tensor.dtype) for tensor in weights("model").values()} == {f"torch.{dtype}"}
+    largest, mean = numbers(next(line for line in printed.splitlines() if line.startswith("difference")))
+    assert 0 <= mean <= largest
+    if dtype == "float32":
+        assert largest <= 1e-4
+    else:
+        by_rounding = numbers(next(line for line in printed.splitlines() if line.startswith("rounding")))
+        assert largest <= 1.5 * by_rounding[0]
+        assert largest > 1e-4, "the rounding of weights has an effect"
+    for figure in ("reward accuracy", "reward margin"):
+        assert re.search(rf"{figure} +\S+.* +\S+", printed)
+    assert (Path("out") / MANIFEST).is_file()
+    assert not [path for path in project.iterdir() if path.name.startswith(".")]
+    card = Path("out/README.md").read_text(encoding="utf-8")
+    assert "merged in float32" in card
+    written = {path.name for path in Path("out").iterdir()}
+    # As `final/` of a run without an adapter.
+    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= written
+    assert not {"adapter_config.json", "adapter_model.safetensors"} & written
+
+
+def test_the_merged_model_gets_from_dpo_eval_what_the_run_ended_with(project, capfd):
+    assert call(EXPORT) == 0
+    capfd.readouterr()
+    assert call("eval run.yaml adapter=null --model out --json -") == 0
+    found = json.loads(capfd.readouterr().out)
+    rows = [json.loads(line) for line in Path("runs/run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = [row for row in rows if row["split"] == "eval"][-1]
+    for name in ("loss", "rewards/margins", "logps/chosen", "logps/rejected"):
+        assert found[name] == pytest.approx(last[name], abs=1e-4)
+
+
+def test_a_checkpoint_is_exported_with_the_weights_of_its_step(project):
+    assert call("export runs/run/checkpoints/step-000002 --merge --to second --quiet") == 0
+    assert call("export runs/run/checkpoints/step-000004 --merge --to fourth --quiet") == 0
+    assert call("export runs/run/final --merge --to final --quiet") == 0
+    second, fourth, final = (weights(name) for name in ("second", "fourth", "final"))
+    assert all(torch.equal(fourth[name], final[name]) for name in final)
+    assert any(not torch.equal(second[name], final[name]) for name in final)
+
+
+def test_a_checkpoint_of_a_run_that_is_not_finished_is_exported_too(project):
+    shutil.rmtree("runs/run/final")
+    assert call("export runs/run/checkpoints/step-000002 --merge --to out --quiet") == 0
+
+
+def test_a_base_that_was_moved_is_named_anew(project):
+    Path("model").rename("elsewhere")
+    assert call(f"{EXPORT} model.name=elsewhere --quiet") == 0
+
+
+def test_a_run_that_is_exported_from_another_folder_says_where_its_base_is(project, monkeypatch, capfd):
+    monkeypatch.chdir(project.parent)
+    assert call("export project/runs/run --merge --to out") == 2
+    assert re.search(r"as in `model.name=/.*/model`", capfd.readouterr().err)
+    named = f"model.name={project}/model data.train={project}/pairs.jsonl"
+    assert call(f"export project/runs/run --merge --to out {named} --quiet") == 0
+
+
+def test_a_run_that_was_moved_is_exported_from_where_it_is(project):
+    Path("runs/run").rename("moved")
+    assert call("export moved --merge --to out --quiet") == 0
+
+
+def test_without_held_out_pairs_training_pairs_are_scored(project, capfd):
+    assert call("train run.yaml data.eval=null output_dir=runs/all --quiet") == 0
+    capfd.readouterr()
+    assert call("export runs/all --merge --to out") == 0
+    assert re.search(r"no pairs are held out: 40 of the training pairs", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        "reference=none loss=sft",
+        "loss.wpo=true",
+        "loss=aot",
+        "reference=frozen",
+        "reference={type: synced, every_steps: 2}",
+    ],
+)
+def test_a_run_of_any_reference_is_exported(project, settings, capfd):
+    assert (
+        call(f"train run.yaml {shlex.join([settings]) if '{' in settings else settings} output_dir=runs/other --quiet")
+        == 0
+    )
+    assert call("export runs/other --merge --to out --quiet") == 0
+
+
+def test_a_run_that_went_on_from_an_adapter_is_exported_with_both(project):
+    assert call("train run.yaml adapter.start=runs/run/final output_dir=runs/second --quiet") == 0
+    figures = dpo_cli.export("runs/second", "out")
+    assert figures["difference"]["largest"] <= 1e-4
+    # What both learned is in it: no base and no first adapter alone answers so.
+    assert figures["adapter"]["rewards/margins"] > 0
+
+
+def test_exported_from_python(project):
+    found = dpo_cli.export(Path("runs/run"), Path("out"))
+    assert found["dtype"] == "float32"
+    assert found["difference"]["largest"] <= 1e-4
+    assert found["adapter"].keys() == found["merged"].keys()
+
+
+def delta_times(patch: pytest.MonkeyPatch, factor: float) -> None:
+    """Merge another multiple of the adapter than it is."""
+    delta = Linear.get_delta_weight
+    patch.setattr(Linear, "get_delta_weight", lambda layer, name: factor * delta(layer, name))
+
+
+def twice(patch: pytest.MonkeyPatch) -> None:
+    """Merge the adapter twice."""
+    delta_times(patch, 2)
+
+
+def scaled(patch: pytest.MonkeyPatch) -> None:
+    """Merge with a scale that is a hundredth off, which rounding to bfloat16 alone would hide."""
+    delta_times(patch, 1.01)
+
+
+def transposed(patch: pytest.MonkeyPatch) -> None:
+    """Merge square layers transposed."""
+    delta = Linear.get_delta_weight
+
+    def other(layer: Any, name: str) -> torch.Tensor:
+        found: torch.Tensor = delta(layer, name)
+        return found.T if found.shape[0] == found.shape[1] else found
+
+    patch.setattr(Linear, "get_delta_weight", other)
+
+
+def left_out(patch: pytest.MonkeyPatch) -> None:
+    """Leave one layer out."""
+    merge, merged = Linear.merge, []
+
+    def all_but_one(layer: Any) -> None:
+        merged.append(layer)
+        if len(merged) != 3:
+            merge(layer)
+
+    patch.setattr(Linear, "merge", all_but_one)
+
+
+def rounded_twice(patch: pytest.MonkeyPatch) -> None:
+    """Round weights to 5 bits before they are rounded."""
+    from dpo_cli.modeling import merging
+
+    cast = merging.cast_weights
+
+    def coarse(model: Any, types: Any) -> None:
+        for parameter in model.parameters():
+            parameter.data = (parameter.data * 32).round() / 32
+        cast(model, types)
+
+    patch.setattr("dpo_cli.modeling.policy.cast_weights", coarse)
+
+
+@pytest.mark.parametrize("fault", [twice, transposed, scaled, left_out, rounded_twice])
+@pytest.mark.parametrize("project", ["float32", "bfloat16"], indirect=True)
+def test_a_wrong_merge_is_an_error_and_nothing_is_written(project, monkeypatch, capfd, fault):
+    fault(monkeypatch)
+    before = set(project.iterdir())
+    capfd.readouterr()
+    assert call(EXPORT) == 1
+    error = " ".join(capfd.readouterr().err.split())
+    assert re.search(r"error: the merged model is not the adapter's: its log-probabilities differ by", error)
+    assert "hint: nothing was written" in error
+    assert set(project.iterdir()) == before
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A bad input.
+
+    Attributes:
+        spoil: What is done to the project before.
+        arguments: The command line.
+        what: A pattern of the error.
+        hint: A pattern of the hint.
+        status: The exit status.
+    """
+
+    spoil: Callable[[], object]
+    arguments: str
+    what: str
+    hint: str
+    status: int = 2
+
+
+def nothing() -> None:
+    """Leave all as it is."""
+
+
+def other_base() -> None:
+    found = weights("model")
+    found["model.norm.weight"] += 1e-3
+    save_file(found, "model/model.safetensors", metadata={"format": "pt"})
+
+
+def whole_run() -> None:
+    assert call("train run.yaml adapter=null output_dir=runs/whole --quiet") == 0
+
+
+def foreign() -> None:
+    shutil.copytree("runs/run/final", "foreign")
+
+
+def cut(file: str) -> Callable[[], object]:
+    return lambda: os.truncate(file, 100)
+
+
+def gone(name: str) -> Callable[[], object]:
+    return lambda: shutil.rmtree(name) if Path(name).is_dir() else Path(name).unlink()
+
+
+def without_peft() -> None:
+    from dpo_cli.config import exporting
+
+    found = exporting.importlib.util.find_spec  # type: ignore[attr-defined]
+    PATCH.setattr("importlib.util.find_spec", lambda name, *more: None if name == "peft" else found(name, *more))
+
+
+PATCH = pytest.MonkeyPatch()
+
+BAD = {
+    "no run named": Bad(nothing, "export --merge --to out", r"no run is given", r"give its folder"),
+    "two runs named": Bad(nothing, "export runs/run runs --merge --to out", r"several runs", r"one after the other"),
+    "no target": Bad(nothing, "export runs/run --merge", r"no folder to write", r"--to models/my"),
+    "an unknown option": Bad(nothing, f"{EXPORT} --merg", r"`--merg` is not an option", r"--merge"),
+    "no such run": Bad(nothing, "export runs/rum --merge --to out", r"there is no run `runs/rum`", r"`runs/run`"),
+    "a file": Bad(nothing, "export run.yaml --merge --to out", r"is a file, not a run", r"output_dir"),
+    "a model": Bad(nothing, "export model --merge --to out", r"`model` is not a run's folder", r"output_dir"),
+    "a run without an adapter": Bad(
+        whole_run, "export runs/whole --merge --to out", r"trained all weights", r"plain model folder already"
+    ),
+    "without --merge": Bad(nothing, "export runs/run --to out", r"only merged models", r"add `--merge`"),
+    "a target that exists": Bad(lambda: Path("out").mkdir(), EXPORT, r"`out` .* exists already", r"another folder"),
+    "a target that is a file": Bad(lambda: Path("out").touch(), EXPORT, r"`out` .* exists already", r"another"),
+    "a target in the run": Bad(
+        nothing, "export runs/run --merge --to runs/run/merged", r"is inside the run", r"outside"
+    ),
+    "a target in the adapter": Bad(
+        nothing, "export runs/run --merge --to runs/run/final/merged", r"is inside the run", r"outside"
+    ),
+    "a target below a file": Bad(
+        nothing, "export runs/run --merge --to pairs.jsonl/out", r"cannot be created: .*is a file", r"another folder"
+    ),
+    "a run that is not finished": Bad(
+        gone("runs/run/final"), EXPORT, r"the run is not finished", r"--resume`; or export .*step-000004"
+    ),
+    "a damaged adapter": Bad(
+        cut("runs/run/final/adapter_model.safetensors"), EXPORT, r"the adapter is damaged", r"checkpoint"
+    ),
+    "a checkpoint with a file missing": Bad(
+        gone("runs/run/checkpoints/step-000004/adapter_config.json"),
+        "export runs/run/checkpoints/step-000004 --merge --to out", r"has no adapter_config.json", r"name the run",
+    ),
+    "a base that was moved": Bad(
+        lambda: Path("model").rename("elsewhere"), EXPORT, r"the base is not there: .*`model`", r"model.name=/"
+    ),
+    "pairs that were moved": Bad(
+        lambda: Path("pairs.jsonl").rename("elsewhere"), EXPORT, r"`pairs.jsonl`", r"name what moved"
+    ),
+    "another base": Bad(other_base, EXPORT, r"the base is not the one", r"restore it"),
+    "another start adapter": Bad(
+        lambda: call("train run.yaml adapter.start=runs/run/final output_dir=runs/second --quiet"),
+        "export runs/second --merge --to out adapter.start=runs/run/checkpoints/step-000002",
+        r"start adapter is not the one", r"adapter.start=PATH",
+    ),
+    "a wrong setting": Bad(nothing, f"{EXPORT} model.nam=x", r"`model.nam` is not a setting", r"model.name"),
+    "an adapter of no run": Bad(
+        foreign, "export foreign --merge --to out", r"an adapter that no run here has trained", r"merge_and_unload"
+    ),
+    "without PEFT": Bad(without_peft, EXPORT, r"needs the package `peft`", r"dpo-cli\[adapters\]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_input_is_one_error_with_a_hint(project, capfd, name):
+    case = BAD[name]
+    try:
+        case.spoil()
+        before = {path: path.stat().st_mtime_ns for path in project.rglob("*")}
+        capfd.readouterr()
+        assert call(case.arguments) == case.status
+    finally:
+        PATCH.undo()
+    said = capfd.readouterr().err
+    told = " ".join(said.split())
+    assert said.count("error: ") == 1, said
+    assert re.search(rf"error: .*{case.what}.* hint: .*{case.hint}", told), said
+    assert "Traceback" not in said
+    assert {path: path.stat().st_mtime_ns for path in project.rglob("*")} == before
+
+
+def test_several_errors_are_said_at_once(project, capfd):
+    Path("out").mkdir()
+    assert call("export runs/run --to out") == 2
+    said = capfd.readouterr().err
+    assert "exists already" in said
+    assert "add `--merge`" in said
+
+
+def test_a_crash_at_any_file_operation_leaves_the_target_whole_or_absent(project, tmp_path, zygote):
+    """Every seventh operation: by a process that ends there, and by one that ends with half of it written."""
+    log = tmp_path / "operations.jsonl"
+    where = {"root": str(project), "log": str(log)}
+    command = ("export", "runs/run", "--merge", "--to", "out", "--quiet")
+    assert zygote.run(*command, cwd=project, fault=("tests.faults.shim:count", where)).status == 0
+    num_operations = len(log.read_text(encoding="utf-8").splitlines())
+    assert num_operations > 20
+    expected = weights(project / "out")
+    for number in range(1, num_operations, 7):
+        shutil.rmtree(project / "out", ignore_errors=True)
+        fault = {"root": str(project), "operation": number, "half": number % 2 == 0}
+        ended = zygote.run(*command, cwd=project, fault=("tests.faults.shim:crash_at", fault))
+        assert ended.status in (CRASHED, 0), ended.said
+        if (project / "out").exists():
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(project / "out").items())
+            assert (project / "out" / MANIFEST).is_file()
+    shutil.rmtree(project / "out", ignore_errors=True)
+    assert zygote.run(*command, cwd=project).status == 0
+    assert not list(project.glob(".out*")), "what the crashes left is gone"
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing(project, zygote, number, status):
+    running = zygote.start("export", "runs/run", "--merge", "--to", "out", cwd=project)
+    running.until("scoring the adapter")
+    os.kill(running.pid, number)
+    assert running.wait().status == status
+    assert not list(project.glob("*out*"))
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(project, zygote):
+    fault = ("tests.faults.disk_faults:largest_file", {"num_bytes": 20_000})
+    ended = zygote.run("export", "runs/run", "--merge", "--to", "out", cwd=project, fault=fault)
+    assert ended.status == 1
+    assert "error: writing the merged model failed: file too large" in ended.said
+    assert "hint: " in ended.said
+    assert not list(project.glob("*out*"))
