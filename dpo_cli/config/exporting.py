@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,13 @@ from dpo_cli.config.inputs import check_inputs
 from dpo_cli.config.loading import load_config
 from dpo_cli.config.schema import Config
 from dpo_cli.errors import UserError, raise_all
+from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, holds_adapter
 from dpo_cli.settings import located, nearest_file
 from dpo_cli.system.storage import DamagedFolder, verify, why_no_folder
 from dpo_cli.training.run_folder import RunFolder, RunState
 
-_ADAPTER = "adapter_config.json"
+_PACKAGES = ("`adapter`", "`model.quantize`")
+"""Settings that need packages, which are not named by a path."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _found(named: Path) -> tuple[RunFolder, Path]:
     for above in (absolute.parent, absolute.parent.parent):
         if (run := RunFolder(above)).state() in (RunState.STARTED, RunState.FINISHED):
             return run, named
-    if (named / _ADAPTER).is_file():
+    if holds_adapter(named):
         what = f"`{named}` is an adapter that no run here has trained: there is no config.yaml of a run beside it"
         hint = "merge it with PEFT's `merge_and_unload`; this command proves a merged model on the pairs of its run"
         raise UserError(what, "the command line", hint)
@@ -120,11 +121,8 @@ def _check_adapter(adapter: Path, config: Config, *, merge: bool) -> list[UserEr
     if not merge:
         hint = f"add `--merge`; without it, `{adapter}` is what there is: a folder that PEFT reads"
         problems.append(UserError("only merged models are exported", "the command line", hint))
-    if importlib.util.find_spec("peft") is None:
-        hint = "install it with `pip install 'dpo-cli[adapters]'`"
-        problems.append(UserError("merging an adapter needs the package `peft`", "the command line", hint))
-    if not (adapter / _ADAPTER).is_file():
-        what = f"there is no adapter: `{adapter}` has no {_ADAPTER}"
+    if not holds_adapter(adapter):
+        what = f"there is no adapter: `{adapter}` has no {ADAPTER_CONFIG}"
         hint = "name the run's folder, its `final`, or one of its checkpoints"
         return [*problems, UserError(what, "the command line", hint)]
     try:
@@ -138,7 +136,7 @@ def _check_adapter(adapter: Path, config: Config, *, merge: bool) -> list[UserEr
 def _moved_base(adapter: Path, config: Config) -> UserError | None:
     """Say where the base was, if it was a folder: a relative name that leads nowhere could be the Hub's as well."""
     try:
-        said = json.loads((adapter / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        said = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     if not isinstance(said, str) or not Path(said).is_absolute() or Path(config.model.name).exists():
@@ -151,5 +149,9 @@ def _moved_base(adapter: Path, config: Config) -> UserError | None:
 
 def _of_run(problem: UserError, run: RunFolder) -> UserError:
     """Say of what the run was given and is gone that it is named in the run's own configuration."""
-    hint = "start the command where the run was started, or name what moved, as in `model.name=PATH`"
+    if problem.where in _PACKAGES:
+        return problem
+    hint = (
+        f"{problem.hint}; or start the command where the run was started, or name what moved, as in `data.train=PATH`"
+    )
     return UserError(problem.what, f"{problem.where or 'the configuration'}, {run.config}", hint)

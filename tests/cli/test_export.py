@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -316,9 +317,7 @@ def gone(name: str) -> Callable[[], object]:
 
 
 def without_peft() -> None:
-    from dpo_cli.config import exporting
-
-    found = exporting.importlib.util.find_spec  # type: ignore[attr-defined]
+    found = importlib.util.find_spec
     PATCH.setattr("importlib.util.find_spec", lambda name, *more: None if name == "peft" else found(name, *more))
 
 
@@ -373,7 +372,7 @@ BAD = {
     "an adapter of no run": Bad(
         foreign, "export foreign --merge --to out", r"an adapter that no run here has trained", r"merge_and_unload"
     ),
-    "without PEFT": Bad(without_peft, EXPORT, r"needs the package `peft`", r"dpo-cli\[adapters\]"),
+    "without PEFT": Bad(without_peft, EXPORT, r"the package `peft` is not installed", r"dpo-cli\[adapters\]"),
 }  # fmt: skip
 
 
