@@ -246,9 +246,9 @@ def left_out(patch: pytest.MonkeyPatch) -> None:
 
 def rounded_twice(patch: pytest.MonkeyPatch) -> None:
     """Round weights to 5 bits before they are rounded."""
-    from dpo_cli.modeling import merging
+    from dpo_cli.modeling import weight_types
 
-    cast = merging.cast_weights
+    cast = weight_types.cast_weights
 
     def coarse(model: Any, types: Any) -> None:
         for parameter in model.parameters():
