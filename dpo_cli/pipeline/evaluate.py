@@ -27,7 +27,7 @@ from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.modeling.tokenizers import check_same_tokens
 from dpo_cli.pipeline.memory import wanted_tokens, without_gradient
-from dpo_cli.pipeline.models import loaded, open_reference, opened, reference_sketch, scored_and_reference
+from dpo_cli.pipeline.models import open_reference, opened, reference_sketch, scored_and_reference
 from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, prepared_pairs, run_data
 from dpo_cli.pipeline.plan import described_loss
 from dpo_cli.pipeline.session import Session, started
@@ -108,7 +108,7 @@ def _open_both(
     if isinstance(config.reference, NoReference):
         (policy,), batches = opened(session, {model: model}, pairs, held_out, settle)
         return policy, config.reference.open(), batches
-    sketch = loaded(session, config.model.name, empty=True)
+    sketch = Policy.empty(config.model.name, config.model.trust, held=session.held)
     check_fits(pairs, sketch, "`model.name`")
     reference_sketch(session, sketch)
     where = "`reference.model`" if config.reference.model else "`model.name`"

@@ -17,6 +17,7 @@ from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapte
 from dpo_cli.modeling.adapters import Saved
 from dpo_cli.modeling.attention import CannotPack
 from dpo_cli.modeling.batch import Batches, PairBatch
+from dpo_cli.modeling.held import Held
 from dpo_cli.modeling.layouts import LAYOUTS, PACKED, PADDED, Layout
 from dpo_cli.modeling.memory import activation_bytes
 from dpo_cli.modeling.model_names import same_model
@@ -73,18 +74,22 @@ def opened(
     return policies, batches
 
 
-def loaded(session: Session, name: str, *, empty: bool = False) -> Policy:
-    """Return a model as it is, in an adapter's folder the base with the adapter; or, with `empty`, without weights.
+def loaded(session: Session, name: str) -> Policy:
+    """Return a model as it is; of an adapter's folder, its base with the adapter beside it.
 
     Raises:
         UserError: It cannot be loaded, or the adapter does not fit.
     """
-    if holds_adapter(name):
-        return loaded(session, base_name(read_adapter(Path(name))), empty=empty).with_adapter(_saved(name))
     trust, device = session.config.model.trust, session.accelerator.device
-    return (
-        Policy.empty(name, trust, held=session.held) if empty else Policy.load(name, trust, device, held=session.held)
-    )
+    if holds_adapter(name):
+        base = Policy.load(base_name(read_adapter(Path(name))), trust, device, held=session.held)
+        return base.with_adapter(_saved(name))
+    return Policy.load(name, trust, device, held=held_of(session, name))
+
+
+def held_of(session: Session, name: str) -> Held:
+    """Return how a whole model is held: what an adapter of the run is put beside may be quantized, another is not."""
+    return session.held if same_model(name, session.config.model.name) else session.held_beside
 
 
 def trained_policy(session: Session, *, empty: bool = False) -> Policy:
@@ -108,7 +113,7 @@ def scored_and_reference(session: Session, scored: str) -> tuple[str | Policy, P
     config = session.config
     name = config.reference.model or config.model.name
     # An adapter that the run was given as its model is merged, as it was then.
-    base = Policy.load(name, config.model.trust, session.accelerator.device, held=session.held)
+    base = Policy.load(name, config.model.trust, session.accelerator.device, held=held_of(session, name))
     goes_on = config.adapter is not None and config.adapter.start and not config.reference.model
     reference = base.with_adapter(session.trained) if goes_on else base
     if not holds_adapter(scored) or not same_model(base_name(read_adapter(Path(scored))), name):
@@ -130,7 +135,8 @@ def reference_sketch(session: Session, sketch: Policy) -> Policy:
     config = session.config
     if config.reference.model is None:
         return sketch
-    return reference_model(config.reference.model, sketch, config.model.trust, session.held, empty=True)
+    name = config.reference.model
+    return reference_model(name, sketch, config.model.trust, held_of(session, name), empty=True)
 
 
 def open_reference(

@@ -65,6 +65,11 @@ class Session:
             return FLOAT32
         return held_as(self.config.model.quantize or self.precision.name, self.precision.name)
 
+    @property
+    def held_beside(self) -> Held:
+        """How other models than the run's are held, which train not at all: they are never quantized."""
+        return FLOAT32 if self.config.adapter is None else held_as(self.precision.name, self.precision.name)
+
     def under(self, config: Config) -> Session:
         """Return the same session with other settings."""
         return replace(self, config=config)

@@ -30,12 +30,24 @@ def foreign(tmp_path_factory, tiny_llama):
     return save_adapter(tiny_llama, tmp_path_factory.mktemp("foreign"), rank=3, target_modules=["q_proj", "down_proj"])
 
 
+class Loads(list):
+    """The names of the models whose weights are read, and how these are held."""
+
+    def __init__(self):
+        super().__init__()
+        self.held, self._load = [], policies.load_policy
+
+    def __call__(self, name, trust, held, *device):
+        self.append(str(name))
+        self.held.append(str(held))
+        return self._load(name, trust, held, *device)
+
+
 @pytest.fixture
 def loads(monkeypatch):
-    """The names of the models whose weights are read."""
-    names, load = [], policies.load_policy
-    monkeypatch.setattr(policies, "load_policy", lambda name, *how: names.append(str(name)) or load(name, *how))
-    return names
+    noted = Loads()
+    monkeypatch.setattr(policies, "load_policy", noted)
+    return noted
 
 
 def trained(file):
@@ -73,6 +85,24 @@ def test_the_figures_are_those_of_the_run_and_the_base_is_loaded_once(
         assert (found["model"], found["base"]) == (str(model), str(tiny_llama))
     begun = f"{tiny_llama} with {foreign}" if "start" in adapter else str(tiny_llama)
     assert found["reference"] == begun
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_adapters_are_put_beside_the_quantized_base_and_whole_models_are_not_quantized(
+    write_config, quantize, foreign, tiny_llama, tokenizer, tmp_path, loads
+):
+    """The figures are those of the run, to the bit where the reference is asked in the same batches."""
+    adapter = {"type": "lora", "rank": 3, "alpha": 32, "targets": ["q_proj", "down_proj"], "start": str(foreign)}
+    model = {"name": str(tiny_llama), "quantize": quantize}
+    file = write_config(adapter=adapter, model=model, reference="frozen", training={"max_steps": 2})
+    run = trained(file)
+    assert loads.held == [quantize]
+    found = dpo_cli.evaluate(file)
+    assert loads.held == [quantize] * 2
+    assert numbers(found) == pytest.approx(numbers(read_metrics(run, "eval")[-1]), abs=1e-6)
+    other = build_llama(tmp_path / "other", tokenizer, seed=5)
+    dpo_cli.evaluate(file, model=str(other))
+    assert loads.held == [quantize] * 3 + ["float32"]
 
 
 def peft_logps(base, adapter, pairs):
