@@ -68,7 +68,7 @@ def _is_linear(module: nn.Module) -> bool:
     """Tell whether a layer takes one tensor and answers with one, however it computes it."""
     if not isinstance(module, nn.Linear):
         return isinstance(module, Conv1D)
-    if type(module) is nn.Linear or type(module).__module__.startswith("bitsandbytes."):
+    if type(module) is nn.Linear or any(one.__module__.startswith("bitsandbytes.") for one in type(module).__mro__):
         return True
     # A subclass may be a router, or a product by groups; without memory it is tried.
     weights = {name: torch.empty_like(one, device="meta") for name, one in module.named_parameters()}
