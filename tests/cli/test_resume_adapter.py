@@ -131,7 +131,21 @@ def test_nor_where_the_adapter_that_it_went_on_from_is_another(run, forked_dpo, 
     assert content(folder) == before
 
 
-@pytest.mark.parametrize("setting", ["adapter.rank=8", "adapter.alpha=8", "adapter.dora=true", "adapter.start=null"])
+def test_nor_where_that_is_gone(run, forked_dpo, whole, tmp_path):
+    """What a run began with is needed for as long as it goes on, as its model is; put back, it goes on."""
+    (file, folder), start = run, whole / "start"
+    final = content(folder / "final")
+    unfinish(folder)
+    start.rename(tmp_path / "moved")
+    said = train(forked_dpo, file, "--resume", status=2)
+    assert "adapter.start" in said
+    assert "hint: " in said
+    (tmp_path / "moved").rename(start)
+    assert "resuming after step 2" in train(forked_dpo, file, "--resume")
+    assert content(folder / "final") == final
+
+
+@pytest.mark.parametrize("setting", ["adapter.dropout=0.3", "adapter.start=null", "adapter=null", "model.quantize=nf4"])
 def test_nor_with_other_settings_of_the_adapter(run, forked_dpo, setting):
     file, folder = run
     unfinish(folder)
