@@ -61,7 +61,7 @@ class Adapted:
         if start:
             check_targets(start, layers.target_modules)
         # PEFT draws on the CPU, wherever the model is.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self.adapter.on_paper() if on_paper else contextlib.nullcontext():
             torch.default_generator.manual_seed(self.seed)
             model.requires_grad_(False)
             inject_adapter_in_model(layers, model, low_cpu_mem_usage=on_paper)

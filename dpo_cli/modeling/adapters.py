@@ -5,7 +5,9 @@ This file is read with the configuration, before torch is needed: import torch a
 
 from __future__ import annotations
 
+import contextlib
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -49,6 +51,10 @@ class AdapterSettings(Settings):
             UserError: The model has no layers that could have them.
         """
         raise NotImplementedError
+
+    def on_paper(self) -> AbstractContextManager[None]:
+        """Return the context in which PEFT makes the layers of a model without weights."""
+        return contextlib.nullcontext()
 
     def refine(self, layer: BaseTunerLayer) -> None:
         """Change what is not exact of a layer that PEFT made, whose weights may be missing; by default nothing."""
@@ -114,6 +120,12 @@ class Lora(AdapterSettings):
             use_rslora=self.rslora,
             fan_in_fan_out=stores_transposed(model, names),
         )
+
+    def on_paper(self) -> AbstractContextManager[None]:
+        """Return the context in which PEFT measures no norms."""
+        from dpo_cli.modeling.lora_layers import norms_unmeasured
+
+        return norms_unmeasured()
 
     def refine(self, layer: BaseTunerLayer) -> None:
         """Let DoRA begin as the base."""

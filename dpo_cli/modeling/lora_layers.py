@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def refine(layer: Any) -> None:
@@ -14,6 +16,21 @@ def refine(layer: Any) -> None:
     if not layer.lora_magnitude_vector:
         # Autocast casts as it multiplies, and layers that have an input in common then keep it once.
         layer._cast_input_dtype = _cast_outside_autocast
+
+
+@contextlib.contextmanager
+def norms_unmeasured() -> Iterator[None]:
+    """Let PEFT give DoRA's norms their shape alone: a base without weights has none, which PEFT would measure."""
+    from peft.tuners.lora.dora import DoraLinearLayer
+
+    def shaped(self: Any, *, lora_B: Tensor, **others: Any) -> None:
+        self.weight = nn.Parameter(lora_B.new_empty(lora_B.shape[0]))
+
+    measured, DoraLinearLayer.update_layer = DoraLinearLayer.update_layer, shaped
+    try:
+        yield
+    finally:
+        DoraLinearLayer.update_layer = measured
 
 
 def _cast_outside_autocast(inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,5 +44,7 @@ def _measure_norms(layer: Any) -> None:
     PEFT rounds them to the dtype of the base, and the model would not answer as its base before step 1.
     """
     for name, norms in layer.lora_magnitude_vector.items():
+        if norms.weight.is_meta:
+            continue
         factors = {"lora_A": layer.lora_A[name].weight, "lora_B": layer.lora_B[name].weight}
         norms.update_layer(base_layer=layer.get_base_layer(), scaling=layer.scaling[name], **factors)

@@ -158,3 +158,14 @@ def test_what_was_built_is_quantized_as_what_is_loaded(kind: str, dtype: str, ti
     held = held_as(kind, dtype)
     built = held.take_over(load_policy(str(tiny_llama), held=held_as(dtype, dtype)), "cpu")
     assert weights_digest(built) == weights_digest(load_policy(str(tiny_llama), held=held))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_without_weights_an_adapter_has_the_shapes_that_it_has_with_them(
+    kind: str, dora: bool, tiny_llama: Path
+) -> None:
+    how: Any = {"trained": Adapted(Lora(dora=dora)), "held": held_as(kind, "float32")}
+    shapes = Policy.empty(str(tiny_llama), **how).shapes()
+    assert shapes == Policy.load(str(tiny_llama), **how).shapes()
+    assert len(shapes) == 2 * 7 * (2 + dora)
