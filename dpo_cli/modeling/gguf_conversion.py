@@ -1,19 +1,21 @@
-"""A GGUF file becomes an ordinary model folder: it is dequantized once, into the cache."""
+"""A GGUF file becomes an ordinary model folder in the cache: without weights, or with them where they are needed."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.completeness import load_complete
 from dpo_cli.modeling.gguf_files import check_all_read, settle_positions
 from dpo_cli.modeling.held import FLOAT32
 from dpo_cli.modeling.refusals import explained
-from dpo_cli.modeling.saving import saved_model
+from dpo_cli.modeling.saving import saved_folder, saved_model, write_beside_weights
 from dpo_cli.modeling.size_checks import check_room
 from dpo_cli.system.storage import DamagedFolder, cache_root, file_digest, verify
 
@@ -23,10 +25,58 @@ _CONVERSION = 2
 _log = logging.getLogger(__name__)
 
 
+def settings_of(path: Path) -> Path:
+    """Write what a GGUF file holds beside its weights into a folder in the cache, once for each content."""
+
+    def write(folder: Path, reader: Any) -> None:
+        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+            model.tie_weights()
+        check_all_read(model, reader)
+        settle_positions(model, reader)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        with saved_folder(folder, "keeping the model's settings") as temporary:
+            model.save_pretrained(temporary, state_dict={})
+            write_beside_weights(temporary, model, tokenizer)
+
+    return _kept(path, "-settings", write)
+
+
 def converted(path: Path) -> Path:
     """Dequantize a GGUF file into a model folder in the cache, once for each content."""
+
+    def write(folder: Path, reader: Any) -> None:
+        check_room(sum(4 * int(tensor.n_elements) for tensor in reader.tensors), FLOAT32, torch.device("cpu"))
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        told = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
+        model = load_complete(AutoModelForCausalLM, str(path.parent), **told)
+        check_all_read(model, reader)
+        settle_positions(model, reader)
+        # What is left are ordinary float32 weights; while these marks stay, transformers refuses to save them.
+        model.hf_quantizer = None
+        vars(model.config).pop("quantization_config", None)
+        with saved_model(folder, model, tokenizer, "keeping the converted model"):
+            pass
+
+    said = f"converting {path.name} to an ordinary model folder, once; this takes up to a minute"
+    return _kept(path, "", write, said)
+
+
+def _kept(path: Path, part: str, write: Callable[[Path, Any], None], said: str = "") -> Path:
+    """Return a folder in the cache for a file, which is written if it is not there whole.
+
+    Args:
+        path: The GGUF file.
+        part: Tells what of the file is kept apart from other folders for it.
+        write: Writes the folder, given a reader of the file.
+        said: What is said before it does.
+
+    Raises:
+        UserError: The file cannot be read, or the folder not be written.
+    """
     try:
-        folder = cache_root() / "models" / f"{file_digest(path)[:32]}-{_CONVERSION}"
+        folder = cache_root() / "models" / f"{file_digest(path)[:32]}-{_CONVERSION}{part}"
     except OSError as error:
         raise from_os_error(error, "reading the model", str(path), status=2) from error
     if folder.exists():
@@ -40,19 +90,8 @@ def converted(path: Path) -> Path:
     except ImportError:
         hint = "install it with `pip install 'dpo-cli[gguf]'`"
         raise UserError("reading a GGUF file needs the package `gguf`", str(path), hint) from None
-    _log.warning("converting %s to an ordinary model folder, once; this takes up to a minute", path.name)
-    parent, file = str(path.parent), path.name
+    if said:
+        _log.warning(said)
     with explained(str(path), "model"):
-        reader = gguf.GGUFReader(path)
-        check_room(sum(4 * int(tensor.n_elements) for tensor in reader.tensors), FLOAT32, torch.device("cpu"))
-        tokenizer = AutoTokenizer.from_pretrained(parent, gguf_file=file)
-        told = {"gguf_file": file, "quantization_config": GgufConfig(gguf_file=file, dequantize=True)}
-        model = load_complete(AutoModelForCausalLM, parent, **told)
-        check_all_read(model, reader)
-        settle_positions(model, reader)
-    # What is left are ordinary float32 weights; while these marks stay, transformers refuses to save them.
-    model.hf_quantizer = None
-    vars(model.config).pop("quantization_config", None)
-    with saved_model(folder, model, tokenizer, "keeping the converted model"):
-        pass
+        write(folder, gguf.GGUFReader(path))
     return folder

@@ -8,7 +8,7 @@ This file is read with the configuration, before torch is needed: import torch a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from dpo_cli.settings import Settings
 
@@ -25,6 +25,8 @@ class HeldSettings(Settings):
 
     dtype: Dtype = "float32"
     """The dtype of the weights."""
+    quantized: ClassVar[bool] = False
+    """Whether matrices have fewer bits a weight than it."""
 
     def __str__(self) -> str:
         """Name the way."""
@@ -116,6 +118,7 @@ class QuantizedSettings(HeldSettings):
     """
 
     type: str
+    quantized: ClassVar[bool] = True
 
     def __str__(self) -> str:
         """Name the way."""

@@ -21,11 +21,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapter_files import read_adapter
 from dpo_cli.modeling.completeness import load_complete, say_untied, untied
+from dpo_cli.modeling.gguf_requantizing import load_requantized
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.hub import fetch_weights
 from dpo_cli.modeling.merging import merge
 from dpo_cli.modeling.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
-from dpo_cli.modeling.model_folders import load_named
+from dpo_cli.modeling.model_folders import is_gguf, load_named
 from dpo_cli.modeling.model_names import whole_model
 from dpo_cli.modeling.quantization import check_pickles
 from dpo_cli.modeling.refusals import explained
@@ -55,10 +56,9 @@ def load_policy(
     """
     base = whole_model(name)
     if base != name and held != FLOAT32:
-        told = held.loaded_as(device)
-        assert told.keys() == {"dtype"}, "an adapter is merged into weights that are not quantized"
         # Merged in float32, and rounded once.
-        return load_policy(name, trust).to(told["dtype"])
+        return held.take_over(load_policy(name, trust).to(held.torch_dtype), device)
+    requantized = held.quantized and is_gguf(name)
 
     def load(folder: str) -> PreTrainedModel:
         empty = _empty(folder, trust, held)
@@ -72,13 +72,16 @@ def load_policy(
         # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
-        told = {"use_safetensors": safely, **held.loaded_as(device), **_how(trust)}
-        model = held.settle(load_complete(AutoModelForCausalLM, folder, **told), device)
+        if requantized:
+            model = load_requantized(Path(name), folder, held, device, **_how(trust))
+        else:
+            told = {"use_safetensors": safely, **held.loaded_as(device), **_how(trust)}
+            model = held.settle(load_complete(AutoModelForCausalLM, folder, **told), device)
         remember(model, Path(folder), trust)
         return model
 
-    model = load_named(name, "model", load, trust)
-    if any(path.suffix == ".bin" for path in weights_files(Path(model.name_or_path))):
+    model = load_named(name, "model", load, trust, weights=not requantized)
+    if not requantized and any(path.suffix == ".bin" for path in weights_files(Path(model.name_or_path))):
         _log.warning("`model.allow_pickle`: the weights of %s are read from a pickle, as bare tensors", name)
     _warn_of_another_name(model, name)
     if others := untied(model):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dpo_cli.modeling.gguf_conversion import converted
+from dpo_cli.modeling.gguf_conversion import converted, settings_of
 from dpo_cli.modeling.hub import fetched
 from dpo_cli.modeling.model_files import Trust
 from dpo_cli.modeling.model_names import check_model, whole_model
@@ -15,17 +15,31 @@ from dpo_cli.modeling.refusals import explained
 _T = TypeVar("_T")
 
 
-def load_named(name: str, kind: str, load: Callable[[str], _T], trust: Trust) -> _T:
-    """Call a loader on the folder that a name stands for; that of an adapter is its base's."""
+def load_named(name: str, kind: str, load: Callable[[str], _T], trust: Trust, *, weights: bool = False) -> _T:
+    """Call a loader on the folder that a name stands for; that of an adapter is its base's.
+
+    Args:
+        name: The model.
+        kind: What of it is loaded, in a word.
+        load: The loader.
+        trust: What the model may bring along.
+        weights: Whether the loader reads weights: a GGUF file's folder has them only then.
+    """
     if problem := check_model(name, trust=trust):
         raise problem
     whole = whole_model(name)
-    folder = _folder_of(whole)
+    folder = _folder_of(whole, weights=weights)
     with explained(name, kind):
         return load(str(folder if Path(folder).is_dir() else fetched(whole)))
 
 
-def _folder_of(name: str) -> Path | str:
-    """Return what transformers loads for a name: the name, or the folder that a GGUF file was converted to."""
-    path = Path(name)
-    return converted(path) if path.suffix.lower() == ".gguf" else name
+def is_gguf(name: str) -> bool:
+    """Tell whether a name is that of a GGUF file."""
+    return Path(name).suffix.lower() == ".gguf"
+
+
+def _folder_of(name: str, *, weights: bool) -> Path | str:
+    """Return what transformers loads for a name: the name, or a folder that was made of a GGUF file."""
+    if not is_gguf(name):
+        return name
+    return converted(Path(name)) if weights else settings_of(Path(name))

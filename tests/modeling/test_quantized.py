@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,14 +13,17 @@ from typing import Any
 import pytest
 import torch
 from peft.utils.integrations import dequantize_bnb_weight
-from transformers import PreTrainedModel
+from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel
 
+from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapted import Adapted
 from dpo_cli.modeling.adapters import Lora
 from dpo_cli.modeling.held import FLOAT32, QUANTIZED, Held, held_as
-from dpo_cli.modeling.loading import load_policy, weights_digest
+from dpo_cli.modeling.loading import empty_policy, load_policy, weights_digest
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.quantized_layers import quantized_layers
+from dpo_cli.modeling.tokenizers import load_tokenizer
+from tests.modeling.test_gguf_files import llama, tensors_of, write
 
 TRIES_KERNELS = """
 import sys
@@ -169,3 +174,54 @@ def test_without_weights_an_adapter_has_the_shapes_that_it_has_with_them(
     shapes = Policy.empty(str(tiny_llama), **how).shapes()
     assert shapes == Policy.load(str(tiny_llama), **how).shapes()
     assert len(shapes) == 2 * 7 * (2 + dora)
+
+
+@pytest.fixture
+def small_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("DPO_CACHE_DIR", str(cache))
+    return cache
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_gguf_file_is_quantized_from_its_own_weights_and_none_are_written(
+    kind: str, tmp_path: Path, tokenizer: Any, small_cache: Path
+) -> None:
+    folder, held = llama(tmp_path / "model", tokenizer), held_as(kind, "float32")
+    file = write(tmp_path / "model.gguf", folder, tensors_of(folder))
+    assert load_tokenizer(str(file)).get_vocab() == tokenizer.get_vocab()
+    sketch, model = empty_policy(str(file), held=held), load_policy(str(file), held=held)
+    assert not [path for path in small_cache.rglob("*") if path.suffix in (".safetensors", ".bin", ".gguf")]
+    assert held.bytes_of(sketch) == pytest.approx(held.bytes_of(model), rel=0.01)
+    whole = load_policy(str(file))
+    assert weights_digest(model) == weights_digest(load_policy(whole.name_or_path, held=held))
+
+
+def test_a_gguf_file_that_lacks_weights_is_refused_where_it_is_quantized(
+    tmp_path: Path, tokenizer: Any, small_cache: Path
+) -> None:
+    folder = llama(tmp_path / "model", tokenizer)
+    tensors = {name: array for name, array in tensors_of(folder).items() if name != "blk.1.ffn_up.weight"}
+    file = write(tmp_path / "model.gguf", folder, tensors)
+    with pytest.raises(UserError, match="missing"):
+        load_policy(str(file), held=held_as("nf4", "float32"))
+
+
+def test_a_quantized_model_stays_refused_where_it_is_to_be_quantized_again(tmp_path: Path, tiny_llama: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="quantized"):
+        load_policy(str(folder), held=held_as("nf4", "float32"))
+
+
+def test_a_model_whose_layers_are_of_other_kinds_is_refused_before_its_weights_are_read(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    # Falcon has linear layers of a class of its own.
+    config = FalconConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    FalconForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="FalconForCausalLM has no linear layers that bitsandbytes knows"):
+        empty_policy(str(tmp_path), held=held_as("nf4", "float32"))
