@@ -30,17 +30,21 @@ COMMANDS = sorted(
     set(re.findall(rf"^    ({LAUNCHER} (?:prepare-data|train|eval|config)[^#\n]*?) *(?:#.*)?$", BY_THEMSELVES, re.M))
 )
 
+SHIPPED = ("quickstart", "lora")
+"""Configurations that commands train and score."""
+
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory, tiny_llama, demo_rows) -> Path:
     """A folder as the commands expect it, with a tiny model in place of the real one."""
     folder = tmp_path_factory.mktemp("project")
     shutil.copytree(ROOT / "configs", folder / "configs")
-    quickstart = folder / "configs" / "quickstart.yaml"
-    settings = yaml.safe_load(quickstart.read_text(encoding="utf-8"))
-    settings["model"] = str(tiny_llama)
-    settings["training"]["max_steps"] = 2
-    quickstart.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    for name in SHIPPED:
+        file = folder / "configs" / f"{name}.yaml"
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        settings["model"] = str(tiny_llama)
+        settings["training"]["max_steps"] = 2
+        file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     write_rows(folder / "pairs.jsonl", demo_rows[:20])
     (folder / "my.yaml").write_text(f"model: {tiny_llama}\ndata:\n  train: pairs.jsonl\n", encoding="utf-8")
     return folder
@@ -60,8 +64,9 @@ def test_a_command_runs(project, forked_dpo, command):
     program, *words = command.split()
     if "train" in words and "--resume" not in words:
         shutil.rmtree(project / "runs", ignore_errors=True)
-    if "eval" in words and not (project / "runs" / "quickstart").exists():
-        forked_dpo("train", "--config", "configs/quickstart.yaml", cwd=project)
+    for name in SHIPPED:
+        if "eval" in words and name in command and not (project / "runs" / name).exists():
+            forked_dpo("train", "--config", f"configs/{name}.yaml", cwd=project)
     if program == "dpo":
         done = forked_dpo(*words, cwd=project)
     else:

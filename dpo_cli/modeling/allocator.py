@@ -46,12 +46,14 @@ def return_freed_memory() -> None:
 
 
 def take_over_weights(model: PreTrainedModel) -> None:
-    """Copy weights that are pages of a mapped file into memory of their own, before the first step writes to them.
+    """Copy weights that train and are pages of a mapped file into memory of their own, before the first step.
 
-    Else the system copies them page by page in the middle of that step, which takes ten times as long.
+    Else the system copies them page by page in the middle of that step, which writes to them and takes ten times as
+    long. What does not train stays as it is: beside the file, a copy would take its bytes a second time.
     """
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()
 
 
 def _settle(mapped_from: int) -> None:

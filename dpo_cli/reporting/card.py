@@ -67,7 +67,11 @@ def _use(base: str, adapter: Mapping[str, Any]) -> list[str]:
     """Say that this is an adapter, of which base, and how both are loaded and merged."""
     start = adapter.get("start")
     went_on = f" Training went on from the adapter {markdown_code(visible(covered(start)))}." if start else ""
-    code = _LOADED.format(base=json.dumps(visible(covered(base)), ensure_ascii=False))
+    named, within = json.dumps(visible(covered(base)), ensure_ascii=False), ""
+    if Path(base).suffix.lower() == ".gguf":
+        folder, within = str(Path(base).parent), f", gguf_file={json.dumps(Path(base).name, ensure_ascii=False)}"
+        named = json.dumps(visible(covered(folder)), ensure_ascii=False)
+    code = _LOADED.format(base=f"{named}{within}")
     fence = markdown_fence(code, 3)
     return [
         f"This folder holds an adapter, not a whole model: it changes what its base answers.{went_on}",

@@ -13,6 +13,7 @@ import pytest
 from dpo_cli.config import load_config
 from dpo_cli.errors import UserError
 from dpo_cli.jobs import init as write
+from dpo_cli.modeling.adapters import Lora
 from dpo_cli.reporting.console import Console
 from tests.builders import prepare_pairs
 from tests.conftest import build_llama, read_metrics, write_rows
@@ -27,6 +28,13 @@ def init(out: Path, model: Path | None = None, data: Path | None = None) -> str:
 def test_without_arguments_it_writes_what_is_to_be_filled_in(tmp_path):
     assert init(tmp_path / "dpo.yaml").count("replace it with yours") == 2
     assert load_config(tmp_path / "dpo.yaml").model.name == "path/to/model"
+
+
+def test_an_adapter_is_offered_in_a_line_that_works_once_it_is_no_comment(tmp_path, tiny_llama):
+    text = init(tmp_path / "my.yaml", tiny_llama)
+    assert load_config(tmp_path / "my.yaml").adapter is None
+    (tmp_path / "my.yaml").write_text(text.replace("# adapter: lora", "adapter: lora"), encoding="utf-8")
+    assert load_config(tmp_path / "my.yaml").adapter == Lora()
 
 
 @pytest.mark.parametrize(
