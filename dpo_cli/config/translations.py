@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.settings import types
 from dpo_cli.training.optimizer import SCHEDULES, Optimizer
@@ -20,7 +21,7 @@ def _either(names: Iterable[str]) -> str:
 
 _STEP = "set `training.pairs_per_step`, which is pairs per device × gradient accumulation × processes"
 _WHOLE_LAYERS = "leave it out: an adapter trains no layer as a whole; `adapter: null` trains all weights"
-_NO_QUANTIZATION = "leave it out: quantized training is not supported, weights are held in float32"
+_QUANTIZE = f"set `model.quantize` to {_either(QUANTIZED)}, and `adapter: lora`"
 _NO_SHARDS = (
     "leave it out: every process holds the whole model; start several processes with `torchrun -m dpo_cli train …`"
 )
@@ -56,9 +57,9 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "set `adapter.start` to the adapter's folder: training goes on from it"),
     ("modules_to_save lora_modules_to_save additional_target freeze_trainable_layers", _WHOLE_LAYERS),
     ("init_lora_weights lora_init pissa_init loraplus_lr_ratio", _FIXED),
-    ("load_in_4bit load_in_8bit quantization_bit quantization_config quant_bits quant_method bnb_4bit_quant_type "
-     "bnb_4bit_compute_dtype use_bnb_nested_quant",
-     _NO_QUANTIZATION),
+    ("load_in_4bit load_in_8bit quantization_bit quantization_config quant_bits quant_method", _QUANTIZE),
+    ("bnb_4bit_quant_type bnb_4bit_compute_dtype use_bnb_nested_quant bnb_4bit_use_double_quant quantization_type",
+     "leave it out: `model.quantize` decides it"),
     ("device_map deepspeed fsdp fsdp_config tensor_parallel_size tensor_parallel pipeline_parallel "
      "context_parallel_size sequence_parallel_size dp_shard_size",
      _NO_SHARDS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -249,6 +250,36 @@ def gpt2(name: str, *, vocabulary: int = 400, positions: int = 512) -> Callable[
         project.tokenizer.save_pretrained(project.folder / name)
 
     return save
+
+
+def falcon(name: str) -> Callable[[Project], None]:
+    """Save a model whose linear layers are of a class of their own, with the project's tokenizer."""
+
+    def save(project: Project) -> None:
+        from transformers import FalconConfig, FalconForCausalLM
+
+        sizes = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        shutil.rmtree(project.folder / name)
+        FalconForCausalLM(FalconConfig(**sizes, bos_token_id=0, eos_token_id=2)).save_pretrained(project.folder / name)
+        project.tokenizer.save_pretrained(project.folder / name)
+
+    return save
+
+
+def few_bits(project: Project) -> None:
+    """Give a layer of the model weights of 8 bits."""
+    path = project.folder / "model/model.safetensors"
+    weights = load_file(path)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**weights, name: weights[name].to(torch.float8_e4m3fn)}, path, {"format": "pt"})
+
+
+def uninstalled(package: str) -> Callable[[Project], None]:
+    """Let a package be none that is installed."""
+    find = importlib.util.find_spec
+    return lambda project: project.patch.setattr(
+        importlib.util, "find_spec", lambda name, *others: None if name == package else find(name, *others)
+    )
 
 
 class Payload:
@@ -903,6 +934,44 @@ ADAPTER_CASES = {
     ),
 }  # fmt: skip
 
+NF4, INT8 = (f"{LORA} model.quantize={kind}" for kind in ("nf4", "int8"))
+QUANTIZE_CASES = {
+    "few bits without an adapter": Case(
+        nothing, f"{TRAIN} model.quantize=nf4", 2, r"`model.quantize: nf4` needs an adapter", r"`adapter: lora`"
+    ),
+    "few bits without an adapter, in the file": Case(
+        settings(model={"name": "model", "quantize": "int8"}), PREPARE, 2, r"`model.quantize: int8` needs", r"`adapter"
+    ),
+    "few bits without an adapter, to score": Case(
+        nothing, f"{EVAL} --model model model.quantize=nf4", 2, r"needs an adapter: weights of so few", r"leave"
+    ),
+    "few bits of an unknown kind": Case(nothing, f"{LORA} model.quantize=nf5", 2, r"`model.quantize` should", r"`nf4`"),
+    "few bits by their number": Case(nothing, f"{LORA} model.quantize=4", 2, r"`model.quantize` should be", r"nf4"),
+    "few bits as other programs say it": Case(
+        nothing, f"{LORA} model.load_in_4bit=true", 2, r"`model.load_in_4bit` is not a setting", r"to `nf4` or"
+    ),
+    "few bits of a model that has few": Case(
+        lambda project: project.model(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        NF4, 2, r"quantized \(bitsandbytes\), and", r"unquantized original",
+    ),
+    "few bits of weights that have few": Case(few_bits, INT8, 2, r"quantized \(`.*` is F8_E4M3\)", r"dequantize"),
+    "few bits of a model without linear layers": Case(
+        falcon("model"), NF4, 2, r"FalconForCausalLM has no linear layers that bitsandbytes knows", r"quantize: null"
+    ),
+    "few bits of a file that is no GGUF": Case(
+        file("model.gguf", "GGUF, but text"), f"{NF4} model.name=model.gguf", 2, r"cannot be loaded", r"again"
+    ),
+    "few bits in a precision of GPUs": Case(
+        nothing, f"{NF4} model.dtype=float16", 2, r"float16 cannot be trained on a CPU", r"needs a GPU"
+    ),
+    "few bits without their package": Case(
+        uninstalled("bitsandbytes"), NF4, 2, r"`bitsandbytes` is not installed", r"pip install 'dpo-cli\[quantize\]'"
+    ),
+    "an adapter without its package": Case(
+        uninstalled("peft"), LORA, 2, r"`peft` is not installed", r"pip install 'dpo-cli\[adapters\]'"
+    ),
+}  # fmt: skip
+
 OUTPUT_CASES = {
     "output folder holds a run": Case(stopped(), TRAIN, 2, r"contains another run", r"--resume.*--overwrite"),
     "output folder holds a finished run": Case(finished(), TRAIN, 2, r"contains another run", r"--resume.*--overwrite"),
@@ -1043,6 +1112,7 @@ CASES = (
     | PREPARED_CASES
     | MODEL_CASES
     | ADAPTER_CASES
+    | QUANTIZE_CASES
     | OUTPUT_CASES
     | EVAL_CASES
     | FULL_CASES

@@ -49,8 +49,10 @@ SETTINGS = {
     "lora_target_modules": "adapter.targets",
     "use_dora": "adapter.dora",
     "adapter_name_or_path": "adapter.start",
+    "load_in_4bit": "model.quantize",
+    "quantization_bit": "model.quantize",
 }
-ABSENT = ["modules_to_save", "init_lora_weights", "deepspeed", "fsdp", "logging_strategy", "load_in_4bit"]
+ABSENT = ["modules_to_save", "init_lora_weights", "deepspeed", "fsdp", "logging_strategy", "bnb_4bit_compute_dtype"]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
