@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -10,7 +11,8 @@ import check_losses
 import pytest
 from benchmark.runs import run_process
 
-from tests.conftest import DEMO_PAIRS, GGUF, dpo_command, make_config
+import dpo_cli
+from tests.conftest import DEMO_PAIRS, GGUF, dpo_command, make_config, read_metrics, write_rows
 from tests.marks import slow_unless
 
 pytestmark = [pytest.mark.real_model, pytest.mark.program]
@@ -74,3 +76,21 @@ def test_a_dry_run_tells_the_memory_of_the_run_within_15_percent(tmp_path, pairs
     estimate = float(re.search(r"at the peak\s+([\d.]+) GiB", printed)[1]) * 2**30
     measured = run_process(dpo_command("train", "--config", config), dict(os.environ)).peak_bytes
     assert estimate == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+def test_an_adapter_of_a_gguf_file_names_that_file_and_is_scored_beside_it(tmp_path, demo_rows, monkeypatch):
+    """The file is read once; the cache, where it was converted to, may be emptied at any time."""
+    from dpo_cli.modeling import policy
+
+    pairs = write_rows(tmp_path / "pairs.jsonl", demo_rows[:8])
+    training = {"pairs_per_step": 4, "max_steps": 1, "learning_rate": 1e-4}
+    file = make_config(tmp_path, GGUF, pairs, adapter="lora", training=training, data={"eval": 0.5})
+    list(dpo_cli.train(file))
+    run, names, load = tmp_path / "runs" / "run", [], policy.load_policy
+    said = json.loads((run / "final" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(GGUF)
+    monkeypatch.setattr(policy, "load_policy", lambda name, *how: names.append(name) or load(name, *how))
+    found = dpo_cli.evaluate(file)
+    assert names == [str(GGUF)]
+    assert found["loss"] == pytest.approx(read_metrics(run, "eval")[-1]["loss"], abs=1e-5)

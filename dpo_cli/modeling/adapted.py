@@ -39,10 +39,12 @@ class Adapted:
     Attributes:
         adapter: Its settings.
         seed: What its first weights are drawn with.
+        base: How the model is named, which is written with the adapter; empty: as it names itself.
     """
 
     adapter: Adapter | Saved
     seed: int = 0
+    base: str = ""
 
     def choose(self, model: PreTrainedModel) -> None:
         """Put the adapter into the model; of one to go on from, with the weights that it has.
@@ -156,7 +158,7 @@ class Adapted:
         written = {name: weights.contiguous() for name, weights in (state or self.state(model)).items()}
         save_file(written, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         said = model.peft_config["default"].to_dict()
-        said |= {"base_model_name_or_path": _named(model.name_or_path), "inference_mode": True}
+        said |= {"base_model_name_or_path": _named(self.base or model.name_or_path), "inference_mode": True}
         # PEFT keeps names in sets, whose order is another in every process.
         said = {name: sorted(value) if isinstance(value, set) else value for name, value in said.items()}
         text = json.dumps(said, indent=2, sort_keys=True) + "\n"

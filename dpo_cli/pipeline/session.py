@@ -56,7 +56,7 @@ class Session:
     def trained(self) -> Trained:
         """What of the policy trains."""
         adapter = self.config.adapter
-        return Whole() if adapter is None else Adapted(adapter, self.config.training.seed)
+        return Whole() if adapter is None else Adapted(adapter, self.config.training.seed, self.config.model.name)
 
     @property
     def held(self) -> Held:
