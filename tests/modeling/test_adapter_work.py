@@ -1,0 +1,101 @@
+"""What a step of an adapter computes and allocates: nothing for the gradients of weights that stay as they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpo_cli.modeling.adapted import Adapted
+from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.held import FLOAT32, Bfloat16
+from dpo_cli.modeling.layouts import LAYOUTS
+from dpo_cli.modeling.policy import Policy
+from tests.builders import prepare_pairs, stirred
+
+RANK = 3
+
+
+@pytest.fixture
+def pairs(tmp_path, pairs_file, tokenizer):
+    found = prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
+    return [found[i] for i in range(4)]
+
+
+def opened(model, held=FLOAT32):
+    policy = Policy.load(str(model), held=held, trained=Adapted(Lora(rank=RANK, alpha=6)))
+    policy.place(Accelerator(cpu=True), trained=True)
+    stirred(policy)
+    return policy
+
+
+def linear_shapes(model):
+    """Name each linear layer of the base with its inputs and outputs."""
+    return {
+        name: (layer.in_features, layer.out_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and ".lora_" not in name and name != "lm_head"
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_step_multiplies_what_the_adapter_needs_and_no_more(tiny_llama, pairs, layout):
+    """For T tokens, R rows that are scored, a linear layer of I inputs and O outputs and rank r, in multiplications.
+
+    Forward: T·I·O, T·r·(I + O) of the adapter, R·V·H of the head. Backward: T·I·O for the gradient of the inputs,
+    2·T·r·(I + O) for those of A, B and their inputs, R·V·H for that of the hidden states. The first layer's queries,
+    keys and values read the embeddings, whose gradient nobody needs: T·I·O and T·I·r less for each.
+    """
+    policy = opened(tiny_llama)
+    LAYOUTS[layout].prepare(policy.model)
+    batch = LAYOUTS[layout].batch(range(4), pairs)
+    tokens, rows = batch.input_ids.numel(), len(batch.positions.unique())
+    head = rows * policy.model.get_output_embeddings().weight.numel()
+    shapes = linear_shapes(policy.model)
+    body = sum(tokens * i * o for i, o in shapes.values())
+    adapter = sum(tokens * RANK * (i + o) for i, o in shapes.values())
+    first = [shape for name, shape in shapes.items() if ".layers.0." in name and name.split(".")[-2][0] in "qkv"]
+    spared = sum(tokens * i * (o + RANK) for i, o in first)
+    assert len(first) == 3
+    with FlopCounterMode(display=False) as counter:
+        policy.scorer(batch).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    multiplied = sum(flops for kernel, flops in counts.items() if kernel in (torch.ops.aten.mm, torch.ops.aten.addmm))
+    assert multiplied == 2 * (2 * body + 3 * adapter + 2 * head - spared)
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the shapes of all tensors that operations return in memory that is not the model's."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.known = {weights.untyped_storage().data_ptr() for weights in model.parameters()}
+        self.shapes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        returned = func(*args, **(kwargs or {}))
+        for tensor in returned if isinstance(returned, (tuple, list)) else [returned]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.shapes.add(tuple(tensor.shape))
+        return returned
+
+
+@pytest.mark.parametrize("held", [FLOAT32, Bfloat16()], ids=lambda held: held.dtype)
+def test_a_step_allocates_nothing_of_the_size_of_a_weight_of_the_base(tiny_llama, pairs, held):
+    """Neither a gradient nor a copy in another dtype, of the head least of all."""
+    policy = opened(tiny_llama, held)
+    batch = LAYOUTS["packed"].batch(range(4), pairs)
+    LAYOUTS["packed"].prepare(policy.model)
+    weights = [weight for weight in policy.model.parameters() if weight.ndim == 2 and not weight.requires_grad]
+    shapes = {shape for weight in weights for shape in (tuple(weight.shape), tuple(weight.shape[::-1]))}
+    assert not shapes & {(batch.input_ids.numel(), weight.shape[0]) for weight in weights}
+    lower = torch.autocast("cpu", torch.bfloat16, enabled=held is not FLOAT32)
+    with Allocations(policy.model) as allocated:
+        with lower:
+            logps = policy.scorer(batch)
+        logps.sum().backward()
+    assert not allocated.shapes & shapes
+    assert all(weight.grad is None for weight in weights)
+    assert all(weight.grad is not None for weight in policy.model.parameters() if weight.requires_grad)
