@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 
 from dpo_cli.modeling.tree import PrefixTree, Stretch, stretches
 
@@ -202,8 +204,6 @@ def tree_attention(
     mask, scaling, softcap = attention_mask, options.pop("scaling", None), options.pop("softcap", None)
     _refuse_others(options)
     if not isinstance(mask, TreeMask):
-        from transformers.integrations.flex_attention import flex_attention_forward
-
         # Under autocast rotated queries and keys are float32 again, and FlexAttention wants one type.
         query, key = query.to(value.dtype), key.to(value.dtype)
         return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
@@ -302,8 +302,6 @@ def flex_rule(tree: TokenTree, window: int | None) -> Any:
 
 def _flex_mask(tree: TokenTree, window: int | None) -> Any:
     """Return the block mask of FlexAttention, which is compiled so that it is never whole either."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
     size, device = len(tree.ends), tree.ends.device
     return create_block_mask(flex_rule(tree, window), None, None, size, size, device=device, _compile=True)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+from huggingface_hub import is_offline_mode, snapshot_download
+from transformers.utils import cached_file
+
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.model_files import CONFIG, Trust, check_config, parts_of, weights_names
 
@@ -28,9 +31,6 @@ def fetched(name: str) -> Path:
         UserError: Its settings ask for what is refused.
         OSError: It cannot be found, or not be reached.
     """
-    from huggingface_hub import snapshot_download
-    from transformers.utils import cached_file
-
     # transformers says best why a name leads nowhere.
     config = Path(cached_file(name, CONFIG))
     check_config(config)
@@ -47,9 +47,6 @@ def fetch_weights(name: str, folder: Path, trust: Trust) -> None:
         UserError: It has none that are loaded.
         OSError: They cannot be reached.
     """
-    from huggingface_hub import is_offline_mode
-    from transformers.utils import cached_file
-
     where = {"revision": folder.name}
     for file in weights_names(folder):
         if (trust.pickle or ".bin" not in file) and cached_file(

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
+from transformers.integrations import moe
 
 from dpo_cli.modeling.attention import reading
 from dpo_cli.modeling.batch import PairBatch
@@ -106,8 +108,6 @@ def activation_bytes(
         dtype: What is computed in.
         recomputed: Whether layers keep their inputs alone and compute the rest again (gradient checkpointing).
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     sketch = policy.sketched(copy.deepcopy(policy.model.config))
     with _experts_on_paper(), FakeTensorMode(allow_non_fake_inputs=True):
         sketch.model = empty = _with_shapes_alone(sketch.model)
@@ -178,8 +178,6 @@ def _experts_on_paper() -> Iterator[None]:
 
     torch's grouped product of float32 matrices cannot tell its shape; the one that transformers has beside it can.
     """
-    from transformers.integrations import moe
-
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level, grouped = log.level, moe._can_use_grouped_mm
     log.setLevel(logging.CRITICAL)

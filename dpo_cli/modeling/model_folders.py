@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dpo_cli.modeling.gguf_conversion import converted, settings_of
 from dpo_cli.modeling.hub import fetched
 from dpo_cli.modeling.model_files import Trust
 from dpo_cli.modeling.model_names import check_model, whole_model
@@ -42,4 +41,7 @@ def _folder_of(name: str, *, weights: bool) -> Path | str:
     """Return what transformers loads for a name: the name, or a folder that was made of a GGUF file."""
     if not is_gguf(name):
         return name
+    # It loads models, which takes seconds to import: a tokenizer alone is there without.
+    from dpo_cli.modeling.gguf_conversion import converted, settings_of
+
     return converted(Path(name)) if weights else settings_of(Path(name))
