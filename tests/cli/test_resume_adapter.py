@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import signal
@@ -18,6 +19,7 @@ from dpo_cli.training.state import OPTIMIZER, REFERENCE
 from tests.builders import save_adapter
 from tests.conftest import build_llama, make_config, read_metrics, without_clock, write_rows
 from tests.faults.trials import Gate, content, named
+from tests.marks import slow_unless
 
 MB = 10**6
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -141,7 +143,8 @@ def test_nor_where_that_is_gone(run, forked_dpo, whole, tmp_path):
     assert "adapter.start" in said
     assert "hint: " in said
     (tmp_path / "moved").rename(start)
-    assert "resuming after step 2" in train(forked_dpo, file, "--resume")
+    # Its own configuration has all settings, those that the adapter had included.
+    assert "resuming after step 2" in train(forked_dpo, folder / "config.yaml", "--resume")
     assert content(folder / "final") == final
 
 
@@ -165,20 +168,20 @@ def reseal(folder: Path, change) -> None:
     shutil.rmtree(aside)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda tensors: {f"other.{name}": tensor for name, tensor in tensors.items()},
-        lambda tensors: {name: tensor[:-1].contiguous() for name, tensor in tensors.items()},
-        lambda tensors: dict(list(tensors.items())[:-1]),
-        lambda tensors: {**tensors, "one.more": torch.zeros(3)},
-    ],
-    ids=["names", "shapes", "fewer", "more"],
-)
-def test_nor_from_a_checkpoint_whose_adapter_has_other_names_or_shapes(run, forked_dpo, change):
+OTHERS = {
+    "names": lambda tensors: {f"other.{name}": tensor for name, tensor in tensors.items()},
+    "shapes": lambda tensors: {name: tensor[:-1].contiguous() for name, tensor in tensors.items()},
+    "fewer": lambda tensors: dict(list(tensors.items())[:-1]),
+    "more": lambda tensors: {**tensors, "one.more": torch.zeros(3)},
+}
+"""What the adapter in a checkpoint may have become."""
+
+
+@pytest.mark.parametrize("what", slow_unless(lambda what: what == "shapes", OTHERS))
+def test_nor_from_a_checkpoint_whose_adapter_has_other_names_or_shapes(run, forked_dpo, what):
     file, folder = run
     unfinish(folder)
-    reseal(folder / "checkpoints" / BEFORE, change)
+    reseal(folder / "checkpoints" / BEFORE, OTHERS[what])
     said = train(forked_dpo, file, "--resume", status=2)
     assert said.count("error: ") == 1
     assert "the adapter does not fit" in said
@@ -186,15 +189,22 @@ def test_nor_from_a_checkpoint_whose_adapter_has_other_names_or_shapes(run, fork
     assert not (folder / "final").exists()
 
 
-@pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, ADAPTER_CONFIG, OPTIMIZER])
-@pytest.mark.parametrize("damage", [lambda data: data[:-7], lambda data: data[:-7] + bytes([data[-7] ^ 1]) + data[-6:]],
-                         ids=["cut", "flipped"])  # fmt: skip
+DAMAGES = {"cut": lambda data: data[:-7], "flipped": lambda data: data[:-7] + bytes([data[-7] ^ 1]) + data[-6:]}
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    slow_unless(
+        lambda case: case in ((ADAPTER_WEIGHTS, "flipped"), (ADAPTER_CONFIG, "cut")),
+        itertools.product((ADAPTER_WEIGHTS, ADAPTER_CONFIG, OPTIMIZER), DAMAGES),
+    ),
+)
 def test_a_damaged_adapter_is_passed_over_for_the_checkpoint_before(run, forked_dpo, name, damage):
     file, folder = run
     final, rows = content(folder / "final"), without_clock(read_metrics(folder))
     shutil.rmtree(folder / "final")
     damaged = folder / "checkpoints" / LAST / name
-    damaged.write_bytes(damage(damaged.read_bytes()))
+    damaged.write_bytes(DAMAGES[damage](damaged.read_bytes()))
     said = train(forked_dpo, file, "--resume")
     assert f"skipping the damaged checkpoint {damaged.parent}: {name}" in said
     assert "resuming after step 2" in said
@@ -223,7 +233,10 @@ def test_a_finished_run_is_finished_and_one_with_more_steps_goes_on(write_config
     assert {path.name for path in (short / "checkpoints").iterdir()} == {"step-000005", "step-000006"}
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+
+
+@pytest.mark.parametrize(("number", "status"), slow_unless(lambda case: case == SIGNALS[1], SIGNALS))
 def test_asked_to_stop_it_saves_the_adapter_and_goes_on_to_the_same(run, zygote, forked_dpo, tmp_path, number, status):
     file, folder = run
     final = content(folder / "final")
