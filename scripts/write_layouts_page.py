@@ -10,6 +10,8 @@ from pathlib import Path
 from tiny_models import KINDS, build, example_pairs
 from transformers.utils import logging as hf_logging
 
+from dpo_cli.modeling.adapter_targets import left_out, target_names
+from dpo_cli.modeling.adapters import ALL_LINEAR
 from dpo_cli.modeling.layouts import PACKED
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import Proof, prove
@@ -70,13 +72,22 @@ models they require every parameter's gradient of a DPO loss to agree within 1e-
 float32, rounded up to powers of ten from 1e-5 on. An architecture that is not listed is proved in the same way by
 every run.
 
-| architecture | layout | features | nats per token | norm of the gradient | why not packed |
-|---|---|---|---|---|---|
+An adapter on `all-linear` is beside every layer of an architecture that multiplies by a matrix, embeddings and
+vocabulary projection aside, but for those of the last column.
+
+| architecture | layout | features | nats per token | norm of the gradient | why not packed | without an adapter |
+|---|---|---|---|---|---|---|
 """
 TAIL = """
 Attention cannot be replaced if it has biases by distance (bloom, mpt), if there are recurrent layers (mamba,
 qwen3_next), or if transformers has no interface to it (falcon, stablelm). The convolutions of lfm2 mix neighbours in
 the row, whatever sequence they belong to; only the proof detects that.
+
+Experts are one tensor of three dimensions, which has no adapter; routers choose among them and are left as they are.
+Where PEFT takes the names `gate_proj`, `up_proj` and `down_proj` for those of experts, as in older models
+(deepseek_v3, afmoe, qwen3_next), layers of these names cannot have one either: what is saved would be read as another
+adapter. Of the mixers of mamba some weights are used without calling their layers, where an adapter would have no
+effect. The header of a run says what its adapter leaves out.
 
 This page is written by `scripts/write_layouts_page.py`.
 """
@@ -92,7 +103,7 @@ def bound(difference: float) -> str:
     return f"≤ 1e{exponent}" if exponent < 0 else f"≤ {10**exponent}"
 
 
-def row(name: str, proof: Proof) -> str:
+def row(name: str, proof: Proof, without: list[str]) -> str:
     """Return an architecture's line of the table."""
     reason = proof.refusal or ("its outputs differ" if proof.fails(PRECISIONS["float32"]) else "")
     cells = (
@@ -102,6 +113,7 @@ def row(name: str, proof: Proof) -> str:
         bound(proof.difference),
         bound(proof.norm_difference),
         reason,
+        ", ".join(f"`{layer}`" for layer in without),
     )
     return f"| {' | '.join(cells)} |\n"
 
@@ -114,7 +126,10 @@ def page() -> str:
         tolerances = f"{precision.token_tolerance:g} | {precision.norm_tolerance:.1%}"
         parts.append(f"| {precision.name} | {tolerances} |\n")
     parts.append(TABLE)
-    parts += [row(name, prove(build(name), PACKED, pairs, contextlib.nullcontext)) for name in KINDS]
+    for name in KINDS:
+        model = build(name)
+        without = left_out(model, target_names(model, ALL_LINEAR))
+        parts.append(row(name, prove(model, PACKED, pairs, contextlib.nullcontext), without))
     return "".join([*parts, TAIL])
 
 

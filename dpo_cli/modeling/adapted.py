@@ -20,7 +20,8 @@ from torch import Tensor
 from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from dpo_cli.modeling.adapter_fit import adapter_weights, check_head, check_layers, check_targets
-from dpo_cli.modeling.adapters import Adapter, Saved, layer_settings
+from dpo_cli.modeling.adapter_targets import left_out
+from dpo_cli.modeling.adapters import ALL_LINEAR, Adapter, Saved, layer_settings
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.loading import weights_digest
@@ -78,7 +79,9 @@ class Adapted:
 
     def described(self, model: PreTrainedModel) -> str:
         """Say what trains, in a few words."""
-        return f"{self.adapter.title} on {len(adapter_layers(model))} layers"
+        layers = list(adapter_layers(model))
+        others = left_out(model, layers) if getattr(self.adapter, "targets", None) == ALL_LINEAR else []
+        return f"{self.adapter.title} on {len(layers)} layers" + (f", not on {', '.join(others)}" if others else "")
 
     def fresh(self) -> Adapted:
         """Return the same where no weights are to go on from."""

@@ -45,6 +45,25 @@ def target_names(model: PreTrainedModel, asked: str | Sequence[str]) -> list[str
     return [name for name in layers if name in set(found)]
 
 
+def left_out(model: PreTrainedModel, names: Sequence[str]) -> list[str]:
+    """Return the last parts of the names of what multiplies by weights beside the layers of an adapter.
+
+    Args:
+        model: The model, with or without the adapter.
+        names: The layers of the adapter.
+    """
+    head, within = model.get_output_embeddings(), tuple(f"{name}." for name in names)
+    others: dict[str, None] = {}
+    for name, module in _text_layers(model).items():
+        if f"{name}.".startswith(within) or module is head or isinstance(module, nn.Embedding):
+            continue
+        matrices = [one for one, weights in module.named_parameters(recurse=False) if weights.ndim > 1]
+        # A state-space mixer's decays are no product, nor are the factors of a norm by heads.
+        if matrices not in ([], ["A_log"]) and "Norm" not in type(module).__name__:
+            others[name.rpartition(".")[2]] = None
+    return list(others)
+
+
 def stores_transposed(model: PreTrainedModel, names: Sequence[str]) -> bool:
     """Tell whether layers keep their matrices transposed, as GPT-2's do."""
     return all(isinstance(model.get_submodule(name), Conv1D) for name in names)

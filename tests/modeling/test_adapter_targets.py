@@ -200,3 +200,18 @@ def test_files_have_the_same_bytes_in_every_process(tmp_path, tokenizer_folder):
     assert settings["target_modules"] == sorted(settings["target_modules"])
     assert len(settings["target_modules"]) > 1
     assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "said"),
+    [
+        ("llama", "all-linear", "LoRA rank 4 on 14 layers"),
+        ("mixtral", "all-linear", "LoRA rank 4 on 8 layers, not on gate, experts"),
+        ("mixtral", ["q_proj"], "LoRA rank 4 on 2 layers"),
+        ("mamba", "all-linear", "LoRA rank 4 on 4 layers, not on conv1d, dt_proj, out_proj"),
+    ],
+)
+def test_a_run_says_what_all_linear_leaves_out(kind, targets, said):
+    adapted, model = Adapted(Lora(rank=4, targets=targets)), build(kind)
+    adapted.choose(model)
+    assert adapted.described(model) == said

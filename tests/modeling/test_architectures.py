@@ -262,7 +262,8 @@ def bloom_config(tmp_path, tokenizer, pairs_file):
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     build("bloom", vocab_size=len(tokenizer), **ids).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return functools.partial(make_config, tmp_path, folder, pairs_file, training={"max_steps": 2}, data={"eval": 0.1})
+    training = {"max_steps": 2, "learning_rate": 1e-5}
+    return functools.partial(make_config, tmp_path, folder, pairs_file, training=training, data={"eval": 0.1})
 
 
 def test_a_run_that_cannot_be_packed_says_so_once_and_finishes(forked_dpo, bloom_config, tmp_path):
