@@ -198,7 +198,7 @@ def _card(merging: Merging, found: Mapping[str, Any]) -> str:
         **_differences(found),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    return model_card(merging.run.path.name, config, facts, _columns(found))
+    return model_card(merging.run.path.name, config, facts, _columns(found), merged=True)
 
 
 def _show(found: Mapping[str, Any], to: Path, console: Console) -> None:

@@ -28,7 +28,12 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 
 def model_card(
-    name: str, settings: Mapping[str, Any], facts: Mapping[str, Any], columns: Mapping[str, Mapping[str, Any]]
+    name: str,
+    settings: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    columns: Mapping[str, Mapping[str, Any]],
+    *,
+    merged: bool = False,
 ) -> str:
     """Write the card.
 
@@ -37,10 +42,11 @@ def model_card(
         settings: The configuration as resolved.
         facts: Numbers of pairs and steps, library versions.
         columns: The held-out figures by the time of their measurement; empty without held-out pairs.
+        merged: Whether an adapter that was trained is part of the base now.
     """
     base = settings["model"]["name"]
     adapted = settings.get("adapter") is not None
-    library = "peft" if adapted else "transformers"
+    library = "peft" if adapted and not merged else "transformers"
     front: dict[str, Any] = {"library_name": library, "tags": ["dpo", "preference-optimization", *["lora"] * adapted]}
     if not Path(base).exists():
         front["base_model"] = covered(base)
@@ -48,7 +54,7 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
         f"# {as_markdown(name)}",
         f"Fine-tuned from {markdown_code(visible(covered(base)))} on preference pairs by dpo {__version__}.",
-        *(_use(base, settings["adapter"]) if adapted else []),
+        *(_use(base, settings["adapter"]) if adapted and not merged else []),
         "## Data and steps",
         _table({name: [fact] for name, fact in facts.items()}),
     ]

@@ -115,7 +115,9 @@ def test_the_model_is_written_in_the_type_of_the_base_and_proved(project, capfd)
     assert (Path("out") / MANIFEST).is_file()
     assert not [path for path in project.iterdir() if path.name.startswith(".")]
     card = Path("out/README.md").read_text(encoding="utf-8")
+    assert "library_name: transformers" in card
     assert "merged in float32" in card
+    assert "PeftModel" not in card
     written = {path.name for path in Path("out").iterdir()}
     # As `final/` of a run without an adapter.
     assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= written
@@ -196,6 +198,24 @@ def test_a_run_that_went_on_from_an_adapter_is_exported_with_both(project):
     assert figures["difference"]["largest"] <= 1e-4
     # What both learned is in it: no base and no first adapter alone answers so.
     assert figures["adapter"]["rewards/margins"] > 0
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("project", ["bfloat16"], indirect=True)
+def test_an_adapter_of_a_quantized_base_is_merged_into_the_unquantized_weights(project, quantize, capfd):
+    """What that changes is said: far more than the rounding of what is written."""
+    assert call(f"train run.yaml model.quantize={quantize} output_dir=runs/few --quiet") == 0
+    capfd.readouterr()
+    assert call("export runs/few --merge --to out") == 0
+    printed = capfd.readouterr().out
+    assert f"adapter on {quantize}" in printed
+    apart = {line.split()[0]: numbers(line) for line in printed.splitlines() if "nats per token" in line}
+    assert apart.keys() == {"difference", "rounding", quantize}
+    assert apart["difference"][0] <= 1.5 * apart["rounding"][0]
+    assert apart[quantize][1] > apart["rounding"][1]
+    for name, merged in weights("out").items():
+        assert merged.dtype == torch.bfloat16
+        assert torch.equal(merged, weights("model")[name]) == ("proj" not in name)
 
 
 def test_exported_from_python(project):
