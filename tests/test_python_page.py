@@ -1,4 +1,4 @@
-"""The page about Python: its blocks run in order, and what `prepare`, `train` and `evaluate` return is as it says."""
+"""The page about Python: its blocks run in order, and what the functions in them return is as it says."""
 
 from __future__ import annotations
 
@@ -67,6 +67,13 @@ def test_figures_are_those_of_the_command(names, project, forked_dpo):
     of_the_command = json.loads(done.stdout)
     for name in ("pairs", "loss", "rewards/margins", "rewards/accuracies"):
         assert names["trained"][name] == of_the_command[name]
+
+
+def test_a_merged_model_is_a_plain_folder(names, project):
+    """The base and what the adapter has learned, to the rounding of sums in float32."""
+    assert names["merged"]["difference"]["largest"] < 1e-4
+    assert (project / "models/merged/model.safetensors").is_file()
+    assert not (project / "models/merged/adapter_config.json").exists()
 
 
 def test_the_report_counts_what_was_read(names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import logging
@@ -216,6 +217,31 @@ def test_an_adapter_of_a_quantized_base_is_merged_into_the_unquantized_weights(p
     for name, merged in weights("out").items():
         assert merged.dtype == torch.bfloat16
         assert torch.equal(merged, weights("model")[name]) == ("proj" not in name)
+
+
+@pytest.mark.parametrize("settings", ["", "model.quantize=nf4", "reference.model=model"])
+def test_two_models_are_never_in_memory_at_once(project, monkeypatch, settings):
+    """Bytes of all parameters that are alive, at each look: those of a model, and less than half of one beside it."""
+    from dpo_cli.modeling import policy
+
+    assert call(f"train run.yaml {settings} output_dir=runs/other --quiet") == 0
+    load, seen = policy.load_policy, []
+
+    def alive() -> int:
+        gc.collect()
+        found = {id(one): one.nbytes for one in gc.get_objects() if issubclass(type(one), torch.nn.Parameter)}
+        return sum(found.values())
+
+    def looking(*arguments: Any) -> Any:
+        seen.append(alive())
+        return load(*arguments)
+
+    before = alive()
+    monkeypatch.setattr(policy, "load_policy", looking)
+    assert call("export runs/other --merge --to out --quiet") == 0
+    whole = sum(tensor.nbytes for tensor in weights("model").values())
+    assert len(seen) == (2 if not settings else 3)
+    assert max(seen) - before < whole / 2
 
 
 def test_exported_from_python(project):
