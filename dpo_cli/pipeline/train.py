@@ -26,7 +26,7 @@ from dpo_cli.pipeline.run import Records, Run, recorded, save_final, summarize
 from dpo_cli.pipeline.session import started
 from dpo_cli.reporting.console import Console, Record, gib
 from dpo_cli.system.signals import Interrupted, StopSignals
-from dpo_cli.training.checkpoints import check_finite
+from dpo_cli.training.checkpoints import PRECISION, check_finite
 from dpo_cli.training.checks import check_reference
 from dpo_cli.training.learner import Learner, NotFinite, Skips, StepResult
 from dpo_cli.training.optimizer import schedule
@@ -85,6 +85,8 @@ def _ready(plan: PlannedRun, *, resume: bool) -> Run:
     if config.model.eos_token is not None:
         end_at(policy.model, plan.tokenizer.eos_token_id)
     fingerprints = {
+        # Beside an adapter the base is held as it is computed, and another precision makes another base of it.
+        **({PRECISION: session.precision.name} if config.adapter else {}),
         **policy.fingerprints,
         "data": data.fingerprint,
         "settings": settings_digest(config.model_dump(mode="json"), changeable()),

@@ -35,6 +35,15 @@ if TYPE_CHECKING:
 FINGERPRINTS = "fingerprints"
 """Under which name the manifest of a trained adapter has digests of what the run began with."""
 
+PRECISION = "precision of the base"
+"""What a run that trains an adapter says of its base beside its digest."""
+
+_REASONS = {
+    "data": "another version of the program may prepare the same data differently",
+    PRECISION: "`model.dtype: auto` is bfloat16 on GPUs that have it, and float32 elsewhere",
+}
+"""Why something may be another although nobody has changed it."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -141,8 +150,8 @@ def newest_whole(folder: Path, fingerprints: Mapping[str, str]) -> Path | None:
         if other is None:
             return path
         _log.warning("skipping the checkpoint %s: the %s is not this run's", path, other)
-        same = " (another version of the program may prepare the same data differently)" * (other == "data")
-        hint = f"restore the {other} that the run was started with{same}, or start again with `--overwrite`"
+        about = f" ({_REASONS[other]})" if other in _REASONS else ""
+        hint = f"restore the {other} that the run was started with{about}, or start again with `--overwrite`"
         what = f"the {other} is not the one that the run was started with"
         refusal = refusal or UserError(what, str(path), hint)
     if refusal:

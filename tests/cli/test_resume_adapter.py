@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dpo_cli.system.storage import MANIFEST, sealed_folder
+from dpo_cli.training.checkpoints import PRECISION
 from dpo_cli.training.state import OPTIMIZER, REFERENCE
 from tests.builders import save_adapter
 from tests.conftest import build_llama, make_config, read_metrics, without_clock, write_rows
@@ -87,6 +88,8 @@ def test_a_checkpoint_takes_three_times_the_adapter_and_a_reference_that_moves_o
     assert size(checkpoint) < times * adapter_bytes + MB + tokenizer_bytes
     moments = load_file(checkpoint / OPTIMIZER)
     assert sum(tensor.nbytes for name, tensor in moments.items() if tensor.dim()) == 2 * adapter_bytes
+    started = json.loads((checkpoint / "training_state.json").read_text())["stands_on"]
+    assert (started.keys(), started[PRECISION]) == ({PRECISION, "model", "data", "settings"}, "float32")
     assert (checkpoint / REFERENCE).exists() == (reference == MOVES)
     if reference == MOVES:
         assert tensor_bytes(checkpoint / REFERENCE) == adapter_bytes

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_cli.errors import UserError
 from dpo_cli.system.storage import sealed_folder
-from dpo_cli.training.checkpoints import _prune, newest_whole
+from dpo_cli.training.checkpoints import PRECISION, _prune, newest_whole
 
 STANDS_ON = {"model": "m", "data": "d", "settings": "s"}
 FACTS = {
@@ -68,6 +68,14 @@ def test_one_of_another_run_is_passed_over_and_one_under_another_name_too(tmp_pa
     shutil.rmtree(tmp_path / "step-000003")
     with pytest.raises(UserError, match="the settings is not the one that the run was started with"):
         newest_whole(tmp_path, STANDS_ON)
+
+
+def test_a_base_in_another_precision_is_named_as_that_and_not_as_another_model(tmp_path):
+    """As on a machine without the GPU: its digest is another too."""
+    make(tmp_path, 3, stands_on={PRECISION: "bfloat16", **STANDS_ON})
+    with pytest.raises(UserError, match="the precision of the base is not the one") as refused:
+        newest_whole(tmp_path, {PRECISION: "float32", **STANDS_ON, "model": "rounded"})
+    assert "`model.dtype: auto` is bfloat16 on GPUs" in refused.value.hint
 
 
 @pytest.mark.parametrize("state", [[], {}, {"step": 4}, None, "nonsense", 7])
