@@ -126,8 +126,10 @@ def _settling(plan: PlannedRun, *, resume: bool) -> Settle:
         batches = Batches(plan.data.pairs, layout, 1, device)
         batches, memory = settle_tokens(plan, policy, batches, resumed)
         if device.type == "cpu":
-            if memory.activations > memory.weights + memory.optimizer:
-                # Then gaps of the size of the gradients are a small price for the time.
+            whole = plan.session.config.adapter is None
+            if whole and memory.activations > memory.weights + memory.optimizer:
+                # Then gaps of the size of the gradients are a small price for the time. Beside an adapter, gradients
+                # and moments would not fill them: they would take as much as most of the activations again.
                 keep_freed_memory(memory.peak - memory.program)
             take_over_weights(policy.model)
         return batches, _described(batches, memory)
