@@ -77,10 +77,14 @@ def _text_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def _takes_adapter(model: PreTrainedModel, name: str) -> bool:
     """Tell whether a layer is linear, and is called wherever its weights are used."""
+    return not is_bypassed(model, name) and _is_linear(model.get_submodule(name))
+
+
+def is_bypassed(model: nn.Module, name: str) -> bool:
+    """Tell whether the weights of a layer are used without calling it."""
     parent, _, last = name.rpartition(".")
     mixer = model.get_submodule(parent)
-    bypassed = last in _BYPASSED and hasattr(mixer, "A_log") and hasattr(mixer, "D")
-    return not bypassed and _is_linear(model.get_submodule(name))
+    return last in _BYPASSED and hasattr(mixer, "A_log") and hasattr(mixer, "D")
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -27,7 +27,9 @@ _GGUF = "gguf"
 """What transformers calls such files among its ways to quantize."""
 
 
-def load_requantized(path: Path, settings: str, held: Held, device: torch.device | str, **told: Any) -> PreTrainedModel:
+def load_requantized(
+    path: Path, sketch: PreTrainedModel, held: Held, device: torch.device | str, **told: Any
+) -> PreTrainedModel:
     """Load a GGUF file under quantized layers.
 
     Where transformers has no reader for the architecture that goes tensor by tensor, the model is in memory as a whole
@@ -35,14 +37,14 @@ def load_requantized(path: Path, settings: str, held: Held, device: torch.device
 
     Args:
         path: The file.
-        settings: A folder with the model's settings.
+        sketch: The model without its weights, from a folder with its settings.
         held: How it is held: quantized.
         device: Where it is going to be.
         told: What transformers is told beside it.
     """
-    loaded = held.loaded_as(device)
+    loaded = held.loaded_as(sketch, device)
     layers = loaded.pop("quantization_config")
-    config = AutoConfig.from_pretrained(settings)
+    config = AutoConfig.from_pretrained(sketch.name_or_path)
     file = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
     if not is_gguf_arch_supported(read_gguf_metadata(str(path))[0]["general.architecture"]):
         whole = load_complete(AutoModelForCausalLM, str(path.parent), config=config, **file, **held.built_as(), **told)

@@ -44,8 +44,13 @@ class HeldSettings(Settings):
         """Return what transformers is told when it builds a model without weights."""
         return {"dtype": self.torch_dtype}
 
-    def loaded_as(self, device: torch.device | str) -> dict[str, Any]:
-        """Return what transformers is told when it loads a model that is to be on a device."""
+    def loaded_as(self, sketch: PreTrainedModel, device: torch.device | str) -> dict[str, Any]:
+        """Return what transformers is told when it loads a model.
+
+        Args:
+            sketch: The model without its weights.
+            device: Where it is going to be.
+        """
         return self.built_as()
 
     def loaded_on(self, device: torch.device | str) -> torch.device:
@@ -128,9 +133,13 @@ class QuantizedSettings(HeldSettings):
         """Return how transformers makes the layers."""
         raise NotImplementedError
 
-    def loaded_as(self, device: torch.device | str) -> dict[str, Any]:
+    def loaded_as(self, sketch: PreTrainedModel, device: torch.device | str) -> dict[str, Any]:
         """Return what transformers is told: each matrix is quantized on the device as it is read."""
-        return {**self.built_as(), "quantization_config": self.layers(), "device_map": {"": self.loaded_on(device)}}
+        from dpo_cli.modeling.quantized_layers import kept
+
+        layers = self.layers()
+        layers.llm_int8_skip_modules = kept(sketch)
+        return {**self.built_as(), "quantization_config": layers, "device_map": {"": self.loaded_on(device)}}
 
     def loaded_on(self, device: torch.device | str) -> torch.device:
         """Return where the weights come into memory first: never as a whole before they are quantized."""

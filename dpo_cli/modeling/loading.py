@@ -73,9 +73,9 @@ def load_policy(
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
         if requantized:
-            model = load_requantized(Path(name), folder, held, device, **_how(trust))
+            model = load_requantized(Path(name), empty, held, device, **_how(trust))
         else:
-            told = {"use_safetensors": safely, **held.loaded_as(device), **_how(trust)}
+            told = {"use_safetensors": safely, **held.loaded_as(empty, device), **_how(trust)}
             model = held.settle(load_complete(AutoModelForCausalLM, folder, **told), device)
         remember(model, Path(folder), trust)
         return model

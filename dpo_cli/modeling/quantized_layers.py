@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapter_targets import is_bypassed
 from dpo_cli.modeling.extras import import_bitsandbytes
 
 import_bitsandbytes()
@@ -73,14 +74,19 @@ class Linear8bitRows(Linear8bitLt):  # type: ignore[misc]
         return result.to(x.dtype)
 
 
+def kept(model: PreTrainedModel) -> list[str]:
+    """Return what is not quantized: embeddings, head, and layers whose weights are used without calling them."""
+    return [*get_keys_to_not_convert(model), *(name for name, _ in model.named_modules() if is_bypassed(model, name))]
+
+
 def lay_out(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
-    """Put quantized layers into a model without weights, where loading puts them: not for embeddings and head.
+    """Put quantized layers into a model without weights, where loading puts them.
 
     Raises:
         UserError: It has none to replace.
     """
-    kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
-    integration.replace_with_bnb_linear(model, modules_to_not_convert=kept, quantization_config=config)
+    names = [*kept(model), *(model._keep_in_fp32_modules or ())]
+    integration.replace_with_bnb_linear(model, modules_to_not_convert=names, quantization_config=config)
     if not quantized_layers(model):
         what = f"{type(model).__name__} has no linear layers that bitsandbytes knows, so nothing of it can be quantized"
         raise UserError(what, "`model.quantize`", "leave it out: `model.quantize: null`")

@@ -15,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from dpo_cli.modeling.adapted import Adapted
 from dpo_cli.modeling.adapter_targets import target_names
 from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.held import held_as
 from dpo_cli.modeling.layouts import LAYOUTS
+from dpo_cli.modeling.loading import weights_digest
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.losses.base import StepInfo
@@ -140,3 +142,27 @@ def test_no_precision_of_the_base_lets_a_fresh_adapter_change_anything(name, kin
     with autocast():
         assert torch.equal(scored(model), expected)
     assert all(weights.dtype == torch.float32 for weights in model.parameters() if weights.requires_grad)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "falcon"])
+def test_over_layers_of_4_bits_an_adapter_trains_and_packed_is_padded(kind):
+    """Falcon's linear layers are of a class of its own, which is refused."""
+    held, ours = held_as("nf4", "float32"), Adapted(ADAPTERS["lora"])
+    model = held.take_over(build(kind), "cpu")
+    base = weights_digest(model)
+    reference = scored(model)
+    ours.choose(model)
+    assert torch.equal(scored(model), reference)
+    with ours.at_beginning(model):
+        assert torch.equal(scored(model), reference)
+    for weights in ours.moved(model).values():
+        weights.data += 0.1 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(2))
+    losses, gradients = step(model, "padded", reference)
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    assert ours.fingerprints(model) == {"model": base}
+    if kind in PACKED:
+        packed_losses, packed_gradients = step(packed(model), "packed", reference)
+        torch.testing.assert_close(packed_losses, losses, rtol=1e-5, atol=1e-5)
+        for name, gradient in gradients.items():
+            assert (packed_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
