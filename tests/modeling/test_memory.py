@@ -71,7 +71,7 @@ def test_activations_are_counted_as_a_real_pass_keeps_them_without_the_models_we
 )
 def test_activations_beside_a_frozen_base_are_counted_as_a_real_pass_keeps_them(tiny_llama, layout, adapter, dtype):
     """A weight that does not train needs its input no more, an adapter keeps its own; in bfloat16 both are smaller."""
-    ways = Adapted(Lora(**adapter)), held_as(dtype)
+    ways = Adapted(Lora(**adapter)), held_as(dtype, dtype)
     policy = Policy.load(str(tiny_llama), NO_TRUST, "cpu", *ways)
     policy.read(LAYOUTS[layout])
     batch, computed = batch_of(layout, 4), getattr(torch, dtype)
