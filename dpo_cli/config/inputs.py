@@ -180,6 +180,11 @@ def _check_start(name: str | None) -> UserError | None:
     try:
         if name is not None:
             read_start(name, "`adapter.start`")
+            if (Path(name) / MANIFEST).is_file():
+                verify(Path(name))
+    except DamagedFolder as damage:
+        hint = "choose another checkpoint, or train the adapter again"
+        return UserError(f"the adapter `{name}` is damaged: {damage}", "`adapter.start`", hint)
     except UserError as error:
         return error
     return None

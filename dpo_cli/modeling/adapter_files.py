@@ -19,6 +19,7 @@ from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.model_files import CONFIG, WHOLE_WEIGHTS, check_fetched, check_texts
 from dpo_cli.settings import located
 from dpo_cli.system.hub import is_path
+from dpo_cli.system.storage import MANIFEST
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -162,6 +163,8 @@ def base_name(found: AdapterFolder, where: str | None = None) -> str:
     """
     path, told = Path(found.base), f"`base_model_name_or_path` in {found.path / ADAPTER_CONFIG}"
     hint = f"write the whole path of its base, or its Hub id, into {told}"
+    if (found.path / MANIFEST).is_file():
+        hint += f", and remove {found.path / MANIFEST}, which seals that file as it was"
     if not found.base:
         problem = "names no base"
     elif found.revision not in ("", "main") and not path.is_dir():

@@ -143,6 +143,21 @@ class Policy:
                 return None
         return differing[0]
 
+    def is_beside(self, digest: str) -> bool:
+        """Tell whether the digest of a base, held in whatever dtype, is that of the one that an adapter is beside.
+
+        It has to be asked before step 1.
+        """
+        dtypes = (torch.bfloat16, torch.float16, torch.float32)
+        others = (self._trained.fingerprints(self.model, dtype)["model"] for dtype in dtypes)
+        return digest == self.fingerprints["model"] or digest in others
+
+    @property
+    def held_as(self) -> str:
+        """How the weights are held: the digests of a model that is held otherwise are others."""
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return dtype if self._held.type == dtype else f"{self._held.type} ({dtype})"
+
     @property
     def identity(self) -> str:
         """A digest of what answers before step 1, which it has to be asked for before."""

@@ -24,7 +24,7 @@ from dpo_cli.reporting.environment import versions
 from dpo_cli.reporting.metrics_log import MetricsLog
 from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.tables import figures_table
-from dpo_cli.training.checkpoints import FINGERPRINTS, CheckpointWriter
+from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, CheckpointWriter
 from dpo_cli.training.learner import Learner, NotFinite
 from dpo_cli.training.state import RunNotes
 
@@ -169,7 +169,7 @@ def save_final(run: Run, after: dict[str, Any] | None) -> None:
     }
     card = model_card(folder.path.name, config.model_dump(mode="json"), facts, _before_and_after(run, after))
     # An adapter means nothing without its base.
-    details = {FINGERPRINTS: run.fingerprints} if config.adapter else {}
+    details = {FINGERPRINTS: run.fingerprints, HELD: run.learner.policy.held_as} if config.adapter else {}
     with saved_folder(folder.final, "saving the trained model", details) as temporary:
         run.learner.policy.write(temporary, run.plan.tokenizer)
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -27,7 +27,7 @@ from dpo_cli.pipeline.session import started
 from dpo_cli.reporting.console import Console, Record, gib
 from dpo_cli.system.signals import Interrupted, StopSignals
 from dpo_cli.training.checkpoints import PRECISION, check_finite
-from dpo_cli.training.checks import check_reference
+from dpo_cli.training.checks import check_base, check_reference
 from dpo_cli.training.learner import Learner, NotFinite, Skips, StepResult
 from dpo_cli.training.optimizer import schedule
 from dpo_cli.training.run_folder import RunFolder, settings_digest
@@ -82,12 +82,17 @@ def _ready(plan: PlannedRun, *, resume: bool) -> Run:
     models, batches = opened(session, named, data.pairs, all_pairs, _settling(plan, resume=resume), trained=True)
     session = session.under(_with_tokens(config, batches.micro_batch_tokens))
     policy, training, accelerator = models[0], config.training, session.accelerator
+    # An adapter's base is known by its settings as they came; those of a whole model change what it is.
+    began = policy.fingerprints if config.adapter else {}
+    if config.adapter and config.adapter.start:
+        for line in check_base(policy, Path(config.adapter.start), config.model.name):
+            session.console.notice(line)
     if config.model.eos_token is not None:
         end_at(policy.model, plan.tokenizer.eos_token_id)
     fingerprints = {
         # Beside an adapter the base is held as it is computed, and another precision makes another base of it.
         **({PRECISION: session.precision.name} if config.adapter else {}),
-        **policy.fingerprints,
+        **(began or policy.fingerprints),
         "data": data.fingerprint,
         "settings": settings_digest(config.model_dump(mode="json"), changeable()),
         **({"reference": models[-1].identity} if config.reference.model else {}),

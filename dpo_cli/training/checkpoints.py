@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
     from dpo_cli.modeling.policy import Policy
 
-FINGERPRINTS = "fingerprints"
-"""Under which name the manifest of a trained adapter has digests of what the run began with."""
+FINGERPRINTS, HELD = "fingerprints", "held"
+"""Under which names the manifest of a trained adapter has digests of what the run began with, and how that was held."""
 
 PRECISION = "precision of the base"
 """What a run that trains an adapter says of its base beside its digest."""

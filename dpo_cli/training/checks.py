@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +16,15 @@ from dpo_cli.data.checkup.endings import TAIL, closing_token, way_out, without_e
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.tokens.token_checks import RESPONSES_CUT
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapter_files import read_adapter
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.model_files import most_tokens
+from dpo_cli.modeling.model_names import same_model
 from dpo_cli.modeling.precision import precision_of
 from dpo_cli.modeling.proof import asking
 from dpo_cli.preference.losses.base import StepInfo
+from dpo_cli.system.storage import DamagedFolder, read_manifest
+from dpo_cli.training.checkpoints import HELD, beginning_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,6 +61,35 @@ def check_fits(pairs: PreparedPairs, policy: Policy, where: str) -> None:
                 "tokens otherwise beside longer ones, so that results would depend on how pairs are put together"
             )
             raise UserError(what, where, f"set `data.max_length: {limit}`, or leave all shorter pairs out")
+
+
+def check_base(policy: Policy, start: Path, name: str) -> Iterator[str]:
+    """Compare the base of a run with that of the adapter to go on from; yield what of it remains unknown.
+
+    Args:
+        policy: What is trained.
+        start: The folder of that adapter.
+        name: How the configuration names the base.
+
+    Raises:
+        UserError: It is another base: held in the same way, it had other weights or settings.
+    """
+    known: Mapping[str, str] = {}
+    with contextlib.suppress(DamagedFolder):
+        known, held = beginning_of(start), read_manifest(start).get(HELD, "another way")
+    if "model" in known:
+        if policy.is_beside(known["model"]):
+            return
+        if held == policy.held_as:
+            what = f"the adapter `{start}` belongs to another base: `{name}` has other weights or settings"
+            hint = "name the model that it was trained beside, or a start that was trained beside this one"
+            raise UserError(what, "`adapter.start`", hint)
+        yield (
+            f"the adapter `{start}` was trained beside a base held in {held}, which is held in {policy.held_as} here: "
+            "whether it is the same is not known"
+        )
+    elif (named := read_adapter(start).base) and not same_model(named, name):
+        yield f"the adapter `{start}` names its base `{named}`: whether `{name}` is the same is not known"
 
 
 def _longrope_limits(config: Any) -> Iterator[int]:

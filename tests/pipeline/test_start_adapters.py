@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_cli
 from dpo_cli.config import load_config
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.reporting.console import Console
 from dpo_cli.settings import escape_path
+from dpo_cli.system.storage import read_manifest
 from tests.builders import save_adapter
 from tests.conftest import read_metrics
 
@@ -86,6 +89,62 @@ def test_one_run_goes_on_where_another_ended_with_all_linear_layers(write_config
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["logps/chosen"] == pytest.approx(read_metrics(first, "eval")[-1]["logps/chosen"], rel=1e-6)
     assert final(second) != final(first)
+
+
+def noisy(model, folder):
+    """Save a model with other weights than those of another one, under the same names and in the same shapes."""
+    other = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        other.lm_head.weight.add_(0.01)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    other.save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_of_a_run_knows_the_weights_of_its_base_under_whatever_name(write_config, tiny_llama, tmp_path):
+    first = trained(write_config("first", adapter="lora", training={"max_steps": 1}))
+    start = {"start": str(first / "final")}
+    moved = Path(shutil.copytree(tiny_llama, tmp_path / "moved"))
+    told = {"adapter": start, "training": {"max_steps": 1}}
+    trained(write_config("second", model={"name": str(moved), "eos_token": "<|endoftext|>"}, **told))
+
+    with pytest.raises(dpo_cli.UserError, match=r"another base: .* has other weights or settings"):
+        trained(write_config("third", model={"name": str(noisy(tiny_llama, tmp_path / "noisy"))}, **told))
+
+
+def test_what_cannot_be_known_of_a_base_is_said(write_config, tiny_llama, tmp_path, capfd):
+    told = {"training": {"max_steps": 1}}
+    full, half = (
+        str(trained(write_config(dtype, model={"dtype": dtype}, adapter="lora", **told)) / "final")
+        for dtype in ("float32", "bfloat16")
+    )
+    foreign = str(save_adapter(tiny_llama, tmp_path / "adapter", **TWO))
+    other = str(noisy(tiny_llama, tmp_path / "noisy"))
+    capfd.readouterr()
+    for start, model, unknown in (
+        (full, {"dtype": "bfloat16"}, "beside a base held in float32, which is held in bfloat16 here"),
+        (half, {"dtype": "float32"}, ""),
+        (foreign, {"name": other}, f"names its base `{tiny_llama}`: whether `{other}` is the same"),
+        (foreign, {}, ""),
+    ):
+        trained(write_config(model=model, adapter={"start": start}, **told), overwrite=True, console=Console())
+        said = capfd.readouterr().err
+        assert ("is the same is not known" in said) == bool(unknown)
+        assert unknown in said
+
+
+def test_an_adapter_whose_bytes_are_not_those_that_were_saved_is_refused(write_config):
+    first = trained(write_config("first", adapter="lora", training={"max_steps": 1}))
+    weights = first / "final/adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(dpo_cli.UserError, match=r"is damaged: adapter_model.safetensors does not have the bytes"):
+        dpo_cli.train(write_config("second", adapter={"start": str(first / "final")}))
+
+
+def test_the_manifest_of_a_whole_model_says_what_it_always_said(write_config):
+    assert read_manifest(trained(write_config(training={"max_steps": 1})) / "final").keys() == {"files"}
 
 
 def test_all_weights_of_an_adapter_that_is_the_model_train_and_the_header_says_so(
