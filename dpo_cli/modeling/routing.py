@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dpo_cli.errors import UserError
 
@@ -81,6 +81,25 @@ def balance_loss(load: Tensor, whole: Tensor) -> Tensor:
     # The probabilities of one decision add up to 1.
     num_decisions = whole[1].sum()
     return len(whole[0]) * (whole[0] * load[1]).sum() / num_decisions**2
+
+
+def experts_without_adapter(policy: PreTrainedModel) -> int:
+    """Return how many weights of a model with an adapter are in experts that have none; weights may be missing.
+
+    Most architectures hold the matrices of all experts of a layer as one parameter, beside which PEFT puts no LoRA.
+    """
+    return sum(
+        parameter.numel()
+        for name, module in policy.named_modules()
+        for parameter in module.parameters(recurse=False)
+        if not parameter.requires_grad and _is_of_experts(name.split("."), module, parameter)
+    )
+
+
+def _is_of_experts(path: Sequence[str], module: nn.Module, parameter: Tensor) -> bool:
+    """Tell whether a weight of the base is one of experts, and has no adapter beside it."""
+    several = parameter.ndim == 3 and not isinstance(module, nn.Conv1d)
+    return (several or "experts" in path) and "base_layer" not in path
 
 
 def _has_routers(policy: PreTrainedModel) -> bool:

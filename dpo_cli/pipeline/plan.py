@@ -14,7 +14,7 @@ from dpo_cli.modeling.adapter_files import holds_adapter
 from dpo_cli.modeling.memory import resident_bytes
 from dpo_cli.modeling.model_names import whole_model
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.routing import check_routers
+from dpo_cli.modeling.routing import check_routers, experts_without_adapter
 from dpo_cli.modeling.tokenizers import generation_config
 from dpo_cli.pipeline.memory import check_memory
 from dpo_cli.pipeline.models import reference_sketch, trained_policy
@@ -110,9 +110,19 @@ def check_data(run: PlannedRun) -> None:
     for proved in check_tokens(data.pairs, run.tokenizer, ends):
         console.notice(f"checked: {proved}")
     found = check_ends(data.pairs, run.tokenizer, ends), check_columns(data.pairs, config.objective)
-    for warning in (unusual_rate(config), *found):
+    for warning in (unusual_rate(config), _unreached_experts(run.sketch), *found):
         if warning:
             console.warning(warning)
+
+
+def _unreached_experts(sketch: Policy) -> str:
+    """Say so where an adapter leaves out experts, which may be most of a model."""
+    num_experts = experts_without_adapter(sketch.model) if sketch.described else 0
+    if not num_experts:
+        return ""
+    sizes = sketch.sizes()
+    shown = f"{num_experts:,} of the model's {sizes.numbers - sizes.num_trained:,} weights"
+    return f"{shown} are in experts that have no adapter: they stay as they are"
 
 
 def unusual_rate(config: Config) -> str:
