@@ -10,6 +10,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from tests.builders import save_adapter
 from tests.conftest import read_metrics, run_dpo
 from tests.marks import slow_unless
 from tests.waiting import PATIENCE
@@ -27,13 +28,13 @@ def torchrun(*arguments):
     )  # fmt: skip
 
 
-def assert_same(two, one):
+def assert_same(two, one, weights_file="model.safetensors"):
     for split in ("train", "eval"):
         for ours, theirs in zip(read_metrics(two, split), read_metrics(one, split), strict=True):
             assert set(ours) == set(theirs)
             for name in set(ours) - {"split", "tokens_per_second", "accuracy_interval"}:
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
-    weights = [load_file(run / "final" / "model.safetensors") for run in (two, one)]
+    weights = [load_file(run / "final" / weights_file) for run in (two, one)]
     for name, tensor in weights[0].items():
         # Adam divides by the gradient's size, so a gradient near zero may move either way by rounding.
         difference = (tensor - weights[1][name]).abs()
@@ -55,6 +56,31 @@ def test_metrics_and_weights_are_those_of_one_process(write_config, tmp_path, mo
     if reference == "cached":
         assert re.findall(r"^reference log-prob.*: (.*?)(?: in .*)?$", two.stderr, re.M) == ["40 pairs", "40/40"]
     assert_same(tmp_path / "runs" / "two", tmp_path / "runs" / "one")
+
+
+ADAPTERS = [
+    {"adapter": "lora", "training": {"gradient_checkpointing": True}},
+    {"adapter": {"dora": True, "start": "start"}, "reference": "frozen", "model": {"dtype": "bfloat16"}},
+    {"adapter": {"rslora": True}, "reference": {"type": "synced", "every_steps": 1, "alpha": 0.6}},
+]
+
+
+@pytest.mark.parametrize("settings", slow_unless(lambda case: case is ADAPTERS[0], ADAPTERS))
+def test_an_adapter_is_that_of_one_process(write_config, tmp_path, monkeypatch, tiny_llama, settings):
+    """Of bfloat16 the losses alone are compared: what is added up in another order is rounded otherwise."""
+    save_adapter(tiny_llama, tmp_path / "start", rank=16, use_dora=True)
+    monkeypatch.chdir(tmp_path)
+    shared = {**settings, "training": {"pairs_per_step": 13, "micro_batch_tokens": 300, **settings.get("training", {})}}
+    one = run_dpo("train", "--config", write_config("one", **shared))
+    assert one.returncode == 0, one.stderr
+    two = torchrun("train", "--config", write_config("two", **shared))
+    assert two.returncode == 0, two.stderr
+    runs = [tmp_path / "runs" / name for name in ("two", "one")]
+    if "model" not in settings:
+        assert_same(*runs, "adapter_model.safetensors")
+    losses = [[row["loss"] for row in read_metrics(run)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    assert losses[0][0] == pytest.approx(0.693147, abs=1e-5)
 
 
 @pytest.mark.slow
