@@ -90,7 +90,7 @@ def _of_the_adapter(config: Config, tree: Tree) -> Iterator[UserError]:
     if adapter is None:
         return
     comparing = ", ".join(f"`{loss.type}`" for loss in config.objective.losses if loss.compares_pairs)
-    if adapter.dropout and comparing:
+    if adapter.drops_out and comparing:
         what = (
             f"`adapter.dropout` does not go together with the loss {comparing}, which takes all pairs of a step twice"
         )

@@ -36,6 +36,11 @@ class AdapterSettings(Settings):
         """What people call it, with what decides its size."""
         raise NotImplementedError
 
+    @property
+    def drops_out(self) -> bool:
+        """Whether a training pass leaves something out by chance: the setting `dropout`, where an adapter has it."""
+        return False
+
     def started_from(self) -> AdapterFolder | None:
         """Return what is known of the adapter that training goes on from.
 
@@ -102,6 +107,11 @@ class Lora(AdapterSettings):
         """What people call it: LoRA, rsLoRA or DoRA, and its rank."""
         kind = " with ".join(["DoRA"] * self.dora + ["rsLoRA"] * self.rslora) or "LoRA"
         return f"{kind} rank {self.rank}"
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether there is dropout."""
+        return self.dropout > 0
 
     def layers(self, model: PreTrainedModel) -> PeftConfig:
         """Return PEFT's settings of LoRA for the targets that the model has."""
