@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,8 @@ from dpo_cli.modeling.adapter_targets import left_out
 from dpo_cli.modeling.adapters import ALL_LINEAR, Adapter, Saved, layer_settings
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.extras import import_bitsandbytes
-from dpo_cli.modeling.loading import weights_digest
+from dpo_cli.modeling.loading import tensors_digest, weights_digest
 from dpo_cli.modeling.saving import write_tokenizer
-from dpo_cli.system.storage import text_digest
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -93,16 +92,15 @@ class Adapted:
 
     def moved(self, model: PreTrainedModel) -> dict[str, Parameter]:
         """Return by name what training moves, whether it takes gradients now or not."""
-        base = self._base_names(model)
-        return {name: parameter for name, parameter in model.named_parameters() if base(name) is None}
+        base_name = base_names(model)
+        return {name: parameter for name, parameter in model.named_parameters() if base_name(name) is None}
 
     def fingerprints(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> dict[str, str]:
         """Return a digest of each part of what answers before step 1: a fresh adapter is none."""
-        base = {"model": weights_digest(model, self._base_names(model), dtype)}
+        base = {"model": weights_digest(model, base_names(model), dtype)}
         if not self.adapter.start:
             return base
-        started = [part for name, weights in self.state(model).items() for part in (name, _digest(weights))]
-        return base | {"start adapter": text_digest(json.dumps(layer_settings(self.adapter), sort_keys=True), *started)}
+        return base | {"start adapter": tensors_digest(layer_settings(self.adapter), self.state(model))}
 
     def beginning_bytes(self, model: PreTrainedModel) -> int:
         """Return what `keep_beginning` takes in memory: a second adapter where training goes on from one."""
@@ -219,19 +217,20 @@ class Adapted:
         for name, weights in ours.items():
             weights.copy_(theirs[name])
 
-    @staticmethod
-    def _base_names(model: PreTrainedModel) -> Any:
-        """Return a function from the name of a weight to its name in the base, or to None: it is the adapter's."""
-        layers = tuple(f"{name}." for name in adapter_layers(model))
 
-        def base_name(name: str) -> str | None:
-            within = next((layer for layer in layers if name.startswith(layer)), None)
-            if within is None:
-                return name
-            inner = name.removeprefix(within)
-            return within + inner.removeprefix("base_layer.") if inner.startswith("base_layer.") else None
+def base_names(model: PreTrainedModel) -> Callable[[str], str | None]:
+    """Return a function from the name of a weight to its name in the base, or to None: it is the adapter's."""
+    layers = adapter_layers(model)
 
-        return base_name
+    def base_name(name: str) -> str | None:
+        *path, last = name.split(".")
+        for end in range(1, len(path) + 1):
+            if ".".join(path[:end]) in layers:
+                inner = [*path[end:], last]
+                return ".".join([*path[:end], *inner[1:]]) if inner[0] == "base_layer" else None
+        return name
+
+    return base_name
 
 
 def adapter_layers(model: PreTrainedModel) -> dict[str, Any]:
@@ -248,10 +247,6 @@ def merge_layers(model: PreTrainedModel) -> None:
         layer.merge()
         model.set_submodule(name, layer.get_base_layer())
     del model.peft_config
-
-
-def _digest(weights: Tensor) -> str:
-    return text_digest(str(weights.dtype), weights.cpu().contiguous().view(torch.uint8).numpy().tobytes().hex())
 
 
 def _named(name: str) -> str:

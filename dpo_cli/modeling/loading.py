@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,19 +150,32 @@ def weights_digest(
         own_name: Returns the name that a weight has in the model by itself; None for one that was added to it.
         dtype: What the weights are taken to be held in; None: in what they are.
     """
-    whole = hashlib.blake2b(digest_size=32)
     settings = {name: value for name, value in model.config.to_dict().items() if name not in _NO_PART_OF_A_MODEL}
-    whole.update(json.dumps(settings, sort_keys=True, default=str).encode())
     parameters = dict(model.named_parameters())
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, torch.nn.Parameter) and name not in parameters:
-            continue  # Tied to one that counts already.
-        if (own := own_name(name)) is None:
-            continue
-        if dtype and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        whole.update(f"{own} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    # Of tied weights one counts.
+    counted = {
+        own: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if (name in parameters or not isinstance(tensor, torch.nn.Parameter)) and (own := own_name(name)) is not None
+    }
+    return tensors_digest(settings, counted, dtype)
+
+
+def tensors_digest(
+    settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+) -> str:
+    """Return a digest of settings, and of the names and the bytes of tensors in their order.
+
+    Args:
+        settings: What decides how the tensors are used.
+        tensors: By name.
+        dtype: What those of floats are taken to be held in; None: in what they are.
+    """
+    whole = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=32)
+    for name, tensor in tensors.items():
+        held = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        whole.update(f"{name} {held.dtype} {tuple(held.shape)}".encode())
+        whole.update(held.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return whole.hexdigest()
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from accelerate import Accelerator
 
+from dpo_cli.modeling import attention
 from dpo_cli.modeling.adapted import Adapted
 from dpo_cli.modeling.adapters import Lora
 from dpo_cli.modeling.held import Bfloat16
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.precision import PRECISIONS
+from dpo_cli.modeling.proof import prove
 from tests.builders import prepare_pairs, stirred
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "both": {"dora": True, "rslora": True}}
@@ -129,3 +134,35 @@ def test_layers_that_read_the_same_keep_it_once_for_the_backward_pass(tiny_llama
     inputs = 2 * batch.input_ids.numel() * 32 * 2
     few, many = (saved_bytes(tiny_llama, batch, targets) for targets in (["q_proj"], ["q_proj", "k_proj", "v_proj"]))
     assert few < many < few + inputs / 2
+
+
+class Louder(torch.autograd.Function):
+    """Lets everything through, and gradients half as loud again."""
+
+    @staticmethod
+    def forward(ctx, states):
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.5 * gradient
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [(lambda states: states * 1.01, "log-probabilities differ"), (Louder.apply, "gradient's norm differs")],
+)
+@pytest.mark.parametrize("targets", ["all-linear", ["down_proj"], ["q_proj", "v_proj"], r".*layers\.0\.mlp\.gate_proj"])
+def test_the_proof_of_a_layout_finds_faults_beside_a_fresh_adapter(
+    tiny_llama, tmp_path, pairs_file, tokenizer, monkeypatch, targets, fault, said
+):
+    """Before step 1 no A has a gradient, and those of B come through what the adapter is beside."""
+    prepared = prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
+    pairs, attend = [prepared[at] for at in range(2)], attention._attend
+    for planted in (False, True):
+        if planted:
+            monkeypatch.setattr(attention, "_attend", lambda *how: fault(attend(*how)))
+        model = adapted(tiny_llama, targets=targets).model
+        proof = prove(model, LAYOUTS["packed"], pairs[:1], contextlib.nullcontext, beside=pairs[1:])
+        assert (said in proof.fails(PRECISIONS["float32"])) is planted, proof
+        assert planted or not proof.fails(PRECISIONS["float32"])
