@@ -25,6 +25,9 @@ _LENGTH = 1024
 _RATES = ((5e8, "5e-6"), (1e9, "2e-6"), (4e9, "1e-6"), (float("inf"), "5e-7"))
 """Learning rates for models of fewer parameters than that."""
 
+_ADAPTER_RATE = "2e-5"
+"""The learning rate for adapters, whatever their base."""
+
 _BYTES = 16
 """What a parameter takes with AdamW: weight, gradient and two moments in float32."""
 
@@ -36,12 +39,14 @@ class ModelFound:
     Attributes:
         parameters: How many it has.
         positions: The most tokens that it reads, or None where nothing limits them.
-        template: `plain` where the tokenizer has no chat template.
+        template: `plain` where the tokenizer has no chat template; the template's file where an adapter has its own.
+        start: The folder of the adapter that was named as the model, or None.
     """
 
     parameters: int
     positions: int | None
     template: str | None
+    start: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,9 @@ def _lines(model: str | None, found: ModelFound | None, data: str | None, rows: 
     yield "# yaml-language-server: $schema=schema.json"
     yield "# Written by `dpo init`. `dpo config example` shows more settings, `dpo config schema > schema.json` all."
     yield from _model_lines(model, found)
-    yield "# adapter: lora    # train a few weights beside the model's own, in less memory; then at a rate of 2e-5"
+    if found is None or found.start is None:
+        less = f"train a few weights beside the model's own, in less memory; then at a rate of {_ADAPTER_RATE}"
+        yield f"# adapter: lora    # {less}"
     yield ""
     yield from _data_lines(data, rows, found)
     yield ""
@@ -131,7 +138,11 @@ def _model_lines(model: str | None, found: ModelFound | None) -> Iterator[str]:
         return
     yield f"  name: {plain_yaml.written(escape_path(model))}"
     if found and found.template:
-        yield f"  chat_template: {found.template}    # the tokenizer has none of its own"
+        why = "the adapter's own" if found.start and found.template != "plain" else "the tokenizer has none of its own"
+        yield f"  chat_template: {plain_yaml.written(escape_path(found.template))}    # {why}"
+    if found and found.start:
+        yield from ("", "adapter:", "  type: lora")
+        yield f"  start: {plain_yaml.written(escape_path(found.start))}    # the reference is the model with it"
 
 
 def _data_lines(data: str | None, rows: DataFound | None, model: ModelFound | None) -> Iterator[str]:
@@ -187,6 +198,10 @@ def _training_lines(found: ModelFound | None, rows: DataFound | None) -> Iterato
     yield f"  pairs_per_step: {rows.pairs_per_step if rows else _PAIRS}    # across all processes"
     if found is None:
         yield "  learning_rate: 1e-6    # the larger the model, the lower: 5e-7 for 7B, 5e-6 below 500M"
+        return
+    if found.start:
+        yield f"  learning_rate: {_ADAPTER_RATE}    # usual for adapters: 5e-6 to 5e-5"
+        yield "  schedule: cosine"
         return
     rate = next(rate for limit, rate in _RATES if found.parameters < limit)
     yield f"  learning_rate: {rate}    # usual for {_counted(found.parameters)} parameters"

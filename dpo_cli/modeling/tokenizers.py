@@ -17,6 +17,8 @@ from dpo_cli.modeling.refusals import explained
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_TEMPLATE = "chat_template.jinja"
+
 _log = logging.getLogger(__name__)
 
 
@@ -56,7 +58,7 @@ def _read(folder: str, trust: Trust) -> PreTrainedTokenizerBase:
 def _beside_adapter(folder: Path, trust: Trust) -> PreTrainedTokenizerBase:
     """Load the tokenizer that is used with an adapter: tokenizer and template of its folder, else of its base."""
     found = read_adapter(folder)
-    base, template = base_name(found), folder / "chat_template.jinja"
+    base, template = base_name(found), folder / _TEMPLATE
     if not holds_tokenizer(folder):
         tokenizer = load_tokenizer(base, trust)
     else:
@@ -67,6 +69,19 @@ def _beside_adapter(folder: Path, trust: Trust) -> PreTrainedTokenizerBase:
     elif not tokenizer.chat_template:
         tokenizer.chat_template = load_tokenizer(base, trust).chat_template
     return tokenizer
+
+
+def own_template(adapter: str | Path, trust: Trust = NO_TRUST) -> Path | None:
+    """Return the file of an adapter's chat template, if it has one and it is another than that of its base.
+
+    Raises:
+        UserError: The tokenizer of the base cannot be read.
+    """
+    file = Path(adapter) / _TEMPLATE
+    if not file.is_file():
+        return None
+    text = file.read_text(encoding="utf-8")
+    return None if text == load_tokenizer(base_name(read_adapter(Path(adapter))), trust).chat_template else file
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, name: str, where: str, trust: Trust = NO_TRUST) -> None:

@@ -19,9 +19,11 @@ from dpo_cli.data.prepared.folder import PreparedPairs, Reading
 from dpo_cli.data.prepared.writing import prepare
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapter_files import holds_adapter
 from dpo_cli.modeling.model_files import most_tokens
+from dpo_cli.modeling.model_names import whole_model
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.tokenizers import load_tokenizer
+from dpo_cli.modeling.tokenizers import load_tokenizer, own_template
 from dpo_cli.reporting.console import Console
 from dpo_cli.system import plain_yaml
 
@@ -48,7 +50,11 @@ def described(console: Console, model: str | None, data: str | None) -> str:
     found_data = _look_at_data(as_sources(data)[0], found_model, tokenizer) if data else None
     if found_data:
         _say_what_was_found(console, found_data, found_model)
-    return starting_text(model, found_model, data, found_data)
+    if found_model and found_model.start:
+        console.notice(
+            f"{model} is an adapter of {whole_model(model or '')}: the configuration lets training go on from it"
+        )
+    return starting_text(model and whole_model(model), found_model, data, found_data)
 
 
 def _say_what_was_found(console: Console, data: DataFound, model: ModelFound | None) -> None:
@@ -67,10 +73,12 @@ def _say_what_was_found(console: Console, data: DataFound, model: ModelFound | N
 
 
 def _look_at_model(name: str, tokenizer: Any) -> ModelFound:
-    """Count parameters by the model's settings, without its weights."""
+    """Count parameters by the model's settings, without its weights; of an adapter, those of its base."""
     policy = Policy.empty(name)
     template = None if tokenizer.chat_template else "plain"
-    return ModelFound(policy.sizes().numbers, most_tokens(policy.model.config), template)
+    if (start := name if holds_adapter(name) else None) and (own := own_template(name)):
+        template = str(own)
+    return ModelFound(policy.sizes().numbers, most_tokens(policy.model.config), template, start)
 
 
 def _look_at_data(source: Source, model: ModelFound | None, tokenizer: Any) -> DataFound:
@@ -84,7 +92,8 @@ def _look_at_data(source: Source, model: ModelFound | None, tokenizer: Any) -> D
     shape = detect(list(renamed(rows, columns or {}, "")), source.path)
     if model is None:
         return DataFound(shape, columns, len(rows), num_rows, None, 0, broken=False, divisible=len(rows) > 1)
-    with _tokenized(source.model_copy(update={"limit": _ROWS, "columns": columns}), tokenizer, model.template) as (
+    plain = "plain" if model.template == "plain" else None
+    with _tokenized(source.model_copy(update={"limit": _ROWS, "columns": columns}), tokenizer, plain) as (
         pairs,
         broken,
     ):

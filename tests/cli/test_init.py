@@ -15,8 +15,8 @@ from dpo_cli.errors import UserError
 from dpo_cli.jobs import init as write
 from dpo_cli.modeling.adapters import Lora
 from dpo_cli.reporting.console import Console
-from tests.builders import prepare_pairs
-from tests.conftest import build_llama, read_metrics, write_rows
+from tests.builders import prepare_pairs, save_adapter
+from tests.conftest import CHATML, build_llama, read_metrics, write_rows
 
 
 def init(out: Path, model: Path | None = None, data: Path | None = None) -> str:
@@ -35,6 +35,21 @@ def test_an_adapter_is_offered_in_a_line_that_works_once_it_is_no_comment(tmp_pa
     assert load_config(tmp_path / "my.yaml").adapter is None
     (tmp_path / "my.yaml").write_text(text.replace("# adapter: lora", "adapter: lora"), encoding="utf-8")
     assert load_config(tmp_path / "my.yaml").adapter == Lora()
+
+
+@pytest.mark.parametrize("template", [None, CHATML + "{# another #}"])
+def test_what_it_writes_of_an_adapter_lets_training_go_on_from_it(tmp_path, tiny_llama, pairs_file, capsys, template):
+    adapter = save_adapter(tiny_llama, tmp_path / "adapter", rank=3)
+    if template:
+        (adapter / "chat_template.jinja").write_text(template)
+    write(Console(), model=str(adapter), data=str(pairs_file), out=tmp_path / "my.yaml")
+    config = load_config(tmp_path / "my.yaml")
+
+    assert config.model.name == str(tiny_llama)
+    assert (config.adapter.start, config.adapter.rank) == (str(adapter), 3)
+    assert config.model.chat_template == (str(adapter / "chat_template.jinja") if template else None)
+    assert 5e-6 <= config.training.learning_rate <= 5e-5
+    assert f"{adapter} is an adapter of {tiny_llama}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
