@@ -175,7 +175,7 @@ def tensors_digest(
     for name, tensor in tensors.items():
         held = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
         whole.update(f"{name} {held.dtype} {tuple(held.shape)}".encode())
-        whole.update(held.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        whole.update(held.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 
