@@ -124,7 +124,13 @@ class CheckpointWriter:
         with saved_folder(target, "saving a checkpoint") as temporary:
             snapshot.write(temporary)
         self.newest = snapshot.record.step
-        _prune(self.folder, self.keep, snapshot.record.step)
+        prune(self.folder, self.keep, snapshot.record.step)
+
+
+def prune(folder: Path, keep: int, step: int) -> None:
+    """Remove all but the newest checkpoints up to a step: later ones were passed over."""
+    for path in [path for path in _checkpoints(folder) if _step_of(path) <= step][:-keep]:
+        discard(path)
 
 
 def newest_whole(folder: Path, fingerprints: Mapping[str, str]) -> Path | None:
@@ -197,12 +203,6 @@ def _checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, the oldest first."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
     return sorted(found, key=_step_of)
-
-
-def _prune(folder: Path, keep: int, step: int) -> None:
-    """Remove all but the newest checkpoints up to a step: later ones were passed over."""
-    for path in [path for path in _checkpoints(folder) if _step_of(path) <= step][:-keep]:
-        discard(path)
 
 
 def _step_of(path: Path) -> int:

@@ -9,7 +9,7 @@ import pytest
 
 from dpo_cli.errors import UserError
 from dpo_cli.system.storage import sealed_folder
-from dpo_cli.training.checkpoints import PRECISION, _prune, newest_whole
+from dpo_cli.training.checkpoints import PRECISION, newest_whole, prune
 
 STANDS_ON = {"model": "m", "data": "d", "settings": "s"}
 FACTS = {
@@ -52,7 +52,7 @@ def test_what_is_not_a_checkpoint_is_neither_taken_nor_pruned(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / ".step-000008.tmp-1-a").mkdir()
     assert newest_whole(tmp_path, STANDS_ON).name == "step-000007"
-    _prune(tmp_path, keep=1, step=7)
+    prune(tmp_path, keep=1, step=7)
     left = {".step-000008.tmp-1-a", "step-000007", "step-mine", "step-²"}
     assert {path.name for path in tmp_path.iterdir()} == left
 
@@ -87,5 +87,5 @@ def test_a_state_of_another_form_is_damage(tmp_path, state):
 
 def test_what_was_passed_over_takes_no_place_of_those_that_stay(tmp_path):
     make(tmp_path, 5, 8, 11, 14)
-    _prune(tmp_path, keep=1, step=8)
+    prune(tmp_path, keep=1, step=8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000008", "step-000011", "step-000014"]
