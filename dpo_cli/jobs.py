@@ -201,7 +201,7 @@ def export(
     """Merge a run's adapter into its base, write that as a plain model folder, and prove it; return how exact it is.
 
     Args:
-        run: The run's folder, or that of an adapter in it: `final`, or a checkpoint.
+        run: The run's folder, or that of an adapter in it: `final`, or a checkpoint; or an adapter of another program.
         to: The folder to be written, which must not exist.
         merge: Whether the adapter becomes part of the base; nothing else can be exported yet.
         overrides: `KEY=VALUE` each: settings of the run that are others now, such as where the base is.

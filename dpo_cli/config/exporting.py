@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_cli.config.inputs import check_inputs
-from dpo_cli.config.loading import load_config
+from dpo_cli.config.loading import as_config, load_config
 from dpo_cli.config.schema import Config
 from dpo_cli.errors import UserError, raise_all
-from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, holds_adapter
+from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.extras import missing_package
+from dpo_cli.modeling.model_names import check_model
 from dpo_cli.settings import located, nearest_file
 from dpo_cli.system.storage import DamagedFolder, verify, why_no_folder
 from dpo_cli.training.run_folder import RunFolder, RunState
@@ -25,13 +27,13 @@ class Merging:
     """An adapter that is to be merged.
 
     Attributes:
-        run: The run that it is of.
-        config: What that run did.
+        run: The run that it is of; None: another program has trained it.
+        config: What that run did; else all defaults, with the adapter's base.
         adapter: The folder of the adapter.
         to: The folder to be written.
     """
 
-    run: RunFolder
+    run: RunFolder | None
     config: Config
     adapter: Path
     to: Path
@@ -41,7 +43,7 @@ def check_export(named: Path, to: Path, overrides: Sequence[str], *, merge: bool
     """Check what is exported, and where to.
 
     Args:
-        named: A run's folder, or that of an adapter in it: `final`, or a checkpoint.
+        named: A run's folder, or that of an adapter in it: `final`, or a checkpoint; or an adapter of another program.
         to: The folder to be written.
         overrides: `KEY=VALUE` each: settings of the run that are others now, such as where the base is.
         merge: Whether the adapter becomes part of the base.
@@ -50,17 +52,20 @@ def check_export(named: Path, to: Path, overrides: Sequence[str], *, merge: bool
         UserError: Something is wrong; an `ExceptionGroup` where several things are.
     """
     run, adapter = _found(named)
+    if run is None:
+        return _check_foreign(adapter, to, overrides, merge=merge)
     config = load_config(run.config, overrides)
-    problems = [_check_target(to, named, run), *_check_adapter(adapter, config, merge=merge)]
+    problems = [_check_target(to, named, run.path), *_check_adapter(adapter, config)]
     if config.adapter is not None:
+        problems.append(_check_merges(adapter, merge=merge))
         moved = _moved_base(adapter, config)
         problems += [moved] if moved else [_of_run(problem, run) for problem in check_inputs(config)]
     raise_all(problem for problem in problems if problem)
     return Merging(run, config, adapter, to)
 
 
-def _found(named: Path) -> tuple[RunFolder, Path]:
-    """Return the run that is meant and the folder of what it has trained.
+def _found(named: Path) -> tuple[RunFolder | None, Path]:
+    """Return the run that is meant, if there is one, and the folder of what it has trained.
 
     Raises:
         UserError: There is none, or it is not finished.
@@ -79,9 +84,7 @@ def _found(named: Path) -> tuple[RunFolder, Path]:
         if (run := RunFolder(above)).state() in (RunState.STARTED, RunState.FINISHED):
             return run, named
     if holds_adapter(named):
-        what = f"`{named}` is an adapter that no run here has trained: there is no config.yaml of a run beside it"
-        hint = "merge it with PEFT's `merge_and_unload`; this command proves a merged model on the pairs of its run"
-        raise UserError(what, "the command line", hint)
+        return None, named
     raise UserError(f"`{named}` is not a run's folder", "the command line", "name the `output_dir` of a run")
 
 
@@ -100,37 +103,55 @@ def _trained(run: RunFolder) -> Path:
     raise UserError(f"the run is not finished: there is no folder {located(run.final)}", str(run.path), hint)
 
 
-def _check_target(to: Path, named: Path, run: RunFolder) -> UserError | None:
+def _check_foreign(adapter: Path, to: Path, overrides: Sequence[str], *, merge: bool) -> Merging:
+    """Check an adapter that has no run, and its base.
+
+    Raises:
+        UserError: Something is wrong; an `ExceptionGroup` where several things are.
+    """
+    base = base_name(read_adapter(adapter, "the command line"), "the command line")
+    problems = [_check_target(to, adapter, adapter), _check_merges(adapter, merge=merge)]
+    problems += [missing_package("peft", "adapters", "the command line"), check_model(base, str(adapter))]
+    if overrides:
+        what = f"`{overrides[0]}` overrides a setting of a run, but `{adapter}` is in none"
+        problems.append(UserError(what, "the command line", "leave it out"))
+    raise_all(problem for problem in problems if problem)
+    return Merging(None, as_config({"model": base}), adapter, to)
+
+
+def _check_target(to: Path, *taken: Path) -> UserError | None:
     """Say why the model cannot be written there, if so: what is there stays, and a run keeps its folder."""
     where = f"--to {to}"
     if to.exists() or to.is_symlink():
         return UserError(f"{located(to)} exists already", where, "choose another folder, or remove that one")
-    if any(to.resolve().is_relative_to(inside.resolve()) for inside in (run.path, named)):
-        return UserError("the folder to write is inside the run", where, "choose a folder outside the run")
+    if any(to.resolve().is_relative_to(inside.resolve()) for inside in taken):
+        return UserError("the folder to write is inside what is exported", where, "choose a folder outside of it")
     if obstacle := why_no_folder(to):
         return UserError(f"the folder cannot be created: {obstacle}", where, "choose another folder")
     return None
 
 
-def _check_adapter(adapter: Path, config: Config, *, merge: bool) -> list[UserError]:
+def _check_merges(adapter: Path, *, merge: bool) -> UserError | None:
+    """Say that nothing else is done with an adapter, if so."""
+    hint = f"add `--merge`; without it, `{adapter}` is what there is: a folder that PEFT reads"
+    return None if merge else UserError("only merged models are exported", "the command line", hint)
+
+
+def _check_adapter(adapter: Path, config: Config) -> list[UserError]:
     """Say why there is nothing to merge, if so."""
     if config.adapter is None:
         what = "the run trained all weights: it has no adapter to merge"
         return [UserError(what, str(adapter), f"use `{adapter}` as it is: it is a plain model folder already")]
-    problems = []
-    if not merge:
-        hint = f"add `--merge`; without it, `{adapter}` is what there is: a folder that PEFT reads"
-        problems.append(UserError("only merged models are exported", "the command line", hint))
     if not holds_adapter(adapter):
         what = f"there is no adapter: `{adapter}` has no {ADAPTER_CONFIG}"
         hint = "name the run's folder, its `final`, or one of its checkpoints"
-        return [*problems, UserError(what, "the command line", hint)]
+        return [UserError(what, "the command line", hint)]
     try:
         verify(adapter)
     except DamagedFolder as damage:
         hint = "export a checkpoint of the run, or train again"
-        problems.append(UserError(f"the adapter is damaged: {damage}", str(adapter), hint))
-    return problems
+        return [UserError(f"the adapter is damaged: {damage}", str(adapter), hint)]
+    return []
 
 
 def _moved_base(adapter: Path, config: Config) -> UserError | None:

@@ -14,6 +14,7 @@ from dpo_cli.config.exporting import Merging
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.errors import UserError
 from dpo_cli.evaluation.agreement import Difference
+from dpo_cli.modeling import tokenizers
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.layouts import Layout
@@ -22,7 +23,7 @@ from dpo_cli.modeling.saving import saved_folder
 from dpo_cli.modeling.tokenizers import end_at
 from dpo_cli.modeling.weight_types import WeightTypes
 from dpo_cli.pipeline.memory import wanted_tokens, without_gradient
-from dpo_cli.pipeline.merge_proof import Proof, Scores, check_merged
+from dpo_cli.pipeline.merge_proof import OnPairs, OnTokens, Proof, Scores, check_merged
 from dpo_cli.pipeline.models import Settle, loaded, open_reference, opened, trained_policy
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data
 from dpo_cli.pipeline.session import Session, started
@@ -33,6 +34,7 @@ from dpo_cli.reporting.environment import versions
 from dpo_cli.reporting.tables import figures_table
 from dpo_cli.system.storage import remove_strays_of
 from dpo_cli.training.checkpoints import beginning_of
+from dpo_cli.training.run_folder import RunFolder
 
 _TRAINING_PAIRS = 64
 """How many training pairs are scored where none are held out."""
@@ -65,9 +67,7 @@ def _exactly(config: Config) -> Config:
 
 def _merge(session: Session, merging: Merging) -> dict[str, Any]:
     """Score the adapter, merge it, write the model, score that, and compare."""
-    tokenizer, tokenize = load_tokenizer(session.config, session.console, merging.run.first_day())
-    policy, proof = _opened(session, merging, run_data(session.config, tokenize, session.console))
-    _give_adapter(policy, merging, tokenizer)
+    tokenizer, policy, proof = _of_run(session, merging, merging.run) if merging.run else _of_none(session, merging)
     trained = adapter = proof.scores(policy, "the adapter")
     quantize = session.config.model.quantize
     if quantize:
@@ -96,11 +96,27 @@ def _merge(session: Session, merging: Merging) -> dict[str, Any]:
             "rounding": rounding.as_dict(),
             **({quantize: Difference.between(trained.logps, merged.logps).as_dict()} if quantize else {}),
         }
-        (folder / "README.md").write_text(_card(merging, found), encoding="utf-8")
+        if merging.run:
+            (folder / "README.md").write_text(_card(merging, merging.run, found), encoding="utf-8")
     return found
 
 
-def _opened(session: Session, merging: Merging, data: RunData) -> tuple[Policy, Proof]:
+def _of_run(session: Session, merging: Merging, run: RunFolder) -> tuple[Any, Policy, Proof]:
+    """Return the tokenizer, what the run has trained, and the proof on its pairs."""
+    tokenizer, tokenize = load_tokenizer(session.config, session.console, run.first_day())
+    policy, proof = _opened(session, merging, run_data(session.config, tokenize, session.console))
+    _give_adapter(policy, merging, tokenizer)
+    return tokenizer, policy, proof
+
+
+def _of_none(session: Session, merging: Merging) -> tuple[Any, Policy, Proof]:
+    """Return the tokenizer and the model of an adapter that has no run, and the proof on made-up tokens."""
+    session.console.notice("no run is here: no pairs are scored, but made-up tokens")
+    adapter = str(merging.adapter)
+    return tokenizers.load_tokenizer(adapter), loaded(session, adapter), OnTokens(session)
+
+
+def _opened(session: Session, merging: Merging, data: RunData) -> tuple[Policy, OnPairs]:
     """Return the policy as it was before step 1, and what proves others; the reference is opened before it moves."""
     config, indices = session.config, data.held_out
     if not len(indices):
@@ -117,7 +133,7 @@ def _opened(session: Session, merging: Merging, data: RunData) -> tuple[Policy, 
     _check_base(policy, merging)
     if name is None and not isinstance(config.reference, NoReference):
         reference = open_reference(session, policy, batches, indices)
-    return policy, Proof(session, batches, reference, indices)
+    return policy, OnPairs(session, batches, reference, indices)
 
 
 def _settling(session: Session, pairs: PreparedPairs) -> Settle:
@@ -189,7 +205,7 @@ def _columns(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name == "merged" or name.startswith("adapter")}
 
 
-def _card(merging: Merging, found: Mapping[str, Any]) -> str:
+def _card(merging: Merging, run: RunFolder, found: Mapping[str, Any]) -> str:
     """Write the model card."""
     config = merging.config.model_dump(mode="json")
     facts = {
@@ -198,14 +214,15 @@ def _card(merging: Merging, found: Mapping[str, Any]) -> str:
         **_differences(found),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    return model_card(merging.run.path.name, config, facts, _columns(found), merged=True)
+    return model_card(run.path.name, config, facts, _columns(found), merged=True)
 
 
 def _show(found: Mapping[str, Any], to: Path, console: Console) -> None:
     """Print how exact the merged model is."""
     console.block()
-    console.result(figures_table(_columns(found)))
-    console.result("")
+    if found["merged"]:
+        console.result(figures_table(_columns(found)))
+        console.result("")
     lines = {**_differences(found), "model": f"{to} ({found['dtype']})"}
     width = max(map(len, lines))
     for name, line in lines.items():

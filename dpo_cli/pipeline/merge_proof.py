@@ -1,4 +1,4 @@
-"""The proof that a merged model answers as the adapter did, on the pairs of its run."""
+"""The proof that a merged model answers as the adapter did: on the pairs of its run, or on made-up tokens."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference, Listener
 from dpo_cli.evaluation.figures import figures
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.model_files import most_tokens
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.evaluate import scored
 from dpo_cli.pipeline.session import Session
@@ -26,12 +28,15 @@ ROUNDING_SHARE = 1.5
 """How many times as far as rounding the weights does by itself, where they are rounded."""
 
 
+_ROWS, _TOKENS = 8, 64
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a model says.
 
     Attributes:
-        figures: As `dpo eval` has them.
+        figures: As `dpo eval` has them; empty where no pairs were scored.
         logps: By pair, the log-probability of each scored token.
     """
 
@@ -40,7 +45,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Proof:
+class OnPairs:
     """Scores models on the same pairs against the same reference.
 
     Attributes:
@@ -66,6 +71,32 @@ class Proof:
         listener = Listener(policy.scorer)
         results = scored(self.session, listener, self.reference, self.batches, self.pairs, what, f"scoring {what}")
         return Scores(figures(results), listener.logps)
+
+
+@dataclass(frozen=True)
+class OnTokens:
+    """Scores models on the same made-up tokens, where there is no run that has pairs.
+
+    Attributes:
+        session: Is told what is done.
+    """
+
+    session: Session
+
+    @torch.no_grad()
+    def scores(self, policy: Policy, what: str) -> Scores:
+        """Score each token by those before it."""
+        length = min(_TOKENS, most_tokens(policy.model.config) or _TOKENS)
+        self.session.console.notice(f"scoring {what}: {_ROWS * (length - 1)} made-up tokens")
+        chance = torch.Generator().manual_seed(0)
+        tokens = torch.randint(policy.vocabulary, (_ROWS, length), generator=chance).to(policy.model.device)
+        with policy.reading_plainly() as model:
+            logps = model(input_ids=tokens, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        return Scores({}, {0: logps.gather(-1, tokens[:, 1:, None]).flatten().cpu()})
+
+
+Proof = OnPairs | OnTokens
+"""What models are compared on."""
 
 
 def check_merged(difference: Difference, rounding: Difference, to: Path) -> None:

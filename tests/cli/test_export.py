@@ -244,6 +244,22 @@ def test_two_models_are_never_in_memory_at_once(project, monkeypatch, settings):
     assert max(seen) - before < whole / 2
 
 
+@pytest.mark.parametrize("project", ["float32", "bfloat16"], indirect=True)
+def test_an_adapter_that_no_run_has_trained_is_proved_on_made_up_tokens(project, capfd, monkeypatch):
+    foreign()
+    assert call("export runs/run --merge --to ours --quiet") == 0
+    capfd.readouterr()
+    assert call("export foreign --merge --to out") == 0
+    printed = capfd.readouterr()
+    assert "no pairs are scored, but made-up tokens" in printed.err
+    assert re.search(r"^difference +\d", printed.out, re.M)
+    assert "held-out" not in printed.out
+    assert all(torch.equal(tensor, weights("ours")[name]) for name, tensor in weights("out").items())
+    twice(monkeypatch)
+    assert call("export foreign --merge --to again") == 1
+    assert not Path("again").exists()
+
+
 def test_exported_from_python(project):
     found = dpo_cli.export(Path("runs/run"), Path("out"))
     assert found["dtype"] == "float32"
@@ -350,8 +366,11 @@ def whole_run() -> None:
     assert call("train run.yaml adapter=null output_dir=runs/whole --quiet") == 0
 
 
-def foreign() -> None:
+def foreign(**settings: Any) -> None:
+    """Take the adapter out of its run, and change its settings."""
     shutil.copytree("runs/run/final", "foreign")
+    file = Path("foreign/adapter_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **settings}), encoding="utf-8")
 
 
 def cut(file: str) -> Callable[[], object]:
@@ -384,10 +403,10 @@ BAD = {
     "a target that exists": Bad(lambda: Path("out").mkdir(), EXPORT, r"`out` .* exists already", r"another folder"),
     "a target that is a file": Bad(lambda: Path("out").touch(), EXPORT, r"`out` .* exists already", r"another"),
     "a target in the run": Bad(
-        nothing, "export runs/run --merge --to runs/run/merged", r"is inside the run", r"outside"
+        nothing, "export runs/run --merge --to runs/run/merged", r"inside what is exported", r"outside"
     ),
     "a target in the adapter": Bad(
-        nothing, "export runs/run --merge --to runs/run/final/merged", r"is inside the run", r"outside"
+        nothing, "export runs/run --merge --to runs/run/final/merged", r"inside what is exported", r"outside"
     ),
     "a target below a file": Bad(
         nothing, "export runs/run --merge --to pairs.jsonl/out", r"cannot be created: .*is a file", r"another folder"
@@ -415,8 +434,24 @@ BAD = {
         r"start adapter is not the one", r"adapter.start=PATH",
     ),
     "a wrong setting": Bad(nothing, f"{EXPORT} model.nam=x", r"`model.nam` is not a setting", r"model.name"),
-    "an adapter of no run": Bad(
-        foreign, "export foreign --merge --to out", r"an adapter that no run here has trained", r"merge_and_unload"
+    "an adapter of no run, without its base": Bad(
+        lambda: foreign(base_model_name_or_path="/nowhere"), "export foreign --merge --to out",
+        r"belongs to `/nowhere`, which does not exist", r"write the whole path",
+    ),
+    "an adapter of no run, of another kind": Bad(
+        lambda: foreign(peft_type="LOHA"), "export foreign --merge --to out", r"only LORA is known", r"merge it in PEFT"
+    ),
+    "an adapter of no run, with settings of one": Bad(
+        foreign, "export foreign --merge --to out model.dtype=float32", r"overrides a setting of a run", r"leave it out"
+    ),
+    "an adapter of no run, into itself": Bad(
+        foreign, "export foreign --merge --to foreign/out", r"inside what is exported", r"outside"
+    ),
+    "an adapter of no run, without --merge": Bad(
+        foreign, "export foreign --to out", r"only merged models", r"add `--merge`"
+    ),
+    "a run without an adapter, and without --merge": Bad(
+        whole_run, "export runs/whole --to out", r"trained all weights", r"plain model folder already"
     ),
     "without PEFT": Bad(without_peft, EXPORT, r"the package `peft` is not installed", r"dpo-cli\[adapters\]"),
 }  # fmt: skip
