@@ -72,6 +72,17 @@ def test_of_an_adapter_it_says_what_trains_and_counts_that_alone_on_the_disk(dry
     assert plan["disk"].startswith("0.00 GiB at most")
 
 
+def test_a_quantized_base_is_told_counted_and_measured(dry, tiny_llama):
+    model = {"name": str(tiny_llama), "quantize": "nf4", "dtype": "bfloat16"}
+    result = dry(model=model, adapter={"type": "lora", "rank": 2})
+    assert result.returncode == 0, result.stderr
+    plan = rows(result.stdout)
+    assert plan["weights"] == "nf4 in linear layers, bfloat16 elsewhere, float32 in the adapter"
+    assert plan["parameters"] == rows(dry(adapter={"type": "lora", "rank": 2}).stdout)["parameters"]
+    assert plan["speed"].startswith("about ")
+    assert "not counted" not in plan["memory: at the peak"]
+
+
 @pytest.mark.parametrize(
     ("settings", "rate", "said"),
     [
