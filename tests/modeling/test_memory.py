@@ -17,6 +17,8 @@ from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
 from dpo_cli.modeling.model_files import NO_TRUST
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.scorer import recompute_activations
+from dpo_cli.modeling.trained import Whole
 
 
 def batch_of(layout, num_pairs):
@@ -89,6 +91,17 @@ def test_activations_of_experts_are_counted_as_well(kind, caplog):
     counted = activation_bytes(policy, LAYOUTS["padded"], batch, torch.float32, recomputed=False)
     assert counted == pytest.approx(really_kept(policy, batch), rel=0.02)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("trained", [Whole(), Adapted(Lora())], ids=["all weights", "adapter"])
+def test_recomputed_activations_are_those_that_layers_begin_with_and_all_of_one_layer(trained):
+    policy = Policy(build("llama", num_hidden_layers=6, hidden_size=64, intermediate_size=256, vocab_size=400), trained)
+    policy.read(LAYOUTS["packed"])
+    batch = batch_of("packed", 6)
+    counted = activation_bytes(policy, LAYOUTS["packed"], batch, torch.float32, recomputed=True)
+    whole = really_kept(policy, batch)
+    recompute_activations(policy.model)
+    assert counted == pytest.approx(really_kept(policy, batch) + whole / 6, rel=0.05)
 
 
 def test_recomputed_activations_take_less(tiny_llama):
