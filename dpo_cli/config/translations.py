@@ -44,8 +44,9 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "leave it out: `training.layout` decides how attention is computed"),
     ("revision model_revision tokenizer_name tokenizer_name_or_path",
      "leave it out, and name a local folder in `model.name`"),
-    ("peft peft_config use_peft lora qlora lora_config use_lora adapters finetuning_type train_type tuner_type",
+    ("peft peft_config use_peft lora lora_config use_lora adapters finetuning_type train_type tuner_type",
      "set `adapter: lora`, or as a group `adapter: {type: lora, rank: …, alpha: …}`"),
+    ("qlora", _QUANTIZE),
     ("lora_r lora_rank r", "set `adapter.rank`"),
     ("lora_alpha", "set `adapter.alpha`"),
     ("lora_dropout", "set `adapter.dropout`"),
@@ -187,7 +188,8 @@ _ADAPTERS = {
     "dora": "write `adapter: {type: lora, dora: true}`",
     "rslora": "write `adapter: {type: lora, rslora: true}`",
     **dict.fromkeys(("full", "none", "false"), "write `adapter: null`, which trains all weights"),
-    **dict.fromkeys(("true", "peft", "qlora"), "write `adapter: lora`"),
+    "qlora": "write `adapter: lora`, and set `model.quantize: nf4`",
+    **dict.fromkeys(("true", "peft"), "write `adapter: lora`"),
 }
 _TYPES = {"loss": _LOSSES, "reference": _REFERENCES, "adapter": _ADAPTERS}
 """Types of losses, references and adapters that others have or call so, and what to do in their place."""

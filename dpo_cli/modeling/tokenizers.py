@@ -71,17 +71,10 @@ def _beside_adapter(folder: Path, trust: Trust) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def own_template(adapter: str | Path, trust: Trust = NO_TRUST) -> Path | None:
-    """Return the file of an adapter's chat template, if it has one and it is another than that of its base.
-
-    Raises:
-        UserError: The tokenizer of the base cannot be read.
-    """
+def own_template(adapter: str | Path, used: str | None) -> Path | None:
+    """Return the file of an adapter's chat template, if it has one and that is not the one that is used."""
     file = Path(adapter) / _TEMPLATE
-    if not file.is_file():
-        return None
-    text = file.read_text(encoding="utf-8")
-    return None if text == load_tokenizer(base_name(read_adapter(Path(adapter))), trust).chat_template else file
+    return file if file.is_file() and file.read_text(encoding="utf-8") != used else None
 
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, name: str, where: str, trust: Trust = NO_TRUST) -> None:

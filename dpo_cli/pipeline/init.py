@@ -76,7 +76,8 @@ def _look_at_model(name: str, tokenizer: Any) -> ModelFound:
     """Count parameters by the model's settings, without its weights; of an adapter, those of its base."""
     policy = Policy.empty(name)
     template = None if tokenizer.chat_template else "plain"
-    if (start := name if holds_adapter(name) else None) and (own := own_template(name)):
+    start = name if holds_adapter(name) else None
+    if start and (own := own_template(start, load_tokenizer(whole_model(start)).chat_template)):
         template = str(own)
     return ModelFound(policy.sizes().numbers, most_tokens(policy.model.config), template, start)
 

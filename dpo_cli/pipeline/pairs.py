@@ -50,6 +50,12 @@ def load_tokenizer(config: Config, console: Console, day: date | None = None) ->
     if asked is not None and asked != PLAIN and not is_named and not is_file(asked):
         raise no_template(asked, list(own))
     template = own[str(asked)] if is_named else read_template(asked)
+    start = config.adapter.start if config.adapter else None
+    if start and asked is None and (other := tokenizers.own_template(start, tokenizer.chat_template)):
+        console.warning(
+            f"the adapter that training goes on from has a chat template of its own, which is not used; "
+            f"`model.chat_template: {other}` uses it"
+        )
     tokenize = PairTokenizer(
         tokenizer,
         template=template,

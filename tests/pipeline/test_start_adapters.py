@@ -19,7 +19,7 @@ from dpo_cli.reporting.console import Console
 from dpo_cli.settings import escape_path
 from dpo_cli.system.storage import read_manifest
 from tests.builders import save_adapter
-from tests.conftest import read_metrics
+from tests.conftest import CHATML, read_metrics
 
 # PEFT asks transformers in a way that is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -131,6 +131,20 @@ def test_what_cannot_be_known_of_a_base_is_said(write_config, tiny_llama, tmp_pa
         said = capfd.readouterr().err
         assert ("is the same is not known" in said) == bool(unknown)
         assert unknown in said
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_template_of_the_start_that_is_not_used_is_warned_of(write_config, tiny_llama, tmp_path, capfd, chosen):
+    adapter = save_adapter(tiny_llama, tmp_path / "adapter", **TWO)
+    own = adapter / "chat_template.jinja"
+    own.write_text(CHATML)
+    told = {"adapter": {"start": str(adapter)}, "model": {"chat_template": str(own)} if chosen else {}}
+    list(dpo_cli.train(write_config(**told), dry_run=True, console=Console()))
+    assert "has a chat template of its own" not in capfd.readouterr().err
+
+    own.write_text(CHATML + "{# another #}")
+    list(dpo_cli.train(write_config(**told), dry_run=True, console=Console()))
+    assert (f"which is not used; `model.chat_template: {own}` uses it" in capfd.readouterr().err) != chosen
 
 
 def test_an_adapter_whose_bytes_are_not_those_that_were_saved_is_refused(write_config):
