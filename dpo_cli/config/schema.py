@@ -98,7 +98,7 @@ class ModelSettings(Settings):
     """The model that is trained."""
 
     name: PathText = Field(min_length=1)
-    """The model: a local folder, a .gguf file, or a Hub id."""
+    """The model: a local folder, a .gguf file, or a Hub id; an adapter's folder is its base with the adapter in it."""
     dtype: Annotated[str, OneOf("auto", *PRECISIONS)] = "auto"
     """The precision of the computation; weights are kept in float32. auto: bfloat16 on GPUs that have it."""
     quantize: Annotated[str, OneOf(*QUANTIZED)] | None = None
