@@ -101,7 +101,7 @@ def test_recomputed_activations_are_those_that_layers_begin_with_and_all_of_one_
     counted = activation_bytes(policy, LAYOUTS["packed"], batch, torch.float32, recomputed=True)
     whole = really_kept(policy, batch)
     recompute_activations(policy.model)
-    assert counted == pytest.approx(really_kept(policy, batch) + whole / 6, rel=0.05)
+    assert counted == pytest.approx(really_kept(policy, batch) + whole / 6, rel=0.1)
 
 
 def test_recomputed_activations_take_less(tiny_llama):
