@@ -20,6 +20,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.loading import empty_policy, load_policy
 from dpo_cli.modeling.model_files import Trust
 from dpo_cli.modeling.tokenizers import load_tokenizer
+from tests.builders import save_adapter
 from tests.cli.test_bad_inputs import CHECKPOINTS, TRAIN, Payload
 from tests.security.conftest import within
 
@@ -160,6 +161,40 @@ def test_weights_come_from_the_folder_that_was_named(project, file, content):
     Path("model", file).write_text(json.dumps(content))
     with pytest.raises(UserError, match="is not loaded"):
         load_policy("model")
+
+
+def pickled_adapter(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"lora_A.weight": Payload()}))
+
+
+def code_beside_it(folder: Path) -> None:
+    own_code(Path("model"), model_type="own")
+
+
+def tokenizer_with_code(folder: Path) -> None:
+    shutil.copy("model/tokenizer.json", folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["own.Own", None]}}))
+
+
+@pytest.mark.parametrize("plant", [pickled_adapter, code_beside_it, tokenizer_with_code])
+@pytest.mark.parametrize("setting", ["model.name", "adapter.start"])
+def test_nothing_of_an_adapter_or_its_base_is_executed(project, dpo, plant, setting):
+    plant(save_adapter(Path("model").resolve(), Path("adapter")))
+    result = dpo(f"{TRAIN} model.allow_pickle=true {setting}=adapter training.max_steps=1")
+    assert not Path("executed").exists()
+    # A tokenizer beside a start adapter is not read.
+    assert result.status == (0 if (plant, setting) == (tokenizer_with_code, "adapter.start") else 2), result.said
+
+
+@pytest.mark.parametrize("base", ["../other", "model", "./model"])
+def test_the_base_of_an_adapter_is_no_path_that_depends_on_where_one_is(project, base):
+    save_adapter(Path("model").resolve(), Path("adapter"))
+    said = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("adapter/adapter_config.json").write_text(json.dumps({**said, "base_model_name_or_path": base}))
+    with pytest.raises(UserError, match="by a relative path"):
+        load_policy("adapter")
 
 
 def test_links_to_nowhere_hide_nothing_that_a_folder_brings_along(project):
