@@ -45,6 +45,12 @@ def return_freed_memory() -> None:
     _settle(_LARGE_BYTES)
 
 
+def hand_back_freed_memory() -> None:
+    """Hand back at once what was freed until now, small tensors included, of which passes before step 1 leave many."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def take_over_weights(model: PreTrainedModel) -> None:
     """Copy weights that train and are pages of a mapped file into memory of their own, before the first step.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from dpo_cli.config import Config, changeable
 from dpo_cli.errors import FAILED, UserError
-from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
+from dpo_cli.modeling.allocator import hand_back_freed_memory, keep_freed_memory, take_over_weights
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.memory import MemoryEstimate
@@ -119,6 +119,9 @@ def _ready(plan: PlannedRun, *, resume: bool) -> Run:
     )
     run = Run(session, plan, batches, learner, fingerprints)
     _prove(run)
+    if config.adapter is not None and accelerator.device.type == "cpu":
+        # Of a run of all weights, gradients and moments take its place.
+        hand_back_freed_memory()
     return run
 
 
