@@ -22,7 +22,7 @@ help:
 	@echo "make format         format the code"
 	@echo "make fuzz           search for inputs that break what reads them, FUZZ_SECONDS=60 for each of them"
 	@echo "make check-layouts  losses of 50 steps of the real model, packed against padded"
-	@echo "make check-losses   losses of a real run against an independent trainer's (PAIRS=file)"
+	@echo "make check-losses   losses of a real run against an independent trainer's (PAIRS='file --adapter lora')"
 	@echo "make compare-losses  20 steps of the real model with every loss, side by side (COMPARE='--losses dpo ipo')"
 	@echo "make bench          speed and memory beside TRL 1.16 on the same work, about 100 minutes (BENCH='--repeats 1 --adapter lora')"
 	@echo "make bench-prepare  speed of preparing pairs, beside TRL (BENCH='--data FILE --rows 20000')"

@@ -19,7 +19,17 @@ pytestmark = [pytest.mark.real_model, pytest.mark.program]
 
 
 def test_a_few_steps_log_the_losses_of_an_independent_trainer(tmp_path):
-    assert check_losses.largest_difference("demo", DEMO_PAIRS, tmp_path) <= check_losses.TOLERANCE
+    losses = check_losses.logged_losses("demo", DEMO_PAIRS, tmp_path)
+    assert check_losses.largest_difference(*losses) <= check_losses.TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", check_losses.ADAPTERS)
+def test_a_few_steps_of_an_adapter_log_the_losses_of_an_independent_trainer(tmp_path, adapter):
+    found, expected = check_losses.adapter_losses(DEMO_PAIRS, tmp_path, adapter)
+    assert check_losses.largest_difference(found, expected) <= check_losses.TOLERANCE
+    # The adapter has learned something that could differ.
+    assert found[-1] < found[0] - 10 * check_losses.TOLERANCE
 
 
 def test_the_gguf_file_becomes_an_ordinary_model_once_and_answers_with_sense():

@@ -61,7 +61,7 @@ def read_options() -> argparse.Namespace:
     add("learning_rate", type=float)
     add("seed", type=int)
     add("output")
-    add("--adapter", type=json.loads, help="rank and alpha of LoRA on every linear layer")
+    add("--adapter", type=json.loads, help="rank and alpha of LoRA on every linear layer, and dora or rslora")
     return parser.parse_args()
 
 
@@ -72,6 +72,8 @@ def lora(settings: dict[str, Any]) -> LoraConfig:
         lora_alpha=settings["alpha"],
         lora_dropout=0.0,
         target_modules="all-linear",
+        use_dora=settings.get("dora", False),
+        use_rslora=settings.get("rslora", False),
         task_type="CAUSAL_LM",
     )
 
