@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_cli.config import Config
 from dpo_cli.config.exporting import Merging
 from dpo_cli.data.prepared.folder import PreparedPairs
-from dpo_cli.errors import UserError
+from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
 from dpo_cli.modeling import tokenizers
 from dpo_cli.modeling.batch import Batches
@@ -51,7 +53,12 @@ def export(merging: Merging, console: Console) -> dict[str, Any]:
             hint = "start it without torchrun or accelerate"
             raise UserError("a model is exported by one process", "the command line", hint)
         remove_strays_of(merging.to)
-        found = _merge(session, merging)
+        try:
+            found = _merge(session, merging)
+        except torch.OutOfMemoryError as error:
+            hint = "set the environment variable ACCELERATE_USE_CPU to true, which takes the host's memory instead"
+            what = "the device has no room for the model in float32"
+            raise UserError(what, str(session.accelerator.device), hint, status=FAILED) from error
     _show(found, merging.to, console)
     return found
 

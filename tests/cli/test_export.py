@@ -179,17 +179,14 @@ def test_without_held_out_pairs_training_pairs_are_scored(project, capfd):
     "settings",
     [
         "reference=none loss=sft",
-        "loss.wpo=true",
-        "loss=aot",
-        "reference=frozen",
-        "reference={type: synced, every_steps: 2}",
+        pytest.param("loss.wpo=true", marks=pytest.mark.slow),
+        pytest.param("loss=aot", marks=pytest.mark.slow),
+        pytest.param("reference=frozen", marks=pytest.mark.slow),
+        pytest.param("reference.type=synced reference.every_steps=2", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_of_any_reference_is_exported(project, settings, capfd):
-    assert (
-        call(f"train run.yaml {shlex.join([settings]) if '{' in settings else settings} output_dir=runs/other --quiet")
-        == 0
-    )
+def test_a_run_of_any_reference_is_exported(project, settings):
+    assert call(f"train run.yaml {settings} output_dir=runs/other --quiet") == 0
     assert call("export runs/other --merge --to out --quiet") == 0
 
 
@@ -201,7 +198,7 @@ def test_a_run_that_went_on_from_an_adapter_is_exported_with_both(project):
     assert figures["adapter"]["rewards/margins"] > 0
 
 
-@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+@pytest.mark.parametrize("quantize", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("project", ["bfloat16"], indirect=True)
 def test_an_adapter_of_a_quantized_base_is_merged_into_the_unquantized_weights(project, quantize, capfd):
     """What that changes is said: far more than the rounding of what is written."""
@@ -219,7 +216,10 @@ def test_an_adapter_of_a_quantized_base_is_merged_into_the_unquantized_weights(p
         assert torch.equal(merged, weights("model")[name]) == ("proj" not in name)
 
 
-@pytest.mark.parametrize("settings", ["", "model.quantize=nf4", "reference.model=model"])
+@pytest.mark.parametrize(
+    "settings",
+    ["", *(pytest.param(one, marks=pytest.mark.slow) for one in ("model.quantize=nf4", "reference.model=model"))],
+)
 def test_two_models_are_never_in_memory_at_once(project, monkeypatch, settings):
     """Bytes of all parameters that are alive, at each look: those of a model, and less than half of one beside it."""
     from dpo_cli.modeling import policy
@@ -258,6 +258,18 @@ def test_an_adapter_that_no_run_has_trained_is_proved_on_made_up_tokens(project,
     twice(monkeypatch)
     assert call("export foreign --merge --to again") == 1
     assert not Path("again").exists()
+
+
+def test_a_device_without_room_is_an_error_that_names_another(project, monkeypatch, capfd):
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("dpo_cli.modeling.policy.Policy.merge", full)
+    capfd.readouterr()
+    assert call(EXPORT) == 1
+    told = " ".join(capfd.readouterr().err.split())
+    assert re.search(r"error: the device has no room .* hint: set the environment variable ACCELERATE_USE_CPU", told)
+    assert not Path("out").exists()
 
 
 def test_exported_from_python(project):
@@ -320,8 +332,16 @@ def rounded_twice(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("dpo_cli.modeling.policy.cast_weights", coarse)
 
 
-@pytest.mark.parametrize("fault", [twice, transposed, scaled, left_out, rounded_twice])
-@pytest.mark.parametrize("project", ["float32", "bfloat16"], indirect=True)
+@pytest.mark.parametrize(
+    ("project", "fault"),
+    [
+        *(("float32", fault) for fault in (twice, transposed, left_out)),
+        *(("bfloat16", fault) for fault in (scaled, rounded_twice)),
+        *(pytest.param("float32", fault, marks=pytest.mark.slow) for fault in (scaled, rounded_twice)),
+        *(pytest.param("bfloat16", fault, marks=pytest.mark.slow) for fault in (twice, transposed, left_out)),
+    ],
+    indirect=["project"],
+)
 def test_a_wrong_merge_is_an_error_and_nothing_is_written(project, monkeypatch, capfd, fault):
     fault(monkeypatch)
     before = set(project.iterdir())
