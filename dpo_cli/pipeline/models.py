@@ -27,7 +27,7 @@ from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.reference import OpenReference
 from dpo_cli.preference.reference_work import ReferenceWork, reference_model
-from dpo_cli.training.checks import check_fits, check_logps, own_logps_line
+from dpo_cli.training.checks import check_base, check_fits, check_logps, own_logps_line
 
 Settle = Callable[[Policy, Layout], tuple[Batches, Mapping[str, str]]]
 """Settles how pairs are cut for a model and a layout; returns the batches, and what is to be said of them."""
@@ -82,8 +82,8 @@ def loaded(session: Session, name: str) -> Policy:
     """
     trust, device = session.config.model.trust, session.accelerator.device
     if holds_adapter(name):
-        base = Policy.load(base_name(read_adapter(Path(name))), trust, device, held=session.held)
-        return base.with_adapter(_saved(name))
+        named = base_name(read_adapter(Path(name)))
+        return _beside(session, Policy.load(named, trust, device, held=session.held), name, named)
     return Policy.load(name, trust, device, held=held_of(session, name))
 
 
@@ -118,12 +118,18 @@ def scored_and_reference(session: Session, scored: str) -> tuple[str | Policy, P
     reference = base.with_adapter(session.trained) if goes_on else base
     if not holds_adapter(scored) or not same_model(base_name(read_adapter(Path(scored))), name):
         return scored, reference
-    return base.with_adapter(_saved(scored)), reference
+    return _beside(session, base, scored, name), reference
 
 
-def _saved(folder: str) -> Adapted:
-    """Return what puts the adapter in a folder into a model."""
-    return Adapted(Saved(start=folder))
+def _beside(session: Session, base: Policy, adapter: str, name: str) -> Policy:
+    """Return a base with the adapter in a folder beside it.
+
+    Raises:
+        UserError: It does not fit, or was trained beside other weights.
+    """
+    for line in check_base(base, Path(adapter), name, "the adapter that is scored"):
+        session.console.notice(line)
+    return base.with_adapter(Adapted(Saved(start=adapter)))
 
 
 def reference_sketch(session: Session, sketch: Policy) -> Policy:

@@ -63,13 +63,14 @@ def check_fits(pairs: PreparedPairs, policy: Policy, where: str) -> None:
             raise UserError(what, where, f"set `data.max_length: {limit}`, or leave all shorter pairs out")
 
 
-def check_base(policy: Policy, start: Path, name: str) -> Iterator[str]:
-    """Compare the base of a run with that of the adapter to go on from; yield what of it remains unknown.
+def check_base(policy: Policy, start: Path, name: str, where: str = "`adapter.start`") -> Iterator[str]:
+    """Compare a base with that of an adapter that is put beside it; yield what of it remains unknown.
 
     Args:
-        policy: What is trained.
+        policy: What is trained, or the base alone.
         start: The folder of that adapter.
-        name: How the configuration names the base.
+        name: How the base is named here.
+        where: What names the adapter: a setting or an option.
 
     Raises:
         UserError: It is another base: held in the same way, it had other weights or settings.
@@ -82,8 +83,8 @@ def check_base(policy: Policy, start: Path, name: str) -> Iterator[str]:
             return
         if held == policy.held_as:
             what = f"the adapter `{start}` belongs to another base: `{name}` has other weights or settings"
-            hint = "name the model that it was trained beside, or a start that was trained beside this one"
-            raise UserError(what, "`adapter.start`", hint)
+            hint = "name the model that it was trained beside, or an adapter that was trained beside this one"
+            raise UserError(what, where, hint)
         yield (
             f"the adapter `{start}` was trained beside a base held in {held}, which is held in {policy.held_as} here: "
             "whether it is the same is not known"

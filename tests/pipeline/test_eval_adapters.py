@@ -231,3 +231,17 @@ def test_an_adapter_with_layers_that_the_model_lacks_is_refused(write_config, to
     )
     with pytest.raises(dpo_cli.UserError, match=r"another base: the model has no .*layers\.7\."):
         dpo_cli.evaluate(write_config(), model=str(adapter))
+
+
+def test_an_adapter_is_not_scored_beside_other_weights_than_it_was_trained_beside(
+    write_config, tiny_llama, tokenizer, tmp_path
+):
+    """The folder of the base has another model of the same sizes now."""
+    base = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    file = write_config(model={"name": str(base)}, adapter=LORA, training={"max_steps": 1})
+    run = trained(file)
+    assert dpo_cli.evaluate(file)["base"] == str(base)
+    build_llama(base, tokenizer, seed=8)
+    for config in (file, write_config("other")):
+        with pytest.raises(dpo_cli.UserError, match="belongs to another base"):
+            dpo_cli.evaluate(config, model=str(run / "final"))
