@@ -61,7 +61,7 @@ class Float64(Float32):
 
     type: Literal["float64"] = "float64"
 
-    def loaded_as(self) -> dict[str, Any]:
+    def built_as(self) -> dict[str, Any]:
         import torch
 
         return {"dtype": torch.float64}
