@@ -23,6 +23,7 @@ from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.losses.base import StepInfo
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.scoring import score_pairs
+from tests.marks import slow_unless
 from tests.modeling.test_architectures import FALLING_BACK, PACKED, choose, packed
 
 # transformers warns of its own name, which PEFT reads.
@@ -64,31 +65,33 @@ def adapted(kind, adapter=ADAPTERS["lora"], *, moved=False, **changes):
     return adapted, model
 
 
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "lora", ["lora", "dora"]))
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fresh_adapter_changes_nothing_and_every_b_has_a_gradient(kind):
+def test_a_fresh_adapter_changes_nothing_and_every_b_has_a_gradient(kind, name):
     reference = scored(build(kind))
-    _, model = adapted(kind)
+    _, model = adapted(kind, ADAPTERS[name])
     losses, gradients = step(model, "padded", reference)
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=0, atol=1e-6)
     assert torch.equal(scored(model), reference)
     assert gradients
-    for name, gradient in gradients.items():
-        assert "lora_" in name
+    for weights, gradient in gradients.items():
+        assert "lora_" in weights
         # A's gradient is B's transpose times something, and B is 0.
-        assert torch.isfinite(gradient).all(), name
-        assert (float(gradient.abs().max()) > 0) == ("lora_B" in name), name
+        assert torch.isfinite(gradient).all(), weights
+        assert (float(gradient.abs().max()) > 0) == ("lora_A" not in weights), weights
 
 
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "lora", ["lora", "dora"]))
 @pytest.mark.parametrize("kind", PACKED)
-def test_packed_is_padded_with_an_adapter_that_has_moved(kind):
+def test_packed_is_padded_with_an_adapter_that_has_moved(kind, name):
     reference = scored(build(kind))
-    model = adapted(kind, moved=True)[1]
+    model = adapted(kind, ADAPTERS[name], moved=True)[1]
     losses, gradients = step(model, "padded", reference)
     assert (scored(model) - reference).abs().max() > 0.05
     packed_losses, packed_gradients = step(packed(model), "packed", reference)
     torch.testing.assert_close(packed_losses, losses, rtol=1e-5, atol=1e-5)
-    for name, gradient in gradients.items():
-        assert (packed_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    for weights, gradient in gradients.items():
+        assert (packed_gradients[weights] - gradient).norm() <= 1e-5 * gradient.norm(), weights
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", *FALLING_BACK])
@@ -103,9 +106,10 @@ def test_the_layout_is_proved_or_refused_as_without_an_adapter(kind):
         assert torch.equal(scored(model), before)
 
 
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "lora", ["lora", "dora"]))
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_reads_the_written_adapter_and_answers_alike(kind, tmp_path, tokenizer):
-    ours, model = adapted(kind, moved=True)
+def test_peft_reads_the_written_adapter_and_answers_alike(kind, name, tmp_path, tokenizer):
+    ours, model = adapted(kind, ADAPTERS[name], moved=True)
     expected = scored(model)
     ours.write(model, tmp_path, tokenizer)
     theirs = PeftModel.from_pretrained(build(kind), tmp_path)
