@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_cli
 from dpo_cli.config import load_config
+from dpo_cli.modeling.adapter_files import read_adapter
 from dpo_cli.modeling.loading import load_policy
 from dpo_cli.reporting.console import Console
 from dpo_cli.settings import escape_path
@@ -145,6 +146,13 @@ def test_a_template_of_the_start_that_is_not_used_is_warned_of(write_config, tin
     own.write_text(CHATML + "{# another #}")
     list(dpo_cli.train(write_config(**told), dry_run=True, console=Console()))
     assert (f"which is not used; `model.chat_template: {own}` uses it" in capfd.readouterr().err) != chosen
+
+
+def test_a_base_in_a_relative_folder_is_named_as_it_is_from_everywhere(write_config, tiny_llama, tmp_path, monkeypatch):
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    run = trained(write_config(model={"name": "model"}, adapter="lora", training={"max_steps": 1}))
+    assert read_adapter(run / "final").base == str(tmp_path / "model")
 
 
 def test_an_adapter_whose_bytes_are_not_those_that_were_saved_is_refused(write_config):
