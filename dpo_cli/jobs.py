@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config, as_config
-from dpo_cli.config.exporting import check_export
+from dpo_cli.config.exporting import check_export, reserved
 from dpo_cli.config.inputs import (
     check_evaluation,
     check_new_file,
@@ -216,7 +216,8 @@ def export(
     look_up_on_hub(merging.config)
     from dpo_cli.pipeline.export import export
 
-    return export(merging, console)
+    with reserved(merging.to):
+        return export(merging, console)
 
 
 def _unattended() -> Console:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, base_name, holds_adap
 from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.model_names import check_model
 from dpo_cli.settings import located, nearest_file
+from dpo_cli.system.locks import Locked, lock_beside, locked
 from dpo_cli.system.storage import DamagedFolder, verify, why_no_folder
 from dpo_cli.training.run_folder import RunFolder, RunState
 
@@ -123,12 +125,33 @@ def _check_target(to: Path, *taken: Path) -> UserError | None:
     """Say why the model cannot be written there, if so: what is there stays, and a run keeps its folder."""
     where = f"--to {to}"
     if to.exists() or to.is_symlink():
-        return UserError(f"{located(to)} exists already", where, "choose another folder, or remove that one")
+        return _exists(to)
     if any(to.resolve().is_relative_to(inside.resolve()) for inside in taken):
         return UserError("the folder to write is inside what is exported", where, "choose a folder outside of it")
     if obstacle := why_no_folder(to):
         return UserError(f"the folder cannot be created: {obstacle}", where, "choose another folder")
     return None
+
+
+def _exists(to: Path) -> UserError:
+    return UserError(f"{located(to)} exists already", f"--to {to}", "choose another folder, or remove that one")
+
+
+@contextlib.contextmanager
+def reserved(to: Path) -> Iterator[None]:
+    """Keep other exports away from the folder to be written while the context lasts.
+
+    Raises:
+        UserError: Another one is writing it, or has written it meanwhile; or the disk refuses.
+    """
+    try:
+        with locked(lock_beside(to), "locking the folder to write"):
+            if to.exists():
+                raise _exists(to)
+            yield
+    except Locked as holder:
+        hint = "wait until it has ended, or choose another folder"
+        raise UserError(f"another export is writing the same folder: {holder}", f"--to {to}", hint) from None
 
 
 def _check_merges(adapter: Path, *, merge: bool) -> UserError | None:

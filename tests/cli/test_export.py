@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 import dpo_cli
 from dpo_cli.cli import app
+from dpo_cli.system.locks import lock_beside, locked
 from dpo_cli.system.storage import MANIFEST
 from tests.conftest import build_llama, make_config, write_rows
 from tests.faults.shim import CRASHED
@@ -269,6 +270,15 @@ def test_a_device_without_room_is_an_error_that_names_another(project, monkeypat
     assert call(EXPORT) == 1
     told = " ".join(capfd.readouterr().err.split())
     assert re.search(r"error: the device has no room .* hint: set the environment variable ACCELERATE_USE_CPU", told)
+    assert not Path("out").exists()
+
+
+def test_two_exports_to_one_folder_do_not_meet(project, capfd):
+    with locked(lock_beside(Path("out")), "testing"):
+        capfd.readouterr()
+        assert call(EXPORT) == 2
+    told = " ".join(capfd.readouterr().err.split())
+    assert re.search(r"error: another export is writing the same folder: process \d+ .* hint: wait until", told)
     assert not Path("out").exists()
 
 
