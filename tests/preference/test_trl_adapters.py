@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from benchmark.peer import InOrder, conversations
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import set_seed
 
 from dpo_cli.modeling.adapted import Adapted
 from dpo_cli.modeling.adapters import Lora
@@ -114,6 +115,20 @@ def case(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.
     policy.write(folder, world.tokenizer)
     started = adapter.model_copy(update={"start": str(folder)})
     return Case(world if beginning == "another reference" else dataclasses.replace(world, reference=None), started)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_draws_what_peft_draws_after_it(world, kind):
+    """So whoever sets the same seed as a script of TRL's begins with the same adapter."""
+    ours = Policy.load(str(world.policy), trained=Adapted(Lora(rank=RANK, alpha=ALPHA, **KINDS[kind]), SEED)).state()
+    set_seed(SEED)
+    names = {"dora": "use_dora", "rslora": "use_rslora"}
+    settings = {names[name]: value for name, value in KINDS[kind].items()}
+    model = load_policy(str(world.policy))
+    theirs = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", **settings))
+    state = get_peft_model_state_dict(theirs)
+    assert ours.keys() == state.keys()
+    assert all(torch.equal(ours[name], state[name]) for name in ours)
 
 
 def assert_same(ours: OneStep, theirs: OneStep, still: str = "") -> None:
