@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
@@ -65,17 +64,23 @@ def check_memory(session: Session, policy: Policy, reference: Policy, program_by
     where = f"`model.name: {session.config.model.name}`"
     shown = ", ".join(f"{name} {gib(size)}" for name, size in least.parts().items() if size)
     what = f"training needs at least {gib(least.peak)} of memory, but {gib(free)} are free ({shown})"
-    settings, peak = "", least.peak
-    for tried, smaller in _smaller(session.config):
-        # A model may have no layers that an adapter or few bits could be put to.
-        with contextlib.suppress(UserError):
-            settings, peak = tried, needed(smaller).peak
+    # The least that the run takes as it trains now, and with an adapter in place of all weights.
+    smallest = {session.config.adapter is None: ("", least.peak)}
+    for settings, smaller in _smaller(session.config):
+        try:
+            peak = needed(smaller).peak
+        except UserError:
+            # It has no layers that an adapter or few bits could be put to.
+            continue
+        smallest[smaller.adapter is None] = (settings, peak)
         if peak <= free:
             raise UserError(what, where, f"set {settings}")
-    most = policy.sizes().numbers * free / peak / 1e9
-    under = f" (under {settings})" if settings else ""
-    hint = f"choose a model of at most {most:.2g} billion parameters{under}, or a machine with more memory"
-    raise UserError(what, where, hint)
+    numbers = policy.sizes().numbers
+    sizes = [
+        f"{numbers * free / peak / 1e9:.2g} billion parameters" + f" (under {settings})" * bool(settings)
+        for settings, peak in smallest.values()
+    ]
+    raise UserError(what, where, f"choose a model of at most {', or '.join(sizes)}, or a machine with more memory")
 
 
 def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
