@@ -126,6 +126,9 @@ def recompute_activations(policy: PreTrainedModel) -> None:
         what = f"{name} does not support gradient checkpointing"
         raise UserError(what, "`training.gradient_checkpointing`", "set it to false")
     policy.activation_checkpointing_enable()
+    # It has the embeddings ask for a gradient, which reentrant layers need: these are not, and beside a frozen base it
+    # would be computed for nothing.
+    policy.disable_input_require_grads()
     for module in policy.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.training = True

@@ -24,9 +24,9 @@ def pairs(tmp_path, pairs_file, tokenizer):
     return [found[i] for i in range(4)]
 
 
-def opened(model, held=FLOAT32):
+def opened(model, held=FLOAT32, *, recomputed=False):
     policy = Policy.load(str(model), held=held, trained=Adapted(Lora(rank=RANK, alpha=6)))
-    policy.place(Accelerator(cpu=True), trained=True)
+    policy.place(Accelerator(cpu=True), trained=True, recomputed=recomputed)
     stirred(policy)
     return policy
 
@@ -40,15 +40,19 @@ def linear_shapes(model):
     }
 
 
+@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_multiplies_what_the_adapter_needs_and_no_more(tiny_llama, pairs, layout):
+def test_a_step_multiplies_what_the_adapter_needs_and_no_more(tiny_llama, pairs, layout, recomputed):
     """For T tokens, R rows that are scored, a linear layer of I inputs and O outputs and rank r, in multiplications.
 
     Forward: T·I·O, T·r·(I + O) of the adapter, R·V·H of the head. Backward: T·I·O for the gradient of the inputs,
     2·T·r·(I + O) for those of A, B and their inputs, R·V·H for that of the hidden states. The first layer's queries,
     keys and values read the embeddings, whose gradient nobody needs: T·I·O and T·I·r less for each.
+
+    Where activations are computed again, that is one more forward pass of the layers; torch leaves it where it has
+    all that was asked for, before the last product, that of B in a layer's last linear layer.
     """
-    policy = opened(tiny_llama)
+    policy = opened(tiny_llama, recomputed=recomputed)
     LAYOUTS[layout].prepare(policy.model)
     batch = LAYOUTS[layout].batch(range(4), pairs)
     tokens, rows = batch.input_ids.numel(), len(batch.positions.unique())
@@ -63,7 +67,9 @@ def test_a_step_multiplies_what_the_adapter_needs_and_no_more(tiny_llama, pairs,
         policy.scorer(batch).sum().backward()
     counts = counter.get_flop_counts()["Global"]
     multiplied = sum(flops for kernel, flops in counts.items() if kernel in (torch.ops.aten.mm, torch.ops.aten.addmm))
-    assert multiplied == 2 * (2 * body + 3 * adapter + 2 * head - spared)
+    last = sum(tokens * RANK * outputs for name, (_, outputs) in shapes.items() if "down_proj" in name)
+    again = recomputed * (body + adapter - last)
+    assert multiplied == 2 * (2 * body + 3 * adapter + 2 * head - spared + again)
 
 
 class Allocations(TorchDispatchMode):
