@@ -11,7 +11,6 @@ import copy
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from dpo_cli.modeling.loading import empty_policy, load_policy
 from dpo_cli.modeling.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.placement import Placement, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
+from dpo_cli.modeling.sizes import Sizes
 from dpo_cli.modeling.trained import Trained, Whole
 from dpo_cli.modeling.weight_types import WeightTypes, cast_weights, round_weights
 from dpo_cli.system.storage import text_digest
@@ -36,31 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from dpo_cli.modeling.layouts import Layout
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What a policy's weights come to.
-
-    Attributes:
-        numbers: How many numbers they are.
-        held: Their bytes in memory.
-        present: How many of these are in memory already: none of a policy whose weights were left out.
-        num_trained: How many of them train.
-        trained: The bytes of the gradients of those that train.
-        saved: The bytes of those that a checkpoint holds: of an adapter, not its base.
-        gathered: The bytes that a forward pass holds for a time of weights that other processes have.
-        beginning: The bytes that it takes to answer as before step 1 while training goes on.
-    """
-
-    numbers: int
-    held: int
-    present: int
-    num_trained: int
-    trained: int
-    saved: int
-    gathered: int
-    beginning: int
 
 
 class Policy:

@@ -17,8 +17,9 @@ from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes
 from dpo_cli.modeling.pace import enough_tokens
-from dpo_cli.modeling.policy import Policy, Sizes
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import REFUSALS
+from dpo_cli.modeling.sizes import Sizes
 from dpo_cli.pipeline.models import trained_policy
 from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.reference import Cached
