@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
@@ -66,9 +66,9 @@ def _short(group: str, schema: Any = str) -> BeforeValidator:
     return BeforeValidator(lambda value: expand_short_form(group, value), json_schema_input_type=schema)
 
 
-def _short_type(group: str, union: Any) -> BeforeValidator:
-    """Let a group of a closed union be written as its type alone."""
-    return _short(group, Annotated[str, OneOf(*types(union))] | union)
+def _short_type(group: str, union: Any, *others: Any) -> BeforeValidator:
+    """Let a group of a closed union be written as its type alone; others may stand in its place."""
+    return _short(group, Union[Annotated[str, OneOf(*types(union))], union, *others])
 
 
 OneLoss = Annotated[Loss, _typed(DPO().type), _short_type("loss", Loss)]
@@ -233,7 +233,7 @@ class Config(Settings):
 
     model: Annotated[ModelSettings, _short("model", str | ModelSettings)]
     """The model that is trained."""
-    adapter: Annotated[Adapter | None, _typed(Lora().type), _short_type("adapter", Adapter)] = None
+    adapter: Annotated[Adapter | None, _typed(Lora().type), _short_type("adapter", Adapter, None)] = None
     """What is trained beside the model's own weights, which then stay as they are; null: all weights train."""
     data: DataSettings = DataSettings()
     """The preference pairs."""

@@ -413,3 +413,9 @@ def test_the_checked_in_schema_is_current_and_describes_every_setting():
     for group in groups:
         for name, setting in group.get("properties", {}).items():
             assert setting.get("description") or "$ref" in setting, f"{group.get('title')}.{name} has no description"
+
+
+def test_editors_accept_that_there_is_no_adapter_as_every_resolved_configuration_says():
+    accepted = json_schema()["properties"]["adapter"]["anyOf"]
+    assert {"type": "null"} in accepted
+    assert {"const": "lora", "type": "string"} in accepted
