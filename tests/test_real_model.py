@@ -9,6 +9,7 @@ from pathlib import Path
 
 import check_losses
 import pytest
+from accelerate import Accelerator
 from benchmark.runs import run_process
 
 import dpo_cli
@@ -104,3 +105,30 @@ def test_an_adapter_of_a_gguf_file_names_that_file_and_is_scored_beside_it(tmp_p
     found = dpo_cli.evaluate(file)
     assert names == [str(GGUF)]
     assert found["loss"] == pytest.approx(read_metrics(run, "eval")[-1]["loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_in_4_bits_it_takes_at_most_three_quarters_of_a_byte_a_weight_and_an_adapter_changes_nothing_yet():
+    import torch
+
+    from dpo_cli.modeling.adapted import Adapted
+    from dpo_cli.modeling.adapters import Lora
+    from dpo_cli.modeling.held import held_as
+    from dpo_cli.modeling.policy import Policy
+    from dpo_cli.modeling.quantized_layers import quantized_layers
+
+    how = {"trained": Adapted(Lora()), "held": held_as("nf4", "float32")}
+    sketch, policy = Policy.empty(str(GGUF), **how).sizes(), Policy.load(str(GGUF), **how)
+    layers = quantized_layers(policy.model).values()
+    quantized = sum(layer.in_features * layer.out_features for layer in layers)
+    others = sum(weights.nbytes for weights in policy.model.parameters() if weights.dtype == torch.float32)
+    assert quantized == 30 * (576 * 576 * 2 + 576 * 192 * 2 + 576 * 1536 * 3)
+    assert policy.sizes().held - others <= 0.75 * quantized
+    assert sketch.held == pytest.approx(policy.sizes().held, rel=0.01)
+    ids = torch.arange(1000, 1040)[None]
+    with torch.no_grad():
+        ours = policy.model(ids).logits
+        policy.place(Accelerator(cpu=True), trained=True)
+        policy.keep_beginning()
+        with policy.at_beginning():
+            assert torch.equal(policy.model(ids).logits, ours)

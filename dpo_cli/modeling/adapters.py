@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapter_files import AdapterFolder, read_adapter, read_start
 from dpo_cli.settings import PathText, Settings, contradiction
 
@@ -119,6 +120,10 @@ class Lora(AdapterSettings):
 
         from dpo_cli.modeling.adapter_targets import stores_transposed, target_names
 
+        if self.dora and _rounds_norms(model):
+            what = "over a quantized base, PEFT takes DoRA's norms in a lower precision than it measures them in"
+            hint = "set `model.dtype: float32`, or leave `adapter.dora` or `model.quantize` out"
+            raise UserError(what, "`adapter.dora`", hint)
         names = target_names(model, self.targets)
         return LoraConfig(
             task_type="CAUSAL_LM",
@@ -174,6 +179,12 @@ Adapter = Lora
 def is_named(layer: str, asked: str, *, pattern: bool) -> bool:
     """Tell whether a target is a layer's: a regular expression of its whole name, or the last parts of it."""
     return bool(re.fullmatch(asked, layer)) if pattern else f".{layer}".endswith(f".{asked}")
+
+
+def _rounds_norms(model: PreTrainedModel) -> bool:
+    """Tell whether a fresh DoRA would not answer as its base: one of few bits that is computed with in 16."""
+    few = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    return few and model.dtype.itemsize < 4
 
 
 def layer_settings(adapter: AdapterSettings) -> dict[str, Any]:

@@ -225,3 +225,22 @@ def test_a_model_whose_layers_are_of_other_kinds_is_refused_before_its_weights_a
     FalconForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="FalconForCausalLM has no linear layers that bitsandbytes knows"):
         empty_policy(str(tmp_path), held=held_as("nf4", "float32"))
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize(("dtype", "dora"), [("float32", False), ("float32", True), ("bfloat16", False)])
+def test_a_fresh_adapter_changes_nothing(dtype: str, kind: str, dora: bool, tiny_llama: Path) -> None:
+    held, adapted, ids = held_as(kind, dtype), Adapted(Lora(dora=dora)), torch.arange(40).reshape(2, 20)
+    model = load_policy(str(tiny_llama), held=held)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+        base = model(ids).logits
+        adapted.choose(model)
+        assert torch.equal(model(ids).logits, base)
+        with adapted.at_beginning(model):
+            assert torch.equal(model(ids).logits, base)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_dora_is_refused_where_it_would_not_be_its_base(kind: str, tiny_llama: Path) -> None:
+    with pytest.raises(UserError, match="DoRA's norms"):
+        Policy.empty(str(tiny_llama), trained=Adapted(Lora(dora=True)), held=held_as(kind, "bfloat16"))
