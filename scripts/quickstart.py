@@ -58,8 +58,8 @@ def answers(model: str, prompts: list[str]) -> list[str]:
     """Return a model's greedy answers."""
     import torch
 
-    from dpo_cli.modeling.loading import load_policy
-    from dpo_cli.modeling.tokenizers import load_tokenizer
+    from dpo_cli.modeling.folders.loading import load_policy
+    from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 
     tokenizer, policy = load_tokenizer(model), load_policy(model)
     found = []

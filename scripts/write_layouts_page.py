@@ -10,8 +10,8 @@ from pathlib import Path
 from tiny_models import KINDS, build, example_pairs
 from transformers.utils import logging as hf_logging
 
-from dpo_cli.modeling.adapter_targets import left_out, target_names
-from dpo_cli.modeling.adapters import ALL_LINEAR
+from dpo_cli.modeling.adapters.settings import ALL_LINEAR
+from dpo_cli.modeling.adapters.targets import left_out, target_names
 from dpo_cli.modeling.layouts import PACKED
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import Proof, prove

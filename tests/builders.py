@@ -19,8 +19,8 @@ from dpo_cli.data.prepared.writing import prepare
 from dpo_cli.data.records import BadRowRule
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.layouts import LAYOUTS
-from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.objective import Objective

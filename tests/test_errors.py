@@ -45,7 +45,7 @@ WRAPPED = {
     "quantization.py": "`check_folder` puts the folder before them",
     "loading.py": "`check_folder` puts the folder before them",
     "size_checks.py": "`explained` puts the model before them",
-    "adapter_files.py": "`read_adapter` puts the adapter before them",
+    "files.py": "`read_adapter` puts the adapter before them",
 }
 """Modules whose messages may begin with `it` or `its`, and why."""
 

@@ -36,8 +36,8 @@ def test_a_few_steps_of_an_adapter_log_the_losses_of_an_independent_trainer(tmp_
 def test_the_gguf_file_becomes_an_ordinary_model_once_and_answers_with_sense():
     import torch
 
-    from dpo_cli.modeling.loading import empty_policy, load_policy
-    from dpo_cli.modeling.tokenizers import load_tokenizer
+    from dpo_cli.modeling.folders.loading import empty_policy, load_policy
+    from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 
     policy, tokenizer = load_policy(str(GGUF)), load_tokenizer(str(GGUF))
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
@@ -111,8 +111,8 @@ def test_an_adapter_of_a_gguf_file_names_that_file_and_is_scored_beside_it(tmp_p
 def test_in_4_bits_it_takes_at_most_three_quarters_of_a_byte_a_weight_and_an_adapter_changes_nothing_yet():
     import torch
 
-    from dpo_cli.modeling.adapted import Adapted
-    from dpo_cli.modeling.adapters import Lora
+    from dpo_cli.modeling.adapters.adapted import Adapted
+    from dpo_cli.modeling.adapters.settings import Lora
     from dpo_cli.modeling.held import held_as
     from dpo_cli.modeling.policy import Policy
     from dpo_cli.modeling.quantized_layers import quantized_layers

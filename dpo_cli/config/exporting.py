@@ -12,9 +12,9 @@ from dpo_cli.config.inputs import check_inputs
 from dpo_cli.config.loading import as_config, load_config
 from dpo_cli.config.schema import Config
 from dpo_cli.errors import UserError, raise_all
-from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, base_name, holds_adapter, read_adapter
 from dpo_cli.modeling.extras import missing_package
-from dpo_cli.modeling.model_names import check_model
+from dpo_cli.modeling.folders.model_names import check_model
 from dpo_cli.settings import located, nearest_file
 from dpo_cli.system.locks import Locked, lock_beside, locked
 from dpo_cli.system.storage import DamagedFolder, verify, why_no_folder

@@ -8,9 +8,9 @@ from pathlib import Path
 from dpo_cli.config.schema import Config, changeable
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source, look_up_source, paths_of
 from dpo_cli.errors import UserError, raise_all
-from dpo_cli.modeling.adapter_files import holds_adapter, read_start
+from dpo_cli.modeling.adapters.files import holds_adapter, read_start
 from dpo_cli.modeling.extras import missing_package
-from dpo_cli.modeling.model_names import (
+from dpo_cli.modeling.folders.model_names import (
     check_model,
     look_up_model,
     missing_weights,

@@ -11,10 +11,10 @@ from dpo_cli.data.pairs.renaming import ColumnNames
 from dpo_cli.data.pairs.shapes import FORMATS, RankedRule
 from dpo_cli.data.pairs.sources import Sources
 from dpo_cli.data.records import BadRowRule, LengthRule, TurnRule
-from dpo_cli.modeling.adapters import Adapter, Lora
+from dpo_cli.modeling.adapters.settings import Adapter, Lora
+from dpo_cli.modeling.folders.model_files import Trust
 from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.layouts import LAYOUTS
-from dpo_cli.modeling.model_files import Trust
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.losses.pairwise import DPO

@@ -9,8 +9,8 @@ from typing import Any
 from dpo_cli.config.schema import Config
 from dpo_cli.config.tree import Tree
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import AdapterFolder, read_adapter
-from dpo_cli.modeling.adapters import ALL_LINEAR, is_named
+from dpo_cli.modeling.adapters.files import AdapterFolder, read_adapter
+from dpo_cli.modeling.adapters.settings import ALL_LINEAR, is_named
 from dpo_cli.system import plain_yaml
 
 

@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_cli.modeling.adapted import merge_layers
+from dpo_cli.modeling.adapters.adapted import merge_layers
 from dpo_cli.modeling.copies import copied
+from dpo_cli.modeling.folders.loading import empty_policy, load_policy
+from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
+from dpo_cli.modeling.folders.weight_types import WeightTypes, cast_weights, round_weights
 from dpo_cli.modeling.held import FLOAT32, Held
-from dpo_cli.modeling.loading import empty_policy, load_policy
-from dpo_cli.modeling.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.placement import Placement, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.modeling.sizes import Sizes
 from dpo_cli.modeling.trained import Trained, Whole
-from dpo_cli.modeling.weight_types import WeightTypes, cast_weights, round_weights
 from dpo_cli.system.storage import text_digest
 
 if TYPE_CHECKING:

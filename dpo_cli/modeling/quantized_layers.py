@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_targets import is_bypassed
+from dpo_cli.modeling.adapters.targets import is_bypassed
 from dpo_cli.modeling.extras import import_bitsandbytes
 
 import_bitsandbytes()

@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
-from dpo_cli.modeling.adapted import Adapted
+from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.copies import copied
-from dpo_cli.modeling.loading import load_weights, weights_digest
-from dpo_cli.modeling.saving import check_saved, prove_saving, write_model
+from dpo_cli.modeling.folders.loading import load_weights, weights_digest
+from dpo_cli.modeling.folders.saving import check_saved, prove_saving, write_model
 from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:

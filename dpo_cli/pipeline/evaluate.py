@@ -20,12 +20,12 @@ from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.evaluate import evaluate as score
 from dpo_cli.evaluation.figures import figures, figures_by
-from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.adapters.files import base_name, holds_adapter, read_adapter
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.folders.tokenizers import check_same_tokens
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
-from dpo_cli.modeling.tokenizers import check_same_tokens
 from dpo_cli.pipeline.memory import wanted_tokens, without_gradient
 from dpo_cli.pipeline.models import open_reference, opened, reference_sketch, scored_and_reference
 from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, prepared_pairs, run_data

@@ -16,14 +16,14 @@ from dpo_cli.config.exporting import Merging
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
-from dpo_cli.modeling import tokenizers
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.folders import tokenizers
+from dpo_cli.modeling.folders.saving import saved_folder
+from dpo_cli.modeling.folders.tokenizers import end_at
+from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.saving import saved_folder
-from dpo_cli.modeling.tokenizers import end_at
-from dpo_cli.modeling.weight_types import WeightTypes
 from dpo_cli.pipeline.memory import wanted_tokens, without_gradient
 from dpo_cli.pipeline.merge_proof import OnPairs, OnTokens, Proof, Scores, check_merged
 from dpo_cli.pipeline.models import Settle, loaded, open_reference, opened, trained_policy

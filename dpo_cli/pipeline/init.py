@@ -19,11 +19,11 @@ from dpo_cli.data.prepared.folder import PreparedPairs, Reading
 from dpo_cli.data.prepared.writing import prepare
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import holds_adapter
-from dpo_cli.modeling.model_files import most_tokens
-from dpo_cli.modeling.model_names import whole_model
+from dpo_cli.modeling.adapters.files import holds_adapter
+from dpo_cli.modeling.folders.model_files import most_tokens
+from dpo_cli.modeling.folders.model_names import whole_model
+from dpo_cli.modeling.folders.tokenizers import load_tokenizer, own_template
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.tokenizers import load_tokenizer, own_template
 from dpo_cli.reporting.console import Console
 from dpo_cli.system import plain_yaml
 

@@ -12,7 +12,7 @@ import torch
 from dpo_cli.config import Config
 from dpo_cli.data.prepared.step_plan import MicroBatch, largest
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes

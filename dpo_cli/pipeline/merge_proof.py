@@ -15,7 +15,7 @@ from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference, Listener
 from dpo_cli.evaluation.figures import figures
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.model_files import most_tokens
+from dpo_cli.modeling.folders.model_files import most_tokens
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.evaluate import scored
 from dpo_cli.pipeline.session import Session

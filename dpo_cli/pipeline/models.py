@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapter
-from dpo_cli.modeling.adapters import Saved
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.files import base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.adapters.settings import Saved
 from dpo_cli.modeling.attention import CannotPack
 from dpo_cli.modeling.batch import Batches, PairBatch
+from dpo_cli.modeling.folders.model_names import same_model
 from dpo_cli.modeling.held import Held
 from dpo_cli.modeling.layouts import LAYOUTS, PACKED, PADDED, Layout
 from dpo_cli.modeling.memory import activation_bytes
-from dpo_cli.modeling.model_names import same_model
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import REFUSALS, Proof, prove
 from dpo_cli.modeling.scorer import Scorer

@@ -23,7 +23,7 @@ from dpo_cli.data.tokens.chat_template import named_templates
 from dpo_cli.data.tokens.conversation_text import PLAIN
 from dpo_cli.data.tokens.tokenize import PairTokenizer, read_template
 from dpo_cli.errors import UserError
-from dpo_cli.modeling import tokenizers
+from dpo_cli.modeling.folders import tokenizers
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.locks import lock_beside, locked
 from dpo_cli.system.storage import MANIFEST, text_digest, why_no_folder

@@ -10,12 +10,12 @@ from dpo_cli.config import Config
 from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import holds_adapter
+from dpo_cli.modeling.adapters.files import holds_adapter
+from dpo_cli.modeling.folders.model_names import whole_model
+from dpo_cli.modeling.folders.tokenizers import generation_config
 from dpo_cli.modeling.memory import resident_bytes
-from dpo_cli.modeling.model_names import whole_model
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.routing import check_routers, experts_without_adapter
-from dpo_cli.modeling.tokenizers import generation_config
 from dpo_cli.pipeline.memory import check_memory
 from dpo_cli.pipeline.models import reference_sketch, trained_policy
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data, shown_counts

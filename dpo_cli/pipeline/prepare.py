@@ -15,7 +15,7 @@ from dpo_cli.data.pairs.sources import as_sources
 from dpo_cli.data.prepared.folder import PreparedPairs, default_folder, is_prepared
 from dpo_cli.data.records import Gaps
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.modeling.tokenizers import generation_config
+from dpo_cli.modeling.folders.tokenizers import generation_config
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, prepared_pairs, shown_counts, split
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.data_check import PathLine, Wrapped, findings, reading

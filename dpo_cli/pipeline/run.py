@@ -12,7 +12,7 @@ from dpo_cli.data.pairs.sources import as_sources, describe
 from dpo_cli.evaluation.diagnosis import worsened
 from dpo_cli.evaluation.figures import figures
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.saving import saved_folder
+from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline.evaluate import scored
 from dpo_cli.pipeline.memory import without_gradient

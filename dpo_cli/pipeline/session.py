@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from dpo_cli.config import Config
 from dpo_cli.errors import FAILED, UserError
-from dpo_cli.modeling.adapted import Adapted
+from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.allocator import return_freed_memory
 from dpo_cli.modeling.held import FLOAT32, Held, held_as
 from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of

@@ -13,10 +13,10 @@ from dpo_cli.config import Config, changeable
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.allocator import hand_back_freed_memory, keep_freed_memory, take_over_weights
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.folders.tokenizers import end_at
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.tokenizers import end_at
 from dpo_cli.pipeline.forecast import disk_need, show_forecast, warn_of_disk
 from dpo_cli.pipeline.memory import settle_tokens, without_gradient
 from dpo_cli.pipeline.models import Settle, open_reference, opened, shortest_pair, trained_policy

@@ -10,8 +10,8 @@ import torch
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches, PairBatch
+from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.held import FLOAT32, Held
-from dpo_cli.modeling.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.preference.cache import ReferenceCache, reference_identity

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import gather_object
 
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.modeling.saving import saved_folder
+from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.system.storage import DamagedFolder, discard, make_folder, read_manifest, remove_strays, verify
 from dpo_cli.training.learner import Learner, NotFinite
 from dpo_cli.training.state import RunNotes, Snapshot, random_states, read_state

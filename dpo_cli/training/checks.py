@@ -16,10 +16,10 @@ from dpo_cli.data.checkup.endings import TAIL, closing_token, way_out, without_e
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.tokens.token_checks import RESPONSES_CUT
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import read_adapter
+from dpo_cli.modeling.adapters.files import read_adapter
+from dpo_cli.modeling.folders.model_files import most_tokens
+from dpo_cli.modeling.folders.model_names import same_model
 from dpo_cli.modeling.logps import SequenceLogps
-from dpo_cli.modeling.model_files import most_tokens
-from dpo_cli.modeling.model_names import same_model
 from dpo_cli.modeling.precision import precision_of
 from dpo_cli.modeling.proof import asking
 from dpo_cli.preference.losses.base import StepInfo

@@ -22,8 +22,8 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from benchmark.runs import DEMO_MODEL, positive
+from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.tokenizers import load_tokenizer
 from dpo_cli.preference.losses import SFT
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import NoReference

@@ -22,9 +22,9 @@ from dpo_cli.data.pairs.shapes import FORMATS
 from dpo_cli.data.records import BadRow
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import empty_policy, load_policy
-from dpo_cli.modeling.saving import saved_model
-from dpo_cli.modeling.tokenizers import load_tokenizer
+from dpo_cli.modeling.folders.loading import empty_policy, load_policy
+from dpo_cli.modeling.folders.saving import saved_model
+from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 
 MAX_LENGTH = 1024
 MATRIX = 2048

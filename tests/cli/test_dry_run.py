@@ -15,8 +15,8 @@ import torch
 
 from dpo_cli.config import load_config
 from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.modeling.folders.loading import empty_policy, load_policy
 from dpo_cli.modeling.layouts import LAYOUTS
-from dpo_cli.modeling.loading import empty_policy, load_policy
 from dpo_cli.modeling.pace import measure_pace, measured_layers
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.forecast import DiskNeed, disk_need, warn_of_disk

@@ -330,7 +330,7 @@ def left_out(patch: pytest.MonkeyPatch) -> None:
 
 def rounded_twice(patch: pytest.MonkeyPatch) -> None:
     """Round weights to 5 bits before they are rounded."""
-    from dpo_cli.modeling import weight_types
+    from dpo_cli.modeling.folders import weight_types
 
     cast = weight_types.cast_weights
 

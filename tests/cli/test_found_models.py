@@ -26,8 +26,8 @@ from transformers import (
 
 from dpo_cli.config.loading import load_config
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import load_policy
-from dpo_cli.modeling.saving import check_saved, prove_saving, saved_model
+from dpo_cli.modeling.folders.loading import load_policy
+from dpo_cli.modeling.folders.saving import check_saved, prove_saving, saved_model
 from tests.cli.test_two_processes import torchrun
 from tests.conftest import make_config
 from tests.marks import slow_unless

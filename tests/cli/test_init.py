@@ -13,7 +13,7 @@ import pytest
 from dpo_cli.config import load_config
 from dpo_cli.errors import UserError
 from dpo_cli.jobs import init as write
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.reporting.console import Console
 from tests.builders import prepare_pairs, save_adapter
 from tests.conftest import CHATML, build_llama, read_metrics, write_rows

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dpo_cli.system.storage import MANIFEST, sealed_folder
 from dpo_cli.training.checkpoints import PRECISION
 from dpo_cli.training.state import OPTIMIZER, REFERENCE

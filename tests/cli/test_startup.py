@@ -83,7 +83,12 @@ def test_a_package_that_is_missing_is_reported_with_its_extra_before_anything_is
 
 
 def test_preparing_pairs_imports_nothing_that_models_are_loaded_with():
-    loading = ("accelerate", "transformers.modeling_utils", "dpo_cli.modeling.loading", "dpo_cli.modeling.saving")
+    loading = (
+        "accelerate",
+        "transformers.modeling_utils",
+        "dpo_cli.modeling.folders.loading",
+        "dpo_cli.modeling.folders.saving",
+    )
     code = f"import sys, dpo_cli.pipeline.prepare; print([name for name in {loading} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

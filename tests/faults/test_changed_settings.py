@@ -15,7 +15,7 @@ import yaml
 
 from dpo_cli.config.schema import Config, changeable
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapters import Adapter
+from dpo_cli.modeling.adapters.settings import Adapter
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.reference import Reference
 from dpo_cli.settings import MAY_CHANGE, MAY_GROW, is_within, members, on_resume

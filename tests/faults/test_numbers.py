@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from dpo_cli.modeling.loading import load_policy
+from dpo_cli.modeling.folders.loading import load_policy
 from tests import builders
 from tests.conftest import read_metrics
 from tests.faults.conftest import FULL

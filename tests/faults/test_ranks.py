@@ -32,7 +32,7 @@ LIMIT = 20 * TIMEOUT
 WHEREVER = r"(before step 1|at step \d)"
 """The last sign of life may be a few of these quick steps old."""
 
-LOADING = "dpo_cli.modeling.loading:load_policy"
+LOADING = "dpo_cli.modeling.folders.loading:load_policy"
 STEP = "dpo_cli.training.learner:Learner._add_up_gradients"
 
 

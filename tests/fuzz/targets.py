@@ -311,9 +311,9 @@ def go_on_in(folder: Path) -> None:
 
 def load_model(damage: Damage, folder: Path) -> None:
     """A model folder is loaded or refused; nothing in it is executed."""
-    from dpo_cli.modeling.loading import empty_policy, load_policy
-    from dpo_cli.modeling.model_names import check_model
-    from dpo_cli.modeling.tokenizers import load_tokenizer
+    from dpo_cli.modeling.folders.loading import empty_policy, load_policy
+    from dpo_cli.modeling.folders.model_names import check_model
+    from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 
     shutil.copytree(parts.model(), "model")
     damage.to(Path("model"))
@@ -326,7 +326,7 @@ def load_model(damage: Damage, folder: Path) -> None:
 
 def load_gguf(content: bytes | Change, folder: Path) -> None:
     """A GGUF file is converted or refused."""
-    from dpo_cli.modeling.loading import load_policy
+    from dpo_cli.modeling.folders.loading import load_policy
 
     Path("m.gguf").write_bytes(content if isinstance(content, bytes) else content.to_bytes(parts.gguf()))
     with parts.cache_in(folder / "cache"):

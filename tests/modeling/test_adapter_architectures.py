@@ -12,12 +12,12 @@ from tiny_models import KINDS, build, example_pairs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapter_targets import target_names
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
+from dpo_cli.modeling.adapters.targets import target_names
+from dpo_cli.modeling.folders.loading import weights_digest
 from dpo_cli.modeling.held import held_as
 from dpo_cli.modeling.layouts import LAYOUTS
-from dpo_cli.modeling.loading import weights_digest
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.losses.base import StepInfo

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_name, read_adapter, read_start
+from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_name, read_adapter, read_start
 from tests.builders import save_adapter
 
 LAYERS = {f"model.layers.{n}.self_attn.{part}_proj" for n in (0, 1) for part in "qv"}

@@ -14,9 +14,9 @@ from tiny_models import build
 from torch import nn
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapter_targets import target_names
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
+from dpo_cli.modeling.adapters.targets import target_names
 from dpo_cli.modeling.layouts import PACKED
 from dpo_cli.modeling.policy import Policy
 from tests.conftest import ROOT
@@ -175,8 +175,8 @@ from pathlib import Path
 import torch
 from tiny_models import build
 from transformers import AutoTokenizer
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
 torch.set_num_threads(1)
 model, adapted = build(sys.argv[1]), Adapted(Lora(rank=4), 0)
 adapted.choose(model)

@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.held import FLOAT32, Bfloat16
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy

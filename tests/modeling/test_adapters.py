@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from dpo_cli.modeling import attention
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.held import Bfloat16
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy

@@ -78,7 +78,7 @@ class Gentle(Alone):
         return super().clip(trained, norm and 1e-12)
 ''',
     ),
-    "adapters.py": (
+    "adapters/settings.py": (
         "Adapter",
         '''
 from typing import Annotated
@@ -99,7 +99,7 @@ class LoHa(AdapterSettings):
     def layers(self, model: PreTrainedModel) -> PeftConfig:
         from peft import LoHaConfig
 
-        from dpo_cli.modeling.adapter_targets import target_names
+        from dpo_cli.modeling.adapters.targets import target_names
 
         names = target_names(model, ALL_LINEAR)
         return LoHaConfig(task_type="CAUSAL_LM", r=self.rank, alpha=self.rank, target_modules=names)

@@ -20,12 +20,12 @@ from dpo_cli.config import Config
 from dpo_cli.data.prepared.step_plan import PairSizes
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import TREE_ATTENTION
+from dpo_cli.modeling.folders.loading import weights_digest
+from dpo_cli.modeling.folders.saving import saved_model
 from dpo_cli.modeling.layouts import LAYOUTS, Packed, Padded
-from dpo_cli.modeling.loading import weights_digest
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import Proof, prove
-from dpo_cli.modeling.saving import saved_model
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.pipeline.models import choose_layout
 from dpo_cli.pipeline.session import Session

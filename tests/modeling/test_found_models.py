@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from tiny_models import SMALL
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import load_policy
-from dpo_cli.modeling.model_files import Trust
-from dpo_cli.modeling.model_names import check_model
-from dpo_cli.modeling.tokenizers import load_tokenizer
+from dpo_cli.modeling.folders.loading import load_policy
+from dpo_cli.modeling.folders.model_files import Trust
+from dpo_cli.modeling.folders.model_names import check_model
+from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -258,7 +258,7 @@ def test_an_attention_that_is_not_there_gives_way_to_the_one_that_is_asked_for(m
 
 OFFLINE = """
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import empty_policy, load_policy
+from dpo_cli.modeling.folders.loading import empty_policy, load_policy
 print(type(empty_policy("some/body")).__name__)
 try:
     print(sorted(load_policy("some/body").origin.files))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import load_policy
+from dpo_cli.modeling.folders.loading import load_policy
 from tests.conftest import build_llama
 
 THETA = 500_000.0

@@ -19,8 +19,8 @@ import pytest
 import torch
 from tiny_models import build
 
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
 
 RANK, ALPHA = 3, 7.0
 KINDS = {

@@ -9,13 +9,13 @@ from tiny_models import build
 
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.modeling import memory
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
+from dpo_cli.modeling.folders.loading import load_policy
+from dpo_cli.modeling.folders.model_files import NO_TRUST
 from dpo_cli.modeling.held import held_as
 from dpo_cli.modeling.layouts import LAYOUTS
-from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
-from dpo_cli.modeling.model_files import NO_TRUST
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import recompute_activations
 from dpo_cli.modeling.trained import Whole

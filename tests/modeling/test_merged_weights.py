@@ -13,10 +13,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
+from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.weight_types import WeightTypes
 from tests.conftest import build_llama
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}

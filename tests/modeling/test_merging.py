@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.folders.loading import empty_policy, load_policy
+from dpo_cli.modeling.folders.saving import saved_model
+from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from dpo_cli.modeling.held import Bfloat16
-from dpo_cli.modeling.loading import empty_policy, load_policy
-from dpo_cli.modeling.saving import saved_model
-from dpo_cli.modeling.tokenizers import load_tokenizer
 from tests.builders import save_adapter
 from tests.conftest import build_llama
 

@@ -16,13 +16,13 @@ from peft.utils.integrations import dequantize_bnb_weight
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
+from dpo_cli.modeling.folders.loading import empty_policy, load_policy, weights_digest
+from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from dpo_cli.modeling.held import FLOAT32, QUANTIZED, Held, held_as
-from dpo_cli.modeling.loading import empty_policy, load_policy, weights_digest
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.quantized_layers import quantized_layers
-from dpo_cli.modeling.tokenizers import load_tokenizer
 from tests.modeling.test_gguf_files import llama, tensors_of, write
 
 TRIES_KERNELS = """

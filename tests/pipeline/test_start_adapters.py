@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpo_cli
 from dpo_cli.config import load_config
-from dpo_cli.modeling.adapter_files import read_adapter
-from dpo_cli.modeling.loading import load_policy
+from dpo_cli.modeling.adapters.files import read_adapter
+from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.reporting.console import Console
 from dpo_cli.settings import escape_path
 from dpo_cli.system.storage import read_manifest

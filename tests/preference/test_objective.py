@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.layouts import Padded
-from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import BCO, CPO, DPO, IPO, ORPO, SFT, SimPO

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpo_cli
 from dpo_cli.config import load_config
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapters import Lora
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy

@@ -13,9 +13,9 @@ from benchmark.peer import InOrder, conversations
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import set_seed
 
-from dpo_cli.modeling.adapted import Adapted
-from dpo_cli.modeling.adapters import Lora
-from dpo_cli.modeling.loading import load_policy
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
+from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference.losses import DPO, IPO
 from tests.preference.test_trl_oracle import (

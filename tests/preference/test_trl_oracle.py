@@ -28,8 +28,8 @@ from trl.import_utils import TRLExperimentalWarning
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch, Step
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.layouts import LAYOUTS
-from dpo_cli.modeling.loading import load_policy
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference.losses import (
     AOT,

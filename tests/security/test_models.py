@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.loading import empty_policy, load_policy
-from dpo_cli.modeling.model_files import Trust
-from dpo_cli.modeling.tokenizers import load_tokenizer
+from dpo_cli.modeling.folders.loading import empty_policy, load_policy
+from dpo_cli.modeling.folders.model_files import Trust
+from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from tests.builders import save_adapter
 from tests.cli.test_bad_inputs import CHECKPOINTS, TRAIN, Payload
 from tests.security.conftest import within
@@ -215,7 +215,7 @@ def test_settings_of_a_model_in_the_hubs_cache_are_looked_at_as_well(project, ch
     (cached / "refs").mkdir(parents=True)
     (cached / "refs/main").write_text("abc")
     shutil.copytree("model", cached / "snapshots/abc")
-    load = "from dpo_cli.modeling.loading import empty_policy; empty_policy('some/body')"
+    load = "from dpo_cli.modeling.folders.loading import empty_policy; empty_policy('some/body')"
     told = {**os.environ, "HF_HUB_CACHE": str(Path("hub").resolve()), "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run([sys.executable, "-c", load], env=told, capture_output=True, text=True, check=False)
     assert "UserError: config.json " in ended.stderr

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source
-from dpo_cli.modeling.model_names import check_model
+from dpo_cli.modeling.folders.model_names import check_model
 from tests.conftest import dpo_command
 from tests.waiting import PATIENCE
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dpo_cli.data.prepared.step_plan import MicroBatch, Plan
+from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.layouts import LAYOUTS
-from dpo_cli.modeling.loading import load_policy
 from dpo_cli.preference.losses import AOT, BCO, DPO, SFT, Loss, SimPO
 from dpo_cli.preference.losses.pairwise import AdaptiveBeta
 from dpo_cli.preference.objective import Objective

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dpo_cli.modeling.hub import fetched
-from dpo_cli.modeling.model_files import Trust
-from dpo_cli.modeling.model_names import check_model, whole_model
-from dpo_cli.modeling.refusals import explained
+from dpo_cli.modeling.folders.hub import fetched
+from dpo_cli.modeling.folders.model_files import Trust
+from dpo_cli.modeling.folders.model_names import check_model, whole_model
+from dpo_cli.modeling.folders.refusals import explained
 
 _T = TypeVar("_T")
 
@@ -42,6 +42,6 @@ def _folder_of(name: str, *, weights: bool) -> Path | str:
     if not is_gguf(name):
         return name
     # It loads models, which takes seconds to import: a tokenizer alone is there without.
-    from dpo_cli.modeling.gguf_conversion import converted, settings_of
+    from dpo_cli.modeling.folders.gguf_conversion import converted, settings_of
 
     return converted(Path(name)) if weights else settings_of(Path(name))

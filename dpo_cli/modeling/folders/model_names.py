@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapter
-from dpo_cli.modeling.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
+from dpo_cli.modeling.adapters.files import base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.folders.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
 from dpo_cli.settings import located
 from dpo_cli.system.hub import cached_config, is_path, look_up, name_hint
 

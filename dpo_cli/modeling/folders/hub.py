@@ -9,7 +9,7 @@ from huggingface_hub import is_offline_mode, snapshot_download
 from transformers.utils import cached_file
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.model_files import CONFIG, Trust, check_config, parts_of, weights_names
+from dpo_cli.modeling.folders.model_files import CONFIG, Trust, check_config, parts_of, weights_names
 
 _BESIDE_WEIGHTS = [
     "*.json",

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.folders.model_files import check_elements
 from dpo_cli.modeling.held import Held
 from dpo_cli.modeling.memory import free_bytes
-from dpo_cli.modeling.model_files import check_elements
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 
-from dpo_cli.modeling.model_files import weights_files
+from dpo_cli.modeling.folders.model_files import weights_files
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
-from dpo_cli.modeling.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
-from dpo_cli.modeling.adapter_fit import adapter_weights, check_head, check_layers, check_targets
-from dpo_cli.modeling.adapter_targets import left_out
-from dpo_cli.modeling.adapters import ALL_LINEAR, Adapter, Saved, layer_settings
+from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
+from dpo_cli.modeling.adapters.fit import adapter_weights, check_head, check_layers, check_targets
+from dpo_cli.modeling.adapters.settings import ALL_LINEAR, Adapter, Saved, layer_settings
+from dpo_cli.modeling.adapters.targets import left_out
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.extras import import_bitsandbytes
-from dpo_cli.modeling.loading import tensors_digest, weights_digest
-from dpo_cli.modeling.saving import write_tokenizer
+from dpo_cli.modeling.folders.loading import tensors_digest, weights_digest
+from dpo_cli.modeling.folders.saving import write_tokenizer
 
 if TYPE_CHECKING:
     from torch.nn import Parameter

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.modeling.model_files import CONFIG, WHOLE_WEIGHTS, check_fetched, check_texts
+from dpo_cli.modeling.folders.model_files import CONFIG, WHOLE_WEIGHTS, check_fetched, check_texts
 from dpo_cli.settings import located
 from dpo_cli.system.hub import is_path
 from dpo_cli.system.storage import MANIFEST

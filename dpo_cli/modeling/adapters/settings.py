@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import AdapterFolder, read_adapter, read_start
+from dpo_cli.modeling.adapters.files import AdapterFolder, read_adapter, read_start
 from dpo_cli.settings import PathText, Settings, contradiction
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Lora(AdapterSettings):
         """Return PEFT's settings of LoRA for the targets that the model has."""
         from peft import LoraConfig
 
-        from dpo_cli.modeling.adapter_targets import stores_transposed, target_names
+        from dpo_cli.modeling.adapters.targets import stores_transposed, target_names
 
         if self.dora and _rounds_norms(model):
             what = "over a quantized base, PEFT takes DoRA's norms in a lower precision than it measures them in"
@@ -138,13 +138,13 @@ class Lora(AdapterSettings):
 
     def on_paper(self) -> AbstractContextManager[None]:
         """Return the context in which PEFT measures no norms."""
-        from dpo_cli.modeling.lora_layers import norms_unmeasured
+        from dpo_cli.modeling.adapters.lora_layers import norms_unmeasured
 
         return norms_unmeasured()
 
     def refine(self, layer: BaseTunerLayer) -> None:
         """Let DoRA begin as the base."""
-        from dpo_cli.modeling.lora_layers import refine
+        from dpo_cli.modeling.adapters.lora_layers import refine
 
         refine(layer)
 

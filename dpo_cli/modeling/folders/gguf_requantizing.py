@@ -15,7 +15,7 @@ from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
-from dpo_cli.modeling.completeness import load_complete
+from dpo_cli.modeling.folders.completeness import load_complete
 
 if TYPE_CHECKING:
     import torch

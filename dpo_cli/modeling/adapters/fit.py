@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import ADAPTER_WEIGHTS, PREFIX, AdapterFolder
+from dpo_cli.modeling.adapters.files import ADAPTER_WEIGHTS, PREFIX, AdapterFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

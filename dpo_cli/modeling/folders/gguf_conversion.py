@@ -11,12 +11,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.modeling.completeness import load_complete
-from dpo_cli.modeling.gguf_files import check_all_read, settle_positions
+from dpo_cli.modeling.folders.completeness import load_complete
+from dpo_cli.modeling.folders.gguf_files import check_all_read, settle_positions
+from dpo_cli.modeling.folders.refusals import explained
+from dpo_cli.modeling.folders.saving import saved_folder, saved_model, write_beside_weights
+from dpo_cli.modeling.folders.size_checks import check_room
 from dpo_cli.modeling.held import FLOAT32
-from dpo_cli.modeling.refusals import explained
-from dpo_cli.modeling.saving import saved_folder, saved_model, write_beside_weights
-from dpo_cli.modeling.size_checks import check_room
 from dpo_cli.system.storage import DamagedFolder, cache_root, file_digest, verify
 
 _CONVERSION = 2

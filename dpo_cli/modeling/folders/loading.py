@@ -19,19 +19,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import read_adapter
-from dpo_cli.modeling.completeness import load_complete, say_untied, untied
-from dpo_cli.modeling.gguf_requantizing import load_requantized
+from dpo_cli.modeling.adapters.files import read_adapter
+from dpo_cli.modeling.adapters.merging import merge
+from dpo_cli.modeling.folders.completeness import load_complete, say_untied, untied
+from dpo_cli.modeling.folders.gguf_requantizing import load_requantized
+from dpo_cli.modeling.folders.hub import fetch_weights
+from dpo_cli.modeling.folders.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
+from dpo_cli.modeling.folders.model_names import whole_model
+from dpo_cli.modeling.folders.quantization import check_pickles
+from dpo_cli.modeling.folders.refusals import explained
+from dpo_cli.modeling.folders.resolving import is_gguf, load_named
+from dpo_cli.modeling.folders.saving import logits_alone, remember, remember_tokenizer
+from dpo_cli.modeling.folders.size_checks import check_model_elements, check_size
 from dpo_cli.modeling.held import FLOAT32, Held
-from dpo_cli.modeling.hub import fetch_weights
-from dpo_cli.modeling.merging import merge
-from dpo_cli.modeling.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
-from dpo_cli.modeling.model_folders import is_gguf, load_named
-from dpo_cli.modeling.model_names import whole_model
-from dpo_cli.modeling.quantization import check_pickles
-from dpo_cli.modeling.refusals import explained
-from dpo_cli.modeling.saving import logits_alone, remember, remember_tokenizer
-from dpo_cli.modeling.size_checks import check_model_elements, check_size
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils import logging as hf_logging
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.model_files import CONFIG, GENERATION, all_settings
+from dpo_cli.modeling.folders.model_files import CONFIG, GENERATION, all_settings
 from dpo_cli.settings import located
 
 _DAMAGED = re.compile(r"JSON|deserializ|header|line \d+ column \d+|can't decode|no file named|GGUF|mmap|os error")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import PREFIX, AdapterFolder
-from dpo_cli.modeling.adapter_fit import adapter_weights, check_head, check_layers
-from dpo_cli.modeling.adapter_targets import stores_transposed
+from dpo_cli.modeling.adapters.files import PREFIX, AdapterFolder
+from dpo_cli.modeling.adapters.fit import adapter_weights, check_head, check_layers
+from dpo_cli.modeling.adapters.targets import stores_transposed
 from dpo_cli.modeling.extras import import_bitsandbytes
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.quantization import check_headers, check_unquantized
+from dpo_cli.modeling.folders.quantization import check_headers, check_unquantized
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 

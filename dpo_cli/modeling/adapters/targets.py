@@ -11,7 +11,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapters import ALL_LINEAR, is_named
+from dpo_cli.modeling.adapters.settings import ALL_LINEAR, is_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

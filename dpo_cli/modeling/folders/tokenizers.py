@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapter_files import base_name, holds_adapter, read_adapter
-from dpo_cli.modeling.model_files import NO_TRUST, Trust, holds_tokenizer
-from dpo_cli.modeling.model_folders import load_named
-from dpo_cli.modeling.refusals import explained
+from dpo_cli.modeling.adapters.files import base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust, holds_tokenizer
+from dpo_cli.modeling.folders.refusals import explained
+from dpo_cli.modeling.folders.resolving import load_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,9 +17,16 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
-from dpo_cli.modeling.completeness import check_complete, configs
-from dpo_cli.modeling.model_files import CONFIG, GENERATION, MOST_TEXT_BYTES, Trust, holds_tokenizer, weights_files
-from dpo_cli.modeling.refusals import reason_and_hint
+from dpo_cli.modeling.folders.completeness import check_complete, configs
+from dpo_cli.modeling.folders.model_files import (
+    CONFIG,
+    GENERATION,
+    MOST_TEXT_BYTES,
+    Trust,
+    holds_tokenizer,
+    weights_files,
+)
+from dpo_cli.modeling.folders.refusals import reason_and_hint
 from dpo_cli.system.storage import refused, sealed_folder
 
 if TYPE_CHECKING:

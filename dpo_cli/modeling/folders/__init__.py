@@ -1,0 +1,1 @@
+"""A name, a folder or a GGUF file becomes a model and its tokenizer; both become a folder again."""
