@@ -195,7 +195,6 @@ def _of_run(problem: UserError, run: RunFolder) -> UserError:
     """Say of what the run was given and is gone that it is named in the run's own configuration."""
     if problem.where in _PACKAGES:
         return problem
-    hint = (
-        f"{problem.hint}; or start the command where the run was started, or name what moved, as in `data.train=PATH`"
-    )
+    moved = "name what moved, as in `data.train=PATH` or `adapter.start=PATH`"
+    hint = f"{problem.hint}; or start the command where the run was started, or {moved}"
     return UserError(problem.what, f"{problem.where or 'the configuration'}, {run.config}", hint)

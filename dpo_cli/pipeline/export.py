@@ -16,6 +16,7 @@ from dpo_cli.config.exporting import Merging
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
+from dpo_cli.modeling.adapters.adapted import START_ADAPTER
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders import tokenizers
 from dpo_cli.modeling.folders.saving import saved_folder
@@ -33,7 +34,7 @@ from dpo_cli.preference.reference import Cached, NoReference
 from dpo_cli.reporting.card import model_card
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.environment import versions
-from dpo_cli.reporting.tables import figures_table
+from dpo_cli.reporting.tables import HELD_OUT, figures_table
 from dpo_cli.system.storage import remove_strays_of
 from dpo_cli.training.checkpoints import beginning_of
 from dpo_cli.training.run_folder import RunFolder
@@ -96,6 +97,7 @@ def _merge(session: Session, merging: Merging) -> dict[str, Any]:
         check_merged(difference, rounding, merging.to)
         found = {
             **({f"adapter on {quantize}": trained.figures} if quantize else {}),
+            "scored": proof.scored,
             "adapter": adapter.figures,
             "merged": merged.figures,
             "dtype": str(types),
@@ -140,7 +142,8 @@ def _opened(session: Session, merging: Merging, data: RunData) -> tuple[Policy, 
     _check_base(policy, merging)
     if name is None and not isinstance(config.reference, NoReference):
         reference = open_reference(session, policy, batches, indices)
-    return policy, OnPairs(session, batches, reference, indices)
+    scored = HELD_OUT if len(data.held_out) else "training pairs"
+    return policy, OnPairs(session, batches, reference, indices, scored)
 
 
 def _settling(session: Session, pairs: PreparedPairs) -> Settle:
@@ -158,7 +161,11 @@ def _check_base(policy: Policy, merging: Merging) -> None:
     Raises:
         UserError: It is another.
     """
-    if (known := beginning_of(merging.adapter)) and (other := policy.began_with(known)):
+    if not (known := beginning_of(merging.adapter)):
+        return
+    # Without a start adapter the base alone would answer for the reference.
+    lost = START_ADAPTER if START_ADAPTER in known and START_ADAPTER not in policy.fingerprints else None
+    if other := policy.began_with(known) or lost:
         setting = "model.name" if other == "model" else "adapter.start"
         what = f"the {'base' if other == 'model' else other} is not the one that the adapter was trained on"
         raise UserError(what, f"`{setting}`", f"restore it, or name it where it is now, as in `{setting}=PATH`")
@@ -208,7 +215,7 @@ def _differences(found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _columns(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the held-out figures by the model."""
+    """Return the figures of the scored pairs by the model."""
     return {name: value for name, value in found.items() if name == "merged" or name.startswith("adapter")}
 
 
@@ -221,14 +228,14 @@ def _card(merging: Merging, run: RunFolder, found: Mapping[str, Any]) -> str:
         **_differences(found),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    return model_card(run.path.name, config, facts, _columns(found), merged=True)
+    return model_card(run.path.name, config, facts, _columns(found), merged=True, scored=found["scored"])
 
 
 def _show(found: Mapping[str, Any], to: Path, console: Console) -> None:
     """Print how exact the merged model is."""
     console.block()
     if found["merged"]:
-        console.result(figures_table(_columns(found)))
+        console.result(figures_table(_columns(found), found["scored"]))
         console.result("")
     lines = {**_differences(found), "model": f"{to} ({found['dtype']})"}
     width = max(map(len, lines))

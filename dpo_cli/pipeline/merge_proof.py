@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -53,12 +53,14 @@ class OnPairs:
         batches: How pairs go through the models.
         reference: That of the run.
         pairs: Indices of the pairs.
+        scored: What they are called.
     """
 
     session: Session
     batches: Batches
     reference: OpenReference
     pairs: NDArray[np.int64]
+    scored: str
 
     def scores(self, policy: Policy, what: str) -> Scores:
         """Score the pairs with a policy as it is now.
@@ -82,6 +84,7 @@ class OnTokens:
     """
 
     session: Session
+    scored: ClassVar[str] = "made-up tokens"
 
     @torch.no_grad()
     def scores(self, policy: Policy, what: str) -> Scores:

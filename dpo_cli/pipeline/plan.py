@@ -158,8 +158,9 @@ def make_plan(config: Config, data: RunData) -> Plan:
         raise UserError(what, where, "raise `training.epochs`, or leave `training.max_steps` out")
     reference = config.reference
     if reference.type == "synced" and reference.every_steps > plan.num_steps:
-        what = f"the reference never moves: `reference.every_steps` is {reference.every_steps}"
-        raise UserError(what, f"the run has {plan.num_steps} steps", "lower `reference.every_steps`")
+        what = f"the reference never moves: the run has {plan.num_steps} steps"
+        where = f"`reference.every_steps: {reference.every_steps}`"
+        raise UserError(what, where, f"set it to {plan.num_steps} at most")
     return plan
 
 

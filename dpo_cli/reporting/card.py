@@ -16,6 +16,7 @@ from dpo_cli import __version__
 from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.reporting.safe_text import as_markdown, markdown_code, markdown_fence, visible
 from dpo_cli.reporting.secrets import covered
+from dpo_cli.reporting.tables import HELD_OUT
 from dpo_cli.system import plain_yaml
 
 _LOADED = """from peft import PeftModel
@@ -34,6 +35,7 @@ def model_card(
     columns: Mapping[str, Mapping[str, Any]],
     *,
     merged: bool = False,
+    scored: str = HELD_OUT,
 ) -> str:
     """Write the card.
 
@@ -43,6 +45,7 @@ def model_card(
         facts: Numbers of pairs and steps, library versions.
         columns: The held-out figures by the time of their measurement; empty without held-out pairs.
         merged: Whether an adapter that was trained is part of the base now.
+        scored: What the pairs of the figures are called.
     """
     base = settings["model"]["name"]
     adapted = settings.get("adapter") is not None
@@ -60,7 +63,8 @@ def model_card(
     ]
     if columns:
         shown = {figure.title.strip(): [figure.cell(figures) for figures in columns.values()] for figure in FIGURES}
-        sections += ["## Held-out figures", _table(shown, list(columns))]
+        title = "Held-out figures" if scored == HELD_OUT else f"Figures of {scored}"
+        sections += [f"## {title}", _table(shown, list(columns))]
     else:
         sections += ["## Held-out figures", "None: the run had no held-out pairs."]
     settings_text = covered(plain_yaml.dump(_covered_within(settings)))

@@ -29,6 +29,10 @@ def tokens_table(statistics: Mapping[str, Any]) -> Table:
     return table
 
 
+HELD_OUT = "held-out pairs"
+"""What the pairs are called that figures are mostly of."""
+
+
 def percent(share: float) -> str:
     """Write a share so that a small one is not shown as 0 %, nor one just below 1 as 100 %."""
     shown = f"{100 * share:.1f} %"
@@ -37,10 +41,10 @@ def percent(share: float) -> str:
     return "> 99.9 %" if shown == "100.0 %" and share < 1 else shown
 
 
-def figures_table(columns: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Show held-out figures, a column for each model."""
+def figures_table(columns: Mapping[str, Mapping[str, Any]], scored: str = HELD_OUT) -> Table:
+    """Show figures of the pairs that were scored, a column for each model."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("held-out pairs", no_wrap=True)
+    table.add_column(scored, no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for figure in FIGURES:

@@ -317,4 +317,4 @@ def _value(settings: dict[str, Any], name: str) -> Any:
 
 
 def _shown(value: object) -> str:
-    return "null" if value is None else str(value)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -173,7 +173,12 @@ def test_without_held_out_pairs_training_pairs_are_scored(project, capfd):
     assert call("train run.yaml data.eval=null output_dir=runs/all --quiet") == 0
     capfd.readouterr()
     assert call("export runs/all --merge --to out") == 0
-    assert re.search(r"no pairs are held out: 40 of the training pairs", capfd.readouterr().err)
+    printed = capfd.readouterr()
+    assert re.search(r"no pairs are held out: 40 of the training pairs", printed.err)
+    card = Path("out/README.md").read_text(encoding="utf-8")
+    assert "training pairs" in printed.out
+    assert "## Figures of training pairs" in card
+    assert "held-out" not in printed.out + card.lower().partition("## settings")[0]
 
 
 @pytest.mark.parametrize(
@@ -461,6 +466,11 @@ BAD = {
     "another start adapter": Bad(
         lambda: call("train run.yaml adapter.start=runs/run/final output_dir=runs/second --quiet"),
         "export runs/second --merge --to out adapter.start=runs/run/checkpoints/step-000002",
+        r"start adapter is not the one", r"adapter.start=PATH",
+    ),
+    "no start adapter where the run had one": Bad(
+        lambda: call("train run.yaml adapter.start=runs/run/final output_dir=runs/second --quiet"),
+        "export runs/second --merge --to out adapter.start=null",
         r"start adapter is not the one", r"adapter.start=PATH",
     ),
     "a wrong setting": Bad(nothing, f"{EXPORT} model.nam=x", r"`model.nam` is not a setting", r"model.name"),

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+START_ADAPTER = "start adapter"
+"""What the digest of an adapter to go on from is called."""
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -100,7 +103,7 @@ class Adapted:
         base = {"model": weights_digest(model, base_names(model), dtype)}
         if not self.adapter.start:
             return base
-        return base | {"start adapter": tensors_digest(layer_settings(self.adapter), self.state(model))}
+        return base | {START_ADAPTER: tensors_digest(layer_settings(self.adapter), self.state(model))}
 
     def beginning_bytes(self, model: PreTrainedModel) -> int:
         """Return what `keep_beginning` takes in memory: a second adapter where training goes on from one."""
