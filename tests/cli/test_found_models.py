@@ -297,8 +297,12 @@ def test_what_cannot_fit_into_memory_is_refused_in_seconds_before_it_is_loaded(
         assert re.search(r"training needs at least \d{3}\.\d\d GiB of memory, but [\d.]+ GiB are free", result.stderr)
         for part in ("weights", "gradients", "optimizer"):
             assert f"{part} " in result.stderr
-        assert re.search(r"choose a model of at most [\d.]+ billion parameters", result.stderr)
-        assert "adafactor" in result.stderr
+        # 29 billion weights in 4 bits take 15 GiB, which some machines have.
+        if float(re.search(r"but ([\d.]+) GiB are free", result.stderr)[1]) > 15 and "hint: set" in result.stderr:
+            assert "hint: set `adapter: lora` and `model.quantize: nf4`\n" in result.stderr
+        else:
+            assert re.search(r"choose a model of at most [\d.]+ billion parameters", result.stderr)
+            assert "adafactor" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["train reference.model={}", "eval --model {}"])
