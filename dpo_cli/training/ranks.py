@@ -187,7 +187,8 @@ class _Watch:
         self._exchanges = threading.Thread(target=self._exchange_notes, name="notes of ranks", daemon=True)
         self._exchanges.start()
         # The store may be gone as well and leave the first thread waiting.
-        threading.Thread(target=self._look, name="watch of ranks", daemon=True).start()
+        self._looks = threading.Thread(target=self._look, name="watch of ranks", daemon=True)
+        self._looks.start()
 
     def explain(self, error: RuntimeError) -> Missing | None:
         """Find out which rank is behind an error, if one is."""
@@ -206,7 +207,9 @@ class _Watch:
         """Say farewell; the rank that keeps the store stays for a moment, for the others to read it."""
         self._farewell, self._missing = (why, status), missing
         self._leaves.set()
-        self._exchanges.join(2 * self._doubt_seconds)
+        # A thread that is there when Python ends is torn out of whatever it does.
+        for thread in {self._exchanges, self._looks} - {threading.current_thread()}:
+            thread.join(2 * self._doubt_seconds)
 
     def _exchange_notes(self) -> None:
         """Write this rank's notes and read the others', until it leaves or the store is lost."""
