@@ -12,13 +12,13 @@ from dpo_cli.config.inputs import check_inputs
 from dpo_cli.config.loading import as_config, load_config
 from dpo_cli.config.schema import Config
 from dpo_cli.errors import UserError, raise_all
-from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, base_of, holds_adapter
 from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.folders.model_names import check_model
 from dpo_cli.settings import located, nearest_file
 from dpo_cli.system.locks import Locked, lock_beside, locked
 from dpo_cli.system.storage import DamagedFolder, verify, why_no_folder
-from dpo_cli.training.run_folder import RunFolder, RunState
+from dpo_cli.training.run_folder import RunFolder, RunState, checkpoints_in
 
 _PACKAGES = ("`adapter`", "`model.quantize`")
 """Settings that need packages, which are not named by a path."""
@@ -98,10 +98,9 @@ def _trained(run: RunFolder) -> Path:
     """
     if run.final.is_dir():
         return run.final
-    steps = [path for path in run.checkpoints.glob("step-*") if path.name[5:].isdecimal()]
-    newest = max(steps, key=lambda path: int(path.name[5:]), default=None)
     hint = f"finish it: `dpo train {run.config} --resume`"
-    hint += f"; or export a checkpoint, such as `{newest}`" if newest else ""
+    if saved := checkpoints_in(run.checkpoints):
+        hint += f"; or export a checkpoint, such as `{saved[-1]}`"
     raise UserError(f"the run is not finished: there is no folder {located(run.final)}", str(run.path), hint)
 
 
@@ -111,7 +110,7 @@ def _check_foreign(adapter: Path, to: Path, overrides: Sequence[str], *, merge: 
     Raises:
         UserError: Something is wrong; an `ExceptionGroup` where several things are.
     """
-    base = base_name(read_adapter(adapter, "the command line"), "the command line")
+    base = base_of(adapter, "the command line")
     problems = [_check_target(to, adapter, adapter), _check_merges(adapter, merge=merge)]
     problems += [missing_package("peft", "adapters", "the command line"), check_model(base, str(adapter))]
     if overrides:

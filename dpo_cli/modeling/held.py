@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,10 +36,7 @@ class HeldSettings(Settings):
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the weights, as torch has it."""
-        import torch
-
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return PRECISIONS[self.dtype].dtype
 
     def built_as(self) -> dict[str, Any]:
         """Return what transformers is told when it builds a model without weights."""

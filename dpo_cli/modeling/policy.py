@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_cli.modeling.adapters.adapted import merge_layers
+from dpo_cli.modeling.adapters.adapted import START_ADAPTER, merge_layers
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.folders.loading import empty_policy, load_policy
 from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
@@ -109,11 +109,11 @@ class Policy:
     def began_with(self, fingerprints: Mapping[str, str]) -> str | None:
         """Return which part of the policy before step 1 is not that of some fingerprints, in whatever dtype; or None.
 
-        It has to be asked before step 1.
+        It has to be asked before step 1. A start adapter that only one of them has is such a part.
         """
         for dtype in (None, torch.bfloat16, torch.float16, torch.float32):
             ours = self._trained.fingerprints(self.model, dtype) if dtype else self.fingerprints
-            differing = [name for name, digest in ours.items() if fingerprints.get(name) != digest]
+            differing = [name for name in (*ours, START_ADAPTER) if fingerprints.get(name) != ours.get(name)]
             if not differing:
                 return None
         return differing[0]
@@ -123,9 +123,7 @@ class Policy:
 
         It has to be asked before step 1.
         """
-        dtypes = (torch.bfloat16, torch.float16, torch.float32)
-        others = (self._trained.fingerprints(self.model, dtype)["model"] for dtype in dtypes)
-        return digest == self.fingerprints["model"] or digest in others
+        return self.began_with({**self.fingerprints, "model": digest}) is None
 
     @property
     def held_as(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,12 @@ from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.evaluate import evaluate as score
 from dpo_cli.evaluation.figures import figures, figures_by
-from dpo_cli.modeling.adapters.files import base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.adapters.files import base_of, holds_adapter
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.tokenizers import check_same_tokens
-from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
-from dpo_cli.pipeline.memory import wanted_tokens, without_gradient
+from dpo_cli.pipeline.memory import settling_scores
 from dpo_cli.pipeline.models import open_reference, opened, reference_sketch, scored_and_reference
 from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, prepared_pairs, run_data
 from dpo_cli.pipeline.plan import described_loss
@@ -74,7 +73,7 @@ def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
         # Where there is a run, its prompts are as they were on its first day.
         day = RunFolder(Path(config.output_dir)).first_day()
         tokenizer, tokenize = load_tokenizer(config, session.console, day)
-        base = base_name(read_adapter(Path(model))) if holds_adapter(model) else None
+        base = base_of(model) if holds_adapter(model) else None
         check_same_tokens(tokenizer, base or model, "the model that is scored", config.model.trust)
         pairs, held_out, source = _held_out(config, data, tokenize, session.console)
     check_columns(pairs, config.objective)
@@ -99,12 +98,7 @@ def _open_both(
 
     An adapter beside the reference's own weights takes little more than these.
     """
-    config = session.config
-
-    def settle(policy: Policy, layout: Layout) -> tuple[Batches, Mapping[str, str]]:
-        device = session.accelerator.device
-        return without_gradient(Batches(pairs, layout, wanted_tokens(session), device)), {}
-
+    config, settle = session.config, settling_scores(session, pairs)
     if isinstance(config.reference, NoReference):
         (policy,), batches = opened(session, {model: model}, pairs, held_out, settle)
         return policy, config.reference.open(), batches

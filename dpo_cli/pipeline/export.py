@@ -13,21 +13,17 @@ import torch
 
 from dpo_cli.config import Config
 from dpo_cli.config.exporting import Merging
-from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
-from dpo_cli.modeling.adapters.adapted import START_ADAPTER
-from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders import tokenizers
 from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.modeling.folders.tokenizers import end_at
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.held import QUANTIZED
-from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.pipeline.memory import wanted_tokens, without_gradient
+from dpo_cli.pipeline.memory import settling_scores
 from dpo_cli.pipeline.merge_proof import OnPairs, OnTokens, Proof, Scores, check_merged
-from dpo_cli.pipeline.models import Settle, loaded, open_reference, opened, trained_policy
+from dpo_cli.pipeline.models import loaded, open_reference, opened, trained_policy
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data
 from dpo_cli.pipeline.session import Session, started
 from dpo_cli.preference.reference import Cached, NoReference
@@ -131,7 +127,7 @@ def _opened(session: Session, merging: Merging, data: RunData) -> tuple[Policy, 
     if not len(indices):
         indices = data.train[:_TRAINING_PAIRS]
         session.console.notice(f"no pairs are held out: {len(indices)} of the training pairs are scored")
-    settle = _settling(session, data.pairs)
+    settle = settling_scores(session, data.pairs)
     name, reference = config.reference.model, NoReference().open()
     if name is not None:
         (other,), batches = opened(session, {"`reference.model`": name}, data.pairs, indices, settle)
@@ -146,26 +142,13 @@ def _opened(session: Session, merging: Merging, data: RunData) -> tuple[Policy, 
     return policy, OnPairs(session, batches, reference, indices, scored)
 
 
-def _settling(session: Session, pairs: PreparedPairs) -> Settle:
-    """Return what settles how pairs go through the models, none of which takes a gradient."""
-
-    def settle(policy: Policy, layout: Layout) -> tuple[Batches, Mapping[str, str]]:
-        return without_gradient(Batches(pairs, layout, wanted_tokens(session), session.accelerator.device)), {}
-
-    return settle
-
-
 def _check_base(policy: Policy, merging: Merging) -> None:
     """Refuse a base that is not the one that the adapter was trained on.
 
     Raises:
         UserError: It is another.
     """
-    if not (known := beginning_of(merging.adapter)):
-        return
-    # Without a start adapter the base alone would answer for the reference.
-    lost = START_ADAPTER if START_ADAPTER in known and START_ADAPTER not in policy.fingerprints else None
-    if other := policy.began_with(known) or lost:
+    if (known := beginning_of(merging.adapter)) and (other := policy.began_with(known)):
         setting = "model.name" if other == "model" else "adapter.start"
         what = f"the {'base' if other == 'model' else other} is not the one that the adapter was trained on"
         raise UserError(what, f"`{setting}`", f"restore it, or name it where it is now, as in `{setting}=PATH`")

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from dpo_cli.config import Config
+from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch, largest
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.extras import missing_package
+from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes
 from dpo_cli.modeling.pace import enough_tokens
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import REFUSALS
 from dpo_cli.modeling.sizes import Sizes
-from dpo_cli.pipeline.models import trained_policy
+from dpo_cli.pipeline.models import Settle, trained_policy
 from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.reference import Cached
 from dpo_cli.reporting.console import gib
@@ -238,6 +240,15 @@ def _estimate(run: PlannedRun, policy: Policy, batches: Batches) -> MemoryEstima
         logits=max(logits_bytes(policy.model, batch, collisions=collisions) for batch in candidates),
         several=any(len(step.micro_batches) > 1 for step in steps),
     )
+
+
+def settling_scores(session: Session, pairs: PreparedPairs) -> Settle:
+    """Return what settles how pairs go through models none of which takes a gradient."""
+
+    def settle(policy: Policy, layout: Layout) -> tuple[Batches, Mapping[str, str]]:
+        return without_gradient(Batches(pairs, layout, wanted_tokens(session), session.accelerator.device)), {}
+
+    return settle
 
 
 def without_gradient(batches: Batches) -> Batches:

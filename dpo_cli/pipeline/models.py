@@ -13,7 +13,7 @@ from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.adapted import Adapted
-from dpo_cli.modeling.adapters.files import base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.adapters.files import base_of, holds_adapter
 from dpo_cli.modeling.adapters.settings import Saved
 from dpo_cli.modeling.attention import CannotPack
 from dpo_cli.modeling.batch import Batches, PairBatch
@@ -82,7 +82,7 @@ def loaded(session: Session, name: str) -> Policy:
     """
     trust, device = session.config.model.trust, session.accelerator.device
     if holds_adapter(name):
-        named = base_name(read_adapter(Path(name)))
+        named = base_of(name)
         return _beside(session, Policy.load(named, trust, device, held=session.held), name, named)
     return Policy.load(name, trust, device, held=held_of(session, name))
 
@@ -116,7 +116,7 @@ def scored_and_reference(session: Session, scored: str) -> tuple[str | Policy, P
     base = Policy.load(name, config.model.trust, session.accelerator.device, held=held_of(session, name))
     goes_on = config.adapter is not None and config.adapter.start and not config.reference.model
     reference = base.with_adapter(session.trained) if goes_on else base
-    if not holds_adapter(scored) or not same_model(base_name(read_adapter(Path(scored))), name):
+    if not holds_adapter(scored) or not same_model(base_of(scored), name):
         return scored, reference
     return _beside(session, base, scored, name), reference
 

@@ -61,9 +61,8 @@ class Session:
     @property
     def held(self) -> Held:
         """How the weights of the run's models are held: those that train in float32, frozen ones as it is computed."""
-        if self.config.adapter is None:
-            return FLOAT32
-        return held_as(self.config.model.quantize or self.precision.name, self.precision.name)
+        quantize = self.config.model.quantize
+        return held_as(quantize, self.precision.name) if quantize else self.held_beside
 
     @property
     def held_beside(self) -> Held:

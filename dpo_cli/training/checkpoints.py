@@ -25,6 +25,7 @@ from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.system.storage import DamagedFolder, discard, make_folder, read_manifest, remove_strays, verify
 from dpo_cli.training.learner import Learner, NotFinite
+from dpo_cli.training.run_folder import checkpoints_in, step_of
 from dpo_cli.training.state import RunNotes, Snapshot, random_states, read_state
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class CheckpointWriter:
 
 def prune(folder: Path, keep: int, step: int) -> None:
     """Remove all but the newest checkpoints up to a step: later ones were passed over."""
-    for path in [path for path in _checkpoints(folder) if _step_of(path) <= step][:-keep]:
+    for path in [path for path in checkpoints_in(folder) if step_of(path) <= step][:-keep]:
         discard(path)
 
 
@@ -143,7 +144,7 @@ def newest_whole(folder: Path, fingerprints: Mapping[str, str]) -> Path | None:
     Raises:
         UserError: There are checkpoints, and none is whole and of this run.
     """
-    found = _checkpoints(folder)
+    found = checkpoints_in(folder)
     refusal = None
     for path in reversed(found):
         try:
@@ -181,7 +182,7 @@ def beginning_of(folder: Path) -> Mapping[str, str]:
 
 def newest_step(folder: Path) -> int:
     """Return the step of the newest checkpoint by its name, whole or not; 0 where there is none."""
-    return max(map(_step_of, _checkpoints(folder)), default=0)
+    return max(map(step_of, checkpoints_in(folder)), default=0)
 
 
 def check_finite(step: int, pairs: tuple[int, ...], policy: Policy) -> None:
@@ -197,13 +198,3 @@ def check_finite(step: int, pairs: tuple[int, ...], policy: Policy) -> None:
 def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:
     """Return the first thing that is another than when the run was started, or None."""
     return next((name for name, digest in now.items() if before.get(name) != digest), None)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run, the oldest first."""
-    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))

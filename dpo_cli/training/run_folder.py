@@ -293,6 +293,17 @@ _LENGTH = ("training.epochs", "training.max_steps")
 """How many steps a run has."""
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints in a run's folder of them, by their names, the oldest first."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint is of, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def settings_digest(settings: dict[str, Any], changeable: Collection[str]) -> str:
     """Return a digest of the settings that decide what a step of a run computes; for the rest see `check_unchanged`."""
     return text_digest(json.dumps(_deciding(settings, changeable), sort_keys=True))

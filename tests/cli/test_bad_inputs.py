@@ -7,15 +7,12 @@ import gc
 import hashlib
 import importlib.util
 import json
-import logging
 import os
 import pickle
 import re
 import resource
-import shlex
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +24,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_cli.cli import app
 from tests.builders import save_adapter
+from tests.cli.in_process import call
 from tests.conftest import CHATML, build_llama, make_config, write_rows
 
 PREPARE, TRAIN, EVAL = (f"{command} --config run.yaml" for command in ("prepare-data", "train", "eval"))
@@ -1117,28 +1114,6 @@ CASES = (
     | EVAL_CASES
     | FULL_CASES
 )
-
-
-def call(arguments: str) -> int:
-    """Run the program in this process and return its exit status."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    logger = logging.getLogger("dpo_cli")
-    before = logger.handlers, logger.propagate
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["dpo", *shlex.split(arguments)])
-        # Whatever a library may ask for, such as leave to run a model's code, the user agrees.
-        patch.setattr("builtins.input", lambda *_: "y")
-        try:
-            app(prog_name="dpo")
-        except SystemExit as stop:
-            assert isinstance(stop.code, int)
-            return stop.code
-        finally:
-            logger.handlers, logger.propagate = before
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-    return 0
 
 
 @contextlib.contextmanager

@@ -5,13 +5,10 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
-import logging
 import os
 import re
-import shlex
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,33 +21,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dpo_cli
-from dpo_cli.cli import app
 from dpo_cli.system.locks import lock_beside, locked
 from dpo_cli.system.storage import MANIFEST
+from tests.cli.in_process import call
 from tests.conftest import build_llama, make_config, write_rows
 from tests.faults.shim import CRASHED
 
 EXPORT = "export runs/run --merge --to out"
-
-
-def call(arguments: str) -> int:
-    """Run the program in this process and return its exit status."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    logger = logging.getLogger("dpo_cli")
-    before = logger.handlers, logger.propagate
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["dpo", *shlex.split(arguments)])
-        try:
-            app(prog_name="dpo")
-        except SystemExit as stop:
-            assert isinstance(stop.code, int)
-            return stop.code
-        finally:
-            logger.handlers, logger.propagate = before
-            AcceleratorState._reset_state(reset_partial_state=True)
-            GradientState._reset_state()
-    return 0
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@ PEFT makes the layers inside the model, so that whatever calls the model calls t
 from __future__ import annotations
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
 from dpo_cli.modeling.adapters.fit import adapter_weights, check_head, check_layers, check_targets
 from dpo_cli.modeling.adapters.settings import ALL_LINEAR, Adapter, Saved, layer_settings
@@ -25,7 +24,7 @@ from dpo_cli.modeling.adapters.targets import left_out
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.folders.loading import tensors_digest, weights_digest
-from dpo_cli.modeling.folders.saving import write_tokenizer
+from dpo_cli.modeling.folders.saving import other_bytes, write_json, write_tokenizer
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -165,8 +164,7 @@ class Adapted:
         said |= {"base_model_name_or_path": _named(self.base or model.name_or_path), "inference_mode": True}
         # PEFT keeps names in sets, whose order is another in every process.
         said = {name: sorted(value) if isinstance(value, set) else value for name, value in said.items()}
-        text = json.dumps(said, indent=2, sort_keys=True) + "\n"
-        (folder / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+        write_json(folder / ADAPTER_CONFIG, said)
         write_tokenizer(folder, model, tokenizer)
 
     def prove_saving(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -194,8 +192,7 @@ class Adapted:
         written = load_file(folder / ADAPTER_WEIGHTS)
         for name, weights in self.state(model).items():
             if not torch.equal(written[name], weights.cpu()):
-                hint = "check the disk, then `--resume`: the last checkpoint is intact"
-                raise UserError(f"`{name}` was not saved as it is in memory", str(folder.parent), hint, status=FAILED)
+                raise other_bytes(name, folder)
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:
         """Replace the adapter's weights by those in a folder.

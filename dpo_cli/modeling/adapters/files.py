@@ -151,6 +151,19 @@ def _no_adapter(folder: Path, where: str) -> UserError:
     return UserError(f"`{folder}` is not an adapter folder: it has no {ADAPTER_CONFIG}", where, hint)
 
 
+def base_of(folder: str | Path, where: str | None = None) -> str:
+    """Return the name of the base of an adapter in a folder.
+
+    Args:
+        folder: Holds the adapter.
+        where: The setting or option that names it.
+
+    Raises:
+        UserError: The adapter cannot be used, as `read_adapter` says, or its base not be found, as `base_name` says.
+    """
+    return base_name(read_adapter(Path(folder), where), where)
+
+
 def base_name(found: AdapterFolder, where: str | None = None) -> str:
     """Return the name of an adapter's base: a whole path that exists, or a Hub id.
 

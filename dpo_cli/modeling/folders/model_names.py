@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapters.files import base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.adapters.files import base_of, holds_adapter
 from dpo_cli.modeling.folders.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
 from dpo_cli.settings import located
 from dpo_cli.system.hub import cached_config, is_path, look_up, name_hint
@@ -47,7 +47,7 @@ def same_model(one: str, other: str) -> bool:
 def _check_adapter(folder: Path, where: str | None, trust: Trust) -> UserError | None:
     """Say what is wrong with an adapter folder or with the base that it names."""
     try:
-        base = base_name(read_adapter(folder, where), where)
+        base = base_of(folder, where)
     except UserError as error:
         return error
     return check_model(base, where, trust)
@@ -60,7 +60,7 @@ def whole_model(name: str) -> str:
     """
     if holds_adapter(name):
         with contextlib.suppress(UserError):
-            return base_name(read_adapter(Path(name)))
+            return base_of(name)
     return name
 
 

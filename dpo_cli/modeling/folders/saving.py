@@ -188,7 +188,7 @@ def write_beside_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTra
     origin: Origin = getattr(model, "origin", Origin({}, {}, {}))
     _ask_again(folder / CONFIG, origin.asked)
     if (generation := folder / GENERATION).is_file():
-        _write_json(generation, {**origin.generation, **json.loads(generation.read_text(encoding="utf-8"))})
+        write_json(generation, {**origin.generation, **json.loads(generation.read_text(encoding="utf-8"))})
     write_tokenizer(folder, model, tokenizer)
 
 
@@ -237,12 +237,13 @@ def check_saved(folder: Path, model: PreTrainedModel) -> None:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118  (it is no dictionary)
                 if not torch.equal(opened.get_tensor(name), expected.pop(name).detach().cpu()):
-                    raise _other_bytes(name, folder)
+                    raise other_bytes(name, folder)
     if expected:
-        raise _other_bytes(min(expected), folder)
+        raise other_bytes(min(expected), folder)
 
 
-def _other_bytes(name: str, folder: Path) -> UserError:
+def other_bytes(name: str, folder: Path) -> UserError:
+    """Say that a weight in a folder is not the one in memory."""
     hint = "check the disk, then `--resume`: the last checkpoint is intact"
     return UserError(f"`{name}` was not saved as it is in memory", str(folder.parent), hint, status=FAILED)
 
@@ -263,10 +264,10 @@ def _ask_again(file: Path, asked: dict[str, dict[str, Any]]) -> None:
         written = json.loads(file.read_text(encoding="utf-8"))
         for name, settings in asked.items():
             (written[name] if name else written).update(settings)
-        _write_json(file, written)
+        write_json(file, written)
 
 
-def _write_json(file: Path, settings: dict[str, Any]) -> None:
+def write_json(file: Path, settings: dict[str, Any]) -> None:
     """Write settings as transformers does."""
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
