@@ -13,8 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 256 * 2**20
-"""Size of one chunk of float32 logits."""
+CHUNK_BYTES = {"cuda": 2**30}
+"""Size of one chunk of float32 logits on a kind of device, where it is not `SMALL_CHUNK_BYTES`.
+
+Every chunk reads and writes the float32 gradient of the vocabulary matrix once, and on a GPU that takes as long as the
+multiplications of about 400 rows do (an H100 by its data sheet: 8 bytes a number at 3.3 TB/s, 2 operations at 800
+TFLOP/s and three products). 1 GiB are 2,000 rows of 128,000 words: it then is a fifth of the work, or less.
+"""
+
+SMALL_CHUNK_BYTES = 256 * 2**20
+"""The same elsewhere: a CPU's multiplications take longer than its memory by far."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ def token_logps(
     positions: Tensor,
     targets: Tensor,
     head: Head,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     *,
     collisions: bool = False,
 ) -> Tensor:
@@ -105,16 +113,23 @@ def token_logps(
             behind a shared prompt, its logits are made once.
         targets: `[N]`, the token that follows each of them.
         head: The projection on the vocabulary.
-        chunk_bytes: The most memory that the logits of one chunk may take, in bytes. Logits that fit into one
-            chunk altogether are kept for the backward pass; else they are computed again.
+        chunk_bytes: The most memory that the logits of one chunk may take, in bytes; by default `chunk_bytes_on` the
+            device. Logits that fit into one chunk altogether are kept for the backward pass; else they are computed
+            again.
         collisions: Whether to return `[2, N]`, in the second row log Σ π² over the vocabulary where each token
             stands; this row has no gradient.
     """
     judged, rows = positions.unique(return_inverse=True)
     apply: Callable[..., Tensor] = _TokenLogps.apply
     states = hidden.index_select(0, judged)
+    chunk_bytes = chunk_bytes or chunk_bytes_on(hidden.device.type)
     found = apply(states, rows, targets, head.weight, head.bias, head.scale, head.softcap, chunk_bytes, collisions)
     return found if collisions else found[0]
+
+
+def chunk_bytes_on(device: str) -> int:
+    """Return the size of one chunk of float32 logits on a kind of device, as torch names it, in bytes."""
+    return CHUNK_BYTES.get(device, SMALL_CHUNK_BYTES)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -139,8 +154,7 @@ class _TokenLogps(torch.autograd.Function):
     ) -> Tensor:
         """Compute the log-probabilities chunk by chunk; keep no logits but those of an only chunk."""
         # Decided here because autocast is off again when the backward pass runs.
-        compute = _compute_dtype(states)
-        project = _Projection(weight, bias, scale, softcap, compute)
+        project = _Projection(weight.to(_compute_dtype(states)), bias, scale, softcap)
         chunks = _chunks(rows, len(states), weight, chunk_bytes)
         found = torch.empty((1 + collisions, len(targets)), dtype=project.dtype, device=states.device)
         all_logps = slope = None
@@ -150,25 +164,27 @@ class _TokenLogps(torch.autograd.Function):
             found[0, members] = all_logps[place, targets[members]]
             if collisions:
                 found[1, members] = (2 * all_logps).logsumexp(-1)[place]
-        ctx.save_for_backward(states, rows, targets)
-        ctx.project, ctx.chunks = project, chunks
-        # No saved tensor, since the backward pass works in its memory; a second one computes it again.
-        ctx.kept = (all_logps, slope) if len(chunks) == 1 and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(states, rows, targets, weight)
+        ctx.compute, ctx.logits, ctx.chunks = project.matrix.dtype, (bias, scale, softcap), chunks
+        # No saved tensors. The backward pass begins here: until then only the loss is computed, which takes no memory,
+        # so that the matrix in lower precision costs nothing while it waits, and is let go before the layers' turn.
+        # The log-probabilities give their memory to the gradient; a second backward pass makes both again.
+        only = (all_logps, slope) if len(chunks) == 1 else None
+        ctx.kept = (project.matrix, only) if any(ctx.needs_input_grad) else None
         return found
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Compute each chunk's probabilities again, and from them the gradients of states, weight and bias."""
         grad_logps = gradients[0][0]
-        states, rows, targets = ctx.saved_tensors
-        project: _Projection = ctx.project
+        states, rows, targets, weight = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None
-        weight, bias = project.weight, project.bias
+        matrix, only = kept or (weight.to(ctx.compute), None)
+        project = _Projection(matrix, *ctx.logits)
         grad_states = torch.empty_like(states)
-        grad_weight: Tensor | None = None
-        grad_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[4] else None
+        grad_weight = grad_bias = None
         for chunk, members in ctx.chunks:
-            all_logps, slope = kept or project(states[chunk])
+            all_logps, slope = only or project(states[chunk])
             place = rows[members] - chunk.start
             weights = grad_logps[members].to(project.dtype)
             # d loss / d z, in the memory of the log-probabilities.
@@ -181,37 +197,33 @@ class _TokenLogps(torch.autograd.Function):
                 grad *= slope
             if project.scale != 1.0:
                 grad *= project.scale
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            grad = grad.to(project.compute)
-            grad_states[chunk] = grad @ weight.to(project.compute)
+            if ctx.needs_input_grad[4]:
+                grad_bias = _plus(grad_bias, grad.sum(0))
+            grad = grad.to(matrix.dtype)
+            grad_states[chunk] = grad @ matrix
             if ctx.needs_input_grad[3]:
-                part = grad.T, states[chunk].to(project.compute)
-                # Made by the first chunk: zeros to add to would be one more matrix of the vocabulary's size to write.
-                grad_weight = torch.mm(*part) if grad_weight is None else grad_weight.addmm_(*part)
-        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+                grad_weight = _plus_product(grad_weight, grad.T, states[chunk].to(matrix.dtype), project.dtype)
+        # Autograd makes of them what the parameters ask for (`grad_dtype`).
         return grad_states, None, None, grad_weight, grad_bias, None, None, None, None
 
 
 @dataclass(frozen=True)
 class _Projection:
-    """From hidden states to log-probabilities of the whole vocabulary."""
+    """From hidden states to log-probabilities of the whole vocabulary, in the type that the `matrix` is cast to."""
 
-    weight: Tensor
+    matrix: Tensor
     bias: Tensor | None
     scale: float
     softcap: float | None
-    compute: torch.dtype
 
     @property
     def dtype(self) -> torch.dtype:
-        """What log-probabilities are held in."""
-        return torch.promote_types(self.compute, torch.float32)
+        """What log-probabilities are held in, and gradients added up."""
+        return torch.promote_types(self.matrix.dtype, torch.float32)
 
     def __call__(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return `[n, V]` log-probabilities, and the soft cap's slope at the logits where there is a soft cap."""
-        with torch.autocast(states.device.type, enabled=False):
-            logits = (states.to(self.compute) @ self.weight.to(self.compute).T).to(self.dtype)
+        logits = _product(states.to(self.matrix.dtype), self.matrix.T, self.dtype)
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1.0:
@@ -220,6 +232,33 @@ class _Projection:
             return _log_softmax_(logits), None
         capped = torch.tanh(logits / self.softcap)
         return _log_softmax_(capped * self.softcap), 1 - capped.square()
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply two matrices of one type into another; on CUDA nothing is rounded to the first type on the way."""
+    with torch.autocast(left.device.type, enabled=False):
+        if left.dtype != dtype and left.device.type == "cuda":
+            return torch.mm(left, right, out_dtype=dtype)
+        return (left @ right).to(dtype)
+
+
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """Add a product of two matrices to a total of its own type, in the total's memory; None: nothing yet.
+
+    The first one becomes the total: zeros to add to would be one more matrix of the vocabulary's size to write.
+    """
+    if total is None:
+        return _product(left, right, dtype)
+    with torch.autocast(left.device.type, enabled=False):
+        if left.dtype == dtype:
+            return total.addmm_(left, right)
+        if left.device.type == "cuda":
+            return torch.addmm(total, left, right, out_dtype=dtype, out=total)
+        return total.add_(left @ right)
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
 
 
 def _log_softmax_(logits: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from transformers.integrations import moe
 from dpo_cli.modeling.attention import reading
 from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.layouts import Layout
-from dpo_cli.modeling.logps import CHUNK_BYTES
+from dpo_cli.modeling.logps import chunk_bytes_on
 from dpo_cli.modeling.scorer import model_inputs
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class MemoryEstimate:
         optimizer: What the optimizer keeps of each parameter that trains.
         gradients: One of each parameter that trains.
         activations: What the largest forward pass keeps for its backward pass.
-        logits: The chunk of logits at hand and, where it trains, the vocabulary projection's own gradient.
+        logits: The chunk of logits at hand, the vocabulary matrix in lower precision, and its gradient if it trains.
         copy: The state that is written in the background while training goes on.
         counted: Whether the activations could be counted: not where what a model computes depends on the values.
         several: Whether a step has several forward passes, so that gradients stand while activations are made.
@@ -123,14 +123,29 @@ def activation_bytes(
     return int(num_layers * states.numel() * states.element_size() + size // num_layers)
 
 
-def logits_bytes(model: PreTrainedModel, batch: PairBatch, *, collisions: bool = False) -> int:
-    """Return what the vocabulary projection takes while it works, in bytes; `collisions` as in `token_logps`."""
+def logits_bytes(
+    model: PreTrainedModel, batch: PairBatch, dtype: torch.dtype, device: str, *, collisions: bool = False
+) -> int:
+    """Return what the vocabulary projection takes while it works, in bytes.
+
+    Args:
+        model: Its vocabulary matrix is looked at.
+        batch: The scored pairs.
+        dtype: What is computed in.
+        device: The kind of device that computes, as torch names it.
+        collisions: As in `token_logps`.
+    """
     weight = model.get_output_embeddings().weight
     rows = len(torch.unique(batch.positions))
-    chunk = min(rows * weight.shape[0] * _FLOAT_BYTES, CHUNK_BYTES)
+    chunk = min(rows * weight.shape[0] * _FLOAT_BYTES, chunk_bytes_on(device))
+    # The matrix is there once more in what is computed in, and so are a chunk's logits; on a CPU the product that is
+    # added to the gradient too.
+    lower = dtype.itemsize if dtype.itemsize < _FLOAT_BYTES else 0
+    matrix = weight.numel() * dtype.itemsize if weight.dtype != dtype else 0
+    product = weight.numel() * lower if device != "cuda" else 0
+    gradient = weight.numel() * _FLOAT_BYTES + product if weight.requires_grad else 0
     # Log-probabilities stand beside their doubles and the doubles' powers, or beside the projection's gradient.
-    gradient = weight.numel() * _FLOAT_BYTES if weight.requires_grad else 0
-    return int(chunk + max(2 * collisions * chunk, gradient))
+    return int(matrix + chunk + max(2 * collisions * chunk, chunk * lower // _FLOAT_BYTES + gradient))
 
 
 def resident_bytes() -> int:

@@ -232,12 +232,13 @@ def _estimate(run: PlannedRun, policy: Policy, batches: Batches) -> MemoryEstima
     except REFUSALS:
         # What this model computes depends on the values, which are not there.
         activations = None
+    computing = session.precision.dtype, accelerator.device.type
     collisions = session.config.objective.wpo
     return dataclasses.replace(
         _without_passes(session, policy, run.reference, run.program_bytes),
         activations=activations or 0,
         counted=activations is not None,
-        logits=max(logits_bytes(policy.model, batch, collisions=collisions) for batch in candidates),
+        logits=max(logits_bytes(policy.model, batch, *computing, collisions=collisions) for batch in candidates),
         several=any(len(step.micro_batches) > 1 for step in steps),
     )
 

@@ -8,7 +8,7 @@ import torch
 from tiny_models import build
 
 from dpo_cli.data.records import TokenizedPair
-from dpo_cli.modeling import memory
+from dpo_cli.modeling import logps, memory
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.folders.loading import load_policy
@@ -116,9 +116,22 @@ def test_recomputed_activations_take_less(tiny_llama):
 def test_logits_are_bounded_by_the_chunk_however_many_pairs_there_are(tiny_llama, monkeypatch):
     model = load_policy(str(tiny_llama))
     row = model.get_output_embeddings().weight.shape[0] * 4
-    monkeypatch.setattr(memory, "CHUNK_BYTES", 100 * row)
-    few, many, more = (logits_bytes(model, batch_of("packed", n)) for n in (1, 20, 40))
+    monkeypatch.setattr(logps, "SMALL_CHUNK_BYTES", 100 * row)
+    few, many, more = (logits_bytes(model, batch_of("packed", n), torch.float32, "cpu") for n in (1, 20, 40))
     assert few < many == more
+
+
+def test_the_matrix_in_lower_precision_and_a_float32_gradient_are_counted(tiny_llama):
+    model = load_policy(str(tiny_llama))
+    weight, batch = model.get_output_embeddings().weight, batch_of("packed", 4)
+    chunk = 4 * weight.shape[0] * len(torch.unique(batch.positions))
+    whole = logits_bytes(model, batch, torch.bfloat16, "cuda")
+    # Two bytes a number of the matrix, four of its gradient; four of a logit and two of its gradient for the products.
+    assert whole == weight.numel() * (2 + 4) + chunk * 6 // 4
+    weight.requires_grad_(False)
+    assert whole - logits_bytes(model, batch, torch.bfloat16, "cuda") == 4 * weight.numel()
+    held = model.to(torch.bfloat16)
+    assert logits_bytes(held, batch, torch.bfloat16, "cuda") == chunk * 6 // 4
 
 
 def test_gradients_stand_beside_activations_only_where_a_step_has_several_passes():
