@@ -195,6 +195,8 @@ class TrainingSettings(Settings):
     """With skip, how many steps a run may skip; one more stops it."""
     gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: less memory, a third slower."""
+    deterministic: Annotated[bool, MAY_CHANGE] = True
+    """On GPUs, use only kernels that give the same bytes every time, so that runs can be repeated; CPUs always do."""
     rank_timeout: Annotated[float | None, MAY_CHANGE] = Field(300, ge=1, le=31_536_000)
     """With several processes, seconds after which one that is silent or hangs in a step has failed; null: never."""
     seed: int = Field(42, ge=0, lt=2**32)

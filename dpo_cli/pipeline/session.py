@@ -19,6 +19,7 @@ from dpo_cli.config import Config
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.allocator import return_freed_memory
+from dpo_cli.modeling.determinism import deterministic_kernels
 from dpo_cli.modeling.held import FLOAT32, Held, held_as
 from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of
 from dpo_cli.modeling.trained import Trained, Whole
@@ -89,16 +90,18 @@ def started(config: Config, console: Console, signals: StopSignals | None = None
     """Start a session: in one process, or in one of those that torchrun or accelerate launched.
 
     Raises:
-        UserError: The precision is not available here, or Accelerate cannot start.
+        UserError: The precision is not available here, Accelerate cannot start, or an operation of the job has no
+            deterministic kernel.
     """
-    accelerator = start_accelerator(config)
-    try:
-        with watched(accelerator, config.training.rank_timeout, Console().error) as progress:
-            yield Session(config, console, signals or StopSignals(), accelerator, progress)
-        accelerator.end_training()
-    finally:
-        # Accelerate keeps precision and processes for as long as Python runs; the next session may have others.
-        AcceleratorState._reset_state(reset_partial_state=True)
+    with deterministic_kernels(config.training.deterministic):
+        accelerator = start_accelerator(config)
+        try:
+            with watched(accelerator, config.training.rank_timeout, Console().error) as progress:
+                yield Session(config, console, signals or StopSignals(), accelerator, progress)
+            accelerator.end_training()
+        finally:
+            # Accelerate keeps precision and processes for as long as Python runs; the next session may have others.
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def start_accelerator(config: Config) -> Accelerator:
@@ -117,7 +120,7 @@ def start_accelerator(config: Config) -> Accelerator:
         hf_logging.set_verbosity_error()
     settings: dict[str, Any] = {
         "cpu": on_cpu,
-        "mixed_precision": _precision(config.model.dtype, on_cpu=on_cpu),
+        "mixed_precision": precision_for(config.model.dtype, on_cpu=on_cpu),
         "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     }
     try:
@@ -135,11 +138,19 @@ def start_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def _precision(dtype: str, *, on_cpu: bool) -> str:
-    """Return Accelerate's name of the precision that is computed in."""
+def precision_for(dtype: str, *, on_cpu: bool) -> str:
+    """Return Accelerate's name of the precision that is computed in.
+
+    Raises:
+        UserError: This device does not compute in it.
+    """
+    # Older cards only emulate it, slower than float32.
+    has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "auto":
-        has_bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         return "bf16" if has_bfloat16 else "no"
+    if dtype == "bfloat16" and torch.cuda.is_available() and not has_bfloat16:
+        what = f"bfloat16 is not available on this GPU ({torch.cuda.get_device_name()}), which only emulates it"
+        raise UserError(what, "`model.dtype`", "set it to float32 or float16, or to auto")
     if on_cpu and not PRECISIONS[dtype].on_cpu:
         able = " or ".join(precision.name for precision in PRECISIONS.values() if precision.on_cpu)
         hint = f"use {able} here; {dtype} needs a GPU"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from dpo_cli.modeling.determinism import gpu_software
 from dpo_cli.reporting.secrets import covered_command
 
 _PACKAGES = ("dpo-cli", "torch", "transformers", "accelerate", "tokenizers", "datasets", "numpy", "pyarrow")
@@ -36,6 +37,7 @@ def environment(accelerator: Accelerator) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device) if on_cuda else platform.processor() or platform.machine(),
         "device_type": device.type,
+        **(gpu_software() if on_cuda else {}),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "precision": accelerator.mixed_precision,

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.backends import cpu
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.determinism import gpu_software
 from dpo_cli.system.storage import DamagedFolder
 
 if TYPE_CHECKING:
@@ -203,6 +204,7 @@ def surroundings(accelerator: Accelerator) -> dict[str, Any]:
     """Return what decides how numbers are rounded: a run is the same to the last bit only where all of it is."""
     device = accelerator.device
     on_cuda = device.type == "cuda"
+    kernels = "deterministic" if torch.are_deterministic_algorithms_enabled() else "any"
     return {
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
@@ -210,6 +212,7 @@ def surroundings(accelerator: Accelerator) -> dict[str, Any]:
         "precision": accelerator.mixed_precision,
         "torch": torch.__version__,
         "transformers": importlib.metadata.version("transformers"),
+        **({**gpu_software(), "kernels": kernels} if on_cuda else {}),
     }
 
 
@@ -240,8 +243,8 @@ def rates_at(schedule: LambdaLR, step: int) -> list[float | Tensor]:
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Say what differs: `threads 2 → 1`."""
-    return [f"{name} {before.get(name)} → {value}" for name, value in now.items() if before.get(name) != value]
+    """Say what differs: `threads 2 → 1`. Of what an older version did not note, nothing is known."""
+    return [f"{name} {before[name]} → {now[name]}" for name in now if name in before and before[name] != now[name]]
 
 
 def optimizer_to_tensors(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,23 @@ def test_a_run_that_goes_on_elsewhere_is_told_what_differs(learner, tokenizer, t
     with caplog.at_level("WARNING"):
         restore_checkpoint(tmp_path / "step-000001", learner)
     assert f"threads {now['threads']} → 99; torch {now['torch']} → 3.0" in caplog.text
+
+
+def test_a_run_that_goes_on_beside_other_software_of_a_gpu_is_told(learner, tokenizer, tmp_path, monkeypatch, caplog):
+    """As after an update of the driver; of what an older checkpoint did not note, nothing is said."""
+    gpu = SimpleNamespace(device=torch.device("cuda"), num_processes=1, mixed_precision="bf16", is_main_process=True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    versions = {"cuda": "12.8", "driver": "570.1", "triton": "3.4"}
+    monkeypatch.setattr(state, "gpu_software", lambda: versions)
+    before = state.surroundings(gpu)
+    assert before.items() >= {**versions, "device": "a card", "kernels": "any"}.items()
+    monkeypatch.setattr(state, "surroundings", lambda accelerator: before)
+    path = writer_of(tmp_path, tokenizer, background=False).save(learner, NOTES)
+    after = before | {"driver": "580.2", "kernels": "deterministic", "not noted before": "new"}
+    monkeypatch.setattr(state, "surroundings", lambda accelerator: after)
+    with caplog.at_level("WARNING"):
+        restore_checkpoint(path, learner)
+    assert caplog.text.rstrip().endswith("not bit for bit: driver 570.1 → 580.2; kernels any → deterministic")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
