@@ -12,6 +12,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ _WORKSPACE, _WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 
 _NO_KERNEL = re.compile(r"([^\n]+) does not have a deterministic implementation")
 _DRIVER = re.compile(r"NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s")
+_MEMORY: Any = torch.utils.deterministic
 _SETTING = "`training.deterministic`"
 
 
@@ -60,15 +62,14 @@ def _state() -> tuple[bool, bool, bool]:
     """Return torch's switches: deterministic kernels, filling of new memory, and the same choice by the compiler."""
     from torch._inductor import config as inductor
 
-    filled: bool = torch.utils.deterministic.fill_uninitialized_memory
-    return torch.are_deterministic_algorithms_enabled(), filled, inductor.deterministic
+    return torch.are_deterministic_algorithms_enabled(), _MEMORY.fill_uninitialized_memory, inductor.deterministic
 
 
 def _set(state: tuple[bool, bool, bool]) -> None:
     from torch._inductor import config as inductor
 
     torch.use_deterministic_algorithms(state[0])
-    torch.utils.deterministic.fill_uninitialized_memory = state[1]  # type: ignore[assignment]
+    _MEMORY.fill_uninitialized_memory = state[1]
     # Its kernels are otherwise chosen by how fast they were at a first try, and add up in different orders.
     inductor.deterministic = state[2]
 
