@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.copies import copied
-from dpo_cli.modeling.folders.loading import load_weights, weights_digest
+from dpo_cli.modeling.digests import weights_digest
+from dpo_cli.modeling.folders.loading import load_weights
 from dpo_cli.modeling.folders.saving import check_saved, prove_saving, write_model
 from dpo_cli.settings import Settings
 

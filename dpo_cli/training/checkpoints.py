@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import gather_object
 
 from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.modeling.digests import SCHEME
 from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.system.storage import DamagedFolder, discard, make_folder, read_manifest, remove_strays, verify
 from dpo_cli.training.learner import Learner, NotFinite
@@ -156,6 +157,12 @@ def newest_whole(folder: Path, fingerprints: Mapping[str, str]) -> Path | None:
         other = _difference(record.fingerprints, fingerprints)
         if other is None:
             return path
+        if _is_older(record.fingerprints.get(other, ""), fingerprints[other]):
+            _log.warning("skipping the checkpoint %s: another version of dpo wrote it", path)
+            hint = "resume the run with the version that began it, or start again with `--overwrite`"
+            what = f"another version of dpo wrote the checkpoint: it identifies the {other} in another way"
+            refusal = refusal or UserError(what, str(path), hint)
+            continue
         _log.warning("skipping the checkpoint %s: the %s is not this run's", path, other)
         about = f" ({_REASONS[other]})" if other in _REASONS else ""
         hint = f"restore the {other} that the run was started with{about}, or start again with `--overwrite`"
@@ -170,14 +177,18 @@ def newest_whole(folder: Path, fingerprints: Mapping[str, str]) -> Path | None:
 
 
 def beginning_of(folder: Path) -> Mapping[str, str]:
-    """Return digests of what the run began with, by a checkpoint or by its trained adapter; empty where none are kept.
+    """Return digests of what the run began with, by a checkpoint or by its trained adapter.
+
+    They are empty where none are kept, or another version of the program made them, which can be compared with nothing.
 
     Raises:
         DamagedFolder: It is neither.
     """
     if (kept := read_manifest(folder).get(FINGERPRINTS)) is None and folder.name.startswith("step-"):
-        return read_state(folder).fingerprints
-    return kept if isinstance(kept, dict) else {}
+        kept = read_state(folder).fingerprints
+    if not isinstance(kept, dict) or not str(kept.get("model")).startswith(SCHEME):
+        return {}
+    return kept
 
 
 def newest_step(folder: Path) -> int:
@@ -193,6 +204,11 @@ def check_finite(step: int, pairs: tuple[int, ...], policy: Policy) -> None:
     """
     if not policy.finite():
         raise NotFinite(step, pairs, "weights")
+
+
+def _is_older(before: str, now: str) -> bool:
+    """Tell whether another version of the program made a digest of weights."""
+    return now.startswith(SCHEME) and not before.startswith(SCHEME)
 
 
 def _difference(before: Mapping[str, str], now: Mapping[str, str]) -> str | None:

@@ -24,6 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dpo_cli.modeling.digests import SCHEME
 from tests.builders import save_adapter
 from tests.cli.in_process import call
 from tests.conftest import CHATML, build_llama, make_config, write_rows
@@ -1020,8 +1021,12 @@ OUTPUT_CASES = {
         f"{TRAIN} --resume", 2, r"the data is not the one", r"restore the data",
     ),
     "checkpoint of another model": Case(
-        stopped(state_of_each(stands_on={"model": "0" * 64, "data": "0" * 64})),
+        stopped(state_of_each(stands_on={"model": SCHEME + "0" * 64, "data": "0" * 64})),
         f"{TRAIN} --resume", 2, r"the model is not the one", r"restore the model",
+    ),
+    "checkpoint of a version with other digests": Case(
+        stopped(state_of_each(stands_on={"model": "0" * 64, "data": "0" * 64})),
+        f"{TRAIN} --resume", 2, r"another version of dpo wrote the checkpoint", r"the version that began it",
     ),
     "checkpoint of another version": Case(
         stopped(state_of_each(stands_on=...)), f"{TRAIN} --resume", 2, r"every checkpoint is damaged", r"--overwrite"

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.adapters.targets import target_names
-from dpo_cli.modeling.folders.loading import weights_digest
+from dpo_cli.modeling.digests import weights_digest
 from dpo_cli.modeling.held import held_as
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.scorer import Scorer

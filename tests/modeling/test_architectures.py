@@ -20,7 +20,7 @@ from dpo_cli.config import Config
 from dpo_cli.data.prepared.step_plan import PairSizes
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import TREE_ATTENTION
-from dpo_cli.modeling.folders.loading import weights_digest
+from dpo_cli.modeling.digests import weights_digest
 from dpo_cli.modeling.folders.saving import saved_model
 from dpo_cli.modeling.layouts import LAYOUTS, Packed, Padded
 from dpo_cli.modeling.policy import Policy

@@ -18,7 +18,8 @@ from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
-from dpo_cli.modeling.folders.loading import empty_policy, load_policy, weights_digest
+from dpo_cli.modeling.digests import weights_digest
+from dpo_cli.modeling.folders.loading import empty_policy, load_policy
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from dpo_cli.modeling.held import FLOAT32, QUANTIZED, Held, held_as
 from dpo_cli.modeling.policy import Policy

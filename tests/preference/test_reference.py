@@ -12,7 +12,8 @@ from accelerate import Accelerator
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.folders.loading import load_policy, weights_digest
+from dpo_cli.modeling.digests import weights_digest
+from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.layouts import LAYOUTS, Padded
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference import cache

@@ -8,8 +8,9 @@ import shutil
 import pytest
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.digests import SCHEME
 from dpo_cli.system.storage import sealed_folder
-from dpo_cli.training.checkpoints import PRECISION, newest_whole, prune
+from dpo_cli.training.checkpoints import PRECISION, beginning_of, newest_whole, prune
 
 STANDS_ON = {"model": "m", "data": "d", "settings": "s"}
 FACTS = {
@@ -89,3 +90,24 @@ def test_what_was_passed_over_takes_no_place_of_those_that_stay(tmp_path):
     make(tmp_path, 5, 8, 11, 14)
     prune(tmp_path, keep=1, step=8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000008", "step-000011", "step-000014"]
+
+
+def test_one_of_a_version_that_digested_weights_in_another_way_is_named_as_that(tmp_path, caplog):
+    now = {**STANDS_ON, "model": f"{SCHEME}m"}
+    make(tmp_path, 3)
+    with (
+        caplog.at_level("WARNING"),
+        pytest.raises(UserError, match="another version of dpo wrote the checkpoint") as no,
+    ):
+        newest_whole(tmp_path, now)
+    assert "the version that began it" in no.value.hint and "another version" in caplog.text
+    make(tmp_path, 5, stands_on={**now, "model": f"{SCHEME}other"})
+    with pytest.raises(UserError, match="the model is not the one that the run was started with"):
+        newest_whole(tmp_path, now)
+
+
+def test_what_another_version_digested_is_compared_with_nothing(tmp_path):
+    made = {**STANDS_ON, "model": f"{SCHEME}m"}
+    make(tmp_path, 3)
+    make(tmp_path, 5, stands_on=made)
+    assert (beginning_of(tmp_path / "step-000003"), beginning_of(tmp_path / "step-000005")) == ({}, made)

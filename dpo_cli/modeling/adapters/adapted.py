@@ -22,8 +22,8 @@ from dpo_cli.modeling.adapters.fit import adapter_weights, check_head, check_lay
 from dpo_cli.modeling.adapters.settings import ALL_LINEAR, Adapter, Saved, layer_settings
 from dpo_cli.modeling.adapters.targets import left_out
 from dpo_cli.modeling.copies import copied
+from dpo_cli.modeling.digests import tensors_digest, weights_digest
 from dpo_cli.modeling.extras import import_bitsandbytes
-from dpo_cli.modeling.folders.loading import tensors_digest, weights_digest
 from dpo_cli.modeling.folders.saving import other_bytes, write_json, write_tokenizer
 
 if TYPE_CHECKING:

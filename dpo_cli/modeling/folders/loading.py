@@ -6,11 +6,8 @@ for is compared with what it holds before memory is taken.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,9 +33,6 @@ from dpo_cli.modeling.held import FLOAT32, Held
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
-
-_NO_PART_OF_A_MODEL = {"transformers_version", "_name_or_path", "architectures", "dtype", "use_cache"}
-"""Settings that say where a model came from or how it is called, not what it answers."""
 
 _log = logging.getLogger(__name__)
 
@@ -138,45 +132,6 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         reason = str(error).splitlines()[-1].strip()
         hint = "the checkpoint belongs to another model: start again with `--overwrite`"
         raise UserError(f"the weights do not fit the model: {reason}", str(folder), hint) from None
-
-
-def weights_digest(
-    model: PreTrainedModel, own_name: Callable[[str], str | None] = str, dtype: torch.dtype | None = None
-) -> str:
-    """Return a digest of a model's architecture and of every weight's bytes, those that no gradient moves included.
-
-    Args:
-        model: The model.
-        own_name: Returns the name that a weight has in the model by itself; None for one that was added to it.
-        dtype: What the weights are taken to be held in; None: in what they are.
-    """
-    settings = {name: value for name, value in model.config.to_dict().items() if name not in _NO_PART_OF_A_MODEL}
-    parameters = dict(model.named_parameters())
-    # Of tied weights one counts.
-    counted = {
-        own: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if (name in parameters or not isinstance(tensor, torch.nn.Parameter)) and (own := own_name(name)) is not None
-    }
-    return tensors_digest(settings, counted, dtype)
-
-
-def tensors_digest(
-    settings: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
-) -> str:
-    """Return a digest of settings, and of the names and the bytes of tensors in their order.
-
-    Args:
-        settings: What decides how the tensors are used.
-        tensors: By name.
-        dtype: What those of floats are taken to be held in; None: in what they are.
-    """
-    whole = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=32)
-    for name, tensor in tensors.items():
-        held = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
-        whole.update(f"{name} {held.dtype} {tuple(held.shape)}".encode())
-        whole.update(held.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
 
 
 def _empty(folder: str, trust: Trust, held: Held) -> PreTrainedModel:

@@ -1,0 +1,148 @@
+"""Digests of weights: computed where the weights are, and the same for a tensor as a whole and in parts.
+
+Of each tensor Σ value · mix(index) mod 2⁶⁴ is summed in two lanes, over all 32 bits of its bytes; the sums, with the
+names, dtypes and shapes, are then digested as text. Bits count, not values: −0 is not 0, and one NaN is not another.
+
+This is for accidents, not for attackers: it tells a checkpoint, a cache or an adapter whether it belongs to these
+weights. Two models that differ by chance, by training or by a damaged disk share a digest about once in 2⁶⁵ cases;
+whoever can choose the weights can make two that share one. Files are sealed with SHA-256 instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SCHEME = "sums1:"
+"""What every digest begins with; another one is of another version of the program and says nothing about these."""
+
+_NO_PART_OF_A_MODEL = {"transformers_version", "_name_or_path", "architectures", "dtype", "use_cache"}
+"""Settings that say where a model came from or how it is called, not what it answers."""
+
+_ROW, _ROWS = 2**16, 16
+"""How many 32-bit units have factors of their own, and how many such rows are taken at a time: 16 MB in 64 bits."""
+_UNIT_BYTES = 4
+_FIRST_ROW = 2**48
+"""The index that the factors of rows begin with, far from those of units."""
+
+
+def weights_digest(
+    model: PreTrainedModel, own_name: Callable[[str], str | None] = str, dtype: torch.dtype | None = None
+) -> str:
+    """Return a digest of a model's architecture and of every weight's bytes, those that no gradient moves included.
+
+    Args:
+        model: The model.
+        own_name: Returns the name that a weight has in the model by itself; None for one that was added to it.
+        dtype: What the weights are taken to be held in; None: in what they are.
+    """
+    settings = {name: value for name, value in model.config.to_dict().items() if name not in _NO_PART_OF_A_MODEL}
+    parameters = dict(model.named_parameters())
+    # Of tied weights one counts.
+    counted = {
+        own: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if (name in parameters or not isinstance(tensor, torch.nn.Parameter)) and (own := own_name(name)) is not None
+    }
+    return tensors_digest(settings, counted, dtype)
+
+
+def tensors_digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """Return a digest of settings, and of the names and the bytes of tensors in their order.
+
+    Args:
+        settings: What decides how the tensors are used.
+        tensors: By name.
+        dtype: What those of floats are taken to be held in; None: in what they are.
+    """
+    whole = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=32)
+    held = [dtype if dtype and one.is_floating_point() else one.dtype for one in tensors.values()]
+    sums = [bit_sums(one, held=kind) for one, kind in zip(tensors.values(), held, strict=True)]
+    found = torch.stack(sums).tolist() if sums else []
+    for (name, tensor), kind, lanes in zip(tensors.items(), held, found, strict=True):
+        whole.update(f"{name} {kind} {tuple(tensor.shape)} {lanes}\n".encode())
+    return SCHEME + whole.hexdigest()
+
+
+@torch.no_grad()
+def bit_sums(part: Tensor, first: int = 0, held: torch.dtype | None = None) -> Tensor:
+    """Return two sums over the bits of a tensor, or of a part of it; those of its parts add up to those of the whole.
+
+    Args:
+        part: Elements that follow each other in the flattened tensor.
+        first: The index of the first of them in it.
+        held: The dtype that they are taken to be held in; None: in what they are.
+
+    Returns:
+        int64, `[2]`, on the tensor's device.
+    """
+    held = held or part.dtype
+    elements, sums = part.detach().reshape(-1), torch.zeros(2, dtype=torch.int64, device=part.device)
+    of_row, start = _ROW * _UNIT_BYTES // held.itemsize, 0
+    while start < len(elements):
+        row, place = divmod(first + start, of_row)
+        left = len(elements) - start
+        taken = min(_ROWS, left // of_row) * of_row if not place and left >= of_row else min(of_row - place, left)
+        block = elements[start : start + taken].to(held).view(torch.uint8)
+        sums += _sums_of_rows(_units(block, place * held.itemsize), row, place * held.itemsize // _UNIT_BYTES)
+        start += taken
+    return sums
+
+
+def _units(block: Tensor, first_byte: int) -> Tensor:
+    """Return bytes as 32-bit units; where only a part of one is there, the rest is 0, which adds nothing."""
+    before = first_byte % _UNIT_BYTES
+    after = -(before + len(block)) % _UNIT_BYTES
+    if before or after:
+        block = torch.nn.functional.pad(block, (before, after))
+    elif block.storage_offset() % _UNIT_BYTES:
+        block = block.clone()
+    return block.view(torch.int32)
+
+
+def _sums_of_rows(units: Tensor, row: int, place: int) -> Tensor:
+    """Return the sums of a part of a row, or of whole rows.
+
+    Args:
+        units: The units.
+        row: The index of the first row.
+        place: The index of the first unit in it.
+    """
+    wide = units.to(torch.int64).view(-1, min(len(units), _ROW))
+    factors = _factors(units.device)[:, place : place + wide.shape[1]]
+    rows = torch.arange(row, row + len(wide), dtype=torch.int64, device=units.device)
+    of_rows = _mixed(rows + _FIRST_ROW) | 1
+    return torch.stack([((wide * lane).sum(1) * of_rows).sum() for lane in factors])
+
+
+@functools.lru_cache(maxsize=8)
+def _factors(device: torch.device) -> Tensor:
+    """Return the factors of the units of a row in both lanes, `[2, _ROW]`, all odd, so that no bit is lost."""
+    mixed = _mixed(torch.arange(_ROW, dtype=torch.int64, device=device))
+    # The highest bit of a unit sees the 33 lowest bits of a factor alone: the lanes have different ones there.
+    return torch.stack((mixed | 1, _shifted(mixed, 31) | 1))
+
+
+def _mixed(index: Tensor) -> Tensor:
+    """Return 64 bits for each index that look random.
+
+    Source: SplitMix64, Steele et al. 2014, https://doi.org/10.1145/2660193.2660195.
+    """
+    x = (index + 1) * -0x61C8864680B583EB
+    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Shift 64 bits to the right and fill up with zeros; torch's own shift repeats the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
