@@ -28,6 +28,7 @@ from dpo_cli.preference.reference import Frozen, NoReference
 from dpo_cli.preference.reference_work import ReferenceWork
 from dpo_cli.training.learner import Learner, Skips
 from dpo_cli.training.optimizer import AdamW, schedule
+from dpo_cli.training.recuts import Recuts
 
 
 def prepare_pairs(
@@ -88,6 +89,7 @@ def train_in_process(
     dtype: torch.dtype = torch.float32,
     layout: str = "padded",
     max_skipped: int = 0,
+    recuts: Recuts | None = None,
     ways: dict[str, Any] | None = None,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Train and return the metrics of every step and the weights after the last."""
@@ -117,6 +119,7 @@ def train_in_process(
         accelerator=accelerator,
         max_grad_norm=max_grad_norm,
         skips=Skips(max_skipped),
+        recuts=recuts or Recuts(),
     )
     metrics = [result.metrics for result in learner.steps(plan, batches)]
     return metrics, {name: tensor.clone() for name, tensor in policy.state().items()}

@@ -17,6 +17,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import CannotPack
 from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.layouts import PADDED, Layout
+from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.modeling.precision import Precision
 from dpo_cli.modeling.scorer import Scorer
 
@@ -99,9 +100,9 @@ def prove(
         with autocast():
             found, norm = _answers(score, batch, len(beside), weights)
             found = torch.cat([found, *_scored_alone(score, layout, longer)])
-    except torch.OutOfMemoryError:
-        raise
     except REFUSALS as error:
+        if is_out_of_memory(error):
+            raise
         return Proof(refusal=_reason(error))
     difference = float((found - expected).abs().max())
     return Proof(difference, abs(norm - expected_norm) / expected_norm if trained else 0.0)
@@ -116,9 +117,9 @@ def asking(model: PreTrainedModel) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except REFUSALS as error:
+        if is_out_of_memory(error):
+            raise
         what = f"the model fails on the first pairs, {type(error).__name__}: {_first_line(error)}"
         raise UserError(what, type(model).__name__, "check the values in its config.json") from error
 

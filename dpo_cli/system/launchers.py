@@ -7,6 +7,7 @@ on to programs that were started alone. All of it is settled here, before anythi
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 from dpo_cli.errors import UserError
@@ -23,6 +24,9 @@ _IGNORED = {
     "ACCELERATE_MIXED_PRECISION": "`model.dtype` decides the precision",
 }
 
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""What torch reads, when CUDA starts, of how it takes memory: today's name, and older ones."""
+
 
 def is_main_process() -> bool:
     """Tell, before Accelerate is imported, whether this process is the one that speaks."""
@@ -34,6 +38,7 @@ def is_main_process() -> bool:
 def settle_environment() -> list[str]:
     """Remove from the environment what was left there for others; return a line for each thing that is ignored.
 
+    How torch takes a GPU's memory is set there, unless somebody set it.
     A single process without an address to meet others at is not a rank of a run, whatever it is called.
     """
     lines = []
@@ -47,6 +52,9 @@ def settle_environment() -> list[str]:
         if (value := os.environ.get(name, "no")).lower() not in ("", "no"):
             del os.environ[name]
             lines.append(f"ignoring {name}={value} in the environment: {reason}")
+    if sys.platform == "linux" and not any(name in os.environ for name in _ALLOCATOR):
+        # Passes have a size of their own each; else what one leaves free is often too short for the next.
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
     return lines
 
 

@@ -12,12 +12,23 @@ from accelerate.utils import gather_object
 
 from dpo_cli.data.prepared.step_plan import Plan, Step
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference.losses.base import Statistics
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import OpenReference
 from dpo_cli.preference.scoring import ExpertLoad, score_pairs, score_step, step_info
-from dpo_cli.training.state import OPTIMIZER, REFERENCE, LearnerState, check_fits, optimizer_to_tensors, rates_at
+from dpo_cli.training.recuts import Recuts
+from dpo_cli.training.state import (
+    OPTIMIZER,
+    REFERENCE,
+    LearnerState,
+    check_fits,
+    optimizer_to_tensors,
+    random_states,
+    rates_at,
+    restore_random_states,
+)
 from dpo_cli.training.step_sums import StepSums
 
 if TYPE_CHECKING:
@@ -94,6 +105,7 @@ class Learner:
         accelerator: Synchronises ranks; its `gradient_accumulation_steps` must be 1.
         max_grad_norm: Where gradients are clipped, or None.
         skips: The steps that were not taken.
+        recuts: The steps that were cut again since memory ran out.
         statistics: What the objective keeps from step to step.
         asked_to_stop: Whether this process was asked to stop; looked at once a step.
     """
@@ -106,6 +118,7 @@ class Learner:
     accelerator: Accelerator
     max_grad_norm: float | None = None
     skips: Skips = field(default_factory=lambda: Skips(0))
+    recuts: Recuts = field(default_factory=Recuts)
     statistics: Statistics = field(default_factory=dict)
     asked_to_stop: Callable[[], bool] = lambda: False
 
@@ -125,8 +138,39 @@ class Learner:
             NotFinite: A step would have spoiled the weights, and may not be skipped. It was not taken.
         """
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
-        for step in plan.steps(batches.cut, self.done, rank, num_ranks):
-            yield self.take(step, batches)
+        while self.done < plan.num_steps:
+            at_hand = self.recuts.batches(batches, self.done + 1)
+            for step in plan.steps(at_hand.cut, self.done, rank, num_ranks):
+                if self.recuts.batches(batches, step.number).micro_batch_tokens != at_hand.micro_batch_tokens:
+                    break
+                result = self._take_or_recut(step, at_hand)
+                if result is None:
+                    break
+                yield result
+
+    def _take_or_recut(self, step: Step, batches: Batches) -> StepResult | None:
+        """Take one step; or, where memory runs out in its passes, undo them and let it be cut again.
+
+        Returns:
+            The result, or None where the step has to be taken again.
+        """
+        if not self.recuts.allowed:
+            return self.take(step, batches)
+        random = random_states(self.accelerator.process_index)
+        try:
+            added_up = self._add_up_gradients(step, batches)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or not self.recuts.halve(step, batches):
+                raise
+            added_up = None
+        if added_up:
+            return self._finish(step, *added_up)
+        # Only now is the error gone, whose traceback held what was computed.
+        self.optimizer.zero_grad()
+        restore_random_states(random, self.accelerator.process_index)
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return None
 
     def take(self, step: Step, batches: Batches) -> StepResult:
         """Take one step.
@@ -134,7 +178,14 @@ class Learner:
         Raises:
             NotFinite: It would have spoiled the weights, and may not be skipped. It was not taken.
         """
-        sums, not_finite, further = self._add_up_gradients(step, batches)
+        return self._finish(step, *self._add_up_gradients(step, batches))
+
+    def _finish(self, step: Step, sums: StepSums, not_finite: list[int], further: dict[str, float]) -> StepResult:
+        """Move the weights by the gradients that were added up.
+
+        Raises:
+            NotFinite: As `take`.
+        """
         if self.asked_to_stop():
             sums.ask_to_stop()
         metrics, num_tokens, stop = sums.reduce(self.accelerator)

@@ -18,6 +18,7 @@ from torch.backends import cpu
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.determinism import gpu_software
+from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.system.storage import DamagedFolder
 
 if TYPE_CHECKING:
@@ -190,8 +191,10 @@ def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
         learner.restore(state)
         now = surroundings(accelerator)
         if record.surroundings.get("processes") == now["processes"]:
-            _restore_random_states(random, accelerator.process_index)
+            restore_random_states(random, accelerator.process_index)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DamagedFolder, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         hint = "remove that folder to continue from an older checkpoint, or start again with `--overwrite`"
         raise UserError(f"`{path.name}` is not a checkpoint of this run: {error}", str(path), hint) from error
     learner.policy.restore(path)
@@ -300,7 +303,8 @@ def random_states(rank: int) -> dict[str, Tensor]:
     return states
 
 
-def _restore_random_states(states: dict[str, Tensor], rank: int) -> None:
+def restore_random_states(states: dict[str, Tensor], rank: int) -> None:
+    """Bring this process's random generators back to what `random_states` returned."""
     torch.set_rng_state(states[f"cpu.{rank}"])
     if torch.cuda.is_available() and f"cuda.{rank}" in states:
         torch.cuda.set_rng_state(states[f"cuda.{rank}"])

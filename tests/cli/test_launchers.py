@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def test_a_process_that_is_alone_speaks_and_says_what_it_ignores(left, variables
     assert is_main_process()
     assert not refused()
     assert settle_environment() == []
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_memory_of_a_gpu_is_taken_in_segments_that_grow_unless_the_user_has_said_how(monkeypatch, name):
+    for other in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"):
+        monkeypatch.setenv(other, "")
+        monkeypatch.delenv(other)
+    settle_environment()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv(name, "max_split_size_mb:64")
+    settle_environment()
+    assert {key: value for key, value in os.environ.items() if key.endswith("ALLOC_CONF")} == {
+        name: "max_split_size_mb:64"
+    }
 
 
 @pytest.mark.parametrize("world", ["1", "2"])

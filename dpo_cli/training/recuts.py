@@ -1,0 +1,45 @@
+"""Steps that are cut again, since memory ran out: from which step on micro-batches have fewer tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from dpo_cli.data.prepared.step_plan import Step
+from dpo_cli.modeling.batch import Batches
+
+Changed = Callable[[int, int], None]
+"""Called with a step, and the tokens of a forward pass from that step on."""
+
+
+@dataclass
+class Recuts:
+    """Which steps of a run have smaller micro-batches than those before them.
+
+    Attributes:
+        allowed: Whether a step may be cut again where memory runs out.
+        tokens: The most tokens of a forward pass, by the first step that they hold for.
+        changed: Called after a change.
+    """
+
+    allowed: bool = False
+    tokens: dict[int, int] = field(default_factory=dict)
+    changed: Changed = lambda step, tokens: None
+
+    def batches(self, batches: Batches, step: int) -> Batches:
+        """Return the batches as a step cuts them."""
+        before = [first for first in self.tokens if first <= step]
+        return dataclasses.replace(batches, micro_batch_tokens=self.tokens[max(before)]) if before else batches
+
+    def halve(self, step: Step, batches: Batches) -> bool:
+        """Let a step and all later ones have passes of half the tokens; return False where that changes nothing."""
+        num_tokens = batches.micro_batch_tokens
+        while num_tokens > 1 and any(len(cut.pairs) > 1 for cut in step.micro_batches):
+            num_tokens //= 2
+            cuts = dataclasses.replace(batches, micro_batch_tokens=num_tokens).cut(step.pairs)
+            if len(cuts) > len(step.micro_batches):
+                self.tokens[step.number] = num_tokens
+                self.changed(step.number, num_tokens)
+                return True
+        return False
