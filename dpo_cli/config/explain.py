@@ -30,7 +30,9 @@ def explain(error: ValidationError, tree: Tree) -> list[UserError]:
         if detail["type"].startswith("union_tag"):
             path = (*path, "type")
         found.setdefault(path, []).append(detail)
-    paths = sorted((path for path in found if not tree.is_reported(path)), key=tree.order)
+    # Where a text or a list of them is asked for, a wrong member is no reason to complain of the list as well.
+    groups = {path[:length] for path in found for length in range(len(path))}
+    paths = sorted((path for path in found.keys() - groups if not tree.is_reported(path)), key=tree.order)
     return _with_one_list([_explain_one(path, found[path], tree) for path in paths])
 
 
@@ -86,8 +88,12 @@ def contradictions(config: Config, tree: Tree) -> list[UserError]:
 
 def _of_the_adapter(config: Config, tree: Tree) -> Iterator[UserError]:
     """Find what does not go together with an adapter."""
-    adapter, reference = config.adapter, config.reference
+    adapter, reference, quantize = config.adapter, config.reference, config.model.quantize
     if adapter is None:
+        if quantize is not None:
+            what = f"`model.quantize: {quantize}` needs an adapter: weights of so few bits cannot be trained"
+            hint = "set `adapter: lora`, or leave `model.quantize` out"
+            yield UserError(what, tree.place(("model", "quantize")), hint)
         return
     comparing = ", ".join(f"`{loss.type}`" for loss in config.objective.losses if loss.compares_pairs)
     if adapter.drops_out and comparing:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dpo_cli.config.schema import Config, changeable
+from dpo_cli.config.start_adapter import changed_start
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source, look_up_source, paths_of
 from dpo_cli.errors import UserError, raise_all
 from dpo_cli.modeling.adapters.files import holds_adapter, read_start
@@ -77,7 +78,10 @@ def check_training(config: Config, *, resume: bool, overwrite: bool, dry_run: bo
     found = (one for one in (unusable, missing) if one)
     raise_all([*check_inputs(config), *_check_alone(config), *untracked, *found])
     if resume:
-        folder.check_unchanged(config.model_dump(mode="json"), changeable())
+        now = config.model_dump(mode="json"), changeable()
+        if changed := changed_start(config, folder.changes(*now)):
+            raise changed
+        folder.check_unchanged(*now)
 
 
 def _check_alone(config: Config) -> Iterator[UserError]:

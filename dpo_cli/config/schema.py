@@ -263,13 +263,6 @@ class Config(Settings):
     output_dir: Annotated[PathText, MAY_CHANGE] = Field("", json_schema_extra={"default": "runs/NAME"})
     """The run's folder; by default `runs/` and the name of the configuration file."""
 
-    @model_validator(mode="after")
-    def _check_quantize(self) -> Self:
-        if self.model.quantize is not None and self.adapter is None:
-            what = f"`model.quantize: {self.model.quantize}` needs an adapter: weights of so few bits cannot be trained"
-            raise contradiction(what, "set `adapter: lora`, or leave `model.quantize` out")
-        return self
-
     @property
     def objective(self) -> Objective:
         """What the run minimises."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,12 @@ from dpo_cli.config.tree import Tree
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.files import AdapterFolder, read_adapter
 from dpo_cli.modeling.adapters.settings import ALL_LINEAR, is_named
+from dpo_cli.settings import located
 from dpo_cli.system import plain_yaml
+from dpo_cli.training.run_folder import RunFolder, RunState
+
+_OWN = ("rank", "alpha", "targets", "dora", "rslora")
+"""Settings that an adapter's folder decides."""
 
 
 def with_settings_of_start(config: Config) -> Config:
@@ -30,13 +35,53 @@ def other_than_start(config: Config, tree: Tree) -> Iterator[UserError]:
     adapter = config.adapter
     if adapter is None or (found := _start_of(config)) is None:
         return
+    noted = []
     for name, theirs in _settings(found).items():
         ours = getattr(adapter, name)
         if name in adapter.model_fields_set and ours != theirs and not (name == "targets" and _may_be(ours, found)):
-            shown, other = (f"{one:g}" if isinstance(one, float) else plain_yaml.written(one) for one in (ours, theirs))
-            what = f"`adapter.{name}` is {shown}, but {other} in the adapter that training goes on from"
-            hint = f"leave `adapter.{name}` out: it is taken from `{adapter.start}`"
-            yield UserError(what, tree.place(("adapter", name)), hint)
+            place = tree.place(("adapter", name))
+            if _is_of_a_run(place, tree):
+                noted.append(f"`adapter.{name}` was {_shown(ours)} and is {_shown(theirs)}")
+                continue
+            what = f"`adapter.{name}` is {_shown(ours)}, but {_shown(theirs)} in the adapter that training goes on from"
+            yield UserError(what, place, f"leave `adapter.{name}` out: it is taken from `{adapter.start}`")
+    if noted:
+        yield _changed(str(adapter.start), noted, tree.place(("adapter", "start")))
+
+
+def changed_start(config: Config, changes: Mapping[str, str]) -> UserError | None:
+    """Say that the adapter that training goes on from is another than when the run was started, if it is known.
+
+    Args:
+        config: What a run is to be resumed with.
+        changes: Which of the settings are not those of the run, in words, by name.
+    """
+    if config.adapter is None or config.adapter.start is None or "adapter.start" in changes:
+        return None
+    own = [line for name, line in changes.items() if name.removeprefix("adapter.") in _OWN]
+    return _changed(config.adapter.start, own, "`adapter.start`") if own else None
+
+
+def _changed(start: str, what: Sequence[str], place: str) -> UserError:
+    """Say that an adapter that training goes on from has changed since the run was started."""
+    hint = (
+        "restore its folder, or name where the adapter is now, as in `adapter.start=PATH`; to train from what is there "
+        "now, start a new run in another `output_dir` with a configuration that leaves these settings out"
+    )
+    changed = f"the start adapter {located(start)} is not the one that the run was started with: {'; '.join(what)}"
+    return UserError(changed, place, hint)
+
+
+def _is_of_a_run(place: str, tree: Tree) -> bool:
+    """Tell whether a place is in the config.yaml that a run has written, which has all settings of the adapter."""
+    file = Path(tree.places.get((), ""))
+    run = RunFolder(file.parent)
+    written = file.name == run.config.name and run.state() in (RunState.STARTED, RunState.FINISHED)
+    return written and place.startswith(str(file))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else plain_yaml.written(value)
 
 
 def _start_of(config: Config) -> AdapterFolder | None:
@@ -51,14 +96,8 @@ def _start_of(config: Config) -> AdapterFolder | None:
 
 def _settings(found: AdapterFolder) -> dict[str, Any]:
     """Return the settings of an adapter that decide its layers and what they compute."""
-    targets = found.targets if isinstance(found.targets, str) else list(found.targets)
-    return {
-        "rank": found.rank,
-        "alpha": found.alpha,
-        "targets": targets,
-        "dora": found.dora,
-        "rslora": found.rslora,
-    }
+    settings = {name: getattr(found, name) for name in _OWN}
+    return settings | {"targets": found.targets if isinstance(found.targets, str) else list(found.targets)}
 
 
 def _may_be(targets: str | list[str], found: AdapterFolder) -> bool:

@@ -121,6 +121,8 @@ def override(tree: Tree, text: str) -> UserError | None:
     if (problem := _misplaced(group, path[-1], path[:-1], where)) is not None:
         return problem
     group[int(path[-1]) if isinstance(group, list) else path[-1]] = parsed
+    # What the file says of it no longer counts.
+    tree.places = {known: place for known, place in tree.places.items() if known[: len(path)] != tuple(path)}
     tree.places[tuple(path)] = where
     return None
 

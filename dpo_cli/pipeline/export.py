@@ -15,6 +15,7 @@ from dpo_cli.config import Config
 from dpo_cli.config.exporting import Merging
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
+from dpo_cli.modeling.adapters.adapted import START_ADAPTER
 from dpo_cli.modeling.folders import tokenizers
 from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.modeling.folders.tokenizers import end_at
@@ -31,6 +32,7 @@ from dpo_cli.reporting.card import model_card
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.environment import versions
 from dpo_cli.reporting.tables import HELD_OUT, figures_table
+from dpo_cli.settings import located
 from dpo_cli.system.storage import remove_strays_of
 from dpo_cli.training.checkpoints import beginning_of
 from dpo_cli.training.run_folder import RunFolder
@@ -149,9 +151,12 @@ def _check_base(policy: Policy, merging: Merging) -> None:
         UserError: It is another.
     """
     if (known := beginning_of(merging.adapter)) and (other := policy.began_with(known)):
-        setting = "model.name" if other == "model" else "adapter.start"
-        what = f"the {'base' if other == 'model' else other} is not the one that the adapter was trained on"
-        raise UserError(what, f"`{setting}`", f"restore it, or name it where it is now, as in `{setting}=PATH`")
+        adapter = merging.config.adapter
+        start = adapter.start if adapter else None
+        setting, name = ("model.name", merging.config.model.name) if other == "model" else ("adapter.start", start)
+        named = f"the {'base' if other == 'model' else other}{f' {located(name)}' if name else ''}"
+        hint = f"restore it, or name it where it is now, as in `{setting}=PATH`"
+        raise UserError(f"{named} is not the one that the adapter was trained on", f"`{setting}`", hint)
 
 
 def _give_adapter(policy: Policy, merging: Merging, tokenizer: Any) -> None:

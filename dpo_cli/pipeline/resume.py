@@ -11,6 +11,7 @@ from pathlib import Path
 from dpo_cli.config import Config, resolved_yaml
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.modeling.adapters.adapted import START_ADAPTER
 from dpo_cli.pipeline.session import Session
 from dpo_cli.reporting.environment import environment
 from dpo_cli.reporting.trackers import TrackedRun, start_trackers
@@ -51,7 +52,9 @@ def begin(
     """
     checkpoint: Path | None = None
     if resume and session.accelerator.is_main_process:
-        checkpoint = newest_whole(folder.checkpoints, fingerprints)
+        adapter = session.config.adapter
+        sources = {START_ADAPTER: adapter.start if adapter else None}
+        checkpoint = newest_whole(folder.checkpoints, fingerprints, sources)
     checkpoint = session.agreed(checkpoint)
     # What is there is kept until it is known that the run can go on from it.
     restored = restore_checkpoint(checkpoint, learner) if checkpoint else None

@@ -24,6 +24,7 @@ from accelerate.utils import gather_object
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.digests import SCHEME
 from dpo_cli.modeling.folders.saving import saved_folder
+from dpo_cli.settings import located
 from dpo_cli.system.storage import DamagedFolder, discard, make_folder, read_manifest, remove_strays, verify
 from dpo_cli.training.learner import Learner, NotFinite
 from dpo_cli.training.run_folder import checkpoints_in, step_of
@@ -135,12 +136,15 @@ def prune(folder: Path, keep: int, step: int) -> None:
         discard(path)
 
 
-def newest_whole(folder: Path, fingerprints: Mapping[str, str]) -> Path | None:
+def newest_whole(
+    folder: Path, fingerprints: Mapping[str, str], sources: Mapping[str, str | None] | None = None
+) -> Path | None:
     """Return the newest checkpoint of this run whose every byte is as it was saved; say which were passed over.
 
     Args:
         folder: The folder of checkpoints.
         fingerprints: Digests of what the run needs to find unchanged.
+        sources: Where some of that was read from, by the names of the digests.
 
     Raises:
         UserError: There are checkpoints, and none is whole and of this run.
@@ -166,7 +170,8 @@ def newest_whole(folder: Path, fingerprints: Mapping[str, str]) -> Path | None:
         _log.warning("skipping the checkpoint %s: the %s is not this run's", path, other)
         about = f" ({_REASONS[other]})" if other in _REASONS else ""
         hint = f"restore the {other} that the run was started with{about}, or start again with `--overwrite`"
-        what = f"the {other} is not the one that the run was started with"
+        source = (sources or {}).get(other)
+        what = f"the {other}{f' {located(source)}' if source else ''} is not the one that the run was started with"
         refusal = refusal or UserError(what, str(path), hint)
     if refusal:
         raise refusal

@@ -254,20 +254,31 @@ class RunFolder:
         Raises:
             UserError: Settings differ that would make it another run.
         """
-        if not self.config.is_file():
-            return
         hint = "restore them, or start a new run in another `output_dir`"
+        if changed := self.changes(settings, changeable):
+            what = f"a run cannot be resumed with other settings: {'; '.join(changed.values())}"
+            raise UserError(what, str(self.config), hint)
+
+    def changes(self, settings: dict[str, Any], changeable: Collection[str]) -> dict[str, str]:
+        """Return by name which settings are not those that the run was started with, and what they were and are.
+
+        Args:
+            settings: As for `check_unchanged`.
+            changeable: As for `check_unchanged`.
+
+        Raises:
+            UserError: Those that it was started with cannot be read.
+        """
+        if not self.config.is_file():
+            return {}
         before, now = _deciding(self._started_with(), changeable), _deciding(settings, changeable)
         named = before.keys() | now.keys()
         # A group that was null, or has become it, is named as a whole.
-        changed = [
-            f"`{name}` was {_shown(was)} and is {_shown(asked)}"
+        return {
+            name: f"`{name}` was {_shown(was)} and is {_shown(asked)}"
             for name in sorted(name for name in named if name.rpartition(".")[0] not in named)
             if (was := _value(before, name)) != (asked := _value(now, name))
-        ]
-        if changed:
-            what = f"a run cannot be resumed with other settings: {'; '.join(changed)}"
-            raise UserError(what, str(self.config), hint)
+        }
 
     def _started_with(self) -> dict[str, Any]:
         """Return the settings that the run was started with.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -163,6 +164,52 @@ def test_an_adapter_whose_bytes_are_not_those_that_were_saved_is_refused(write_c
     weights.write_bytes(content)
     with pytest.raises(dpo_cli.UserError, match=r"is damaged: adapter_model.safetensors does not have the bytes"):
         dpo_cli.train(write_config("second", adapter={"start": str(first / "final")}))
+
+
+@pytest.fixture
+def begun(write_config, tiny_llama, tmp_path):
+    """The configuration and the folder of a run that went on from an adapter, which lies in another folder."""
+    start = save_adapter(tiny_llama, tmp_path / "sft", rank=3, **TWO)
+    file = write_config(adapter={"start": str(start)}, training={"max_steps": 2}, checkpoints={"every_steps": 1})
+    return file, trained(file), start
+
+
+@pytest.mark.parametrize(
+    ("settings", "was"),
+    [
+        ({"rank": 4}, "`adapter.rank` was 3 and is 4"),
+        ({"rank": 3, "lora_alpha": 16}, "`adapter.alpha` was 8.* and is 16"),
+        ({"rank": 3, "target_modules": ["q_proj"]}, r"`adapter.targets` was \[.*q_proj.*\] and is \[.*q_proj.*\]"),
+        ({"rank": 3, "seed": 2}, ""),
+    ],
+    ids=["rank", "alpha", "targets", "weights"],
+)
+def test_a_start_that_has_changed_is_named_where_the_run_is_resumed_or_exported(
+    begun, tiny_llama, tmp_path, settings, was
+):
+    """Whatever of it has changed, and whether the settings are the user's or those that the run wrote down."""
+    file, run, start = begun
+    shutil.rmtree(run / "final")
+    shutil.rmtree(start)
+    save_adapter(tiny_llama, start, **{**TWO, **settings})
+    named = re.escape(f"the start adapter `{start}` is not the one that the ")
+    attempts = [
+        lambda: trained(file, resume=True),
+        lambda: trained(run / "config.yaml", resume=True),
+        lambda: dpo_cli.export(run / "checkpoints/step-000002", tmp_path / "merged"),
+    ]
+    for attempt in attempts:
+        with pytest.raises(dpo_cli.UserError, match=f"{named}.*{was}") as refused:
+            attempt()
+        assert "restore" in refused.value.hint
+    assert not (tmp_path / "merged").exists()
+
+
+def test_what_is_set_otherwise_on_the_command_line_is_no_change_of_the_start(begun):
+    _, run, start = begun
+    with pytest.raises(dpo_cli.UserError, match="`adapter.rank` is 8, but 3") as refused:
+        load_config(run / "config.yaml", ["adapter.rank=8"])
+    assert refused.value.hint == f"leave `adapter.rank` out: it is taken from `{start}`"
 
 
 def test_the_manifest_of_a_whole_model_says_what_it_always_said(write_config):

@@ -9,9 +9,9 @@ import contextlib
 import re
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.files import AdapterFolder, read_adapter, read_start
@@ -89,19 +89,19 @@ class Lora(AdapterSettings):
     rslora: bool = False
     """rsLoRA: the scale is alpha / √r. Source: Kalajdzievski 2023, arXiv 2312.03732."""
 
-    @model_validator(mode="after")
-    def _check_targets(self) -> Self:
-        if isinstance(self.targets, list) and not all(self.targets):
+    @field_validator("targets")
+    @classmethod
+    def _check_targets(cls, targets: str | list[str]) -> str | list[str]:
+        if isinstance(targets, list) and not all(targets):
             raise contradiction("`adapter.targets` has an empty name", "remove it")
-        if isinstance(self.targets, str) and self.targets != ALL_LINEAR:
+        if isinstance(targets, str) and targets != ALL_LINEAR:
             try:
-                re.compile(self.targets)
+                re.compile(targets)
             except re.error as error:
                 what = f"`adapter.targets` is no regular expression: {error}"
-                raise contradiction(
-                    what, f"set {ALL_LINEAR}, a list of names, or a pattern such as `.*_proj`"
-                ) from None
-        return self
+                hint = f"set {ALL_LINEAR}, a list of names, or a pattern such as `.*_proj`"
+                raise contradiction(what, hint) from None
+        return targets
 
     @property
     def title(self) -> str:
