@@ -61,7 +61,7 @@ def check_export(named: Path, to: Path, overrides: Sequence[str], *, merge: bool
     if config.adapter is not None:
         problems.append(_check_merges(adapter, merge=merge))
         moved = _moved_base(adapter, config)
-        problems += [moved] if moved else [_of_run(problem, run) for problem in check_inputs(config)]
+        problems += [moved] if moved else [_of_run(problem, run, config) for problem in check_inputs(config)]
     raise_all(problem for problem in problems if problem)
     return Merging(run, config, adapter, to)
 
@@ -190,10 +190,11 @@ def _moved_base(adapter: Path, config: Config) -> UserError | None:
     )
 
 
-def _of_run(problem: UserError, run: RunFolder) -> UserError:
+def _of_run(problem: UserError, run: RunFolder, config: Config) -> UserError:
     """Say of what the run was given and is gone that it is named in the run's own configuration."""
     if problem.where in _PACKAGES:
         return problem
-    moved = "name what moved, as in `data.train=PATH` or `adapter.start=PATH`"
+    start = " or `adapter.start=PATH`" if config.adapter and config.adapter.start else ""
+    moved = f"name what moved, as in `data.train=PATH`{start}"
     hint = f"{problem.hint}; or start the command where the run was started, or {moved}"
     return UserError(problem.what, f"{problem.where or 'the configuration'}, {run.config}", hint)

@@ -9,13 +9,14 @@ from dpo_cli.config.schema import Config, changeable
 from dpo_cli.config.start_adapter import changed_start
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source, look_up_source, paths_of
 from dpo_cli.errors import UserError, raise_all
-from dpo_cli.modeling.adapters.files import holds_adapter, read_start
+from dpo_cli.modeling.adapters.files import holds_adapter, may_be_start, read_start
 from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.folders.model_names import (
     check_model,
     look_up_model,
     missing_weights,
     names_hub_model,
+    same_model,
     whole_model,
 )
 from dpo_cli.reporting.console import STANDARD_OUTPUT
@@ -87,13 +88,11 @@ def check_training(config: Config, *, resume: bool, overwrite: bool, dry_run: bo
 def _check_alone(config: Config) -> Iterator[UserError]:
     """Refuse an adapter to be trained on another one."""
     name = config.model.name
-    if config.adapter is not None and holds_adapter(name):
-        base = whole_model(name)
-        shown = "its base" if base == name else f"`{base}`"
-        hint = (
-            f"to go on with it, set `model` to {shown} and `adapter.start: {name}`; to train another adapter, merge it "
-            f"first: `dpo export {name} --to DIR --merge`"
-        )
+    # What is wrong with that one is reported elsewhere.
+    if config.adapter is not None and holds_adapter(name) and not check_model(name, trust=config.model.trust):
+        merge = f"to train another adapter, merge it first: `dpo export {name} --to DIR --merge`"
+        go_on = f"to go on with it, set `model` to `{whole_model(name)}` and `adapter.start: {name}`; "
+        hint = go_on + merge if may_be_start(name) else merge
         yield UserError(f"`{name}` is an adapter itself, beside which no other is trained", "`model.name`", hint)
 
 
@@ -170,13 +169,16 @@ def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]
 
 def _check_reference(name: str, config: Config) -> UserError | None:
     """Say what is wrong with a reference that is a model of its own."""
-    if holds_adapter(name):
+    problem = check_model(name, "`reference.model`", config.model.trust)
+    if problem or not holds_adapter(name):
+        return problem
+    hint = f"merge it: `dpo export {name} --to DIR --merge`, and name that folder"
+    if may_be_start(name) and same_model(whole_model(name), config.model.name):
         hint = (
-            "to train on from it, set `adapter.start` and leave `reference.model` out: the reference is then the base "
-            f"with that adapter; else merge it first: `dpo export {name} --to DIR --merge`"
+            f"to train on from it, set `adapter.start: {name}` and leave `reference.model` out: the reference is then "
+            f"the base with that adapter; else {hint}"
         )
-        return UserError(f"`{name}` is an adapter, and a reference is a whole model", "`reference.model`", hint)
-    return check_model(name, "`reference.model`", config.model.trust)
+    return UserError(f"`{name}` is an adapter, and a reference is a whole model", "`reference.model`", hint)
 
 
 def _check_start(name: str | None) -> UserError | None:

@@ -15,7 +15,6 @@ from dpo_cli.config import Config
 from dpo_cli.config.exporting import Merging
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
-from dpo_cli.modeling.adapters.adapted import START_ADAPTER
 from dpo_cli.modeling.folders import tokenizers
 from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.modeling.folders.tokenizers import end_at

@@ -27,6 +27,7 @@ from dpo_cli.preference.reference_work import refuse_other_shapes
 from dpo_cli.reporting.console import Console, gib
 from dpo_cli.reporting.progress import clock
 from dpo_cli.training.checkpoints import newest_step
+from dpo_cli.training.checks import check_base_by_name
 from dpo_cli.training.run_folder import RunFolder
 
 _TOKENS_ON_CPU = 512
@@ -41,6 +42,9 @@ def show_forecast(run: PlannedRun, *, resume: bool) -> None:
     """
     session, policy, pairs = run.session, run.sketch, run.data.pairs
     check_data(run)
+    if session.config.adapter and session.config.adapter.start:
+        for line in check_base_by_name(Path(session.config.adapter.start), session.config.model.name):
+            session.console.notice(line)
     if session.config.reference.type == "synced":
         refuse_other_shapes(run.reference, policy)
     batches = Batches(pairs, expected_layout(session, policy, pairs), 1, session.accelerator.device)

@@ -19,7 +19,7 @@ from dpo_cli.data.prepared.folder import PreparedPairs, Reading
 from dpo_cli.data.prepared.writing import prepare
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapters.files import holds_adapter
+from dpo_cli.modeling.adapters.files import holds_adapter, may_be_start
 from dpo_cli.modeling.folders.model_files import most_tokens
 from dpo_cli.modeling.folders.model_names import whole_model
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer, own_template
@@ -54,7 +54,13 @@ def described(console: Console, model: str | None, data: str | None) -> str:
         console.notice(
             f"{model} is an adapter of {whole_model(model or '')}: the configuration lets training go on from it"
         )
-    return starting_text(model and whole_model(model), found_model, data, found_data)
+        model = whole_model(model or "")
+    elif model and holds_adapter(model):
+        console.warning(
+            f"{model} is an adapter that training cannot go on from, since its layers differ in rank or alpha: it is "
+            f"merged into {whole_model(model)}, all of whose weights train"
+        )
+    return starting_text(model, found_model, data, found_data)
 
 
 def _say_what_was_found(console: Console, data: DataFound, model: ModelFound | None) -> None:
@@ -76,7 +82,7 @@ def _look_at_model(name: str, tokenizer: Any) -> ModelFound:
     """Count parameters by the model's settings, without its weights; of an adapter, those of its base."""
     policy = Policy.empty(name)
     template = None if tokenizer.chat_template else "plain"
-    start = name if holds_adapter(name) else None
+    start = name if holds_adapter(name) and may_be_start(name) else None
     if start and (own := own_template(start, load_tokenizer(whole_model(start)).chat_template)):
         template = str(own)
     return ModelFound(policy.sizes().numbers, most_tokens(policy.model.config), template, start)

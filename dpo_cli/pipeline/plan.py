@@ -10,6 +10,7 @@ from dpo_cli.config import Config
 from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapters.adapted import above_full_rank
 from dpo_cli.modeling.adapters.files import holds_adapter
 from dpo_cli.modeling.folders.model_names import whole_model
 from dpo_cli.modeling.folders.tokenizers import generation_config
@@ -110,7 +111,7 @@ def check_data(run: PlannedRun) -> None:
     for proved in check_tokens(data.pairs, run.tokenizer, ends):
         console.notice(f"checked: {proved}")
     found = check_ends(data.pairs, run.tokenizer, ends), check_columns(data.pairs, config.objective)
-    for warning in (unusual_rate(config), _unreached_experts(run.sketch), *found):
+    for warning in (unusual_rate(config), _useless_rank(run.sketch), _unreached_experts(run.sketch), *found):
         if warning:
             console.warning(warning)
 
@@ -123,6 +124,17 @@ def _unreached_experts(sketch: Policy) -> str:
     sizes = sketch.sizes()
     shown = f"{num_experts:,} of the model's {sizes.numbers - sizes.num_trained:,} weights"
     return f"{shown} are in experts that have no adapter: they stay as they are"
+
+
+def _useless_rank(sketch: Policy) -> str:
+    """Say so where an adapter has a larger rank than the product of its matrices can have."""
+    if not (found := above_full_rank(sketch.model)):
+        return ""
+    shown = ", ".join(f"{name} ({side})" for name, side in found.items())
+    return (
+        f"`adapter.rank` is above the smaller side of a matrix: {shown}; no more rank than that has an effect there, "
+        "and the rest takes memory: lower it, or leave these layers out of `adapter.targets`"
+    )
 
 
 def unusual_rate(config: Config) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.tokens.token_checks import RESPONSES_CUT
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.files import read_adapter
+from dpo_cli.modeling.adapters.fit import adapter_weights
 from dpo_cli.modeling.folders.model_files import most_tokens
 from dpo_cli.modeling.folders.model_names import same_model
 from dpo_cli.modeling.logps import SequenceLogps
@@ -75,11 +76,9 @@ def check_base(policy: Policy, start: Path, name: str, where: str = "`adapter.st
     Raises:
         UserError: It is another base: held in the same way, it had other weights or settings.
     """
-    known: Mapping[str, str] = {}
-    with contextlib.suppress(DamagedFolder):
-        known, held = beginning_of(start), read_manifest(start).get(HELD, "another way")
-    if "model" in known:
-        if policy.is_beside(known["model"]):
+    if digest := _digest_of_base(start):
+        held = read_manifest(start).get(HELD, "another way")
+        if policy.is_beside(digest):
             return
         if held == policy.held_as:
             what = f"the adapter `{start}` belongs to another base: `{name}` has other weights or settings"
@@ -89,8 +88,41 @@ def check_base(policy: Policy, start: Path, name: str, where: str = "`adapter.st
             f"the adapter `{start}` was trained beside a base held in {held}, which is held in {policy.held_as} here: "
             "whether it is the same is not known"
         )
-    elif (named := read_adapter(start).base) and not same_model(named, name):
-        yield f"the adapter `{start}` names its base `{named}`: whether `{name}` is the same is not known"
+    else:
+        yield from _named_otherwise(start, name)
+
+
+def check_base_by_name(start: Path, name: str) -> Iterator[str]:
+    """Check of an adapter that training is to go on from what needs no weights of its base; yield what remains.
+
+    Args:
+        start: The folder of that adapter.
+        name: How the base is named here.
+
+    Raises:
+        UserError: The adapter is not finite.
+    """
+    adapter_weights(read_adapter(start))
+    if _digest_of_base(start):
+        yield (
+            f"not checked without weights: whether `{name}` has those that the adapter `{start}` was trained beside; "
+            "a run compares them before step 1"
+        )
+    else:
+        yield from _named_otherwise(start, name)
+
+
+def _digest_of_base(adapter: Path) -> str | None:
+    """Return the digest of the base that an adapter was trained beside, where a run has noted it."""
+    with contextlib.suppress(DamagedFolder):
+        return beginning_of(adapter).get("model")
+    return None
+
+
+def _named_otherwise(adapter: Path, name: str) -> Iterator[str]:
+    """Say so where an adapter names its base otherwise than it is named here."""
+    if (named := read_adapter(adapter).base) and not same_model(named, name):
+        yield f"the adapter `{adapter}` names its base `{named}`: whether `{name}` is the same is not known"
 
 
 def _longrope_limits(config: Any) -> Iterator[int]:

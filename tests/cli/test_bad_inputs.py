@@ -900,12 +900,34 @@ ADAPTER_CASES = {
     "start whose ranks differ": Case(
         adapter(rank_pattern={"q_proj": 2}), START, 2, r"not all of its layers are alike", r"merge it"
     ),
+    "start of another base, in a dry run": Case(
+        adapter(wider_model), f"{START} --dry-run", 2, r"another base: .* 64 outputs in the model, and", r"beside"
+    ),
+    "start of another architecture, in a dry run": Case(
+        both(gpt2("other"), adapter(base="other", target_modules=["c_attn"], fan_in_fan_out=True)),
+        f"{START} --dry-run", 2, r"another base: the model has no linear layer `transformer", r"other`\)",
+    ),
+    "start not a number, in a dry run": Case(
+        adapter(weighs(lambda all_, name: all_.update({name: torch.full((4, 32), float("nan"))}))),
+        f"{START} --dry-run", 2, r"is NaN or infinite", r"earlier checkpoint",
+    ),
+    "start a run whose adapter cannot be one": Case(
+        adapter(lambda project: shutil.copytree("adapter", "runs/other/final"), rank_pattern={"q_proj": 2}),
+        f"{TRAIN} adapter.start=runs/other", 2, r"no adapter_config.json", r"^name a folder that PEFT or a run",
+    ),
     "overwriting the start": Case(
         finished(adapter(lambda project: shutil.move("adapter", "runs/run/checkpoints/adapter"))),
         f"{TRAIN} --overwrite adapter.start=runs/run/checkpoints/adapter", 2, r"`--overwrite` would remove", r"another",
     ),
     "a model that is an adapter, under an adapter": Case(
         adapter(), f"{MERGED} adapter=lora", 2, r"`adapter` is an adapter itself", r"`adapter.start: adapter`.*--merge"
+    ),
+    "a model that is an adapter whose ranks differ, under an adapter": Case(
+        adapter(rank_pattern={"q_proj": 2}), f"{MERGED} adapter=lora", 2, r"is an adapter itself",
+        r"^to train another adapter, merge it first: `dpo export adapter",
+    ),
+    "a model that is an adapter of another kind, under an adapter": Case(
+        adapter(says(peft_type="IA3")), f"{MERGED} adapter=lora", 2, r"of the type 'IA3'", r"^merge it in PEFT"
     ),
     "a model that is an adapter to nothing": Case(
         adapter(says(base_model_name_or_path=None)), MERGED, 2, r"names no base", r"write the whole path"
@@ -921,7 +943,19 @@ ADAPTER_CASES = {
     ),
     "a model that is an adapter of another base": Case(adapter(wider_model), MERGED, 2, r"another base", r"beside"),
     "a reference that is an adapter": Case(
-        adapter(), f"{TRAIN} reference.model=adapter", 2, r"`adapter` is an adapter, and a ref", r"`adapter.start`"
+        adapter(), f"{TRAIN} reference.model=adapter", 2, r"`adapter` is an adapter, and a ref",
+        r"set `adapter.start: adapter` and.*; else merge it: `dpo export adapter",
+    ),
+    "a reference that is an adapter whose ranks differ": Case(
+        adapter(rank_pattern={"q_proj": 2}), f"{TRAIN} reference.model=adapter", 2, r"is an adapter, and a ref",
+        r"^merge it: `dpo export adapter",
+    ),
+    "a reference that is an adapter of another base": Case(
+        both(lambda project: shutil.copytree("model", "other"), adapter(base="other")),
+        f"{TRAIN} reference.model=adapter", 2, r"is an adapter, and a ref", r"^merge it: `dpo export adapter",
+    ),
+    "a reference that is another kind of adapter": Case(
+        adapter(says(peft_type="IA3")), f"{TRAIN} reference.model=adapter", 2, r"of the type 'IA3'", r"^merge it in PE"
     ),
     "a configuration for a broken adapter": Case(
         adapter(gone("adapter/adapter_model.safetensors")), "init --model adapter --out new.yaml", 2,

@@ -52,6 +52,18 @@ def test_what_it_writes_of_an_adapter_lets_training_go_on_from_it(tmp_path, tiny
     assert f"{adapter} is an adapter of {tiny_llama}" in capsys.readouterr().err
 
 
+def test_what_it_writes_of_an_adapter_that_cannot_be_gone_on_from_is_a_configuration_that_is_right(
+    tmp_path, tiny_llama, pairs_file, capsys
+):
+    adapter = save_adapter(tiny_llama, tmp_path / "adapter", target_modules=["q_proj"], rank_pattern={"0.*": 2})
+    write(Console(), model=str(adapter), data=str(pairs_file), out=tmp_path / "my.yaml")
+    config = load_config(tmp_path / "my.yaml")
+
+    assert (config.model.name, config.adapter) == (str(adapter), None)
+    assert config.training.learning_rate < 2e-5
+    assert "all of whose weights train" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "names", [None, {"instruction": "question", "chosen": "Good Answer", "rejected": "Bad Answer"}]
 )

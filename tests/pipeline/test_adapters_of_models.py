@@ -54,3 +54,22 @@ def test_a_run_says_how_many_weights_of_experts_have_no_adapter(
     said = f"{in_experts:,} of the model's {weights:,} weights are in experts that have no adapter"
     assert (said in caplog.text) is bool(in_experts)
     assert ("experts" in caplog.text) is bool(in_experts)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rank": 16}, ""),
+        ({"rank": 33}, "q_proj (32), k_proj (16), v_proj (16), o_proj (32), gate_proj (32), up_proj (32), down_proj ("),
+        ({"rank": 17, "targets": ["k_proj", "gate_proj"], "dora": True}, "smaller side of a matrix: k_proj (16);"),
+        ({"rank": 17, "targets": ["gate_proj"]}, ""),
+    ],
+)  # fmt: skip
+def test_a_rank_that_no_product_can_have_is_warned_of_by_the_names_of_the_layers(
+    write_config, tiny_llama, caplog, settings, said
+):
+    """A product of matrices has no larger rank than the smaller side of either."""
+    with caplog.at_level(logging.WARNING, "dpo_cli"):
+        list(dpo_cli.train(write_config(adapter=settings), dry_run=True))
+    assert said in caplog.text
+    assert ("`adapter.rank` is above" in caplog.text) == bool(said)

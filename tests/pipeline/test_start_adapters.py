@@ -166,6 +166,23 @@ def test_an_adapter_whose_bytes_are_not_those_that_were_saved_is_refused(write_c
         dpo_cli.train(write_config("second", adapter={"start": str(first / "final")}))
 
 
+def test_a_dry_run_says_what_of_the_base_only_a_run_can_compare(write_config, tiny_llama, tmp_path, capfd):
+    own = str(trained(write_config("first", adapter="lora", training={"max_steps": 1})) / "final")
+    foreign = str(save_adapter(tiny_llama, tmp_path / "adapter", **TWO))
+    other = str(noisy(tiny_llama, tmp_path / "noisy"))
+    capfd.readouterr()
+    for start, model, remains in (
+        (own, other, f"not checked without weights: whether `{other}` has those that the adapter `{own}`"),
+        (foreign, other, f"names its base `{tiny_llama}`: whether `{other}` is the same"),
+        (foreign, str(tiny_llama), ""),
+    ):
+        file = write_config("dry", model={"name": model}, adapter={"start": start})
+        list(dpo_cli.train(file, dry_run=True, console=Console()))
+        said = capfd.readouterr().err
+        assert ("whether" in said) == bool(remains)
+        assert remains in said
+
+
 @pytest.fixture
 def begun(write_config, tiny_llama, tmp_path):
     """The configuration and the folder of a run that went on from an adapter, which lies in another folder."""
@@ -207,7 +224,7 @@ def test_a_start_that_has_changed_is_named_where_the_run_is_resumed_or_exported(
 
 def test_what_is_set_otherwise_on_the_command_line_is_no_change_of_the_start(begun):
     _, run, start = begun
-    with pytest.raises(dpo_cli.UserError, match="`adapter.rank` is 8, but 3") as refused:
+    with pytest.raises(dpo_cli.UserError, match=r"`adapter.rank` is 8, but 3") as refused:
         load_config(run / "config.yaml", ["adapter.rank=8"])
     assert refused.value.hint == f"leave `adapter.rank` out: it is taken from `{start}`"
 

@@ -240,6 +240,20 @@ def adapter_layers(model: PreTrainedModel) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
+def above_full_rank(model: PreTrainedModel) -> dict[str, int]:
+    """Return the last parts of the names of layers whose matrix has fewer rows or columns than an adapter's rank.
+
+    Each with that number, the smallest of all layers of its name.
+    """
+    found: dict[str, int] = {}
+    for name, layer in adapter_layers(model).items():
+        side = min(layer.in_features, layer.out_features)
+        if any(rank > side for rank in layer.r.values()):
+            last = name.rpartition(".")[2]
+            found[last] = min(side, found.get(last, side))
+    return found
+
+
 @torch.no_grad()
 def merge_layers(model: PreTrainedModel) -> None:
     """Add what an adapter does to the weights beside it, in the dtype that they have, and take the adapter out."""

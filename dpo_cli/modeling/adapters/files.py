@@ -140,13 +140,22 @@ def read_start(name: str, where: str) -> AdapterFolder:
     return found
 
 
+def may_be_start(name: str | Path) -> bool:
+    """Tell whether training can go on from what is in a folder: where it cannot, no hint should name it for that."""
+    try:
+        read_start(str(name), "")
+    except UserError:
+        return False
+    return True
+
+
 def _no_adapter(folder: Path, where: str) -> UserError:
     """Say what a folder is that is no adapter's."""
     if (folder / CONFIG).is_file():
         hint = "name it in `model.name`, and leave `adapter.start` out: the adapter is then a fresh one"
         return UserError(f"`{folder}` is a whole model, not an adapter", where, hint)
     hint = "name a folder that PEFT or a run has saved"
-    if holds_adapter(inside := folder / "final"):
+    if may_be_start(inside := folder / "final"):
         hint = f"did you mean `{inside}`?"
     return UserError(f"`{folder}` is not an adapter folder: it has no {ADAPTER_CONFIG}", where, hint)
 
