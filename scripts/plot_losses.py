@@ -14,6 +14,7 @@ import torch
 from write_losses_page import kind, members
 
 from dpo_cli.modeling.logps import SequenceLogps
+from dpo_cli.modeling.responses import Responses
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.losses.base import StepInfo
 
@@ -42,8 +43,8 @@ def point(loss: Any, margin: float) -> tuple[float, float]:
     """Return a loss and its slope at one reward margin."""
     x = torch.tensor(margin, dtype=torch.float64, requires_grad=True)
     half, start = x / (2 * loss.beta), 0.0 if loss.needs_reference else START
-    policy = SequenceLogps(torch.stack([start + half, start - half]), (1, 1))
-    reference = SequenceLogps(torch.zeros(2, dtype=torch.float64), (1, 1))
+    policy = SequenceLogps(torch.stack([start + half, start - half]), Responses.of((1, 1)))
+    reference = SequenceLogps(torch.zeros(2, dtype=torch.float64), Responses.of((1, 1)))
     value = loss(policy, reference, StepInfo(1, 1)).losses.sum()
     if loss.type in TIMES_BETA_SQUARED:
         value = value * loss.beta**2

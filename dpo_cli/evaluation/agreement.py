@@ -32,7 +32,7 @@ class Listener:
     def __call__(self, batch: PairBatch) -> Tensor:
         """Return what the scorer answers."""
         answer = self.scorer(batch)
-        tokens = SequenceLogps.of(answer, batch.lengths).tokens.detach().cpu()
+        tokens = SequenceLogps.of(answer, batch.responses).tokens.detach().cpu()
         responses, num_pairs = tokens.split(batch.lengths), len(batch.pairs)
         for pair, chosen, rejected in zip(batch.pairs, responses, responses[num_pairs:], strict=False):
             self.logps[pair] = torch.cat([chosen, rejected])

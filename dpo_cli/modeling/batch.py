@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.data.records import Gaps, TokenizedPair, Tokens
 from dpo_cli.modeling.attention import TokenTree
 from dpo_cli.modeling.layouts import Layout
+from dpo_cli.modeling.responses import Predictions, Responses
+from dpo_cli.modeling.sending import sent
 from dpo_cli.modeling.tree import grow
 
 if TYPE_CHECKING:
@@ -31,13 +33,14 @@ class PairBatch:
         attention_mask: `[R, T]`, 1 where there is a token, 0 where there is padding; None where a tree says it.
         tree: Which token sees which, where one row holds them all; else None.
         counts: `[R·T]`, in how many of the sequences each token is; 0 where there is padding.
-        positions: `[N]`, into the `R·T` hidden states: the one that predicts each response token that is scored.
+        predictions: Which of the `R·T` hidden states predict the response tokens that are scored.
         targets: `[N]`, the response tokens that are scored.
         weights: `[B]`, float32: what each pair's loss is multiplied by.
         margins: `[B]`, float32: each pair's target margin.
-        lengths: Scored response tokens of each sequence, `2B` of them: the chosen ones, then the rejected ones.
+        responses: Which of the scored tokens belong to which of the `2B` responses.
         num_tokens: Tokens of all sequences without padding, each prompt counted with both of its responses: the
             same under every layout.
+        reference: `[N]`, the reference's log-probability of each scored token, where it is known before; or None.
     """
 
     pairs: tuple[int, ...]
@@ -45,21 +48,27 @@ class PairBatch:
     attention_mask: Tensor | None
     tree: TokenTree | None
     counts: Tensor
-    positions: Tensor
+    predictions: Predictions
     targets: Tensor
     weights: Tensor
     margins: Tensor
-    lengths: tuple[int, ...]
+    responses: Responses
     num_tokens: int
+    reference: Tensor | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """The hidden state that predicts each response token that is scored, `[N]`."""
+        return self.predictions.positions
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Scored response tokens of each sequence, `2B` of them: the chosen ones, then the rejected ones."""
+        return self.responses.lengths
 
     def to(self, device: torch.device) -> PairBatch:
         """Return the batch with its tensors on a device."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), (Tensor, TokenTree))
-        }
-        return dataclasses.replace(self, **moved)
+        return sent(self, device)
 
 
 @dataclass(frozen=True)
@@ -140,11 +149,11 @@ def _as_batch(
         attention_mask=attention_mask,
         tree=tree,
         counts=torch.from_numpy(np.bincount(np.concatenate(places), minlength=input_ids.numel())),
-        positions=torch.from_numpy(np.concatenate(positions)),
+        predictions=Predictions.of(np.concatenate(positions)),
         targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         weights=torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
         margins=torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
-        lengths=tuple(map(len, targets)),
+        responses=Responses.of(list(map(len, targets))),
         num_tokens=sum(len(prompt) + len(response) for prompt, response in sequences),
     )
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_cli.modeling.responses import Predictions, Responses
+
 CHUNK_BYTES = {"cuda": 2**30}
 """Size of one chunk of float32 logits on a kind of device, where it is not `SMALL_CHUNK_BYTES`.
 
@@ -48,55 +50,56 @@ class SequenceLogps:
 
     Attributes:
         tokens: `[N]`, every chosen response's tokens, then every rejected one's.
-        lengths: Tokens of each response, `2B` of them, in the same order.
+        responses: Which of them belong to which of the 2B responses.
         log_collisions: `[N]`, log Σ π² over the vocabulary at each of those tokens, without gradient; or None.
     """
 
     tokens: Tensor
-    lengths: tuple[int, ...]
+    responses: Responses
     log_collisions: Tensor | None = None
 
     @classmethod
-    def of(cls, answer: Tensor, lengths: tuple[int, ...]) -> SequenceLogps:
+    def of(cls, answer: Tensor, responses: Responses) -> SequenceLogps:
         """Take what a `Scorer` answers: `[N]`, or `[2, N]` with the collisions."""
-        return cls(answer, lengths) if answer.ndim == 1 else cls(answer[0], lengths, answer[1].detach())
+        return cls(answer, responses) if answer.ndim == 1 else cls(answer[0], responses, answer[1].detach())
 
     @property
     def chosen(self) -> Tensor:
         """Sums over each chosen response, `[B]`."""
-        return self._sums()[: len(self.lengths) // 2]
+        return self._sums[: self.responses.num_pairs]
 
     @property
     def rejected(self) -> Tensor:
         """Sums over each rejected response, `[B]`."""
-        return self._sums()[len(self.lengths) // 2 :]
+        return self._sums[self.responses.num_pairs :]
 
     @property
     def chosen_lengths(self) -> Tensor:
         """Tokens of each chosen response, `[B]`."""
-        return self.tokens.new_tensor(self.lengths[: len(self.lengths) // 2])
+        return self._lengths[: self.responses.num_pairs]
 
     @property
     def rejected_lengths(self) -> Tensor:
         """Tokens of each rejected response, `[B]`."""
-        return self.tokens.new_tensor(self.lengths[len(self.lengths) // 2 :])
+        return self._lengths[self.responses.num_pairs :]
 
     def desensitized(self, alpha: float) -> SequenceLogps:
         """Return the same with tokens beyond the length of the pair's shorter response multiplied by `alpha`."""
-        num_pairs = len(self.lengths) // 2
-        shorter = list(map(min, self.lengths[:num_pairs], self.lengths[num_pairs:])) * 2
-        factors = torch.ones_like(self.tokens)
-        for part, shared in zip(factors.split(list(self.lengths)), shorter, strict=True):
-            part[shared:] = alpha
-        return SequenceLogps(self.tokens * factors, self.lengths)
+        factors = torch.ones_like(self.tokens).masked_fill_(self.responses.beyond, alpha)
+        return SequenceLogps(self.tokens * factors, self.responses)
 
+    @property
     def _sums(self) -> Tensor:
-        return torch.stack([tokens.sum() for tokens in self.tokens.split(list(self.lengths))])
+        return self.responses.sums(self.tokens)
+
+    @property
+    def _lengths(self) -> Tensor:
+        return self.responses.counts.to(self.tokens.dtype)
 
 
 def token_logps(
     hidden: Tensor,
-    positions: Tensor,
+    predictions: Predictions,
     targets: Tensor,
     head: Head,
     chunk_bytes: int | None = None,
@@ -109,8 +112,8 @@ def token_logps(
 
     Args:
         hidden: `[M, H]`, hidden states of all positions.
-        positions: `[N]`, the one that predicts each target. Where several targets have one in common, as
-            behind a shared prompt, its logits are made once.
+        predictions: Which of them predict the N targets. Where several targets have one in common, as behind a
+            shared prompt, its logits are made once.
         targets: `[N]`, the token that follows each of them.
         head: The projection on the vocabulary.
         chunk_bytes: The most memory that the logits of one chunk may take, in bytes; by default `chunk_bytes_on` the
@@ -119,11 +122,11 @@ def token_logps(
         collisions: Whether to return `[2, N]`, in the second row log Σ π² over the vocabulary where each token
             stands; this row has no gradient.
     """
-    judged, rows = positions.unique(return_inverse=True)
     apply: Callable[..., Tensor] = _TokenLogps.apply
-    states = hidden.index_select(0, judged)
-    chunk_bytes = chunk_bytes or chunk_bytes_on(hidden.device.type)
-    found = apply(states, rows, targets, head.weight, head.bias, head.scale, head.softcap, chunk_bytes, collisions)
+    states = hidden.index_select(0, predictions.states)
+    num_rows = max(1, (chunk_bytes or chunk_bytes_on(hidden.device.type)) // (4 * head.weight.shape[0]))
+    logits = head.weight, head.bias, head.scale, head.softcap
+    found = apply(states, predictions.rows, targets, *logits, predictions.chunks(num_rows), collisions)
     return found if collisions else found[0]
 
 
@@ -149,13 +152,12 @@ class _TokenLogps(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
         softcap: float | None,
-        chunk_bytes: int,
+        chunks: list[tuple[slice, Tensor]],
         collisions: bool,
     ) -> Tensor:
         """Compute the log-probabilities chunk by chunk; keep no logits but those of an only chunk."""
         # Decided here because autocast is off again when the backward pass runs.
         project = _Projection(weight.to(_compute_dtype(states)), bias, scale, softcap)
-        chunks = _chunks(rows, len(states), weight, chunk_bytes)
         found = torch.empty((1 + collisions, len(targets)), dtype=project.dtype, device=states.device)
         all_logps = slope = None
         for chunk, members in chunks:
@@ -270,15 +272,3 @@ def _compute_dtype(states: Tensor) -> torch.dtype:
     """Return what autocast would multiply in here, or the hidden states' own type."""
     device = states.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
-
-
-def _chunks(rows: Tensor, num_rows: int, weight: Tensor, chunk_bytes: int) -> list[tuple[slice, Tensor]]:
-    """Cut the rows so that one chunk's float32 logits fit into `chunk_bytes`; name the tokens of each chunk."""
-    size = max(1, chunk_bytes // (4 * weight.shape[0]))
-    by_row = rows.argsort(stable=True)
-    starts = range(0, num_rows, size)
-    edges = torch.searchsorted(rows[by_row], rows.new_tensor([*starts, num_rows])).tolist()
-    return [
-        (slice(start, min(start + size, num_rows)), by_row[edges[place] : edges[place + 1]])
-        for place, start in enumerate(starts)
-    ]

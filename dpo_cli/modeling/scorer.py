@@ -58,7 +58,7 @@ class Scorer(nn.Module):
         with reading(batch.tree):
             outputs = self.policy.base_model(**model_inputs(batch), **asked)
         states = outputs[0].flatten(0, 1)
-        logps = token_logps(states, batch.positions, batch.targets, self.head(), collisions=collisions)
+        logps = token_logps(states, batch.predictions, batch.targets, self.head(), collisions=collisions)
         if not with_load:
             return logps
         return logps, expert_load(outputs.router_logits, experts_per_token(self.policy), batch.counts)

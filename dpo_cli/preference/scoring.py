@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from torch import Tensor
 from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.logps import SequenceLogps
+from dpo_cli.modeling.responses import Responses
 from dpo_cli.modeling.routing import balance_loss
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.preference.losses.base import PairLosses, Statistics, StepInfo
@@ -89,8 +91,8 @@ def score_pairs(
         Losses and rewards, and the `pair_values`, `[B, 9]`.
     """
     policy, of_reference = (
-        SequenceLogps.of(scorer(batch), batch.lengths),
-        SequenceLogps(reference(batch), batch.lengths),
+        SequenceLogps.of(scorer(batch), batch.responses),
+        SequenceLogps(reference(batch), batch.responses),
     )
     return _apply(objective, policy, of_reference, step, batch.weights, batch.margins)
 
@@ -147,16 +149,15 @@ def score_step(
         if not micro_batch.filler:
             mine.append(_MicroBatchLogps(rank, batch.pairs, batch.lengths, *(part.cpu() for part in parts)))
     scored: list[_MicroBatchLogps] = gather_object(mine)
-    lengths = tuple(
-        length for side in zip(*(part.halves() for part in scored), strict=True) for half in side for length in half
-    )
+    halves = (half for side in zip(*(part.halves() for part in scored), strict=True) for half in side)
+    responses = Responses.of(list(itertools.chain.from_iterable(halves)))
     logps, of_reference = (
         _joined([getattr(part, name) for part in scored], scored) for name in ("policy", "reference")
     )
     logps.requires_grad_()
     weights, margins = (torch.cat([getattr(part, name) for part in scored]) for name in ("weights", "margins"))
     pairs, values = _apply(
-        objective, SequenceLogps.of(logps, lengths), SequenceLogps(of_reference, lengths), step, weights, margins
+        objective, SequenceLogps.of(logps, responses), SequenceLogps(of_reference, responses), step, weights, margins
     )
     (slopes,) = torch.autograd.grad(pairs.losses.sum(), logps)
     shares = zip(

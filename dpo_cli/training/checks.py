@@ -252,8 +252,8 @@ def check_reference(
         UserError: They differ in a token's log-probability.
     """
     with torch.no_grad():
-        policy = SequenceLogps.of(scorer(batch), batch.lengths)
-        answers = SequenceLogps(reference(batch), batch.lengths)
+        policy = SequenceLogps.of(scorer(batch), batch.responses)
+        answers = SequenceLogps(reference(batch), batch.responses)
     difference = float((policy.tokens - answers.tokens).abs().max())
     if not difference <= precision_of(accelerator.mixed_precision).token_tolerance:
         what = (

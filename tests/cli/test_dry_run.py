@@ -19,6 +19,7 @@ from dpo_cli.modeling.folders.loading import empty_policy, load_policy
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.pace import measure_pace, measured_layers
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.responses import Predictions, Responses
 from dpo_cli.pipeline.forecast import DiskNeed, disk_need, warn_of_disk
 from dpo_cli.pipeline.plan import unusual_rate
 from dpo_cli.reporting.console import Console
@@ -182,7 +183,8 @@ def test_a_model_that_is_too_large_to_be_measured_is_not(tmp_path, tokenizer):
     (large / "config.json").write_text(json.dumps({**settings, **size}))
     ids = torch.zeros(1, 4, dtype=torch.int64)
     ones = torch.ones_like(ids)
-    batch = PairBatch((0,), ids, ones, None, ones[0], ids[0], ids[0], ids[0], ids[0], (2, 2), 8)
+    predictions, responses = Predictions.of(ids[0].numpy()), Responses.of((2, 2))
+    batch = PairBatch((0,), ids, ones, None, ones[0], predictions, ids[0], ids[0], ids[0], responses, 8)
     with pytest.raises(MemoryError, match="too little memory is free"):
         measure_pace(
             Policy.empty(str(large)),

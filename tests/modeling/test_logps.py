@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.modeling.logps import Head, SequenceLogps, _plus_product, chunk_bytes_on, token_logps
+from dpo_cli.modeling.responses import Predictions, Responses
 
 M, N, H, V = 23, 13, 7, 29
 ROW_BYTES = 4 * V
@@ -25,6 +26,11 @@ def make(dtype=torch.float64, *, bias=False, scale=1.0, softcap=None, spread=1.0
     positions = torch.randperm(M, generator=generator)[:N]
     targets = torch.randint(V, (N,), generator=generator)
     return hidden, positions, targets, Head(weight, draw(V) if bias else None, scale, softcap)
+
+
+def at(positions):
+    """Say that the hidden states at these positions predict the targets."""
+    return Predictions.of(positions.numpy())
 
 
 def plain(hidden, positions, targets, head):
@@ -54,7 +60,7 @@ def test_values_and_gradients_are_the_definitions_at_every_chunk_size(settings, 
     hidden, positions, targets, head = make(**settings)
     inputs = [hidden, head.weight] + ([head.bias] if head.bias is not None else [])
     upstream = torch.linspace(-1, 2, N, dtype=torch.float64)
-    found = token_logps(hidden, positions, targets, head, chunk_rows * ROW_BYTES)
+    found = token_logps(hidden, at(positions), targets, head, chunk_rows * ROW_BYTES)
     expected = plain(hidden, positions, targets, head)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(
@@ -73,7 +79,7 @@ def test_the_gradient_agrees_with_finite_differences():
     targets = targets[:3]
 
     def call(hidden, weight, bias):
-        return token_logps(hidden, positions, targets, Head(weight, bias, 1.5, 4.0), 4 * ROW_BYTES)
+        return token_logps(hidden, at(positions), targets, Head(weight, bias, 1.5, 4.0), 4 * ROW_BYTES)
 
     assert torch.autograd.gradcheck(call, (hidden, head.weight, head.bias))
 
@@ -81,14 +87,14 @@ def test_the_gradient_agrees_with_finite_differences():
 def test_a_frozen_head_gets_no_gradient_and_hidden_states_still_do():
     hidden, positions, targets, head = make()
     frozen = Head(head.weight.detach())
-    token_logps(hidden, positions, targets, frozen).sum().backward()
+    token_logps(hidden, at(positions), targets, frozen).sum().backward()
     assert hidden.grad is not None
     assert hidden.grad[positions].abs().sum() > 0
 
 
 def test_statistics_are_float32_where_the_hidden_states_are_bfloat16():
     hidden, positions, targets, head = make(torch.bfloat16)
-    found = token_logps(hidden, positions, targets, head)
+    found = token_logps(hidden, at(positions), targets, head)
     assert found.dtype == torch.float32
     exact = plain(hidden.double(), positions, targets, Head(head.weight.double()))
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=0.1)
@@ -112,7 +118,7 @@ def test_the_matrix_is_cast_once_for_all_chunks_forward_and_backward(chunk_rows)
     hidden, positions, targets, head = make(torch.float32)
     with Casts(head.weight) as casts:
         with torch.autocast("cpu", torch.bfloat16):
-            found = token_logps(hidden, positions, targets, head, chunk_rows * ROW_BYTES)
+            found = token_logps(hidden, at(positions), targets, head, chunk_rows * ROW_BYTES)
         assert casts.count == 1
         found.sum().backward(retain_graph=True)
         assert casts.count == 1
@@ -124,7 +130,7 @@ def test_the_matrix_is_cast_once_for_all_chunks_forward_and_backward(chunk_rows)
 def test_a_matrix_in_the_precision_of_the_products_is_not_cast():
     hidden, positions, targets, head = make(torch.bfloat16)
     with Casts(head.weight) as casts:
-        token_logps(hidden, positions, targets, head, ROW_BYTES).sum().backward()
+        token_logps(hidden, at(positions), targets, head, ROW_BYTES).sum().backward()
     assert casts.count == 0
 
 
@@ -150,7 +156,7 @@ def test_the_matrix_in_lower_precision_is_gone_when_the_layers_go_backward():
 
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
         patch.setattr(torch.Tensor, "to", watched)
-        found = token_logps(Layer.apply(hidden), positions, targets, head, ROW_BYTES)
+        found = token_logps(Layer.apply(hidden), at(positions), targets, head, ROW_BYTES)
     assert len(copies) == 1
     assert copies[0]() is not None
     found.sum().backward()
@@ -170,7 +176,9 @@ def test_a_gradient_of_many_chunks_is_as_exact_as_that_of_one(autocast):
         head = weight.to(dtype, copy=True).requires_grad_()
         head.grad_dtype = asked or dtype
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.float32):
-            found = token_logps(hidden.to(dtype), torch.arange(rows), targets, Head(head), rows // chunks * 4 * words)
+            found = token_logps(
+                hidden.to(dtype), at(torch.arange(rows)), targets, Head(head), rows // chunks * 4 * words
+            )
         found.backward(upstream.to(found.dtype))
         return head.grad
 
@@ -215,13 +223,13 @@ def test_full_logits_never_exist(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
     hidden, positions, targets, head = make()
-    token_logps(hidden, positions, targets, head, 4 * ROW_BYTES).sum().backward()
+    token_logps(hidden, at(positions), targets, head, 4 * ROW_BYTES).sum().backward()
     assert largest == 4
 
 
 def test_extreme_logits_stay_finite():
     hidden, positions, targets, head = make(torch.float32, spread=200.0)
-    found = token_logps(hidden, positions, targets, head)
+    found = token_logps(hidden, at(positions), targets, head)
     found.sum().backward()
     assert torch.isfinite(found).all()
     assert torch.isfinite(hidden.grad).all()
@@ -229,7 +237,7 @@ def test_extreme_logits_stay_finite():
 
 def test_sums_are_taken_over_each_response_alone():
     tokens = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0])
-    logps = SequenceLogps(tokens, (1, 2, 2, 1))
+    logps = SequenceLogps(tokens, Responses.of((1, 2, 2, 1)))
     assert logps.chosen.tolist() == [1.0, 6.0]
     assert logps.rejected.tolist() == [24.0, 32.0]
     assert logps.chosen_lengths.tolist() == [1, 2]

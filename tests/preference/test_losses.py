@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dpo_cli.modeling.logps import SequenceLogps
+from dpo_cli.modeling.responses import Responses
 from dpo_cli.preference.losses import (
     AOT,
     BCO,
@@ -96,7 +97,7 @@ def sequences(pairs: list[Pair], *, reference: bool = False) -> SequenceLogps:
     names = ("reference_chosen", "reference_rejected") if reference else ("chosen", "rejected")
     responses = [getattr(pair, name) for name in names for pair in pairs]
     tokens = torch.tensor([token for response in responses for token in response], dtype=torch.float64)
-    return SequenceLogps(tokens.requires_grad_(not reference), tuple(map(len, responses)))
+    return SequenceLogps(tokens.requires_grad_(not reference), Responses.of(list(map(len, responses))))
 
 
 def step(pairs: list[Pair], **more: Any) -> StepInfo:
@@ -224,11 +225,12 @@ def test_gradients_are_those_of_finite_differences_of_the_class(loss, form):
     """Torch's own checker, in float64, on three pairs at once."""
     torch.manual_seed(1)
     lengths = (3, 1, 4, 2, 2, 5)
+    responses = Responses.of(lengths)
     tokens = (-3 * torch.rand(sum(lengths), dtype=torch.float64) - 0.1).requires_grad_()
     reference = -3 * torch.rand(sum(lengths), dtype=torch.float64)
 
     def losses(values: torch.Tensor) -> torch.Tensor:
-        return loss(SequenceLogps(values, lengths), SequenceLogps(reference, lengths), StepInfo(3, 8)).losses
+        return loss(SequenceLogps(values, responses), SequenceLogps(reference, responses), StepInfo(3, 8)).losses
 
     assert torch.autograd.gradcheck(losses, (tokens,), eps=1e-7, atol=1e-5)
 
@@ -244,8 +246,8 @@ def test_at_the_limits_loss_and_gradient_are_finite(loss, beta, size, sign):
     # A log-probability is never above 0: where the ratio is to be positive, the reference has the large one.
     values = [-size if s < 0 else 0.0 for s in sign]
     base = [-size if s > 0 else 0.0 for s in sign]
-    policy = SequenceLogps(torch.tensor(values * 2, requires_grad=True), (1, 1, 1, 1))
-    reference = SequenceLogps(torch.tensor(base * 2), (1, 1, 1, 1))
+    policy = SequenceLogps(torch.tensor(values * 2, requires_grad=True), Responses.of((1, 1, 1, 1)))
+    reference = SequenceLogps(torch.tensor(base * 2), Responses.of((1, 1, 1, 1)))
     found = loss(policy, reference, StepInfo(2, 2))
     found.losses.sum().backward()
     assert torch.isfinite(found.losses).all()
@@ -256,8 +258,8 @@ def test_at_the_limits_loss_and_gradient_are_finite(loss, beta, size, sign):
 @pytest.mark.parametrize("kind", [DPO, Robust, Hinge, EXO, DiscoPOP])
 def test_under_every_divergence_extreme_ratios_stay_finite(kind, divergence):
     for chosen, rejected in ((1e4, -1e4), (-1e4, 1e4), (-1e4, -1e4)):
-        policy = SequenceLogps(torch.tensor([chosen, rejected], requires_grad=True), (1, 1))
-        found = kind(divergence=divergence)(policy, SequenceLogps(torch.zeros(2), (1, 1)), StepInfo(1, 1))
+        policy = SequenceLogps(torch.tensor([chosen, rejected], requires_grad=True), Responses.of((1, 1)))
+        found = kind(divergence=divergence)(policy, SequenceLogps(torch.zeros(2), Responses.of((1, 1))), StepInfo(1, 1))
         found.losses.sum().backward()
         assert torch.isfinite(found.losses).all()
         assert torch.isfinite(policy.tokens.grad).all()
@@ -273,7 +275,7 @@ def test_alpha_lies_between_forward_and_reverse_kl():
 @pytest.mark.parametrize("epsilon", [0.0, 0.1, 0.4])
 @pytest.mark.parametrize("logps", ["sum", "mean"])
 def test_where_policy_equals_reference_the_loss_is_ln_2_and_the_margin_0(epsilon, logps):
-    same = SequenceLogps(-torch.rand(10, dtype=torch.float64), (2, 3, 4, 1))
+    same = SequenceLogps(-torch.rand(10, dtype=torch.float64), Responses.of((2, 3, 4, 1)))
     found = DPO(label_smoothing=epsilon, logps=logps)(same, same, StepInfo(2, 5))
     assert found.losses.tolist() == pytest.approx([math.log(2)] * 2)
     assert (found.chosen_rewards - found.rejected_rewards).tolist() == [0.0, 0.0]

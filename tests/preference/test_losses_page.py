@@ -9,6 +9,7 @@ from write_losses_page import PAGE, described, kind, members, page
 
 from dpo_cli.config import load_config
 from dpo_cli.modeling.logps import SequenceLogps
+from dpo_cli.modeling.responses import Responses
 from dpo_cli.preference.losses import DPO, Loss
 from dpo_cli.preference.losses.base import StepInfo
 from tests.conftest import ROOT
@@ -28,8 +29,8 @@ def test_every_loss_has_an_example():
 
 def value(loss, tokens: list[float], lengths: tuple[int, ...]) -> float:
     """Return the loss of one pair against a reference whose logs are 0."""
-    policy = SequenceLogps(torch.tensor(tokens, dtype=torch.float64), lengths)
-    reference = SequenceLogps(torch.zeros(len(tokens), dtype=torch.float64), lengths)
+    policy = SequenceLogps(torch.tensor(tokens, dtype=torch.float64), Responses.of(lengths))
+    reference = SequenceLogps(torch.zeros(len(tokens), dtype=torch.float64), Responses.of(lengths))
     return float(loss(policy, reference, StepInfo(1, lengths[0])).losses.sum())
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dpo_cli.modeling.logps import SequenceLogps
+from dpo_cli.modeling.responses import Responses
 from dpo_cli.preference.metrics import PAIR_METRICS, TIE, pair_values
 
 
@@ -13,7 +14,7 @@ def test_pair_values_are_columns_in_the_order_of_their_names_and_a_tie_is_half()
     chosen, rejected = torch.tensor([2.0, 1.0, 1.0]), torch.tensor([1.0, 1.0 + TIE / 2, 3.0])
     logps, lengths = (-4.0, -6.0, -6.0, -5.0, -6.0, -4.0), (2, 2, 6, 5, 3, 2)
     tokens = [whole / length for whole, length in zip(logps, lengths, strict=True) for _ in range(length)]
-    policy = SequenceLogps(torch.tensor(tokens, dtype=torch.float64), lengths)
+    policy = SequenceLogps(torch.tensor(tokens, dtype=torch.float64), Responses.of(lengths))
     values = pair_values(torch.zeros(3), chosen, rejected, policy)
     column = {name: values[:, place].tolist() for place, name in enumerate(PAIR_METRICS)}
     assert column["rewards/accuracies"] == [1.0, 0.5, 0.0]

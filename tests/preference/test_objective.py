@@ -8,6 +8,7 @@ import torch
 from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.layouts import Padded
 from dpo_cli.modeling.logps import SequenceLogps
+from dpo_cli.modeling.responses import Responses
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.preference.losses import BCO, CPO, DPO, IPO, ORPO, SFT, SimPO
 from dpo_cli.preference.losses.base import StepInfo
@@ -22,7 +23,7 @@ STEP = StepInfo(2, 5)
 @pytest.fixture
 def sequences():
     torch.manual_seed(0)
-    return [SequenceLogps(-torch.rand(10, dtype=torch.float64), LENGTHS) for _ in range(2)]
+    return [SequenceLogps(-torch.rand(10, dtype=torch.float64), Responses.of(LENGTHS)) for _ in range(2)]
 
 
 def test_a_list_is_the_weighted_sum_of_its_losses(sequences):
@@ -34,7 +35,7 @@ def test_a_list_is_the_weighted_sum_of_its_losses(sequences):
 @pytest.mark.parametrize("loss", [SimPO(), ORPO(), CPO()])
 def test_a_loss_without_a_reference_is_the_same_beside_one_that_needs_it(sequences, loss):
     policy, reference = sequences
-    none = SequenceLogps(torch.zeros_like(reference.tokens), LENGTHS)
+    none = SequenceLogps(torch.zeros_like(reference.tokens), Responses.of(LENGTHS))
     found = Objective((DPO(), loss))(policy, reference, STEP).losses
     expected = DPO()(policy, reference, STEP).losses + loss(policy, none, STEP).losses
     torch.testing.assert_close(found, expected)
@@ -65,8 +66,8 @@ def test_wpo_weighs_a_pair_by_equation_2_written_out(tiny_llama, pairs_file, tok
             weight *= (said / p.square().sum(-1)).log().mean().exp()
         weights.append(weight.item())
     batch = Padded().batch(range(4), pairs[:4])
-    answer = SequenceLogps.of(Scorer(policy, collisions=True)(batch), batch.lengths)
-    reference = SequenceLogps(-torch.rand(len(batch.targets)).double(), batch.lengths)
+    answer = SequenceLogps.of(Scorer(policy, collisions=True)(batch), batch.responses)
+    reference = SequenceLogps(-torch.rand(len(batch.targets)).double(), batch.responses)
     step = StepInfo(4, sum(batch.lengths[:4]))
     plain, weighed = (Objective((DPO(wpo=wpo),))(answer, reference, step).losses for wpo in (False, True))
     torch.testing.assert_close(weighed, plain * torch.tensor(weights).double())
@@ -80,8 +81,8 @@ def test_wpo_weights_are_constants_to_the_gradient(tiny_llama, pairs_file, token
     gradients, losses = [], []
     for wpo in (False, True):
         scored = Scorer(policy, collisions=wpo)(batch)
-        answer = SequenceLogps.of(scored, batch.lengths)
-        reference = SequenceLogps(torch.full((len(batch.targets),), -2.0).double(), batch.lengths)
+        answer = SequenceLogps.of(scored, batch.responses)
+        reference = SequenceLogps(torch.full((len(batch.targets),), -2.0).double(), batch.responses)
         loss = Objective((DPO(wpo=wpo),))(answer, reference, step).losses.sum()
         policy.zero_grad()
         loss.backward()
