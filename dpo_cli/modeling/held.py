@@ -133,10 +133,10 @@ class QuantizedSettings(HeldSettings):
 
     def loaded_as(self, sketch: PreTrainedModel, device: torch.device | str) -> dict[str, Any]:
         """Return what transformers is told: each matrix is quantized on the device as it is read."""
-        from dpo_cli.modeling.quantized_layers import kept
+        from dpo_cli.modeling.planned_sizes import kept_in_dtype
 
         layers = self.layers()
-        layers.llm_int8_skip_modules = kept(sketch)
+        layers.llm_int8_skip_modules = kept_in_dtype(sketch)
         return {**self.built_as(), "quantization_config": layers, "device_map": {"": self.loaded_on(device)}}
 
     def loaded_on(self, device: torch.device | str) -> torch.device:

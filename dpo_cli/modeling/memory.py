@@ -77,6 +77,11 @@ class MemoryEstimate:
         passing = self.activations + self.logits + (self.gradients if self.several else 0)
         return self.standing + max(passing, self.gradients)
 
+    @property
+    def needed(self) -> int:
+        """The most that is taken beside what the program holds already."""
+        return self.peak - self.program
+
     def parts(self) -> dict[str, int]:
         """Return the parts by the names they are shown under."""
         return {

@@ -8,18 +8,16 @@ bitsandbytes is optional: import this module inside functions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.quantizers.base import get_keys_to_not_convert
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapters.targets import is_bypassed
 from dpo_cli.modeling.extras import import_bitsandbytes
+from dpo_cli.modeling.planned_sizes import kept_in_dtype, nf4_bytes
 
 import_bitsandbytes()
 from bitsandbytes.nn import Linear4bit, Linear8bitLt  # noqa: E402
@@ -27,12 +25,6 @@ from transformers.integrations import bitsandbytes as integration  # noqa: E402
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
-
-_LEVELS, _FINE_LEVELS = 16, 256
-"""The numbers that 4 bits, and the 8 bits of a block's scale, stand for."""
-
-_BLOCK, _SCALES_BLOCK = 64, 256
-"""How many weights have a scale in common, and how many scales."""
 
 
 class _Product(torch.autograd.Function):
@@ -74,18 +66,13 @@ class Linear8bitRows(Linear8bitLt):  # type: ignore[misc]
         return result.to(x.dtype)
 
 
-def kept(model: PreTrainedModel) -> list[str]:
-    """Return what is not quantized: embeddings, head, and layers whose weights are used without calling them."""
-    return [*get_keys_to_not_convert(model), *(name for name, _ in model.named_modules() if is_bypassed(model, name))]
-
-
 def lay_out(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
     """Put quantized layers into a model without weights, where loading puts them.
 
     Raises:
         UserError: It has none to replace.
     """
-    names = [*kept(model), *(model._keep_in_fp32_modules or ())]
+    names = [*kept_in_dtype(model), *(model._keep_in_fp32_modules or ())]
     integration.replace_with_bnb_linear(model, modules_to_not_convert=names, quantization_config=config)
     if not quantized_layers(model):
         what = f"{type(model).__name__} has no linear layers that bitsandbytes knows, so nothing of it can be quantized"
@@ -157,9 +144,7 @@ def _planned_bytes(layer: Any) -> int:
     numbers = int(layer.in_features * layer.out_features)
     if isinstance(layer, Linear8bitLt):
         return numbers + 4 * int(layer.out_features)
-    blocks = math.ceil(numbers / _BLOCK)
-    scales = blocks + 4 * (math.ceil(blocks / _SCALES_BLOCK) + _LEVELS + _FINE_LEVELS + 1)
-    return math.ceil(numbers / 2) + scales
+    return nf4_bytes(numbers)
 
 
 def _tensors(layer: Any) -> list[Tensor]:

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from dpo_cli.config import Config
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch, largest
-from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes
 from dpo_cli.modeling.pace import enough_tokens
+from dpo_cli.modeling.planned_sizes import lora_weights, sizes_under_lora
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import REFUSALS
 from dpo_cli.modeling.sizes import Sizes
+from dpo_cli.pipeline.fitting import refusal
 from dpo_cli.pipeline.models import Settle, trained_policy
+from dpo_cli.pipeline.out_of_memory import advice
 from dpo_cli.pipeline.session import Session
-from dpo_cli.preference.reference import Cached
 from dpo_cli.reporting.console import gib
-from dpo_cli.training.optimizer import Adafactor
 
 if TYPE_CHECKING:
     from dpo_cli.pipeline.plan import PlannedRun
@@ -54,68 +54,20 @@ def check_memory(session: Session, policy: Policy, reference: Policy, program_by
 
     def needed(config: Config) -> MemoryEstimate:
         changed = session.under(config)
-        same = (config.adapter, config.model) == (session.config.adapter, session.config.model)
-        model = policy if same else trained_policy(changed, empty=True)
-        other = reference if config.reference.model else model
-        memory = _without_passes(changed, model, other, program_bytes)
+        if session.config.adapter is None and isinstance(config.adapter, Lora):
+            dtype, quantized = changed.held_beside.torch_dtype, config.model.quantize is not None
+            sizes = sizes_under_lora(policy.model, config.adapter, dtype, quantized=quantized)
+            trained: Sequence[Tensor] = lora_weights(policy.model, config.adapter)
+        else:
+            same = (config.adapter, config.model) == (session.config.adapter, session.config.model)
+            model = policy if same else trained_policy(changed, empty=True)
+            sizes, trained = model.sizes(), model.trained()
+        memory = _without_passes(changed, sizes, trained, reference, program_bytes)
         return dataclasses.replace(memory, program=0)
 
-    free = free_bytes(session.accelerator.device) // _sharing(session)
-    least = needed(session.config)
-    if least.peak <= free:
-        return
-    where = f"`model.name: {session.config.model.name}`"
-    shown = ", ".join(f"{name} {gib(size)}" for name, size in least.parts().items() if size)
-    what = f"training needs at least {gib(least.peak)} of memory, but {gib(free)} are free ({shown})"
-    # The least that the run takes as it trains now, and with an adapter in place of all weights.
-    smallest = {session.config.adapter is None: ("", least.peak)}
-    for settings, smaller in _smaller(session.config):
-        try:
-            peak = needed(smaller).peak
-        except UserError:
-            # It has no layers that an adapter or few bits could be put to.
-            continue
-        smallest[smaller.adapter is None] = (settings, peak)
-        if peak <= free:
-            raise UserError(what, where, f"set {settings}")
-    numbers = policy.sizes().numbers
-    sizes = [
-        f"{numbers * free / peak / 1e9:.2g} billion parameters" + f" (under {settings})" * bool(settings)
-        for settings, peak in smallest.values()
-    ]
-    raise UserError(what, where, f"choose a model of at most {', or '.join(sizes)}, or a machine with more memory")
-
-
-def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
-    """Yield settings that take less memory, in the order of what they cost, with the configuration that has them."""
-    settings, lighter = [], config
-    if config.checkpoints.background:
-        saving = config.checkpoints.model_copy(update={"background": False})
-        settings, lighter = ["`checkpoints.background: false`"], config.model_copy(update={"checkpoints": saving})
-        yield _listed(settings), lighter
-    if config.reference.holds_model:
-        lighter = lighter.model_copy(update={"reference": Cached(model=config.reference.model)})
-        settings = [*settings, "`reference.type: cached`"]
-        yield _listed(settings), lighter
-    if config.adapter is None:
-        if config.training.optimizer.type != "adafactor":
-            training = config.training.model_copy(update={"optimizer": Adafactor()})
-            yield (
-                _listed([*settings, "`training.optimizer: adafactor`"]),
-                lighter.model_copy(update={"training": training}),
-            )
-        if missing_package("peft", "adapters", ""):
-            return
-        # Of an adapter, neither a reference nor a copy of its state takes much.
-        settings, lighter = ["`adapter: lora`"], config.model_copy(update={"adapter": Lora()})
-        yield _listed(settings), lighter
-    if lighter.model.quantize is None and not missing_package("bitsandbytes", "quantize", ""):
-        model = lighter.model.model_copy(update={"quantize": "nf4"})
-        yield _listed([*settings, "`model.quantize: nf4`"]), lighter.model_copy(update={"model": model})
-
-
-def _listed(settings: Sequence[str]) -> str:
-    return " and ".join(settings)
+    free = min(session.of_all(free_bytes(session.accelerator.device))) // _sharing(session)
+    if needed(session.config).peak > free:
+        raise refusal(session.config, needed, free, policy.sizes().numbers)
 
 
 def _sharing(session: Session) -> int:
@@ -123,10 +75,20 @@ def _sharing(session: Session) -> int:
     return session.accelerator.num_processes if session.accelerator.device.type == "cpu" else 1
 
 
-def _without_passes(session: Session, policy: Policy, reference: Policy, program_bytes: int) -> MemoryEstimate:
-    """Estimate what a run takes whatever its pairs are: without activations and logits."""
-    config, sizes, on_cpu = session.config, policy.sizes(), session.accelerator.device.type == "cpu"
-    state = config.training.optimizer.state_bytes(policy.trained())
+def _without_passes(
+    session: Session, sizes: Sizes, trained: Sequence[Tensor], reference: Policy, program_bytes: int
+) -> MemoryEstimate:
+    """Estimate what a run takes whatever its pairs are: without activations and logits.
+
+    Args:
+        session: Says what is held beside the weights.
+        sizes: Those of the policy.
+        trained: What the optimizer steps on; it may have no content.
+        reference: The reference, asked only where it is another model than the policy.
+        program_bytes: What the process holds already.
+    """
+    config, on_cpu = session.config, session.accelerator.device.type == "cpu"
+    state = config.training.optimizer.state_bytes(trained)
     saved = sizes.saved + state + (sizes.saved if config.reference.type == "synced" else 0)
     return MemoryEstimate(
         program=program_bytes if on_cpu else 0,
@@ -168,6 +130,9 @@ def settle_tokens(
 
     Returns:
         The batches under that number, the same in all processes, and the estimate.
+
+    Raises:
+        UserError: There is too little memory for passes of one pair each; it names the parts, and what would fit.
     """
     session = run.session
 
@@ -175,42 +140,52 @@ def settle_tokens(
         cut = dataclasses.replace(batches, micro_batch_tokens=num_tokens)
         return cut, _estimate(run, policy, cut)
 
-    asked = session.config.training.micro_batch_tokens
-    if asked != "auto":
-        return with_budget(asked)
-    if resumed:
-        return with_budget(resumed)
-    settled, memory = with_budget(wanted_tokens(session))
-    free = (free_bytes(session.accelerator.device) + policy.sizes().present) // _sharing(session)
-    while memory.peak - memory.program > SHARE_OF_FREE * free and settled.micro_batch_tokens > _FEWEST_TOKENS:
+    asked = resumed if session.config.training.micro_batch_tokens == "auto" else wanted_tokens(session)
+    settled, memory = with_budget(asked or wanted_tokens(session))
+    present = min(session.of_all(free_bytes(session.accelerator.device) + policy.sizes().present))
+    free = present // _sharing(session)
+    while not asked and memory.needed > SHARE_OF_FREE * free and settled.micro_batch_tokens > _FEWEST_TOKENS:
         fewer, smaller = with_budget(settled.micro_batch_tokens // 2)
         if smaller.peak >= memory.peak:
             break
         settled, memory = fewer, smaller
-    if memory.peak - memory.program > free:
-        what = f"the run takes about {memory.peak / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-        session.console.warning(f"{what}; try {', '.join(_advice(session.config))}")
+    if not all(session.of_all(memory.needed <= free)):
+        _check_least(run, batches, free)
+        what = f"the run takes about {gib(memory.needed)}, and {gib(free)} of memory are free"
+        session.console.warning(f"{what}; try {', '.join(advice(session.config))}")
     fewest = min(session.of_all(settled.micro_batch_tokens))
     return (settled, memory) if fewest == settled.micro_batch_tokens else with_budget(fewest)
+
+
+def _check_least(run: PlannedRun, batches: Batches, free: int) -> None:
+    """Refuse a run that does not fit into memory however few tokens a forward pass has.
+
+    Args:
+        run: The run; what its policy and its reference hold is told by their sketches.
+        batches: Its pairs in their layout.
+        free: The memory that is free, in bytes, were no weights loaded.
+
+    Raises:
+        UserError: It does not fit; it names the parts, and what would fit.
+    """
+    cut, config = dataclasses.replace(batches, micro_batch_tokens=_FEWEST_TOKENS), run.session.config
+
+    def needed(config: Config) -> MemoryEstimate:
+        changed = run.session.under(config)
+        same = (config.adapter, config.model) == (run.session.config.adapter, run.session.config.model)
+        policy = run.sketch if same else trained_policy(changed, empty=True)
+        reference = run.reference if config.reference.model else policy
+        tried = dataclasses.replace(run, session=changed, sketch=policy, reference=reference, program_bytes=0)
+        return _estimate(tried, policy, cut)
+
+    if not all(run.session.of_all(needed(config).peak <= free)):
+        raise refusal(config, needed, free, run.sketch.sizes().numbers, ["a lower `data.max_length`"])
 
 
 def wanted_tokens(session: Session) -> int:
     """Return the tokens of a forward pass that are asked for; `auto`: as many as still gain speed."""
     asked = session.config.training.micro_batch_tokens
     return enough_tokens(session.accelerator.device) if asked == "auto" else asked
-
-
-def _advice(config: Config) -> Iterator[str]:
-    """Yield what takes less memory and is not set yet."""
-    if not config.training.gradient_checkpointing:
-        yield "`training.gradient_checkpointing: true`"
-    if config.adapter is None:
-        yield "`adapter: lora`"
-        if config.training.optimizer.type != "adafactor":
-            yield "`training.optimizer: adafactor`"
-    elif config.model.quantize is None:
-        yield "`model.quantize: nf4`"
-    yield "a lower `data.max_length`"
 
 
 def _estimate(run: PlannedRun, policy: Policy, batches: Batches) -> MemoryEstimate:
@@ -235,7 +210,7 @@ def _estimate(run: PlannedRun, policy: Policy, batches: Batches) -> MemoryEstima
     computing = session.precision.dtype, accelerator.device.type
     collisions = session.config.objective.wpo
     return dataclasses.replace(
-        _without_passes(session, policy, run.reference, run.program_bytes),
+        _without_passes(session, policy.sizes(), policy.trained(), run.reference, run.program_bytes),
         activations=activations or 0,
         counted=activations is not None,
         logits=max(logits_bytes(policy.model, batch, *computing, collisions=collisions) for batch in candidates),

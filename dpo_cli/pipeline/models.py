@@ -24,6 +24,7 @@ from dpo_cli.modeling.memory import activation_bytes
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import REFUSALS, Proof, prove
 from dpo_cli.modeling.scorer import Scorer
+from dpo_cli.pipeline.out_of_memory import during
 from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.reference import OpenReference
 from dpo_cli.preference.reference_work import ReferenceWork, reference_model
@@ -60,11 +61,13 @@ def opened(
     """
     policies = []
     for where, name in names.items():
-        policies.append(loaded(session, name) if isinstance(name, str) else name)
+        with during("while the model was loaded"):
+            policies.append(loaded(session, name) if isinstance(name, str) else name)
         check_fits(pairs, policies[-1], where)
     likely = expected_layout(session, policies[0], pairs)
     batches, said = settle(policies[0], likely)
-    layout, proved = choose_layout(session, policies, pairs, indices, trained=trained)
+    with during("while the layout of the pairs was proved"):
+        layout, proved = choose_layout(session, policies, pairs, indices, trained=trained)
     if layout is not likely:
         batches, said = settle(policies[0], layout)
     if said:
@@ -168,7 +171,8 @@ def open_reference(
     if model is not policy:
         model.place(session.accelerator, trained=False)
     num_asked = reference.num_asked(len(needed), 0 if held_out is None else len(held_out))
-    with session.console.progress("reference log-probabilities", num_asked) as progress:
+    asking = "while the reference was asked"
+    with session.console.progress("reference log-probabilities", num_asked) as progress, during(asking):
         work = ReferenceWork(model, policy, session.accelerator, needed, batches, progress, held_out)
         return reference.open(work)
 

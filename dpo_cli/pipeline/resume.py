@@ -60,6 +60,9 @@ def begin(
     restored = restore_checkpoint(checkpoint, learner) if checkpoint else None
     if session.accelerator.is_main_process:
         _write_down(session, folder, day, resume=resume, overwrite=overwrite)
+        if not learner.recuts.allowed:
+            # Passes have the size that was asked for, from here on.
+            folder.recuts.unlink(missing_ok=True)
     tracked = TrackedRun(folder.path.absolute().name, folder.trackers, learner.done)
     start_trackers(session.accelerator, session.config.trackers, session.config.model_dump(mode="json"), tracked)
     if restored:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,21 @@ import numpy as np
 
 from dpo_cli.config import Config, changeable
 from dpo_cli.errors import FAILED, UserError
-from dpo_cli.modeling.allocator import hand_back_freed_memory, keep_freed_memory, take_over_weights
+from dpo_cli.modeling.allocator import hand_back_freed_memory
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.tokenizers import end_at
-from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.forecast import disk_need, show_forecast, warn_of_disk
-from dpo_cli.pipeline.memory import settle_tokens, without_gradient
-from dpo_cli.pipeline.models import Settle, open_reference, opened, shortest_pair, trained_policy
+from dpo_cli.pipeline.memory import without_gradient
+from dpo_cli.pipeline.models import open_reference, opened, shortest_pair, trained_policy
+from dpo_cli.pipeline.out_of_memory import during, reported
 from dpo_cli.pipeline.plan import PlannedRun, check_data, header, planned
 from dpo_cli.pipeline.resume import begin
 from dpo_cli.pipeline.run import Records, Run, recorded, save_final, summarize
 from dpo_cli.pipeline.session import started
-from dpo_cli.reporting.console import Console, Record, gib
+from dpo_cli.pipeline.settling import recuts_of, settled_on_paper, settling
+from dpo_cli.reporting.console import Console, Record
 from dpo_cli.system.signals import Interrupted, StopSignals
 from dpo_cli.training.checkpoints import PRECISION, check_finite
 from dpo_cli.training.checks import check_base, check_reference
@@ -63,23 +64,36 @@ def train(
         if plan and dry_run:
             show_forecast(plan, resume=resume)
         elif plan:
-            run = _ready(plan, resume=resume)
-            how = {"resume": resume, "overwrite": overwrite}
-            restored = begin(run.session, plan.folder, run.learner, run.fingerprints, plan.day, **how)
-            run.before.update(restored.before if restored else {})
-            yield from _take(run, restored.metrics if restored else "")
+            _announce(plan)
+            settled = settled_on_paper(plan, resume=resume)
+            with reported(config, settled[1]):
+                run = _ready(plan, settled, resume=resume)
+                how = {"resume": resume, "overwrite": overwrite}
+                restored = begin(run.session, plan.folder, run.learner, run.fingerprints, plan.day, **how)
+                run.before.update(restored.before if restored else {})
+                yield from _take(run, restored.metrics if restored else "")
 
 
-def _ready(plan: PlannedRun, *, resume: bool) -> Run:
-    """Load the models, prove that they do what they should, and open the reference before anything can change."""
-    session, config, data = plan.session, plan.session.config, plan.data
+def _announce(plan: PlannedRun) -> None:
+    """Say what is going to run, and prove of its pairs what can be proved without the model.
+
+    Raises:
+        UserError: Something does not hold.
+    """
+    session, config = plan.session, plan.session.config
     session.console.facts(header(plan))
     warn_of_disk(disk_need(config, plan.folder, plan.steps, plan.sketch), plan.folder, session.console)
     check_data(plan)
+
+
+def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume: bool) -> Run:
+    """Load the models, prove that they do what they should, and open the reference before anything can change."""
+    session, config, data = plan.session, plan.session.config, plan.data
     other = {"`reference.model`": config.reference.model} if config.reference.model else {}
     named: dict[str, str | Policy] = {"`model.name`": trained_policy(session), **other}
     all_pairs = np.concatenate([data.train, data.held_out])
-    models, batches = opened(session, named, data.pairs, all_pairs, _settling(plan, resume=resume), trained=True)
+    settle = settling(plan, settled, resume=resume)
+    models, batches = opened(session, named, data.pairs, all_pairs, settle, trained=True)
     session = session.under(_with_tokens(config, batches.micro_batch_tokens))
     policy, training, accelerator = models[0], config.training, session.accelerator
     # An adapter's base is known by its settings as they came; those of a whole model change what it is.
@@ -115,6 +129,7 @@ def _ready(plan: PlannedRun, *, resume: bool) -> Run:
         accelerator=accelerator,
         max_grad_norm=training.max_grad_norm,
         skips=Skips(training.max_skipped if training.on_nonfinite == "skip" else 0),
+        recuts=recuts_of(plan, resume=resume),
         asked_to_stop=lambda: session.signals.received is not None,
     )
     run = Run(session, plan, batches, learner, fingerprints)
@@ -123,37 +138,6 @@ def _ready(plan: PlannedRun, *, resume: bool) -> Run:
         # Of a run of all weights, gradients and moments take its place.
         hand_back_freed_memory()
     return run
-
-
-def _settling(plan: PlannedRun, *, resume: bool) -> Settle:
-    """Return what settles the forward passes of a run: tokens and memory of each."""
-    device = plan.session.accelerator.device
-    resumed = plan.folder.recorded_count("training.micro_batch_tokens") if resume else None
-
-    def settle(policy: Policy, layout: Layout) -> tuple[Batches, Mapping[str, str]]:
-        batches = Batches(plan.data.pairs, layout, 1, device)
-        batches, memory = settle_tokens(plan, policy, batches, resumed)
-        if device.type == "cpu":
-            whole = plan.session.config.adapter is None
-            if whole and memory.activations > memory.weights + memory.optimizer:
-                # Then gaps of the size of the gradients are a small price for the time. Beside an adapter, gradients
-                # and moments would not fill them: they would take as much as most of the activations again.
-                keep_freed_memory(memory.peak - memory.program)
-            take_over_weights(policy.model)
-        return batches, _described(batches, memory)
-
-    return settle
-
-
-def _described(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:
-    """Say how pairs go through the model, and what that takes in memory at the peak."""
-    activations = f"{gib(memory.activations)} of it activations"
-    if not memory.counted:
-        activations = "and activations, which could not be estimated"
-    return {
-        "micro-batch": f"at most {batches.micro_batch_tokens:,} tokens, or one pair; {batches.layout.name}",
-        "memory": f"about {gib(memory.peak)} at the peak, {activations}",
-    }
 
 
 def _with_tokens(config: Config, num_tokens: int) -> Config:
@@ -227,7 +211,8 @@ def _steps(run: Run, records: Records) -> Iterator[StepResult]:
     try:
         with session.console.steps(taken, run.plan.steps.num_steps, None if every == "auto" else every) as record:
             steps = run.learner.steps(run.plan.steps, run.batches)
-            for result in session.progress.following(steps, taken, run.learner.policy.scorer):
+            following = session.progress.following(steps, taken, run.learner.policy.scorer)
+            for result in _noted(following, run.learner):
                 taken = result.number
                 if result.broken:
                     run.tell_skipped(result.broken)
@@ -245,6 +230,16 @@ def _steps(run: Run, records: Records) -> Iterator[StepResult]:
         skipped = min(run.learner.skips.count, run.learner.skips.allowed)
         what = run.described(broken) + (f"; {skipped} steps were skipped before" if skipped else "")
         raise UserError(what, str(run.plan.folder.checkpoints), hint, status=FAILED) from None
+
+
+def _noted(results: Iterator[StepResult], learner: Learner) -> Iterator[StepResult]:
+    """Yield results of steps; note on an error that says that memory has run out in which step it did."""
+    while True:
+        with during(f"in step {learner.done + 1}"):
+            result = next(results, None)
+        if result is None:
+            return
+        yield result
 
 
 def _after_step(run: Run, records: Records, result: StepResult, record: Record) -> None:

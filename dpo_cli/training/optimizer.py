@@ -52,7 +52,7 @@ class OptimizerSettings(Settings):
         ]
         return self.build([group for group in groups if group["params"]], learning_rate)
 
-    def state_bytes(self, trained: Sequence[Parameter]) -> int:
+    def state_bytes(self, trained: Sequence[Tensor]) -> int:
         """Return what is kept of parameters, in bytes."""
         return sum(self.state_numbers(p) * p.element_size() for p in trained)
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dpo_cli.data.prepared.step_plan import Step
+from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.system.storage import write_text
 
 Changed = Callable[[int, int], None]
 """Called with a step, and the tokens of a forward pass from that step on."""
@@ -43,3 +47,37 @@ class Recuts:
                 self.changed(step.number, num_tokens)
                 return True
         return False
+
+
+def write_recuts(file: Path, tokens: Mapping[int, int]) -> None:
+    """Write down the most tokens of a forward pass, by the first step that they hold for.
+
+    Raises:
+        UserError: The disk refuses.
+    """
+    try:
+        write_text(file, json.dumps({str(step): count for step, count in sorted(tokens.items())}) + "\n")
+    except OSError as error:
+        raise from_os_error(error, "noting the size of forward passes", str(file)) from error
+
+
+def read_recuts(file: Path) -> dict[int, int]:
+    """Return what `write_recuts` wrote down; nothing where there is no file.
+
+    Raises:
+        UserError: It is not what a run writes.
+    """
+    try:
+        found = {int(step): count for step, count in json.loads(file.read_bytes()).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise _damaged(file, str(error)) from None
+    if not all(step > 0 and type(count) is int and count > 0 for step, count in found.items()):
+        raise _damaged(file, "it does not have numbers of tokens by step")
+    return found
+
+
+def _damaged(file: Path, reason: str) -> UserError:
+    hint = "remove it: the run then continues with larger passes, and its last bits may differ"
+    return UserError(f"the sizes of forward passes cannot be read: {reason}", str(file), hint)

@@ -63,6 +63,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def recuts(self) -> Path:
+        """From which steps on forward passes have fewer tokens, where memory ran out."""
+        return self.path / "smaller_passes.json"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
@@ -219,7 +224,7 @@ class RunFolder:
                 shutil.rmtree(folder)
             else:
                 folder.unlink(missing_ok=True)
-        for file in (self.metrics, self.environment, self.config):
+        for file in (self.metrics, self.environment, self.config, self.recuts):
             file.unlink(missing_ok=True)
 
     def recorded_count(self, name: str) -> int | None:

@@ -185,6 +185,21 @@ def test_one_is_killed_and_the_others_name_it(runs, ledger, num_ranks, victim, n
     ledger.record("a rank killed")
 
 
+@pytest.mark.parametrize(("victim", "name"), [(1, "step"), (0, "step"), (1, "evaluation")] if FULL else [(1, "step")])
+def test_memory_runs_out_on_one_and_the_other_does_not_wait_for_it(runs, victim, name):
+    run, (survivor,), struck, _, since = struck_run(runs, 2, victim, MOMENTS[name], "memory")
+    assert seconds_to_end([survivor, struck], since) < LIMIT
+    assert [survivor.wait().status, struck.wait().status] == [1, 1], survivor.said
+    said = survivor.said + struck.said
+    assert "Traceback" not in said
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "memory ran out" in error
+    assert error.startswith(f"error: rank {victim} ") or not victim
+    assert_checkpoints_whole(run)
+    assert_resumes(runs, run)
+    assert_same(run, runs.whole)
+
+
 @pytest.mark.skipif(not FULL, reason="the same watch as that of `dpo train`")
 def test_an_evaluation_of_several_ranks_does_not_wait_for_one_that_is_gone(runs, ledger):
     fault = "tests.faults.strokes:strike", {"where": MOMENTS["evaluation"].where, "how": "kill"}

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 
 import pytest
+import torch
 from tiny_models import build
 
 from dpo_cli.config import load_config
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
+from dpo_cli.modeling.held import held_as
+from dpo_cli.modeling.planned_sizes import sizes_under_lora
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline import memory
 from dpo_cli.pipeline.memory import check_memory
 from dpo_cli.pipeline.models import trained_policy
+from dpo_cli.pipeline.plan import planned
 from dpo_cli.pipeline.session import started
+from dpo_cli.pipeline.settling import settled_on_paper
 from dpo_cli.reporting.console import Console
+from dpo_cli.training.run_folder import RunFolder
 from tests.conftest import make_config
 
 RANK = 2
@@ -54,6 +64,7 @@ def session(tmp_path, model, pairs_file):
         one.__exit__(None, None, None)
 
 
+GROUPS = ("adapter", "reference", "training", "checkpoints", "model")
 LORA = {"type": "lora", "rank": RANK}
 SYNCED = {"type": "synced", "every_steps": 2}
 
@@ -78,7 +89,7 @@ def test_an_adapter_takes_gradients_moments_and_copies_of_its_own_weights_alone(
         copies = copies or int(reference == "frozen")
     one = session(adapter=lora, reference=reference, checkpoints={"background": background})
     policy = trained_policy(one, empty=True)
-    parts = memory._without_passes(one, policy, policy, 0).parts()
+    parts = memory._without_passes(one, policy.sizes(), policy.trained(), policy, 0).parts()
     assert {name: size for name, size in parts.items() if name != "optimizer"} == {
         "program and libraries": 0,
         "weights": 4 * (base + adapter),
@@ -113,11 +124,110 @@ def test_what_does_not_fit_is_refused_with_the_least_change_that_would(
     In 4 bits, half a byte each and their scales: less than 2 bytes also with the embeddings, which keep 4.
     """
     one = session(**settings)
-    policy = trained_policy(one, empty=True)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: bytes_of(*numbers(model)))
+    policy, free = trained_policy(one, empty=True), bytes_of(*numbers(model))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free)
     with pytest.raises(UserError) as refused:
         check_memory(one, policy, policy, 0)
-    assert refused.value.hint == hint
+    (first, _), *others = suggested(refused.value.hint)
+    assert " and ".join(f"`{setting}`" for setting in first) == hint.removeprefix("set ")
+    for together, peak in [(first, None), *others]:
+        exact = least(session, one.config, together)
+        assert exact <= free
+        assert peak is None or peak == pytest.approx(exact / 2**30, abs=0.006)
+
+
+def suggested(hint):
+    """Return the settings that a hint names together, and the GiB that they are said to take."""
+    named = re.findall(r"((?:`[^`]+`(?: and )?)+) \((\S+) GiB\)", hint)
+    return [(re.findall("`([^`]+)`", settings), float(peak)) for settings, peak in named]
+
+
+def least(session, config, settings):
+    """Return what a run takes at least under settings, of a policy that is really built under them."""
+    values = config.model_dump(mode="json")
+    for setting in settings:
+        path, value = setting.split(": ")
+        *groups, name = path.split(".")
+        group = functools.reduce(dict.__getitem__, groups, values)
+        group[name] = {"true": True, "false": False}.get(value, value)
+    one = session(**{name: group for name, group in values.items() if name in GROUPS})
+    policy = trained_policy(one, empty=True)
+    return memory._without_passes(one, policy.sizes(), policy.trained(), policy, 0).needed
+
+
+def test_the_parts_are_listed_one_below_the_other_with_the_peak_at_the_end(session, model, monkeypatch):
+    one = session(reference="frozen")
+    policy, (base, _) = trained_policy(one, empty=True), numbers(model)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
+    with pytest.raises(UserError) as refused:
+        check_memory(one, policy, policy, 0)
+    first, *lines = refused.value.what.splitlines()
+    assert first == f"training needs at least {20 * base / 2**30:.2f} GiB of memory, but 0.00 GiB are free:"
+    assert len({len(line) for line in lines}) == 1
+    rows = {name.strip(): size for name, size in (re.split(" {2,}", line.strip()) for line in lines)}
+    assert list(rows) == ["weights", "reference model", "optimizer", "gradients", "at the peak"]
+    assert rows["weights"] == rows["gradients"] == f"{4 * base / 2**30:.2f} GiB"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "gemma2"])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_what_an_adapter_would_take_is_what_it_takes(kind, quantized):
+    """Without PEFT and bitsandbytes, which take a second to import."""
+    held = held_as("nf4", "bfloat16") if quantized else held_as("bfloat16", "bfloat16")
+    plain = build(kind)
+    laid_out = Policy(copy.deepcopy(plain), held=held).sketched(plain.config)
+    held.lay_out(laid_out.model)
+    exact = Policy(laid_out.model, Adapted(Lora()), held).sizes()
+    told = sizes_under_lora(plain, Lora(), torch.bfloat16, quantized=quantized)
+    assert (told.trained, told.num_trained, told.saved) == (exact.trained, exact.num_trained, exact.saved)
+    # Of quantized layers bitsandbytes makes the biases in float32, until loading brings those of the file.
+    assert told.held == pytest.approx(exact.held, rel=0.02 * quantized)
+    assert told.numbers == exact.numbers
+
+
+@pytest.fixture
+def run(session, tmp_path):
+    """Plan a run under some settings, and settle its forward passes where so much memory is free."""
+
+    def settle(free, **settings):
+        one = session(**settings)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "free_bytes", lambda device: 2**40)
+            plan = planned(one, RunFolder(tmp_path / "run"), resume=False, extend=False)
+            patch.setattr(memory, "free_bytes", lambda device: free)
+            return settled_on_paper(plan, resume=False)
+
+    return settle
+
+
+ENOUGH = 2**40
+"""More than any run here takes."""
+FEW_TOKENS = {"micro_batch_tokens": 64, "pairs_per_step": 4}
+
+
+def test_a_run_whose_smallest_pass_does_not_fit_is_refused_before_weights_are_read(run):
+    """By its activations alone: without them it would."""
+    _, memory_of_one = run(ENOUGH, training=FEW_TOKENS)
+    assert memory_of_one.activations > 0
+    with pytest.raises(UserError, match=r"needs at least [\d.]+ GiB of memory") as refused:
+        run(memory_of_one.needed - 1)
+    assert "activations" in refused.value.what
+    (first, _), *_ = suggested(refused.value.hint)
+    assert first == ["training.gradient_checkpointing: true"]
+    assert refused.value.hint.endswith("or a lower `data.max_length`")
+    checkpointed = {"training": {**FEW_TOKENS, "gradient_checkpointing": True}}
+    assert run(memory_of_one.needed - 1, **checkpointed)[1].needed < memory_of_one.needed
+
+
+def test_passes_are_cut_until_the_run_fits_and_a_number_that_was_asked_for_is_kept(run):
+    least = run(ENOUGH, training=FEW_TOKENS)[1].needed
+    free = int(1.3 * least)
+    cut, settled = run(free)
+    assert cut.micro_batch_tokens < 512
+    assert settled.needed <= 0.8 * free
+    asked, more = run(free, training={"micro_batch_tokens": 100_000, "pairs_per_step": 32})
+    assert asked.micro_batch_tokens == 100_000
+    assert more.needed > free
 
 
 def test_of_what_fits_in_no_way_the_size_that_would_is_told(session, model, monkeypatch):

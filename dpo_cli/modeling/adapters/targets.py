@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.errors import UserError
@@ -104,6 +105,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _renamed(model: PreTrainedModel, last_name: str) -> bool:
     """Tell whether PEFT takes the layers of a name for experts, as older models of a type had them."""
+    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+        # Then PEFT, whose import takes a second, need not be asked.
+        return False
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 

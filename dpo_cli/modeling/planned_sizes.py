@@ -1,0 +1,84 @@
+"""What a model without weights would come to under an adapter, with its matrices in 4 bits or not.
+
+The libraries that make both take a second to import, which who is only told of them need not wait for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from dpo_cli.modeling.adapters.targets import is_bypassed, target_names
+from dpo_cli.modeling.sizes import Sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dpo_cli.modeling.adapters.settings import Lora
+
+_LEVELS, _FINE_LEVELS = 16, 256
+"""The numbers that 4 bits, and the 8 bits of a block's scale, stand for."""
+
+_BLOCK, _SCALES_BLOCK = 64, 256
+"""How many weights have a scale in common, and how many scales."""
+
+
+def nf4_bytes(numbers: int) -> int:
+    """Return what a matrix of so many weights takes in 4 bits each, with its scales."""
+    blocks = math.ceil(numbers / _BLOCK)
+    scales = blocks + 4 * (math.ceil(blocks / _SCALES_BLOCK) + _LEVELS + _FINE_LEVELS + 1)
+    return math.ceil(numbers / 2) + scales
+
+
+def kept_in_dtype(model: PreTrainedModel) -> list[str]:
+    """Return what is not quantized: embeddings, head, and layers whose weights are used without calling them."""
+    return [*get_keys_to_not_convert(model), *(name for name, _ in model.named_modules() if is_bypassed(model, name))]
+
+
+def lora_weights(model: PreTrainedModel, adapter: Lora) -> list[torch.Tensor]:
+    """Return the weights that a LoRA would add to a model, without content.
+
+    Raises:
+        UserError: The model has no layers for it.
+    """
+    added = []
+    for name in target_names(model, adapter.targets):
+        rows, columns = model.get_submodule(name).weight.shape
+        added += [torch.empty(adapter.rank, rows, device="meta"), torch.empty(columns, adapter.rank, device="meta")]
+    return added
+
+
+def sizes_under_lora(model: PreTrainedModel, adapter: Lora, dtype: torch.dtype, *, quantized: bool) -> Sizes:
+    """Return what a model comes to whose base is held in a dtype beneath a LoRA, in whatever it is held now.
+
+    Args:
+        model: The model without an adapter; its weights may be missing.
+        adapter: The LoRA; of its settings those count that decide its size.
+        dtype: What is held in.
+        quantized: Whether matrices of linear layers are held in 4 bits.
+
+    Raises:
+        UserError: The model has no layers for it.
+    """
+    few = _quantizable(model) if quantized else {}
+    others = sum(weights.numel() for weights in model.parameters() if id(weights) not in few)
+    added = 4 * sum(weights.numel() for weights in lora_weights(model, adapter))
+    base = others * dtype.itemsize + sum(map(nf4_bytes, few.values()))
+    numbers = sum(weights.numel() for weights in model.parameters())
+    return Sizes(numbers + added // 4, base + added, 0, added // 4, added, added, 0, 0)
+
+
+def _quantizable(model: PreTrainedModel) -> dict[int, int]:
+    """Return how many numbers each matrix has that would be quantized, by its identity."""
+    kept = [*kept_in_dtype(model), *(model._keep_in_fp32_modules or ())]
+    found = {}
+    for name, module in model.named_modules():
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept):
+            found[id(module.weight)] = module.weight.numel()
+    return found

@@ -1,0 +1,90 @@
+"""How a run's pairs go through the model: tokens of a forward pass, memory of each, smaller passes where it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.layouts import Layout
+from dpo_cli.modeling.memory import MemoryEstimate
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.pipeline.memory import settle_tokens
+from dpo_cli.pipeline.models import Settle, expected_layout
+from dpo_cli.pipeline.plan import PlannedRun
+from dpo_cli.reporting.console import gib
+from dpo_cli.training.recuts import Recuts, read_recuts, write_recuts
+
+
+def settled_on_paper(plan: PlannedRun, *, resume: bool) -> tuple[Batches, MemoryEstimate]:
+    """Settle how pairs go through the model, and what that takes in memory, before any weight is read.
+
+    Raises:
+        UserError: It cannot fit into memory.
+    """
+    session, pairs = plan.session, plan.data.pairs
+    batches = Batches(pairs, expected_layout(session, plan.sketch, pairs), 1, session.accelerator.device)
+    return settle_tokens(plan, plan.sketch, batches, _resumed_tokens(plan, resume=resume))
+
+
+def settling(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume: bool) -> Settle:
+    """Return what settles the forward passes of a run under the layout that it takes in the end.
+
+    Args:
+        plan: The run.
+        settled: The batches under the layout that was expected, and what the run then takes in memory.
+        resume: Whether it goes on from what is there.
+    """
+    device = plan.session.accelerator.device
+
+    def settle(policy: Policy, layout: Layout) -> tuple[Batches, Mapping[str, str]]:
+        batches, memory = settled
+        if layout is not batches.layout:
+            other = dataclasses.replace(batches, layout=layout)
+            batches, memory = settle_tokens(plan, policy, other, _resumed_tokens(plan, resume=resume))
+        if device.type == "cpu":
+            whole = plan.session.config.adapter is None
+            if whole and memory.activations > memory.weights + memory.optimizer:
+                # Then gaps of the size of the gradients are a small price for the time. Beside an adapter, gradients
+                # and moments would not fill them: they would take as much as most of the activations again.
+                keep_freed_memory(memory.needed)
+            take_over_weights(policy.model)
+        return batches, _described(batches, memory)
+
+    return settle
+
+
+def recuts_of(plan: PlannedRun, *, resume: bool) -> Recuts:
+    """Return what cuts a step again where memory runs out in it, and keeps that in the run's folder.
+
+    Ranks average gradients in the backward pass, which none of them may leave: of several, no step is cut again.
+    """
+    folder, console, config = plan.folder, plan.session.console, plan.session.config
+    if config.training.micro_batch_tokens != "auto" or plan.session.accelerator.num_processes > 1:
+        return Recuts()
+    recuts = Recuts(allowed=True, tokens=read_recuts(folder.recuts) if resume else {})
+
+    def changed(step: int, num_tokens: int) -> None:
+        write_recuts(folder.recuts, recuts.tokens)
+        what = f"memory ran out in step {step}, which is taken again in smaller passes"
+        console.warning(f"{what}; from here on a forward pass has at most {num_tokens:,} tokens, or one pair")
+
+    recuts.changed = changed
+    return recuts
+
+
+def _resumed_tokens(plan: PlannedRun, *, resume: bool) -> int | None:
+    """Return the tokens of a forward pass that a run to be resumed began with."""
+    return plan.folder.recorded_count("training.micro_batch_tokens") if resume else None
+
+
+def _described(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:
+    """Say how pairs go through the model, and what that takes in memory at the peak."""
+    activations = f"{gib(memory.activations)} of it activations"
+    if not memory.counted:
+        activations = "and activations, which could not be estimated"
+    return {
+        "micro-batch": f"at most {batches.micro_batch_tokens:,} tokens, or one pair; {batches.layout.name}",
+        "memory": f"about {gib(memory.peak)} at the peak, {activations}",
+    }
