@@ -16,6 +16,7 @@ from dpo_cli.data.prepared.step_plan import MicroBatch, largest
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import Layout
+from dpo_cli.modeling.measured_passes import PassBytes
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes
 from dpo_cli.modeling.pace import enough_tokens
 from dpo_cli.modeling.planned_sizes import lora_weights, sizes_under_lora
@@ -115,7 +116,11 @@ def _reference_bytes(config: Config, policy: Sizes, reference: Policy) -> int:
 
 
 def settle_tokens(
-    run: PlannedRun, policy: Policy, batches: Batches, resumed: int | None = None
+    run: PlannedRun,
+    policy: Policy,
+    batches: Batches,
+    resumed: int | None = None,
+    passes: PassBytes | None = None,
 ) -> tuple[Batches, MemoryEstimate]:
     """Settle how many tokens a forward pass has, and estimate what the run then takes in memory.
 
@@ -127,6 +132,7 @@ def settle_tokens(
         policy: The policy; its weights may be missing.
         batches: The pairs in their layout; how many tokens a pass has is replaced.
         resumed: The number that a run to be resumed began with, or None.
+        passes: What passes were measured to take, or None.
 
     Returns:
         The batches under that number, the same in all processes, and the estimate.
@@ -138,7 +144,7 @@ def settle_tokens(
 
     def with_budget(num_tokens: int) -> tuple[Batches, MemoryEstimate]:
         cut = dataclasses.replace(batches, micro_batch_tokens=num_tokens)
-        return cut, _estimate(run, policy, cut)
+        return cut, _estimate(run, policy, cut, passes)
 
     asked = resumed if session.config.training.micro_batch_tokens == "auto" else wanted_tokens(session)
     settled, memory = with_budget(asked or wanted_tokens(session))
@@ -188,34 +194,47 @@ def wanted_tokens(session: Session) -> int:
     return enough_tokens(session.accelerator.device) if asked == "auto" else asked
 
 
-def _estimate(run: PlannedRun, policy: Policy, batches: Batches) -> MemoryEstimate:
-    """Estimate a run's memory by its largest micro-batch, found among its first steps and its longest pair."""
-    session, plan, sizes = run.session, run.steps, batches.pairs.sizes
-    accelerator = session.accelerator
-    planned = plan.steps(batches.cut, 0, accelerator.process_index, accelerator.num_processes)
-    steps = list(itertools.islice(planned, STEPS_LOOKED_AT))
-    cuts = [cut for step in steps for cut in step.micro_batches]
-    cuts.append(MicroBatch((int(plan.indices[sizes.longest[plan.indices].argmax()]),)))
+def _estimate(run: PlannedRun, policy: Policy, batches: Batches, passes: PassBytes | None = None) -> MemoryEstimate:
+    """Estimate a run's memory by its largest micro-batches: as `passes` were measured, or counted on paper."""
+    session = run.session
+    cuts, several = _cuts(run, batches)
+    candidates = largest(batches.pairs.sizes, cuts, batches.layout.tokens)
+    memory = dataclasses.replace(
+        _without_passes(session, policy.sizes(), policy.trained(), run.reference, run.program_bytes), several=several
+    )
+    if passes:
+        sizes = [batches.layout.tokens(batches.pairs.sizes, cut.pairs) for cut in candidates]
+        return dataclasses.replace(memory, activations=passes.of(max(sizes)), counted=True)
     on_paper = dataclasses.replace(batches, device=torch.device("cpu"))
-    candidates = [on_paper(cut) for cut in largest(sizes, cuts, batches.layout.tokens)]
+    laid_out = [on_paper(cut) for cut in candidates]
     recomputed = session.config.training.gradient_checkpointing
     try:
         activations = max(
             activation_bytes(policy, batches.layout, batch, session.precision.dtype, recomputed=recomputed)
-            for batch in candidates
+            for batch in laid_out
         )
     except REFUSALS:
         # What this model computes depends on the values, which are not there.
         activations = None
-    computing = session.precision.dtype, accelerator.device.type
-    collisions = session.config.objective.wpo
-    return dataclasses.replace(
-        _without_passes(session, policy.sizes(), policy.trained(), run.reference, run.program_bytes),
-        activations=activations or 0,
-        counted=activations is not None,
-        logits=max(logits_bytes(policy.model, batch, *computing, collisions=collisions) for batch in candidates),
-        several=any(len(step.micro_batches) > 1 for step in steps),
-    )
+    computing, collisions = (session.precision.dtype, session.accelerator.device.type), session.config.objective.wpo
+    logits = max(logits_bytes(policy.model, batch, *computing, collisions=collisions) for batch in laid_out)
+    return dataclasses.replace(memory, activations=activations or 0, counted=activations is not None, logits=logits)
+
+
+def _cuts(run: PlannedRun, batches: Batches) -> tuple[list[MicroBatch], bool]:
+    """Return the micro-batches of a run's first steps and its longest pair, and whether a step has several."""
+    accelerator, plan = run.session.accelerator, run.steps
+    planned = plan.steps(batches.cut, 0, accelerator.process_index, accelerator.num_processes)
+    steps = list(itertools.islice(planned, STEPS_LOOKED_AT))
+    longest = plan.indices[batches.pairs.sizes.longest[plan.indices].argmax()]
+    cuts = [cut for step in steps for cut in step.micro_batches] + [MicroBatch((int(longest),))]
+    return cuts, any(len(step.micro_batches) > 1 for step in steps)
+
+
+def largest_micro_batch(run: PlannedRun, batches: Batches) -> MicroBatch:
+    """Return the micro-batch of a run's first steps, or its longest pair, that has the most tokens."""
+    sizes, count = batches.pairs.sizes, batches.layout.tokens
+    return max(_cuts(run, batches)[0], key=lambda cut: count(sizes, cut.pairs))
 
 
 def settling_scores(session: Session, pairs: PreparedPairs) -> Settle:

@@ -23,6 +23,7 @@ from dpo_cli.modeling.determinism import deterministic_kernels
 from dpo_cli.modeling.held import FLOAT32, Held, held_as
 from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of
 from dpo_cli.modeling.trained import Trained, Whole
+from dpo_cli.pipeline.out_of_memory import reported
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.signals import StopSignals
 from dpo_cli.training.ranks import Progress, gathering, watched
@@ -90,13 +91,13 @@ def started(config: Config, console: Console, signals: StopSignals | None = None
     """Start a session: in one process, or in one of those that torchrun or accelerate launched.
 
     Raises:
-        UserError: The precision is not available here, Accelerate cannot start, or an operation of the job has no
-            deterministic kernel.
+        UserError: The precision is not available here, Accelerate cannot start, an operation of the job has no
+            deterministic kernel, or memory ran out.
     """
     with deterministic_kernels(config.training.deterministic):
         accelerator = start_accelerator(config)
         try:
-            with watched(accelerator, config.training.rank_timeout, Console().error) as progress:
+            with watched(accelerator, config.training.rank_timeout, Console().error) as progress, reported(config):
                 yield Session(config, console, signals or StopSignals(), accelerator, progress)
             accelerator.end_training()
         finally:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import Layout
+from dpo_cli.modeling.measured_passes import cuda_peak, measured_passes
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.pipeline.memory import settle_tokens
+from dpo_cli.pipeline.memory import largest_micro_batch, settle_tokens, wanted_tokens
 from dpo_cli.pipeline.models import Settle, expected_layout
+from dpo_cli.pipeline.out_of_memory import during
 from dpo_cli.pipeline.plan import PlannedRun
 from dpo_cli.reporting.console import gib
 from dpo_cli.training.recuts import Recuts, read_recuts, write_recuts
@@ -53,6 +56,27 @@ def settling(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resum
         return batches, _described(batches, memory)
 
     return settle
+
+
+def measured(plan: PlannedRun, policy: Policy, batches: Batches, *, resume: bool) -> Batches:
+    """Cut pairs anew by what passes really take, on a device that counts its memory and where `auto` asks for it.
+
+    Args:
+        plan: The run.
+        policy: The policy, placed, as it is trained.
+        batches: How its pairs go through it by what was counted on paper.
+        resume: Whether the run goes on from what is there: then its passes are those that it began with.
+    """
+    session = plan.session
+    wanted = session.config.training.micro_batch_tokens == "auto" and not _resumed_tokens(plan, resume=resume)
+    if session.accelerator.device.type != "cuda" or not wanted:
+        return batches
+    most = dataclasses.replace(batches, micro_batch_tokens=wanted_tokens(session))
+    with during("while passes were measured"):
+        passes = measured_passes(policy, most, functools.partial(largest_micro_batch, plan), cuda_peak)
+    batches, memory = settle_tokens(plan, policy, batches, passes=passes)
+    session.console.facts({f"measured {name}": said for name, said in _described(batches, memory).items()})
+    return batches
 
 
 def recuts_of(plan: PlannedRun, *, resume: bool) -> Recuts:

@@ -24,7 +24,7 @@ from dpo_cli.pipeline.plan import PlannedRun, check_data, header, planned
 from dpo_cli.pipeline.resume import begin
 from dpo_cli.pipeline.run import Records, Run, recorded, save_final, summarize
 from dpo_cli.pipeline.session import started
-from dpo_cli.pipeline.settling import recuts_of, settled_on_paper, settling
+from dpo_cli.pipeline.settling import measured, recuts_of, settled_on_paper, settling
 from dpo_cli.reporting.console import Console, Record
 from dpo_cli.system.signals import Interrupted, StopSignals
 from dpo_cli.training.checkpoints import PRECISION, check_finite
@@ -94,7 +94,6 @@ def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume:
     all_pairs = np.concatenate([data.train, data.held_out])
     settle = settling(plan, settled, resume=resume)
     models, batches = opened(session, named, data.pairs, all_pairs, settle, trained=True)
-    session = session.under(_with_tokens(config, batches.micro_batch_tokens))
     policy, training, accelerator = models[0], config.training, session.accelerator
     # An adapter's base is known by its settings as they came; those of a whole model change what it is.
     began = policy.fingerprints if config.adapter else {}
@@ -112,6 +111,8 @@ def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume:
         **({"reference": models[-1].identity} if config.reference.model else {}),
     }
     policy.place(accelerator, trained=True, collisions=config.objective.wpo, recomputed=training.gradient_checkpointing)
+    batches = measured(plan, policy, batches, resume=resume)
+    session = session.under(_with_tokens(config, batches.micro_batch_tokens))
     needed = np.union1d(plan.steps.trained_on(), data.held_out)
     # A cached reference needs its model no more.
     reference = open_reference(
