@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import sys
+from mmap import PAGESIZE
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NEVER = -1, -3, -1
 _LARGE_BYTES = 3 * 2**18
-_LARGE_PAGE, _MADV_HUGEPAGE = 2**21, 14
+_LARGE_PAGE, _MADV_HUGEPAGE, _MADV_DONTNEED = 2**21, 14, 4
 
 
 def keep_freed_memory(num_bytes: int) -> None:
@@ -57,9 +60,35 @@ def take_over_weights(model: PreTrainedModel) -> None:
     Else the system copies them page by page in the middle of that step, which writes to them and takes ten times as
     long. What does not train stays as it is: beside the file, a copy would take its bytes a second time.
     """
+    mapped = _mapped_files()
     for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.clone()
+        weights = parameter.data
+        if parameter.requires_grad and any(start <= weights.data_ptr() < stop for start, stop in mapped):
+            parameter.data = weights.clone()
+            # Nobody reads them any more, and as long as another tensor of the file is there, its pages would stay.
+            if weights.is_contiguous():
+                _let_pages_go(weights.data_ptr(), weights.nbytes)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Return from where to where files are mapped into memory; where that is not known, they may be everywhere."""
+    try:
+        lines = [line.split() for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return [(0, sys.maxsize)]
+    # The fifth column is the number of the file; what is in no file has none.
+    found = [line[0].split("-") for line in lines if line[4] != "0"]
+    return [(int(start, 16), int(stop, 16)) for start, stop in found]
+
+
+def _let_pages_go(start: int, num_bytes: int) -> None:
+    """Let the system take back the whole pages of a mapped file within a range; who reads them again has them again."""
+    first, end = -(-start // PAGESIZE) * PAGESIZE, (start + num_bytes) // PAGESIZE * PAGESIZE
+    if sys.platform == "linux" and first < end:
+        with contextlib.suppress(AttributeError, OSError):
+            library = ctypes.CDLL(None)
+            library.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+            library.madvise(first, end - first, _MADV_DONTNEED)
 
 
 def _settle(mapped_from: int) -> None:

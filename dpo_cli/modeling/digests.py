@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +29,13 @@ SCHEME = "sums1:"
 _NO_PART_OF_A_MODEL = {"transformers_version", "_name_or_path", "architectures", "dtype", "use_cache"}
 """Settings that say where a model came from or how it is called, not what it answers."""
 
-_ROW, _ROWS = 2**16, 16
-"""How many 32-bit units have factors of their own, and how many such rows are taken at a time: 16 MB in 64 bits."""
+_ROW, _ROWS = 2**14, 256
+"""How many 32-bit units have factors of their own, and how many such rows a GPU takes at a time: 32 MB in 64 bits.
+
+On a CPU it is one row, which is so short that torch takes one thread for it.
+"""
+_ROWS_OF_A_THREAD = 16
+"""From how many rows on a thread is worth starting."""
 _UNIT_BYTES = 4
 _FIRST_ROW = 2**48
 """The index that the factors of rows begin with, far from those of units."""
@@ -86,16 +92,35 @@ def bit_sums(part: Tensor, first: int = 0, held: torch.dtype | None = None) -> T
         int64, `[2]`, on the tensor's device.
     """
     held = held or part.dtype
-    elements, sums = part.detach().reshape(-1), torch.zeros(2, dtype=torch.int64, device=part.device)
-    of_row, start = _ROW * _UNIT_BYTES // held.itemsize, 0
+    elements, of_row = part.detach().reshape(-1), _ROW * _UNIT_BYTES // held.itemsize
+    threads = torch.get_num_threads() if part.device.type == "cpu" else 1
+    rows = -(-len(elements) // (threads * of_row))
+    if threads == 1 or rows < _ROWS_OF_A_THREAD:
+        return _sums(elements, first, held)
+    # torch's own threads would wait for each other after every block: on a busy machine nearly all of the time.
+    edges = range(0, len(elements), rows * of_row)
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda edge: _sums(elements[edge : edge + rows * of_row], first + edge, held), edges)
+        return torch.stack(list(found)).sum(0)
+
+
+@torch.no_grad()
+def _sums(elements: Tensor, first: int, held: torch.dtype) -> Tensor:
+    """Return what `bit_sums` does for elements of one dimension, in this thread."""
+    of_row, device = _ROW * _UNIT_BYTES // held.itemsize, elements.device
+    most, first_row, start = 1 if device.type == "cpu" else _ROWS, first // of_row, 0
+    sums = []
     while start < len(elements):
-        row, place = divmod(first + start, of_row)
-        left = len(elements) - start
-        taken = min(_ROWS, left // of_row) * of_row if not place and left >= of_row else min(of_row - place, left)
+        place, left = (first + start) % of_row, len(elements) - start
+        taken = min(most, left // of_row) * of_row if not place and left >= of_row else min(of_row - place, left)
         block = elements[start : start + taken].to(held).view(torch.uint8)
-        sums += _sums_of_rows(_units(block, place * held.itemsize), row, place * held.itemsize // _UNIT_BYTES)
+        sums.append(_sums_of_rows(_units(block, place * held.itemsize), place * held.itemsize // _UNIT_BYTES))
         start += taken
-    return sums
+    if not sums:
+        return torch.zeros(2, dtype=torch.int64, device=device)
+    found = torch.cat(sums, dim=1)
+    rows = torch.arange(first_row, first_row + found.shape[1], dtype=torch.int64, device=device)
+    return (found * (_mixed(rows + _FIRST_ROW) | 1)).sum(1)
 
 
 def _units(block: Tensor, first_byte: int) -> Tensor:
@@ -109,19 +134,16 @@ def _units(block: Tensor, first_byte: int) -> Tensor:
     return block.view(torch.int32)
 
 
-def _sums_of_rows(units: Tensor, row: int, place: int) -> Tensor:
-    """Return the sums of a part of a row, or of whole rows.
+def _sums_of_rows(units: Tensor, place: int) -> Tensor:
+    """Return the sums of each of some rows in both lanes, int64, `[2, rows]`.
 
     Args:
-        units: The units.
-        row: The index of the first row.
-        place: The index of the first unit in it.
+        units: A part of a row, or whole rows.
+        place: The index of the first unit in its row.
     """
     wide = units.to(torch.int64).view(-1, min(len(units), _ROW))
-    factors = _factors(units.device)[:, place : place + wide.shape[1]]
-    rows = torch.arange(row, row + len(wide), dtype=torch.int64, device=units.device)
-    of_rows = _mixed(rows + _FIRST_ROW) | 1
-    return torch.stack([((wide * lane).sum(1) * of_rows).sum() for lane in factors])
+    factors = _factors(units.device)
+    return torch.stack([(wide * factors[lane, place : place + wide.shape[1]]).sum(1) for lane in (0, 1)])
 
 
 @functools.lru_cache(maxsize=8)

@@ -14,7 +14,8 @@ from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.digests import weights_digest
 from dpo_cli.modeling.folders.loading import load_weights
-from dpo_cli.modeling.folders.saving import check_saved, prove_saving, write_model
+from dpo_cli.modeling.folders.saved_weights import SavedWeights
+from dpo_cli.modeling.folders.saving import prove_saving, write_model
 from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Whole(Settings):
         state: dict[str, Tensor] | None = None,
     ) -> None:
         """Write what `state` returned, by default now, and all that it takes to load it, into a folder."""
-        write_model(folder, model, tokenizer, state)
+        write_model(folder, model, tokenizer, SavedWeights(model, state))
 
     def check_written(self, model: PreTrainedModel, folder: Path) -> None:
         """Compare what was written with what is in memory.
@@ -103,7 +104,7 @@ class Whole(Settings):
         Raises:
             UserError: The disk did not keep it.
         """
-        check_saved(folder, model)
+        SavedWeights(model).check(folder)
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:
         """Replace the weights by those in a folder.

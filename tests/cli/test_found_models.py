@@ -27,7 +27,8 @@ from transformers import (
 from dpo_cli.config.loading import load_config
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.folders.loading import load_policy
-from dpo_cli.modeling.folders.saving import check_saved, prove_saving, saved_model
+from dpo_cli.modeling.folders.saved_weights import SavedWeights
+from dpo_cli.modeling.folders.saving import prove_saving, saved_model
 from tests.cli.test_two_processes import torchrun
 from tests.conftest import make_config
 from tests.marks import slow_unless
@@ -372,13 +373,13 @@ def test_what_the_disk_did_not_keep_is_found_when_it_is_saved(tmp_path, put, fol
     model = load_policy(str(folder))
     assert "can be saved" in prove_saving(model, tokenizer)
     with saved_model(tmp_path / "saved", model, tokenizer, "saving") as temporary:
-        check_saved(temporary, model)
+        SavedWeights(model).check(temporary)
     weights = load_file(tmp_path / "saved/model.safetensors")
     first, *others = sorted(weights)
     for spoilt in ({**weights, first: weights[first] + 1e-6}, {name: weights[name] for name in others}):
         save_file(spoilt, tmp_path / "saved/model.safetensors")
         with pytest.raises(UserError, match=f"`{re.escape(first)}` was not saved"):
-            check_saved(tmp_path / "saved", model)
+            SavedWeights(model).check(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("layout", ["auto", "packed"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dpo_cli.errors import UserError, from_os_error
@@ -24,7 +24,9 @@ from dpo_cli.modeling.adapters.targets import left_out
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.digests import tensors_digest, weights_digest
 from dpo_cli.modeling.extras import import_bitsandbytes
-from dpo_cli.modeling.folders.saving import other_bytes, write_json, write_tokenizer
+from dpo_cli.modeling.folders.saved_weights import other_bytes
+from dpo_cli.modeling.folders.saving import write_json, write_tokenizer
+from dpo_cli.modeling.folders.streams import save_tensors
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -158,8 +160,7 @@ class Adapted:
         state: dict[str, Tensor] | None = None,
     ) -> None:
         """Write what `state` returned, by default now, as a folder that PEFT reads, with the tokenizer beside it."""
-        written = {name: weights.contiguous() for name, weights in (state or self.state(model)).items()}
-        save_file(written, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        save_tensors(state or self.state(model), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         said = model.peft_config["default"].to_dict()
         said |= {"base_model_name_or_path": _named(self.base or model.name_or_path), "inference_mode": True}
         # PEFT keeps names in sets, whose order is another in every process.

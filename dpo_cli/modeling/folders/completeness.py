@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.folders.reading import one_at_a_time
 from dpo_cli.modeling.held import FLOAT32
 
 if TYPE_CHECKING:
@@ -28,11 +29,12 @@ _WRAPPER = re.compile(
 _SHOWN = 3
 
 
-def load_complete(loader: Any, folder: str, **settings: Any) -> PreTrainedModel:
-    """Load a model of which every weight is there, and no other."""
+def load_complete(loader: Any, folder: str, *, mapped: bool = False, **settings: Any) -> PreTrainedModel:
+    """Load a model of which every weight is there, and no other; `mapped` as in `one_at_a_time`."""
     model: PreTrainedModel
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = loader.from_pretrained(folder, **{**FLOAT32.built_as(), **told, **settings})
+    with one_at_a_time(mapped=mapped):
+        model, report = loader.from_pretrained(folder, **{**FLOAT32.built_as(), **told, **settings})
     check_complete(model, report, str(Path(folder, settings.get("gguf_file", ""))))
     return model.eval()
 

@@ -18,16 +18,18 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.files import read_adapter
 from dpo_cli.modeling.adapters.merging import merge
-from dpo_cli.modeling.folders.completeness import load_complete, say_untied, untied
+from dpo_cli.modeling.folders.completeness import check_complete, load_complete, say_untied, untied
 from dpo_cli.modeling.folders.gguf_requantizing import load_requantized
 from dpo_cli.modeling.folders.hub import fetch_weights
 from dpo_cli.modeling.folders.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
 from dpo_cli.modeling.folders.model_names import whole_model
 from dpo_cli.modeling.folders.quantization import check_pickles
+from dpo_cli.modeling.folders.reading import are_as_held, read_over
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.resolving import is_gguf, load_named
 from dpo_cli.modeling.folders.saving import logits_alone, remember, remember_tokenizer
 from dpo_cli.modeling.folders.size_checks import check_model_elements, check_size
+from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.held import FLOAT32, Held
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ def load_policy(
                 raise problem
             check_size(empty, Path(folder), held, device)
         check_pickles([file for file in weights_files(Path(folder)) if file.suffix == ".bin"])
+        types = WeightTypes.of_files(Path(folder))
         # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
@@ -70,8 +73,9 @@ def load_policy(
             model = load_requantized(Path(name), empty, held, device, **_how(trust))
         else:
             told = {"use_safetensors": safely, **held.loaded_as(empty, device), **_how(trust)}
-            model = held.settle(load_complete(AutoModelForCausalLM, folder, **told), device)
-        remember(model, Path(folder), trust)
+            mapped = torch.device(device).type == "cpu" and are_as_held(empty, types, held.torch_dtype)
+            model = held.settle(load_complete(AutoModelForCausalLM, folder, mapped=mapped, **told), device)
+        remember(model, Path(folder), trust, types)
         return model
 
     model = load_named(name, "model", load, trust, weights=not requantized)
@@ -125,13 +129,12 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
     if problem := check_folder(folder, NO_TRUST):
         raise problem
     with explained(str(folder), "model"):
-        saved = load_complete(type(model), str(folder), config=model.config, use_safetensors=True)
+        report = read_over(model, folder)
     try:
-        model.load_state_dict(saved.state_dict())
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        hint = "the checkpoint belongs to another model: start again with `--overwrite`"
-        raise UserError(f"the weights do not fit the model: {reason}", str(folder), hint) from None
+        check_complete(model, report, str(folder))
+    except UserError as problem:
+        problem.hint = "the checkpoint belongs to another model: start again with `--overwrite`"
+        raise
 
 
 def _empty(folder: str, trust: Trust, held: Held) -> PreTrainedModel:

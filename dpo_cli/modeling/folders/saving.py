@@ -7,16 +7,13 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
-from transformers.core_model_loading import revert_weight_conversion
 
-from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.folders.completeness import check_complete, configs
 from dpo_cli.modeling.folders.model_files import (
     CONFIG,
@@ -24,9 +21,10 @@ from dpo_cli.modeling.folders.model_files import (
     MOST_TEXT_BYTES,
     Trust,
     holds_tokenizer,
-    weights_files,
 )
 from dpo_cli.modeling.folders.refusals import reason_and_hint
+from dpo_cli.modeling.folders.saved_weights import SavedWeights
+from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.system.storage import refused, sealed_folder
 
 if TYPE_CHECKING:
@@ -65,27 +63,30 @@ class Origin:
         asked: What its settings asked for beside the logits, by the name of the model within; the whole is "".
         files: The files that belong to it, by name.
         generation: What it says of generation, what transformers does not know included.
+        types: The types of its weights.
     """
 
-    asked: dict[str, dict[str, Any]]
-    files: dict[str, bytes]
-    generation: dict[str, Any]
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)
+    generation: dict[str, Any] = field(default_factory=dict)
+    types: WeightTypes = field(default_factory=lambda: WeightTypes({}, torch.float32))
 
 
-def remember(model: PreTrainedModel, folder: Path, trust: Trust) -> None:
+def remember(model: PreTrainedModel, folder: Path, trust: Trust, types: WeightTypes) -> None:
     """Keep with a model what its folder holds beside weights, since the folder may be gone when the model is saved.
 
     Args:
         model: The model.
         folder: Where it came from.
         trust: Python files belong to a model that is trusted with them.
+        types: The types of its weights there.
     """
     files = _files(
         folder, lambda path: bool(_BELONGS.fullmatch(path.name)) or (trust.remote_code and path.suffix == ".py")
     )
     said = folder / GENERATION
     generation = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
-    model.origin = Origin(logits_alone(model), files, generation)
+    model.origin = Origin(logits_alone(model), files, generation, types)
 
 
 def remember_tokenizer(model: PreTrainedModel, folder: Path) -> None:
@@ -152,24 +153,25 @@ def write_model(
     folder: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    weights: dict[str, Tensor] | None = None,
+    weights: SavedWeights | None = None,
 ) -> None:
     """Write model and tokenizer into a folder, so that what opened the model before opens it as well.
 
     Args:
         folder: A folder that exists.
-        model: Its settings are written, and its weights unless `weights` are given.
+        model: Its settings are written.
         tokenizer: Written beside it.
-        weights: The weights to write, by name, tied ones under each of their names.
+        weights: The weights to write; None: the model's, as they are held.
     """
-    model.save_pretrained(folder, state_dict=weights)
+    model.save_pretrained(folder, state_dict={})
+    (weights or SavedWeights(model)).write(folder)
     write_beside_weights(folder, model, tokenizer)
 
 
 def write_tokenizer(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a tokenizer, and the files that belong to the model, into a folder, so that other programs read them."""
     tokenizer.save_pretrained(folder)
-    origin: Origin = getattr(model, "origin", Origin({}, {}, {}))
+    origin: Origin = getattr(model, "origin", Origin())
     for name, content in origin.files.items():
         (folder / name).write_bytes(content)
     _name_tokenizer(folder / _TOKENIZER, tokenizer)
@@ -185,7 +187,7 @@ def _os_error(error: Exception) -> OSError | None:
 
 def write_beside_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Complete a folder into which a model was saved: what opened the model before opens it as well."""
-    origin: Origin = getattr(model, "origin", Origin({}, {}, {}))
+    origin: Origin = getattr(model, "origin", Origin())
     _ask_again(folder / CONFIG, origin.asked)
     if (generation := folder / GENERATION).is_file():
         write_json(generation, {**origin.generation, **json.loads(generation.read_text(encoding="utf-8"))})
@@ -211,7 +213,7 @@ def prove_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
                 type(model.generation_config).from_pretrained(folder)
             type(tokenizer).from_pretrained(folder)
             told = {"output_loading_info": True, "ignore_mismatched_sizes": True, "device_map": "meta"}
-            _, report = type(model).from_pretrained(None, config=config, state_dict=_as_saved(model, "meta"), **told)
+            _, report = type(model).from_pretrained(None, config=config, state_dict=SavedWeights(model).sketch, **told)
         except OSError as error:
             raise from_os_error(error, "trying to save the model", scratch) from error
         except Exception as error:
@@ -222,40 +224,6 @@ def prove_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
             raise UserError(f"the model could not be saved: {reason}", model.name_or_path, hint) from error
     check_complete(model, report, model.name_or_path)
     return "the model can be saved and read again"
-
-
-def check_saved(folder: Path, model: PreTrainedModel) -> None:
-    """Compare the weights in a folder, tensor by tensor, with those that the model holds.
-
-    With `prove_saving`, that is all that the log-probabilities of the model depend on, and it takes no second model.
-
-    Raises:
-        UserError: The disk did not keep them.
-    """
-    expected = _as_saved(model, None)
-    for file in weights_files(folder):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (it is no dictionary)
-                if not torch.equal(opened.get_tensor(name), expected.pop(name).detach().cpu()):
-                    raise other_bytes(name, folder)
-    if expected:
-        raise other_bytes(min(expected), folder)
-
-
-def other_bytes(name: str, folder: Path) -> UserError:
-    """Say that a weight in a folder is not the one in memory."""
-    hint = "check the disk, then `--resume`: the last checkpoint is intact"
-    return UserError(f"`{name}` was not saved as it is in memory", str(folder.parent), hint, status=FAILED)
-
-
-def _as_saved(model: PreTrainedModel, device: str | None) -> dict[str, Tensor]:
-    """Return a model's weights under the names and in the shapes that they are saved in; on `meta`, without content."""
-    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
-    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
-    if device:
-        weights = {name: torch.empty_like(tensor, device=device) for name, tensor in weights.items()}
-    found: dict[str, Tensor] = revert_weight_conversion(model, weights)
-    return found
 
 
 def _ask_again(file: Path, asked: dict[str, dict[str, Any]]) -> None:
