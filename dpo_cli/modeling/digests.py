@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,8 @@ _ROW, _ROWS = 2**14, 256
 
 On a CPU it is one row, which is so short that torch takes one thread for it.
 """
-_ROWS_OF_A_THREAD = 16
-"""From how many rows on a thread is worth starting."""
+_PART_BYTES = 2**22
+"""What a thread takes at a time."""
 _UNIT_BYTES = 4
 _FIRST_ROW = 2**48
 """The index that the factors of rows begin with, far from those of units."""
@@ -72,11 +72,24 @@ def tensors_digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], d
     """
     whole = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=32)
     held = [dtype if dtype and one.is_floating_point() else one.dtype for one in tensors.values()]
-    sums = [bit_sums(one, held=kind) for one, kind in zip(tensors.values(), held, strict=True)]
-    found = torch.stack(sums).tolist() if sums else []
-    for (name, tensor), kind, lanes in zip(tensors.items(), held, found, strict=True):
-        whole.update(f"{name} {kind} {tuple(tensor.shape)} {lanes}\n".encode())
+    for (name, tensor), kind, sums in zip(tensors.items(), held, _sums_of_all(tensors.values(), held), strict=True):
+        whole.update(f"{name} {kind} {tuple(tensor.shape)} {sums}\n".encode())
     return SCHEME + whole.hexdigest()
+
+
+def _sums_of_all(tensors: Iterable[Tensor], held: Iterable[torch.dtype]) -> list[list[int]]:
+    """Return the sums of tensors, each in its dtype; parts of those that a CPU holds are shared between threads.
+
+    torch's own threads would wait for each other after every block: on a busy machine nearly all of the time.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        found = []
+        for tensor, kind in zip(tensors, held, strict=True):
+            elements = tensor.detach().reshape(-1)
+            size = max(1, len(elements)) if elements.device.type != "cpu" else _PART_BYTES // kind.itemsize
+            starts = range(0, max(1, len(elements)), size)
+            found.append([pool.submit(bit_sums, elements[at : at + size], at, kind) for at in starts])
+        return [torch.stack([part.result() for part in parts]).sum(0).tolist() for parts in found]
 
 
 @torch.no_grad()
@@ -91,22 +104,7 @@ def bit_sums(part: Tensor, first: int = 0, held: torch.dtype | None = None) -> T
     Returns:
         int64, `[2]`, on the tensor's device.
     """
-    held = held or part.dtype
-    elements, of_row = part.detach().reshape(-1), _ROW * _UNIT_BYTES // held.itemsize
-    threads = torch.get_num_threads() if part.device.type == "cpu" else 1
-    rows = -(-len(elements) // (threads * of_row))
-    if threads == 1 or rows < _ROWS_OF_A_THREAD:
-        return _sums(elements, first, held)
-    # torch's own threads would wait for each other after every block: on a busy machine nearly all of the time.
-    edges = range(0, len(elements), rows * of_row)
-    with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(lambda edge: _sums(elements[edge : edge + rows * of_row], first + edge, held), edges)
-        return torch.stack(list(found)).sum(0)
-
-
-@torch.no_grad()
-def _sums(elements: Tensor, first: int, held: torch.dtype) -> Tensor:
-    """Return what `bit_sums` does for elements of one dimension, in this thread."""
+    held, elements = held or part.dtype, part.detach().reshape(-1)
     of_row, device = _ROW * _UNIT_BYTES // held.itemsize, elements.device
     most, first_row, start = 1 if device.type == "cpu" else _ROWS, first // of_row, 0
     sums = []
