@@ -21,7 +21,8 @@ from dpo_cli.modeling.adapters.adapted import START_ADAPTER, merge_layers
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.folders.loading import empty_policy, load_policy
 from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
-from dpo_cli.modeling.folders.weight_types import WeightTypes, cast_weights, round_weights
+from dpo_cli.modeling.folders.saving import Origin
+from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.placement import Placement, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
@@ -318,7 +319,11 @@ class Policy:
         self._trained.restore(self.model, folder)
 
     def write(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, state: Mapping[str, Tensor] | None = None
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        state: Mapping[str, Tensor] | None = None,
+        types: WeightTypes | None = None,
     ) -> None:
         """Write the policy and its tokenizer as a Hugging Face folder.
 
@@ -326,8 +331,9 @@ class Policy:
             folder: A folder that exists.
             tokenizer: Written beside the weights.
             state: What `state` returned, where the weights may have changed since.
+            types: What a whole model's weights are rounded to; None: they are written as they are.
         """
-        self._trained.write(self.model, folder, tokenizer, dict(state) if state else None)
+        self._trained.write(self.model, folder, tokenizer, state or self.state(), types)
 
     def merge(self) -> None:
         """Make the adapter part of the weights that it is beside; nothing is left of it, and nothing trains."""
@@ -338,10 +344,6 @@ class Policy:
         """Round every weight as it would be if it were saved in its type, and hold it as before."""
         round_weights(self.model, types)
 
-    def hold_as(self, types: WeightTypes) -> None:
-        """Hold every weight in its type, to be written; the policy answers nothing any more."""
-        cast_weights(self.model, types)
-
     def prove_saving(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Prove, before hours go into it, that the policy can be saved and read again; return a line that says so.
 
@@ -350,10 +352,16 @@ class Policy:
         """
         return self._trained.prove_saving(self.model, tokenizer)
 
-    def check_written(self, folder: Path) -> None:
-        """Compare the weights in a folder, tensor by tensor, with those of the policy.
+    @property
+    def came_in(self) -> WeightTypes:
+        """The types that the weights had in the files that the model came from."""
+        origin: Origin = getattr(self.model, "origin", Origin())
+        return origin.types
+
+    def check_written(self, folder: Path, types: WeightTypes | None = None) -> None:
+        """Compare the weights in a folder, tensor by tensor, with those of the policy, rounded to types, if any.
 
         Raises:
             UserError: The disk did not keep them.
         """
-        self._trained.check_written(self.model, folder)
+        self._trained.check_written(self.model, folder, self.state(), types)

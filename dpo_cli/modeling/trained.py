@@ -6,6 +6,7 @@ A way says which weights an optimizer moves, how the policy answers as before st
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dpo_cli.modeling.folders.weight_types import WeightTypes
 
 
 class Whole(Settings):
@@ -93,18 +96,21 @@ class Whole(Settings):
         model: PreTrainedModel,
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
-        state: dict[str, Tensor] | None = None,
+        state: Mapping[str, Tensor],
+        types: WeightTypes | None = None,
     ) -> None:
-        """Write what `state` returned, by default now, and all that it takes to load it, into a folder."""
-        write_model(folder, model, tokenizer, SavedWeights(model, state))
+        """Write what `state` returned, and all that it takes to load it, into a folder; rounded to types, if any."""
+        write_model(folder, model, tokenizer, SavedWeights(model, state, types))
 
-    def check_written(self, model: PreTrainedModel, folder: Path) -> None:
-        """Compare what was written with what is in memory.
+    def check_written(
+        self, model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor], types: WeightTypes | None = None
+    ) -> None:
+        """Compare what was written with what is in memory, rounded to types, if any.
 
         Raises:
             UserError: The disk did not keep it.
         """
-        SavedWeights(model).check(folder)
+        SavedWeights(model, state, types).check(folder)
 
     def restore(self, model: PreTrainedModel, folder: Path) -> None:
         """Replace the weights by those in a folder.

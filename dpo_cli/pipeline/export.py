@@ -81,13 +81,12 @@ def _merge(session: Session, merging: Merging) -> dict[str, Any]:
         policy = trained_policy(session)
         _give_adapter(policy, merging, tokenizer)
         adapter = proof.scores(policy, "the adapter on the unquantized base")
-    types = WeightTypes.of_files(Path(policy.model.name_or_path))
+    types = policy.came_in
     policy.merge()
     rounding = _rounded(policy, proof, types, adapter, merging.to)
     with saved_folder(merging.to, "writing the merged model") as folder:
-        policy.hold_as(types)
-        policy.write(folder, tokenizer)
-        policy.check_written(folder)
+        policy.write(folder, tokenizer, types=types)
+        policy.check_written(folder, types)
         del policy
         merged = proof.scores(loaded(_alone(session), str(folder)), "the merged model")
         difference = Difference.between(adapter.logps, merged.logps)

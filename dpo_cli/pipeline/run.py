@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from dpo_cli.evaluation.diagnosis import worsened
 from dpo_cli.evaluation.figures import figures
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.saving import saved_folder
+from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline.evaluate import scored
 from dpo_cli.pipeline.memory import without_gradient
@@ -26,6 +28,7 @@ from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.tables import figures_table
 from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, CheckpointWriter
 from dpo_cli.training.learner import Learner, NotFinite
+from dpo_cli.training.run_folder import RunFolder, checkpoints_in
 from dpo_cli.training.state import RunNotes
 
 
@@ -159,21 +162,46 @@ def recorded(run: Run) -> Iterator[Records]:
 
 def save_final(run: Run, after: dict[str, Any] | None) -> None:
     """Write the trained model as a complete Hugging Face folder, whole or not at all."""
-    config, folder = run.session.config, run.plan.folder
+    config, folder, policy = run.session.config, run.plan.folder, run.learner.policy
+    types = None if config.adapter else _final_types(run)
+    rounded = types is not None and types.rounds
     facts = {
         "training pairs": len(run.plan.data.train),
         "optimizer steps": run.plan.steps.num_steps,
         "data": describe(as_sources(config.data.train)),
         "loss": str(config.objective),
+        **({"weights": f"{types}, rounded from float32 after the figures were measured"} if rounded else {}),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     card = model_card(folder.path.name, config.model_dump(mode="json"), facts, _before_and_after(run, after))
     # An adapter means nothing without its base.
-    details = {FINGERPRINTS: run.fingerprints, HELD: run.learner.policy.held_as} if config.adapter else {}
+    details = {FINGERPRINTS: run.fingerprints, HELD: policy.held_as} if config.adapter else {}
     with saved_folder(folder.final, "saving the trained model", details) as temporary:
-        run.learner.policy.write(temporary, run.plan.tokenizer)
+        policy.write(temporary, run.plan.tokenizer, types=types)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        run.learner.policy.check_written(temporary)
+        policy.check_written(temporary, types)
+    if rounded:
+        run.session.console.notice(_rounded(folder, types))
+
+
+def _final_types(run: Run) -> WeightTypes | None:
+    """Return the types of the files that the model came from, which those of the trained model have; None: float32."""
+    types, policy = run.learner.policy.came_in, run.learner.policy
+    largest = max((float(weights.abs().max()) for weights in policy.weights().values() if weights.numel()), default=0.0)
+    if largest <= types.most:
+        return types
+    what = f"{types}, the type of the base's files, cannot hold all trained weights (the largest is {largest:.3g})"
+    run.session.console.warning(f"{what}: `final/` has them in float32")
+    return None
+
+
+def _rounded(folder: RunFolder, types: WeightTypes | None) -> str:
+    """Say that the trained model was rounded, and where it is in float32."""
+    said = f"`{folder.final}` has the weights in {types}, as the base's files do; the figures are those before rounding"
+    if not (saved := checkpoints_in(folder.checkpoints)):
+        return said
+    export = f"dpo export {shlex.quote(str(folder.path))} --dtype float32 --to FOLDER"
+    return f"{said}. `{saved[-1]}` has them in float32: `{export}` writes a model folder of it"
 
 
 def summarize(run: Run, after: dict[str, Any] | None, seconds: float) -> None:

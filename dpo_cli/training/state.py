@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.backends import cpu
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.determinism import gpu_software
+from dpo_cli.modeling.folders.streams import load_tensors, save_tensors
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.system.storage import DamagedFolder
 
@@ -171,7 +172,7 @@ class Snapshot:
         """Write all of it into a folder that exists."""
         self.policy.write(folder, self.tokenizer, self.weights)
         for name, tensors in self.tensors.items():
-            save_file(tensors, folder / name)
+            save_tensors(tensors, folder / name)
         (folder / _STATE).write_text(self.record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
@@ -184,9 +185,9 @@ def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
     accelerator = learner.accelerator
     try:
         record, random = read_state(path), load_file(path / _RANDOM)
-        tensors = {OPTIMIZER: load_file(path / OPTIMIZER)}
+        tensors = {OPTIMIZER: load_tensors(path / OPTIMIZER, accelerator.device)}
         if learner.reference.moving is not None:
-            tensors[REFERENCE] = load_file(path / REFERENCE)
+            tensors[REFERENCE] = load_tensors(path / REFERENCE, accelerator.device)
         state = LearnerState(record.step, tensors, record.optimizer, record.statistics, record.skipped, record.scaler)
         learner.restore(state)
         now = surroundings(accelerator)

@@ -312,16 +312,16 @@ def left_out(patch: pytest.MonkeyPatch) -> None:
 
 def rounded_twice(patch: pytest.MonkeyPatch) -> None:
     """Round weights to 5 bits before they are rounded."""
-    from dpo_cli.modeling.folders import weight_types
+    from dpo_cli.modeling.policy import Policy
 
-    cast = weight_types.cast_weights
+    write = Policy.write
 
-    def coarse(model: Any, types: Any) -> None:
-        for parameter in model.parameters():
+    def coarse(policy: Policy, *how: Any, **others: Any) -> None:
+        for parameter in policy.model.parameters():
             parameter.data = (parameter.data * 32).round() / 32
-        cast(model, types)
+        write(policy, *how, **others)
 
-    patch.setattr("dpo_cli.modeling.policy.cast_weights", coarse)
+    patch.setattr(Policy, "write", coarse)
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,9 @@ def adapted(base: Path, **settings: Any) -> Policy:
     return policy
 
 
-def saved(policy: Policy, folder: Path, tokenizer: Any) -> Path:
+def saved(policy: Policy, folder: Path, tokenizer: Any, types: WeightTypes | None = None) -> Path:
     folder.mkdir()
-    policy.write(folder, tokenizer)
+    policy.write(folder, tokenizer, types=types)
     return folder
 
 
@@ -67,9 +67,8 @@ def merged(policy: Policy, base: Path, folder: Path, tokenizer: Any) -> Path:
     """Merge as an export does, and return the folder."""
     types = WeightTypes.of_files(base)
     policy.merge()
-    policy.hold_as(types)
-    written = saved(policy, folder, tokenizer)
-    policy.check_written(written)
+    written = saved(policy, folder, tokenizer, types)
+    policy.check_written(written, types)
     return written
 
 

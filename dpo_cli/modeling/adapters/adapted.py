@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,8 @@ from dpo_cli.modeling.folders.streams import save_tensors
 if TYPE_CHECKING:
     from torch.nn import Parameter
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dpo_cli.modeling.folders.weight_types import WeightTypes
 
 START_ADAPTER = "start adapter"
 """What the digest of an adapter to go on from is called."""
@@ -157,10 +159,11 @@ class Adapted:
         model: PreTrainedModel,
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
-        state: dict[str, Tensor] | None = None,
+        state: Mapping[str, Tensor],
+        types: WeightTypes | None = None,
     ) -> None:
-        """Write what `state` returned, by default now, as a folder that PEFT reads, with the tokenizer beside it."""
-        save_tensors(state or self.state(model), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        """Write what `state` returned, in float32, as a folder that PEFT reads, with the tokenizer beside it."""
+        save_tensors(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         said = model.peft_config["default"].to_dict()
         said |= {"base_model_name_or_path": _named(self.base or model.name_or_path), "inference_mode": True}
         # PEFT keeps names in sets, whose order is another in every process.
@@ -177,21 +180,23 @@ class Adapted:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             try:
-                self.write(model, folder, tokenizer)
+                self.write(model, folder, tokenizer, self.state(model))
                 type(tokenizer).from_pretrained(folder)
             except OSError as error:
                 raise from_os_error(error, "trying to save the adapter", scratch) from error
-            self.check_written(model, folder)
+            self.check_written(model, folder, self.state(model))
         return "the adapter can be saved and read again"
 
-    def check_written(self, model: PreTrainedModel, folder: Path) -> None:
+    def check_written(
+        self, model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor], types: WeightTypes | None = None
+    ) -> None:
         """Compare what was written with what is in memory.
 
         Raises:
             UserError: The disk did not keep it.
         """
         written = load_file(folder / ADAPTER_WEIGHTS)
-        for name, weights in self.state(model).items():
+        for name, weights in state.items():
             if not torch.equal(written[name], weights.cpu()):
                 raise other_bytes(name, folder)
 

@@ -85,7 +85,7 @@ class _Read:
     """A safetensors file that is read and not mapped, in place of `safe_open`."""
 
     def __init__(self, file: Any, **how: Any) -> None:
-        self._file = safe_open(file, **{**how, "backend": "pread"})
+        self._file: Any = safe_open(file, **{**how, "backend": "pread"})
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

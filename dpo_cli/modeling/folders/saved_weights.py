@@ -59,6 +59,11 @@ class SavedWeights:
         }
         self._made: dict[str, Tensor] = {}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the settings name: that of the first weight that is no whole number."""
+        return next((one.dtype for one in self.sketch.values() if one.is_floating_point()), self._model.dtype)
+
     def take(self, name: str) -> Tensor:
         """Return what is saved under a name, with its content, as it is held; each is to be taken once."""
         if name not in self._made:

@@ -163,8 +163,10 @@ def write_model(
         tokenizer: Written beside it.
         weights: The weights to write; None: the model's, as they are held.
     """
+    weights = weights or SavedWeights(model)
     model.save_pretrained(folder, state_dict={})
-    (weights or SavedWeights(model)).write(folder)
+    weights.write(folder)
+    _name_dtype(folder / CONFIG, model.dtype, weights.dtype)
     write_beside_weights(folder, model, tokenizer)
 
 
@@ -238,6 +240,14 @@ def _ask_again(file: Path, asked: dict[str, dict[str, Any]]) -> None:
 def write_json(file: Path, settings: dict[str, Any]) -> None:
     """Write settings as transformers does."""
     file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _name_dtype(file: Path, held: torch.dtype, saved: torch.dtype) -> None:
+    """Let the settings name the dtype that weights are saved in where they name the one they were held in."""
+    if held != saved:
+        before, after = (json.dumps(str(dtype).removeprefix("torch.")) for dtype in (held, saved))
+        text = file.read_text(encoding="utf-8")
+        file.write_text(text.replace(f'"dtype": {before}', f'"dtype": {after}'), encoding="utf-8")
 
 
 def _name_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,4 +1,4 @@
-"""Tensors are written to a file one at a time: the host never holds a copy of all of them."""
+"""Tensors go to a file, and from it to their device, one at a time: the host never holds a copy of all of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,3 +65,13 @@ def save_tensors(
         for name in names:
             held = (content or tensors.__getitem__)(name).detach().to(tensors[name].dtype).cpu().contiguous()
             opened.write(held.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def load_tensors(file: Path, device: torch.device) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file onto a device; single numbers stay on the host, where optimizers count."""
+    found = {}
+    with safe_open(file, framework="pt", backend="pread") as opened:
+        for name in opened.keys():  # noqa: SIM118  (it is no dictionary)
+            tensor = opened.get_tensor(name)
+            found[name] = tensor.to(device) if tensor.dim() else tensor
+    return found

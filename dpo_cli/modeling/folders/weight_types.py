@@ -48,6 +48,11 @@ class WeightTypes:
         """Whether a number of float32 may be another in one of them."""
         return {self.other, *self.named.values()} != {torch.float32}
 
+    @property
+    def most(self) -> float:
+        """The largest number that all of them can hold."""
+        return min(torch.finfo(kind).max for kind in (self.other, *self.named.values()))
+
     def __getitem__(self, name: str) -> torch.dtype:
         """Return the type of the weight of that name."""
         return self.named.get(name, self.other)
@@ -57,12 +62,6 @@ def round_weights(model: PreTrainedModel, types: WeightTypes) -> None:
     """Round every weight to its type, and keep it in the dtype that it has."""
     for name, weights in _floating(model):
         weights.data = weights.data.to(types[name]).to(weights.dtype)
-
-
-def cast_weights(model: PreTrainedModel, types: WeightTypes) -> None:
-    """Give every weight its type; the model is then to be saved, not to be asked."""
-    for name, weights in _floating(model):
-        weights.data = weights.data.to(types[name])
 
 
 def _floating(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
