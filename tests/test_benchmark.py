@@ -16,7 +16,7 @@ import pytest
 from benchmark import __main__ as benchmark
 from benchmark import speed
 from benchmark.report import Case, Disagreement, Machine, Results, Run, check_losses, joined, page, plot, write_report
-from benchmark.runs import OUR_CLOCK, THEIR_CLOCK, RunFailed, as_run, run_process
+from benchmark.runs import OUR_CLOCK, THEIR_CLOCK, RunFailed, as_run, environment_of, run_process
 from benchmark.speed import Gauge, GaugeFailed, Pause
 from benchmark.work import LONG_TOKENS, Lengths, NotCounted, adapter_arithmetic, arithmetic, long_rows
 
@@ -376,3 +376,47 @@ def test_what_holds_no_results_ends_in_one_error(content, tmp_path, capsys, monk
     assert benchmark.main() == 1
     assert f"error: `{file}` holds no results of the benchmark" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_results_of_a_gpu_name_the_card_and_what_its_memory_and_speed_are():
+    """A margin of bfloat16 moves by more than float32's tolerance: 0.004 here, which is no disagreement."""
+    card = Machine(cpu="a processor", cpus=4, threads=2, memory_gb=16.0, gpu="NVIDIA H100")
+    case = make_case([make_run(losses=[0.6931, 0.604])], [make_run(losses=[0.6931, 0.6])])
+    results = make_results(case.model_copy(update={"recomputed": True, "precomputed": True}))
+    text = page(results.model_copy(update={"machine": card, "dtype": "bfloat16"}))
+    assert "on one NVIDIA H100; a processor" in text
+    assert "a-model in bfloat16" in text
+    assert "the most that torch reserved of the GPU" in text
+    assert "bfloat16 matrices of 8192 × 8192" in text
+    assert "| short, recomputed, reference precomputed, 1 epoch |" in text
+    with pytest.raises(Disagreement):
+        page(results)
+
+
+def test_a_process_that_computes_on_a_gpu_sees_it_and_one_on_a_cpu_does_not(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert environment_of(None)["CUDA_VISIBLE_DEVICES"] == ""
+    on_gpu = environment_of(None, "cuda")
+    assert not {"CUDA_VISIBLE_DEVICES", "ACCELERATE_USE_CPU"} & on_gpu.keys()
+
+
+def test_raw_figures_alone_are_read_again_as_they_were(tmp_path):
+    results = make_results(make_case([make_run()], [make_run()]))
+    write_report(results, tmp_path, raw_only=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+    assert benchmark.read_results([tmp_path / "results.json"]) == results
+
+
+@pytest.mark.parametrize("options", [(), ("--adapter", "lora", "--recomputed", "--precomputed")])
+def test_both_sides_train_a_model_of_random_weights(tmp_path, options):
+    command = [sys.executable, "-m", "benchmark", "--shape", "tiny", "--workloads", "short", "--short-pairs", "4"]
+    command += ["--short-per-step", "2", "--repeats", "1", "--epochs", "1", "--raw-only", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
+    ended = subprocess.run(
+        [*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    (case,) = benchmark.read_results([tmp_path / "results.json"]).cases
+    assert (case.recomputed, case.precomputed, case.adapter is None) == (bool(options), bool(options), not options)
+    assert len(case.ours[0].losses) == len(case.theirs[0].losses) == 2

@@ -4,11 +4,13 @@
     make bench BENCH='--repeats 1 --epochs 1'                      the same in 10 to 20 minutes
     make bench BENCH='--adapter lora --repeats 1 --epochs 1'       an adapter beside TRL's with PEFT
     make bench BENCH='--model DIR --short a.json --long b.jsonl'
+    make bench BENCH='--device cuda --shape 8B --adapter lora --recomputed'   on a GPU, in bfloat16, with random weights
+    make bench BENCH='--shape tiny --repeats 1 --epochs 1 --out DIR'          to see that it runs
     make bench BENCH='--from docs/benchmark/results.json'          page and plot again, without running
     make bench BENCH='--from a/results.json b/results.json'        one page of what was run in parts
 
-Exit status 1 where the losses of both differ by more than 2e-4 at any step, or a run fails. `make bench` installs
-what is needed first.
+Exit status 1 where the losses of both differ by more than 2e-4 at any step (in bfloat16 0.05), or a run fails.
+`make bench` installs what is needed first.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from pydantic import ValidationError
 from benchmark.report import (
     ADAPTER_PACKAGES,
     PACKAGES,
+    TOLERANCES,
     Case,
     Disagreement,
     Machine,
@@ -47,6 +50,7 @@ from benchmark.runs import (
     ADAPTERS,
     DEMO_MODEL,
     DEMO_PAIRS,
+    DTYPES,
     ROOT,
     RunFailed,
     Work,
@@ -57,6 +61,7 @@ from benchmark.runs import (
     run_ours,
     run_theirs,
 )
+from benchmark.shapes import SHAPES
 from benchmark.speed import Gauge, GaugeFailed
 
 WORKLOADS = ("short", "long")
@@ -78,7 +83,7 @@ def run_in_turn(work: Work, what: str, repeats: int, threads: int | None) -> tup
     """
     ours: list[Run] = []
     theirs: list[Run] = []
-    with Gauge(environment_of(threads)) as gauge:
+    with Gauge(environment_of(threads, work.device), work.device) as gauge:
         for number in range(1, repeats + 1):
             sides = [("dpo", run_ours, ours), ("TRL", run_theirs, theirs)]
             for name, side, runs in sides if number % 2 else reversed(sides):
@@ -91,7 +96,7 @@ def run_in_turn(work: Work, what: str, repeats: int, threads: int | None) -> tup
                 )
                 figures = f"{run.training_seconds:.1f} s, {run.peak_bytes / 1e9:.1f} GB, {speeds}"
                 say(f"{what}, run {number}/{repeats}: {name} {figures}")
-            difference = check_losses(ours[-1], theirs[-1], f"{what}, run {number}")
+            difference = check_losses(ours[-1], theirs[-1], f"{what}, run {number}", TOLERANCES[work.dtype])
             say(f"{what}, run {number}/{repeats}: the losses differ by {difference:.0e} at most")
     return ours, theirs
 
@@ -109,8 +114,9 @@ def measure(options: argparse.Namespace) -> Results:
         say("preparing model and pairs …")
         workloads = {name: _wanted(options, name) for name in options.workloads}
         rank = ADAPTERS[options.adapter]["rank"] if options.adapter else 0
-        request = {"model": str(options.model.resolve()), "folder": folder, "rank": rank, "workloads": workloads}
-        prepared = ask(threads, "prepare", json.dumps(request))
+        named = {"model": str(options.model.resolve()), "shape": options.shape}
+        request = {**named, "folder": folder, "rank": rank, "workloads": workloads}
+        prepared = ask(threads, options.device, "prepare", json.dumps(request))
         cases = [
             _measured_case(options, name, epochs, prepared["model"], dict(found))
             for name, found in prepared["workloads"].items()
@@ -118,12 +124,20 @@ def measure(options: argparse.Namespace) -> Results:
         ]
     return Results(
         date=datetime.date.today(),
-        model=options.model.resolve().stem if options.model.suffix == ".gguf" else options.model.resolve().name,
-        machine=machine(prepared["threads"]),
+        model=_title(options),
+        dtype=DTYPES[options.device],
+        machine=machine(prepared["threads"], prepared["gpu"] if options.device == "cuda" else None),
         versions=of_code,
         not_counted=prepared["not_counted"],
         cases=cases,
     )
+
+
+def _title(options: argparse.Namespace) -> str:
+    """Return what the model is called."""
+    if options.shape:
+        return f"a Llama of {options.shape} random weights"
+    return options.model.resolve().stem if options.model.suffix == ".gguf" else options.model.resolve().name
 
 
 def _wanted(options: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -139,7 +153,8 @@ def _wanted(options: argparse.Namespace, name: str) -> dict[str, Any]:
 def _measured_case(options: argparse.Namespace, name: str, epochs: int, model: str, found: dict[str, Any]) -> Case:
     """Run both sides on a workload and set the runs beside what the workload is."""
     per_step = getattr(options, f"{name}_per_step")
-    work = Work(model, found.pop("file"), per_step, epochs, options.adapter)
+    how = {"device": options.device, "recomputed": options.recomputed, "precomputed": options.precomputed}
+    work = Work(model, found.pop("file"), per_step, epochs, options.adapter, **how)
     ours, theirs = run_in_turn(work, f"{name}, epochs {epochs}", options.repeats, options.threads)
     file = getattr(options, name)
     return Case(
@@ -149,20 +164,22 @@ def _measured_case(options: argparse.Namespace, name: str, epochs: int, model: s
         pairs=getattr(options, f"{name}_pairs"),
         pairs_per_step=per_step,
         adapter=ADAPTER_TITLES[options.adapter] if options.adapter else None,
+        recomputed=options.recomputed,
+        precomputed=options.precomputed,
         ours=ours,
         theirs=theirs,
         **found,
     )
 
 
-def machine(threads: int) -> Machine:
-    """Describe processor and memory, and nothing that names this machine."""
+def machine(threads: int, gpu: str | None = None) -> Machine:
+    """Describe processor, memory and GPU, and nothing that names this machine."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     cpu = names[0] if names else platform.processor() or platform.machine()
-    return Machine(cpu=cpu, cpus=os.cpu_count() or 1, threads=threads, memory_gb=round(memory, 1))
+    return Machine(cpu=cpu, cpus=os.cpu_count() or 1, threads=threads, memory_gb=round(memory, 1), gpu=gpu)
 
 
 def versions(adapter: str | None = None) -> dict[str, str]:
@@ -198,17 +215,28 @@ def read_options() -> argparse.Namespace:
     add("--workloads", nargs="+", choices=WORKLOADS, default=WORKLOADS, help="which to run (default: both)")
     add("--epochs", type=positive, nargs="+", default=[1, 3], metavar="N", help="(default: 1 3)")
     add("--repeats", type=positive, default=3, metavar="N", help="runs of each side (default: %(default)s)")
+    add("--device", choices=DTYPES, default="cpu", help="where both compute (default: %(default)s)")
+    add("--shape", choices=SHAPES, help="a model of this shape with random weights, with the tokenizer of --model")
+    add("--recomputed", action="store_true", help="compute activations again in the backward pass, both alike")
+    add("--precomputed", action="store_true", help="let TRL ask the reference before step 1, as dpo does")
+    add("--raw-only", action="store_true", help="write the raw figures alone, without page and plot")
     add("--threads", type=positive, metavar="N", help="of every process (default: what torch takes by itself)")
     add("--out", type=Path, metavar="DIR", help="(default: docs/benchmark, of an adapter a folder of its name in it)")
     add("--from", type=Path, nargs="+", dest="sources", metavar="FILE", help="page of these results.json; run nothing")
     options = parser.parse_args()
-    options.out = options.out or ROOT / "docs" / "benchmark" / (options.adapter or "")
+    on_gpu = (
+        ["gpu", options.shape or "", "-".join(filter(None, (options.adapter,)))] if options.device == "cuda" else []
+    )
+    options.out = options.out or ROOT.joinpath("docs", "benchmark", *on_gpu or [options.adapter or ""])
+    if options.shape and options.model == DEMO_MODEL and not DEMO_MODEL.exists():
+        options.model = ROOT / ".gpu" / "tokenizer"
     return options
 
 
 def missing(options: argparse.Namespace) -> str | None:
     """Say what the benchmark lacks, before it has run for an hour."""
-    packages = ("matplotlib",) if options.sources else ("matplotlib", "trl", "peft")
+    packages = () if options.raw_only else ("matplotlib",)
+    packages += () if options.sources else ("trl", "peft")
     lacking = [name for name in packages if importlib.util.find_spec(name) is None]
     if lacking:
         return f"{' and '.join(lacking)} missing; hint: `make bench` installs the extra `bench`"
@@ -242,7 +270,7 @@ def main() -> int:
         return 2
     try:
         results = read_results(options.sources) if options.sources else measure(options)
-        write_report(results, options.out)
+        write_report(results, options.out, raw_only=options.raw_only)
     except (RunFailed, GaugeFailed, Disagreement) as error:
         say(f"error: {error}")
         return 1

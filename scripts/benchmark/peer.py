@@ -19,6 +19,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import DPOConfig, DPOTrainer
 
+from benchmark.metered import note_peak
+
 
 class InOrder(DPOTrainer):
     """Take the pairs in their order instead of shuffled, as the other side does."""
@@ -61,6 +63,10 @@ def read_options() -> argparse.Namespace:
     add("learning_rate", type=float)
     add("seed", type=int)
     add("output")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--peak", type=Path, help="where to write the most bytes that were taken of a GPU")
+    add("--recomputed", action="store_true", help="gradient checkpointing")
+    add("--precomputed", action="store_true", help="ask the reference before step 1")
     add("--adapter", type=json.loads, help="rank and alpha of LoRA on every linear layer, and dora or rslora")
     return parser.parse_args()
 
@@ -93,14 +99,17 @@ def main() -> None:
         max_grad_norm=1.0,
         beta=0.1,
         max_length=1024,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
+        use_cpu=options.device == "cpu",
+        bf16=options.device == "cuda",
+        gradient_checkpointing=options.recomputed,
+        precompute_ref_log_probs=options.precomputed,
         logging_steps=1,
         save_strategy="no",
         report_to=[],
     )
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    # All weights train in float32 under autocast on both sides; a base that stays as it is, is held as it is computed.
+    dtype = torch.bfloat16 if options.device == "cuda" and options.adapter else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     # An adapter's first weights are drawn next: the same as those of the other side, or the losses would tell.
     set_seed(options.seed)
     trainer = InOrder(
@@ -113,6 +122,8 @@ def main() -> None:
     mark("training begins")
     trainer.train()
     mark("training ended")
+    if options.peak:
+        note_peak(options.peak)
     trainer.save_model()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     sys.stdout.write("\n" + json.dumps(losses) + "\n")

@@ -16,7 +16,8 @@ PACKAGES = {"dpo": "dpo-cli", "trl": "trl", "torch": "torch", "transformers": "t
 ADAPTER_PACKAGES = {"peft": "peft"}
 """Those that belong to the results of adapters as well."""
 
-TOLERANCE = 2e-4
+TOLERANCES = {"float32": 2e-4, "bfloat16": 0.05}
+"""By how much losses may differ in a precision; bfloat16 alone moves a margin of β = 0.1 by some hundredths."""
 PAGE, PLOT, RAW = "README.md", "benchmark.png", "results.json"
 BLUE, GREY, DARK = "#2f6db5", "#b4b4b4", "#222222"
 
@@ -37,6 +38,7 @@ class Run(_Record):
     command_seconds: float
     """The whole process, pauses left out: imports, loading, tokenizing, training, saving."""
     peak_bytes: int
+    """Of the process; where a GPU computes, what was reserved of it."""
     losses: list[float]
     gflops_meanwhile: list[float]
     """How fast the machine was in each pause of the training; none if it was over before the first."""
@@ -57,6 +59,10 @@ class Case(_Record):
     """One forward pass over all pairs, or None where the model's arithmetic is not known."""
     adapter: str | None = None
     """What trains beside a base that stays as it is; None: all weights train."""
+    recomputed: bool = False
+    """Whether both sides compute activations again in the backward pass."""
+    precomputed: bool = False
+    """Whether TRL asks the reference before step 1."""
     adapter_flops: float = 0.0
     """What the adapter adds to one forward pass over all pairs."""
     ours: list[Run] = Field(min_length=1)
@@ -86,8 +92,9 @@ class Case(_Record):
 
     @property
     def trained(self) -> str:
-        """Workload and adapter."""
-        return f"{self.workload}, {self.adapter}" if self.adapter else self.workload
+        """Workload, adapter, and how both sides run."""
+        marks = ("recomputed" if self.recomputed else "", "reference precomputed" if self.precomputed else "")
+        return ", ".join(filter(None, (self.workload, self.adapter, *marks)))
 
     @property
     def title(self) -> str:
@@ -111,6 +118,7 @@ class Machine(_Record):
     cpus: int
     threads: int
     memory_gb: float
+    gpu: str | None = None
 
 
 class Results(_Record):
@@ -118,6 +126,7 @@ class Results(_Record):
 
     date: datetime.date
     model: str
+    dtype: str = "float32"
     machine: Machine
     versions: dict[str, str]
     not_counted: str | None
@@ -138,7 +147,7 @@ def joined(parts: Sequence[Results]) -> Results:
     """
     first, cases = parts[0], list[Case]()
     for part in parts:
-        for name in ("model", "machine", "versions", "not_counted"):
+        for name in ("model", "dtype", "machine", "versions", "not_counted"):
             ours, theirs = (str(getattr(results, name)) for results in (first, part))
             if ours != theirs:
                 raise Disagreement(f"these results cannot be on one page; {name}: {ours} here, {theirs} there")
@@ -152,20 +161,20 @@ def joined(parts: Sequence[Results]) -> Results:
     return first.model_copy(update={"date": max(part.date for part in parts), "cases": cases})
 
 
-def check_losses(ours: Run, theirs: Run, what: str) -> float:
+def check_losses(ours: Run, theirs: Run, what: str, tolerance: float = TOLERANCES["float32"]) -> float:
     """Return the largest difference between the losses of two runs.
 
     Raises:
-        Disagreement: It is larger than 2e-4, or one of the runs took more steps.
+        Disagreement: It is larger than the tolerance, or one of the runs took more steps.
     """
     if len(ours.losses) != len(theirs.losses) or not ours.losses:
         raise Disagreement(f"{what}: dpo logged {len(ours.losses)} losses, TRL {len(theirs.losses)}")
     differences = [abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
     for step, difference in enumerate(differences, 1):
         # Not `>`: that would let a loss pass that is not a number.
-        if not difference <= TOLERANCE:
+        if not difference <= tolerance:
             losses = f"dpo {ours.losses[step - 1]:.6f}, TRL {theirs.losses[step - 1]:.6f}"
-            raise Disagreement(f"{what}: the losses of step {step} differ by more than {TOLERANCE:.0e}: {losses}")
+            raise Disagreement(f"{what}: the losses of step {step} differ by more than {tolerance:.0e}: {losses}")
     return max(differences)
 
 
@@ -176,14 +185,14 @@ def largest_difference(results: Results) -> float:
         Disagreement: See `check_losses`.
     """
     return max(
-        check_losses(ours, theirs, f"{case.title}, run {number}")
+        check_losses(ours, theirs, f"{case.title}, run {number}", TOLERANCES[results.dtype])
         for case in results.cases
         for number, (ours, theirs) in enumerate(zip(case.ours, case.theirs, strict=True), 1)
     )
 
 
-def write_report(results: Results, folder: Path) -> None:
-    """Write the page, the plot and the raw figures into a folder.
+def write_report(results: Results, folder: Path, *, raw_only: bool = False) -> None:
+    """Write the page, the plot and the raw figures into a folder; or these alone.
 
     Raises:
         Disagreement: The losses of both sides differ; nothing is written then.
@@ -191,6 +200,8 @@ def write_report(results: Results, folder: Path) -> None:
     text = page(results)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RAW).write_text(results.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    if raw_only:
+        return
     (folder / PAGE).write_text(text, encoding="utf-8")
     plot(results, folder / PLOT)
 
@@ -216,13 +227,14 @@ def page(results: Results) -> str:
         *_workloads(results),
         "",
         f"**Same losses.** In every run the losses of both sides agree at every step; the largest difference is "
-        f"{difference:.0e}, and the benchmark fails above {TOLERANCE:.0e}.",
+        f"{difference:.0e}, and the benchmark fails above {TOLERANCES[results.dtype]:.0e}.",
         "",
         *_notes(results),
         "",
-        f"**Measured** on {results.date} on {machine.cpu}, {machine.cpus} logical CPUs, "
+        f"**Measured** on {results.date} on {f'one {machine.gpu}; ' if machine.gpu else ''}{machine.cpu}, "
+        f"{machine.cpus} logical CPUs, "
         f"{_counted(machine.threads, 'thread')}, "
-        f"{machine.memory_gb:.0f} GB of memory; {results.model} in float32; {versions}.",
+        f"{machine.memory_gb:.0f} GB of memory; {results.model} in {results.dtype}; {versions}.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -284,12 +296,12 @@ def _notes(results: Results) -> list[str]:
     notes = [
         f"- Both programs ran in turn, {times} each, on the same model, pairs, order, "
         "steps, data type and threads; every run is a process of its own. TRL has its defaults otherwise, gradient "
-        "checkpointing off.",
+        f"checkpointing off{' unless the work says recomputed' * any(case.recomputed for case in results.cases)}.",
         "- **pairs/s** is pairs × epochs by the time of training: for dpo from the beginning of the reference pass to "
         "the end of the last step, for TRL the call of `train()`, which asks the reference in every step. Median "
         "(least – most).",
         "- **ratio** compares run i of dpo with run i of TRL. Median (least – most).",
-        "- **peak memory** is the largest resident memory of the process. Median.",
+        f"- **peak memory** is {_memory(results.machine)}. Median.",
         "- **whole command** is imports, loading, tokenizing, training and saving. Median.",
     ]
     if any(case.adapter for case in results.cases):
@@ -308,10 +320,27 @@ def _notes(results: Results) -> list[str]:
         "adapter it is (1 + 2 · epochs), since a frozen base has no gradients of weights, and 3 · epochs of what the "
         "adapter adds to a forward pass.",
         "- **share of matrix-product speed**: necessary arithmetic by the time of training, as a share of the speed of "
-        "`torch.matmul` on float32 matrices of 2048 × 2048, same threads. For that a run is held after 5 seconds of "
-        "its training and then every 10, which is not counted as its time, and the best of 8 products is taken: the "
-        f"speed is the mean of all pauses of a run{spread}. Median (least – most).",
+        f"`torch.matmul` on {_products(results.machine)}{spread}. Median (least – most).",
     ]
+
+
+def _memory(machine: Machine) -> str:
+    return "the most that torch reserved of the GPU" if machine.gpu else "the largest resident memory of the process"
+
+
+def _products(machine: Machine) -> str:
+    """Say how the machine's speed was measured."""
+    if machine.gpu:
+        return "bfloat16 matrices of 8192 × 8192, before and after each run, the best of 8 products each time"
+    return (
+        "float32 matrices of 2048 × 2048, same threads. For that a run is held after 5 seconds of its training and "
+        "then every 10, which is not counted as its time, and the best of 8 products is taken: the speed is the mean "
+        "of all pauses of a run"
+    )
+
+
+def _computed_by(machine: Machine) -> str:
+    return machine.gpu or _counted(machine.threads, "thread")
 
 
 def _counted(number: int, what: str) -> str:
@@ -352,7 +381,7 @@ def plot(results: Results, file: Path) -> None:
     names = [name.replace("TRL", f"TRL {results.versions['trl']}") for name in names]
     figure.legend(handles, names, loc="upper right", ncols=2, frameon=False)
     figure.suptitle(
-        f"{results.model}, float32, {_counted(results.machine.threads, 'thread')}", x=0.02, ha="left", fontsize=11
+        f"{results.model}, {results.dtype}, {_computed_by(results.machine)}", x=0.02, ha="left", fontsize=11
     )
     figure.tight_layout()
     figure.savefig(file, dpi=150)

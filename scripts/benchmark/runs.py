@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ DEMO_PAIRS = ROOT / "configs" / "demo" / "pairs.jsonl"
 FOLDER = Path(__file__).parent
 LINES_OF_A_FAILURE = 20
 SEED = 42
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+"""What both sides compute in, by device."""
 ADAPTERS: Mapping[str, dict[str, Any]] = {"lora": {"rank": 16, "alpha": 32}}
 """Adapters that both sides can train, by name; on every linear layer, without dropout."""
 ADAPTER_TITLES = {"lora": "LoRA of rank 16"}
@@ -86,6 +88,9 @@ class Work:
         pairs_per_step: Pairs of a step.
         epochs: Passes over the pairs.
         adapter: Which of `ADAPTERS` trains; None: all weights.
+        device: `cpu` or `cuda`.
+        recomputed: Whether both compute activations again in the backward pass.
+        precomputed: Whether TRL asks the reference for all pairs before step 1, instead of in every step.
     """
 
     model: str
@@ -93,6 +98,14 @@ class Work:
     pairs_per_step: int
     epochs: int
     adapter: str | None = None
+    device: str = "cpu"
+    recomputed: bool = False
+    precomputed: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """What both compute in."""
+        return DTYPES[self.device]
 
     @property
     def learning_rate(self) -> float:
@@ -154,18 +167,20 @@ def _tail(lines: StampedLines) -> str:
     return "\n".join(f"  {line}" for _, line in lines[-LINES_OF_A_FAILURE:])
 
 
-def environment_of(threads: int | None, **more: str) -> dict[str, str]:
-    """Return the surroundings of a child: this checkout's package, no network, no accelerator, so many threads."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    fixed = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+def environment_of(threads: int | None, device: str = "cpu", **more: str) -> dict[str, str]:
+    """Return the surroundings of a child: this checkout's package, no network, the device alone, so many threads."""
+    path = os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "scripts"), os.environ.get("PYTHONPATH"))))
+    fixed = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    if device == "cpu":
+        fixed |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     if threads:
         fixed |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     return {**os.environ, **fixed, **more}
 
 
-def ask(threads: int | None, *arguments: str) -> dict[str, Any]:
+def ask(threads: int | None, device: str, *arguments: str) -> dict[str, Any]:
     """Let a process of its own do what needs torch, and return its answer."""
-    ended = run_process([sys.executable, str(FOLDER / "work.py"), *arguments], environment_of(threads))
+    ended = run_process([sys.executable, str(FOLDER / "work.py"), *arguments], environment_of(threads, device))
     answer: dict[str, Any] = json.loads(ended.output.splitlines()[-1])
     return answer
 
@@ -175,7 +190,7 @@ def run_ours(work: Work, threads: int | None, gauge: Gauge) -> Run:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = {
-            "model": {"name": work.model, "dtype": "float32"},
+            "model": {"name": work.model, "dtype": work.dtype},
             "data": {"train": work.pairs, "eval": None, "max_length": 1024},
             "adapter": {"type": work.adapter, **ADAPTERS[work.adapter]} if work.adapter else None,
             "loss": {"type": "dpo", "beta": 0.1},
@@ -189,33 +204,53 @@ def run_ours(work: Work, threads: int | None, gauge: Gauge) -> Run:
                 "warmup_ratio": 0,
                 "weight_decay": 0,
                 "max_grad_norm": 1.0,
+                "gradient_checkpointing": work.recomputed,
             },
             "checkpoints": {"every_steps": 1_000_000, "at_end": False},
             "output_dir": str(folder / "run"),
         }
         config = folder / "benchmark.yaml"
         config.write_text(yaml.safe_dump(settings), encoding="utf-8")
-        environment = environment_of(threads, DPO_CACHE_DIR=str(folder / "cache"))
-        command = [sys.executable, "-m", "dpo_cli", "train", "--config", str(config)]
-        ended = run_process(command, environment, (OUR_CLOCK, gauge))
+        environment = environment_of(threads, work.device, DPO_CACHE_DIR=str(folder / "cache"))
+        command = [sys.executable, str(FOLDER / "metered.py"), str(folder / "peak"), "train", "--config", str(config)]
+        ended = _gauged(command, environment, OUR_CLOCK, gauge, work.device)
+        device_bytes = _device_bytes(folder / "peak")
         rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if row["split"] == "train"]
-    return as_run(ended, OUR_CLOCK, losses)
+    return as_run(ended, OUR_CLOCK, losses, device_bytes)
 
 
 def run_theirs(work: Work, threads: int | None, gauge: Gauge) -> Run:
     """Train with TRL."""
     with tempfile.TemporaryDirectory() as folder:
         of_adapter = ["--adapter", json.dumps(ADAPTERS[work.adapter])] if work.adapter else []
+        of_adapter += ["--device", work.device, "--peak", str(Path(folder) / "peak")]
+        of_adapter += ["--recomputed"] * work.recomputed + ["--precomputed"] * work.precomputed
         numbers = (work.pairs_per_step, work.epochs, work.learning_rate, SEED)
         arguments = [work.model, work.pairs, *map(str, numbers), folder, *of_adapter]
         command = [sys.executable, str(FOLDER / "peer.py"), *arguments]
-        ended = run_process(command, environment_of(threads), (THEIR_CLOCK, gauge))
-    return as_run(ended, THEIR_CLOCK, json.loads(ended.output.splitlines()[-1]))
+        ended = _gauged(command, environment_of(threads, work.device), THEIR_CLOCK, gauge, work.device)
+        device_bytes = _device_bytes(Path(folder) / "peak")
+    return as_run(ended, THEIR_CLOCK, json.loads(ended.output.splitlines()[-1]), device_bytes)
 
 
-def as_run(ended: Ended, clock: Clock, losses: list[float]) -> Run:
-    """Make a run of what a process left and the losses it logged.
+def _gauged(command: list[str], environment: dict[str, str], clock: Clock, gauge: Gauge, device: str) -> Ended:
+    """Run a command and measure the machine's speed: of a CPU meanwhile; of a GPU, which nobody shares, around it."""
+    if device == "cpu":
+        return run_process(command, environment, (clock, gauge))
+    before = gauge()
+    ended = run_process(command, environment)
+    now = time.monotonic()
+    return replace(ended, pauses=[Pause(now, now, speed) for speed in (before, gauge())])
+
+
+def _device_bytes(file: Path) -> int | None:
+    """Read the largest memory that a process took of a GPU, where it had one."""
+    return int(file.read_text()) if file.is_file() else None
+
+
+def as_run(ended: Ended, clock: Clock, losses: list[float], device_bytes: int | None = None) -> Run:
+    """Make a run of what a process left, the losses it logged, and the memory that it took of a GPU.
 
     Raises:
         RunFailed: It did not say when training began or ended.
@@ -223,7 +258,7 @@ def as_run(ended: Ended, clock: Clock, losses: list[float]) -> Run:
     return Run(
         training_seconds=clock.seconds(ended.lines, ended.pauses),
         command_seconds=ended.seconds,
-        peak_bytes=ended.peak_bytes,
+        peak_bytes=device_bytes or ended.peak_bytes,
         losses=losses,
         gflops_meanwhile=[pause.gflops for pause in ended.pauses],
     )

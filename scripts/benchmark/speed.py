@@ -42,10 +42,13 @@ class Gauge:
 
     Args:
         environment: Of the process: as many threads as the runs have.
+        device: What multiplies, `cpu` or `cuda`.
     """
 
-    def __init__(self, environment: dict[str, str]) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("work.py")), "matmul"]
+    def __init__(self, environment: dict[str, str], device: str = "cpu") -> None:
+        command = [sys.executable, str(Path(__file__).with_name("work.py")), "matmul", device]
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), environment.get("PYTHONPATH"))))
+        environment = {**environment, "PYTHONPATH": path}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self._process = subprocess.Popen(command, env=environment, text=True, **pipes)
 
@@ -59,7 +62,7 @@ class Gauge:
         self._process.communicate()
 
     def __call__(self) -> float:
-        """Return the speed of float32 matrix products in GFLOP/s.
+        """Return the speed of matrix products in GFLOP/s: float32 on a CPU, bfloat16 on a GPU.
 
         Raises:
             GaugeFailed: The process is gone, or does not answer.

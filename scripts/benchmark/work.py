@@ -16,18 +16,21 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
+from benchmark.shapes import SHAPES
 from dpo_cli.data.pairs.shapes import FORMATS
 from dpo_cli.data.records import BadRow
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.folders.loading import empty_policy, load_policy
-from dpo_cli.modeling.folders.saving import saved_model
+from dpo_cli.modeling.folders.saving import saved_model, write_model
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 
 MAX_LENGTH = 1024
 MATRIX = 2048
+GPU_MATRIX = 8192
 MATRIX_PRODUCTS = 8
 FIELDS = ("instruction", "input", "chosen", "rejected")
 # Tokens of the joined texts alone; a chat template adds some thirty to the prompt and two to a response.
@@ -185,19 +188,34 @@ def model_folder(model: str, folder: Path) -> str:
         return str(target)
 
 
+def random_model(shape: str, tokenizer: str, folder: Path) -> str:
+    """Write a model of one of `SHAPES` with random weights, made where they are made fastest; return its folder."""
+    target, on_gpu = folder / "model", torch.cuda.is_available()
+    reader = load_tokenizer(tokenizer)
+    ends = {"bos_token_id": reader.bos_token_id, "eos_token_id": reader.eos_token_id}
+    config = LlamaConfig(**SHAPES[shape], **ends, max_position_embeddings=8192)
+    torch.manual_seed(0)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if on_gpu else torch.float32).eval()
+    target.mkdir()
+    write_model(target, model.cpu(), reader)
+    return str(target)
+
+
 def prepare(request: dict[str, Any]) -> dict[str, Any]:
     """Make the model a folder, write the pairs of each workload and count what they cost.
 
     Args:
-        request: `model`, `folder` to write to, `rank` of the adapter or 0, and `workloads`: name → `file`, `pairs`,
-            `join`.
+        request: `model`, or the tokenizer of a model of random weights; `shape` of that, or None; `folder` to write to,
+            `rank` of the adapter or 0, and `workloads`: name → `file`, `pairs`, `join`.
 
     Returns:
         `model`, a folder; `threads`, how many there are; `not_counted`, why the arithmetic is not known, or None; and
         `workloads`: name → `file`, the sums of tokens, `forward_flops` and of the adapter `adapter_flops`.
     """
     folder = Path(request["folder"])
-    model = model_folder(request["model"], folder)
+    named, shape = request["model"], request["shape"]
+    model = random_model(shape, named, folder) if shape else model_folder(named, folder)
     tokenizer = load_tokenizer(model)
     costs, not_counted = None, None
     empty = empty_policy(model)
@@ -220,25 +238,29 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
             "forward_flops": sum(costs.forward(pair) for pair in lengths) if costs else None,
             "adapter_flops": sum(added.forward(pair) for pair in lengths),
         }
-    return {"model": model, "threads": torch.get_num_threads(), "not_counted": not_counted, "workloads": workloads}
+    answer = {"model": model, "threads": torch.get_num_threads(), "not_counted": not_counted, "workloads": workloads}
+    return {**answer, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-def say_matrix_product_speed() -> None:
-    """For every line that comes, say how many GFLOP/s float32 matrix products reach now, at their best."""
-    left, right, product = (torch.rand(MATRIX, MATRIX) for _ in range(3))
+def say_matrix_product_speed(device: str) -> None:
+    """For every line that comes, say how many GFLOP/s matrix products reach now, at their best."""
+    size, dtype = (GPU_MATRIX, torch.bfloat16) if device == "cuda" else (MATRIX, torch.float32)
+    left, right, product = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(3))
     for _ in sys.stdin:
         best = float("inf")
         for _ in range(MATRIX_PRODUCTS):
             started = time.perf_counter()
             torch.matmul(left, right, out=product)
+            if device == "cuda":
+                torch.cuda.synchronize()
             best = min(best, time.perf_counter() - started)
-        print(2 * MATRIX**3 / best / 1e9, flush=True)
+        print(2 * size**3 / best / 1e9, flush=True)
 
 
 def main() -> None:
     """Do what the first argument names and print the answer."""
     if sys.argv[1] == "matmul":
-        say_matrix_product_speed()
+        say_matrix_product_speed(*sys.argv[2:3] or ["cpu"])
         return
     try:
         answer = prepare(json.loads(sys.argv[2]))
