@@ -213,14 +213,17 @@ def export(
         Path | None, typer.Option(parser=expanded_path, metavar="DIR", help="The folder to write, a new one.")
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Make the adapter part of its base.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16, in place of the base's own.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a run's adapter and its base as one plain model, and prove it."""
+    """Write a run's adapter and its base as one plain model, and prove it; or a checkpoint in another dtype."""
     with _job(quiet=quiet) as (console, _):
         run, overrides = split_run(arguments or ())
         if to is None:
             raise UserError("no folder to write is given", "the command line", "give one, as in `--to models/my`")
-        dpo_cli.export(run, to, merge=merge, overrides=overrides, console=console)
+        dpo_cli.export(run, to, merge=merge, dtype=dtype, overrides=overrides, console=console)
 
 
 @config_app.command(cls=Command)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config, as_config
-from dpo_cli.config.exporting import check_export, reserved
+from dpo_cli.config.exporting import Merging, check_export, reserved
 from dpo_cli.config.inputs import (
     check_evaluation,
     check_new_file,
@@ -195,15 +195,19 @@ def export(
     to: str | PathLike[str],
     *,
     merge: bool = True,
+    dtype: str | None = None,
     overrides: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Merge a run's adapter into its base, write that as a plain model folder, and prove it; return how exact it is.
 
+    Of a run of all weights, which needs `merge=False` and a `dtype`, a checkpoint is written in that.
+
     Args:
         run: The run's folder, or that of an adapter in it: `final`, or a checkpoint; or an adapter of another program.
         to: The folder to be written, which must not exist.
-        merge: Whether the adapter becomes part of the base; nothing else can be exported yet.
+        merge: Whether the adapter becomes part of the base.
+        dtype: The dtype of the weights that are written; None: that of the base's files.
         overrides: `KEY=VALUE` each: settings of the run that are others now, such as where the base is.
         console: What a person sees, or None.
 
@@ -211,13 +215,14 @@ def export(
         UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
     """
     console = console or _unattended()
-    merging = check_export(Path(run), Path(to), overrides, merge=merge)
+    asked = check_export(Path(run), Path(to), overrides, merge=merge, dtype=dtype)
     console.notice("loading …")
-    look_up_on_hub(merging.config)
-    from dpo_cli.pipeline.export import export
+    if isinstance(asked, Merging):
+        look_up_on_hub(asked.config)
+    from dpo_cli.pipeline.export import export, rewrite
 
-    with reserved(merging.to):
-        return export(merging, console)
+    with reserved(asked.to):
+        return export(asked, console) if isinstance(asked, Merging) else rewrite(asked, console)
 
 
 def _unattended() -> Console:

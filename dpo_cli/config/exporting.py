@@ -1,12 +1,13 @@
-"""What `dpo export` is given, checked before anything slow is imported: the run, its adapter, where the model goes."""
+"""What `dpo export` is given, checked before anything slow is imported: the run, its weights, where the model goes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast, get_args
 
 from dpo_cli.config.inputs import check_inputs
 from dpo_cli.config.loading import as_config, load_config
@@ -15,10 +16,13 @@ from dpo_cli.errors import UserError, raise_all
 from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, base_of, holds_adapter
 from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.folders.model_names import check_model
+from dpo_cli.modeling.held import Dtype
 from dpo_cli.settings import located, nearest_file
 from dpo_cli.system.locks import Locked, lock_beside, locked
 from dpo_cli.system.storage import DamagedFolder, verify, why_no_folder
 from dpo_cli.training.run_folder import RunFolder, RunState, checkpoints_in
+
+_RETYPED = "`--dtype float32`, without `--merge`, writes one in another dtype"
 
 _PACKAGES = ("`adapter`", "`model.quantize`")
 """Settings that need packages, which are not named by a path."""
@@ -33,15 +37,38 @@ class Merging:
         config: What that run did; else all defaults, with the adapter's base.
         adapter: The folder of the adapter.
         to: The folder to be written.
+        dtype: The dtype of its weights; None: those of the base's files.
     """
 
     run: RunFolder | None
     config: Config
     adapter: Path
     to: Path
+    dtype: Dtype | None = None
 
 
-def check_export(named: Path, to: Path, overrides: Sequence[str], *, merge: bool) -> Merging:
+@dataclass(frozen=True)
+class Rewriting:
+    """A checkpoint of a run of all weights that is to be a model folder in a dtype.
+
+    Attributes:
+        run: The run.
+        config: What it did.
+        checkpoint: The checkpoint.
+        to: The folder to be written.
+        dtype: The dtype of its weights.
+    """
+
+    run: RunFolder
+    config: Config
+    checkpoint: Path
+    to: Path
+    dtype: Dtype
+
+
+def check_export(
+    named: Path, to: Path, overrides: Sequence[str], *, merge: bool, dtype: str | None = None
+) -> Merging | Rewriting:
     """Check what is exported, and where to.
 
     Args:
@@ -49,21 +76,30 @@ def check_export(named: Path, to: Path, overrides: Sequence[str], *, merge: bool
         to: The folder to be written.
         overrides: `KEY=VALUE` each: settings of the run that are others now, such as where the base is.
         merge: Whether the adapter becomes part of the base.
+        dtype: The dtype of the weights that are written; None: that of the base's files.
 
     Raises:
         UserError: Something is wrong; an `ExceptionGroup` where several things are.
     """
+    if dtype not in (None, *get_args(Dtype)):
+        hint = f"choose one of {', '.join(get_args(Dtype))}"
+        raise UserError(f"`{dtype}` is not a dtype that weights are written in", "--dtype", hint)
+    kind = cast(Dtype | None, dtype)
     run, adapter = _found(named)
     if run is None:
-        return _check_foreign(adapter, to, overrides, merge=merge)
+        return replace(_check_foreign(adapter, to, overrides, merge=merge), dtype=kind)
     config = load_config(run.config, overrides)
+    if config.adapter is None and kind and not merge:
+        checkpoint, problem = _check_checkpoint(run, named)
+        raise_all(one for one in (problem, _check_target(to, named, run.path)) if one)
+        return Rewriting(run, config, checkpoint, to, kind)
     problems = [_check_target(to, named, run.path), *_check_adapter(adapter, config)]
     if config.adapter is not None:
         problems.append(_check_merges(adapter, merge=merge))
         moved = _moved_base(adapter, config)
         problems += [moved] if moved else [_of_run(problem, run, config) for problem in check_inputs(config)]
     raise_all(problem for problem in problems if problem)
-    return Merging(run, config, adapter, to)
+    return Merging(run, config, adapter, to, kind)
 
 
 def _found(named: Path) -> tuple[RunFolder | None, Path]:
@@ -163,7 +199,9 @@ def _check_adapter(adapter: Path, config: Config) -> list[UserError]:
     """Say why there is nothing to merge, if so."""
     if config.adapter is None:
         what = "the run trained all weights: it has no adapter to merge"
-        return [UserError(what, str(adapter), f"use `{adapter}` as it is: it is a plain model folder already")]
+        return [
+            UserError(what, str(adapter), f"use `{adapter}` as it is: it is a plain model folder already; {_RETYPED}")
+        ]
     if not holds_adapter(adapter):
         what = f"there is no adapter: `{adapter}` has no {ADAPTER_CONFIG}"
         hint = "name the run's folder, its `final`, or one of its checkpoints"
@@ -174,6 +212,23 @@ def _check_adapter(adapter: Path, config: Config) -> list[UserError]:
         hint = "export a checkpoint of the run, or train again"
         return [UserError(f"the adapter is damaged: {damage}", str(adapter), hint)]
     return []
+
+
+def _check_checkpoint(run: RunFolder, named: Path) -> tuple[Path, UserError | None]:
+    """Return the checkpoint that is meant, the newest where the run is named, and why it cannot be used, if so."""
+    if named.resolve() == run.final.resolve():
+        hint = f"name the run's folder, `{run.path}`, or one of its checkpoints, which have all weights in float32"
+        return named, UserError(f"`{named}` may be rounded already", "the command line", hint)
+    saved = checkpoints_in(run.checkpoints) if named.resolve() == run.path.resolve() else [named]
+    if not saved:
+        hint = f"use `{run.final}` as it is; `checkpoints.at_end: true` keeps one"
+        return named, UserError("the run has no checkpoint, which would have all weights in float32", str(named), hint)
+    try:
+        verify(saved[-1])
+    except DamagedFolder as damage:
+        hint = "name another checkpoint of the run"
+        return saved[-1], UserError(f"the checkpoint is damaged: {damage}", str(saved[-1]), hint)
+    return saved[-1], None
 
 
 def _moved_base(adapter: Path, config: Config) -> UserError | None:

@@ -305,6 +305,10 @@ class Policy:
         finite = all(bool(torch.isfinite(weights).all()) for weights in self.weights().values())
         return self._placement.everywhere(finite) if self._placement else finite
 
+    def largest(self) -> float:
+        """Return the largest magnitude among the weights that training moves."""
+        return max((float(weights.abs().max()) for weights in self.weights().values() if weights.numel()), default=0.0)
+
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds of the policy, by name, without copying it."""
         state = self._trained.state(self.model)

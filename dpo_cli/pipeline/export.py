@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dpo_cli.config import Config
-from dpo_cli.config.exporting import Merging
+from dpo_cli.config.exporting import Merging, Rewriting
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
 from dpo_cli.modeling.folders import tokenizers
@@ -21,6 +21,7 @@ from dpo_cli.modeling.folders.tokenizers import end_at
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.pipeline.memory import settling_scores
 from dpo_cli.pipeline.merge_proof import OnPairs, OnTokens, Proof, Scores, check_merged
 from dpo_cli.pipeline.models import loaded, open_reference, opened, trained_policy
@@ -30,11 +31,13 @@ from dpo_cli.preference.reference import Cached, NoReference
 from dpo_cli.reporting.card import model_card
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.environment import versions
+from dpo_cli.reporting.metrics_log import figures_at
 from dpo_cli.reporting.tables import HELD_OUT, figures_table
 from dpo_cli.settings import located
 from dpo_cli.system.storage import remove_strays_of
 from dpo_cli.training.checkpoints import beginning_of
-from dpo_cli.training.run_folder import RunFolder
+from dpo_cli.training.run_folder import RunFolder, step_of
+from dpo_cli.training.state import read_state
 
 _TRAINING_PAIRS = 64
 """How many training pairs are scored where none are held out."""
@@ -61,6 +64,35 @@ def export(merging: Merging, console: Console) -> dict[str, Any]:
     return found
 
 
+def rewrite(asked: Rewriting, console: Console) -> dict[str, Any]:
+    """Write a checkpoint of a run of all weights as a model folder in a dtype; return what was written.
+
+    Raises:
+        UserError: It cannot be loaded, the dtype cannot hold its weights, or the disk refuses.
+    """
+    remove_strays_of(asked.to)
+    folder, types = str(asked.checkpoint), WeightTypes({}, PRECISIONS[asked.dtype].dtype)
+    policy, tokenizer = Policy.load(folder, asked.config.model.trust), tokenizers.load_tokenizer(folder)
+    if policy.largest() > types.most:
+        what = f"{types} cannot hold all weights: the largest is {policy.largest():.3g}"
+        raise UserError(what, folder, "choose `--dtype float32` or `bfloat16`")
+    step, rows = step_of(asked.checkpoint), read_state(asked.checkpoint).metrics
+    figures = figures_at(asked.run.metrics, step, rows)
+    rounding = ", rounded from float32 after the figures were measured" if types.rounds else ""
+    facts = {
+        "optimizer steps": step,
+        "weights": f"{types}{rounding}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    card = model_card(asked.run.path.name, asked.config.model_dump(mode="json"), facts, figures)
+    with saved_folder(asked.to, "writing the model") as temporary:
+        policy.write(temporary, tokenizer, types=types)
+        policy.check_written(temporary, types)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+    console.result(f"model  {asked.to} ({types}, after step {step})")
+    return {"step": step, "dtype": str(types), "figures": figures}
+
+
 def _exactly(config: Config) -> Config:
     """Return the run's configuration in float32, with a reference that is no second model."""
     reference = config.reference
@@ -81,7 +113,7 @@ def _merge(session: Session, merging: Merging) -> dict[str, Any]:
         policy = trained_policy(session)
         _give_adapter(policy, merging, tokenizer)
         adapter = proof.scores(policy, "the adapter on the unquantized base")
-    types = policy.came_in
+    types = WeightTypes({}, PRECISIONS[merging.dtype].dtype) if merging.dtype else policy.came_in
     policy.merge()
     rounding = _rounded(policy, proof, types, adapter, merging.to)
     with saved_folder(merging.to, "writing the merged model") as folder:

@@ -28,7 +28,7 @@ from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.tables import figures_table
 from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, CheckpointWriter
 from dpo_cli.training.learner import Learner, NotFinite
-from dpo_cli.training.run_folder import RunFolder, checkpoints_in
+from dpo_cli.training.run_folder import RunFolder, checkpoints_in, step_of
 from dpo_cli.training.state import RunNotes
 
 
@@ -181,13 +181,12 @@ def save_final(run: Run, after: dict[str, Any] | None) -> None:
         (temporary / "README.md").write_text(card, encoding="utf-8")
         policy.check_written(temporary, types)
     if rounded:
-        run.session.console.notice(_rounded(folder, types))
+        run.session.console.notice(_rounded(folder, types, run.plan.steps.num_steps))
 
 
 def _final_types(run: Run) -> WeightTypes | None:
     """Return the types of the files that the model came from, which those of the trained model have; None: float32."""
-    types, policy = run.learner.policy.came_in, run.learner.policy
-    largest = max((float(weights.abs().max()) for weights in policy.weights().values() if weights.numel()), default=0.0)
+    types, largest = run.learner.policy.came_in, run.learner.policy.largest()
     if largest <= types.most:
         return types
     what = f"{types}, the type of the base's files, cannot hold all trained weights (the largest is {largest:.3g})"
@@ -195,10 +194,11 @@ def _final_types(run: Run) -> WeightTypes | None:
     return None
 
 
-def _rounded(folder: RunFolder, types: WeightTypes | None) -> str:
+def _rounded(folder: RunFolder, types: WeightTypes | None, last: int) -> str:
     """Say that the trained model was rounded, and where it is in float32."""
     said = f"`{folder.final}` has the weights in {types}, as the base's files do; the figures are those before rounding"
-    if not (saved := checkpoints_in(folder.checkpoints)):
+    saved = checkpoints_in(folder.checkpoints)
+    if not saved or step_of(saved[-1]) != last:
         return said
     export = f"dpo export {shlex.quote(str(folder.path))} --dtype float32 --to FOLDER"
     return f"{said}. `{saved[-1]}` has them in float32: `{export}` writes a model folder of it"

@@ -66,7 +66,7 @@ def model_card(
         title = "Held-out figures" if scored == HELD_OUT else f"Figures of {scored}"
         sections += [f"## {title}", _table(shown, list(columns))]
     else:
-        sections += ["## Held-out figures", "None: the run had no held-out pairs."]
+        sections += ["## Held-out figures", "None: no held-out pairs were scored."]
     settings_text = covered(plain_yaml.dump(_covered_within(settings)))
     fence = markdown_fence(settings_text, 3)
     sections += ["## Settings", f"{fence}yaml\n{settings_text}{fence}"]

@@ -81,7 +81,7 @@ class MetricsLog:
 
     def _remember(self, row: dict[str, Any]) -> None:
         """Add a row to the digest, without speed, which differs from run to run."""
-        self._digest.update(json.dumps({**row, "tokens_per_second": None}, sort_keys=True).encode())
+        self._digest.update(_digested(row))
 
     def sync(self) -> None:
         """Flush the rows to the disk; called before a checkpoint that relies on them.
@@ -98,6 +98,30 @@ class MetricsLog:
         """Close the file; a write that failed before may fail again, which is ignored."""
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+def figures_at(path: Path, step: int, digest: str) -> dict[str, dict[str, Any]]:
+    """Return the held-out figures before step 1, where they are known, and after a step.
+
+    Args:
+        path: The file of the rows.
+        step: The step.
+        digest: That of the rows up to it.
+
+    Returns:
+        The figures by the time of their measurement; empty where none were measured then, or rows have changed since.
+    """
+    rows = [row for _, row in _whole_lines(path) if row["step"] <= step]
+    if hashlib.sha256(b"".join(map(_digested, rows))).hexdigest() != digest:
+        return {}
+    measured = {row["step"]: row for row in rows if row.get("split") == "eval"}
+    columns = {"before": measured.get(0, {}), "after": measured.get(step, {})}
+    return {name: column for name, column in columns.items() if column} if step in measured else {}
+
+
+def _digested(row: dict[str, Any]) -> bytes:
+    """Return what a digest of rows knows of one: all but its speed."""
+    return json.dumps({**row, "tokens_per_second": None}, sort_keys=True).encode()
 
 
 def _line(row: dict[str, Any]) -> str:
