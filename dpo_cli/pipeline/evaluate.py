@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,12 @@ from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline.memory import settling_scores
 from dpo_cli.pipeline.models import open_reference, opened, reference_sketch, scored_and_reference
 from dpo_cli.pipeline.out_of_memory import during
-from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, prepared_pairs, run_data
+from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, num_trained_on, prepared_pairs, run_data
 from dpo_cli.pipeline.plan import described_loss
 from dpo_cli.pipeline.session import Session, started
 from dpo_cli.preference.reference import NoReference, OpenReference
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console
-from dpo_cli.reporting.tables import figures_table, groups_table
+from dpo_cli.reporting.tables import HELD_OUT, figures_table, groups_table
 from dpo_cli.system.launchers import is_main_process
 from dpo_cli.system.storage import write_text
 from dpo_cli.training.checks import check_columns, check_fits
@@ -77,6 +77,7 @@ def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
         base = base_of(model) if holds_adapter(model) else None
         check_same_tokens(tokenizer, base or model, "the model that is scored", config.model.trust)
         pairs, held_out, source = _held_out(config, data, tokenize, session.console)
+        trained_on = {"trained_on": num_trained_on(config, pairs, held_out, tokenize)} if data is not None else {}
     check_columns(pairs, config.objective)
     policy, reference, batches = _open_both(session, model, pairs, held_out)
     policy.place(session.accelerator, trained=False, collisions=config.objective.wpo)
@@ -86,8 +87,10 @@ def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
         **_by_label(results, pairs),
         "model": model,
         **({"base": base} if base else {}),
+        **({"quantize": config.model.quantize} if base and config.model.quantize else {}),
         "reference": _named_reference(config),
         "data": source,
+        **trained_on,
         "objective": config.model_dump(mode="json")["loss"],
     }
 
@@ -163,21 +166,31 @@ def _named_reference(config: Config) -> str | None:
 
 def _show(config: Config, found: dict[str, Any], console: Console) -> None:
     """Print what was measured, and the figures of all pairs and of groups of them."""
+    bits, chosen = f" ({found['quantize']})" if "quantize" in found else "", "trained_on" in found
     measured = {
         "loss": described_loss(config),
-        **{name: found[name] for name in ("base",) if name in found},
+        **({"base": f"{found['base']}{bits}"} if "base" in found else {}),
         "reference": found["reference"] or "none (not needed)",
         "pairs of": found["data"],
+        **({"trained on": _trained_on(found)} if chosen else {}),
     }
     console.block()
+    width = max(map(len, measured))
     for name, value in measured.items():
-        console.result(f"{name:<9}  {value}")
+        console.result(f"{name:<{width}}  {value}")
     console.result("")
-    console.result(figures_table({found["model"]: found}))
+    console.result(figures_table({found["model"]: found}, "scored pairs" if chosen else HELD_OUT))
     for label in LABELS:
         if groups := found.get(f"by_{label}"):
             console.result("")
             console.result(groups_table(label, groups))
+
+
+def _trained_on(found: Mapping[str, Any]) -> str:
+    """Say how many of the pairs that were chosen are training pairs of the configuration, which it may not be."""
+    if (number := found["trained_on"]) is None:
+        return "not known: the training pairs of the configuration are not prepared"
+    return f"{number:,} of these {found['pairs']:,} pairs, by their tokens"
 
 
 def _held_out(config: Config, data: str | None, tokenize: Any, console: Console) -> tuple[Any, Any, str]:

@@ -15,7 +15,7 @@ from dpo_cli.config import Config
 from dpo_cli.config.inputs import held_out_sources, is_file, no_template
 from dpo_cli.data.checkup.endings import set_end
 from dpo_cli.data.checkup.selection import drops, without_copies
-from dpo_cli.data.pairs.sources import Source, as_sources, describe
+from dpo_cli.data.pairs.sources import Source, as_sources, describe, paths_of
 from dpo_cli.data.prepared import folder as prepared
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.writing import prepare
@@ -91,9 +91,7 @@ def prepared_pairs(
         console: Says what is done.
         folder: Where to keep them, or None for the cache.
     """
-    names = describe(sources)
-    data = config.data
-    reading = prepared.Reading(data.format, data.on_bad_row, data.ranked, data.columns or {}, data.system or "")
+    names, reading = describe(sources), _reading(config)
     if any(prepared.is_prepared(source.path) for source in sources):
         if len(sources) > 1:
             hint = "name only one prepared folder, or the raw sources"
@@ -124,6 +122,53 @@ def prepared_pairs(
             found = prepare(sources, reading, tokenize, target)
             console.notice(f"prepared data written: {target}")
     return found
+
+
+def _reading(config: Config) -> prepared.Reading:
+    """Return how rows are read."""
+    data = config.data
+    return prepared.Reading(data.format, data.on_bad_row, data.ranked, data.columns or {}, data.system or "")
+
+
+def num_trained_on(
+    config: Config, scored: PreparedPairs, indices: NDArray[np.int64], tokenize: PairTokenizer
+) -> int | None:
+    """Count pairs that have the tokens of one of a configuration's training pairs.
+
+    Args:
+        config: Names the training pairs.
+        scored: Any pairs.
+        indices: Which of them are counted.
+        tokenize: Template and length rule.
+
+    Returns:
+        Their number, or None where it is not known, since the training pairs are not prepared.
+    """
+    sources = held_out_sources(config)
+    try:
+        train, others = (_known_pairs(config, one, tokenize) for one in (as_sources(config.data.train), sources))
+        if train is None or (sources and others is None):
+            return None
+        data = split(config, train, others)
+    except UserError:
+        return None
+    trained_on = data.pairs.key_numbers("key")[data.train]
+    return int(np.isin(scored.key_numbers("key")[indices], trained_on).sum())
+
+
+def _known_pairs(config: Config, sources: Sequence[Source], tokenize: PairTokenizer) -> PreparedPairs | None:
+    """Return the pairs of sources on this disk, if they were prepared before.
+
+    Raises:
+        UserError: A source is not there any more, or is a prepared folder that was made otherwise.
+    """
+    if len(sources) == 1 and prepared.is_prepared(sources[0].path):
+        return prepared.open_for(Path(sources[0].path), _reading(config), tokenize)
+    # Behind a source that is on the Hub there are no files.
+    if not sources or not all(paths_of(source)[1:] for source in sources):
+        return None
+    digest = prepared.fingerprint(sources, _reading(config), tokenize)
+    return prepared.find(prepared.default_folder(digest), digest)[0]
 
 
 def _check_out(folder: Path) -> UserError | None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import dpo_cli
 from dpo_cli.config import load_config
 from dpo_cli.modeling import policy as policies
+from dpo_cli.reporting.console import Console
 from tests.builders import prepare_pairs, save_adapter
 from tests.conftest import build_llama, read_metrics
 
@@ -89,7 +90,7 @@ def test_the_figures_are_those_of_the_run_and_the_base_is_loaded_once(
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_adapters_are_put_beside_the_quantized_base_and_whole_models_are_not_quantized(
-    write_config, quantize, foreign, tiny_llama, tokenizer, tmp_path, loads
+    write_config, quantize, foreign, tiny_llama, tokenizer, tmp_path, loads, capfd
 ):
     """The figures are those of the run, to the bit where the reference is asked in the same batches."""
     adapter = {"type": "lora", "rank": 3, "alpha": 32, "targets": ["q_proj", "down_proj"], "start": str(foreign)}
@@ -97,11 +98,14 @@ def test_adapters_are_put_beside_the_quantized_base_and_whole_models_are_not_qua
     file = write_config(adapter=adapter, model=model, reference="frozen", training={"max_steps": 2})
     run = trained(file)
     assert loads.held == [quantize]
-    found = dpo_cli.evaluate(file)
+    capfd.readouterr()
+    found = dpo_cli.evaluate(file, console=Console())
+    assert found["quantize"] == quantize
+    assert f"base       {tiny_llama} ({quantize})\n" in capfd.readouterr().out
     assert loads.held == [quantize] * 2
     assert numbers(found) == pytest.approx(numbers(read_metrics(run, "eval")[-1]), abs=1e-6)
     other = build_llama(tmp_path / "other", tokenizer, seed=5)
-    dpo_cli.evaluate(file, model=str(other))
+    assert "quantize" not in dpo_cli.evaluate(file, model=str(other))
     assert loads.held == [quantize] * 3 + ["float32"]
 
 
