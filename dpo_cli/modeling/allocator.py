@@ -19,6 +19,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _NEVER = -1, -3, -1
 _LARGE_BYTES = 3 * 2**18
 _LARGE_PAGE, _MADV_HUGEPAGE, _MADV_DONTNEED = 2**21, 14, 4
 
+_keeps = False
+"""Whether freed memory is kept now."""
+
 
 def keep_freed_memory(num_bytes: int) -> None:
     """Keep what is freed, since the next step takes about the same again, and take it in large pages.
@@ -29,7 +32,9 @@ def keep_freed_memory(num_bytes: int) -> None:
     Args:
         num_bytes: What the run is going to take from here on; what comes on top of it is had in small pages.
     """
+    global _keeps
     _settle(_NEVER)
+    _keeps = True
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL(None)
         library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -45,11 +50,18 @@ def keep_freed_memory(num_bytes: int) -> None:
 
 def return_freed_memory() -> None:
     """Hand tensors above `_LARGE_BYTES` back to the system as soon as they are freed, so that gaps stay small."""
+    global _keeps
+    _keeps = False
     _settle(_LARGE_BYTES)
 
 
 def hand_back_freed_memory() -> None:
-    """Hand back at once what was freed until now, small tensors included, of which passes before step 1 leave many."""
+    """Hand back at once what was freed until now, small tensors included, of which passes before step 1 leave many.
+
+    Where freed memory is kept, nothing is handed back.
+    """
+    if _keeps:
+        return
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
 

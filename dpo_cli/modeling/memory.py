@@ -50,6 +50,8 @@ class MemoryEstimate:
         copy: The state that is written in the background while training goes on.
         counted: Whether the activations could be counted: not where what a model computes depends on the values.
         several: Whether a step has several forward passes, so that gradients stand while activations are made.
+        keeps_freed: Whether a CPU keeps what is freed for the next pass.
+        gaps: What then lies between tensors and is of no use to others.
     """
 
     program: int
@@ -62,11 +64,13 @@ class MemoryEstimate:
     copy: int
     counted: bool
     several: bool
+    keeps_freed: bool = False
+    gaps: int = 0
 
     @property
     def standing(self) -> int:
         """What is there all the time."""
-        return self.program + self.weights + self.reference + self.optimizer + self.copy
+        return self.program + self.weights + self.reference + self.optimizer + self.copy + self.gaps
 
     @property
     def peak(self) -> int:
@@ -93,6 +97,7 @@ class MemoryEstimate:
             "activations": self.activations,
             "logits": self.logits,
             "copy being saved": self.copy,
+            "gaps between tensors": self.gaps,
         }
 
 

@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 SHARE_OF_FREE = 0.8
 """How much of the free memory `micro_batch_tokens: auto` lets a run take."""
 
+_GAPS_BESIDE_ADAPTER = 0.5
+"""What gaps between tensors take beside an adapter where freed memory is kept, as a share of the activations."""
+
+_PLENTY = 0.5
+"""Up to which share of the free memory a run beside an adapter may take with gaps."""
+
 _FEWEST_TOKENS = 64
 STEPS_LOOKED_AT = 500
 """Steps of a run that are looked at for what its forward passes take."""
@@ -68,12 +74,17 @@ def check_memory(session: Session, policy: Policy, reference: Policy, program_by
 
     free = min(session.of_all(free_bytes(session.accelerator.device))) // _sharing(session)
     if needed(session.config).peak > free:
-        raise refusal(session.config, needed, free, policy.sizes().numbers)
+        raise refusal(session.config, needed, free, policy.sizes().numbers, _fewer_processes(session))
 
 
 def _sharing(session: Session) -> int:
     """Return how many processes share the memory that is free: on a CPU all of them."""
     return session.accelerator.num_processes if session.accelerator.device.type == "cpu" else 1
+
+
+def _fewer_processes(session: Session) -> Sequence[str]:
+    """Suggest fewer processes where they share the memory."""
+    return ["fewer processes"] if _sharing(session) > 1 else []
 
 
 def _without_passes(
@@ -160,7 +171,28 @@ def settle_tokens(
         what = f"the run takes about {gib(memory.needed)}, and {gib(free)} of memory are free"
         session.console.warning(f"{what}; try {', '.join(advice(session.config))}")
     fewest = min(session.of_all(settled.micro_batch_tokens))
-    return (settled, memory) if fewest == settled.micro_batch_tokens else with_budget(fewest)
+    if fewest != settled.micro_batch_tokens:
+        settled, memory = with_budget(fewest)
+    return settled, _kept_or_returned(session, memory, free)
+
+
+def _kept_or_returned(session: Session, memory: MemoryEstimate, free: int) -> MemoryEstimate:
+    """Settle whether a CPU keeps what is freed for the next pass, and count the gaps that this leaves.
+
+    It does where most of the memory is activations, which are freed and taken again at every pass. Of a run of all
+    weights, gradients and moments fill the gaps; beside an adapter nothing does, so that there has to be plenty.
+
+    Args:
+        session: Says what trains, and on which device.
+        memory: What the run takes where everything is returned.
+        free: The memory that is free were no weights loaded.
+    """
+    if session.accelerator.device.type != "cpu" or memory.activations <= memory.weights + memory.optimizer:
+        return memory
+    if session.config.adapter is None:
+        return dataclasses.replace(memory, keeps_freed=True)
+    kept = dataclasses.replace(memory, keeps_freed=True, gaps=int(_GAPS_BESIDE_ADAPTER * memory.activations))
+    return kept if kept.needed < _PLENTY * free else memory
 
 
 def _check_least(run: PlannedRun, batches: Batches, free: int) -> None:
@@ -185,7 +217,8 @@ def _check_least(run: PlannedRun, batches: Batches, free: int) -> None:
         return _estimate(tried, policy, cut)
 
     if not all(run.session.of_all(needed(config).peak <= free)):
-        raise refusal(config, needed, free, run.sketch.sizes().numbers, ["a lower `data.max_length`"])
+        further = ["a lower `data.max_length`", *_fewer_processes(run.session)]
+        raise refusal(config, needed, free, run.sketch.sizes().numbers, further)
 
 
 def wanted_tokens(session: Session) -> int:

@@ -47,10 +47,7 @@ def settling(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resum
             other = dataclasses.replace(batches, layout=layout)
             batches, memory = settle_tokens(plan, policy, other, _resumed_tokens(plan, resume=resume))
         if device.type == "cpu":
-            whole = plan.session.config.adapter is None
-            if whole and memory.activations > memory.weights + memory.optimizer:
-                # Then gaps of the size of the gradients are a small price for the time. Beside an adapter, gradients
-                # and moments would not fill them: they would take as much as most of the activations again.
+            if memory.keeps_freed:
                 keep_freed_memory(memory.needed)
             take_over_weights(policy.model)
         return batches, _described(batches, memory)

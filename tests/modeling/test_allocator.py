@@ -8,9 +8,23 @@ import psutil
 import pytest
 import torch
 
-from dpo_cli.modeling.allocator import hand_back_freed_memory, return_freed_memory
+from dpo_cli.modeling.allocator import hand_back_freed_memory, keep_freed_memory, return_freed_memory
 
 NUMBER, BYTES = 1000, 100_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="both speak to glibc")
+def test_what_is_kept_is_not_handed_back():
+    keep_freed_memory(NUMBER * BYTES)
+    try:
+        process = psutil.Process()
+        tensors = [torch.ones(BYTES // 4) for _ in range(NUMBER)]
+        del tensors
+        before = process.memory_info().rss
+        hand_back_freed_memory()
+        assert before - process.memory_info().rss < 0.1 * NUMBER * BYTES
+    finally:
+        return_freed_memory()
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="both speak to glibc")

@@ -15,6 +15,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.held import held_as
+from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.planned_sizes import sizes_under_lora
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline import memory
@@ -97,6 +98,7 @@ def test_an_adapter_takes_gradients_moments_and_copies_of_its_own_weights_alone(
         "gradients": 4 * adapter,
         "activations": 0,
         "logits": 0,
+        "gaps between tensors": 0,
         "copy being saved": background * (4 * adapter * (1 + (reference == SYNCED)) + parts["optimizer"]),
     }
     # AdamW counts the steps of every weight beside the moments of its numbers.
@@ -249,3 +251,30 @@ def test_what_fits_is_not_refused(session, model, monkeypatch):
     base, adapter = numbers(model)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 4 * base + 17 * adapter)
     check_memory(one, policy, policy, 0)
+
+
+def estimate(**parts):
+    """Return an estimate of a run most of whose memory is activations."""
+    nothing = {"program": 7, "reference": 0, "optimizer": 0, "gradients": 10, "logits": 0, "copy": 0}
+    return MemoryEstimate(**{**nothing, "weights": 100, "activations": 400, "counted": True, "several": False, **parts})
+
+
+def test_beside_an_adapter_freed_memory_is_kept_where_there_is_plenty_and_its_gaps_are_counted(session):
+    one, taken = session(adapter=LORA), estimate()
+    kept = memory._kept_or_returned(one, taken, 10_000)
+    assert kept.keeps_freed
+    assert kept.gaps > 0
+    assert kept.peak == taken.peak + kept.gaps
+    assert kept.parts()["gaps between tensors"] == kept.gaps
+    assert memory._kept_or_returned(one, taken, 2 * kept.needed + 1) == kept
+    assert memory._kept_or_returned(one, taken, 2 * kept.needed) == taken
+
+
+def test_of_a_run_of_all_weights_gradients_and_moments_fill_the_gaps(session):
+    assert memory._kept_or_returned(session(), estimate(), 0) == estimate(keeps_freed=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter": LORA}], ids=["all weights", "adapter"])
+def test_where_activations_are_the_lesser_part_freed_memory_is_returned(session, settings):
+    small = estimate(activations=90)
+    assert memory._kept_or_returned(session(**settings), small, 10_000) == small
