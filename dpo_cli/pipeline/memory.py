@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 SHARE_OF_FREE = 0.8
 """How much of the free memory `micro_batch_tokens: auto` lets a run take."""
 
-_GAPS_BESIDE_ADAPTER = 0.5
+_GAPS_BESIDE_ADAPTER = 0.65
 """What gaps between tensors take beside an adapter where freed memory is kept, as a share of the activations."""
 
 _PLENTY = 0.5
