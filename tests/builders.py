@@ -20,6 +20,7 @@ from dpo_cli.data.records import BadRowRule
 from dpo_cli.data.tokens.tokenize import PairTokenizer
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.loading import load_policy
+from dpo_cli.modeling.held import FLOAT32
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference.losses import DPO
@@ -91,30 +92,33 @@ def train_in_process(
     max_skipped: int = 0,
     recuts: Recuts | None = None,
     ways: dict[str, Any] | None = None,
+    optimizer: Any = None,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Train and return the metrics of every step and the weights after the last."""
     accelerator = Accelerator(cpu=True)
-    loaded = load_policy(str(model)).to(dtype)
+    ways = ways or {}
+    loaded = load_policy(str(model), held=ways.get("held", FLOAT32))
+    loaded = loaded if "held" in ways else loaded.to(dtype)
     if dtype == torch.float64:
         # Faster products of experts know no float64.
         loaded.set_experts_implementation("eager")
     objective = Objective.of(loss or DPO())
     indices = np.arange(len(pairs))
-    policy = Policy(loaded, **(ways or {}))
+    policy = Policy(loaded, **ways)
     policy.read(LAYOUTS[layout])
     policy.place(accelerator, trained=True, collisions=objective.wpo, recomputed=checkpointing)
     batches = Batches(pairs, LAYOUTS[layout], micro_batch_tokens, accelerator.device)
     work = ReferenceWork(policy, policy, accelerator, indices, batches, silent)
     opened = (reference or (Frozen() if objective.needs_reference else NoReference())).open(work)
-    optimizer = AdamW().over(policy.trained(), learning_rate, 0.0)
+    chosen = (optimizer or AdamW()).over(policy.trained(), learning_rate, 0.0)
     plan = Plan(indices, pairs.sizes.longest, pairs_per_step, 1, max_steps, True, 0)
     # Before the optimizer is prepared: a gradient scaler keeps the step that the schedule counts.
-    rates = schedule(optimizer, "constant", 0.0, plan.num_steps)
+    rates = schedule(chosen, "constant", 0.0, plan.num_steps)
     learner = Learner(
         policy=policy,
         objective=objective,
         reference=opened,
-        optimizer=accelerator.prepare_optimizer(optimizer),
+        optimizer=accelerator.prepare_optimizer(chosen),
         rates=rates,
         accelerator=accelerator,
         max_grad_norm=max_grad_norm,

@@ -83,7 +83,26 @@ def contradictions(config: Config, tree: Tree) -> list[UserError]:
     if sum(loss.router_aux > 0 for loss in objective.losses) > 1:
         what = "only one loss may set `router_aux`, but several do"
         problems.append(UserError(what, tree.place(("loss",)), "set it in one of them"))
-    return [*problems, *_of_the_adapter(config, tree)]
+    return [*problems, *_of_the_weights(config, tree), *_of_the_adapter(config, tree)]
+
+
+def _of_the_weights(config: Config, tree: Tree) -> Iterator[UserError]:
+    """Find what does not go together with how weights are to be held."""
+    model, weights, where = config.model, f"`model.weights: {config.model.weights}`", tree.place(("model", "weights"))
+    if model.weights == "auto":
+        return
+    if model.quantize is not None:
+        what = f"{weights} and `model.quantize: {model.quantize}` both say how weights are held"
+        yield UserError(what, where, "leave one of them out")
+    elif model.weights == "bfloat16" and config.adapter is None:
+        what = f"{weights} is for weights that do not train: most steps are too small to move a bfloat16 number"
+        yield UserError(what, where, "set `model.weights: split`, or train an adapter: `adapter: lora`")
+    elif model.weights == "split" and config.adapter is not None:
+        what = f"{weights} has no effect beside an adapter: the model's own weights do not train"
+        yield UserError(what, where, "set `model.weights: bfloat16`, or leave it out")
+    if model.weights != "float32" and model.computed_in != "bfloat16":
+        what = f"{weights} computes in bfloat16, but `model.dtype` is {model.dtype}"
+        yield UserError(what, where, "set `model.dtype: bfloat16`, or `model.weights: float32`")
 
 
 def _of_the_adapter(config: Config, tree: Tree) -> Iterator[UserError]:

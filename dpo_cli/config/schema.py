@@ -13,7 +13,7 @@ from dpo_cli.data.pairs.sources import Sources
 from dpo_cli.data.records import BadRowRule, LengthRule, TurnRule
 from dpo_cli.modeling.adapters.settings import Adapter, Lora
 from dpo_cli.modeling.folders.model_files import Trust
-from dpo_cli.modeling.held import QUANTIZED
+from dpo_cli.modeling.held import QUANTIZED, WEIGHTS
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.preference.losses import Loss
@@ -100,7 +100,10 @@ class ModelSettings(Settings):
     name: PathText = Field(min_length=1)
     """The model: a local folder, a .gguf file, or a Hub id; an adapter's folder is its base with the adapter in it."""
     dtype: Annotated[str, OneOf("auto", *PRECISIONS)] = "auto"
-    """The precision of the computation; weights are kept in float32. auto: bfloat16 on GPUs that have it."""
+    """The precision of the computation. auto: bfloat16 on GPUs that have it, and where `weights` needs it."""
+    weights: Annotated[str, OneOf("auto", *WEIGHTS)] = "auto"
+    """How weights are held: float32; split, bfloat16 and the 16 bits it lacks; or, if they do not train, bfloat16. auto:
+    split where a GPU computes in bfloat16, float32 elsewhere; beside an adapter, the dtype."""
     quantize: Annotated[str, OneOf(*QUANTIZED)] | None = None
     """Hold the linear layers in 4 bits a weight (nf4) or 8 (int8), under an adapter. null: in the dtype."""
     chat_template: PathText | None = None
@@ -114,6 +117,11 @@ class ModelSettings(Settings):
     """Read pickled weights (.bin) where a model has no others, as bare tensors: nothing in them is executed."""
     trust_remote_code: bool = False
     """Run Python files that come with a model, with your rights. Read them first: they can do whatever you can."""
+
+    @property
+    def computed_in(self) -> str:
+        """The precision of the computation, or `auto`."""
+        return "bfloat16" if self.dtype == "auto" and self.weights in ("split", "bfloat16") else self.dtype
 
     @property
     def trust(self) -> Trust:

@@ -14,11 +14,13 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from dpo_cli.modeling.split import whole_dtype, whole_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +73,7 @@ def tensors_digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], d
         dtype: What those of floats are taken to be held in; None: in what they are.
     """
     whole = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=32)
-    held = [dtype if dtype and one.is_floating_point() else one.dtype for one in tensors.values()]
+    held = [dtype if dtype and one.is_floating_point() else whole_dtype(one) for one in tensors.values()]
     for (name, tensor), kind, sums in zip(tensors.items(), held, _sums_of_all(tensors.values(), held), strict=True):
         whole.update(f"{name} {kind} {tuple(tensor.shape)} {sums}\n".encode())
     return SCHEME + whole.hexdigest()
@@ -85,10 +87,13 @@ def _sums_of_all(tensors: Iterable[Tensor], held: Iterable[torch.dtype]) -> list
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         found = []
         for tensor, kind in zip(tensors, held, strict=True):
-            elements = tensor.detach().reshape(-1)
+            elements = whole_value(tensor).reshape(-1)
             size = max(1, len(elements)) if elements.device.type != "cpu" else _PART_BYTES // kind.itemsize
             starts = range(0, max(1, len(elements)), size)
             found.append([pool.submit(bit_sums, elements[at : at + size], at, kind) for at in starts])
+            if elements.data_ptr() != tensor.data_ptr():
+                # It was made for this.
+                wait(found[-1])
         return [torch.stack([part.result() for part in parts]).sum(0).tolist() for parts in found]
 
 

@@ -7,7 +7,7 @@ This file is read with the configuration, before torch is needed: import torch a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from dpo_cli.modeling.precision import PRECISIONS
@@ -71,7 +71,7 @@ class HeldSettings(Settings):
 
     def take_over(self, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
         """Return a model that was built with weights, as it would be if these had been loaded."""
-        return self.settle(model, device)
+        return self.settle(model.to(self.torch_dtype), device)
 
     def numbers_of(self, model: PreTrainedModel) -> int:
         """Return how many numbers all weights are."""
@@ -85,9 +85,9 @@ class HeldSettings(Settings):
         """Return what the gradients of the weights that train take."""
         return sum(parameter.nbytes for parameter in trained)
 
-    def stepped(self, trained: Sequence[Parameter]) -> list[Parameter]:
-        """Return what an optimizer steps on in place of the weights that train."""
-        return list(trained)
+    def saved_bytes(self, moved: Iterable[Parameter]) -> int:
+        """Return what a checkpoint holds of weights, in bytes."""
+        return sum(parameter.nbytes for parameter in moved)
 
 
 class Float32(HeldSettings):
@@ -104,6 +104,49 @@ class Bfloat16(HeldSettings):
     type: Literal["bfloat16"] = "bfloat16"
     """How weights are held."""
     dtype: Literal["bfloat16"] = "bfloat16"
+
+
+class Split(HeldSettings):
+    """Hold every weight in bfloat16, with the 16 bits that it lacks beside it: the optimizer steps on the whole value.
+
+    The model computes with bfloat16 weights, and what is saved is float32.
+    """
+
+    type: Literal["split"] = "split"
+    """How weights are held."""
+    dtype: Literal["bfloat16"] = "bfloat16"
+    gradients: Literal["float32", "bfloat16"] = "float32"
+    """What gradients are added up in."""
+    low_on_host: bool = False
+    """Whether the low bits stay in the host's memory."""
+
+    def loaded_as(self, sketch: PreTrainedModel, device: torch.device | str) -> dict[str, Any]:
+        """Return what transformers is told: what is in the files is rounded here alone."""
+        return FLOAT32.built_as()
+
+    def settle(self, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+        """Return a model whose weights are split, on its device."""
+        from dpo_cli.modeling.split import split_weights
+
+        split_weights(model, device, PRECISIONS[self.gradients].dtype, low_on_host=self.low_on_host)
+        moved: PreTrainedModel = model.to(device)
+        return moved
+
+    def take_over(self, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+        """Return a model that was built with weights, as it would be if these had been loaded."""
+        return self.settle(model, device)
+
+    def bytes_of(self, model: PreTrainedModel) -> int:
+        """Return what all weights take on the device, whether they are in memory or not."""
+        return (2 if self.low_on_host else 4) * self.numbers_of(model)
+
+    def gradient_bytes(self, trained: Sequence[Parameter]) -> int:
+        """Return what the gradients of the weights that train take."""
+        return sum(parameter.numel() for parameter in trained) * PRECISIONS[self.gradients].dtype.itemsize
+
+    def saved_bytes(self, moved: Iterable[Parameter]) -> int:
+        """Return what a checkpoint holds of weights: their whole values."""
+        return sum(4 * parameter.numel() for parameter in moved)
 
 
 class Float16(HeldSettings):
@@ -173,7 +216,7 @@ class QuantizedSettings(HeldSettings):
         """Return a model that was built with weights, quantized."""
         from dpo_cli.modeling import quantized_layers
 
-        moved: PreTrainedModel = model.to(device)
+        moved: PreTrainedModel = model.to(self.torch_dtype).to(device)
         quantized_layers.quantize(moved, self.layers())
         return self.settle(moved, device)
 
@@ -231,8 +274,11 @@ class Int8(QuantizedSettings):
 
 FLOAT32 = Float32()
 
-Held = Float32 | Bfloat16 | Float16 | Nf4 | Int8
+Held = Float32 | Split | Bfloat16 | Float16 | Nf4 | Int8
 """The closed union of all ways to hold weights, told apart by `type`."""
+
+WEIGHTS = tuple(one.model_fields["type"].default for one in (Float32, Split, Bfloat16))
+"""The ways that `model.weights` chooses among."""
 
 QUANTIZED = tuple(one.model_fields["type"].default for one in get_args(Held) if issubclass(one, QuantizedSettings))
 """The ways that `model.quantize` chooses among."""

@@ -27,6 +27,7 @@ from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.placement import Placement, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.modeling.sizes import Sizes
+from dpo_cli.modeling.split import drop_low_bits
 from dpo_cli.modeling.trained import Trained, Whole
 from dpo_cli.system.storage import text_digest
 
@@ -136,6 +137,8 @@ class Policy:
     def identity(self) -> str:
         """A digest of what answers before step 1, which it has to be asked for before."""
         model, *others = self.fingerprints.values()
+        # Of the same weights in float32 the digest is the same, and the answers are not.
+        others += [self._held.type] if self._held.type == "split" else []
         return text_digest(model, *others) if others else model
 
     @property
@@ -151,8 +154,8 @@ class Policy:
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def trained(self) -> list[Parameter]:
-        """Return what an optimizer steps on."""
-        return self._held.stepped(self._trained.weights(self.model))
+        """Return the weights that train."""
+        return self._trained.weights(self.model)
 
     def sizes(self) -> Sizes:
         """Return what the weights come to, whether they are in memory or not."""
@@ -164,7 +167,7 @@ class Policy:
             present=0 if any(parameter.is_meta for parameter in parameters) else held,
             num_trained=sum(parameter.numel() for parameter in trained),
             trained=self._held.gradient_bytes(trained),
-            saved=sum(parameter.nbytes for parameter in self._trained.moved(self.model).values()),
+            saved=self._held.saved_bytes(self._trained.moved(self.model).values()),
             gathered=self._placement.gathered_bytes(held) if self._placement else 0,
             beginning=self._trained.beginning_bytes(self.model),
         )
@@ -258,6 +261,7 @@ class Policy:
     def frozen(self) -> Policy:
         """Let no weight of this policy train, and return it: it is a reference."""
         self.model.requires_grad_(False)
+        drop_low_bits(self.model)
         return self
 
     def shapes(self) -> dict[str, torch.Size]:

@@ -17,6 +17,7 @@ from dpo_cli.modeling.digests import weights_digest
 from dpo_cli.modeling.folders.loading import load_weights
 from dpo_cli.modeling.folders.saved_weights import SavedWeights
 from dpo_cli.modeling.folders.saving import prove_saving, write_model
+from dpo_cli.modeling.split import state_of
 from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
@@ -88,8 +89,7 @@ class Whole(Settings):
 
     def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return what a checkpoint holds of the model, by name, tied weights under each of their names."""
-        state: dict[str, Tensor] = model.state_dict()
-        return state
+        return state_of(model)
 
     def write(
         self,

@@ -20,7 +20,7 @@ from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.allocator import return_freed_memory
 from dpo_cli.modeling.determinism import deterministic_kernels
-from dpo_cli.modeling.held import FLOAT32, Held, held_as
+from dpo_cli.modeling.held import FLOAT32, Held, Split, held_as
 from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of
 from dpo_cli.modeling.trained import Trained, Whole
 from dpo_cli.pipeline.out_of_memory import reported
@@ -62,14 +62,22 @@ class Session:
 
     @property
     def held(self) -> Held:
-        """How the weights of the run's models are held: those that train in float32, frozen ones as it is computed."""
+        """How the weights of the run's models are held."""
         quantize = self.config.model.quantize
         return held_as(quantize, self.precision.name) if quantize else self.held_beside
 
     @property
     def held_beside(self) -> Held:
         """How other models than the run's are held, which train not at all: they are never quantized."""
-        return FLOAT32 if self.config.adapter is None else held_as(self.precision.name, self.precision.name)
+        weights = self.config.model.weights
+        if self.config.adapter is not None:
+            # What an adapter is put beside does not train: it lacks nothing.
+            name = self.precision.name if weights in ("auto", "split") else weights
+            return held_as(name, name)
+        on_gpu = self.precision.name == "bfloat16" and self.accelerator.device.type == "cuda"
+        if weights == "float32" or not (weights == "split" or on_gpu):
+            return FLOAT32
+        return Split()
 
     def under(self, config: Config) -> Session:
         """Return the same session with other settings."""
@@ -121,7 +129,7 @@ def start_accelerator(config: Config) -> Accelerator:
         hf_logging.set_verbosity_error()
     settings: dict[str, Any] = {
         "cpu": on_cpu,
-        "mixed_precision": precision_for(config.model.dtype, on_cpu=on_cpu),
+        "mixed_precision": precision_for(config.model.computed_in, on_cpu=on_cpu),
         "kwargs_handlers": [InitProcessGroupKwargs(timeout=timedelta(hours=2))],
     }
     try:

@@ -46,15 +46,21 @@ class OptimizerSettings(Settings):
 
     def over(self, trained: Sequence[Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
         """Return the optimizer of parameters; biases and norms are not decayed."""
+        from dpo_cli.modeling.split import low_bits
+        from dpo_cli.training.stepping import OneByOne
+
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        return self.build([group for group in groups if group["params"]], learning_rate)
+        groups = [group for group in groups if group["params"]]
+        if all(low_bits(p) is None for p in trained):
+            return self.build(groups, learning_rate)
+        return OneByOne(lambda stand_ins: self.build(stand_ins, learning_rate), groups)
 
     def state_bytes(self, trained: Sequence[Tensor]) -> int:
-        """Return what is kept of parameters, in bytes."""
-        return sum(self.state_numbers(p) * p.element_size() for p in trained)
+        """Return what is kept of parameters, in bytes: of those with fewer bits, that of the whole values."""
+        return sum(self.state_numbers(p) * max(p.element_size(), 4) for p in trained)
 
 
 class AdamW(OptimizerSettings):

@@ -20,6 +20,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.determinism import gpu_software
 from dpo_cli.modeling.folders.streams import load_tensors, save_tensors
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
+from dpo_cli.modeling.split import whole_value
 from dpo_cli.system.storage import DamagedFolder
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class Snapshot:
             for tensor in tensors.values():
                 # Tied weights stay tied, so that they are written once.
                 if (at := (tensor.data_ptr(), tensor.shape)) not in copies:
-                    copies[at] = tensor.detach().to("cpu", copy=True)
+                    copies[at] = whole_value(tensor).to("cpu", copy=True)
             return {name: copies[tensor.data_ptr(), tensor.shape] for name, tensor in tensors.items()}
 
         tensors = {name: copy(named) for name, named in self.tensors.items()}

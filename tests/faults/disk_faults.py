@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import AdamW
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import PreTrainedTokenizerBase
 
 from dpo_cli.modeling.scorer import Scorer
@@ -76,7 +76,7 @@ def refuse(part: str, code: str, from_step: int = 0) -> None:
                 if part in path:
                     raise OSError(number, os.strerror(number), path)
 
-    def start(optimizer: AdamW) -> None:
+    def start(optimizer: AcceleratedOptimizer) -> None:
         nonlocal refusing
         refusing = True
 
@@ -109,7 +109,7 @@ def slow_flush(seconds: float, part: str = "") -> None:
 def full_file(name: str, step: int) -> None:
     """Let a file that is open find no space for what is written to it after a step."""
 
-    def fill(optimizer: AdamW) -> None:
+    def fill(optimizer: AcceleratedOptimizer) -> None:
         full = os.open("/dev/full", os.O_WRONLY)
         for link in Path("/proc/self/fd").iterdir():
             if link.is_symlink() and link.readlink().name == name:
@@ -121,7 +121,7 @@ def full_file(name: str, step: int) -> None:
 def removed(path: str, step: int) -> None:
     """Remove a folder or a file after a step."""
 
-    def remove(optimizer: AdamW) -> None:
+    def remove(optimizer: AcceleratedOptimizer) -> None:
         if Path(path).is_dir():
             shutil.rmtree(path)
         else:
@@ -148,7 +148,7 @@ def signalled(name: str, step: int) -> None:
 def spoilt_weight(value: str, step: int) -> None:
     """Put NaN or infinity into a weight with a step."""
 
-    def spoil(optimizer: AdamW) -> None:
+    def spoil(optimizer: AcceleratedOptimizer) -> None:
         with torch.no_grad():
             optimizer.param_groups[0]["params"][0].view(-1)[0] = float(value)
 
@@ -203,18 +203,18 @@ def _paths(event: str, arguments: tuple[Any, ...]) -> Iterator[str]:
         yield str(folder / path)
 
 
-def _after_step(number: int | None, act: Callable[[AdamW], object]) -> None:
+def _after_step(number: int | None, act: Callable[[AcceleratedOptimizer], object]) -> None:
     """Do something when the optimizer has taken the step of this number, or each where there is none."""
-    step, steps = AdamW.step, itertools.count(1)
+    step, steps = AcceleratedOptimizer.step, itertools.count(1)
 
     @functools.wraps(step)
-    def stepped(self: AdamW, *arguments: Any, **keywords: Any) -> Any:
+    def stepped(self: AcceleratedOptimizer, *arguments: Any, **keywords: Any) -> Any:
         result = step(self, *arguments, **keywords)
         if next(steps) == number or number is None:
             act(self)
         return result
 
-    AdamW.step = stepped
+    AcceleratedOptimizer.step = stepped
 
 
 def _on_passes(change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -24,7 +24,7 @@ from dpo_cli.training.run_folder import RESOLVED, RunFolder
 from tests.faults.conftest import FULL
 
 DECIDES = {
-    "model.name", "model.dtype", "model.quantize", "model.attention",
+    "model.name", "model.dtype", "model.weights", "model.quantize", "model.attention",
     "model.chat_template", "model.eos_token", "model.allow_pickle",
     "model.trust_remote_code",
     "data.train", "data.eval", "data.format", "data.columns", "data.system", "data.on_bad_row",

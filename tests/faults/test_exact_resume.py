@@ -96,6 +96,9 @@ OPTIONS = [
     Case("wpo-list", {"loss": [{"type": "simpo", "wpo": True}, {"type": "sft", "weight": 0.3}]}),
     Case("adaptive-beta", {"loss": {"type": "dpo", "adaptive_beta": {"alpha": 5.0}}, "reference": MOVES}),
     Case("bfloat16", {"model": {"dtype": "bfloat16"}}),
+    Case("split-synced-in-the-background", {"model": {"weights": "split"}, "reference": MOVES,
+                                            "checkpoints": {"background": True}}),
+    Case("split-adafactor", {"model": {"weights": "split"}, "training": {"optimizer": "adafactor"}}),
     *ADAPTERS,
     Case("without-evaluation", {**NO_EVALUATION, "training": {"epochs": 1.25}}),
     Case("in-the-background", {"checkpoints": {"background": True}}),
@@ -134,7 +137,7 @@ def few() -> Iterator[Case]:
     for place, option in enumerate(options):
         case = of_losses(list(LOSSES)[place :: len(options)], references[place % len(references)])
         yield Case(case.name, {**case.settings, "training": option})
-    names = ("wpo-list", "two-ranks-synced", *ADAPTED)
+    names = ("wpo-list", "two-ranks-synced", "split-synced-in-the-background", *ADAPTED)
     yield from (case for case in OPTIONS if case.name in names)
 
 

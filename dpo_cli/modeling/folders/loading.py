@@ -53,7 +53,7 @@ def load_policy(
     base = whole_model(name)
     if base != name and held != FLOAT32:
         # Merged in float32, and rounded once.
-        return held.take_over(load_policy(name, trust).to(held.torch_dtype), device)
+        return held.take_over(load_policy(name, trust), device)
     requantized = held.quantized and is_gguf(name)
 
     def load(folder: str) -> PreTrainedModel:

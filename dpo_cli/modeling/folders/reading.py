@@ -17,6 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from dpo_cli.modeling.folders.model_files import weights_files
 from dpo_cli.modeling.folders.weight_types import WeightTypes
+from dpo_cli.modeling.split import set_whole_value, state_of, whole_dtype
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,8 +129,17 @@ class _Overwritten:
     def __setattr__(self, name: str, value: Any) -> None:
         # What else is set says how the weights were read, which the module knows of its own.
         if isinstance(value, torch.Tensor):
-            getattr(self._module, name).copy_(value)
+            set_whole_value(getattr(self._module, name), value)
 
     def get_submodule(self, target: str) -> _Overwritten:
         """Return a module within, seen in the same way."""
         return _Overwritten(self._module.get_submodule(target))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Return what there is, by name; of a weight that is split, what its whole value looks like."""
+        return {
+            name: tensor
+            if whole_dtype(tensor) == tensor.dtype
+            else torch.empty_like(tensor, dtype=whole_dtype(tensor), device="meta")
+            for name, tensor in state_of(self._module).items()
+        }

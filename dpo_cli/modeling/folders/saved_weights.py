@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.folders.model_files import weights_files
 from dpo_cli.modeling.folders.streams import save_tensors
+from dpo_cli.modeling.split import state_of, whole_dtype, whole_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,10 +48,13 @@ class SavedWeights:
         types: WeightTypes | None = None,
     ) -> None:
         left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
-        held = model.state_dict() if weights is None else weights
+        held = state_of(model) if weights is None else weights
         self._model = model
         self._held = {name: tensor for name, tensor in held.items() if name not in left_out}
-        sketch = {name: torch.empty_like(tensor, device="meta") for name, tensor in self._held.items()}
+        sketch = {
+            name: torch.empty_like(tensor, dtype=whole_dtype(tensor), device="meta")
+            for name, tensor in self._held.items()
+        }
         made: dict[str, Tensor] = revert_weight_conversion(model, dict(sketch))
         self._sources = _sources(model, sketch, made)
         self.sketch = {
@@ -67,7 +71,7 @@ class SavedWeights:
     def take(self, name: str) -> Tensor:
         """Return what is saved under a name, with its content, as it is held; each is to be taken once."""
         if name not in self._made:
-            sources = {source: self._held[source].detach() for source in self._sources[name]}
+            sources = {source: whole_value(self._held[source]) for source in self._sources[name]}
             self._made |= revert_weight_conversion(self._model, sources)
         return self._made.pop(name)
 

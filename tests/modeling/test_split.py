@@ -1,0 +1,178 @@
+"""bfloat16 weights with the 16 bits they lack: the same numbers as float32, where every step is taken on them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import Parameter
+from transformers import AutoModelForCausalLM
+
+from dpo_cli.modeling.held import Split
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.split import low_bits, merge, split, split_weights, whole_value
+from dpo_cli.preference.reference import Frozen, Synced
+from dpo_cli.training.optimizer import Adafactor, AdamW, RMSprop
+from tests.builders import prepare_pairs, train_in_process
+
+NUMBERS = 10_000_000
+
+
+def patterns():
+    """Return bits of float32 of every kind, a tenth of them halfway between two bfloat16 numbers."""
+    bits = torch.randint(-(2**31), 2**31, (NUMBERS,), generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    bits[: NUMBERS // 10] = (bits[: NUMBERS // 10] & ~0xFFFF) | 0x8000
+    bits[NUMBERS // 10 : NUMBERS // 5] &= ~0x7F800000
+    limits = [0, -(2**31), 0x7F800000, 0x7F800000 - 2**31, 0x7F7FFFFF, 1, 0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000]
+    bits[-len(limits) :] = torch.tensor(limits, dtype=torch.int64).to(torch.int32)
+    return bits
+
+
+def test_what_is_split_is_merged_bit_for_bit_ties_subnormals_and_infinities_included():
+    bits = patterns()
+    values = bits.view(torch.float32)
+    high, low = split(values)
+    nan = values.isnan()
+    merged = merge(high, low)
+    assert torch.equal(merged.view(torch.int32)[~nan], bits[~nan])
+    assert torch.equal(high.isnan(), nan)
+    assert torch.equal(merged.isnan(), nan)
+
+
+def test_the_model_computes_with_the_nearest_bfloat16_number():
+    values = patterns().view(torch.float32)
+    values = values[values.isfinite()]
+    high, _ = split(values)
+    rounded = values.to(torch.bfloat16)
+    away, distance = (high.double() - values).abs(), (rounded.double() - values).abs()
+    # torch rounds halves to even numbers; the distance is the same.
+    assert torch.equal(away, distance)
+
+
+def small():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(33, 65), torch.nn.LayerNorm(65), torch.nn.Linear(65, 7))
+
+
+OPTIMIZERS = [AdamW(), AdamW(betas=[0.8, 0.95], eps=1e-4), Adafactor(), RMSprop(momentum=0.9, centered=True)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=str)
+def test_200_steps_on_split_weights_are_those_on_float32_given_the_same_gradients(optimizer):
+    whole_model, halves = small(), small()
+    split_weights(halves, "cpu", torch.float32)
+    ours, theirs = (optimizer.over(list(model.parameters()), 1e-4, 0.01) for model in (halves, whole_model))
+    for step in range(200):
+        torch.manual_seed(step)
+        for p, q in zip(whole_model.parameters(), halves.parameters(), strict=True):
+            p.grad = torch.randn_like(p) * 10 ** (step % 7 - 3)
+            q.grad = p.grad.clone()
+        for chosen in (ours, theirs):
+            for group in chosen.param_groups:
+                group["lr"] = 1e-4 * (1 - step / 200)
+            chosen.step()
+            chosen.zero_grad()
+    for p, q in zip(whole_model.parameters(), halves.parameters(), strict=True):
+        assert q.dtype == torch.bfloat16
+        assert torch.equal(whole_value(q), p)
+
+
+def test_gradients_of_several_passes_are_added_up_in_float32():
+    layer = torch.nn.Linear(8, 4, bias=False)
+    split_weights(layer, "cpu", torch.float32)
+    inputs = torch.randn(9, 3, 8).to(torch.bfloat16)
+    for rows in inputs:
+        layer(rows).sum().backward()
+    parts = [rows.sum(0).to(torch.bfloat16).float() for rows in inputs]
+    assert layer.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(layer.weight.grad, sum(parts).expand(4, 8), rtol=1e-6, atol=1e-6)
+
+
+class OnCopies(torch.optim.AdamW):
+    """The same by other means: torch's AdamW on float32 copies of all weights, rounded into them after each step."""
+
+    def __init__(self, trained, learning_rate):
+        self.trained, self.copies = trained, [Parameter(whole_value(p).clone()) for p in trained]
+        super().__init__(self.copies, lr=learning_rate, weight_decay=0.0, fused=True)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p, copied in zip(self.trained, self.copies, strict=True):
+            copied.grad = p.grad.float()
+        super().step()
+        for p, copied in zip(self.trained, self.copies, strict=True):
+            upper = (copied.view(torch.int32).long() + 0x8000) >> 16
+            p.copy_(upper.to(torch.int16).view(torch.bfloat16))
+
+    def zero_grad(self, set_to_none=True):
+        for p in self.trained:
+            p.grad = None
+
+
+class Copying(AdamW):
+    def over(self, trained, learning_rate, weight_decay, **others):
+        COPIES.append(OnCopies(trained, learning_rate))
+        return COPIES[-1]
+
+
+COPIES = []
+
+
+@pytest.fixture
+def pairs(tmp_path, pairs_file, tokenizer):
+    return prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layout": "padded"},
+        {"layout": "packed", "micro_batch_tokens": 300},
+        {"layout": "packed", "checkpointing": True, "reference": Synced(every_steps=2, alpha=0.5)},
+        {"layout": "padded", "micro_batch_tokens": 300, "reference": Frozen(), "max_grad_norm": 0.1},
+    ],
+    ids=str,
+)
+def test_a_run_is_that_of_float32_weights_which_are_rounded_wherever_they_are_used(tiny_llama, pairs, settings):
+    how = {"max_steps": 5, "ways": {"held": Split()}, **settings}
+    metrics, weights = train_in_process(tiny_llama, pairs, **how)
+    expected, _ = train_in_process(tiny_llama, pairs, **how, optimizer=Copying())
+    assert metrics == expected
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    found = {name: tensor for name, tensor in weights.items() if tensor.dtype == torch.float32}
+    assert len(found) == len(weights) == len(COPIES[-1].copies)
+    for tensor, copied in zip(weights.values(), COPIES[-1].copies, strict=True):
+        assert torch.equal(tensor, copied)
+
+
+def test_what_is_written_is_float32_and_comes_back_bit_for_bit(tiny_llama, tokenizer, tmp_path):
+    policy = Policy.load(str(tiny_llama), held=Split())
+    with torch.no_grad():
+        for p in policy.trained():
+            p.low_bits += torch.arange(p.numel(), dtype=torch.int16).view(p.shape) % 1000
+    (tmp_path / "saved").mkdir()
+    policy.write(tmp_path / "saved", tokenizer)
+    policy.check_written(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
+    state = policy.state()
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in saved.items()} == dict.fromkeys(state, torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).state_dict()
+    other = Policy.load(str(tiny_llama), held=Split())
+    other.restore(tmp_path / "saved")
+    for name, tensor in state.items():
+        assert torch.equal(saved[name], tensor)
+        assert torch.equal(plain[name], tensor)
+        assert torch.equal(other.state()[name], tensor)
+    as_float32 = Policy.load(str(tmp_path / "saved"))
+    assert other.fingerprints == as_float32.fingerprints
+    assert other.identity != as_float32.identity
+
+
+def test_a_copy_that_does_not_train_has_no_low_bits(tiny_llama):
+    policy = Policy.load(str(tiny_llama), held=Split())
+    assert all(low_bits(p) is not None for p in policy.model.parameters())
+    assert all(low_bits(p) is None for p in policy.frozen_copy().model.parameters())
+    assert all(p.dtype == torch.bfloat16 for p in policy.frozen_copy().model.parameters())
