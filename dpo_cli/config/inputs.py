@@ -153,6 +153,8 @@ def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]
         problems.append(missing_package("peft", "adapters", "`model.name`"))
     if config.model.quantize is not None:
         problems.append(missing_package("bitsandbytes", "quantize", "`model.quantize`"))
+    if config.training.optimizer.type == "adamw_8bit":
+        problems.append(missing_package("bitsandbytes", "8bit", "`training.optimizer`"))
     template = config.model.chat_template
     if template is not None and template != "plain" and not is_file(template) and not _may_be_named(config):
         problems.append(no_template(template, ()))

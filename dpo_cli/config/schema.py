@@ -102,7 +102,7 @@ class ModelSettings(Settings):
     dtype: Annotated[str, OneOf("auto", *PRECISIONS)] = "auto"
     """The precision of the computation. auto: bfloat16 on GPUs that have it, and where `weights` needs it."""
     weights: Annotated[str, OneOf("auto", *WEIGHTS)] = "auto"
-    """How weights are held: float32; split, bfloat16 and the 16 bits it lacks; or, if they do not train, bfloat16. auto:
+    """How weights are held: float32; split, bfloat16 and the 16 bits it lacks; bfloat16, if they do not train. auto:
     split where a GPU computes in bfloat16, float32 elsewhere; beside an adapter, the dtype."""
     quantize: Annotated[str, OneOf(*QUANTIZED)] | None = None
     """Hold the linear layers in 4 bits a weight (nf4) or 8 (int8), under an adapter. null: in the dtype."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
+import torch
+from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,7 +57,15 @@ class Alone:
 
     def clip(self, trained: Iterable[Parameter], norm: float | None) -> float:
         """Clip the step's gradients to a norm, or to none; return the norm before, over all processes."""
-        return float(self.accelerator.clip_grad_norm_(trained, norm or math.inf))
+        trained = list(trained)
+        gradients = [weights.grad for weights in trained if weights.grad is not None]
+        if all(gradient.dtype != torch.bfloat16 for gradient in gradients):
+            return float(self.accelerator.clip_grad_norm_(trained, norm or math.inf))
+        # Torch would round each norm to bfloat16.
+        norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
+        total = torch.linalg.vector_norm(norms)
+        clip_grads_with_norm_(trained, norm or math.inf, total)
+        return float(total)
 
     def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return weights made whole, those that other processes have included."""
@@ -80,7 +91,9 @@ class Replicated(Alone):
 
     def wrap(self, scorer: Scorer, *, trained: bool) -> nn.Module:
         """Return what answers, and averages gradients over the processes where it takes any."""
-        wrapped = super().wrap(scorer, trained=trained)
+        # Torch's own averaging knows no gradient of another dtype than its weight's.
+        alike = all(one.grad_dtype in (None, one.dtype) for one in scorer.parameters() if one.requires_grad)
+        wrapped = super().wrap(scorer, trained=trained and alike)
         if isinstance(wrapped, DistributedDataParallel):
             # A model's buffers are constants; sending them around would tie ranks to the same number of passes.
             wrapped.broadcast_buffers = False
@@ -88,7 +101,20 @@ class Replicated(Alone):
 
     def adding_up(self, scorer: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
         """Return the context of a backward pass: gradients are exchanged once, on the last."""
+        if not isinstance(scorer, DistributedDataParallel):
+            return self._averaged(scorer) if last else contextlib.nullcontext()
         return contextlib.nullcontext() if last else self.accelerator.no_sync(scorer)
+
+    @contextlib.contextmanager
+    def _averaged(self, scorer: nn.Module) -> Iterator[None]:
+        """Average the gradients over the processes after a backward pass, one after the other."""
+        yield
+        for weights in scorer.parameters():
+            if weights.requires_grad:
+                if weights.grad is None:
+                    weights.grad = torch.zeros_like(weights, dtype=weights.grad_dtype)
+                weights.grad /= self.accelerator.num_processes
+                distributed.all_reduce(weights.grad)
 
 
 Placement = Alone | Replicated

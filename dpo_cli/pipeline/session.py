@@ -77,7 +77,7 @@ class Session:
         on_gpu = self.precision.name == "bfloat16" and self.accelerator.device.type == "cuda"
         if weights == "float32" or not (weights == "split" or on_gpu):
             return FLOAT32
-        return Split()
+        return Split(gradients=self.config.training.optimizer.gradients)
 
     def under(self, config: Config) -> Session:
         """Return the same session with other settings."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,11 @@ Eps = Annotated[float, Field(gt=0)]
 class OptimizerSettings(Settings):
     """What all optimizers have in common."""
 
+    one_by_one: ClassVar[bool] = False
+    """Whether it has to step on one weight after the other however they are held."""
+    gradients: ClassVar[Literal["float32", "bfloat16"]] = "float32"
+    """What gradients of weights of fewer than 32 bits are added up in."""
+
     def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
         """Return torch's optimizer."""
         raise NotImplementedError
@@ -54,7 +59,7 @@ class OptimizerSettings(Settings):
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        if all(low_bits(p) is None for p in trained):
+        if not self.one_by_one and all(low_bits(p) is None for p in trained):
             return self.build(groups, learning_rate)
         return OneByOne(lambda stand_ins: self.build(stand_ins, learning_rate), groups)
 
@@ -87,6 +92,36 @@ class AdamW(OptimizerSettings):
     def state_numbers(self, parameter: Tensor) -> int:
         """Count both means."""
         return 2 * parameter.numel()
+
+
+class AdamW8bit(OptimizerSettings):
+    """AdamW with its two numbers per weight in 8 bits each, those of norms, biases and small matrices aside.
+
+    Source: Dettmers et al. 2021, arXiv 2110.02861.
+    """
+
+    type: Literal["adamw_8bit"] = "adamw_8bit"
+    """Which optimizer."""
+    betas: list[Decay] = Field([0.9, 0.999], min_length=2, max_length=2)
+    """The decay of the running means of the gradient and of its square."""
+    eps: Eps = 1e-8
+    """Added to the root of the mean square."""
+
+    # Torch would load what it kept as numbers of the dtype of the weights.
+    one_by_one: ClassVar[bool] = True
+    gradients: ClassVar[Literal["float32", "bfloat16"]] = "bfloat16"
+
+    def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
+        """Return the one over the kernels of bitsandbytes."""
+        from dpo_cli.training.eight_bits import BlockwiseAdamW
+
+        return BlockwiseAdamW(groups, learning_rate, (self.betas[0], self.betas[1]), self.eps)
+
+    def state_bytes(self, trained: Sequence[Parameter]) -> int:
+        """Count both means, and the scales of their blocks."""
+        from dpo_cli.training.eight_bits import moment_bytes
+
+        return sum(map(moment_bytes, trained))
 
 
 class Adafactor(OptimizerSettings):
@@ -147,7 +182,7 @@ class RMSprop(OptimizerSettings):
         return (1 + (self.momentum > 0) + self.centered) * parameter.numel()
 
 
-Optimizer = Annotated[AdamW | Adafactor | RMSprop, Field(discriminator="type")]
+Optimizer = Annotated[AdamW | AdamW8bit | Adafactor | RMSprop, Field(discriminator="type")]
 """The closed union of all optimizers, told apart by `type`."""
 
 SCHEDULES: dict[str, Callable[[float], float]] = {

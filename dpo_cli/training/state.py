@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from dpo_cli.modeling.folders.streams import load_tensors, save_tensors
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.modeling.split import whole_value
 from dpo_cli.system.storage import DamagedFolder
+from dpo_cli.training.eight_bits import IN_8_BITS, SCALE, num_blocks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -281,7 +283,8 @@ def check_fits(state: Mapping[int, Mapping[str, Tensor]], optimizer: Any) -> Non
     for index, moments in state.items():
         for name, tensor in moments.items():
             fits = 0 <= index < len(weights) and tensor.shape == _shape_of(name, weights[index].shape)
-            if not fits or not tensor.is_floating_point():
+            of_numbers = tensor.dtype == torch.uint8 if name.endswith(IN_8_BITS) else tensor.is_floating_point()
+            if not fits or not of_numbers:
                 raise ValueError(f"{OPTIMIZER}: {index}.{name} matches no weights of the model")
 
 
@@ -290,6 +293,8 @@ def _shape_of(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     match name:
         case "step":
             return ()
+        case _ if name.endswith(SCALE):
+            return (num_blocks(math.prod(shape)),)
         case "row_var":
             return (*shape[:-1], 1)
         case "col_var":

@@ -6,16 +6,13 @@ Weights that are split are merged for their step, and split again.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from dpo_cli.modeling.split import set_whole_value, whole_value
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Groups = list[dict[str, Any]]
 

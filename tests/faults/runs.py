@@ -46,6 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "reference": {"type": "synced", "every_steps": 3, "alpha": 0.5},
     },
     "nf4": {"model": {"quantize": "nf4"}, "adapter": {"rank": 4}},
+    "split": {"model": {"weights": "split"}, "training": {**_TRAINING, "optimizer": "adamw_8bit"}},
     "dpo, saved in the background": {
         "checkpoints": {**_CHECKPOINTS, "background": True},
         "training": {**_TRAINING, "layout": "padded"},

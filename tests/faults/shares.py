@@ -11,8 +11,8 @@ from tests.faults.runs import RUNS
 SHARES = range(8 if FULL else 1)
 """A test takes one share of the cases."""
 
-MOST = [name for name in RUNS if FULL or name != "nf4"]
-"""The kinds of run but for one that `make test` need not see beside the other that trains an adapter."""
+MOST = [name for name in RUNS if FULL or name not in ("nf4", "split")]
+"""The kinds of run but for those that `make test` need not see beside others of the kind."""
 
 SOME = list(RUNS) if FULL else ["bco"]
 """The kinds of run for what need not be seen of all of them in `make test`."""

@@ -98,6 +98,9 @@ OPTIONS = [
     Case("bfloat16", {"model": {"dtype": "bfloat16"}}),
     Case("split-synced-in-the-background", {"model": {"weights": "split"}, "reference": MOVES,
                                             "checkpoints": {"background": True}}),
+    Case("split-8bit", {"model": {"weights": "split"}, "training": {"optimizer": "adamw_8bit"}}),
+    Case("lora-8bit-two-ranks", {"adapter": "lora", "training": {"optimizer": "adamw_8bit"}}, 2),
+    Case("split-8bit-two-ranks", {"model": {"weights": "split"}, "training": {"optimizer": "adamw_8bit"}}, 2),
     Case("split-adafactor", {"model": {"weights": "split"}, "training": {"optimizer": "adafactor"}}),
     *ADAPTERS,
     Case("without-evaluation", {**NO_EVALUATION, "training": {"epochs": 1.25}}),
@@ -137,7 +140,7 @@ def few() -> Iterator[Case]:
     for place, option in enumerate(options):
         case = of_losses(list(LOSSES)[place :: len(options)], references[place % len(references)])
         yield Case(case.name, {**case.settings, "training": option})
-    names = ("wpo-list", "two-ranks-synced", "split-synced-in-the-background", *ADAPTED)
+    names = ("wpo-list", "two-ranks-synced", "split-synced-in-the-background", "split-8bit-two-ranks", *ADAPTED)
     yield from (case for case in OPTIONS if case.name in names)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo_cli.config.schema import Config, TrainingSettings
 from dpo_cli.settings import members, types
-from dpo_cli.training.optimizer import SCHEDULES, Adafactor, AdamW, Optimizer, RMSprop, schedule
+from dpo_cli.training.optimizer import SCHEDULES, Adafactor, AdamW, AdamW8bit, Optimizer, RMSprop, schedule
 from dpo_cli.training.state import optimizer_from_tensors, optimizer_to_tensors
 
 CHANGED = [
@@ -19,6 +19,7 @@ CHANGED = [
     Adafactor(beta2_decay=-0.5, eps1=1e-4, eps2=0.1, d=3.0),
     RMSprop(alpha=0.5, eps=1e-3, momentum=0.9, centered=True),
     RMSprop(momentum=0.5),
+    AdamW8bit(betas=[0.8, 0.95], eps=1e-3),
 ]
 """Optimizers with other settings than they have by default."""
 ALL = [*(kind() for kind in members(Optimizer)), *CHANGED]
