@@ -117,7 +117,7 @@ class AdamW8bit(OptimizerSettings):
 
         return BlockwiseAdamW(groups, learning_rate, (self.betas[0], self.betas[1]), self.eps)
 
-    def state_bytes(self, trained: Sequence[Parameter]) -> int:
+    def state_bytes(self, trained: Sequence[Tensor]) -> int:
         """Count both means, and the scales of their blocks."""
         from dpo_cli.training.eight_bits import moment_bytes
 
