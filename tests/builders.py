@@ -23,6 +23,7 @@ from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.held import FLOAT32
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.split import whole_value
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import Frozen, NoReference
@@ -126,4 +127,4 @@ def train_in_process(
         recuts=recuts or Recuts(),
     )
     metrics = [result.metrics for result in learner.steps(plan, batches)]
-    return metrics, {name: tensor.clone() for name, tensor in policy.state().items()}
+    return metrics, {name: whole_value(tensor).clone() for name, tensor in policy.state().items()}

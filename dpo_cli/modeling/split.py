@@ -117,7 +117,7 @@ def set_whole_value(parameter: Tensor, value: Tensor) -> None:
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's `state_dict`; weights that are split as the parameters of which `whole_value` gives the value."""
+    """Return a model's `state_dict`; of weights that are split, the parameters: `whole_value` returns their values."""
     parameters = {id(parameter) for parameter in _split_parameters(model)}
     return {
         name: tensor if id(tensor) in parameters else tensor.detach()
