@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.data.records import Gaps, TokenizedPair, Tokens
-from dpo_cli.modeling.attention import TokenTree
+from dpo_cli.modeling.attention.kernels import PIECES, Kernel
+from dpo_cli.modeling.attention.trees import TokenTree
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.responses import Predictions, Responses
 from dpo_cli.modeling.sending import sent
@@ -115,10 +116,22 @@ def padded_batch(indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> Pair
     return _as_batch(indices, pairs, torch.from_numpy(input_ids), mask, None, places)
 
 
-def packed_batch(indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
-    """Lay out B pairs as one row, in which what sequences begin with in common is written once."""
-    tree = grow([np.concatenate(sequence) for sequence in _sequences_of(pairs)])
-    return _as_batch(indices, pairs, torch.from_numpy(tree.tokens)[None], None, TokenTree.of(tree), tree.places)
+def packed_batch(
+    indices: Sequence[int],
+    pairs: Sequence[TokenizedPair],
+    kernel: Kernel = PIECES,
+    windows: Sequence[int | None] = (None,),
+) -> PairBatch:
+    """Lay out B pairs as one row, in which what sequences begin with in common is written once.
+
+    Args:
+        indices: The pairs' indices in the data.
+        pairs: The pairs themselves.
+        kernel: What computes attention over the row.
+        windows: Those of the model's layers.
+    """
+    tree = TokenTree.of(grow([np.concatenate(sequence) for sequence in _sequences_of(pairs)]), kernel, windows)
+    return _as_batch(indices, pairs, torch.from_numpy(tree.tree.tokens)[None], None, tree, tree.tree.places)
 
 
 def _sequences_of(pairs: Sequence[TokenizedPair]) -> list[tuple[Tokens, Tokens]]:

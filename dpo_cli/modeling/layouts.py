@@ -10,10 +10,13 @@ its own, imported inside functions.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Protocol
+
+from dpo_cli.modeling.attention.kernels import PIECES, Kernel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,10 +101,17 @@ class Padded:
 
 @dataclass(frozen=True)
 class Packed:
-    """All sequences as one row without padding, in which what they begin with in common is written once."""
+    """All sequences as one row without padding, in which what they begin with in common is written once.
+
+    Attributes:
+        kernel: What computes attention; one that works by blocks has the row padded to whole ones.
+        windows: Those of the model's layers, None for one without; others are computed when they are asked for.
+    """
 
     name: ClassVar[str] = "packed"
     needs_proof: ClassVar[bool] = True
+    kernel: Kernel = PIECES
+    windows: tuple[int | None, ...] = (None,)
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Give the model attention over prefix trees.
@@ -109,7 +119,7 @@ class Packed:
         Raises:
             CannotPack: Its architecture takes none.
         """
-        from dpo_cli.modeling.attention import attend_to_trees
+        from dpo_cli.modeling.attention.trees import attend_to_trees
 
         attend_to_trees(model)
 
@@ -122,34 +132,45 @@ class Packed:
         for index in indices:
             by_prompt.setdefault((int(sizes.prompt_ids[index]), int(sizes.prompts[index])), []).append(index)
         ordered = list(itertools.chain.from_iterable(by_prompt.values()))
-        full = _filled(sizes, ordered, micro_batch_tokens, micro_batch_tokens)
+        fits = functools.partial(self._fits, micro_batch_tokens)
+        full = _filled(sizes, ordered, fits, micro_batch_tokens)
         # Even cuts run faster than full ones and a remainder; where pairs are too uneven for that, full ones do.
-        even = _filled(sizes, ordered, micro_batch_tokens, self.tokens(sizes, ordered) / max(1, len(full)))
+        even = _filled(sizes, ordered, fits, _unpadded(sizes, ordered) / max(1, len(full)))
         return even if len(even) <= len(full) else full
 
+    def _fits(self, micro_batch_tokens: int, num_tokens: int) -> bool:
+        return self.kernel.row_tokens(num_tokens) <= micro_batch_tokens
+
     def tokens(self, sizes: PairSizes, indices: Sequence[int]) -> int:
-        """Return the tokens of pairs in one row, those of one prompt side by side, or a little more."""
-        return sum(_added(sizes, index, before) for before, index in zip([None, *indices], indices, strict=False))
+        """Return the tokens of pairs in one row, those of one prompt side by side, padding included, or a little more."""
+        return self.kernel.row_tokens(_unpadded(sizes, indices))
 
     def batch(self, indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
         """Lay out B pairs as one row."""
         from dpo_cli.modeling.batch import packed_batch
 
-        return packed_batch(indices, pairs)
+        return packed_batch(indices, pairs, self.kernel, self.windows)
 
 
-def _filled(sizes: PairSizes, ordered: Sequence[int], limit: int, wanted: float) -> list[list[int]]:
-    """Fill cuts in order up to about the wanted number of tokens, and never beyond the limit."""
+def _filled(
+    sizes: PairSizes, ordered: Sequence[int], fits: Callable[[int], bool], wanted: float
+) -> list[list[int]]:
+    """Fill cuts in order up to about the wanted number of tokens, and never with more than fit."""
     cuts: list[list[int]] = []
     size = 0
     for index in ordered:
         more = _added(sizes, index, cuts[-1][-1] if cuts else None)
-        if not cuts or size + more > limit or size + more / 2 > wanted:
+        if not cuts or not fits(size + more) or size + more / 2 > wanted:
             cuts.append([])
             size, more = 0, _added(sizes, index, None)
         cuts[-1].append(index)
         size += more
     return cuts
+
+
+def _unpadded(sizes: PairSizes, indices: Sequence[int]) -> int:
+    """Return the tokens of pairs in one row, those of one prompt side by side, or a little more."""
+    return sum(_added(sizes, index, before) for before, index in zip([None, *indices], indices, strict=False))
 
 
 def _added(sizes: PairSizes, index: int, before: int | None) -> int:

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import Parameter
 from transformers.integrations import moe
 
-from dpo_cli.modeling.attention import reading
+from dpo_cli.modeling.attention.trees import reading
 from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.logps import chunk_bytes_on

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.attention import CannotPack
+from dpo_cli.modeling.attention.trees import CannotPack
 from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.layouts import PADDED, Layout
 from dpo_cli.modeling.out_of_memory import is_out_of_memory

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.attention import reading
+from dpo_cli.modeling.attention.trees import reading
 from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.logps import Head, token_logps
 from dpo_cli.modeling.routing import expert_load, experts_per_token

@@ -83,6 +83,15 @@ def grow(sequences: Sequence[NDArray[np.int32]]) -> PrefixTree:
     return PrefixTree(np.concatenate(tokens).astype(np.int64), np.concatenate(depths), ends[:size], tuple(places))
 
 
+def padded(tree: PrefixTree, num_tokens: int) -> PrefixTree:
+    """Return a tree of so many tokens; those behind its own see themselves alone and are seen by no other."""
+    size, added = len(tree.tokens), num_tokens - len(tree.tokens)
+    nothing = np.zeros(added, np.int64)
+    tokens, depths = np.concatenate([tree.tokens, nothing]), np.concatenate([tree.depths, nothing])
+    ends = np.concatenate([tree.ends, np.arange(size, num_tokens) + 1])
+    return PrefixTree(tokens, depths, ends, tree.places)
+
+
 def stretches(tree: PrefixTree) -> tuple[Stretch, ...]:
     """Cut a tree where it branches, so that attention can go piece by piece."""
     depths, ends = tree.depths, tree.ends

@@ -15,7 +15,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.files import base_of, holds_adapter
 from dpo_cli.modeling.adapters.settings import Saved
-from dpo_cli.modeling.attention import CannotPack
+from dpo_cli.modeling.attention.trees import CannotPack
 from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.folders.model_names import same_model
 from dpo_cli.modeling.held import Held

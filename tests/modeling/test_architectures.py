@@ -19,7 +19,7 @@ from write_layouts_page import PAGE, page
 from dpo_cli.config import Config
 from dpo_cli.data.prepared.step_plan import PairSizes
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.attention import TREE_ATTENTION
+from dpo_cli.modeling.attention.trees import TREE_ATTENTION
 from dpo_cli.modeling.digests import weights_digest
 from dpo_cli.modeling.folders.saving import saved_model
 from dpo_cli.modeling.layouts import LAYOUTS, Packed, Padded

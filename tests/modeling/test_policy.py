@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.attention import CannotPack
+from dpo_cli.modeling.attention.trees import CannotPack
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy
 from tests.builders import prepare_pairs

@@ -1,4 +1,4 @@
-"""Attention over a tree block by block, against one mask over the whole row, and against FlexAttention's own."""
+"""Attention over a tree: its rule, pieces against one mask over the whole row, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,57 +17,27 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 
-from dpo_cli.modeling import attention as module
-from dpo_cli.modeling.attention import (
+from dpo_cli.modeling.attention import pieces as module
+from dpo_cli.modeling.attention.pieces import PieceMask
+from dpo_cli.modeling.attention.trees import (
     TREE_ATTENTION,
     CannotPack,
     TokenTree,
-    TreeMask,
-    flex_rule,
     reading,
     tree_attention,
     tree_mask,
 )
 from dpo_cli.modeling.tree import grow
-
-HEADS, WIDTH, VALUE_WIDTH = 4, 8, 6
-
-sequence_lists = st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=24), min_size=1, max_size=6)
-"""Of two tokens only, so that sequences begin alike again and again."""
-
-windows = st.one_of(st.none(), st.integers(1, 9))
-
-
-def token_tree(lists):
-    return TokenTree.of(grow([np.array(sequence, np.int32) for sequence in lists]))
-
-
-def dense(tree, window):
-    """The rule that CUDA gets, asked of every two tokens."""
-    place = torch.arange(len(tree.ends))
-    return flex_rule(tree, window)(torch.tensor(0), torch.tensor(0), place[:, None], place[None, :])
-
-
-def drawn(num_tokens, key_heads, seed=0):
-    """Queries, keys and values, with gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((HEADS, WIDTH), (key_heads, WIDTH), (key_heads, VALUE_WIDTH))
-    return [
-        torch.randn(1, heads, num_tokens, width, generator=generator, dtype=torch.float64).requires_grad_()
-        for heads, width in shapes
-    ]
-
-
-def plain_attention(query, key, value, seen, scaling, softcap):
-    """The definition, with one mask over the whole row; `[1, T, heads, d']`."""
-    groups = query.shape[1] // key.shape[1]
-    attended = []
-    for head in range(query.shape[1]):
-        scores = query[0, head] @ key[0, head // groups].T * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        attended.append(scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value[0, head // groups])
-    return torch.stack(attended, dim=1)[None]
+from tests.modeling.attention.rows import (
+    HEADS,
+    WIDTH,
+    dense,
+    drawn,
+    plain_attention,
+    sequence_lists,
+    token_tree,
+    windows,
+)
 
 
 def test_the_rule_of_a_small_tree_is_what_can_be_read_off_it():
@@ -99,8 +69,8 @@ def test_the_rule_lets_a_token_see_those_before_it_in_its_own_sequences(lists, w
 @given(sequence_lists, windows, st.sampled_from([None, 1.5]), st.sampled_from([None, 0.7]), st.sampled_from([1, 2, 4]))
 def test_attention_block_by_block_is_attention_under_the_whole_rule(lists, window, softcap, scaling, key_heads):
     tree = token_tree(lists)
-    inputs = drawn(len(tree.ends), key_heads)
-    mask = TreeMask(tree.stretches, window)
+    inputs = drawn(len(tree.depths), key_heads)
+    mask = PieceMask(tree.stretches, window)
     found, weights = tree_attention(torch.nn.Module(), *inputs, mask, scaling=scaling, softcap=softcap)
     expected = plain_attention(*inputs, dense(tree, window), scaling, softcap)
     assert weights is None
@@ -121,8 +91,8 @@ def test_stretches_are_cut_for_calls_and_threads_without_a_difference(window, th
     monkeypatch.setattr(module, "_FEWEST_QUERIES", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     tree = token_tree([[1] * 30 + [2] * 25, [1] * 30 + [3] * 12, [1] * 9 + [4] * 20])
-    inputs = drawn(len(tree.ends), 2 if threads == 3 else 1)
-    found, _ = tree_attention(torch.nn.Module(), *inputs, TreeMask(tree.stretches, window))
+    inputs = drawn(len(tree.depths), 2 if threads == 3 else 1)
+    found, _ = tree_attention(torch.nn.Module(), *inputs, PieceMask(tree.stretches, window))
     expected = plain_attention(*inputs, dense(tree, window), None, None)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
     upstream = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).reshape(found.shape)
@@ -141,32 +111,6 @@ def test_what_the_blocks_of_a_stretch_see_is_not_copied():
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize(
-    ("window", "softcap", "scaling", "key_heads"), [(None, None, None, 4), (5, None, 0.7, 2), (5, 1.5, None, 1)]
-)
-def test_flex_attention_with_the_rule_gives_the_same(window, softcap, scaling, key_heads, monkeypatch):
-    """What runs on CUDA, here without its compiler and without its backward pass, which a CPU does not have."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    from transformers.integrations import flex_attention as theirs
-
-    monkeypatch.setattr(
-        theirs, "compile_friendly_flex_attention", lambda *a, training, **options: flex_attention(*a, **options)
-    )
-    tree = token_tree([[1] * 90 + [2] * 60, [1] * 90 + [3] * 70, [1] * 20 + [4] * 50, [5] * 30])
-    size = len(tree.ends)
-    block_mask = create_block_mask(flex_rule(tree, window), None, None, size, size, device="cpu")
-    query, key, value = (tensor.detach().float() for tensor in drawn(size, key_heads))
-    asked = {"scaling": scaling, "softcap": softcap}
-    found, _ = tree_attention(torch.nn.Module(), query, key, value, block_mask, **asked)
-    expected, _ = tree_attention(torch.nn.Module(), query, key, value, TreeMask(tree.stretches, window), **asked)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    # Under autocast a model's rotation hands over float32 queries and keys beside bfloat16 values.
-    mixed, _ = tree_attention(torch.nn.Module(), query, key, value.bfloat16(), block_mask, **asked)
-    assert mixed.dtype == torch.bfloat16
-    torch.testing.assert_close(mixed.float(), expected, rtol=0.1, atol=0.1)
-
-
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -181,13 +125,13 @@ def test_flex_attention_with_the_rule_gives_the_same(window, softcap, scaling, k
 def test_what_attention_over_a_tree_does_not_do_is_refused(asked, said):
     tree = token_tree([[1, 2, 3]])
     with pytest.raises(CannotPack, match=f"its attention has {said}"):
-        tree_attention(torch.nn.Module(), *drawn(3, 4), TreeMask(tree.stretches, None), **asked)
+        tree_attention(torch.nn.Module(), *drawn(3, 4), PieceMask(tree.stretches, None), **asked)
 
 
 def test_what_is_without_effect_is_accepted():
     tree = token_tree([[1, 2, 3]])
     options = {"dropout": 0.0, "is_causal": True, "sliding_window": 2, "position_ids": torch.arange(3), "s_aux": None}
-    mask, inputs = TreeMask(tree.stretches, None), drawn(3, 4)
+    mask, inputs = PieceMask(tree.stretches, None), drawn(3, 4)
     found, _ = tree_attention(torch.nn.Module(), *inputs, attention_mask=mask, **options)
     assert torch.equal(found, tree_attention(torch.nn.Module(), *inputs, mask)[0])
 
@@ -218,8 +162,8 @@ def test_masks_are_made_with_the_window_that_the_model_asks_for_and_only_while_a
     tree = token_tree([[1, 2, 3]])
     asked = {"config": config, "inputs_embeds": torch.zeros(1, 3, 4), "attention_mask": None, "past_key_values": None}
     with reading(tree):
-        assert create_causal_mask(**asked) == TreeMask(tree.stretches, None)
-        assert create_sliding_window_causal_mask(**asked) == TreeMask(tree.stretches, 5)
+        assert create_causal_mask(**asked) == PieceMask(tree.stretches, None)
+        assert create_sliding_window_causal_mask(**asked) == PieceMask(tree.stretches, 5)
     with pytest.raises(CannotPack, match="no prefix tree"):
         tree_mask(config=config)
 
@@ -230,17 +174,17 @@ def test_a_block_looks_at_no_more_keys_than_its_window_reaches(monkeypatch):
     starts, stops = [0, 4, 8, 12, 16], [4, 8, 12, 16, 18]
     for window in (1, 4, 5, 6, 20):
         firsts = [max(0, start - window + 1) for start in starts]
-        assert TreeMask((stretch,), window).reads == (((0,), [4, 4, 4, 4, 2], list(zip(firsts, stops, strict=True))),)
+        assert PieceMask((stretch,), window).reads == (((0,), [4, 4, 4, 4, 2], list(zip(firsts, stops, strict=True))),)
 
 
 def test_of_the_stretches_before_it_one_reads_those_within_its_window():
     """A system message of 40 tokens, two prompts of 30 and two responses to each."""
     prompts = [[1] * 40 + [number] * 30 for number in (2, 3)]
     tree = token_tree([[*prompt, *[number] * 20] for prompt in prompts for number in (4, 5)])
-    assert [read.stretches for read in TreeMask(tree.stretches, None).reads][:4] == [(0,), (0, 1), (0, 1, 2), (0, 1, 3)]
+    assert [read.stretches for read in PieceMask(tree.stretches, None).reads][:4] == [(0,), (0, 1), (0, 1, 2), (0, 1, 3)]
     # Of 31 tokens that it sees, the first of a response has 30 before it: all of the prompt.
-    assert [read.stretches for read in TreeMask(tree.stretches, 31).reads][:4] == [(0,), (0, 1), (1, 2), (1, 3)]
-    assert [read.stretches for read in TreeMask(tree.stretches, 1).reads] == [(i,) for i in range(len(tree.stretches))]
+    assert [read.stretches for read in PieceMask(tree.stretches, 31).reads][:4] == [(0,), (0, 1), (1, 2), (1, 3)]
+    assert [read.stretches for read in PieceMask(tree.stretches, 1).reads] == [(i,) for i in range(len(tree.stretches))]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +206,7 @@ def test_queries_are_parted_where_threads_would_wait_for_each_other(queries, hea
 def test_the_masks_of_a_long_row_do_not_grow_with_its_square():
     for tokens in (1000, 8000):
         tree = token_tree([[1] * tokens])
-        mask = TreeMask(tree.stretches, None)
+        mask = PieceMask(tree.stretches, None)
         for (_, _, ranges), like in zip(mask.reads, [torch.zeros(1)], strict=True):
             shown = [mask.of(128, stop - first, like) for first, stop in ranges[:-1]]
         assert {part.untyped_storage().nbytes() for part in shown} == {4 * 128 * tokens}
