@@ -12,9 +12,10 @@ from dpo_cli.data.pairs.shapes import FORMATS, RankedRule
 from dpo_cli.data.pairs.sources import Sources
 from dpo_cli.data.records import BadRowRule, LengthRule, TurnRule
 from dpo_cli.modeling.adapters.settings import Adapter, Lora
+from dpo_cli.modeling.attention.kernels import KERNELS
 from dpo_cli.modeling.folders.model_files import Trust
 from dpo_cli.modeling.held import QUANTIZED, WEIGHTS
-from dpo_cli.modeling.layouts import LAYOUTS
+from dpo_cli.modeling.layouts import LAYOUTS, PADDED
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.losses.pairwise import DPO
@@ -185,6 +186,8 @@ class TrainingSettings(Settings):
     """Whether every epoch has its own order; otherwise the order of the data."""
     layout: Annotated[str, OneOf("auto", *LAYOUTS), MAY_CHANGE] = "auto"
     """How pairs are laid out for the model; auto: packed if it is proved exact, else padded."""
+    attention: Annotated[str, OneOf("auto", *KERNELS), MAY_CHANGE] = "auto"
+    """What computes the attention of the packed layout; auto: on a CPU pieces, on a GPU flex, or varlen if it fails."""
     optimizer: Annotated[Optimizer, _typed(AdamW().type), _short_type("training.optimizer", Optimizer)] = AdamW()
     """The optimizer; adafactor keeps almost no state, rmsprop half of AdamW's."""
     learning_rate: float = Field(1.0e-6, gt=0)
@@ -205,10 +208,19 @@ class TrainingSettings(Settings):
     """Compute activations again in the backward pass instead of keeping them: less memory, a third slower."""
     deterministic: Annotated[bool, MAY_CHANGE] = True
     """On GPUs, use only kernels that give the same bytes every time, so that runs can be repeated; CPUs always do."""
+    compile: Annotated[Literal["auto"] | bool, MAY_CHANGE] = "auto"
+    """Whether decoder layers are compiled, which takes a minute or more; auto: on a GPU, where a run is long enough."""
     rank_timeout: Annotated[float | None, MAY_CHANGE] = Field(300, ge=1, le=31_536_000)
     """With several processes, seconds after which one that is silent or hangs in a step has failed; null: never."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Decides the order of the pairs and which are held out."""
+
+    @model_validator(mode="after")
+    def _check_attention(self) -> Self:
+        if self.attention != "auto" and self.layout == PADDED.name:
+            what = f"`training.attention: {self.attention}` has no effect with `training.layout: {self.layout}`"
+            raise contradiction(what, "set `training.layout: auto`, or leave `training.attention` out")
+        return self
 
 
 class EvaluationSettings(Settings):

@@ -131,7 +131,7 @@ def packed_batch(
         windows: Those of the model's layers.
     """
     tree = TokenTree.of(grow([np.concatenate(sequence) for sequence in _sequences_of(pairs)]), kernel, windows)
-    return _as_batch(indices, pairs, torch.from_numpy(tree.tree.tokens)[None], None, tree, tree.tree.places)
+    return _as_batch(indices, pairs, torch.from_numpy(tree.grown.tokens)[None], None, tree, tree.grown.places)
 
 
 def _sequences_of(pairs: Sequence[TokenizedPair]) -> list[tuple[Tokens, Tokens]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-_STRICT = {
+_STRICT: dict[str, Any] = {
     "fail_on_recompile_limit_hit": True,
     # It would cut graphs by the buckets of gradients, which higher-order operators like FlexAttention do not allow.
     "optimize_ddp": False,
@@ -57,7 +57,7 @@ def hardened(compiled: Callable[..., Result], name: str) -> Callable[..., Result
 
     @functools.wraps(compiled)
     def call(*arguments: Any, **options: Any) -> Result:
-        with torch._dynamo.config.patch(**_STRICT):  # type: ignore[no-untyped-call]
+        with torch._dynamo.config.patch(**_STRICT):
             try:
                 return compiled(*arguments, **options)
             except FailOnRecompileLimitHit as error:
@@ -80,6 +80,7 @@ def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
     layers = decoder_layers(model)
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
+        assert layer._compiled_call_impl is not None
         layer._compiled_call_impl = hardened(layer._compiled_call_impl, "a decoder layer")
     return len(layers)
 

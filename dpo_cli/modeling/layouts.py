@@ -37,6 +37,20 @@ class Layout(Protocol):
     name: ClassVar[str]
     needs_proof: ClassVar[bool]
 
+    @property
+    def described(self) -> str:
+        """Its name, and what computes it where that is not what runs everywhere."""
+        ...
+
+    def with_kernels(self, kernels: Sequence[Kernel], windows: tuple[int | None, ...]) -> Sequence[Layout]:
+        """Return the layout with each kernel of attention in turn; itself, where models use their own attention.
+
+        Args:
+            kernels: The kernels, in the order in which they are to be tried.
+            windows: Those of the layers of the models that read it, None for one without.
+        """
+        ...
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Make a model read batches of this layout.
 
@@ -74,6 +88,15 @@ class Padded:
 
     name: ClassVar[str] = "padded"
     needs_proof: ClassVar[bool] = False
+
+    @property
+    def described(self) -> str:
+        """Its name."""
+        return self.name
+
+    def with_kernels(self, kernels: Sequence[Kernel], windows: tuple[int | None, ...]) -> Sequence[Layout]:
+        """Return the layout alone."""
+        return [self]
 
     def prepare(self, model: PreTrainedModel) -> None:
         """Leave the model as it is."""
@@ -113,6 +136,15 @@ class Packed:
     kernel: Kernel = PIECES
     windows: tuple[int | None, ...] = (None,)
 
+    @property
+    def described(self) -> str:
+        """Its name, and the kernel where it is not that of CPUs."""
+        return self.name if self.kernel == PIECES else f"{self.name} ({self.kernel.name} attention)"
+
+    def with_kernels(self, kernels: Sequence[Kernel], windows: tuple[int | None, ...]) -> Sequence[Layout]:
+        """Return the layout with each kernel."""
+        return [Packed(kernel, windows) for kernel in kernels]
+
     def prepare(self, model: PreTrainedModel) -> None:
         """Give the model attention over prefix trees.
 
@@ -142,7 +174,7 @@ class Packed:
         return self.kernel.row_tokens(num_tokens) <= micro_batch_tokens
 
     def tokens(self, sizes: PairSizes, indices: Sequence[int]) -> int:
-        """Return the tokens of pairs in one row, those of one prompt side by side, padding included, or a little more."""
+        """Return the tokens of a forward pass, those of one prompt side by side, padding included, or a little more."""
         return self.kernel.row_tokens(_unpadded(sizes, indices))
 
     def batch(self, indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:
@@ -152,9 +184,7 @@ class Packed:
         return packed_batch(indices, pairs, self.kernel, self.windows)
 
 
-def _filled(
-    sizes: PairSizes, ordered: Sequence[int], fits: Callable[[int], bool], wanted: float
-) -> list[list[int]]:
+def _filled(sizes: PairSizes, ordered: Sequence[int], fits: Callable[[int], bool], wanted: float) -> list[list[int]]:
     """Fill cuts in order up to about the wanted number of tokens, and never with more than fit."""
     cuts: list[list[int]] = []
     size = 0

@@ -16,6 +16,7 @@ from dpo_cli.data.records import TokenizedPair
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention.trees import CannotPack
 from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.modeling.compiled import compile_layers
 from dpo_cli.modeling.layouts import PADDED, Layout
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.modeling.precision import Precision
@@ -100,12 +101,41 @@ def prove(
         with autocast():
             found, norm = _answers(score, batch, len(beside), weights)
             found = torch.cat([found, *_scored_alone(score, layout, longer)])
-    except REFUSALS as error:
-        if is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error) or not (isinstance(error, REFUSALS) or _of_a_kernel(error)):
             raise
         return Proof(refusal=_reason(error))
     difference = float((found - expected).abs().max())
     return Proof(difference, abs(norm - expected_norm) / expected_norm if trained else 0.0)
+
+
+def prove_compiled(
+    model: PreTrainedModel, batch: PairBatch, autocast: Callable[[], AbstractContextManager[None]], backend: str
+) -> Proof:
+    """Compare log-probabilities with compiled decoder layers with those of the layers as they are; leave them compiled.
+
+    Args:
+        model: The model, which reads the layout of the batch.
+        batch: Pairs of the run, on the model's device.
+        autocast: Opens the precision that the run computes in.
+        backend: The compiler, by its name in torch.
+
+    Raises:
+        UserError: Layers would have to be compiled too often.
+    """
+    score, weights = Scorer(model), _first_weights(model)
+    with autocast():
+        expected, expected_norm = _answers(score, batch, 0, weights)
+    compile_layers(model, backend)
+    try:
+        with autocast():
+            found, norm = _answers(score, batch, 0, weights)
+    except Exception as error:
+        if is_out_of_memory(error) or not (isinstance(error, REFUSALS) or _of_a_kernel(error)):
+            raise
+        return Proof(refusal=_first_line(error))
+    share = abs(norm - expected_norm) / expected_norm if expected_norm else 0.0
+    return Proof(float((found - expected).abs().max()), share)
 
 
 @contextlib.contextmanager
@@ -162,5 +192,12 @@ def _reason(error: Exception) -> str:
     return first if isinstance(error, CannotPack) else f"it fails on packed pairs, {type(error).__name__}: {first}"
 
 
+def _of_a_kernel(error: Exception) -> bool:
+    """Tell whether an error is of a kernel's compiler, which has its own for cards that lack what a kernel takes."""
+    return type(error).__module__.partition(".")[0] == "triton"
+
+
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
+    lines = str(error).splitlines() or [""]
+    # torch's compiler names in its first line who raised, and in the second what.
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

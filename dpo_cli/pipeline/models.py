@@ -15,7 +15,8 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.files import base_of, holds_adapter
 from dpo_cli.modeling.adapters.settings import Saved
-from dpo_cli.modeling.attention.trees import CannotPack
+from dpo_cli.modeling.attention.kernels import kernels_for
+from dpo_cli.modeling.attention.trees import CannotPack, windows_of
 from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.folders.model_names import same_model
 from dpo_cli.modeling.held import Held
@@ -64,11 +65,11 @@ def opened(
         with during("while the model was loaded"):
             policies.append(loaded(session, name) if isinstance(name, str) else name)
         check_fits(pairs, policies[-1], where)
-    likely = expected_layout(session, policies[0], pairs)
+    likely = expected_layout(session, policies[0], pairs, *policies[1:])
     batches, said = settle(policies[0], likely)
     with during("while the layout of the pairs was proved"):
         layout, proved = choose_layout(session, policies, pairs, indices, trained=trained)
-    if layout is not likely:
+    if layout != likely:
         batches, said = settle(policies[0], layout)
     if said:
         session.console.facts(said)
@@ -177,23 +178,37 @@ def open_reference(
         return reference.open(work)
 
 
-def expected_layout(session: Session, policy: Policy, pairs: PreparedPairs) -> Layout:
+def expected_layout(session: Session, policy: Policy, pairs: PreparedPairs, *others: Policy) -> Layout:
     """Return the layout that a job will take unless its proof fails; the model's weights may be missing.
+
+    Args:
+        session: Asks for a layout, or leaves the choice.
+        policy: The model that is asked whether it can read it.
+        pairs: All pairs of the job.
+        others: Models that read the same batches.
 
     Raises:
         UserError: The layout was asked for by name and the model refuses it.
     """
-    layout = LAYOUTS.get(session.config.training.layout, PACKED)
+    layout = _possible(session, [policy, *others])[0]
     if not layout.needs_proof:
         return layout
     with contextlib.suppress(*(kind for kind in REFUSALS if kind is not CannotPack)):
         try:
             activation_bytes(policy, layout, layout.batch([0], [pairs[0]]), session.precision.dtype, recomputed=False)
         except CannotPack as refusal:
-            if session.config.training.layout in LAYOUTS:
-                raise _inexact(layout, f"{policy}: {refusal}") from None
+            if error := _asked_for(session, layout, f"{policy}: {refusal}"):
+                raise error from None
             return PADDED
     return layout
+
+
+def _possible(session: Session, policies: Sequence[Policy]) -> Sequence[Layout]:
+    """Return the layouts that a job may take, with each kernel of attention, in the order in which they are proved."""
+    training, device = session.config.training, session.accelerator.device
+    asked = {window for policy in policies for window in windows_of(policy.model.config)}
+    windows = tuple(sorted(asked, key=lambda window: window or 0))
+    return LAYOUTS.get(training.layout, PACKED).with_kernels(kernels_for(training.attention, device.type), windows)
 
 
 def choose_layout(
@@ -201,40 +216,61 @@ def choose_layout(
 ) -> tuple[Layout, list[str]]:
     """Prove the layout on pairs of the job; with `auto`, take the padded one where that fails.
 
-    The shortest pairs do, since nothing is known of the memory yet. A layout that is proved gives the model's own
-    log-probabilities; of the padded one that remains to be proved.
+    Where attention has several kernels, the next one is proved where one fails. The shortest pairs do, since nothing is
+    known of the memory yet. A layout that is proved gives the model's own log-probabilities; of the padded one that
+    remains to be proved.
 
     Returns:
         The layout, and what was proved of each model's log-probabilities.
 
     Raises:
-        UserError: The layout was asked for by name and is not exact, or log-probabilities are not the model's own.
+        UserError: The layout or the attention was asked for by name and is not exact, or log-probabilities are not the
+            model's own.
     """
-    layout = LAYOUTS.get(session.config.training.layout, PACKED)
-    failure, proofs = "", []
-    for policy in policies if layout.needs_proof else ():
-        proof = _prove(session, policy, layout, pairs, indices, trained=trained)
-        # All ranks take the same layout, so the one that fails decides.
-        if failure := next(filter(None, session.of_all(proof.fails(session.precision))), ""):
-            failure = f"{policy}: {failure}"
-            break
-        proofs.append(proof)
-        nats, share = f"{proof.difference:.1g} nats per token", f"; its gradient's norm by {proof.norm_difference:.1g}"
-        given = f"{layout.name} gives the same as {PADDED.name}"
-        session.console.notice(f"checked: {given}, up to {nats}{share if trained else ''}")
-    if proofs and not failure:
-        return layout, [own_logps_line(proof.difference) for proof in proofs]
+    possible = _possible(session, policies)
+    failure = ""
+    for layout, following in zip(possible, [*possible[1:], PADDED], strict=True):
+        failure, lines = _proved(session, policies, layout, pairs, indices, trained=trained)
+        if not failure and layout.needs_proof:
+            return layout, lines
+        if failure and following != PADDED:
+            what = f"trying {following.described}, since {layout.described} cannot be used with this model ({failure})"
+            session.console.warning(what)
     shortest = shortest_pair(Batches(pairs, PADDED, 1, session.accelerator.device), indices)
     lines = []
     for policy in policies:
         policy.read(PADDED)
         lines.append(check_logps(Scorer(policy.model), shortest, session.accelerator))
-    if failure and session.config.training.layout in LAYOUTS:
-        raise _inexact(layout, failure)
+    if failure and (error := _asked_for(session, layout, failure)):
+        raise error
     if failure:
-        what = f"using the padded layout, since the {layout.name} one is not exact with this model ({failure})"
+        what = f"using the padded layout, since the {layout.described} one is not exact with this model ({failure})"
         session.console.warning(what)
     return PADDED if layout.needs_proof else layout, lines
+
+
+def _proved(
+    session: Session,
+    policies: Sequence[Policy],
+    layout: Layout,
+    pairs: PreparedPairs,
+    indices: NDArray[np.int64],
+    *,
+    trained: bool,
+) -> tuple[str, list[str]]:
+    """Prove a layout with each model; return why one cannot read it, or what was proved of their log-probabilities."""
+    lines = []
+    for policy in policies if layout.needs_proof else ():
+        policy.read(PADDED)
+        proof = _prove(session, policy, layout, pairs, indices, trained=trained)
+        # All ranks take the same layout, so the one that fails decides.
+        if failure := next(filter(None, session.of_all(proof.fails(session.precision))), ""):
+            return f"{policy}: {failure}", []
+        nats, share = f"{proof.difference:.1g} nats per token", f"; its gradient's norm by {proof.norm_difference:.1g}"
+        given = f"{layout.described} gives the same as {PADDED.name}"
+        session.console.notice(f"checked: {given}, up to {nats}{share if trained else ''}")
+        lines.append(own_logps_line(proof.difference))
+    return "", lines
 
 
 def _prove(
@@ -257,9 +293,16 @@ def _prove(
     return prove(policy.model, layout, [shortest], autocast, beside=beside, longer=longer, trained=trained)
 
 
-def _inexact(layout: Layout, failure: str) -> UserError:
-    what = f"the {layout.name} layout is not exact with this model ({failure})"
-    return UserError(what, f"`training.layout: {layout.name}`", "set `training.layout: auto` or `padded`")
+def _asked_for(session: Session, layout: Layout, failure: str) -> UserError | None:
+    """Return the error where a layout that cannot be used, or its attention, was asked for by name."""
+    training = session.config.training
+    if training.attention != "auto":
+        what = f"`{training.attention}` attention cannot be used with this model ({failure})"
+        return UserError(what, f"`training.attention: {training.attention}`", "set `training.attention: auto`")
+    if training.layout in LAYOUTS:
+        what = f"the {layout.name} layout is not exact with this model ({failure})"
+        return UserError(what, f"`training.layout: {layout.name}`", "set `training.layout: auto` or `padded`")
+    return None
 
 
 def shortest_pair(batches: Batches, indices: NDArray[np.int64]) -> PairBatch:

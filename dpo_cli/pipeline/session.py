@@ -19,6 +19,7 @@ from dpo_cli.config import Config
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.allocator import return_freed_memory
+from dpo_cli.modeling.attention.kernels import kernels_for
 from dpo_cli.modeling.determinism import deterministic_kernels
 from dpo_cli.modeling.held import FLOAT32, Held, Split, held_as
 from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of
@@ -105,6 +106,7 @@ def started(config: Config, console: Console, signals: StopSignals | None = None
     with deterministic_kernels(config.training.deterministic):
         accelerator = start_accelerator(config)
         try:
+            kernels_for(config.training.attention, accelerator.device.type)
             with watched(accelerator, config.training.rank_timeout, Console().error) as progress, reported(config):
                 yield Session(config, console, signals or StopSignals(), accelerator, progress)
             accelerator.end_training()

@@ -16,6 +16,7 @@ from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.tokenizers import end_at
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.pipeline.compilation import compile_layers_of
 from dpo_cli.pipeline.forecast import disk_need, show_forecast, warn_of_disk
 from dpo_cli.pipeline.memory import without_gradient
 from dpo_cli.pipeline.models import open_reference, opened, shortest_pair, trained_policy
@@ -113,6 +114,8 @@ def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume:
     policy.place(accelerator, trained=True, collisions=config.objective.wpo, recomputed=training.gradient_checkpointing)
     batches = measured(plan, policy, batches, resume=resume)
     session = session.under(_with_tokens(config, batches.micro_batch_tokens))
+    with during("while decoder layers were compiled"):
+        compile_layers_of(session, policy, batches, plan.steps)
     needed = np.union1d(plan.steps.trained_on(), data.held_out)
     # A cached reference needs its model no more.
     reference = open_reference(

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from dpo_cli.config.schema import TrainingSettings
 from dpo_cli.data.prepared.step_plan import MicroBatch, PairSizes
 from dpo_cli.data.records import TokenizedPair
+from dpo_cli.modeling.attention.kernels import KERNELS
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.layouts import LAYOUTS
+from dpo_cli.modeling.layouts import LAYOUTS, Packed
+from dpo_cli.modeling.sending import Parcel
 from tests.builders import prepare_pairs
 from tests.conftest import ROW_OF, write_rows
 
@@ -37,10 +39,12 @@ def sequences_of(lists):
 @given(st.lists(st.tuples(*[st.integers(1, 40)] * 3, st.integers(0, 3)), min_size=1, max_size=30), st.integers(1, 300))
 def test_every_layout_cuts_each_pair_once_and_stays_in_the_budget_where_a_pair_alone_does(name, rows, budget):
     prompts, chosen, rejected, ids = (np.array(column) for column in zip(*rows, strict=True))
-    sizes, layout = PairSizes(prompts, chosen, rejected, chosen, ids), LAYOUTS[name]
-    cuts = layout.cut(sizes, range(len(rows)), budget)
-    assert sorted(index for cut in cuts for index in cut) == list(range(len(rows)))
-    assert all(layout.tokens(sizes, cut) <= budget for cut in cuts if len(cut) > 1)
+    sizes = PairSizes(prompts, chosen, rejected, chosen, ids)
+    # Kernels that pad a row need more than a small budget for two pairs.
+    for layout, within in zip(LAYOUTS[name].with_kernels(list(KERNELS.values()), (None,)), (256, 0, 0), strict=False):
+        cuts = layout.cut(sizes, range(len(rows)), budget + within)
+        assert sorted(index for cut in cuts for index in cut) == list(range(len(rows)))
+        assert all(layout.tokens(sizes, cut) <= budget + within for cut in cuts if len(cut) > 1)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -78,7 +82,7 @@ def test_padded_rows_are_the_sequences(lists):
 def test_what_a_packed_response_token_sees_is_its_own_sequence_in_order(lists):
     pairs, sequences = sequences_of(lists)
     batch = LAYOUTS["packed"].batch(range(len(pairs)), pairs)
-    ids, depths, ends = batch.input_ids[0].numpy(), batch.tree.depths.numpy(), batch.tree.ends.numpy()
+    ids, depths, ends = batch.input_ids[0].numpy(), batch.tree.depths.numpy(), batch.tree.grown.ends
     place = iter(batch.positions.tolist())
     for prompt, response in sequences:
         for length in range(len(prompt), len(prompt) + len(response)):
@@ -135,3 +139,35 @@ def test_weights_and_margins_of_the_rows_reach_the_batch(tmp_path, tokenizer, la
     moved = batch.to(torch.device("meta"))
     assert moved.weights.is_meta
     assert moved.margins.is_meta
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
+@given(lists=pair_lists)
+def test_a_kernel_that_pads_the_row_changes_nothing_that_is_counted_or_scored(kernel, lists):
+    pairs, _ = sequences_of(lists)
+    plain = LAYOUTS["packed"].batch(range(len(pairs)), pairs)
+    batch = Packed(kernel, (None, 5)).batch(range(len(pairs)), pairs)
+    size = plain.input_ids.shape[1]
+    assert batch.input_ids.shape[1] == kernel.row_tokens(size)
+    assert torch.equal(batch.input_ids[:, :size], plain.input_ids)
+    assert torch.equal(batch.tree.depths[:size], plain.tree.depths)
+    assert torch.equal(batch.counts[:size], plain.counts)
+    assert not batch.counts[size:].any()
+    assert torch.equal(batch.positions, plain.positions)
+    assert torch.equal(batch.targets, plain.targets)
+    assert batch.num_tokens == plain.num_tokens
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
+def test_what_a_kernel_needs_of_a_tree_travels_with_the_batch_by_one_copy(kernel):
+    pairs, _ = sequences_of([([1] * 9, [2] * 7, [3] * 5), ([4] * 9, [2] * 7, [3] * 5)])
+    batch = Packed(kernel, (None, 5)).batch(range(2), pairs)
+    arrived = Parcel.of(batch, pinned=False).to(torch.device("cpu"))
+    assert set(arrived.tree.indices) == {None, 5}
+    for window, before in batch.tree.indices.items():
+        for ours, sent in zip(before, arrived.tree.indices[window], strict=True):
+            assert torch.equal(ours, sent)
+            assert ours.dtype == sent.dtype == torch.int32
+    assert arrived.tree.depths.untyped_storage().data_ptr() == arrived.input_ids.untyped_storage().data_ptr()
+    expected = {tensor.untyped_storage().data_ptr() for tensor in arrived.tree.indices[5]}
+    assert expected <= {arrived.input_ids.untyped_storage().data_ptr()}

@@ -29,14 +29,12 @@ class FlexMask:
 
     blocks: BlockMask
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
         """Attend, as `tree_attention` says."""
         # Under autocast rotated queries and keys are float32 again, and FlexAttention wants one type.
         query, key = query.to(value.dtype), key.to(value.dtype)
         # Within a compiled layer it is part of the layer's own graph.
-        call = flex_attention if torch.compiler.is_compiling() else compiled_flex()
+        call: Any = flex_attention if torch.compiler.is_compiling() else compiled_flex()
         attended: Tensor = call(
             query,
             key,
@@ -85,7 +83,6 @@ def sees(ends: Tensor, depths: Tensor | None = None, least_depths: Tensor | None
     return seen_in_window
 
 
-@functools.cache
 def capped(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Return what bends a score so that it stays below a cap."""
 

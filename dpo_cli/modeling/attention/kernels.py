@@ -1,7 +1,7 @@
 """The kernels that compute attention over a prefix tree; `KERNELS` at the end lists them.
 
-A kernel computes its own indices of a tree where a batch is laid out, on the CPU, and makes the mask that models hand to
-their layers. All compute the same.
+A kernel computes its own indices of a tree where a batch is laid out, on the CPU, and makes the mask that models hand
+to their layers. All compute the same.
 
 This file is read with the configuration, before NumPy and torch are needed: what computes with them is in modules of
 its own, imported inside functions.
@@ -44,9 +44,7 @@ class Kernel(Protocol):
         """Return the tokens of a row with some tokens, its padding included."""
         ...
 
-    def indices(
-        self, tree: PrefixTree, stretches: Sequence[Stretch], window: int | None
-    ) -> list[NDArray[np.int32]]:
+    def indices(self, tree: PrefixTree, stretches: Sequence[Stretch], window: int | None) -> list[NDArray[np.int32]]:
         """Return what the mask of a window needs on the device, computed on the CPU.
 
         Args:
@@ -78,9 +76,7 @@ class Pieces:
         """Return the tokens as they are: nothing is padded."""
         return num_tokens
 
-    def indices(
-        self, tree: PrefixTree, stretches: Sequence[Stretch], window: int | None
-    ) -> list[NDArray[np.int32]]:
+    def indices(self, tree: PrefixTree, stretches: Sequence[Stretch], window: int | None) -> list[NDArray[np.int32]]:
         """Return nothing: what a piece sees is a slice."""
         return []
 
@@ -102,9 +98,7 @@ class Flex:
         """Return the tokens of whole blocks; of two at least, since one would be compiled for itself."""
         return BLOCK_TOKENS * max(2, math.ceil(num_tokens / BLOCK_TOKENS))
 
-    def indices(
-        self, tree: PrefixTree, stretches: Sequence[Stretch], window: int | None
-    ) -> list[NDArray[np.int32]]:
+    def indices(self, tree: PrefixTree, stretches: Sequence[Stretch], window: int | None) -> list[NDArray[np.int32]]:
         """Return the blocks in which anything is seen, and the numbers that the rule asks."""
         from dpo_cli.modeling.attention.blocks import block_indices, rule_numbers
 
@@ -128,9 +122,7 @@ class Varlen:
         """Return the tokens as they are: nothing is padded."""
         return num_tokens
 
-    def indices(
-        self, tree: PrefixTree, stretches: Sequence[Stretch], window: int | None
-    ) -> list[NDArray[np.int32]]:
+    def indices(self, tree: PrefixTree, stretches: Sequence[Stretch], window: int | None) -> list[NDArray[np.int32]]:
         """Return the places of all keys, and where those of each piece begin, as its queries do."""
         from dpo_cli.modeling.attention.gathering import gathered_keys
 

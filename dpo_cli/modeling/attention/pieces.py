@@ -56,9 +56,7 @@ class PieceMask:
 
     # The pieces of every row are others: a graph of them would fit no second one.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
         """Attend, as `tree_attention` says."""
         # Split once: each piece's gradient then has its own size, where slices would fill the whole row with zeros.
         queries = iter(query.split([size for read in self.reads for size in read.sizes], dim=2))

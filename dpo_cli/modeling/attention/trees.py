@@ -45,9 +45,7 @@ class CannotPack(Exception):
 class Mask(Protocol):
     """The mask of all layers of one kind, as a kernel has it."""
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
         """Attend under the mask; arguments and result are those of `tree_attention`."""
         ...
 
@@ -58,14 +56,14 @@ class TokenTree:
 
     Attributes:
         depths: `[T]`, each token's position in its sequences; 0 where there is padding.
-        tree: The tree on the CPU, its padding included.
+        grown: The tree on the CPU, its padding included.
         stretches: The row in pieces without branches; the last is its padding, where there is any.
         kernel: What computes attention over it.
         indices: What the kernel asked to have on the device for each window of the model's layers.
     """
 
     depths: Tensor
-    tree: PrefixTree
+    grown: PrefixTree
     stretches: tuple[Stretch, ...]
     kernel: Kernel
     indices: Mapping[int | None, tuple[Tensor, ...]]
@@ -96,7 +94,7 @@ class TokenTree:
         return self.kernel.mask(self.stretches, window, indices)
 
     def _computed(self, window: int | None) -> tuple[Tensor, ...]:
-        return tuple(map(torch.from_numpy, self.kernel.indices(self.tree, self.stretches, window)))
+        return tuple(map(torch.from_numpy, self.kernel.indices(self.grown, self.stretches, window)))
 
 
 _tree: ContextVar[TokenTree | None] = ContextVar("tree", default=None)

@@ -5,8 +5,9 @@ Each piece of the tree is a sequence: its queries are those of the row, and its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,7 @@ class VarlenMask:
     most_keys: int
     window: int | None
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
         """Attend, as `tree_attention` says.
 
         Raises:
@@ -49,7 +48,8 @@ class VarlenMask:
         """
         _refuse(query, value, softcap)
         queries, keys, values = (tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value))
-        attended: Tensor = varlen_attn(
+        call: Callable[..., Any] = varlen_attn
+        attended: Tensor = call(
             queries,
             keys.index_select(0, self.keys),
             values.index_select(0, self.keys),

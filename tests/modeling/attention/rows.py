@@ -1,4 +1,4 @@
-"""Rows of tokens for the tests of attention: trees, what is attended to, and the definition that kernels are held to."""
+"""Rows of tokens for the tests of attention: trees, what is attended to, and the definition kernels are held to."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def token_tree(lists, kernel=PIECES, layers=(None,)):
 def dense(tree, window):
     """The rule that CUDA gets, asked of every two tokens."""
     place = torch.arange(len(tree.depths))
-    rule = sees(*(torch.from_numpy(numbers) for numbers in rule_numbers(tree.tree, window)))
+    rule = sees(*(torch.from_numpy(numbers) for numbers in rule_numbers(tree.grown, window)))
     return rule(torch.tensor(0), torch.tensor(0), place[:, None], place[None, :])
 
 

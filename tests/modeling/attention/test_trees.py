@@ -181,7 +181,12 @@ def test_of_the_stretches_before_it_one_reads_those_within_its_window():
     """A system message of 40 tokens, two prompts of 30 and two responses to each."""
     prompts = [[1] * 40 + [number] * 30 for number in (2, 3)]
     tree = token_tree([[*prompt, *[number] * 20] for prompt in prompts for number in (4, 5)])
-    assert [read.stretches for read in PieceMask(tree.stretches, None).reads][:4] == [(0,), (0, 1), (0, 1, 2), (0, 1, 3)]
+    assert [read.stretches for read in PieceMask(tree.stretches, None).reads][:4] == [
+        (0,),
+        (0, 1),
+        (0, 1, 2),
+        (0, 1, 3),
+    ]
     # Of 31 tokens that it sees, the first of a response has 30 before it: all of the prompt.
     assert [read.stretches for read in PieceMask(tree.stretches, 31).reads][:4] == [(0,), (0, 1), (1, 2), (1, 3)]
     assert [read.stretches for read in PieceMask(tree.stretches, 1).reads] == [(i,) for i in range(len(tree.stretches))]
