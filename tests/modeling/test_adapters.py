@@ -8,9 +8,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dpo_cli.modeling import attention
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
+from dpo_cli.modeling.attention import pieces as attention
 from dpo_cli.modeling.held import Bfloat16
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy

@@ -191,17 +191,17 @@ def test_what_can_be_packed_is_packed_and_the_proof_says_how_near_it_is(kind):
 
 def test_a_window_that_only_the_longer_pairs_reach_is_proved_as_well(monkeypatch):
     """The packed attention is made to look back without end; the shortest pairs cannot tell."""
-    from dpo_cli.modeling import attention
+    from dpo_cli.modeling.attention import pieces as attention
 
     lengths = sorted(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in PAIRS)
     window = lengths[-1] - 6
     assert window > lengths[0]
 
-    class Endless(attention.TreeMask):
+    class Endless(attention.PieceMask):
         def __init__(self, stretches, window):
             super().__init__(stretches, None)
 
-    monkeypatch.setattr(attention, "TreeMask", Endless)
+    monkeypatch.setattr(attention, "PieceMask", Endless)
     chosen, _, (line,) = choose(build("mistral", sliding_window=window), "auto")
     assert isinstance(chosen, Padded)
     assert "log-probabilities differ" in line
@@ -215,7 +215,7 @@ def test_a_proof_fails_on_what_is_not_a_number_and_on_a_gradient_alone():
 
 
 def test_a_refusal_in_the_middle_of_the_gradient_leaves_no_gradient(monkeypatch):
-    from dpo_cli.modeling import attention
+    from dpo_cli.modeling.attention import pieces as attention
 
     class Breaks(torch.autograd.Function):
         @staticmethod
