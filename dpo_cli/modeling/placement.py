@@ -49,6 +49,8 @@ class Alone:
             trained: Whether it takes gradients.
         """
         wrapped: nn.Module = self.accelerator.prepare_model(scorer, evaluation_mode=not trained)
+        # Accelerate would hold it for as long as the process lives: a reference whose answers are known, for one.
+        self.accelerator._models.remove(wrapped)
         return wrapped
 
     def adding_up(self, scorer: nn.Module, *, last: bool) -> AbstractContextManager[Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import pytest
 from tiny_models import build
 
 import dpo_cli
-from tests.conftest import write_rows
+from dpo_cli.modeling import policy as policies
+from tests.conftest import build_llama, write_rows
 
 
 def test_a_frozen_reference_that_cannot_be_packed_lets_both_models_read_padded_pairs(
@@ -47,3 +50,41 @@ def test_a_reference_of_another_vocabulary_is_refused_before_any_weights_are_rea
     for job in (lambda: list(dpo_cli.train(config)), lambda: dpo_cli.evaluate(config, model=str(tiny_llama))):
         with pytest.raises(dpo_cli.UserError, match="vocabulary"):
             job()
+
+
+@pytest.fixture
+def named_reference(tmp_path, tiny_llama, tokenizer, demo_rows, monkeypatch):
+    """A configuration with a reference of its own, and the models that are loaded, without holding them."""
+    reference, loaded, load = build_llama(tmp_path / "other", tokenizer, seed=3), [], policies.load_policy
+
+    def noting(name, *others):
+        model = load(name, *others)
+        # What is there of those before it is counted while this one is there.
+        gc.collect()
+        loaded.append((str(name), weakref.ref(model), [other for other, known, _ in loaded if known() is not None]))
+        return model
+
+    monkeypatch.setattr(policies, "load_policy", noting)
+    config = {
+        "model": tiny_llama,
+        "reference": {"model": reference},
+        "data": {"train": write_rows(tmp_path / "pairs.jsonl", demo_rows[:12]), "eval": 0.5},
+        "training": {"max_steps": 1},
+        "output_dir": tmp_path / "run",
+    }
+    return config, reference, loaded
+
+
+def test_a_reference_whose_answers_are_kept_is_let_go_of_before_the_first_step(named_reference):
+    config, reference, loaded = named_reference
+    for _ in dpo_cli.train(config):
+        gc.collect()
+        assert [(name, model() is None) for name, model, _ in loaded] == [
+            (str(config["model"]), False), (str(reference), True),
+        ]  # fmt: skip
+
+
+def test_a_reference_whose_answers_are_kept_is_let_go_of_before_the_model_to_score_is_loaded(named_reference):
+    config, reference, loaded = named_reference
+    dpo_cli.evaluate(config, model=str(config["model"]))
+    assert [(name, beside) for name, _, beside in loaded] == [(str(reference), []), (str(config["model"]), [])]
