@@ -1,4 +1,4 @@
-"""Ways to damage a file, and which of them are tried on which files."""
+"""Ways to damage a file, which of them are tried on which files, and what must then become of a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.faults.conftest import FULL
+from tests.faults.trials import NUM_STEPS, Trial, require_error, require_on_from, require_same
 
 TOKENIZER_FILES = ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json")
 STATE_FILES = ("optimizer.safetensors", "random_states.safetensors", "training_state.json")
@@ -77,3 +78,22 @@ def cases(*files: str, same_in_every_run: tuple[str, ...] = (), few: int = len(D
     differing = [file for file in files if file not in same_in_every_run]
     every = [(differing[place % len(differing)], damage) for place, damage in enumerate(DAMAGES)]
     return every[-few:]
+
+
+def require_passed_over(trial: Trial, whole: Trial, other: Trial, file: str, damage: str) -> None:
+    """Damage a file of the newest checkpoint: the run goes on from the one before, names it, and ends the same."""
+    newest = f"step-{NUM_STEPS:06d}"
+    DAMAGES[damage](trial.checkpoints / newest / file, other.checkpoints / newest / file)
+    require_on_from(trial.train("--resume"), NUM_STEPS - 2, rf"^warning: .*{newest}{named(file, damage)}")
+    require_same(trial, whole)
+
+
+def require_refused_or_saved_again(trial: Trial, whole: Trial, other: Trial, file: str, damage: str) -> None:
+    """Damage a file of what a run has trained: it is refused; without a manifest the run is not finished, and ends."""
+    DAMAGES[damage](trial.final / file, other.final / file)
+    ended = trial.train("--resume")
+    if file == "manifest.json" and damage in (MISSING, FOLDER):
+        require_on_from(ended, NUM_STEPS)
+        require_same(trial, whole)
+    else:
+        require_error(ended, f"the trained model is damaged{named(file, damage)}", status=2)

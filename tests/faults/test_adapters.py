@@ -13,7 +13,13 @@ from safetensors.torch import load_file
 
 from tests.conftest import build_llama
 from tests.faults.conftest import FULL
-from tests.faults.damages import DAMAGES, FOLDER, MISSING, STATE_FILES, TOKENIZER_FILES, cases, named
+from tests.faults.damages import (
+    STATE_FILES,
+    TOKENIZER_FILES,
+    cases,
+    require_passed_over,
+    require_refused_or_saved_again,
+)
 from tests.faults.ledger import Outcome
 from tests.faults.trials import (
     NUM_STEPS,
@@ -60,10 +66,8 @@ def test_every_file_is_among_those_that_are_damaged(whole):
 @pytest.mark.parametrize(("file", "damage"), cases(*CHECKPOINT_FILES, same_in_every_run=TOKENIZER_FILES, few=2))
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, whole, stranger, ledger, file, damage):
     trial = whole.unfinished(tmp_path / "t")
-    DAMAGES[damage](trial.checkpoints / NEWEST / file, stranger.checkpoints / NEWEST / file)
     with judged(ledger, f"damage: a file of an adapter's checkpoint, {damage}"):
-        require_on_from(trial.train("--resume"), NUM_STEPS - 2, rf"^warning: .*{NEWEST}{named(file, damage)}")
-        require_same(trial, whole)
+        require_passed_over(trial, whole, stranger, file, damage)
 
 
 def test_a_checkpoint_of_an_adapter_of_another_base_is_passed_over(tmp_path, whole, stranger, ledger):
@@ -78,16 +82,9 @@ def test_a_checkpoint_of_an_adapter_of_another_base_is_passed_over(tmp_path, who
 
 @pytest.mark.parametrize(("file", "damage"), cases(*FINAL_FILES, same_in_every_run=TOKENIZER_FILES, few=2))
 def test_a_damaged_trained_adapter_is_an_error_or_saved_again(tmp_path, whole, stranger, ledger, file, damage):
-    """Without a manifest there is no trained adapter: the run is not finished, and finishes."""
     trial = whole.another(tmp_path / "t", "run", "cache")
-    DAMAGES[damage](trial.final / file, stranger.final / file)
     with judged(ledger, f"damage: the trained adapter's file, {damage}"):
-        ended = trial.train("--resume")
-        if file == "manifest.json" and damage in (MISSING, FOLDER):
-            require_on_from(ended, NUM_STEPS)
-            require_same(trial, whole)
-        else:
-            require_error(ended, f"the trained model is damaged{named(file, damage)}", status=2)
+        require_refused_or_saved_again(trial, whole, stranger, file, damage)
 
 
 @pytest.mark.parametrize("code", ["ENOSPC", "EIO"] if FULL else ["ENOSPC"])

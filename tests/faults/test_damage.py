@@ -14,7 +14,18 @@ import pytest
 
 from tests.conftest import build_llama, read_metrics
 from tests.faults.conftest import FULL
-from tests.faults.damages import DAMAGES, FOLDER, MISSING, STATE_FILES, TOKENIZER_FILES, cases, flip, named
+from tests.faults.damages import (
+    DAMAGES,
+    FOLDER,
+    MISSING,
+    STATE_FILES,
+    TOKENIZER_FILES,
+    cases,
+    flip,
+    named,
+    require_passed_over,
+    require_refused_or_saved_again,
+)
 from tests.faults.launching import run_ranks
 from tests.faults.ledger import Outcome
 from tests.faults.trials import (
@@ -86,10 +97,8 @@ def test_every_file_is_among_those_that_are_damaged(whole):
 @pytest.mark.parametrize(("file", "damage"), cases(*CHECKPOINT_FILES, same_in_every_run=SAME_FILES))
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, whole, stranger, ledger, file, damage):
     trial = whole.unfinished(tmp_path / "t")
-    DAMAGES[damage](trial.checkpoints / NEWEST / file, stranger.checkpoints / NEWEST / file)
     with judged(ledger, f"damage: a checkpoint's file, {damage}"):
-        require_on_from(trial.train("--resume"), NUM_STEPS - 2, rf"^warning: .*{NEWEST}{named(file, damage)}")
-        require_same(trial, whole)
+        require_passed_over(trial, whole, stranger, file, damage)
 
 
 def test_where_every_checkpoint_is_damaged_there_is_an_error_and_they_stay(tmp_path, whole, stranger, ledger):
@@ -229,16 +238,9 @@ def test_log_probabilities_of_another_reference_are_not_used(tmp_path, zygote, t
 
 @pytest.mark.parametrize(("file", "damage"), cases(*FINAL_FILES, same_in_every_run=SAME_FILES))
 def test_a_damaged_trained_model_is_an_error_or_saved_again(tmp_path, whole, stranger, ledger, file, damage):
-    """Without a manifest there is no trained model: the run is not finished, and finishes."""
     trial = whole.another(tmp_path / "t", "run", "cache")
-    DAMAGES[damage](trial.final / file, stranger.final / file)
     with judged(ledger, f"damage: the trained model's file, {damage}"):
-        ended = trial.train("--resume")
-        if file == "manifest.json" and damage in (MISSING, FOLDER):
-            require_on_from(ended, NUM_STEPS)
-            require_same(trial, whole)
-            return
-        require_error(ended, f"the trained model is damaged{named(file, damage)}", status=2)
+        require_refused_or_saved_again(trial, whole, stranger, file, damage)
 
 
 @pytest.mark.parametrize(("file", "damage"), cases(*FINAL_FILES, same_in_every_run=SAME_FILES))
