@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.conftest import ROOT
 
 _MEASURED = """
-import gc, sys
+import gc, json, sys
 from pathlib import Path
 from dpo_cli.modeling.allocator import return_freed_memory, take_over_weights
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
@@ -52,8 +52,8 @@ return_freed_memory()
 everything(warm, out + "-warm")
 took, policy = everything(folder, out)
 sizes = [parameter.nbytes for parameter in policy.model.parameters()]
-import json
-print(json.dumps({"took": took, "weights": sum(sizes), "tensor": 4 * max(p.numel() for p in policy.model.parameters())}))
+largest = max(parameter.numel() for parameter in policy.model.parameters())
+print(json.dumps({"took": took, "weights": sum(sizes), "tensor": 4 * largest}))
 """
 
 
