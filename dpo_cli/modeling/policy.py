@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from dpo_cli.modeling.adapters.adapted import START_ADAPTER, merge_layers
 from dpo_cli.modeling.copies import copied
-from dpo_cli.modeling.folders.loading import empty_policy, load_policy
+from dpo_cli.modeling.folders.identities import known_identity, remember_identity
+from dpo_cli.modeling.folders.loading import empty_policy, load_policy, weights_of
 from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
+from dpo_cli.modeling.folders.model_names import whole_model
 from dpo_cli.modeling.folders.saving import Origin
 from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
 from dpo_cli.modeling.held import FLOAT32, Held
@@ -140,6 +142,19 @@ class Policy:
         # Of the same weights in float32 the digest is the same, and the answers are not.
         others += [self._held.type] if self._held.type == "split" else []
         return text_digest(model, *others) if others else model
+
+    def remember_identity(self, trust: Trust) -> None:
+        """Keep the identity beside the stamps of the files, so that `known_identity` has it without the weights."""
+        origin: Origin = getattr(self.model, "origin", Origin())
+        if origin.read_from is not None:
+            remember_identity(origin.read_from, origin.stamp, self._held, trust, self.identity)
+
+    @classmethod
+    def known_identity(cls, name: str, sketch: Policy, trust: Trust) -> str | None:
+        """Return the identity that a named model of that sketch would have if it were loaded; None: it is not known."""
+        if whole_model(name) != name:
+            return None
+        return known_identity(weights_of(name, sketch.model.name_or_path), sketch._held, trust)
 
     @property
     def scorer(self) -> nn.Module:

@@ -26,7 +26,7 @@ from dpo_cli.modeling.folders.tokenizers import check_same_tokens
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline.memory import settling_scores
-from dpo_cli.pipeline.models import open_reference, opened, reference_sketch, scored_and_reference
+from dpo_cli.pipeline.models import known_reference, open_reference, opened, reference_sketch, scored_and_reference
 from dpo_cli.pipeline.out_of_memory import during
 from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, num_trained_on, prepared_pairs, run_data
 from dpo_cli.pipeline.plan import described_loss
@@ -108,7 +108,10 @@ def _open_both(
         return policy, config.reference.open(), batches
     sketch = Policy.empty(config.model.name, config.model.trust, held=session.held)
     check_fits(pairs, sketch, "`model.name`")
-    reference_sketch(session, sketch)
+    if known := known_reference(session, reference_sketch(session, sketch), model, pairs, held_out):
+        session.console.notice("the cache has all answers of the reference: its weights are not read")
+        (policy,), batches = opened(session, {model: model}, pairs, held_out, settle)
+        return policy, known, batches
     where = "`reference.model`" if config.reference.model else "`model.name`"
     asked, other = scored_and_reference(session, model)
     if config.reference.holds_model or isinstance(asked, Policy):

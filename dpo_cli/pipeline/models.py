@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dpo_cli.config import Config
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.errors import UserError
@@ -27,7 +28,8 @@ from dpo_cli.modeling.proof import REFUSALS, Proof, prove
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.pipeline.out_of_memory import during
 from dpo_cli.pipeline.session import Session
-from dpo_cli.preference.reference import OpenReference
+from dpo_cli.preference.cache import ReferenceCache, reference_identity
+from dpo_cli.preference.reference import Cached, OpenReference
 from dpo_cli.preference.reference_work import ReferenceWork, reference_model
 from dpo_cli.training.checks import check_base, check_fits, check_logps, own_logps_line
 
@@ -118,8 +120,7 @@ def scored_and_reference(session: Session, scored: str) -> tuple[str | Policy, P
     name = config.reference.model or config.model.name
     # An adapter that the run was given as its model is merged, as it was then.
     base = Policy.load(name, config.model.trust, session.accelerator.device, held=held_of(session, name))
-    goes_on = config.adapter is not None and config.adapter.start and not config.reference.model
-    reference = base.with_adapter(session.trained) if goes_on else base
+    reference = base.with_adapter(session.trained) if _goes_on(config) else base
     if not holds_adapter(scored) or not same_model(base_of(scored), name):
         return scored, reference
     return _beside(session, base, scored, name), reference
@@ -149,6 +150,36 @@ def reference_sketch(session: Session, sketch: Policy) -> Policy:
     return reference_model(name, sketch, config.model.trust, held_of(session, name), empty=True)
 
 
+def known_reference(
+    session: Session, sketch: Policy, scored: str, pairs: PreparedPairs, needed: NDArray[np.int64]
+) -> OpenReference | None:
+    """Return the reference where the cache has all of its answers, and the files of its weights are as they were then.
+
+    Args:
+        session: Says which reference.
+        sketch: The reference without its weights.
+        scored: The model that is scored; where it is an adapter of the reference, that is loaded anyway.
+        pairs: All pairs.
+        needed: Indices of those that it will be asked for.
+    """
+    config = session.config
+    name = config.reference.model or config.model.name
+    shared = holds_adapter(scored) and same_model(base_of(scored), name)
+    if not isinstance(config.reference, Cached) or shared or _goes_on(config):
+        return None
+    identity = session.agreed(Policy.known_identity(name, sketch, config.model.trust))
+    if identity is None:
+        return None
+    batches = Batches(pairs, PADDED, 1, session.accelerator.device)
+    cache = ReferenceCache(reference_identity(identity, session.accelerator), batches, session.accelerator)
+    return OpenReference(cache.lookup) if cache.holds(needed.tolist()) else None
+
+
+def _goes_on(config: Config) -> bool:
+    """Tell whether the reference is the model with the adapter that training goes on from."""
+    return config.adapter is not None and bool(config.adapter.start) and not config.reference.model
+
+
 def open_reference(
     session: Session,
     model: Policy,
@@ -175,7 +206,13 @@ def open_reference(
     asking = "while the reference was asked"
     with session.console.progress("reference log-probabilities", num_asked) as progress, during(asking):
         work = ReferenceWork(model, policy, session.accelerator, needed, batches, progress, held_out)
-        return reference.open(work)
+        found = reference.open(work)
+    config = session.config
+    # With another token at the end, the settings of the run's own model are not those of its files.
+    as_it_came = bool(reference.model) or config.model.eos_token is None
+    if isinstance(reference, Cached) and as_it_came and not _goes_on(config) and session.accelerator.is_main_process:
+        model.remember_identity(config.model.trust)
+    return found
 
 
 def expected_layout(session: Session, policy: Policy, pairs: PreparedPairs, *others: Policy) -> Layout:

@@ -69,6 +69,11 @@ class ReferenceCache:
         self._entries: dict[bytes, Entry] = {}
         self._read()
 
+    def holds(self, needed: Sequence[int]) -> bool:
+        """Tell whether all processes know some pairs, given by their indices."""
+        wanted = {self._keys[index] for index in needed}
+        return all(gather_object([wanted <= self._entries.keys()]))
+
     def complete(self, needed: Sequence[int], scorer: BatchScorer, progress: Callable[[int, int], None]) -> None:
         """Compute and write what is missing, block by block, while no other process does.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from dpo_cli.modeling.adapters.merging import merge
 from dpo_cli.modeling.folders.completeness import check_complete, load_complete, say_untied, untied
 from dpo_cli.modeling.folders.gguf_requantizing import load_requantized
 from dpo_cli.modeling.folders.hub import fetch_weights
+from dpo_cli.modeling.folders.identities import stamp_of
 from dpo_cli.modeling.folders.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
 from dpo_cli.modeling.folders.model_names import whole_model
 from dpo_cli.modeling.folders.quantization import check_pickles
@@ -66,6 +68,8 @@ def load_policy(
             check_size(empty, Path(folder), held, device)
         check_pickles([file for file in weights_files(Path(folder)) if file.suffix == ".bin"])
         types = WeightTypes.of_files(Path(folder))
+        source = weights_of(base, folder)
+        stamp = stamp_of(source)
         # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
         os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
         safely = None if trust.pickle else True
@@ -76,6 +80,8 @@ def load_policy(
             mapped = torch.device(device).type == "cpu" and are_as_held(empty, types, held.torch_dtype)
             model = held.settle(load_complete(AutoModelForCausalLM, folder, mapped=mapped, **told), device)
         remember(model, Path(folder), trust, types)
+        if base == name:
+            model.origin = replace(model.origin, read_from=source, stamp=stamp)
         return model
 
     model = load_named(name, "model", load, trust, weights=not requantized)
@@ -105,6 +111,11 @@ def _warn_of_another_name(model: PreTrainedModel, name: str) -> None:
         if kinds and kind not in kinds and other != type(model).__name__:
             told = f"config.json of {name} says `model_type: {kind}` but names `{other}`, which is of another type"
             _log.warning("%s: it is trained as %s, and saved as that", told, type(model).__name__)
+
+
+def weights_of(name: str, folder: str) -> Path:
+    """Return where the weights of a model are, given the folder that it is loaded from: its GGUF file, or that."""
+    return Path(name) if is_gguf(name) else Path(folder)
 
 
 def empty_policy(name: str, trust: Trust = NO_TRUST, held: Held = FLOAT32) -> PreTrainedModel:

@@ -15,6 +15,7 @@ import torch
 
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.folders.completeness import check_complete, configs
+from dpo_cli.modeling.folders.identities import Stamp
 from dpo_cli.modeling.folders.model_files import (
     CONFIG,
     GENERATION,
@@ -64,12 +65,16 @@ class Origin:
         files: The files that belong to it, by name.
         generation: What it says of generation, what transformers does not know included.
         types: The types of its weights.
+        read_from: The folder or file that its weights were read from; None: it is not known.
+        stamp: The stamp of that before they were read.
     """
 
     asked: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
     types: WeightTypes = field(default_factory=lambda: WeightTypes({}, torch.float32))
+    read_from: Path | None = None
+    stamp: Stamp = field(default_factory=dict)
 
 
 def remember(model: PreTrainedModel, folder: Path, trust: Trust, types: WeightTypes) -> None:
