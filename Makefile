@@ -10,7 +10,7 @@ TESTS ?= tests
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal --untouched
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install model quickstart test test-rest test-all check format generated faults plots plot-runs check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup fuzz clean
+.PHONY: help install model quickstart test test-rest test-all check format generated faults plots plot-runs check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup check-gpu gpu-kit fuzz clean
 
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
@@ -24,11 +24,13 @@ help:
 	@echo "make check-layouts  losses of 50 steps of the real model, packed against padded"
 	@echo "make check-losses   losses of a real run against an independent trainer's (PAIRS='file --adapter lora')"
 	@echo "make compare-losses  20 steps of the real model with every loss, side by side (COMPARE='--losses dpo ipo')"
-	@echo "make bench          speed and memory beside TRL 1.16 on the same work, about 100 minutes (BENCH='--repeats 1 --adapter lora')"
+	@echo "make bench          speed and memory beside TRL 1.16 on the same work, about 100 minutes (BENCH='--repeats 1 --adapter lora'; on a GPU: '--device cuda')"
 	@echo "make bench-prepare  speed of preparing pairs, beside TRL (BENCH='--data FILE --rows 20000')"
 	@echo "make bench-scaling  time and memory by the number of pairs (BENCH='--pairs 64 1024')"
 	@echo "make bench-saving   time of saving a checkpoint, beside writing it without any promise"
 	@echo "make bench-startup  time of --help and of the report of a wrong configuration"
+	@echo "make check-gpu      measure and prove on a GPU what tests cannot, in eight minutes; without one a dry run (CHECK_GPU='--only attention')"
+	@echo "make gpu-kit        pack into .gpu/ what a machine with a GPU and torch, but no network, lacks for that"
 	@echo "make generated      write the schema and the pages of settings, findings, losses, shapes and layouts again"
 	@echo "make plots          draw the losses again"
 	@echo "make plot-runs      train a healthy, an over-fitted and a diverged run of the real model and draw them (half an hour)"
@@ -116,6 +118,12 @@ bench-saving: install model
 
 bench-startup: install
 	PYTHONPATH=scripts $(BIN)/python -m benchmark.startup
+
+check-gpu: $(BENCH_INSTALLED)
+	$(BIN)/python scripts/check_gpu.py $(CHECK_GPU)
+
+gpu-kit: install model
+	PYTHONPATH=scripts $(BIN)/python -m gpu.pack $(GPU_KIT)
 
 # Of another Python than those that atheris knows, nothing is lost but the search.
 $(FUZZ_INSTALLED): $(INSTALLED)

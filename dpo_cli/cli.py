@@ -18,7 +18,7 @@ import typer
 
 import dpo_cli
 from dpo_cli.command_line import Command, Program, expanded, expanded_path, split_arguments, split_run
-from dpo_cli.errors import UserError, raise_all
+from dpo_cli.errors import FAILED, UserError, raise_all
 from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
 from dpo_cli.system.signals import Interrupted, StopSignals, ignore_signals
 
@@ -33,6 +33,9 @@ _ABOUT_RUN = """\b
 RUN is the folder of a run with an adapter, or in it `final` or a checkpoint;
 or an adapter of another program.
 KEY=VALUE overrides a setting of the run, such as where its base is now."""
+_ABOUT_CHECKS = """\b
+CHECK is device, libraries, attention, logps, products or resume; by default
+all are made. Exit status 1 if something is wrong; what is not here is not."""
 _ABOUT_CONFIG = """About configuration files.
 
 A configuration is a YAML file of settings. Relative paths in it start at the working directory, not at the file's
@@ -60,6 +63,7 @@ app = typer.Typer(
         "dpo train my.yaml               train",
         "dpo eval my.yaml                score the trained model",
         "dpo export runs/my --merge --to models/my",
+        "dpo doctor                      check this machine",
     ),
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
@@ -224,6 +228,30 @@ def export(
         if to is None:
             raise UserError("no folder to write is given", "the command line", "give one, as in `--to models/my`")
         dpo_cli.export(run, to, merge=merge, dtype=dtype, overrides=overrides, console=console)
+
+
+@app.command(
+    cls=Command,
+    options_metavar="[CHECK ...] [OPTIONS]",
+    epilog=f"{_ABOUT_CHECKS}\n\n"
+    + _examples("dpo doctor", "dpo doctor attention products", "dpo doctor --json doctor.json"),
+)
+def doctor(
+    arguments: Arguments = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", parser=expanded_path, metavar="FILE", help="Write the findings as JSON; `-`: to standard output."
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Check what this machine has, and that it computes as it should."""
+    from dpo_cli.jobs import doctor as examined
+
+    with _job(quiet=quiet) as (console, _):
+        if not examined(console, arguments or (), json_file):
+            raise typer.Exit(FAILED)
 
 
 @config_app.command(cls=Command)

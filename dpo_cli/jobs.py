@@ -18,10 +18,12 @@ from dpo_cli.config.inputs import (
     check_new_file,
     check_preparation,
     check_training,
+    json_file_errors,
     look_up_on_hub,
     scored_model,
 )
 from dpo_cli.config.starting import starting_text
+from dpo_cli.doctor.findings import anything_wrong, chosen
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console, Unattended
 from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
@@ -223,6 +225,25 @@ def export(
 
     with reserved(asked.to):
         return export(asked, console) if isinstance(asked, Merging) else rewrite(asked, console)
+
+
+def doctor(console: Console, checks: Sequence[str], json_file: Path | None) -> bool:
+    """Look at this machine, show what is found, and tell whether nothing is wrong.
+
+    Args:
+        console: What a person sees.
+        checks: Names of checks; none: all.
+        json_file: Where to write what is found; `-`: standard output, in place of the table; or None.
+
+    Raises:
+        UserError: There is no such check, or the file cannot be written.
+    """
+    names = chosen(checks)
+    raise_all(list(json_file_errors(json_file)))
+    console.notice("loading …")
+    from dpo_cli.doctor.examine import examine
+
+    return not anything_wrong(examine(console, names, json_file))
 
 
 def _unattended() -> Console:

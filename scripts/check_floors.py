@@ -30,7 +30,7 @@ FLOORS = {
             ("training", "evaluation"),
             ("reporting",),
             ("config",),
-            ("pipeline",),
+            ("pipeline", "doctor"),
             ("jobs",),
             ("command_line",),
             ("cli",),

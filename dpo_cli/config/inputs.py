@@ -107,14 +107,18 @@ def check_evaluation(config: Config, model: str | None, data: str | None, json_f
     if data is None and config.data.eval is None:
         hint = "set `data.eval`, or name pairs with --data"
         problems.append(UserError("the configuration has no held-out pairs", "`data.eval`", hint))
-    if json_file is not None and json_file != STANDARD_OUTPUT:
-        where = f"--json {json_file}"
-        if json_file.is_dir():
-            problems.append(UserError("the JSON file is a folder", where, "name a file in it"))
-        elif not json_file.parent.is_dir():
-            what = f"there is no folder {located(json_file.parent)} for the JSON file"
-            problems.append(UserError(what, where, "create it"))
-    raise_all(problems)
+    raise_all([*problems, *json_file_errors(json_file)])
+
+
+def json_file_errors(file: Path | None) -> Iterator[UserError]:
+    """Say why results cannot be written to what `--json` names, if so."""
+    if file is None or file == STANDARD_OUTPUT:
+        return
+    where = f"--json {file}"
+    if file.is_dir():
+        yield UserError("the JSON file is a folder", where, "name a file in it")
+    elif not file.parent.is_dir():
+        yield UserError(f"there is no folder {located(file.parent)} for the JSON file", where, "create it")
 
 
 def scored_model(config: Config, model: str | None) -> str:

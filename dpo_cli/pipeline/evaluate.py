@@ -16,7 +16,7 @@ from dpo_cli.data.checkup.selection import without_copies
 from dpo_cli.data.pairs.sources import as_sources, describe
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.records import LABELS
-from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.evaluate import evaluate as score
 from dpo_cli.evaluation.figures import figures, figures_by
@@ -33,9 +33,9 @@ from dpo_cli.pipeline.plan import described_loss
 from dpo_cli.pipeline.session import Session, started
 from dpo_cli.preference.reference import NoReference, OpenReference
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console
+from dpo_cli.reporting.json_file import write_json
 from dpo_cli.reporting.tables import HELD_OUT, figures_table, groups_table
 from dpo_cli.system.launchers import is_main_process
-from dpo_cli.system.storage import write_text
 from dpo_cli.training.checks import check_columns, check_fits
 from dpo_cli.training.run_folder import RunFolder
 
@@ -62,7 +62,7 @@ def evaluate(
         return found
     _show(config, found, console)
     if json_file and is_main_process():
-        _write(json_file, found)
+        write_json(json_file, found, "writing the figures")
         console.notice(f"figures written: {json_file}")
     return found
 
@@ -216,16 +216,3 @@ def _by_label(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, 
         f"by_{name}": figures_by(results, [pairs.label(name, result.index) for result in results]) for name in LABELS
     }
     return {name: groups for name, groups in found.items() if groups}
-
-
-def _write(file: Path, found: dict[str, Any]) -> None:
-    """Write figures as JSON into a file, which may be a pipe or a device."""
-    text = json.dumps(found, indent=1) + "\n"
-    try:
-        if file.exists() and not file.is_file():
-            # A pipe or a device is written into; a rename would put a file in its place.
-            file.write_text(text, encoding="utf-8")
-        else:
-            write_text(file.resolve(), text)
-    except OSError as error:
-        raise from_os_error(error, "writing the figures", str(file)) from error

@@ -1,0 +1,1 @@
+"""What `check_gpu.py` measures, stage by stage."""
