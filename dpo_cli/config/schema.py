@@ -190,6 +190,8 @@ class TrainingSettings(Settings):
     """What computes the attention of the packed layout; auto: on a CPU pieces, on a GPU flex, or varlen if it fails."""
     optimizer: Annotated[Optimizer, _typed(AdamW().type), _short_type("training.optimizer", Optimizer)] = AdamW()
     """The optimizer; adafactor keeps almost no state, rmsprop half of AdamW's."""
+    offload: Annotated[Literal["optimizer"] | None, MAY_CHANGE] = None
+    """What stays in the host's memory: the optimizer's state and the low bits of split weights, on a GPU; null: nothing."""
     learning_rate: float = Field(1.0e-6, gt=0)
     """The highest learning rate; adafactor scales it by the size of each matrix's weights."""
     schedule: Annotated[str, OneOf(*SCHEDULES)] = "linear"

@@ -100,7 +100,7 @@ def _without_passes(
         program_bytes: What the process holds already.
     """
     config, on_cpu = session.config, session.accelerator.device.type == "cpu"
-    state = config.training.optimizer.state_bytes(trained)
+    state = 0 if config.training.offload else config.training.optimizer.state_bytes(trained)
     saved = sizes.saved + state + (sizes.saved if config.reference.type == "synced" else 0)
     return MemoryEstimate(
         program=program_bytes if on_cpu else 0,

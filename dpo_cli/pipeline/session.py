@@ -78,7 +78,8 @@ class Session:
         on_gpu = self.precision.name == "bfloat16" and self.accelerator.device.type == "cuda"
         if weights == "float32" or not (weights == "split" or on_gpu):
             return FLOAT32
-        return Split(gradients=self.config.training.optimizer.gradients)
+        training = self.config.training
+        return Split(gradients=training.optimizer.gradients, low_on_host=training.offload is not None)
 
     def under(self, config: Config) -> Session:
         """Return the same session with other settings."""

@@ -61,6 +61,9 @@ def train(
         Interrupted: A signal came; what was done is saved.
     """
     with started(config, console, signals) as session:
+        if config.training.offload and session.accelerator.device.type == "cpu":
+            what = f"`training.offload: {config.training.offload}` keeps in the host's memory what is there anyway"
+            raise UserError(what, "`training.offload`", "leave it out on a CPU: it is for GPUs")
         plan = planned(session, RunFolder(Path(config.output_dir)), resume=resume, extend=extend)
         if plan and dry_run:
             show_forecast(plan, resume=resume)
@@ -121,7 +124,9 @@ def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume:
     reference = open_reference(
         session, models.pop(), without_gradient(batches), needed, policy=policy, held_out=data.held_out
     )
-    optimizer = training.optimizer.over(policy.trained(), training.learning_rate, training.weight_decay)
+    optimizer = training.optimizer.over(
+        policy.trained(), training.learning_rate, training.weight_decay, on_host=training.offload is not None
+    )
     # Before the optimizer is prepared: a gradient scaler keeps the step that the schedule counts.
     rates = schedule(optimizer, training.schedule, training.warmup_ratio, plan.steps.num_steps)
     learner = Learner(

@@ -49,8 +49,17 @@ class OptimizerSettings(Settings):
         """Return how many numbers are kept of a parameter."""
         raise NotImplementedError
 
-    def over(self, trained: Sequence[Parameter], learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Return the optimizer of parameters; biases and norms are not decayed."""
+    def over(
+        self, trained: Sequence[Parameter], learning_rate: float, weight_decay: float, *, on_host: bool = False
+    ) -> torch.optim.Optimizer:
+        """Return the optimizer of parameters; biases and norms are not decayed.
+
+        Args:
+            trained: The parameters.
+            learning_rate: The highest.
+            weight_decay: That of matrices.
+            on_host: Whether the state stays in the host's memory between steps.
+        """
         from dpo_cli.modeling.split import low_bits
         from dpo_cli.training.stepping import OneByOne
 
@@ -59,9 +68,9 @@ class OptimizerSettings(Settings):
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        if not self.one_by_one and all(low_bits(p) is None for p in trained):
+        if not (self.one_by_one or on_host) and all(low_bits(p) is None for p in trained):
             return self.build(groups, learning_rate)
-        return OneByOne(lambda stand_ins: self.build(stand_ins, learning_rate), groups)
+        return OneByOne(lambda stand_ins: self.build(stand_ins, learning_rate), groups, on_host=on_host)
 
     def state_bytes(self, trained: Sequence[Tensor]) -> int:
         """Return what is kept of parameters, in bytes: of those with fewer bits, that of the whole values."""

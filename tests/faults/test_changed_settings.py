@@ -39,6 +39,7 @@ DECIDES = {
 
 WATCHES = {
     "training.micro_batch_tokens", "training.layout", "training.gradient_checkpointing", "training.rank_timeout",
+    "training.offload",
     "training.on_nonfinite", "training.max_skipped",
     "evaluation.every_steps", "logging.every_steps",
     "checkpoints.every_steps", "checkpoints.at_end", "checkpoints.keep", "checkpoints.background",
@@ -181,7 +182,8 @@ OTHERS = {
 
 
 def test_a_run_goes_on_with_all_that_may_change_changed(write_config, tmp_path, zygote):
-    assert {*OTHERS, "output_dir"} == WATCHES
+    # Offloading is for GPUs, and refused here.
+    assert {*OTHERS, "output_dir", "training.offload"} == WATCHES
     # Importing a tracker takes longer than all the rest.
     others = OTHERS if FULL else {**OTHERS, "tracking": "[]"}
     file = write_config("run", training={"max_steps": 4}, checkpoints={"every_steps": 2})

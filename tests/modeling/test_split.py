@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,12 +11,15 @@ from safetensors.torch import load_file
 from torch.nn import Parameter
 from transformers import AutoModelForCausalLM
 
-from dpo_cli.modeling.held import Split
+from dpo_cli.config.schema import TrainingSettings
+from dpo_cli.modeling.held import FLOAT32, Split
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.split import low_bits, merge, split, split_weights, whole_value
 from dpo_cli.preference.reference import Frozen, Synced
-from dpo_cli.training.optimizer import Adafactor, AdamW, RMSprop
+from dpo_cli.settings import types
+from dpo_cli.training.optimizer import Adafactor, AdamW, AdamW8bit, Optimizer, RMSprop
 from tests.builders import prepare_pairs, train_in_process
+from tests.conftest import ROOT
 
 NUMBERS = 10_000_000
 
@@ -77,6 +81,71 @@ def test_200_steps_on_split_weights_are_those_on_float32_given_the_same_gradient
     for p, q in zip(whole_model.parameters(), halves.parameters(), strict=True):
         assert q.dtype == torch.bfloat16
         assert torch.equal(whole_value(q), p)
+
+
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, AdamW8bit()], ids=str)
+def test_what_stays_on_the_host_is_stepped_on_as_if_it_did_not(optimizer):
+    def go_on(trained, chosen, steps):
+        for step in steps:
+            torch.manual_seed(step)
+            for p in trained:
+                p.grad = torch.randn(p.shape).to(p.grad_dtype)
+            chosen.step()
+
+    near, far, again = ([*small().parameters()] for _ in range(3))
+    for trained, on_host in ((near, False), (far, True), (again, True)):
+        holder = torch.nn.ParameterList(trained)
+        split_weights(holder, "cpu", getattr(torch, optimizer.gradients), low_on_host=on_host)
+    ours, theirs, other = (optimizer.over(t, 1e-3, 0.1, on_host=t is not near) for t in (near, far, again))
+    go_on(near, ours, range(6))
+    go_on(far, theirs, range(3))
+    kept = {name: value.data_ptr() for name, value in theirs.state[far[0]].items() if value.ndim}
+    for p, q in zip(again, far, strict=True):
+        p.data.copy_(q.data)
+        p.low_bits.copy_(q.low_bits)
+    other.load_state_dict(theirs.state_dict())
+    go_on(far, theirs, range(3, 6))
+    go_on(again, other, range(3, 6))
+    for p, q, r in zip(near, far, again, strict=True):
+        assert torch.equal(whole_value(p), whole_value(q))
+        assert torch.equal(whole_value(p), whole_value(r))
+    # It is written over where it is.
+    assert kept == {name: value.data_ptr() for name, value in theirs.state[far[0]].items() if value.ndim}
+
+
+TABLE = ROOT / "docs" / "weights.md"
+ROW = re.compile(
+    r"^\| `(float32|split)`[^|]*\| `(\w+)` \|( `optimizer` )?[^|]*\| ([\d.]+) [^|]*\| ([\d.]+) [^|]*\|", re.M
+)
+ROWS = [match.groups() for match in ROW.finditer(TABLE.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(("weights", "name", "offload", "device", "host"), ROWS, ids=str)
+def test_a_parameter_takes_the_bytes_that_the_table_says(weights, name, offload, device, host):
+    optimizer = TrainingSettings(optimizer=name).optimizer
+    layer = torch.nn.Linear(4096, 1024, bias=False)
+    held = Split(gradients=optimizer.gradients, low_on_host=bool(offload)) if weights == "split" else FLOAT32
+    if weights == "split":
+        held.settle(layer, "cpu")
+    chosen = optimizer.over([layer.weight], 1e-3, 0.0, on_host=bool(offload))
+    layer.weight.grad = torch.ones_like(layer.weight, dtype=layer.weight.grad_dtype)
+    chosen.step()
+    state = sum(kept.nbytes for kept in chosen.state[layer.weight].values())
+    low = layer.weight.low_bits.nbytes if weights == "split" else 0
+    on_device, on_host = layer.weight.nbytes + layer.weight.grad.nbytes, state + low
+    if not offload:
+        on_device, on_host = on_device + on_host, 0
+    numbers = layer.weight.numel()
+    assert on_device / numbers == pytest.approx(float(device), abs=0.05)
+    assert on_host / numbers == pytest.approx(float(host), abs=0.05)
+    estimated = held.bytes_of(layer) + held.gradient_bytes([layer.weight])
+    assert estimated + (0 if offload else optimizer.state_bytes([layer.weight])) == pytest.approx(on_device, abs=8)
+
+
+def test_the_table_has_every_optimizer_and_both_ways_to_hold_weights():
+    assert {(weights, name) for weights, name, *_ in ROWS} >= {("split", name) for name in types(Optimizer)}
+    assert len(ROWS) == 9
+    assert {weights for weights, *_ in ROWS} == {"float32", "split"}
 
 
 def test_gradients_of_several_passes_are_added_up_in_float32():
