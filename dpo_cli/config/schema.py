@@ -189,9 +189,9 @@ class TrainingSettings(Settings):
     attention: Annotated[str, OneOf("auto", *KERNELS), MAY_CHANGE] = "auto"
     """What computes the attention of the packed layout; auto: on a CPU pieces, on a GPU flex, or varlen if it fails."""
     optimizer: Annotated[Optimizer, _typed(AdamW().type), _short_type("training.optimizer", Optimizer)] = AdamW()
-    """The optimizer; adafactor keeps almost no state, rmsprop half of AdamW's."""
+    """The optimizer; adafactor keeps almost no state, adamw_8bit a quarter of AdamW's, rmsprop half."""
     offload: Annotated[Literal["optimizer"] | None, MAY_CHANGE] = None
-    """What stays in the host's memory: the optimizer's state and the low bits of split weights, on a GPU; null: nothing."""
+    """On GPUs: keep the optimizer's state and the low bits of split weights in the host's memory. null: on the GPU."""
     learning_rate: float = Field(1.0e-6, gt=0)
     """The highest learning rate; adafactor scales it by the size of each matrix's weights."""
     schedule: Annotated[str, OneOf(*SCHEDULES)] = "linear"
