@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_cli.data.prepared.step_plan import MicroBatch
@@ -17,7 +18,7 @@ from dpo_cli.modeling.attention.kernels import PIECES, Kernel
 from dpo_cli.modeling.attention.trees import TokenTree
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.responses import Predictions, Responses
-from dpo_cli.modeling.sending import sent
+from dpo_cli.modeling.sending import packed, sent
 from dpo_cli.modeling.tree import grow
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ class PairBatch:
         return sent(self, device)
 
 
+Prepared = Callable[[], PairBatch]
+"""Sends a batch to the device, where it is returned."""
+
+
 @dataclass(frozen=True)
 class Batches:
     """Cuts pairs into micro-batches and makes a micro-batch into tensors on the device.
@@ -81,12 +86,16 @@ class Batches:
         layout: How they are laid out.
         micro_batch_tokens: The most tokens of one forward pass; a pair that alone has more is one by itself.
         device: Where the model is.
+        known: Returns what is known of some pairs' `PairBatch.reference`, on the CPU; or None.
+        source: What prepares micro-batches; None: they are when they are asked for.
     """
 
     pairs: PreparedPairs
     layout: Layout
     micro_batch_tokens: int
     device: torch.device
+    known: Callable[[Sequence[int]], NDArray[np.float32]] | None = None
+    source: Callable[[MicroBatch], Prepared] | None = None
 
     def cut(self, indices: Sequence[int]) -> list[MicroBatch]:
         """Cut some pairs, each in one micro-batch."""
@@ -94,10 +103,18 @@ class Batches:
         return [MicroBatch(tuple(cut)) for cut in cuts]
 
     def __call__(self, micro_batch: MicroBatch) -> PairBatch:
-        """Read the pairs and lay them out; no token of a filler counts."""
+        """Return the pairs laid out, on the device; no token of a filler counts."""
+        return (self.source or self.prepare)(micro_batch)()
+
+    def prepare(self, micro_batch: MicroBatch) -> Prepared:
+        """Read the pairs, lay them out and pack them for the device, of which nothing is asked."""
         pairs = [self.pairs[index] for index in micro_batch.pairs]
-        batch = self.layout.batch(micro_batch.pairs, pairs).to(self.device)
-        return dataclasses.replace(batch, counts=torch.zeros_like(batch.counts)) if micro_batch.filler else batch
+        batch = self.layout.batch(micro_batch.pairs, pairs)
+        if micro_batch.filler:
+            batch = dataclasses.replace(batch, counts=torch.zeros_like(batch.counts))
+        if self.known:
+            batch = dataclasses.replace(batch, reference=torch.from_numpy(self.known(micro_batch.pairs)))
+        return packed(batch, self.device)
 
 
 def padded_batch(indices: Sequence[int], pairs: Sequence[TokenizedPair]) -> PairBatch:

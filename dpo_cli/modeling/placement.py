@@ -57,17 +57,18 @@ class Alone:
         """Return the context of a backward pass whose gradients are added to those of the step's passes before it."""
         return contextlib.nullcontext()
 
-    def clip(self, trained: Iterable[Parameter], norm: float | None) -> float:
-        """Clip the step's gradients to a norm, or to none; return the norm before, over all processes."""
+    def clip(self, trained: Iterable[Parameter], norm: float | None) -> Tensor:
+        """Clip the step's gradients to a norm, or to none; return the norm before, over all processes, unread."""
         trained = list(trained)
         gradients = [weights.grad for weights in trained if weights.grad is not None]
         if all(gradient.dtype != torch.bfloat16 for gradient in gradients):
-            return float(self.accelerator.clip_grad_norm_(trained, norm or math.inf))
+            before: Tensor = self.accelerator.clip_grad_norm_(trained, norm or math.inf)
+            return before
         # Torch would round each norm to bfloat16.
         norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
         total = torch.linalg.vector_norm(norms)
         clip_grads_with_norm_(trained, norm or math.inf, total)
-        return float(total)
+        return total
 
     def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return weights made whole, those that other processes have included."""

@@ -315,8 +315,8 @@ class Policy:
         with self.training_pass(), self.placement.adding_up(self.scorer, last=last):
             yield
 
-    def clip(self, norm: float | None) -> float:
-        """Clip the step's gradients to a norm, or to none; return the norm before."""
+    def clip(self, norm: float | None) -> Tensor:
+        """Clip the step's gradients to a norm, or to none; return the norm before, for which the host does not wait."""
         return self.placement.clip(self._trained.weights(self.model), norm)
 
     def finite(self) -> bool:

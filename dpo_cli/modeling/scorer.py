@@ -6,11 +6,13 @@ gradients see everything the loss depends on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention.trees import reading
@@ -20,6 +22,9 @@ from dpo_cli.modeling.routing import expert_load, experts_per_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_LOOKED_FOR = "find_packed_sequence_indices"
+"""What transformers looks for sequences with that begin anew within a row."""
 
 BatchScorer = Callable[[PairBatch], Tensor]
 """Returns the log-probability of each response token of a batch, `[N]`, in nats, as a `Scorer` does."""
@@ -55,7 +60,7 @@ class Scorer(nn.Module):
         collisions = self.collisions if collisions is None else collisions
         # Where experts were not asked about, the model is called as one that has none.
         asked = {"output_router_logits": True} if with_load else {}
-        with reading(batch.tree):
+        with reading(batch.tree), one_sequence_a_row():
             outputs = self.policy.base_model(**model_inputs(batch), **asked)
         states = outputs[0].flatten(0, 1)
         logps = token_logps(states, batch.predictions, batch.targets, self.head(), collisions=collisions)
@@ -72,7 +77,7 @@ class Scorer(nn.Module):
 
     def own_logps(self, batch: PairBatch) -> Tensor:
         """Return what `forward` should: the same log-probabilities, by the model's own logits, all of them."""
-        with reading(batch.tree):
+        with reading(batch.tree), one_sequence_a_row():
             logits = self.policy(**model_inputs(batch)).logits
         logps = logits.flatten(0, 1)[batch.positions].float().log_softmax(-1)
         found: Tensor = logps.gather(-1, batch.targets[:, None]).squeeze(-1)
@@ -105,10 +110,28 @@ class Scorer(nn.Module):
         return float((whole - cut)[:, : following.shape[1]].gather(-1, following).abs().max())
 
 
+@contextlib.contextmanager
+def one_sequence_a_row() -> Iterator[None]:
+    """Keep transformers from looking for sequences that begin anew within a row, for which it waits for the device.
+
+    Rows of the padded layout hold one sequence each, and a tree says itself what each token sees.
+    """
+    functions = vars(masking_utils)
+    looked_for = functions[_LOOKED_FOR]
+    functions[_LOOKED_FOR] = lambda position_ids: None
+    try:
+        yield
+    finally:
+        functions[_LOOKED_FOR] = looked_for
+
+
 def model_inputs(batch: PairBatch) -> dict[str, Any]:
     """Return what a model of transformers is called with."""
     if batch.tree is None:
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+        # No token sees padding on the right, and a GPU's fastest attention takes no mask; given one, transformers would
+        # wait for the device to look into it. On a CPU attention without a mask rounds otherwise.
+        mask = batch.attention_mask if batch.input_ids.device.type == "cpu" else None
+        return {"input_ids": batch.input_ids, "attention_mask": mask, "use_cache": False}
     return {"input_ids": batch.input_ids, "position_ids": batch.tree.depths[None], "use_cache": False}
 
 

@@ -59,13 +59,16 @@ def _part(buffer: Tensor, start: int, like: Tensor) -> Tensor:
 
 
 def sent(value: T, device: torch.device) -> T:
-    """Return a dataclass with all of its tensors on a device; on a CPU they are there."""
-    return value if device.type == "cpu" else parcel_for(value, device).to(device)
+    """Return a dataclass with all of its tensors on a device."""
+    return packed(value, device)()
 
 
-def parcel_for(value: T, device: torch.device) -> Parcel[T]:
-    """Pack a dataclass for a device."""
-    return Parcel.of(value, pinned=device.type == "cuda")
+def packed(value: T, device: torch.device) -> Callable[[], T]:
+    """Pack a dataclass for a device; return what sends it and returns it there. For a CPU nothing is copied."""
+    if device.type == "cpu":
+        return lambda: value
+    parcel = Parcel.of(value, pinned=device.type == "cuda")
+    return lambda: parcel.to(device)
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:

@@ -106,10 +106,18 @@ class ReferenceCache:
                 progress(stop, len(needed))
 
     def lookup(self, batch: PairBatch) -> Tensor:
-        """Return the log-probability of each response token of a batch, `[N]`, in nats."""
-        entries = [self._entries[self._keys[index]] for index in batch.pairs]
-        parts = [chosen for chosen, _ in entries] + [rejected for _, rejected in entries]
-        return torch.from_numpy(np.concatenate(parts)).to(self._accelerator.device)
+        """Return the log-probability of each response token of a batch, `[N]`, in nats, on the device.
+
+        A batch that brought them along has them there.
+        """
+        if batch.reference is not None:
+            return batch.reference
+        return torch.from_numpy(self.values(batch.pairs)).to(self._accelerator.device)
+
+    def values(self, pairs: Sequence[int]) -> NDArray[np.float32]:
+        """Return the log-probability of each response token of some pairs, `[N]`, as `lookup` does."""
+        entries = [self._entries[self._keys[index]] for index in pairs]
+        return np.concatenate([chosen for chosen, _ in entries] + [rejected for _, rejected in entries])
 
     def _compute(
         self, missing: Sequence[int], scorer: BatchScorer, progress: Callable[[int, int], None], done: int, total: int

@@ -8,7 +8,8 @@ The classes are settings, and are read before torch is needed: what computes is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -17,9 +18,11 @@ from pydantic import Field
 from dpo_cli.settings import PathText, Settings
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor
 
-    from dpo_cli.modeling.batch import PairBatch
+    from dpo_cli.modeling.batch import Batches, PairBatch
     from dpo_cli.modeling.policy import Policy
     from dpo_cli.modeling.scorer import BatchScorer
     from dpo_cli.preference.reference_work import ReferenceWork
@@ -34,16 +37,22 @@ class OpenReference:
         moving: The reference where it is going to move, to be saved and restored, or None.
         after_step: To be called with the number of every step that was taken.
         beginning: Scores held-out pairs as the reference did before step 1, where it moves; or None.
+        known: Returns what `logps` does, of some pairs and on the CPU, where that was computed before; or None.
     """
 
     logps: BatchScorer
     moving: Policy | None = None
     after_step: Callable[[int], None] = lambda step: None
     beginning: BatchScorer | None = None
+    known: Callable[[Sequence[int]], NDArray[np.float32]] | None = None
 
     def __call__(self, batch: PairBatch) -> Tensor:
         """Return the log-probability of each response token of a batch, `[N]`, in nats, without gradient."""
         return self.logps(batch)
+
+    def beside(self, batches: Batches) -> Batches:
+        """Return batches that bring along what is known, so that the device does not have to wait for it."""
+        return dataclasses.replace(batches, known=self.known)
 
 
 class Cached(Settings):
@@ -62,7 +71,8 @@ class Cached(Settings):
 
     def open(self, work: ReferenceWork) -> OpenReference:
         """Look up what the cache has of the pairs, compute and keep the rest."""
-        return OpenReference(work.cached(work.needed, work.scorer(work.model)))
+        cache = work.cached(work.needed, work.scorer(work.model))
+        return OpenReference(cache.lookup, known=cache.values)
 
 
 class Frozen(Settings):
@@ -116,7 +126,7 @@ class Synced(Settings):
         move = work.mover(model, self.alpha)
         beginning = None
         if work.held_out is not None and len(work.held_out):
-            beginning = work.cached(work.held_out, scorer)
+            beginning = work.cached(work.held_out, scorer).lookup
 
         def after_step(step: int) -> None:
             if step % self.every_steps == 0:

@@ -76,12 +76,12 @@ class ReferenceWork:
 
         return at_beginning
 
-    def cached(self, indices: NDArray[np.int64], scorer: BatchScorer) -> BatchScorer:
-        """Look up what the cache has of some pairs, compute and keep the rest; return the cache's scorer."""
+    def cached(self, indices: NDArray[np.int64], scorer: BatchScorer) -> ReferenceCache:
+        """Look up what the cache has of some pairs, compute and keep the rest; return the cache."""
         identity = reference_identity(self.model.identity, self.accelerator)
         cache = ReferenceCache(identity, self.batches, self.accelerator)
         cache.complete(indices.tolist(), scorer, self.progress)
-        return cache.lookup
+        return cache
 
     def mover(self, model: Policy, alpha: float) -> Callable[[], None]:
         """Return a function that moves a model a share of the way to the policy: θ_ref ← α·θ + (1−α)·θ_ref.

@@ -18,6 +18,7 @@ from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.responses import Responses
 from dpo_cli.modeling.routing import balance_loss
 from dpo_cli.modeling.scorer import BatchScorer
+from dpo_cli.modeling.sending import sent, with_tensors
 from dpo_cli.preference.losses.base import PairLosses, Statistics, StepInfo
 from dpo_cli.preference.metrics import pair_values
 from dpo_cli.preference.objective import Objective
@@ -52,22 +53,24 @@ class ExpertLoad:
         for batch in batches:
             self(batch)
 
-    def gather(self) -> None:
+    def gather(self, accelerator: Accelerator) -> None:
         """Take the batches so far, with those of other ranks, as the whole step."""
-        loads: list[Tensor] = gather_object([load.detach().cpu() for load in self._loads])
-        self._whole, self._loads = torch.stack(loads).sum(0), []
+        loads = torch.stack(self._loads).detach()
+        if accelerator.num_processes > 1:
+            loads = torch.stack(gather_object(list(loads.cpu()))).to(loads.device)
+        self._whole, self._loads = loads.sum(0), []
 
     def share(self) -> Tensor:
         """Return the last batch's share of the step's load-balancing loss; all of it if none was gathered."""
         load = self._loads.pop()
         if self._whole is None:
             self._whole = load.detach()
-        return balance_loss(load, self._whole.to(load.device))
+        return balance_loss(load, self._whole)
 
-    def loss(self) -> float:
+    def loss(self) -> Tensor:
         """Return the load-balancing loss of the whole step."""
         assert self._whole is not None, "no batch was scored"
-        return float(balance_loss(self._whole, self._whole))
+        return balance_loss(self._whole, self._whole)
 
 
 def step_info(sizes: PairSizes, pairs: Sequence[int], statistics: Statistics) -> StepInfo:
@@ -147,14 +150,14 @@ def score_step(
         with torch.no_grad():
             parts = (scorer(batch), reference(batch), batch.weights, batch.margins)
         if not micro_batch.filler:
-            mine.append(_MicroBatchLogps(rank, batch.pairs, batch.lengths, *(part.cpu() for part in parts)))
-    scored: list[_MicroBatchLogps] = gather_object(mine)
+            mine.append(_MicroBatchLogps(rank, batch.pairs, batch.lengths, *parts))
+    scored = _of_all_ranks(mine, accelerator)
     halves = (half for side in zip(*(part.halves() for part in scored), strict=True) for half in side)
     responses = Responses.of(list(itertools.chain.from_iterable(halves)))
     logps, of_reference = (
         _joined([getattr(part, name) for part in scored], scored) for name in ("policy", "reference")
     )
-    logps.requires_grad_()
+    logps, responses = logps.requires_grad_(), sent(responses, logps.device)
     weights, margins = (torch.cat([getattr(part, name) for part in scored]) for name in ("weights", "margins"))
     pairs, values = _apply(
         objective, SequenceLogps.of(logps, responses), SequenceLogps(of_reference, responses), step, weights, margins
@@ -187,6 +190,14 @@ class _MicroBatchLogps:
     def halves(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the lengths of the chosen and those of the rejected responses."""
         return self.lengths[: len(self.weights)], self.lengths[len(self.weights) :]
+
+
+def _of_all_ranks(mine: list[_MicroBatchLogps], accelerator: Accelerator) -> list[_MicroBatchLogps]:
+    """Return the micro-batches of all ranks, on the CPU; those of a rank alone stay where they are."""
+    if accelerator.num_processes == 1:
+        return mine
+    gathered: list[_MicroBatchLogps] = gather_object([with_tensors(part, Tensor.cpu) for part in mine])
+    return gathered
 
 
 def _joined(logps: Sequence[Tensor], scored: Sequence[_MicroBatchLogps]) -> Tensor:

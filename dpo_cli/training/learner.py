@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 
-from dpo_cli.data.prepared.step_plan import Plan, Step
+from dpo_cli.data.prepared.step_plan import MicroBatch, Plan, Step
+from dpo_cli.modeling.ahead import prepared_ahead
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.modeling.policy import Policy
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
     from torch.optim.lr_scheduler import LambdaLR
+
+PairsAndLosses = tuple[tuple[int, ...], "Tensor"]
+"""The indices of some pairs, and the loss of each."""
 
 
 @dataclass(frozen=True)
@@ -139,14 +144,26 @@ class Learner:
         """
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         while self.done < plan.num_steps:
-            at_hand = self.recuts.batches(batches, self.done + 1)
-            for step in plan.steps(at_hand.cut, self.done, rank, num_ranks):
-                if self.recuts.batches(batches, step.number).micro_batch_tokens != at_hand.micro_batch_tokens:
-                    break
-                result = self._take_or_recut(step, at_hand)
-                if result is None:
-                    break
-                yield result
+            at_hand = self.reference.beside(self.recuts.batches(batches, self.done + 1))
+            steps = functools.partial(plan.steps, at_hand.cut, self.done, rank, num_ranks)
+            with prepared_ahead(at_hand, self._asked_for(steps())) as prepared:
+                for step in steps():
+                    if self.recuts.batches(batches, step.number).micro_batch_tokens != at_hand.micro_batch_tokens:
+                        break
+                    result = self._take_or_recut(step, prepared)
+                    if result is None:
+                        break
+                    yield result
+
+    def _asked_for(self, steps: Iterable[Step]) -> Iterator[MicroBatch]:
+        """Yield the micro-batches of steps in the order in which passes ask for them."""
+        for step in steps:
+            yield from step.micro_batches * (2 if self._looks_first(step) else 1)
+
+    def _looks_first(self, step: Step) -> bool:
+        """Tell whether something depends on the whole step, so that passes without gradient come first."""
+        several = len(step.micro_batches) > 1 or self.accelerator.num_processes > 1
+        return several and (self.objective.compares_pairs or self.objective.router_aux > 0)
 
     def _take_or_recut(self, step: Step, batches: Batches) -> StepResult | None:
         """Take one step; or, where memory runs out in its passes, undo them and let it be cut again.
@@ -180,7 +197,9 @@ class Learner:
         """
         return self._finish(step, *self._add_up_gradients(step, batches))
 
-    def _finish(self, step: Step, sums: StepSums, not_finite: list[int], further: dict[str, float]) -> StepResult:
+    def _finish(
+        self, step: Step, sums: StepSums, losses: Sequence[PairsAndLosses], further: dict[str, Tensor]
+    ) -> StepResult:
         """Move the weights by the gradients that were added up.
 
         Raises:
@@ -188,19 +207,21 @@ class Learner:
         """
         if self.asked_to_stop():
             sums.ask_to_stop()
-        metrics, num_tokens, stop = sums.reduce(self.accelerator)
         scaler = self.accelerator.scaler
-        broken, norm = None, math.nan
+        # A scaler unscales what is clipped, and must be asked for a step then: with one the loss is looked at before.
+        norms = {} if scaler else {"grad_norm": self.policy.clip(self.max_grad_norm)}
+        figures = sums.read(self.accelerator, {**further, **norms})
+        metrics, broken, norm = figures.means | figures.further, None, math.nan
         if not math.isfinite(metrics["loss"]):
-            broken = NotFinite(step.number, tuple(sorted(gather_object(not_finite))), "loss")
+            broken = NotFinite(step.number, tuple(sorted(gather_object(_not_finite(losses)))), "loss")
         else:
-            norm = self.policy.clip(self.max_grad_norm)
+            norm = float(self.policy.clip(self.max_grad_norm)) if scaler else metrics["grad_norm"]
             # In float16 the gradient scaler expects overflows, skips their steps and lowers its scale, down to 1.
             if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < 1):
                 broken = NotFinite(step.number, step.pairs, "gradient")
         if broken and not self.skips.take():
             raise broken
-        metrics |= {**further, "grad_norm": norm, "learning_rate": float(self.rates.get_last_lr()[0])}
+        metrics |= {"grad_norm": norm, "learning_rate": float(self.rates.get_last_lr()[0])}
         # A scaler has to be told of every gradient that it unscaled; it leaves out by itself what overflowed.
         if not broken or (scaler is not None and broken.what == "gradient"):
             self.optimizer.step()
@@ -209,27 +230,28 @@ class Learner:
         self.rates.step()
         self.optimizer.zero_grad()
         self.reference.after_step(step.number)
-        return StepResult(step.number, step.epoch, metrics, num_tokens, stop, step.pairs, broken)
+        return StepResult(step.number, step.epoch, metrics, figures.num_tokens, figures.stop, step.pairs, broken)
 
-    def _add_up_gradients(self, step: Step, batches: Batches) -> tuple[StepSums, list[int], dict[str, float]]:
-        """Run this rank's micro-batches forward and backward.
+    def _add_up_gradients(
+        self, step: Step, batches: Batches
+    ) -> tuple[StepSums, list[PairsAndLosses], dict[str, Tensor]]:
+        """Run this rank's micro-batches forward and backward, without waiting for the device.
 
         Returns:
-            Their sums, the pairs whose loss is not finite, and metrics of the whole step.
+            Their sums, their pairs' losses, and metrics of the whole step.
         """
         objective, reference, accelerator = self.objective, self.reference, self.accelerator
-        sums, not_finite = StepSums(accelerator.device), []
+        sums, all_losses = StepSums(accelerator.device), []
         info = step_info(batches.pairs.sizes, step.pairs, self.statistics)
         scored, experts = None, ExpertLoad(self.policy.scorer) if objective.router_aux else None
         ask = experts or self.policy.scorer
-        if len(step.micro_batches) > 1 or accelerator.num_processes > 1:
-            # What depends on the whole step takes a pass without gradient before the first one with it.
+        if self._looks_first(step):
             if objective.compares_pairs:
                 scored = iter(score_step(ask, objective, reference, batches, step.micro_batches, info, accelerator))
             elif experts:
                 experts.observe(map(batches, step.micro_batches))
             if experts:
-                experts.gather()
+                experts.gather(accelerator)
         for place, micro_batch in enumerate(step.micro_batches, 1):
             with self.policy.adding_up(last=place == len(step.micro_batches)):
                 batch = batches(micro_batch)
@@ -252,8 +274,8 @@ class Learner:
                 accelerator.backward(pull * weight)
             if not micro_batch.filler:
                 sums.add(values, batch.num_tokens)
-                not_finite += _not_finite(batch.pairs, losses)
-        return sums, not_finite, {"router_aux": experts.loss()} if experts else {}
+                all_losses.append((batch.pairs, losses.detach()))
+        return sums, all_losses, {"router_aux": experts.loss()} if experts else {}
 
     def state(self) -> LearnerState:
         """Look at what steps change, the policy's weights aside, as it is now; nothing is copied."""
@@ -290,6 +312,11 @@ class Learner:
             self.accelerator.scaler.load_state_dict(state.scaler)
 
 
-def _not_finite(indices: tuple[int, ...], losses: Tensor) -> list[int]:
+def _not_finite(all_losses: Iterable[PairsAndLosses]) -> list[int]:
     """Return the pairs whose loss is NaN or infinite."""
-    return [index for index, fine in zip(indices, torch.isfinite(losses).tolist(), strict=True) if not fine]
+    return [
+        index
+        for indices, losses in all_losses
+        for index, fine in zip(indices, torch.isfinite(losses).tolist(), strict=True)
+        if not fine
+    ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,31 +15,58 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+@dataclass(frozen=True)
+class StepFigures:
+    """What is read of a step at its end.
+
+    Attributes:
+        means: Of each of `PAIR_METRICS`, over the step's pairs, all ranks together.
+        num_tokens: Tokens of all ranks' forward passes, without padding.
+        stop: Whether any rank was asked to stop.
+        further: What else was read, by name.
+    """
+
+    means: dict[str, float]
+    num_tokens: int
+    stop: bool
+    further: dict[str, float]
+
+
 class StepSums:
-    """What one rank adds up over the micro-batches of a step.
+    """What one rank adds up over the micro-batches of a step, on the device, which the host asks once.
 
     Args:
-        device: Where the sums are kept until they are reduced.
+        device: Where the sums are kept until they are read.
     """
 
     def __init__(self, device: torch.device) -> None:
         # MPS has no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._sums = torch.zeros(len(PAIR_METRICS) + 3, dtype=dtype, device=device)
+        self._num_pairs = self._num_tokens = self._stops = 0
 
     def add(self, values: Tensor, num_tokens: int) -> None:
         """Add a micro-batch: its `pair_values`, `[B, 9]`, and its tokens."""
         self._sums[:-3] += values.sum(0)
-        self._sums[-3] += len(values)
-        self._sums[-2] += num_tokens
+        self._num_pairs += len(values)
+        self._num_tokens += num_tokens
 
     def ask_to_stop(self) -> None:
         """Let every rank know that this one was asked to stop."""
-        self._sums[-1] += 1
+        self._stops += 1
 
-    def reduce(self, accelerator: Accelerator) -> tuple[dict[str, float], int, bool]:
-        """Add the ranks' sums together, once; return means, tokens, and whether any rank should stop."""
-        total = accelerator.reduce(self._sums, reduction="sum").tolist()
-        *sums, num_pairs, num_tokens, stops = total
+    def read(self, accelerator: Accelerator, further: Mapping[str, Tensor]) -> StepFigures:
+        """Add the ranks' sums together and wait for the device, once.
+
+        Args:
+            accelerator: Knows the ranks.
+            further: What else is read, by name, a number each; all ranks have the same.
+        """
+        for place, count in enumerate((self._num_pairs, self._num_tokens, self._stops), len(PAIR_METRICS)):
+            self._sums[place] += count
+        total = accelerator.reduce(self._sums, reduction="sum")
+        numbers = [number.detach().to(total.device, total.dtype).reshape(1) for number in further.values()]
+        values = torch.cat([total, *numbers]).tolist()
+        *sums, num_pairs, num_tokens, stops = values[: len(total)]
         means = {name: value / num_pairs for name, value in zip(PAIR_METRICS, sums, strict=True)}
-        return means, int(num_tokens), stops > 0
+        return StepFigures(means, int(num_tokens), stops > 0, dict(zip(further, values[len(total) :], strict=True)))

@@ -74,7 +74,7 @@ class Float64(Float32):
 class Gentle(Alone):
     """One process, which lets no gradient through."""
 
-    def clip(self, trained: Iterable[Parameter], norm: float | None) -> float:
+    def clip(self, trained: Iterable[Parameter], norm: float | None) -> Tensor:
         return super().clip(trained, norm and 1e-12)
 ''',
     ),

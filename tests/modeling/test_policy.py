@@ -141,6 +141,6 @@ def test_gradients_are_clipped_to_a_norm_and_that_before_is_returned(policy):
     for weights in policy.trained():
         weights.grad = torch.ones_like(weights)
     norm = sum(weights.numel() for weights in policy.trained()) ** 0.5
-    assert policy.clip(None) == pytest.approx(norm)
-    assert policy.clip(2.0) == pytest.approx(norm)
-    assert policy.clip(None) == pytest.approx(2.0, rel=1e-4)
+    assert float(policy.clip(None)) == pytest.approx(norm)
+    assert float(policy.clip(2.0)) == pytest.approx(norm)
+    assert float(policy.clip(None)) == pytest.approx(2.0, rel=1e-4)

@@ -99,13 +99,13 @@ class DPO(MarginLossSettings):
         z = self._beta(pairs.delta, pairs.step) * pairs.difference(self.divergence) - self.margins(pairs.step)
         return logistic(z, self.label_smoothing)
 
-    def _beta(self, delta: Tensor, step: StepInfo) -> float:
+    def _beta(self, delta: Tensor, step: StepInfo) -> float | Tensor:
         """Return the step's β."""
         if self.adaptive_beta is None or "margin" not in step.statistics:
             return self.beta
-        excess = self.beta * float(delta.detach().mean()) - step.statistics["margin"]
+        excess = self.beta * delta.detach().mean().double() - step.statistics["margin"]
         # A step of bad pairs must not make β negative.
-        return min(self.beta * max(1 + self.adaptive_beta.alpha * excess, 1e-3), 100.0)
+        return (self.beta * (1 + self.adaptive_beta.alpha * excess).clamp(min=1e-3)).clamp(max=100.0)
 
     def after_step(self, statistics: Statistics, means: Mapping[str, float]) -> Statistics:
         """M₀ ← m·M₀ + (1−m)·mean reward margin; the first step's margin begins it."""
