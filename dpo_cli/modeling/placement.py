@@ -66,7 +66,7 @@ class Alone:
             return before
         # Torch would round each norm to bfloat16.
         norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
-        total = torch.linalg.vector_norm(norms)
+        total: Tensor = torch.linalg.vector_norm(norms)
         clip_grads_with_norm_(trained, norm or math.inf, total)
         return total
 

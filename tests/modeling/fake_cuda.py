@@ -66,6 +66,13 @@ class HostStops(TorchDispatchMode):
     def __enter__(self) -> HostStops:
         self._patches = contextlib.ExitStack()
         self._patches.enter_context(mock.patch.object(FakeTensor, "tolist", lambda tensor: self._answer(tensor)))
+        make = torch.Tensor.new_tensor
+
+        def new_tensor(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            self.stops["new_tensor"] += tensor.device == CUDA
+            return make(tensor, *args, **kwargs)
+
+        self._patches.enter_context(mock.patch.object(torch.Tensor, "new_tensor", new_tensor))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -77,13 +84,14 @@ class HostStops(TorchDispatchMode):
         return [1.0] * tensor.numel()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result, name = func(*args, **kwargs), func.overloadpacket.__name__
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        # Some of them fail, since there is no answer.
+        if name in _ASKS and any(isinstance(one, torch.Tensor) and one.device == CUDA for one in args):
+            self.stops[name] += 1
+        result = func(*args, **kwargs)
         if name == "empty" and kwargs.get("pin_memory"):
             self._pinned.append(result)
         tensors = [one for one in (*args, result) if isinstance(one, torch.Tensor)]
-        if name in _ASKS and any(one.device == CUDA for one in tensors):
-            self.stops[name] += 1
         if name in ("_to_copy", "copy_") and len({one.device.type for one in tensors}) > 1:
             source = args[1] if name == "copy_" else args[0]
             free = kwargs.get("non_blocking") and _storage(source) in map(_storage, self._pinned)

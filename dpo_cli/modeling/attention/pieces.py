@@ -74,17 +74,18 @@ class PieceMask:
         if num_queries == 1 and num_keys <= (self.window or num_keys):
             return None
         if (key := (like.dtype, like.device)) not in self._masks:
-            self._masks[key] = self._largest().to(like)
+            self._masks[key] = self._largest(like)
         # What is hidden is told by how far from the end both stand, whatever their number.
         return self._masks[key][-num_queries:, -num_keys:]
 
-    def _largest(self) -> Tensor:
-        """Return the mask of the most queries and keys of one call."""
+    def _largest(self, like: Tensor) -> Tensor:
+        """Return the mask of the most queries and keys of one call, made where it is used."""
         num_keys = max(stretch.end for stretch in self.stretches)
         num_queries = min(_BLOCK_TOKENS, num_keys)
-        distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)
+        keys = torch.arange(num_keys, device=like.device)
+        distance = keys[num_keys - num_queries :, None] - keys
         hidden = (distance < 0) | (distance >= (self.window or num_keys))
-        return torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        return like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
 
 
 class Reads(NamedTuple):
