@@ -49,13 +49,18 @@ class HeldSettings(Settings):
             sketch: The model without its weights.
             device: Where it is going to be.
         """
-        return self.built_as()
+        return {**self.built_as(), **self._placed(device)}
 
     def loaded_on(self, device: torch.device | str) -> torch.device:
-        """Return where the weights come into memory first."""
+        """Return where the weights come into memory first: one after the other on the device."""
         import torch
 
-        return torch.device("cpu")
+        return torch.device(device)
+
+    def _placed(self, device: torch.device | str) -> dict[str, Any]:
+        """Return what transformers is told of where weights are loaded: nothing where that is the host."""
+        where = self.loaded_on(device)
+        return {} if where.type == "cpu" else {"device_map": {"": where}}
 
     def lay_out(self, model: PreTrainedModel) -> None:
         """Give a model without weights the layers that it has when it is loaded.
@@ -122,7 +127,11 @@ class Split(HeldSettings):
 
     def loaded_as(self, sketch: PreTrainedModel, device: torch.device | str) -> dict[str, Any]:
         """Return what transformers is told: what is in the files is rounded here alone."""
-        return FLOAT32.built_as()
+        return {**FLOAT32.built_as(), **self._placed(device)}
+
+    def loaded_on(self, device: torch.device | str) -> torch.device:
+        """Return where the weights come into memory first: the host, where half of each stays there."""
+        return super().loaded_on("cpu" if self.low_on_host else device)
 
     def settle(self, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
         """Return a model whose weights are split, on its device."""
@@ -181,12 +190,6 @@ class QuantizedSettings(HeldSettings):
         layers = self.layers()
         layers.llm_int8_skip_modules = kept_in_dtype(sketch)
         return {**self.built_as(), "quantization_config": layers, "device_map": {"": self.loaded_on(device)}}
-
-    def loaded_on(self, device: torch.device | str) -> torch.device:
-        """Return where the weights come into memory first: never as a whole before they are quantized."""
-        import torch
-
-        return torch.device(device)
 
     def lay_out(self, model: PreTrainedModel) -> None:
         """Give a model without weights quantized layers.

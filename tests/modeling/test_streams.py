@@ -16,6 +16,7 @@ from dpo_cli.modeling.folders.saved_weights import SavedWeights
 from dpo_cli.modeling.folders.streams import _NAMES, save_tensors
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from dpo_cli.modeling.folders.weight_types import WeightTypes
+from dpo_cli.modeling.held import Bfloat16, Float32, Held, Nf4, Split
 from dpo_cli.modeling.policy import Policy
 from scripts.tiny_models import build
 
@@ -134,3 +135,13 @@ def test_each_weight_keeps_the_type_that_it_came_in(tmp_path: Path, tiny_llama: 
     policy.write(folder, load_tokenizer(str(tiny_llama)), types=policy.came_in)
     assert (folder / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert load_policy(str(folder)).config.vocab_size == policy.vocabulary
+
+
+@pytest.mark.parametrize("held", [Float32(), Bfloat16(), Split(), Nf4()])
+def test_weights_go_to_a_gpu_without_a_copy_of_all_on_the_host(held: Held, tiny_llama: Path) -> None:
+    sketch = Policy.empty(str(tiny_llama)).model
+    assert held.loaded_as(sketch, "cuda:0")["device_map"] == {"": torch.device("cuda:0")}
+    assert held.loaded_on("cuda:0") == torch.device("cuda:0")
+    assert "device_map" not in Float32().loaded_as(sketch, "cpu")
+    # Half of each stays on the host.
+    assert "device_map" not in Split(low_on_host=True).loaded_as(sketch, "cuda:0")
