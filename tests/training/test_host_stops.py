@@ -72,7 +72,7 @@ def learner_on_cuda(monkeypatch, model, pairs, layout, *, loss=None, reference=N
         yield Learner(policy, objective, opened, prepared, rates, accelerator, max_grad_norm=1.0), plan, batches
 
 
-LOSSES = {
+WAYS = {
     "dpo": {},
     "a sum": {"loss": (DPO(margin_scale=1.0), SFT())},
     "means": {"loss": SimPO()},
@@ -89,11 +89,14 @@ LOSSES = {
 }
 
 
+QUICK = ("dpo", "a cache and ranks")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("how", LOSSES)
+@pytest.mark.parametrize("how", [how if how in QUICK else pytest.param(how, marks=pytest.mark.slow) for how in WAYS])
 def test_a_step_asks_the_device_once_and_a_micro_batch_never(tiny_llama, pairs, monkeypatch, layout, how):
     """Forward, loss and backward pass, clipping, the optimizer: 2 steps of several micro-batches."""
-    with learner_on_cuda(monkeypatch, tiny_llama, pairs, layout, **LOSSES[how]) as (learner, plan, batches):
+    with learner_on_cuda(monkeypatch, tiny_llama, pairs, layout, **WAYS[how]) as (learner, plan, batches):
         passes = [len(step.micro_batches) * (1 + learner._looks_first(step)) for step in plan.steps(batches.cut)]
         assert min(passes) > 1
         with HostStops() as host:
