@@ -50,6 +50,7 @@ class MemoryEstimate:
         copy: The state that is written in the background while training goes on.
         counted: Whether the activations could be counted: not where what a model computes depends on the values.
         several: Whether a step has several forward passes, so that gradients stand while activations are made.
+        exchanged: What processes keep of the gradients to average them.
         keeps_freed: Whether a CPU keeps what is freed for the next pass.
         gaps: What then lies between tensors and is of no use to others.
     """
@@ -64,13 +65,15 @@ class MemoryEstimate:
     copy: int
     counted: bool
     several: bool
+    exchanged: int = 0
     keeps_freed: bool = False
     gaps: int = 0
 
     @property
     def standing(self) -> int:
         """What is there all the time."""
-        return self.program + self.weights + self.reference + self.optimizer + self.copy + self.gaps
+        held = self.program + self.weights + self.reference + self.optimizer
+        return held + self.exchanged + self.copy + self.gaps
 
     @property
     def peak(self) -> int:
@@ -96,6 +99,7 @@ class MemoryEstimate:
             "gradients": self.gradients,
             "activations": self.activations,
             "logits": self.logits,
+            "gradients being averaged": self.exchanged,
             "copy being saved": self.copy,
             "gaps between tensors": self.gaps,
         }

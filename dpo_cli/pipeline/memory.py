@@ -108,6 +108,8 @@ def _without_passes(
         reference=_reference_bytes(config, sizes, reference),
         optimizer=state,
         gradients=sizes.trained,
+        # DistributedDataParallel has buckets of its own for them.
+        exchanged=sizes.trained if session.accelerator.num_processes > 1 else 0,
         activations=0,
         counted=False,
         logits=0,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import re
+import types
 
 import pytest
 import torch
@@ -98,6 +100,7 @@ def test_an_adapter_takes_gradients_moments_and_copies_of_its_own_weights_alone(
         "gradients": 4 * adapter,
         "activations": 0,
         "logits": 0,
+        "gradients being averaged": 0,
         "gaps between tensors": 0,
         "copy being saved": background * (4 * adapter * (1 + (reference == SYNCED)) + parts["optimizer"]),
     }
@@ -155,6 +158,16 @@ def least(session, config, settings):
     one = session(**{name: group for name, group in values.items() if name in GROUPS})
     policy = trained_policy(one, empty=True)
     return memory._without_passes(one, policy.sizes(), policy.trained(), policy, 0).needed
+
+
+def test_of_several_processes_each_holds_the_gradients_that_are_averaged_once_more(session):
+    """As DistributedDataParallel does, which has flat buckets of its own."""
+    one = session()
+    policy = trained_policy(one, empty=True)
+    accelerator = types.SimpleNamespace(num_processes=2, device=one.accelerator.device, mixed_precision="no")
+    two = dataclasses.replace(one, accelerator=accelerator)
+    alone, beside = (memory._without_passes(each, policy.sizes(), policy.trained(), policy, 0) for each in (one, two))
+    assert beside.peak - alone.peak == beside.parts()["gradients being averaged"] == policy.sizes().trained
 
 
 def test_the_parts_are_listed_one_below_the_other_with_the_peak_at_the_end(session, model, monkeypatch):
