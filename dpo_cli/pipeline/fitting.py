@@ -11,7 +11,7 @@ from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.preference.reference import Cached
 from dpo_cli.reporting.console import gib
-from dpo_cli.training.optimizer import Adafactor
+from dpo_cli.training.optimizer import Adafactor, AdamW8bit, Optimizer
 
 Needed = Callable[[Config], MemoryEstimate]
 """Estimates what a run takes at least under other settings; raises a `UserError` where its model cannot have them."""
@@ -87,20 +87,39 @@ def _smaller(config: Config) -> Iterator[tuple[Sequence[str], Config]]:
         settings = [*settings, "`reference.type: cached`"]
         yield settings, lighter
     if config.adapter is None:
-        if config.training.optimizer.type != "adafactor":
-            training = config.training.model_copy(update={"optimizer": Adafactor()})
-            yield (
-                [*settings, "`training.optimizer: adafactor`"],
-                lighter.model_copy(update={"training": training}),
-            )
+        yield from ((settings + changed, smaller) for changed, smaller in _other_optimizers(lighter))
         if missing_package("peft", "adapters", ""):
             return
         # Of an adapter, neither a reference nor a copy of its state takes much.
         settings, lighter = ["`adapter: lora`"], config.model_copy(update={"adapter": Lora()})
+        if config.model.weights == "split":
+            settings, lighter = [*settings, "`model.weights: auto`"], _with_model(lighter, weights="auto")
         yield settings, lighter
-    if lighter.model.quantize is None and not missing_package("bitsandbytes", "quantize", ""):
-        model = lighter.model.model_copy(update={"quantize": "nf4"})
-        yield [*settings, "`model.quantize: nf4`"], lighter.model_copy(update={"model": model})
+    few = lighter.model.quantize is None and lighter.model.weights == "auto"
+    if few and not missing_package("bitsandbytes", "quantize", ""):
+        yield [*settings, "`model.quantize: nf4`"], _with_model(lighter, quantize="nf4")
+
+
+def _other_optimizers(config: Config) -> Iterator[tuple[list[str], Config]]:
+    """Yield optimizers that keep less of each weight, all of which train."""
+    kind = config.training.optimizer.type
+    if kind != "adafactor":
+        yield ["`training.optimizer: adafactor`"], _with_optimizer(config, Adafactor())
+    if kind == "adamw_8bit" or missing_package("bitsandbytes", "quantize", ""):
+        return
+    smaller, settings = _with_optimizer(config, AdamW8bit()), ["`training.optimizer: adamw_8bit`"]
+    yield settings, smaller
+    if config.model.weights != "split" and config.model.dtype in ("auto", "bfloat16"):
+        yield ["`model.weights: split`", *settings], _with_model(smaller, weights="split")
+
+
+def _with_optimizer(config: Config, optimizer: Optimizer) -> Config:
+    training = config.training.model_copy(update={"optimizer": optimizer})
+    return config.model_copy(update={"training": training})
+
+
+def _with_model(config: Config, **settings: str) -> Config:
+    return config.model_copy(update={"model": config.model.model_copy(update=settings)})
 
 
 def _listed(settings: Sequence[str]) -> str:

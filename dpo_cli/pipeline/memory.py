@@ -15,6 +15,7 @@ from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch, largest
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.held import Split
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.measured_passes import PassBytes
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, free_bytes, logits_bytes
@@ -66,7 +67,7 @@ def check_memory(session: Session, policy: Policy, reference: Policy, program_by
             sizes = sizes_under_lora(policy.model, config.adapter, dtype, quantized=quantized)
             trained: Sequence[Tensor] = lora_weights(policy.model, config.adapter)
         else:
-            same = (config.adapter, config.model) == (session.config.adapter, session.config.model)
+            same = (config.adapter, changed.held) == (session.config.adapter, session.held)
             model = policy if same else trained_policy(changed, empty=True)
             sizes, trained = model.sizes(), model.trained()
         memory = _without_passes(changed, sizes, trained, reference, program_bytes)
@@ -108,14 +109,20 @@ def _without_passes(
         reference=_reference_bytes(config, sizes, reference),
         optimizer=state,
         gradients=sizes.trained,
-        # DistributedDataParallel has buckets of its own for them.
-        exchanged=sizes.trained if session.accelerator.num_processes > 1 else 0,
+        exchanged=_exchanged_bytes(session, sizes),
         activations=0,
         counted=False,
         logits=0,
         copy=saved if on_cpu and config.checkpoints.background else 0,
         several=False,
     )
+
+
+def _exchanged_bytes(session: Session, sizes: Sizes) -> int:
+    """Return what averaging gradients over processes takes beside them: buckets, unless it is done where they are."""
+    held = session.held
+    in_place = isinstance(held, Split) and held.gradients != held.dtype
+    return sizes.trained if session.accelerator.num_processes > 1 and not in_place else 0
 
 
 def _reference_bytes(config: Config, policy: Sizes, reference: Policy) -> int:
@@ -212,7 +219,7 @@ def _check_least(run: PlannedRun, batches: Batches, free: int) -> None:
 
     def needed(config: Config) -> MemoryEstimate:
         changed = run.session.under(config)
-        same = (config.adapter, config.model) == (run.session.config.adapter, run.session.config.model)
+        same = (config.adapter, changed.held) == (run.session.config.adapter, run.session.held)
         policy = run.sketch if same else trained_policy(changed, empty=True)
         reference = run.reference if config.reference.model else policy
         tried = dataclasses.replace(run, session=changed, sketch=policy, reference=reference, program_bytes=0)

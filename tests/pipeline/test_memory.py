@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_models import build
 
-from dpo_cli.config import load_config
+from dpo_cli.config import as_config, load_config
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
@@ -67,8 +67,8 @@ def session(tmp_path, model, pairs_file):
         one.__exit__(None, None, None)
 
 
-GROUPS = ("adapter", "reference", "training", "checkpoints", "model")
 LORA = {"type": "lora", "rank": RANK}
+SPLIT = {"weights": "split"}
 SYNCED = {"type": "synced", "every_steps": 2}
 
 
@@ -118,8 +118,24 @@ def test_an_adapter_takes_gradients_moments_and_copies_of_its_own_weights_alone(
         ({"reference": "frozen"}, lambda base, adapter: 4 * base + 17 * 8 * adapter, "set `adapter: lora`"),
         ({}, lambda base, adapter: 2 * base + 17 * 8 * adapter, "set `adapter: lora` and `model.quantize: nf4`"),
         ({"adapter": LORA}, lambda base, adapter: 2 * base + 17 * adapter, "set `model.quantize: nf4`"),
+        ({"model": SPLIT}, lambda base, adapter: 9 * base, "set `training.optimizer: adafactor`"),
+        (
+            {"model": SPLIT},
+            lambda base, adapter: 4 * base + 17 * 8 * adapter,
+            "set `adapter: lora` and `model.weights: auto`",
+        ),
     ],
-    ids=["adafactor", "adapter", "background", "cached", "an adapter instead of all others", "quantized", "more"],
+    ids=[
+        "adafactor",
+        "adapter",
+        "background",
+        "cached",
+        "an adapter instead of all others",
+        "quantized",
+        "more",
+        "split",
+        "an adapter instead",
+    ],
 )
 def test_what_does_not_fit_is_refused_with_the_least_change_that_would(
     session, model, monkeypatch, settings, bytes_of, hint
@@ -136,7 +152,7 @@ def test_what_does_not_fit_is_refused_with_the_least_change_that_would(
     (first, _), *others = suggested(refused.value.hint)
     assert " and ".join(f"`{setting}`" for setting in first) == hint.removeprefix("set ")
     for together, peak in [(first, None), *others]:
-        exact = least(session, one.config, together)
+        exact = least(one, together)
         assert exact <= free
         assert peak is None or peak == pytest.approx(exact / 2**30, abs=0.006)
 
@@ -147,17 +163,17 @@ def suggested(hint):
     return [(re.findall("`([^`]+)`", settings), float(peak)) for settings, peak in named]
 
 
-def least(session, config, settings):
+def least(one, settings):
     """Return what a run takes at least under settings, of a policy that is really built under them."""
-    values = config.model_dump(mode="json")
+    values = one.config.model_dump(mode="json")
     for setting in settings:
         path, value = setting.split(": ")
         *groups, name = path.split(".")
         group = functools.reduce(dict.__getitem__, groups, values)
         group[name] = {"true": True, "false": False}.get(value, value)
-    one = session(**{name: group for name, group in values.items() if name in GROUPS})
-    policy = trained_policy(one, empty=True)
-    return memory._without_passes(one, policy.sizes(), policy.trained(), policy, 0).needed
+    other = one.under(as_config(values))
+    policy = trained_policy(other, empty=True)
+    return memory._without_passes(other, policy.sizes(), policy.trained(), policy, 0).needed
 
 
 def test_of_several_processes_each_holds_the_gradients_that_are_averaged_once_more(session):
@@ -168,6 +184,21 @@ def test_of_several_processes_each_holds_the_gradients_that_are_averaged_once_mo
     two = dataclasses.replace(one, accelerator=accelerator)
     alone, beside = (memory._without_passes(each, policy.sizes(), policy.trained(), policy, 0) for each in (one, two))
     assert beside.peak - alone.peak == beside.parts()["gradients being averaged"] == policy.sizes().trained
+
+
+@pytest.mark.parametrize(("settings", "changed"), [({}, ["model.weights: split"]), ({"model": SPLIT}, [])], ids=str)
+def test_moments_of_8_bits_beside_weights_in_two_halves_take_8_bytes_a_weight(
+    session, model, monkeypatch, settings, changed
+):
+    base, _ = numbers(model)
+    one = session(**settings)
+    policy = trained_policy(one, empty=True)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 9 * base)
+    with pytest.raises(UserError) as refused:
+        check_memory(one, policy, policy, 0)
+    together = [*changed, "training.optimizer: adamw_8bit"]
+    assert together in [named for named, _ in suggested(refused.value.hint)]
+    assert least(one, together) == pytest.approx(8 * base, rel=0.02)
 
 
 def test_the_parts_are_listed_one_below_the_other_with_the_peak_at_the_end(session, model, monkeypatch):
