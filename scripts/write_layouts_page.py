@@ -41,10 +41,19 @@ The row is a prefix tree in depth-first order. Each token keeps its position in 
 earlier tokens of that sequence only, within the layer's window. Common beginnings of fewer than four tokens are
 repeated, since each branch costs a separate piece of attention.
 
-Everything else in the model is unchanged. Its attention is replaced through the interface of transformers: by
-scaled-dot-product attention piece by piece, or by FlexAttention with the tree's rule on CUDA. No mask over the whole
-row is built. Grouped key-value heads, sliding windows, soft caps and scaling factors are supported; other properties of
-an architecture's attention (sinks, biases, chunks, special masks) are refused.
+Everything else in the model is unchanged. Its attention is replaced through the interface of transformers by a kernel,
+which `training.attention` chooses:
+
+| kernel | where | how |
+|---|---|---|
+| `pieces` | everywhere; `auto` on CPUs | scaled-dot-product attention, piece by piece between the branches |
+| `flex` | CUDA; first with `auto` | FlexAttention, which skips blocks of 128 × 128 tokens in which nothing is seen |
+| `varlen` | CUDA; next with `auto` | FlashAttention over the pieces, their keys gathered: 16 bits only, no soft caps |
+
+No mask over the whole row is built. For `flex` the row is padded to a multiple of 128 tokens; padding is in no sequence
+and never scored. Grouped key-value heads, sliding windows, soft caps and scaling factors are supported; other
+properties of an architecture's attention (sinks, biases, chunks, special masks) are refused. [GPUs](gpu.md) says more
+of kernels.
 
 ## The proof
 
@@ -56,8 +65,9 @@ is one line:
 
     checked: packed gives the same as padded, up to 2e-06 nats per token; its gradient's norm by 2e-08
 
-If a difference is larger than rounding explains, or the model is refused, `auto` says why in one line and uses the
-padded layout, and the model gets its own attention back; `training.layout: packed` stops the run instead.
+If a difference is larger than rounding explains, or the model is refused, `auto` says why in one line. It proves the
+next kernel, where there is one, and otherwise uses the padded layout, and the model gets its own attention back.
+`training.layout: packed`, or a kernel that was asked for by name, stops the run instead.
 """
 TOLERANCES = """
 | precision | log-probability of a token, nats | norm of the gradient |

@@ -339,6 +339,13 @@ def test_a_setting_without_effect_is_an_error(tmp_path):
     assert error.where.endswith("line 6")
 
 
+def test_a_kernel_of_attention_that_the_layout_does_not_use_is_an_error(tmp_path):
+    asked = ["training.layout=padded", "training.attention=pieces"]
+    (error,) = problems(write(tmp_path, MINIMAL), *asked)
+    assert "`training.attention: pieces` has no effect with `training.layout: padded`" in error.what
+    load_config(write(tmp_path, MINIMAL), ["training.layout=packed", "training.attention=pieces"])
+
+
 @pytest.mark.parametrize(
     "text",
     [

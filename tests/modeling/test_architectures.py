@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -13,20 +14,22 @@ import pytest
 import torch
 from accelerate import Accelerator
 from tiny_models import KINDS, build, example_pairs
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
 from write_layouts_page import PAGE, page
 
 from dpo_cli.config import Config
 from dpo_cli.data.prepared.step_plan import PairSizes
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.attention.trees import TREE_ATTENTION
+from dpo_cli.modeling.attention.kernels import PIECES, Pieces
+from dpo_cli.modeling.attention.trees import TREE_ATTENTION, CannotPack
 from dpo_cli.modeling.digests import weights_digest
 from dpo_cli.modeling.folders.saving import saved_model
 from dpo_cli.modeling.layouts import LAYOUTS, Packed, Padded
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import Proof, prove
-from dpo_cli.modeling.scorer import Scorer, recompute_activations
+from dpo_cli.modeling.scorer import Scorer, model_inputs, recompute_activations
 from dpo_cli.pipeline.models import choose_layout
 from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.losses import DPO
@@ -134,11 +137,11 @@ class Held:
         return self.pairs[index]
 
 
-def choose(model, layout):
+def choose(model, layout, attention="auto"):
     """Choose a layout as a run does; return it with all that was said."""
     said, warned = [], []
     console = SimpleNamespace(notice=said.append, warning=warned.append)
-    config = Config(model="m", training={"layout": layout})
+    config = Config(model="m", training={"layout": layout, "attention": attention})
     session = Session(config, console, StopSignals(), Accelerator(cpu=True), Progress())
     chosen, _ = choose_layout(session, [Policy(model)], Held(PAIRS), np.arange(len(PAIRS)), trained=True)
     return chosen, said, warned
@@ -286,3 +289,68 @@ def test_a_run_that_asks_for_what_cannot_be_packed_ends_with_a_hint(forked_dpo, 
     assert "hint: set `training.layout: auto`" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_mask_what_is_scored_before_padding_is_the_same(kind):
+    """On a GPU the padded layout hands over no mask."""
+    model, batch = build(kind), LAYOUTS["padded"].batch(range(len(PAIRS)), PAIRS)
+    assert not batch.attention_mask.all()
+    with torch.no_grad():
+        masked, plain = (
+            model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)[batch.positions]
+            for mask in (batch.attention_mask, None)
+        )
+    torch.testing.assert_close(plain.log_softmax(-1), masked.log_softmax(-1), rtol=0, atol=5e-5)
+
+
+def test_the_padded_layout_hands_over_its_mask_on_a_cpu_and_none_on_a_gpu():
+    batch = LAYOUTS["padded"].batch(range(len(PAIRS)), PAIRS)
+    assert model_inputs(batch)["attention_mask"] is batch.attention_mask
+    with FakeTensorMode():
+        sent = dataclasses.replace(batch, input_ids=torch.empty(batch.input_ids.shape, dtype=torch.long, device="cuda"))
+    assert model_inputs(sent)["attention_mask"] is None
+
+
+def failing(*failures):
+    """Return kernels that refuse every row, one for each failure, and the pieces that read them."""
+
+    def kernel(name, failure):
+        class Refusing(Pieces):
+            def mask(self, *_):
+                raise failure
+
+        Refusing.name = name
+        return Refusing()
+
+    return [*(kernel(name, failure) for name, failure in failures), PIECES]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [CannotPack("its scores have a soft cap"), RuntimeError("No valid triton configs. OutOfResources: shared memory")],
+)
+def test_where_a_kernel_fails_the_next_one_is_proved_and_named(failure, monkeypatch):
+    kernels = failing(("flex", failure))
+    monkeypatch.setattr("dpo_cli.pipeline.models.kernels_for", lambda asked, device: kernels)
+    chosen, said, (warned,) = choose(build("llama"), "auto")
+    assert chosen == Packed(PIECES, (None,))
+    assert warned.startswith("trying packed, since packed (flex attention) cannot be used with this model (Llama")
+    assert str(failure) in warned
+    assert said[0].startswith("checked: packed gives the same as padded")
+
+
+def test_where_all_kernels_fail_the_padded_layout_is_used(monkeypatch):
+    kernels = failing(("flex", CannotPack("one")), ("varlen", CannotPack("other")))[:2]
+    monkeypatch.setattr("dpo_cli.pipeline.models.kernels_for", lambda asked, device: kernels)
+    chosen, _, (first, second) = choose(build("llama"), "auto")
+    assert isinstance(chosen, Padded)
+    assert "one" in first
+    assert "using the padded layout, since the packed (varlen attention) one is not exact" in second
+
+
+def test_attention_that_was_asked_for_and_cannot_be_used_stops_the_run():
+    with pytest.raises(UserError, match=r"`pieces` attention cannot be used .*sinks") as refused:
+        choose(build("gpt_oss"), "auto", "pieces")
+    assert refused.value.where == "`training.attention: pieces`"
+    assert "attention: auto" in refused.value.hint
