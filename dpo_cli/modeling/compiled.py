@@ -89,3 +89,8 @@ def leave_uncompiled(model: PreTrainedModel) -> None:
     """Let the decoder layers of a model be called as they are."""
     for layer in decoder_layers(model):
         layer._compiled_call_impl = None
+
+
+def are_compiled(model: PreTrainedModel) -> bool:
+    """Tell whether decoder layers of a model are called as `compile_layers` made them."""
+    return any(layer._compiled_call_impl is not None for layer in decoder_layers(model))

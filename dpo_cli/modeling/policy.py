@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_cli.modeling.adapters.adapted import START_ADAPTER, merge_layers
+from dpo_cli.modeling.compiled import are_compiled
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.folders.identities import known_identity, remember_identity
 from dpo_cli.modeling.folders.loading import empty_policy, load_policy, weights_of
@@ -59,6 +60,7 @@ class Policy:
         self._trained, self._held = trained or Whole(), held
         self._own_attention: str = model.config._attn_implementation
         self._placement: Placement | None = None
+        self._layout: Layout | None = None
         self._scorer: nn.Module | None = None
         self._beginning: nn.Module | None = None
         self._trained.choose(model)
@@ -196,6 +198,13 @@ class Policy:
         if self.model.config._attn_implementation != self._own_attention:
             self.model.set_attn_implementation(self._own_attention)
         layout.prepare(self.model)
+        self._layout = layout
+
+    @property
+    def passes_through(self) -> dict[str, str]:
+        """How a pass is computed, which decides how its numbers are rounded: under which layout, by which layers."""
+        layers = {"layers": "compiled" if are_compiled(self.model) else "not compiled"}
+        return layers | ({"layout": self._layout.described} if self._layout else {})
 
     @contextlib.contextmanager
     def reading_plainly(self) -> Iterator[PreTrainedModel]:

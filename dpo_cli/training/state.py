@@ -145,7 +145,7 @@ class Snapshot:
         record = TrainingState(
             step=state.step,
             fingerprints=dict(notes.fingerprints),
-            surroundings=surroundings(learner.accelerator),
+            surroundings=surroundings(learner.accelerator) | learner.policy.passes_through,
             statistics=state.statistics,
             skipped=state.skipped,
             metrics=notes.metrics,
@@ -193,7 +193,7 @@ def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
             tensors[REFERENCE] = load_tensors(path / REFERENCE, accelerator.device)
         state = LearnerState(record.step, tensors, record.optimizer, record.statistics, record.skipped, record.scaler)
         learner.restore(state)
-        now = surroundings(accelerator)
+        now = surroundings(accelerator) | learner.policy.passes_through
         if record.surroundings.get("processes") == now["processes"]:
             restore_random_states(random, accelerator.process_index)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DamagedFolder, SafetensorError) as error:

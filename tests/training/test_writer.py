@@ -12,6 +12,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.attention.kernels import KERNELS
+from dpo_cli.modeling.compiled import compile_layers
+from dpo_cli.modeling.layouts import PACKED, PADDED
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference.losses import DPO
 from dpo_cli.preference.objective import Objective
@@ -156,6 +159,19 @@ def test_a_run_that_goes_on_beside_other_software_of_a_gpu_is_told(learner, toke
     with caplog.at_level("WARNING"):
         restore_checkpoint(path, learner)
     assert caplog.text.rstrip().endswith("not bit for bit: driver 570.1 → 580.2; kernels any → deterministic")
+
+
+def test_a_run_that_goes_on_with_other_kernels_is_told(learner, tokenizer, tmp_path, caplog):
+    """Another layout, attention of another kernel, and compiled layers: each rounds otherwise."""
+    learner.policy.read(PADDED)
+    path = writer_of(tmp_path, tokenizer, background=False).save(learner, NOTES)
+    (flex,) = PACKED.with_kernels([KERNELS["flex"]], (None,))
+    learner.policy.read(flex)
+    compile_layers(learner.policy.model, "eager")
+    with caplog.at_level("WARNING"):
+        restore_checkpoint(path, learner)
+    told = "layers not compiled → compiled; layout padded → packed (flex attention)"
+    assert caplog.text.rstrip().endswith(f"not bit for bit: {told}")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
