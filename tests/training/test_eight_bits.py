@@ -107,3 +107,23 @@ def test_what_is_saved_of_other_weights_is_refused_before_a_kernel_reads_it(name
     state[0][name] = other(state[0][name])
     with pytest.raises(ValueError, match=f"0.{name} matches no weights"):
         check_fits(state, optimizer)
+
+
+def test_a_gradient_scaler_unscales_its_gradients_and_leaves_out_steps_that_overflowed():
+    scaled, plain = model(), model()
+    ours, theirs = (AdamW8bit().over(list(m.parameters()), 1e-3, 0.0) for m in (scaled, plain))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    inputs = torch.randn(5, 70, generator=torch.Generator().manual_seed(1))
+    for factor in (1.0, float("inf"), 2.0):
+        scaler.scale(factor * scaled(inputs).square().sum()).backward()
+        scaler.step(ours)
+        scaler.update()
+        ours.zero_grad()
+        if factor < float("inf"):
+            (factor * plain(inputs).square().sum()).backward()
+            theirs.step()
+            theirs.zero_grad()
+    # Half of the scale before, a power of two: gradients are the same to the bit.
+    assert scaler.get_scale() == 2.0**9
+    for one, other in zip(scaled.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
