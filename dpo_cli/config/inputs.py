@@ -15,13 +15,13 @@ from dpo_cli.modeling.folders.model_names import (
     check_model,
     look_up_model,
     missing_weights,
-    names_hub_model,
     same_model,
     whole_model,
 )
 from dpo_cli.reporting.console import STANDARD_OUTPUT
 from dpo_cli.reporting.trackers import check_trackers
 from dpo_cli.settings import located
+from dpo_cli.system.hub import is_hub_id
 from dpo_cli.system.storage import MANIFEST, DamagedFolder, verify, why_no_folder
 from dpo_cli.training.run_folder import RunFolder
 
@@ -128,13 +128,11 @@ def scored_model(config: Config, model: str | None) -> str:
 
 def _check_scored(config: Config, model: str | None) -> list[UserError]:
     """Say what is wrong with the model that is scored."""
-    scored, trust = scored_model(config, model), config.model.trust
+    scored = scored_model(config, model)
     if model is None and not Path(scored).is_dir():
         what = f"the run has no trained model yet: there is no folder {located(scored)}"
         return [UserError(what, "`output_dir`", "train first, or name a model with --model")]
-    if problem := check_model(scored, "--model", trust) or (
-        missing_package("peft", "adapters", "--model") if holds_adapter(scored) else None
-    ):
+    if problem := _check_adapter_to_score(scored, config):
         return [problem]
     if model is None or (Path(scored) / MANIFEST).is_file():
         try:
@@ -143,6 +141,12 @@ def _check_scored(config: Config, model: str | None) -> list[UserError]:
             hint = "score another checkpoint, or train again"
             return [UserError(f"the model is damaged: {damage}", scored, hint)]
     return []
+
+
+def _check_adapter_to_score(name: str, config: Config) -> UserError | None:
+    """Say what is wrong with the name of a model that is scored, or with what is there of an adapter."""
+    missing = missing_package("peft", "adapters", "--model") if holds_adapter(name) else None
+    return check_model(name, "--model", config.model.trust) or missing
 
 
 def check_inputs(config: Config, *, needs_train: bool = True) -> list[UserError]:
@@ -191,6 +195,8 @@ def _check_start(name: str | None) -> UserError | None:
     """Say what is wrong with an adapter that training is to go on from, if there is one."""
     try:
         if name is not None:
+            if is_hub_id(name) and not holds_adapter(name) and (problem := look_up_model(name, "`adapter.start`")):
+                return problem
             read_start(name, "`adapter.start`")
             if (Path(name) / MANIFEST).is_file():
                 verify(Path(name))
@@ -214,8 +220,14 @@ def look_up_on_hub(config: Config, *, model: str | None = None, data: str | None
         UserError: The Hub has something not, or cannot be reached and it was not downloaded before.
     """
     models = {"`model.name`": config.model.name, "`reference.model`": config.reference.model, "--model": model}
-    asked = {where: whole_model(name) for where, name in models.items() if name}
-    problems = [look_up_model(name, where) for where, name in asked.items() if names_hub_model(name)]
+    asked = {where: name for where, name in models.items() if name}
+    problems = [look_up_model(name, where) for where, name in asked.items() if is_hub_id(name)]
+    if not any(problems) and any(is_hub_id(name) and holds_adapter(name) for name in asked.values()):
+        # What is there of these could not be checked before.
+        problems += [*check_inputs(config, needs_train=False), *_check_alone(config)]
+        problems += [_check_adapter_to_score(model, config)] if model else []
+    bases = {where: whole_model(name) for where, name in asked.items() if holds_adapter(name)}
+    problems += [look_up_model(name, where) for where, name in bases.items() if is_hub_id(name)]
     sources = {"`data.train`": as_sources(config.data.train), "`data.eval`": held_out_sources(config)}
     if data is not None:
         sources = {"--data": as_sources(data)}

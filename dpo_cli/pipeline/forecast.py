@@ -14,6 +14,7 @@ from rich.table import Table
 from dpo_cli.config import Config
 from dpo_cli.data.prepared.step_plan import MicroBatch, Plan
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.adapters.files import adapter_folder
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.pace import Pace, measure_pace, measured_layers
@@ -43,7 +44,7 @@ def show_forecast(run: PlannedRun, *, resume: bool) -> None:
     session, policy, pairs = run.session, run.sketch, run.data.pairs
     check_data(run)
     if session.config.adapter and session.config.adapter.start:
-        for line in check_base_by_name(Path(session.config.adapter.start), session.config.model.name):
+        for line in check_base_by_name(adapter_folder(session.config.adapter.start), session.config.model.name):
             session.console.notice(line)
     if session.config.reference.type == "synced":
         refuse_other_shapes(run.reference, policy)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +13,7 @@ from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.adapted import Adapted
-from dpo_cli.modeling.adapters.files import base_of, holds_adapter
+from dpo_cli.modeling.adapters.files import adapter_folder, base_of, holds_adapter
 from dpo_cli.modeling.adapters.settings import Saved
 from dpo_cli.modeling.attention.kernels import kernels_for
 from dpo_cli.modeling.attention.trees import CannotPack, windows_of
@@ -132,7 +131,7 @@ def _beside(session: Session, base: Policy, adapter: str, name: str) -> Policy:
     Raises:
         UserError: It does not fit, or was trained beside other weights.
     """
-    for line in check_base(base, Path(adapter), name, "the adapter that is scored"):
+    for line in check_base(base, adapter_folder(adapter), name, "the adapter that is scored"):
         session.console.notice(line)
     return base.with_adapter(Adapted(Saved(start=adapter)))
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from dpo_cli.config import Config, changeable
 from dpo_cli.errors import FAILED, UserError
+from dpo_cli.modeling.adapters.files import adapter_folder
 from dpo_cli.modeling.allocator import hand_back_freed_memory
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.tokenizers import end_at
@@ -102,7 +103,7 @@ def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume:
     # An adapter's base is known by its settings as they came; those of a whole model change what it is.
     began = policy.fingerprints if config.adapter else {}
     if config.adapter and config.adapter.start:
-        for line in check_base(policy, Path(config.adapter.start), config.model.name):
+        for line in check_base(policy, adapter_folder(config.adapter.start), config.model.name):
             session.console.notice(line)
     if config.model.eos_token is not None:
         end_at(policy.model, plan.tokenizer.eos_token_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,6 +21,8 @@ _SECONDS = 10
 _REFUSALS = {401, 403, 404}
 """HTTP statuses by which the Hub says that it has no such thing, or not for everybody."""
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
 _log = logging.getLogger(__name__)
 
 
@@ -27,6 +30,12 @@ def is_path(name: str) -> bool:
     """Tell whether a name can only be a path: it begins with `.`, `/` or `~`, or with a folder that is here."""
     first, slash, _ = name.partition("/")
     return name.startswith((".", "/", "~")) or (bool(slash) and Path(first).is_dir())
+
+
+def is_hub_id(name: str) -> bool:
+    """Tell whether a name is a Hub id: it looks like one, and is nothing on this disk."""
+    # The Hub's own limit; a longer name may be none that a disk knows.
+    return len(name) <= 96 and not is_path(name) and bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def name_hint(name: str, hint: str) -> str:
@@ -71,11 +80,37 @@ def look_up(kind: Kind, name: str, where: str) -> bool:
     return False
 
 
-def cached_config(name: str) -> bool:
-    """Tell whether the Hub's cache on this disk has a model, by its config.json."""
+def cached_file(name: str, file: str) -> Path | None:
+    """Return where the Hub's cache on this disk has a file of a model, if it has it."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    try:
+        found = try_to_load_from_cache(name, file)
+    except ValueError:
+        # What looks like an id has rules of its own, which this one breaks.
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def download_beside(name: str, file: str, patterns: list[str]) -> None:
+    """Bring a file of a model, and what lies beside it, into the Hub's cache; a model that lacks it is left alone.
+
+    Args:
+        name: The model's id; the Hub has answered for it.
+        file: The file without which nothing is brought.
+        patterns: The names of the files beside it.
+
+    Raises:
+        OSError: The Hub breaks off.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        revision = Path(hf_hub_download(name, file)).parent.name
+    except EntryNotFoundError:
+        return
+    snapshot_download(name, revision=revision, allow_patterns=[file, *patterns], ignore_patterns=["*/*"])
 
 
 def _work_offline(reason: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source
 from dpo_cli.modeling.folders.model_names import check_model
+from tests.builders import save_adapter
 from tests.conftest import dpo_command
 from tests.waiting import PATIENCE
 
@@ -146,6 +147,123 @@ def test_a_model_in_the_hubs_cache_is_used_where_the_hub_cannot_be_reached(write
     assert result.stderr.count("the Hub cannot be reached") == 1
     assert "Retrying" not in result.stderr
     assert json.loads((tmp_path / "runs/run/final/config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.fixture
+def cached_adapter(tmp_path, tiny_llama) -> Path:
+    """Lay an adapter into a Hub's cache as `some/adapter`; return the cache."""
+    cached = tmp_path / "hf/hub/models--some--adapter"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("abc")
+    save_adapter(tiny_llama, cached / "snapshots/abc", rank=3, target_modules=["q_proj", "v_proj"])
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize(
+    ("settings", "left"),
+    [
+        (["adapter.start=some/adapter"], "adapter_model.safetensors"),
+        (["model.name=some/adapter"], "model.safetensors"),
+    ],
+)
+def test_an_adapter_in_the_hubs_cache_is_used_as_a_folder_is(write_config, tmp_path, cached_adapter, settings, left):
+    """Training goes on from it, or trains all weights of its base with it merged; the run keeps its id, and resumes."""
+    told = {"address": "http://127.0.0.1:9", "cache": cached_adapter}
+    file = write_config(training={"max_steps": 1})
+    result = run("train", "--config", file, *settings, **told)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs/run/final" / left).is_file()
+    resolved = (tmp_path / "runs/run/config.yaml").read_text()
+    assert "some/adapter" in resolved
+    assert str(cached_adapter) not in resolved
+    again = run("train", "--config", tmp_path / "runs/run/config.yaml", "--resume", **told)
+    assert "is finished" in again.stderr, again.stderr
+
+
+def test_an_adapter_in_the_hubs_cache_is_scored(write_config, tmp_path, cached_adapter, tiny_llama):
+    told = {"address": "http://127.0.0.1:9", "cache": cached_adapter}
+    names = ["some/adapter", cached_adapter / "hub/models--some--adapter/snapshots/abc"]
+    by_id, by_path = (run("eval", "--config", write_config(), "--model", name, "--json", "-", **told) for name in names)
+    assert by_id.returncode == 0, by_id.stderr
+    found, same = json.loads(by_id.stdout), json.loads(by_path.stdout)
+    assert (found.pop("model"), found["base"]) == ("some/adapter", str(tiny_llama))
+    assert {**same, "model": None} == {**found, "model": None}
+
+
+class HubWithAdapter(Hub):
+    """A Hub that has one adapter, whose files are in a folder."""
+
+    folder: Path
+    sha = "a" * 40
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        file = self.folder / path.rpartition("/")[2]
+        if path.startswith("/api/models/some/adapter"):
+            files = [
+                {"type": "file", "path": one.name, "oid": "0", "size": one.stat().st_size}
+                for one in self.folder.iterdir()
+            ]
+            siblings = [{"rfilename": one["path"]} for one in files]
+            body = json.dumps(
+                files if "/tree/" in path else {"id": "some/adapter", "sha": self.sha, "siblings": siblings}
+            )
+            self._answer(body.encode())
+        elif path.startswith("/some/adapter/resolve/") and file.is_file():
+            self._answer(file.read_bytes())
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if path.startswith("/some/adapter/") else "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    do_HEAD = do_GET
+
+    def _answer(self, body: bytes) -> None:
+        self.send_response(200)
+        for name, value in (
+            ("X-Repo-Commit", self.sha),
+            ("ETag", f'"{hash(body)}"'),
+            ("Content-Length", str(len(body))),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@pytest.mark.parametrize("setting", ["adapter.start", "model.name"])
+def test_an_adapter_is_downloaded_where_the_hub_has_it(write_config, tmp_path, tiny_llama, setting):
+    own = save_adapter(tiny_llama, tmp_path / "served", rank=3, target_modules=["q_proj", "v_proj"])
+    kind = type("Serving", (HubWithAdapter,), {"folder": own, "asked": []})
+    file, cache = write_config(), tmp_path / "hf"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        result = run("train", "--config", file, "--dry-run", f"{setting}=some/adapter", address=address, cache=cache)
+        server.shutdown()
+    assert result.returncode == 0, result.stderr
+    known = cache / f"hub/models--some--adapter/snapshots/{HubWithAdapter.sha}"
+    assert (known / "adapter_model.safetensors").read_bytes() == (own / "adapter_model.safetensors").read_bytes()
+    assert not (known / "README.md").exists()
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["it has none", "it is not there"])
+def test_a_start_that_the_hub_has_not_is_one_error(write_config, tmp_path, hub, there):
+    address = hub.address if there else "http://127.0.0.1:9"
+    result = run("train", "--config", write_config(), "adapter.start=some/name", address=address, cache=tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert "`some/name` cannot be loaded" in result.stderr
+    assert "`adapter.start`" in result.stderr
+
+
+def test_an_adapter_of_the_hub_is_no_model_beside_which_another_trains(write_config, cached_adapter):
+    told = {"address": "http://127.0.0.1:9", "cache": cached_adapter}
+    result = run("train", "--config", write_config(), "model.name=some/adapter", "adapter=lora", **told)
+    assert result.returncode == 2
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert "`adapter.start: some/adapter`" in result.stderr
 
 
 def test_a_hub_that_is_broken_is_one_that_cannot_be_reached(write_config, tmp_path, hub):

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.folders.model_files import CONFIG, WHOLE_WEIGHTS, check_fetched, check_texts
 from dpo_cli.settings import located
-from dpo_cli.system.hub import is_path
+from dpo_cli.system.hub import cached_file, download_beside, is_hub_id, is_path
 from dpo_cli.system.storage import MANIFEST
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -26,6 +26,9 @@ PREFIX = "base_model.model."
 """What PEFT puts before the names of weights that it saves."""
 
 _PICKLED = "adapter_model.bin"
+_BESIDE = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "LICEN[CS]E*"]
+"""What of an adapter on the Hub is brought beside its settings and weights."""
+
 _DAMAGED = "the adapter is damaged: save or download it again"
 _MERGE = "merge it in PEFT (`merge_and_unload`), save the whole model, and name that"
 
@@ -88,9 +91,33 @@ class AdapterFolder:
     alphas: Mapping[str, float]
 
 
+def adapter_folder(name: str | Path) -> Path:
+    """Return the folder of an adapter: the one that is named, or where the Hub's cache has the adapter of an id."""
+    if not is_hub_id(str(name)):
+        return Path(name)
+    found = cached_file(str(name), ADAPTER_CONFIG)
+    return found.parent if found else Path(name)
+
+
+def fetch_adapter(name: str, where: str) -> None:
+    """Bring the adapter of a Hub id into the Hub's cache; a model that is none is left where it is.
+
+    Args:
+        name: The id; the Hub has answered for it.
+        where: The setting or option that names it.
+
+    Raises:
+        UserError: The Hub breaks off.
+    """
+    try:
+        download_beside(name, ADAPTER_CONFIG, [ADAPTER_WEIGHTS, _PICKLED, *_BESIDE])
+    except OSError as error:
+        raise from_os_error(error, f"downloading the adapter `{name}`", where, status=2) from error
+
+
 def holds_adapter(name: str | Path) -> bool:
     """Tell whether a name is that of a folder with an adapter in it, and without a whole model's weights."""
-    folder = Path(name)
+    folder = adapter_folder(name)
     try:
         return (folder / ADAPTER_CONFIG).is_file() and not any((folder / file).is_file() for file in WHOLE_WEIGHTS)
     except (OSError, ValueError):
@@ -101,14 +128,14 @@ def read_adapter(folder: Path, where: str | None = None) -> AdapterFolder:
     """Look at an adapter folder.
 
     Args:
-        folder: Holds adapter_config.json and adapter_model.safetensors.
+        folder: Holds adapter_config.json and adapter_model.safetensors; or an id that the Hub's cache has that of.
         where: The setting or option that names it.
 
     Raises:
         UserError: It is none, is damaged, or holds what cannot be put into the base exactly.
     """
     try:
-        return _read(folder)
+        return _read(adapter_folder(folder))
     except UserError as error:
         raise UserError(f"the adapter `{folder}` is not loaded: {error.what}", where, error.hint) from None
     except OSError as error:
@@ -119,15 +146,18 @@ def read_start(name: str, where: str) -> AdapterFolder:
     """Look at an adapter that training is to go on from.
 
     Args:
-        name: Its folder.
+        name: Its folder, or its id on the Hub.
         where: The setting that names it.
 
     Raises:
         UserError: It is not usable, as `read_adapter` says, or rank or alpha differ among its layers.
     """
-    folder = Path(name)
+    folder = adapter_folder(name)
+    if is_hub_id(name) and not folder.is_dir():
+        hint = "check the name; a Hub id needs the network, unless the adapter is in the Hub's cache already"
+        raise UserError(f"the adapter {located(name)} is neither here nor among the Hub's adapters", where, hint)
     if not folder.is_dir():
-        hint = "name a folder that PEFT or a run has saved; `hf download ID --local-dir DIR` brings one from the Hub"
+        hint = "name a folder that PEFT or a run has saved, or a Hub id"
         is_file = "is a file, not an adapter folder" if folder.is_file() else "does not exist"
         raise UserError(f"the adapter {located(name)} {is_file}", where, hint)
     if not (folder / ADAPTER_CONFIG).is_file():

@@ -30,7 +30,7 @@ class AdapterSettings(Settings):
     """What all adapters have in common."""
 
     start: PathText | None = None
-    """An adapter to go on from, a PEFT folder; the reference is then the base with that adapter. null: a fresh one."""
+    """An adapter to go on from, a folder of PEFT or a Hub id; the reference is the base with it. null: a fresh one."""
 
     @property
     def title(self) -> str:

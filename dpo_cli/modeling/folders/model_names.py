@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from pathlib import Path
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapters.files import base_of, holds_adapter
+from dpo_cli.modeling.adapters.files import base_of, fetch_adapter, holds_adapter
 from dpo_cli.modeling.folders.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
 from dpo_cli.settings import located
-from dpo_cli.system.hub import cached_config, is_path, look_up, name_hint
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+from dpo_cli.system.hub import cached_file, is_hub_id, look_up, name_hint
 
 
 def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) -> UserError | None:
@@ -32,7 +29,7 @@ def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) ->
     if path.is_file():
         hint = "name the folder with config.json, a .gguf file, or a Hub id"
         return UserError(f"`{name}` is neither a model folder nor a .gguf file", where, hint)
-    if names_hub_model(name):
+    if is_hub_id(name):
         return None
     hint = name_hint(name, "name a folder, a .gguf file or a Hub id")
     return UserError(f"there is no model folder {located(name)}", where, hint)
@@ -64,11 +61,6 @@ def whole_model(name: str) -> str:
     return name
 
 
-def names_hub_model(name: str) -> bool:
-    """Tell whether a name is a Hub id, given that it is nothing on this disk."""
-    return not Path(name).exists() and not is_path(name) and bool(_HUB_ID.fullmatch(name))
-
-
 def _model_inside(folder: Path) -> str | None:
     """Suggest what people mean who name a run's folder, or one that GGUF files lie in."""
     inside = [folder / "final"] if (folder / "final" / CONFIG).is_file() else sorted(folder.glob("*.gguf"))
@@ -89,11 +81,14 @@ def missing_weights(name: str, where: str) -> UserError | None:
 
 
 def look_up_model(name: str, where: str) -> UserError | None:
-    """Say what is wrong with a model that is asked for on the Hub, without loading anything but a few facts."""
+    """Say what is wrong with a model that is asked for on the Hub, without loading more than what an adapter is."""
     try:
-        if look_up("model", name, where) or cached_config(name):
+        if look_up("model", name, where):
+            fetch_adapter(name, where)
             return None
     except UserError as error:
         return error
+    if cached_file(name, CONFIG) or holds_adapter(name):
+        return None
     hint = "check the name; a Hub id needs the network, unless the model is in the Hub's cache already"
     return UserError(f"the model `{name}` cannot be loaded: the Hub cannot be reached", where, hint)

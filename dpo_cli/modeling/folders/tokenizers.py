@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapters.files import base_name, holds_adapter, read_adapter
+from dpo_cli.modeling.adapters.files import adapter_folder, base_name, holds_adapter, read_adapter
 from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust, holds_tokenizer
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.resolving import load_named
@@ -35,7 +35,7 @@ def load_tokenizer(name: str, trust: Trust = NO_TRUST) -> PreTrainedTokenizerBas
         )
 
     if holds_adapter(name):
-        return _beside_adapter(Path(name), trust)
+        return _beside_adapter(adapter_folder(name), trust)
     try:
         return load_named(name, "tokenizer", lambda folder: _read(folder, trust), trust)
     except UserError as error:
@@ -73,7 +73,7 @@ def _beside_adapter(folder: Path, trust: Trust) -> PreTrainedTokenizerBase:
 
 def own_template(adapter: str | Path, used: str | None) -> Path | None:
     """Return the file of an adapter's chat template, if it has one and that is not the one that is used."""
-    file = Path(adapter) / _TEMPLATE
+    file = adapter_folder(adapter) / _TEMPLATE
     return file if file.is_file() and file.read_text(encoding="utf-8") != used else None
 
 
