@@ -11,13 +11,15 @@ from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.preference.reference import Cached
 from dpo_cli.reporting.console import gib
-from dpo_cli.training.optimizer import Adafactor, AdamW8bit, Optimizer
+from dpo_cli.training.optimizer import Adafactor, AdamW8bit
 
 Needed = Callable[[Config], MemoryEstimate]
 """Estimates what a run takes at least under other settings; raises a `UserError` where its model cannot have them."""
 
 
-def refusal(config: Config, needed: Needed, free: int, numbers: int, further: Sequence[str] = ()) -> UserError:
+def refusal(
+    config: Config, needed: Needed, free: int, numbers: int, further: Sequence[str] = (), *, on_gpu: bool = False
+) -> UserError:
     """Return the error of a run that cannot fit, with the settings that would fit.
 
     Args:
@@ -26,12 +28,13 @@ def refusal(config: Config, needed: Needed, free: int, numbers: int, further: Se
         free: The memory that is free, in bytes.
         numbers: How many weights the model has.
         further: What else takes less memory, in words.
+        on_gpu: Whether it is a GPU's memory, beside which there is the host's.
     """
     least = needed(config)
     where, what = f"`model.name: {config.model.name}`", f"training needs at least {gib(least.peak)} of memory"
     what = "\n".join([f"{what}, but {gib(free)} are free:", *table(least)])
     fitting, smallest = [], {config.adapter is None: ("", least.peak)}
-    for settings, smaller in _smaller(config):
+    for settings, smaller in _smaller(config, on_gpu=on_gpu):
         for named, tried in _with_recomputation(settings, smaller):
             try:
                 peak = needed(tried).peak
@@ -66,14 +69,11 @@ def _with_recomputation(settings: Sequence[str], config: Config) -> Iterator[tup
     if settings:
         yield settings, config
     if not config.training.gradient_checkpointing:
-        training = config.training.model_copy(update={"gradient_checkpointing": True})
-        yield (
-            [*settings, "`training.gradient_checkpointing: true`"],
-            config.model_copy(update={"training": training}),
-        )
+        recomputed = _with_training(config, gradient_checkpointing=True)
+        yield [*settings, "`training.gradient_checkpointing: true`"], recomputed
 
 
-def _smaller(config: Config) -> Iterator[tuple[Sequence[str], Config]]:
+def _smaller(config: Config, *, on_gpu: bool) -> Iterator[tuple[Sequence[str], Config]]:
     """Yield settings that take less memory, in the order of what they cost, with the configuration that has them."""
     settings: list[str] = []
     lighter = config
@@ -87,7 +87,7 @@ def _smaller(config: Config) -> Iterator[tuple[Sequence[str], Config]]:
         settings = [*settings, "`reference.type: cached`"]
         yield settings, lighter
     if config.adapter is None:
-        yield from ((settings + changed, smaller) for changed, smaller in _other_optimizers(lighter))
+        yield from ((settings + changed, smaller) for changed, smaller in _lighter_optimizers(lighter, on_gpu=on_gpu))
         if missing_package("peft", "adapters", ""):
             return
         # Of an adapter, neither a reference nor a copy of its state takes much.
@@ -100,22 +100,32 @@ def _smaller(config: Config) -> Iterator[tuple[Sequence[str], Config]]:
         yield [*settings, "`model.quantize: nf4`"], _with_model(lighter, quantize="nf4")
 
 
+def _lighter_optimizers(config: Config, *, on_gpu: bool) -> Iterator[tuple[list[str], Config]]:
+    """Yield ways to keep less of each weight on the device where all weights train, or other optimizers."""
+    if not on_gpu or config.training.offload is not None:
+        yield from _other_optimizers(config)
+        return
+    on_host, settings = _with_training(config, offload="optimizer"), ["`training.offload: optimizer`"]
+    yield settings, on_host
+    yield from _other_optimizers(config)
+    yield from ((settings + others, smaller) for others, smaller in _other_optimizers(on_host))
+
+
 def _other_optimizers(config: Config) -> Iterator[tuple[list[str], Config]]:
     """Yield optimizers that keep less of each weight, all of which train."""
     kind = config.training.optimizer.type
     if kind != "adafactor":
-        yield ["`training.optimizer: adafactor`"], _with_optimizer(config, Adafactor())
+        yield ["`training.optimizer: adafactor`"], _with_training(config, optimizer=Adafactor())
     if kind == "adamw_8bit" or missing_package("bitsandbytes", "quantize", ""):
         return
-    smaller, settings = _with_optimizer(config, AdamW8bit()), ["`training.optimizer: adamw_8bit`"]
+    smaller, settings = _with_training(config, optimizer=AdamW8bit()), ["`training.optimizer: adamw_8bit`"]
     yield settings, smaller
     if config.model.weights != "split" and config.model.dtype in ("auto", "bfloat16"):
         yield ["`model.weights: split`", *settings], _with_model(smaller, weights="split")
 
 
-def _with_optimizer(config: Config, optimizer: Optimizer) -> Config:
-    training = config.training.model_copy(update={"optimizer": optimizer})
-    return config.model_copy(update={"training": training})
+def _with_training(config: Config, **settings: object) -> Config:
+    return config.model_copy(update={"training": config.training.model_copy(update=settings)})
 
 
 def _with_model(config: Config, **settings: str) -> Config:

@@ -75,7 +75,8 @@ def check_memory(session: Session, policy: Policy, reference: Policy, program_by
 
     free = min(session.of_all(free_bytes(session.accelerator.device))) // _sharing(session)
     if needed(session.config).peak > free:
-        raise refusal(session.config, needed, free, policy.sizes().numbers, _fewer_processes(session))
+        further, on_gpu = _fewer_processes(session), session.accelerator.device.type != "cpu"
+        raise refusal(session.config, needed, free, policy.sizes().numbers, further, on_gpu=on_gpu)
 
 
 def _sharing(session: Session) -> int:
@@ -227,7 +228,8 @@ def _check_least(run: PlannedRun, batches: Batches, free: int) -> None:
 
     if not all(run.session.of_all(needed(config).peak <= free)):
         further = ["a lower `data.max_length`", *_fewer_processes(run.session)]
-        raise refusal(config, needed, free, run.sketch.sizes().numbers, further)
+        on_gpu = run.session.accelerator.device.type != "cpu"
+        raise refusal(config, needed, free, run.sketch.sizes().numbers, further, on_gpu=on_gpu)
 
 
 def wanted_tokens(session: Session) -> int:

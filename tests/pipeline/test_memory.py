@@ -201,6 +201,27 @@ def test_moments_of_8_bits_beside_weights_in_two_halves_take_8_bytes_a_weight(
     assert least(one, together) == pytest.approx(8 * base, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("bytes_a_weight", "settings"),
+    [
+        (7, ["training.offload: optimizer"]),
+        (5, ["training.offload: optimizer", "training.optimizer: adamw_8bit"]),
+    ],
+)
+def test_on_a_gpu_what_the_host_can_keep_is_named(session, model, monkeypatch, bytes_a_weight, settings):
+    """There weights in bfloat16 take 2 bytes beside low bits and moments on the host; their gradients 4, or 2."""
+    base, _ = numbers(model)
+    accelerator = types.SimpleNamespace(num_processes=1, device=torch.device("cuda"), mixed_precision="bf16")
+    one = dataclasses.replace(session(), accelerator=accelerator)
+    policy = trained_policy(one, empty=True)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: bytes_a_weight * base)
+    with pytest.raises(UserError) as refused:
+        check_memory(one, policy, policy, 0)
+    (first, _), *_ = suggested(refused.value.hint)
+    assert first == settings
+    assert least(one, settings) == pytest.approx((bytes_a_weight - 1) * base, rel=0.02)
+
+
 def test_the_parts_are_listed_one_below_the_other_with_the_peak_at_the_end(session, model, monkeypatch):
     one = session(reference="frozen")
     policy, (base, _) = trained_policy(one, empty=True), numbers(model)
