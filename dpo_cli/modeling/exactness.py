@@ -22,6 +22,7 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
 """The largest difference to float64, as a share of the norm, that rounding explains, by precision."""
 
 _HEADS, _KEY_HEADS = 4, 2
+_MOST_COMPILED = 200
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ def attention_errors(kernel: Kernel, tree: PrefixTree, case: AttentionCase, devi
         return plain_attention(q, k, v, seen_in(tree, case.window), scaling, case.softcap)
 
     inputs, towards = [drawn(heads).transpose(1, 2) for heads in (_HEADS, _KEY_HEADS, _KEY_HEADS)], drawn(_HEADS)
-    found = _with_gradients(ours, [part.to(device) for part in inputs], towards.to(device))
+    # Every precision, size and soft cap is compiled for itself: more often than a run, of one model, may.
+    with torch._dynamo.config.patch(recompile_limit=_MOST_COMPILED):
+        found = _with_gradients(ours, [part.to(device) for part in inputs], towards.to(device))
     wanted = _with_gradients(theirs, [part.double() for part in inputs], towards.double())
     return [_share(one, other) for one, other in zip(found, wanted, strict=True)]
 

@@ -19,7 +19,7 @@ from dpo_cli.modeling.sending import sent
 from dpo_cli.modeling.tree import PrefixTree
 from gpu.clock import Check
 
-HEAD_SIZES, SOFTCAPS = (64, 96, 128, 256), (None, 20.0)
+HEAD_SIZES, SOFTCAPS = (128, 64, 256, 96), (None, 20.0)
 
 
 def attention_exactness(check: Check) -> None:

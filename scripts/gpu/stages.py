@@ -41,7 +41,7 @@ COMPILED = {"training": {"compile": True}}
 
 STAGES = [
     Stage("environment", 20, environment),
-    Stage("attention exactness", 90, kernels.attention_exactness),
+    Stage("attention exactness", 110, kernels.attention_exactness),
     Stage("dynamo entries", 60, kernels.dynamo_entries),
     Stage("attention memory", 30, kernels.attention_memory),
     Stage("log-probabilities exactness", 15, kernels.logps_exactness),
