@@ -12,6 +12,8 @@ from dpo_cli.modeling.split import split_weights, whole_value
 from dpo_cli.training import eight_bits
 from dpo_cli.training.optimizer import AdamW, AdamW8bit
 from dpo_cli.training.state import check_fits, optimizer_from_tensors, optimizer_to_tensors
+from tests.builders import prepare_pairs, train_in_process
+from tests.conftest import build_llama
 
 
 def model():
@@ -127,3 +129,14 @@ def test_a_gradient_scaler_unscales_its_gradients_and_leaves_out_steps_that_over
     assert scaler.get_scale() == 2.0**9
     for one, other in zip(scaled.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_the_losses_of_40_steps_are_those_of_adamw_within_a_thousandth(tmp_path, tokenizer, pairs_file):
+    folder = build_llama(tmp_path / "model", tokenizer, seed=0, hidden_size=64, intermediate_size=128)
+    pairs = prepare_pairs(pairs_file, tokenizer, tmp_path / "prepared")
+    how = {"pairs_per_step": 1, "max_steps": 40, "learning_rate": 1e-4}
+    (plain, _), (found, _) = (train_in_process(folder, pairs, **how, optimizer=one) for one in (AdamW(), AdamW8bit()))
+    assert plain[-1]["loss"] < 0.6
+    assert [step["loss"] for step in found] == pytest.approx([step["loss"] for step in plain], abs=1e-3)
+    assert found != plain
