@@ -59,7 +59,10 @@ def beside_trl(adapter: str | None, workload: str, *, dry: bool) -> Callable[[Ch
                 return
             results = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
         for case in results["cases"]:
-            check.tell(**_figures(case))
+            figures = _figures(case)
+            # What is reached on a GPU with a model of 1B says nothing of a tiny one.
+            right = None if check.dry else figures["times_as_fast"] >= 2 and figures["share_of_memory"] <= 0.6
+            check.tell(**figures, right=right)
 
     return ask
 
@@ -82,7 +85,6 @@ def _figures(case: dict[str, Any]) -> dict[str, Any]:
         "peak_gib": memory,
         "times_as_fast": ratio,
         "share_of_memory": share,
-        "right": ratio >= 2 and share <= 0.6,
         "losses": {"dpo": ours["losses"], "trl": theirs["losses"]},
     }
 
