@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -33,7 +34,8 @@ def load_complete(loader: Any, folder: str, *, mapped: bool = False, **settings:
     """Load a model of which every weight is there, and no other; `mapped` as in `one_at_a_time`."""
     model: PreTrainedModel
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    with one_at_a_time(mapped=mapped):
+    # Reading ahead gains time where every weight has to be dequantized, and the file is small beside them.
+    with contextlib.nullcontext() if "gguf_file" in settings else one_at_a_time(mapped=mapped):
         model, report = loader.from_pretrained(folder, **{**FLOAT32.built_as(), **told, **settings})
     check_complete(model, report, str(Path(folder, settings.get("gguf_file", ""))))
     return model.eval()
