@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_cli.modeling.responses import Predictions, Responses
+from dpo_cli.modeling.responses import Predictions, Responses, put, taken
 
 CHUNK_BYTES = {"cuda": 2**30}
 """Size of one chunk of float32 logits on a kind of device, where it is not `SMALL_CHUNK_BYTES`.
@@ -123,7 +123,7 @@ def token_logps(
             stands; this row has no gradient.
     """
     apply: Callable[..., Tensor] = _TokenLogps.apply
-    states = hidden.index_select(0, predictions.states)
+    states = taken(hidden, predictions.states)
     num_rows = max(1, (chunk_bytes or chunk_bytes_on(hidden.device.type)) // (4 * head.weight.shape[0]))
     logits = head.weight, head.bias, head.scale, head.softcap
     found = apply(states, predictions.rows, targets, *logits, predictions.chunks(num_rows), collisions)
@@ -163,9 +163,9 @@ class _TokenLogps(torch.autograd.Function):
         for chunk, members in chunks:
             all_logps, slope = project(states[chunk])
             place = rows[members] - chunk.start
-            found[0, members] = all_logps[place, targets[members]]
+            put(found[0], members, all_logps[place, targets[members]])
             if collisions:
-                found[1, members] = (2 * all_logps).logsumexp(-1)[place]
+                put(found[1], members, (2 * all_logps).logsumexp(-1)[place])
         ctx.save_for_backward(states, rows, targets, weight)
         ctx.compute, ctx.logits, ctx.chunks = project.matrix.dtype, (bias, scale, softcap), chunks
         # No saved tensors. The backward pass begins here: until then only the loss is computed, which takes no memory,
@@ -191,10 +191,10 @@ class _TokenLogps(torch.autograd.Function):
             weights = grad_logps[members].to(project.dtype)
             # d loss / d z, in the memory of the log-probabilities.
             grad = all_logps.exp_()
-            totals = torch.zeros(len(grad), dtype=project.dtype, device=grad.device).index_add_(0, place, weights)
+            totals = put(grad.new_zeros(len(grad)), place, weights, added=True)
             grad *= -totals[:, None]
             # On one axis the additions have an order, whatever the threads; a row may have one target twice.
-            grad.view(-1).index_add_(0, place * grad.shape[1] + targets[members], weights)
+            put(grad.view(-1), place * grad.shape[1] + targets[members], weights, added=True)
             if slope is not None:
                 grad *= slope
             if project.scale != 1.0:

@@ -93,5 +93,21 @@ class Responses:
     def sums_at_once(self, values: Tensor) -> Tensor:
         """Add up as `sums` does, in as many kernels for many responses as for one."""
         width = max(self.lengths)
-        table = values.new_zeros(len(self.lengths) * width).index_copy(0, self.places, values)
+        table = put(values.new_zeros(len(self.lengths) * width), self.places, values)
         return table.view(-1, width).sum(1)
+
+
+def put(total: Tensor, places: Tensor, values: Tensor, *, added: bool = False) -> Tensor:
+    """Put values at places of a tensor, or add them to what is there, in place; all places are within it.
+
+    On a GPU torch's deterministic way to do so would wait for the device to look whether they are.
+    """
+    if total.device.type != "cpu":
+        return torch._index_put_impl_(total, [places], values, added, True)
+    return total.index_add_(0, places, values) if added else total.index_copy_(0, places, values)
+
+
+def taken(whole: Tensor, places: Tensor) -> Tensor:
+    """Return the rows of a tensor at places, each named once, with a gradient for which no GPU is waited for."""
+    # The gradient of this one alone adds up without a look at the places.
+    return whole.index_select(0, places) if whole.device.type == "cpu" else whole[places]
