@@ -17,11 +17,10 @@ CUDA = torch.device("cuda", 0)
 
 _ASKS = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim",
-    "unique_consecutive", "bincount", "allclose", "index_add", "index_add_", "index_copy", "index_copy_", "index_put",
-    "index_put_",
+    "unique_consecutive", "bincount", "allclose", "index_add", "index_add_", "index_copy", "index_copy_", "index_put_",
 }  # fmt: skip
-"""Operations of which the host waits for the answer; the last six look, where kernels are deterministic, whether all
-places are within the tensor."""
+"""Operations of which the host waits for the answer; the last five look, where kernels are deterministic, whether all
+places are within the tensor. (`index_put` stands in for what does not, in gradients of tensors without values.)"""
 
 
 @contextlib.contextmanager
