@@ -56,7 +56,7 @@ def evaluate(
     """
     mine = deal(batches.cut(indices), accelerator, lambda done: progress(done, len(indices)))
     # Without statistics of other steps, so that a model gets the same figures from the run that made it and later.
-    step = step_info(batches.pairs.sizes, indices, {})
+    step = step_info(batches.pairs.sizes, indices, {}, accelerator)
     results: list[PairResult] = []
     if objective.compares_pairs:
         for part in score_step(scorer, objective, reference, batches, mine, step, accelerator):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from dpo_cli.modeling.layouts import PADDED, Layout
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.modeling.precision import Precision
 from dpo_cli.modeling.scorer import Scorer
+from dpo_cli.modeling.upcast import in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +29,37 @@ if TYPE_CHECKING:
 _FIRST_WEIGHTS = 12
 """Of how many weights the gradient is compared: about those of a layer."""
 
+Ask = Callable[[PairBatch], Tensor]
+"""Returns the log-probability of each response token of a batch."""
+
 REFUSALS = (CannotPack, ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError)
 """What architectures that cannot be packed raise: they were never made for it, and say so in their own ways."""
+
+
+NORM_TOLERANCE = 1e-3
+"""The largest difference of the gradient's norm in float32, as a share of it, that rounding explains."""
+
+NOISE_FACTOR = 3
+"""How many times as far as rounding takes the padded layout another one may be from it in lower precision.
+
+Both are rounded, so that √2 is to be expected.
+"""
+
+
+class Rounding(NamedTuple):
+    """How far answers in lower precision are from others, beside the distance that rounding explains.
+
+    Attributes:
+        logps: The root mean square over response tokens, in nats, between a layout and the padded one.
+        logps_noise: The same between the padded layout and float32, or another padded batch: the larger one.
+        gradient: The norm of the gradients' difference between a layout and the padded one, as a share of the norm.
+        gradient_noise: The same as for `logps_noise`.
+    """
+
+    logps: float
+    logps_noise: float
+    gradient: float
+    gradient_noise: float
 
 
 @dataclass(frozen=True)
@@ -37,44 +67,76 @@ class Proof:
     """How far log-probabilities under a layout are from the model's own, or why it cannot be used.
 
     Attributes:
-        difference: The largest difference of a response token's log-probability, in nats.
-        norm_difference: The difference of the gradient's norm, as a share of it.
+        difference: The largest difference of a response token's log-probability in float32, in nats.
+        norm_difference: The difference of the gradient's norm in float32, as a share of it.
+        rounding: Distances in the precision of the run, where that is a lower one.
         refusal: What the model said where it cannot read packed pairs at all; empty where it can.
+        only_lower: Whether what was proved computes in the run's precision alone, so that float32 shows nothing.
     """
 
     difference: float = math.inf
     norm_difference: float = math.inf
+    rounding: Rounding | None = None
     refusal: str = ""
+    only_lower: bool = False
 
     def fails(self, precision: Precision) -> str:
         """Say what is wrong under a precision, in a few words; empty: nothing."""
         if self.refusal:
             return self.refusal
-        if not self.difference <= precision.token_tolerance:
+        if not self.difference <= precision.exactness:
             return f"log-probabilities differ by {self.difference:.2g} nats per token"
-        if not self.norm_difference <= precision.norm_tolerance:
+        if not self.norm_difference <= NORM_TOLERANCE:
             return f"the gradient's norm differs by {self.norm_difference:.2%}"
+        if self.rounding is None:
+            return ""
+        logps, logps_noise, gradient, gradient_noise = self.rounding
+        # What is exact in float32 may be as far from it.
+        if not logps <= NOISE_FACTOR * max(logps_noise, precision.exactness):
+            where = f"in {precision.name} log-probabilities differ by {logps:.2g} nats per token"
+            return f"{where}, and rounding explains {logps_noise:.2g}"
+        if not gradient <= NOISE_FACTOR * max(gradient_noise, NORM_TOLERANCE):
+            where = f"in {precision.name} the gradient differs by {gradient:.2%}"
+            return f"{where}, and rounding explains {gradient_noise:.2%}"
         return ""
+
+    def lines(self, layout: Layout, precision: Precision, *, trained: bool) -> Iterator[str]:
+        """Say what was shown of a layout under a precision; of gradients where anything trains."""
+        nats, share = f"{self.difference:.1g} nats per token", f"; its gradient's norm by {self.norm_difference:.1g}"
+        where = " in float32" if precision.is_lower else ""
+        if not self.only_lower:
+            given = f"{layout.described} gives the same as {PADDED.name}{where}"
+            yield f"{given}, up to {nats}{share if trained else ''}"
+        if self.rounding:
+            logps, logps_noise, gradient, gradient_noise = self.rounding
+            share = f"; gradients {gradient:.1%} and {gradient_noise:.1%}" if trained else ""
+            yield (
+                f"in {precision.name} {layout.described} is {logps:.2g} nats per token from {PADDED.name}, where "
+                f"rounding explains {logps_noise:.2g}{share}"
+            )
 
 
 def prove(
     model: PreTrainedModel,
     layout: Layout,
     pairs: Sequence[TokenizedPair],
-    autocast: Callable[[], AbstractContextManager[None]],
+    precision: Precision,
     *,
-    beside: Sequence[TokenizedPair] = (),
     longer: Sequence[TokenizedPair] = (),
     trained: bool = True,
 ) -> Proof:
     """Compare log-probabilities under a layout with those of the model's own logits; leave it prepared for the layout.
 
+    Whether they are the same is shown in float32, in which the model computes for a while whatever the run's precision.
+    In a lower one they differ by rounding: there they may be as far from the padded layout's as that is from float32,
+    `NOISE_FACTOR` times.
+
     Args:
         model: The model, with its own attention.
         layout: The layout that is to be proved.
-        pairs: Pairs whose response tokens are compared. Of them all logits are made.
-        autocast: Opens the precision that the run computes in.
-        beside: Pairs before them in the same forward pass, which must not matter.
+        pairs: Pairs that share a forward pass under the layout, each in one of its own otherwise. Of each in turn all
+            logits are made.
+        precision: What the run computes in.
         longer: Pairs that are compared as the padded layout has them, without gradient and whole logits.
         trained: Whether the gradient is compared as well.
 
@@ -82,60 +144,116 @@ def prove(
         UserError: The model fails, or its gradient is zero.
     """
     score, weights = Scorer(model), _first_weights(model) if trained else []
-    own = PADDED.batch(range(len(pairs)), pairs).to(model.device)
-    with asking(model), autocast():
-        expected, expected_norm = _answers(score.own_logps, own, 0, weights)
-        if trained and not expected_norm:
-            weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            expected, expected_norm = _answers(score.own_logps, own, 0, weights)
-        expected = torch.cat([expected, *_scored_alone(score, PADDED, longer)])
-    if not torch.isfinite(expected).all():
+    rounded = []
+    with asking(model):
+        with in_float32(model):
+            expected = _alone(score.own_logps, score, pairs, longer, weights)
+            if trained and not expected.norm:
+                weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                expected = _alone(score.own_logps, score, pairs, longer, weights)
+        if precision.is_lower:
+            with precision.autocast(model.device.type):
+                rounded.append(_alone(score, score, pairs, longer, weights))
+                rounded.append(_together(score, PADDED, pairs, longer, weights))
+    if not torch.isfinite(expected.logps).all():
         return Proof()
-    if trained and not expected_norm:
+    if trained and not expected.norm:
         hint = "check the weights, which an interrupted save leaves at zero, and the factors in config.json"
         raise UserError("no weight of the model has a gradient: nothing would be learned", type(model).__name__, hint)
     try:
         layout.prepare(model)
-        together = [*beside, *pairs]
-        batch = layout.batch(range(len(together)), together).to(model.device)
-        with autocast():
-            found, norm = _answers(score, batch, len(beside), weights)
-            found = torch.cat([found, *_scored_alone(score, layout, longer)])
+        proof = Proof(0.0, 0.0, only_lower=True)
+        # Some kernels compute in 16 bits alone.
+        with contextlib.suppress(*[CannotPack] * precision.is_lower), in_float32(model):
+            found = _together(score, layout, pairs, longer, weights)
+            proof = Proof(found.largest(expected), found.norm_from(expected))
+        if not rounded or proof.fails(precision):
+            return proof
+        with precision.autocast(model.device.type):
+            found = _together(score, layout, pairs, longer, weights)
     except Exception as error:
         if is_out_of_memory(error) or not (isinstance(error, REFUSALS) or _of_a_kernel(error)):
             raise
         return Proof(refusal=_reason(error))
-    difference = float((found - expected).abs().max())
-    return Proof(difference, abs(norm - expected_norm) / expected_norm if trained else 0.0)
+    padded, beside = rounded
+    return dataclasses.replace(proof, rounding=found.rounded_beside(padded, expected, beside))
 
 
-def prove_compiled(
-    model: PreTrainedModel, batch: PairBatch, autocast: Callable[[], AbstractContextManager[None]], backend: str
-) -> Proof:
+@dataclass(frozen=True)
+class _Answers:
+    """What pairs are answered with.
+
+    Attributes:
+        logps: The log-probability of each response token, pair by pair, in nats.
+        gradient: That of some weights of what pulls chosen responses up and rejected ones down, half as hard.
+    """
+
+    logps: Tensor
+    gradient: Sequence[Tensor]
+
+    @property
+    def norm(self) -> float:
+        """The norm of the gradient."""
+        return _norm(self.gradient)
+
+    def largest(self, others: _Answers) -> float:
+        """Return the largest difference of a log-probability from others', in nats."""
+        return float((self.logps - others.logps).abs().max())
+
+    def norm_from(self, others: _Answers) -> float:
+        """Return the difference of the gradient's norm from others', as a share of theirs."""
+        return abs(self.norm - others.norm) / others.norm if others.norm else 0.0
+
+    def rounded_beside(self, rounded: _Answers, *exact: _Answers) -> Rounding:
+        """Return how far these are from answers that are rounded as well, which are some way from others."""
+        (logps, gradient), ways = self.far_from(rounded), [rounded.far_from(others) for others in exact]
+        return Rounding(logps, max(way[0] for way in ways), gradient, max(way[1] for way in ways))
+
+    def far_from(self, others: _Answers) -> tuple[float, float]:
+        """Return the distances of log-probabilities and gradient from others', as in `Rounding`."""
+        differences = [mine.float() - theirs for mine, theirs in zip(self.gradient, others.gradient, strict=True)]
+        share = _norm(differences) / others.norm if differences else 0.0
+        return distance(self.logps, others.logps), share
+
+
+def distance(logps: Tensor, others: Tensor) -> float:
+    """Return the root mean square of the differences of log-probabilities, in nats per token."""
+    return float((logps - others).square().mean().sqrt())
+
+
+def prove_compiled(model: PreTrainedModel, batch: PairBatch, precision: Precision, backend: str) -> Proof:
     """Compare log-probabilities with compiled decoder layers with those of the layers as they are; leave them compiled.
+
+    In a lower precision both may be as far from each other as rounding takes the layers as they are from float32,
+    `NOISE_FACTOR` times.
 
     Args:
         model: The model, which reads the layout of the batch.
         batch: Pairs of the run, on the model's device.
-        autocast: Opens the precision that the run computes in.
+        precision: What the run computes in.
         backend: The compiler, by its name in torch.
 
     Raises:
         UserError: Layers would have to be compiled too often.
     """
-    score, weights = Scorer(model), _first_weights(model)
-    with autocast():
-        expected, expected_norm = _answers(score, batch, 0, weights)
+    score, weights, device, exact = Scorer(model), _first_weights(model), model.device.type, None
+    with contextlib.suppress(CannotPack):
+        if precision.is_lower:
+            with in_float32(model):
+                exact = _answers(score, batch, weights)
+    with precision.autocast(device):
+        expected = _answers(score, batch, weights)
     compile_layers(model, backend)
     try:
-        with autocast():
-            found, norm = _answers(score, batch, 0, weights)
+        with precision.autocast(device):
+            found = _answers(score, batch, weights)
     except Exception as error:
         if is_out_of_memory(error) or not (isinstance(error, REFUSALS) or _of_a_kernel(error)):
             raise
         return Proof(refusal=_first_line(error))
-    share = abs(norm - expected_norm) / expected_norm if expected_norm else 0.0
-    return Proof(float((found - expected).abs().max()), share)
+    if not precision.is_lower:
+        return Proof(found.largest(expected), found.norm_from(expected))
+    return Proof(0.0, 0.0, found.rounded_beside(expected, exact or expected), only_lower=True)
 
 
 @contextlib.contextmanager
@@ -154,23 +272,44 @@ def asking(model: PreTrainedModel) -> Iterator[None]:
         raise UserError(what, type(model).__name__, "check the values in its config.json") from error
 
 
-def _answers(
-    score: Callable[[PairBatch], Tensor], batch: PairBatch, first: int, weights: Sequence[Tensor]
-) -> tuple[Tensor, float]:
-    """Return the log-probabilities of the pairs of a batch from one on, and the norm of a gradient of some weights.
+def _alone(
+    ask: Ask, score: Scorer, pairs: Sequence[TokenizedPair], longer: Sequence[TokenizedPair], weights: Sequence[Tensor]
+) -> _Answers:
+    """Ask for each pair by itself, padded; for the longer ones a scorer without gradient."""
+    answers = [_answers(ask, PADDED.batch([0], [pair]).to(score.policy.device), weights) for pair in pairs]
+    gradient = [sum(part.float() for part in parts) for parts in zip(*(one.gradient for one in answers), strict=True)]
+    return _Answers(torch.cat([*(one.logps for one in answers), *_scored_alone(score, PADDED, longer)]), gradient)
 
-    It is the gradient of what pulls the chosen responses up and the rejected ones down, half as hard.
-    """
+
+def _together(
+    score: Scorer,
+    layout: Layout,
+    pairs: Sequence[TokenizedPair],
+    longer: Sequence[TokenizedPair],
+    weights: Sequence[Tensor],
+) -> _Answers:
+    """Ask a scorer for pairs in one forward pass; for the longer ones each by itself, without gradient."""
+    answers = _answers(score, layout.batch(range(len(pairs)), pairs).to(score.policy.device), weights)
+    return _Answers(torch.cat([answers.logps, *_scored_alone(score, layout, longer)]), answers.gradient)
+
+
+def _answers(ask: Ask, batch: PairBatch, weights: Sequence[Tensor]) -> _Answers:
+    """Ask for the pairs of a batch."""
     with torch.set_grad_enabled(bool(weights)):
-        responses = score(batch).split(list(batch.lengths))
-    num_pairs = len(batch.pairs)
-    chosen, rejected = torch.cat(responses[first:num_pairs]), torch.cat(responses[num_pairs + first :])
-    norm = 0.0
+        responses = ask(batch).split(list(batch.lengths))
+    chosen, rejected = responses[: len(batch.pairs)], responses[len(batch.pairs) :]
+    gradient: Sequence[Tensor] = []
     if weights:
-        gradients = torch.autograd.grad(chosen.sum() - rejected.sum() / 2, weights, allow_unused=True)
-        norms = [gradient.norm() for gradient in gradients if gradient is not None]
-        norm = float(torch.stack(norms).norm()) if norms else 0.0
-    return torch.cat([chosen, rejected]).detach(), norm
+        pull = torch.cat(chosen).sum() - torch.cat(rejected).sum() / 2
+        gradient = torch.autograd.grad(pull, weights, allow_unused=True, materialize_grads=True)
+    logps = torch.cat([response for pair in zip(chosen, rejected, strict=True) for response in pair]).detach()
+    return _Answers(logps, gradient)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    """Return the norm of some tensors together."""
+    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
+    return float(torch.stack(norms).norm()) if norms else 0.0
 
 
 @torch.no_grad()

@@ -39,21 +39,22 @@ def compile_layers_of(
     """
     if not _asked_for(session, batches, steps):
         return
-    model, autocast, before = policy.model, session.accelerator.autocast, time.monotonic()
+    model, before = policy.model, time.monotonic()
     num_layers = len(decoder_layers(model))
     if not num_layers:
         _refuse(session, f"{policy} has no decoder layers that transformers tells apart")
         return
     session.console.notice(f"compiling {num_layers} decoder layers …")
     batch = shortest_pair(batches, steps.trained_on())
-    proof = prove_compiled(model, batch, autocast, backend)
+    proof = prove_compiled(model, batch, session.precision, backend)
     failure = next(filter(None, session.of_all(proof.fails(session.precision))), "")
     if failure:
         leave_uncompiled(model)
         _refuse(session, failure)
         return
     took = f"compiled {num_layers} decoder layers in {time.monotonic() - before:.0f} s"
-    given = "they give the same as before" if not proof.difference else f"up to {proof.difference:.1g} nats per token"
+    moved = proof.rounding.logps if proof.rounding else proof.difference
+    given = "they give the same as before" if not moved else f"up to {moved:.1g} nats per token"
     session.console.notice(f"checked: {took}; {given}")
 
 

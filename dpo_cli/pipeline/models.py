@@ -302,10 +302,9 @@ def _proved(
         # All ranks take the same layout, so the one that fails decides.
         if failure := next(filter(None, session.of_all(proof.fails(session.precision))), ""):
             return f"{policy}: {failure}", []
-        nats, share = f"{proof.difference:.1g} nats per token", f"; its gradient's norm by {proof.norm_difference:.1g}"
-        given = f"{layout.described} gives the same as {PADDED.name}"
-        session.console.notice(f"checked: {given}, up to {nats}{share if trained else ''}")
-        lines.append(own_logps_line(proof.difference))
+        for line in proof.lines(layout, session.precision, trained=trained):
+            session.console.notice(f"checked: {line}")
+        lines.append(own_logps_line(proof.difference, session.precision))
     return "", lines
 
 
@@ -318,15 +317,13 @@ def _prove(
     *,
     trained: bool,
 ) -> Proof:
-    """Prove a layout on the shortest pair behind the next one, and on one beyond the window that a model looks back."""
+    """Prove a layout on the two shortest pairs, and on the shortest beyond the window that a model looks back."""
     lengths = pairs.sizes.longest[indices]
     order = lengths.argsort(kind="stable")
     window = getattr(policy.model.config.get_text_config(), "sliding_window", None) or np.inf
     beyond = [index for index in order if lengths[index] > window][:1]
-    shortest, *beside = (pairs[int(indices[place])] for place in order[:2])
-    longer = [pairs[int(indices[place])] for place in beyond]
-    autocast = session.accelerator.autocast
-    return prove(policy.model, layout, [shortest], autocast, beside=beside, longer=longer, trained=trained)
+    shortest, longer = ([pairs[int(indices[place])] for place in places] for places in (order[:2], beyond))
+    return prove(policy.model, layout, shortest, session.precision, longer=longer, trained=trained)
 
 
 def _asked_for(session: Session, layout: Layout, failure: str) -> UserError | None:

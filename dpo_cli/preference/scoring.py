@@ -15,6 +15,7 @@ from torch import Tensor
 from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.logps import SequenceLogps
+from dpo_cli.modeling.precision import precision_of
 from dpo_cli.modeling.responses import Responses
 from dpo_cli.modeling.routing import balance_loss
 from dpo_cli.modeling.scorer import BatchScorer
@@ -73,9 +74,10 @@ class ExpertLoad:
         return balance_loss(self._whole, self._whole)
 
 
-def step_info(sizes: PairSizes, pairs: Sequence[int], statistics: Statistics) -> StepInfo:
-    """Return what a loss knows of a step of these pairs."""
-    return StepInfo(len(pairs), int(sizes.chosen_scored[list(pairs)].sum()), statistics=statistics)
+def step_info(sizes: PairSizes, pairs: Sequence[int], statistics: Statistics, accelerator: Accelerator) -> StepInfo:
+    """Return what a loss knows of a step of these pairs, in the precision of an accelerator."""
+    tie = precision_of(accelerator.mixed_precision).tie
+    return StepInfo(len(pairs), int(sizes.chosen_scored[list(pairs)].sum()), statistics=statistics, tie=tie)
 
 
 def score_pairs(
@@ -224,4 +226,4 @@ def _apply(
     """Apply the objective and the pairs' own weights."""
     pairs = objective(policy, reference, dataclasses.replace(step, margins=margins))
     pairs = dataclasses.replace(pairs, losses=weights * pairs.losses)
-    return pairs, pair_values(pairs.losses, pairs.chosen_rewards, pairs.rejected_rewards, policy)
+    return pairs, pair_values(pairs.losses, pairs.chosen_rewards, pairs.rejected_rewards, policy, step.tie)

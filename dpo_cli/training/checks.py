@@ -21,8 +21,10 @@ from dpo_cli.modeling.adapters.fit import adapter_weights
 from dpo_cli.modeling.folders.model_files import most_tokens
 from dpo_cli.modeling.folders.model_names import same_model
 from dpo_cli.modeling.logps import SequenceLogps
-from dpo_cli.modeling.precision import precision_of
-from dpo_cli.modeling.proof import asking
+from dpo_cli.modeling.precision import Precision, precision_of
+from dpo_cli.modeling.proof import NOISE_FACTOR, asking, distance
+from dpo_cli.modeling.scorer import Scorer
+from dpo_cli.modeling.upcast import in_float32
 from dpo_cli.preference.losses.base import StepInfo
 from dpo_cli.system.storage import DamagedFolder, read_manifest
 from dpo_cli.training.checkpoints import HELD, beginning_of
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
     from dpo_cli.modeling.batch import PairBatch
     from dpo_cli.modeling.policy import Policy
-    from dpo_cli.modeling.scorer import BatchScorer, Scorer
+    from dpo_cli.modeling.scorer import BatchScorer
     from dpo_cli.preference.objective import Objective
 
 
@@ -203,7 +205,7 @@ def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int
 def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -> str:
     """Prove that log-probabilities are those of the model's own logits, and of what stands before each token alone.
 
-    Return a line that says so.
+    Both are shown in float32; in a lower precision they have to be finite as well. Return a line that says so.
 
     Args:
         scorer: The policy's.
@@ -213,33 +215,41 @@ def check_logps(scorer: Scorer, shortest: PairBatch, accelerator: Accelerator) -
     Raises:
         UserError: They are not, or not finite.
     """
-    with asking(scorer.policy), accelerator.autocast():
-        difference, ahead = scorer.largest_difference(shortest), scorer.looks_ahead(shortest)
-    if not math.isfinite(difference):
+    precision = precision_of(accelerator.mixed_precision)
+    with asking(scorer.policy), torch.no_grad():
+        with in_float32(scorer.policy):
+            difference, ahead = scorer.largest_difference(shortest), scorer.looks_ahead(shortest)
+        with accelerator.autocast():
+            finite = bool(torch.isfinite(scorer(shortest)).all())
+    if not math.isfinite(difference) or not finite:
         what = "the model's log-probabilities are not finite before step 1"
         hint = "its weights are damaged, or its precision is too low: download it again, or set `model.dtype: float32`"
         raise UserError(what, type(scorer.policy).__name__, hint)
-    if not ahead <= precision_of(accelerator.mixed_precision).token_tolerance:
+    if not ahead <= precision.exactness:
         what = f"a token's log-probability changes by {ahead:.2g} nats with later tokens: the model attends to them"
         hint = "it is not a causal language model, or its config.json does not say so (`is_decoder: true`)"
         raise UserError(what, type(scorer.policy).__name__, hint)
-    if not difference <= precision_of(accelerator.mixed_precision).token_tolerance:
+    if not difference <= precision.exactness:
         what = f"log-probabilities differ from the model's own by {difference:.2g} nats per token"
         raise UserError(
             what, type(scorer.policy).__name__, "choose another architecture: this one treats its logits in its own way"
         )
-    return own_logps_line(difference)
+    return own_logps_line(difference, precision)
 
 
-def own_logps_line(difference: float) -> str:
+def own_logps_line(difference: float, precision: Precision) -> str:
     """Say that log-probabilities are those of the model's own logits, up to a difference in nats per token."""
-    return f"log-probabilities are the model's own (largest difference {difference:.1g} nats per token)"
+    where = ", in float32" if precision.is_lower else ""
+    return f"log-probabilities are the model's own (largest difference {difference:.1g} nats per token{where})"
 
 
 def check_reference(
     scorer: nn.Module, objective: Objective, reference: BatchScorer, batch: PairBatch, accelerator: Accelerator
 ) -> str:
     """Prove that the policy equals its reference before step 1; return a line that says so.
+
+    In a lower precision than float32 they differ by rounding where the reference's answers come from other
+    micro-batches: by up to `NOISE_FACTOR` times as much as rounding takes the policy from float32.
 
     Args:
         scorer: The prepared scorer, as the loop calls it.
@@ -251,20 +261,32 @@ def check_reference(
     Raises:
         UserError: They differ in a token's log-probability.
     """
+    precision = precision_of(accelerator.mixed_precision)
     with torch.no_grad():
         policy = SequenceLogps.of(scorer(batch), batch.responses)
         answers = SequenceLogps(reference(batch), batch.responses)
-    difference = float((policy.tokens - answers.tokens).abs().max())
-    if not difference <= precision_of(accelerator.mixed_precision).token_tolerance:
+    difference, noise = float((policy.tokens - answers.tokens).abs().max()), 0.0
+    equal = difference <= precision.exactness
+    if not equal and precision.is_lower:
+        model = accelerator.unwrap_model(scorer).policy
+        with torch.no_grad(), in_float32(model):
+            noise = distance(policy.tokens, Scorer(model)(batch))
+        equal = distance(policy.tokens, answers.tokens) <= NOISE_FACTOR * max(noise, precision.exactness)
+    if not equal:
         what = (
             f"the policy is not its reference before step 1: a token's log-probability differs by {difference:.2g} nats"
         )
         raise UserError(what, f"{len(batch.pairs)} of the run's pairs", "report this as a bug of the program")
     step = StepInfo(len(batch.pairs), sum(batch.lengths[: len(batch.pairs)]), batch.margins)
-    losses = objective(policy, answers, step).losses
+    loss, exact = (float(objective(policy, others, step).losses.mean()) for others in (answers, policy))
     counted = objective.uses_margins and bool(batch.margins.any())
     about = f" with {'its margin' if len(batch.pairs) == 1 else 'their margins'} in the data" if counted else ""
-    return f"the policy equals its reference: the loss is {float(losses.mean()):.6f}{about}"
+    if not noise:
+        return f"the policy equals its reference: the loss is {loss:.6f}{about}"
+    return (
+        f"the policy equals its reference up to rounding in {precision.name}, by which tokens differ up to "
+        f"{difference:.2g} nats: the loss is {loss:.6f}{about}, without rounding {exact:.6f}"
+    )
 
 
 def _require_ends(pairs: PreparedPairs, ends: NDArray[np.bool_], name: str, tokenizer: Any) -> None:

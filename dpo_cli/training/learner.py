@@ -242,7 +242,7 @@ class Learner:
         """
         objective, reference, accelerator = self.objective, self.reference, self.accelerator
         sums, all_losses = StepSums(accelerator.device), []
-        info = step_info(batches.pairs.sizes, step.pairs, self.statistics)
+        info = step_info(batches.pairs.sizes, step.pairs, self.statistics, accelerator)
         scored, experts = None, ExpertLoad(self.policy.scorer) if objective.router_aux else None
         ask = experts or self.policy.scorer
         if self._looks_first(step):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -163,6 +161,6 @@ def test_the_proof_of_a_layout_finds_faults_beside_a_fresh_adapter(
         if planted:
             monkeypatch.setattr(attention, "_attend", lambda *how: fault(attend(*how)))
         model = adapted(tiny_llama, targets=targets).model
-        proof = prove(model, LAYOUTS["packed"], pairs[:1], contextlib.nullcontext, beside=pairs[1:])
+        proof = prove(model, LAYOUTS["packed"], pairs, PRECISIONS["float32"])
         assert (said in proof.fails(PRECISIONS["float32"])) is planted, proof
         assert planted or not proof.fails(PRECISIONS["float32"])

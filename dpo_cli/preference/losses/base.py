@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
+from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.settings import Settings, contradiction
 
 if TYPE_CHECKING:
@@ -54,12 +55,14 @@ class StepInfo:
         chosen_tokens: Tokens of their chosen responses.
         margins: `[B]`, the margin that the data gives each pair at hand, or 0.
         statistics: Those that the loss kept of the steps before.
+        tie: How near equal rewards are to each other, in the precision that is computed in.
     """
 
     num_pairs: int
     chosen_tokens: int
     margins: Tensor | float = 0.0
     statistics: Statistics = field(default_factory=dict)
+    tie: float = PRECISIONS["float32"].tie
 
 
 @dataclass(frozen=True)
