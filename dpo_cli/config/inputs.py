@@ -9,7 +9,7 @@ from dpo_cli.config.schema import Config, changeable
 from dpo_cli.config.start_adapter import changed_start
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source, look_up_source, paths_of
 from dpo_cli.errors import UserError, raise_all
-from dpo_cli.modeling.adapters.files import holds_adapter, may_be_start, read_start
+from dpo_cli.modeling.adapters.files import holds_adapter, is_adapter_id, may_be_start, read_start
 from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.folders.model_names import (
     check_model,
@@ -195,7 +195,7 @@ def _check_start(name: str | None) -> UserError | None:
     """Say what is wrong with an adapter that training is to go on from, if there is one."""
     try:
         if name is not None:
-            if is_hub_id(name) and not holds_adapter(name) and (problem := look_up_model(name, "`adapter.start`")):
+            if is_adapter_id(name) and not holds_adapter(name) and (problem := look_up_model(name, "`adapter.start`")):
                 return problem
             read_start(name, "`adapter.start`")
             if (Path(name) / MANIFEST).is_file():

@@ -9,12 +9,11 @@ from typing import Any
 from dpo_cli.config.schema import Config
 from dpo_cli.config.tree import Tree
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.adapters.files import AdapterFolder, holds_adapter, read_adapter
+from dpo_cli.modeling.adapters.files import AdapterFolder, holds_adapter, is_adapter_id, read_adapter
 from dpo_cli.modeling.adapters.settings import ALL_LINEAR, is_named
 from dpo_cli.modeling.folders.model_names import look_up_model
 from dpo_cli.settings import located
 from dpo_cli.system import plain_yaml
-from dpo_cli.system.hub import is_hub_id
 from dpo_cli.training.run_folder import RunFolder, RunState
 
 _OWN = ("rank", "alpha", "targets", "dora", "rslora")
@@ -91,7 +90,7 @@ def _start_of(config: Config) -> AdapterFolder | None:
     if config.adapter is None or config.adapter.start is None:
         return None
     name = config.adapter.start
-    if is_hub_id(name) and not holds_adapter(name) and look_up_model(name, "`adapter.start`"):
+    if is_adapter_id(name) and not holds_adapter(name) and look_up_model(name, "`adapter.start`"):
         return None
     try:
         return read_adapter(Path(name))

@@ -900,6 +900,21 @@ ADAPTER_CASES = {
     "start whose ranks differ": Case(
         adapter(rank_pattern={"q_proj": 2}), START, 2, r"not all of its layers are alike", r"merge it"
     ),
+    "start with a rank that is no whole number": Case(adapter(says(r=4.0)), START, 2, r"`r` .* but is 4.0", r"again"),
+    "start with an endless alpha": Case(adapter(says(lora_alpha=1e400)), START, 2, r"`lora_alpha` .* is inf", r"again"),
+    "start with bases": Case(
+        adapter(says(base_model_name_or_path=["x"])), START, 2, r"`base_model_name_or_path` .* be text", r"again"
+    ),
+    "start with numbers for targets": Case(
+        adapter(says(target_modules=[1, 2])), START, 2, r"`target_modules` .* names of layers", r"again"
+    ),
+    "start with a list of ranks": Case(
+        adapter(says(rank_pattern=[1])), START, 2, r"`rank_pattern` .* a table of numbers", r"again"
+    ),
+    "start with half a pattern": Case(
+        adapter(says(target_modules="(q")), START, 2, r"`target_modules` is no regular expression", r"again"
+    ),
+    "starts": Case(nothing, f"{TRAIN} 'adapter.start=[adapter]'", 2, r"`adapter.start` should be text", r"start: nu"),
     "start of another base, in a dry run": Case(
         adapter(wider_model), f"{START} --dry-run", 2, r"another base: .* 64 outputs in the model, and", r"beside"
     ),

@@ -91,9 +91,14 @@ class AdapterFolder:
     alphas: Mapping[str, float]
 
 
+def is_adapter_id(name: str) -> bool:
+    """Tell whether a name may be that of an adapter on the Hub: only models have ids without an owner."""
+    return "/" in name and is_hub_id(name)
+
+
 def adapter_folder(name: str | Path) -> Path:
     """Return the folder of an adapter: the one that is named, or where the Hub's cache has the adapter of an id."""
-    if not is_hub_id(str(name)):
+    if not is_adapter_id(str(name)):
         return Path(name)
     found = cached_file(str(name), ADAPTER_CONFIG)
     return found.parent if found else Path(name)
@@ -153,7 +158,7 @@ def read_start(name: str, where: str) -> AdapterFolder:
         UserError: It is not usable, as `read_adapter` says, or rank or alpha differ among its layers.
     """
     folder = adapter_folder(name)
-    if is_hub_id(name) and not folder.is_dir():
+    if is_adapter_id(name) and not folder.is_dir():
         hint = "check the name; a Hub id needs the network, unless the adapter is in the Hub's cache already"
         raise UserError(f"the adapter {located(name)} is neither here nor among the Hub's adapters", where, hint)
     if not folder.is_dir():
