@@ -61,7 +61,7 @@ class OptimizerSettings(Settings):
             on_host: Whether the state stays in the host's memory between steps.
         """
         from dpo_cli.modeling.split import low_bits
-        from dpo_cli.training.stepping import OneByOne
+        from dpo_cli.modeling.stepping import OneByOne
 
         groups = [
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -122,13 +122,13 @@ class AdamW8bit(OptimizerSettings):
 
     def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
         """Return the one over the kernels of bitsandbytes."""
-        from dpo_cli.training.eight_bits import BlockwiseAdamW
+        from dpo_cli.modeling.eight_bits import BlockwiseAdamW
 
         return BlockwiseAdamW(groups, learning_rate, (self.betas[0], self.betas[1]), self.eps)
 
     def state_bytes(self, trained: Sequence[Tensor]) -> int:
         """Count both means, and the scales of their blocks."""
-        from dpo_cli.training.eight_bits import moment_bytes
+        from dpo_cli.modeling.eight_bits import moment_bytes
 
         return sum(map(moment_bytes, trained))
 

@@ -19,11 +19,11 @@ from torch.backends import cpu
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.determinism import gpu_software
+from dpo_cli.modeling.eight_bits import IN_8_BITS, SCALE, num_blocks
 from dpo_cli.modeling.folders.streams import load_tensors, save_tensors
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.modeling.split import whole_value
 from dpo_cli.system.storage import DamagedFolder
-from dpo_cli.training.eight_bits import IN_8_BITS, SCALE, num_blocks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import Parameter
 
+from dpo_cli.modeling import eight_bits
 from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.split import split_weights, whole_value
-from dpo_cli.training import eight_bits
 from dpo_cli.training.optimizer import AdamW, AdamW8bit
 from dpo_cli.training.state import check_fits, optimizer_from_tensors, optimizer_to_tensors
 from tests.builders import prepare_pairs, train_in_process
