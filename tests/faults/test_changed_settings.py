@@ -167,6 +167,8 @@ def test_all_that_changed_stands_in_one_list(tmp_path):
 OTHERS = {
     "training.micro_batch_tokens": 300,
     "training.layout": "padded",
+    "training.compile": "false",
+    "training.deterministic": "false",
     "training.gradient_checkpointing": "true",
     "training.rank_timeout": "null",
     "training.on_nonfinite": "skip",
@@ -182,8 +184,8 @@ OTHERS = {
 
 
 def test_a_run_goes_on_with_all_that_may_change_changed(write_config, tmp_path, zygote):
-    # Offloading is for GPUs, and refused here.
-    assert {*OTHERS, "output_dir", "training.offload"} == WATCHES
+    # Offloading is for GPUs, kernels of attention are for the packed layout, and both are refused here.
+    assert {*OTHERS, "output_dir", "training.offload", "training.attention"} == WATCHES
     # Importing a tracker takes longer than all the rest.
     others = OTHERS if FULL else {**OTHERS, "tracking": "[]"}
     file = write_config("run", training={"max_steps": 4}, checkpoints={"every_steps": 2})
