@@ -180,7 +180,11 @@ def test_an_adapter_of_another_base_is_put_into_that(write_config, tokenizer, tm
     loss = {"type": "cpo"} if reference == "none" else {"type": "dpo"}
     file = write_config(reference=reference, loss=loss, adapter=LORA)
     found = dpo_cli.evaluate(file, model=str(adapter))
-    assert loads == ([str(other)] if reference == "none" else [str(tiny_llama), str(other)])
+    # A cached reference is read only where the cache lacks an answer.
+    without = [str(other)]
+    assert loads in {"none": [without], "frozen": [[str(tiny_llama), *without]]}.get(
+        reference, [without, [str(tiny_llama), *without]]
+    )
     assert found["base"] == str(other)
     copied = shutil.copytree(tiny_llama, tmp_path / "copied")
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(other), adapter).merge_and_unload()

@@ -38,9 +38,12 @@ class QuickLinear(lora.Linear):  # type: ignore[misc]
         base, names = self.base_layer, self.active_adapters
         if self.disable_adapters or self.merged or len(names) != 1 or self.lora_variant or self._drops_out(names[0]):
             return False
+        # A compiler fuses what PEFT writes.
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or type(base) is not nn.Linear:
+            return False
         weights = [base.weight, self.lora_A[names[0]].weight, self.lora_B[names[0]].weight]
-        same = all(one.dtype == x.dtype for one in weights) and not torch.is_autocast_enabled(x.device.type)
-        return same and type(base) is nn.Linear and not any(one.requires_grad for one in base.parameters())
+        trains = torch.is_grad_enabled() and any(one.requires_grad for one in base.parameters())
+        return not trains and all(one.dtype == x.dtype for one in weights)
 
     def _drops_out(self, name: str) -> bool:
         dropout = self.lora_dropout[name]

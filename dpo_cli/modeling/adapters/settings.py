@@ -66,7 +66,23 @@ class AdapterSettings(Settings):
         """Change what is not exact of a layer that PEFT made, whose weights may be missing; by default nothing."""
 
 
-class Lora(AdapterSettings):
+class LoraLayers(AdapterSettings):
+    """The layers of LoRA, whoever decides what they are like: of one adapter they compute the same to the bit."""
+
+    def on_paper(self) -> AbstractContextManager[None]:
+        """Return the context in which PEFT measures no norms."""
+        from dpo_cli.modeling.adapters.lora_layers import norms_unmeasured
+
+        return norms_unmeasured()
+
+    def refine(self, layer: BaseTunerLayer) -> None:
+        """Let DoRA begin as the base, and LoRA write less."""
+        from dpo_cli.modeling.adapters.lora_layers import refine
+
+        refine(layer)
+
+
+class Lora(LoraLayers):
     """Low-rank adaptation: beside a matrix W, scale · B A with the rank r of A and B; B is 0 before step 1.
 
     Source: Hu et al. 2021, arXiv 2106.09685.
@@ -136,20 +152,8 @@ class Lora(AdapterSettings):
             fan_in_fan_out=stores_transposed(model, names),
         )
 
-    def on_paper(self) -> AbstractContextManager[None]:
-        """Return the context in which PEFT measures no norms."""
-        from dpo_cli.modeling.adapters.lora_layers import norms_unmeasured
 
-        return norms_unmeasured()
-
-    def refine(self, layer: BaseTunerLayer) -> None:
-        """Let DoRA begin as the base."""
-        from dpo_cli.modeling.adapters.lora_layers import refine
-
-        refine(layer)
-
-
-class Saved(AdapterSettings):
+class Saved(LoraLayers):
     """An adapter as the folder says that it was saved in, whatever its rank and its layers: it is scored."""
 
     type: Literal["saved"] = "saved"
