@@ -50,7 +50,7 @@ class Alone:
         """
         wrapped: nn.Module = self.accelerator.prepare_model(scorer, evaluation_mode=not trained)
         # Accelerate would hold it for as long as the process lives: a reference whose answers are known, for one.
-        self.accelerator._models.remove(wrapped)
+        self.accelerator._models.remove(scorer)
         return wrapped
 
     def adding_up(self, scorer: nn.Module, *, last: bool) -> AbstractContextManager[Any]:
