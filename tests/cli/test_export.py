@@ -439,11 +439,11 @@ BAD = {
     "pairs that were moved": Bad(
         lambda: Path("pairs.jsonl").rename("elsewhere"), EXPORT, r"`pairs.jsonl`", r"name what moved"
     ),
-    "another base": Bad(other_base, EXPORT, r"the base is not the one", r"restore it"),
+    "another base": Bad(other_base, EXPORT, r"the base `model` \(\S+\) is not the one", r"restore it"),
     "another start adapter": Bad(
         lambda: call("train run.yaml adapter.start=runs/run/final output_dir=runs/second --quiet"),
         "export runs/second --merge --to out adapter.start=runs/run/checkpoints/step-000002",
-        r"start adapter is not the one", r"adapter.start=PATH",
+        r"start adapter `runs/run/checkpoints/step-000002` \(\S+\) is not the one", r"adapter.start=PATH",
     ),
     "no start adapter where the run had one": Bad(
         lambda: call("train run.yaml adapter.start=runs/run/final output_dir=runs/second --quiet"),

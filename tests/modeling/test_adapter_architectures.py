@@ -111,7 +111,7 @@ def test_the_layout_is_proved_or_refused_as_without_an_adapter(kind):
 def test_peft_reads_the_written_adapter_and_answers_alike(kind, name, tmp_path, tokenizer):
     ours, model = adapted(kind, ADAPTERS[name], moved=True)
     expected = scored(model)
-    ours.write(model, tmp_path, tokenizer)
+    ours.write(model, tmp_path, tokenizer, ours.state(model))
     theirs = PeftModel.from_pretrained(build(kind), tmp_path)
     torch.testing.assert_close(scored(theirs.get_base_model()), expected, rtol=0, atol=1e-5)
     # Merged, no layer of PEFT is left.

@@ -180,7 +180,7 @@ from dpo_cli.modeling.adapters.settings import Lora
 torch.set_num_threads(1)
 model, adapted = build(sys.argv[1]), Adapted(Lora(rank=4), 0)
 adapted.choose(model)
-adapted.write(model, Path(sys.argv[2]), AutoTokenizer.from_pretrained(sys.argv[3]))
+adapted.write(model, Path(sys.argv[2]), AutoTokenizer.from_pretrained(sys.argv[3]), adapted.state(model))
 """
 
 
