@@ -132,7 +132,8 @@ def test_nor_where_the_adapter_that_it_went_on_from_is_another(run, forked_dpo, 
     before = content(folder)
     save_adapter(tiny_llama, whole / "start", seed=2)
     said = train(forked_dpo, file, "--resume", status=2)
-    assert "error: the start adapter is not the one that the run was started with" in said
+    start = whole / "start"
+    assert f"error: the start adapter `{start}` is not the one that the run was started with" in said
     assert content(folder) == before
 
 
