@@ -128,7 +128,7 @@ def _unreached_experts(sketch: Policy) -> str:
 
 def _useless_rank(sketch: Policy) -> str:
     """Say so where an adapter has a larger rank than the product of its matrices can have."""
-    if not (found := above_full_rank(sketch.model)):
+    if not sketch.described or not (found := above_full_rank(sketch.model)):
         return ""
     shown = ", ".join(f"{name} ({side})" for name, side in found.items())
     return (

@@ -161,19 +161,21 @@ def test_a_frozen_reference_of_an_adapter_that_is_gone_on_from_holds_its_tensors
 @pytest.fixture
 def watched(monkeypatch):
     """What learners hold at each step, after the gradients were added up and before they are gone."""
-    seen, clip, take = {}, Policy.clip, Learner.take
+    seen, clip, steps = {"begun": []}, Policy.clip, Learner.steps
 
     def clipped(policy, norm):
         of = [weights.grad for weights in policy.model.parameters() if weights.grad is not None]
         seen["gradients"] = sum(gradient.nbytes for gradient in of)
         return clip(policy, norm)
 
-    def taken(learner, *step):
+    def begun(learner, *plan):
         seen["learner"] = learner
-        return take(learner, *step)
+        for tell in seen["begun"]:
+            tell()
+        return steps(learner, *plan)
 
     monkeypatch.setattr(Policy, "clip", clipped)
-    monkeypatch.setattr(Learner, "take", taken)
+    monkeypatch.setattr(Learner, "steps", begun)
     return seen
 
 
@@ -210,8 +212,8 @@ class Float32Copies(TorchDispatchMode):
         return found
 
 
-def test_a_base_in_bfloat16_is_never_copied_to_float32(write_config, watched, tokenizer, tmp_path):
-    """Its matrices have shapes that nothing else has."""
+def test_no_step_copies_a_base_in_bfloat16_to_float32(write_config, watched, tokenizer, tmp_path):
+    """Its matrices have shapes that nothing else has. The proof before step 1 casts one layer after the other."""
     model = build_llama(tmp_path / "model", tokenizer, seed=0, head_dim=24)
     shapes = {torch.Size(shape) for shape in ((96, 32), (48, 32), (32, 96), (64, 32), (32, 64), (400, 32))}
     config = write_config(
@@ -221,6 +223,7 @@ def test_a_base_in_bfloat16_is_never_copied_to_float32(write_config, watched, to
         training={"max_steps": 2},
     )
     with Float32Copies(shapes) as noted:
+        watched["begun"].append(noted.made.clear)
         rows = [result.metrics for result in dpo_cli.train(config)]
     assert noted.made == []
     assert rows[0]["rewards/margins"] == 0.0
