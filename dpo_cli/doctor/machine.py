@@ -21,7 +21,7 @@ from dpo_cli.reporting.console import gib
 
 _PROGRAM = "dpo-cli"
 _EXTRA = re.compile(r"""extra == ['"](.+?)['"]""")
-_FOR_USERS = ("gguf", "adapters", "quantize", "tensorboard", "wandb", "mlflow")
+_FOR_USERS = ("gguf", "adapters", "8bit", "quantize", "tensorboard", "wandb", "mlflow")
 """The extras that add something to the program; others are for who works on it."""
 
 

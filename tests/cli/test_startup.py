@@ -82,6 +82,17 @@ def test_a_package_that_is_missing_is_reported_with_its_extra_before_anything_is
     assert "loading" not in ended.stderr
 
 
+def test_a_run_of_all_weights_needs_no_package_of_an_extra(write_config, tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    names = ("peft", "bitsandbytes", "gguf")
+    (hidden / "sitecustomize.py").write_text(f"import sys; sys.modules.update(dict.fromkeys({names}))")
+    file = write_config(training={"max_steps": 1})
+    for arguments in (["train", file], ["eval", file]):
+        ended = run_dpo(*arguments, cwd=tmp_path, env={"PYTHONPATH": str(hidden)})
+        assert ended.returncode == 0, ended.stderr
+
+
 def test_preparing_pairs_imports_nothing_that_models_are_loaded_with():
     loading = (
         "accelerate",
