@@ -203,12 +203,13 @@ def evaluate(
 
 @app.command(
     cls=Command,
-    options_metavar="RUN --to DIR --merge [KEY=VALUE ...] [OPTIONS]",
+    options_metavar="RUN --to DIR [--merge] [--dtype DTYPE] [KEY=VALUE ...] [OPTIONS]",
     epilog=f"{_ABOUT_RUN}\n\n"
     + _examples(
         "dpo export runs/my --merge --to models/my",
         "dpo export runs/my/checkpoints/step-000100 --merge --to models/my-100",
         "dpo export runs/my --merge --to models/my model.name=/new/place/of/the/base",
+        "dpo export runs/my --dtype float32 --to models/my",
     ),
 )
 def export(

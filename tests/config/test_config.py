@@ -240,7 +240,10 @@ def test_losses_and_references_that_do_not_go_together_are_errors_with_a_line(tm
 @pytest.mark.parametrize(
     ("asked", "what"),
     [
-        ("adam", "`training.optimizer.type` should be one of `adamw`, `adamw_8bit`, `adafactor`, `rmsprop`, but is 'adam'"),
+        (
+            "adam",
+            "`training.optimizer.type` should be one of `adamw`, `adamw_8bit`, `adafactor`, `rmsprop`, but is 'adam'",
+        ),
         ("{betas: [0.9]}", "`training.optimizer.betas` should be a list of at least 2"),
         ("{betas: [0.9, 0.99, 0.999]}", "`training.optimizer.betas` should be a list of at most 2"),
         ("{betas: [0.9, 1.0]}", "`training.optimizer.betas.1` should be less than 1"),
