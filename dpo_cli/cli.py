@@ -30,8 +30,8 @@ _ABOUT_ARGUMENTS = """\b
 FILE is the configuration, as `--config FILE`. KEY=VALUE overrides a setting
 of it. Relative paths, in it too, start at the working directory."""
 _ABOUT_RUN = """\b
-RUN is the folder of a run with an adapter, or in it `final` or a checkpoint;
-or an adapter of another program.
+RUN is the folder of a run, or in it `final` or a checkpoint; or an adapter
+of another program.
 KEY=VALUE overrides a setting of the run, such as where its base is now."""
 _ABOUT_CHECKS = """\b
 CHECK is device, libraries, attention, logps, products or resume; by default
