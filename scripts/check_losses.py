@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmark.runs import environment_of
 from benchmark.work import model_folder
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +63,8 @@ def peer_losses(rows: list[dict[str, str]], folder: Path, adapter: dict[str, Any
     model = model_folder(str(MODEL), folder)
     arguments = [model, pairs, PAIRS_PER_STEP, 1, ADAPTER_RATE, SEED, folder / "peer", "--adapter", json.dumps(adapter)]
     command = [sys.executable, str(ROOT / "scripts" / "benchmark" / "peer.py"), *map(str, arguments)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    surroundings = environment_of(threads=None)
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=surroundings).stdout
     losses: list[float] = json.loads(output.splitlines()[-1])
     return losses
 

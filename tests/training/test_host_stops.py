@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -38,8 +39,7 @@ def pairs(tmp_path_factory, demo_rows, tokenizer):
 
 
 def random_model(folder):
-    with CUDA:
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).eval()
 
 
 @contextlib.contextmanager
@@ -59,7 +59,9 @@ def learner_on_cuda(monkeypatch, model, pairs, layout, *, loss=None, reference=N
     # Whether a thread is in a mode of torch is up to each thread.
     monkeypatch.setattr(ahead, "IN_TURN", {"cuda"})
     with fake_cuda():
-        policy, other = (Policy(random_model(model), **(ways or {})) for _ in range(2))
+        # PEFT moves the layers that it makes to where they are already: torch cannot move what has no values.
+        with CUDA, mock.patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):
+            policy, other = (Policy(random_model(model), **(ways or {})) for _ in range(2))
         for one in (policy, other):
             one.read(LAYOUTS[layout])
             one.place(accelerator, trained=one is policy, collisions=objective.wpo, recomputed=recomputed)

@@ -61,7 +61,7 @@ class Adapted:
         import_bitsandbytes()
         from peft import inject_adapter_in_model
 
-        on_paper, start = next(model.parameters()).is_meta, self.adapter.started_from()
+        on_paper, start = next(model.parameters()).device.type == "meta", self.adapter.started_from()
         if start:
             check_layers(model, start)
             check_head(model, start)
