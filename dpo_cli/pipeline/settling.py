@@ -43,7 +43,7 @@ def settling(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resum
 
     def settle(policy: Policy, layout: Layout) -> tuple[Batches, Mapping[str, str]]:
         batches, memory = settled
-        if layout is not batches.layout:
+        if layout != batches.layout:
             other = dataclasses.replace(batches, layout=layout)
             batches, memory = settle_tokens(plan, policy, other, _resumed_tokens(plan, resume=resume))
         if device.type == "cpu":
