@@ -60,7 +60,8 @@ def compared(folder: Path, settings: Path) -> Finding:
         said = _finish(resumed)
     if "resuming after step" not in said:
         raise RunFailed("a killed run was not continued from its checkpoint")
-    differing = [what for what, digest in _left(folder / "whole").items() if digest != _left(folder / "killed")[what]]
+    left, right = _left(folder / "whole"), _left(folder / "killed")
+    differing = [what for what, digest in left.items() if digest != right[what]]
     figures = {"steps": _STEPS, "differing": differing}
     if differing:
         what = f"a run that was killed and resumed has other bytes: {', '.join(differing)}"
