@@ -24,7 +24,7 @@ from dpo_cli.modeling.folders.identities import known_identity, remember_identit
 from dpo_cli.modeling.folders.loading import empty_policy, load_policy, weights_of
 from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.folders.model_names import whole_model
-from dpo_cli.modeling.folders.saving import Origin
+from dpo_cli.modeling.folders.saving import origin_of
 from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.placement import Placement, placement_for
@@ -147,7 +147,7 @@ class Policy:
 
     def remember_identity(self, trust: Trust) -> None:
         """Keep the identity beside the stamps of the files, so that `known_identity` has it without the weights."""
-        origin: Origin = getattr(self.model, "origin", Origin())
+        origin = origin_of(self.model)
         if origin.read_from is not None:
             remember_identity(origin.read_from, origin.stamp, self._held, trust, self.identity)
 
@@ -387,8 +387,7 @@ class Policy:
     @property
     def came_in(self) -> WeightTypes:
         """The types that the weights had in the files that the model came from."""
-        origin: Origin = getattr(self.model, "origin", Origin())
-        return origin.types
+        return origin_of(self.model).types
 
     def check_written(self, folder: Path, types: WeightTypes | None = None) -> None:
         """Compare the weights in a folder, tensor by tensor, with those of the policy, rounded to types, if any.

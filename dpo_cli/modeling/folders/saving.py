@@ -77,6 +77,12 @@ class Origin:
     stamp: Stamp = field(default_factory=dict)
 
 
+def origin_of(model: PreTrainedModel) -> Origin:
+    """Return what `remember` kept with a model; of one that was made here, nothing."""
+    found: Origin = getattr(model, "origin", Origin())
+    return found
+
+
 def remember(model: PreTrainedModel, folder: Path, trust: Trust, types: WeightTypes) -> None:
     """Keep with a model what its folder holds beside weights, since the folder may be gone when the model is saved.
 
@@ -178,8 +184,7 @@ def write_model(
 def write_tokenizer(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a tokenizer, and the files that belong to the model, into a folder, so that other programs read them."""
     tokenizer.save_pretrained(folder)
-    origin: Origin = getattr(model, "origin", Origin())
-    for name, content in origin.files.items():
+    for name, content in origin_of(model).files.items():
         (folder / name).write_bytes(content)
     _name_tokenizer(folder / _TOKENIZER, tokenizer)
     for name in (_TOKENIZER, "special_tokens_map.json"):
@@ -194,7 +199,7 @@ def _os_error(error: Exception) -> OSError | None:
 
 def write_beside_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Complete a folder into which a model was saved: what opened the model before opens it as well."""
-    origin: Origin = getattr(model, "origin", Origin())
+    origin = origin_of(model)
     _ask_again(folder / CONFIG, origin.asked)
     if (generation := folder / GENERATION).is_file():
         write_json(generation, {**origin.generation, **json.loads(generation.read_text(encoding="utf-8"))})
