@@ -172,11 +172,10 @@ def prove(
         with precision.autocast(model.device.type):
             found = _together(score, layout, pairs, longer, weights)
     except Exception as error:
-        if is_out_of_memory(error) or not (isinstance(error, REFUSALS) or _of_a_kernel(error)):
+        if not _is_refusal(error):
             raise
         return Proof(refusal=_reason(error))
-    padded, beside = rounded
-    return dataclasses.replace(proof, rounding=found.rounded_beside(padded, expected, beside))
+    return dataclasses.replace(proof, rounding=found.rounded_beside(rounded[0], expected, *rounded[1:]))
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ def prove_compiled(model: PreTrainedModel, batch: PairBatch, precision: Precisio
         with precision.autocast(device):
             found = _answers(score, batch, weights)
     except Exception as error:
-        if is_out_of_memory(error) or not (isinstance(error, REFUSALS) or _of_a_kernel(error)):
+        if not _is_refusal(error):
             raise
         return Proof(refusal=_first_line(error))
     if not precision.is_lower:
@@ -331,9 +330,11 @@ def _reason(error: Exception) -> str:
     return first if isinstance(error, CannotPack) else f"it fails on packed pairs, {type(error).__name__}: {first}"
 
 
-def _of_a_kernel(error: Exception) -> bool:
-    """Tell whether an error is of a kernel's compiler, which has its own for cards that lack what a kernel takes."""
-    return type(error).__module__.partition(".")[0] == "triton"
+def _is_refusal(error: Exception) -> bool:
+    """Tell whether an error says that a model, or a kernel on this card, cannot do what was asked; memory aside."""
+    # A kernel's compiler has errors of its own for cards that lack what it takes.
+    of_a_kernel = type(error).__module__.partition(".")[0] == "triton"
+    return (of_a_kernel or isinstance(error, REFUSALS)) and not is_out_of_memory(error)
 
 
 def _first_line(error: Exception) -> str:
