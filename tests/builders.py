@@ -128,3 +128,15 @@ def train_in_process(
     )
     metrics = [result.metrics for result in learner.steps(plan, batches)]
     return metrics, {name: whole_value(tensor).clone() for name, tensor in policy.state().items()}
+
+
+class Louder(torch.autograd.Function):
+    """Lets everything through, and gradients half as loud again."""
+
+    @staticmethod
+    def forward(ctx, states):
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 1.5 * gradient

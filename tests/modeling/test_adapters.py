@@ -14,7 +14,7 @@ from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import prove
-from tests.builders import prepare_pairs, stirred
+from tests.builders import Louder, prepare_pairs, stirred
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "both": {"dora": True, "rslora": True}}
 
@@ -132,18 +132,6 @@ def test_layers_that_read_the_same_keep_it_once_for_the_backward_pass(tiny_llama
     inputs = 2 * batch.input_ids.numel() * 32 * 2
     few, many = (saved_bytes(tiny_llama, batch, targets) for targets in (["q_proj"], ["q_proj", "k_proj", "v_proj"]))
     assert few < many < few + inputs / 2
-
-
-class Louder(torch.autograd.Function):
-    """Lets everything through, and gradients half as loud again."""
-
-    @staticmethod
-    def forward(ctx, states):
-        return states.view_as(states)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 1.5 * gradient
 
 
 @pytest.mark.parametrize(

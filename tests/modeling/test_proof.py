@@ -17,6 +17,7 @@ from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import NOISE_FACTOR, Proof, Rounding, prove
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.modeling.upcast import in_float32
+from tests.builders import Louder
 
 PAIRS = example_pairs()
 BFLOAT16 = PRECISIONS["bfloat16"]
@@ -112,18 +113,6 @@ def test_every_planted_fault_is_found_in_bfloat16(fault, dtype):
     for seed in range(2):
         proof = proved(model, random.Random(seed).sample(PAIRS, 2), fault, trained=False)
         assert "log-probabilities differ" in proof.fails(BFLOAT16), (seed, proof)
-
-
-class Louder(torch.autograd.Function):
-    """Multiplies gradients alone."""
-
-    @staticmethod
-    def forward(ctx, states):
-        return states.view_as(states)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 1.5 * gradient
 
 
 @pytest.mark.parametrize(
