@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -119,11 +120,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Know the test that runs, and undo what the command line does to the log where it runs in this process."""
+    logger = logging.getLogger("dpo_cli")
+    before = logger.handlers, logger.propagate
     _running.append(item)
     try:
         return (yield)
     finally:
         _running.pop()
+        logger.handlers, logger.propagate = before
 
 
 def _require_mark(event: str, arguments: tuple[Any, ...]) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,11 +184,8 @@ class Project:
 
 
 @pytest.fixture
-def project(tmp_path, tiny_llama, demo_rows, capsys) -> Iterator[Project]:
-    logger = logging.getLogger("dpo_cli")
-    before = logger.handlers, logger.propagate
-    yield Project(tmp_path, tiny_llama, demo_rows[:12], capsys)
-    logger.handlers, logger.propagate = before
+def project(tmp_path, tiny_llama, demo_rows, capsys) -> Project:
+    return Project(tmp_path, tiny_llama, demo_rows[:12], capsys)
 
 
 def test_what_does_not_decide_the_tokens_finds_the_folder_again(project):
