@@ -192,6 +192,8 @@ class TrainingSettings(Settings):
     """The optimizer; adafactor keeps almost no state, adamw_8bit a quarter of AdamW's, rmsprop half."""
     offload: Annotated[Literal["optimizer"] | None, MAY_CHANGE] = None
     """On GPUs: keep the optimizer's state and the low bits of split weights in the host's memory. null: on the GPU."""
+    sharding: Annotated[Literal["none", "full", "hybrid"], MAY_CHANGE] = "none"
+    """Among which processes weights, gradients and optimizer state are split; full: all; hybrid: those of a machine."""
     learning_rate: float = Field(1.0e-6, gt=0)
     """The highest learning rate; adafactor scales it by the size of each matrix's weights."""
     schedule: Annotated[str, OneOf(*SCHEDULES)] = "linear"

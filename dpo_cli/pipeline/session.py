@@ -56,6 +56,11 @@ class Session:
         return precision_of(self.accelerator.mixed_precision)
 
     @property
+    def sharding(self) -> str:
+        """Among which processes weights are split; one process has all of them."""
+        return self.config.training.sharding if self.accelerator.num_processes > 1 else "none"
+
+    @property
     def trained(self) -> Trained:
         """What of the policy trains."""
         adapter = self.config.adapter

@@ -39,7 +39,7 @@ DECIDES = {
 
 WATCHES = {
     "training.micro_batch_tokens", "training.layout", "training.gradient_checkpointing", "training.rank_timeout",
-    "training.offload", "training.attention", "training.compile", "training.deterministic",
+    "training.offload", "training.sharding", "training.attention", "training.compile", "training.deterministic",
     "training.on_nonfinite", "training.max_skipped",
     "evaluation.every_steps", "logging.every_steps",
     "checkpoints.every_steps", "checkpoints.at_end", "checkpoints.keep", "checkpoints.background",
