@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.scorer import BatchScorer
-from dpo_cli.preference.dealing import deal
+from dpo_cli.preference.dealing import dealt
 from dpo_cli.preference.metrics import PAIR_METRICS
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.scoring import score_pairs, score_step, step_info
@@ -54,7 +54,7 @@ def evaluate(
         accelerator: Knows the ranks.
         progress: Called with pairs done and pairs in all, by all ranks together.
     """
-    mine = deal(batches.cut(indices), accelerator, lambda done: progress(done, len(indices)))
+    mine = dealt(batches.cut(indices), accelerator, lambda done: progress(done, len(indices)))
     # Without statistics of other steps, so that a model gets the same figures from the run that made it and later.
     step = step_info(batches.pairs.sizes, indices, {}, accelerator)
     results: list[PairResult] = []

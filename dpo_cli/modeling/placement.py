@@ -18,6 +18,8 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 
+from dpo_cli.modeling.data_ranks import data_rank
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor, nn
@@ -116,7 +118,7 @@ class Replicated(Alone):
             if weights.requires_grad:
                 if weights.grad is None:
                     weights.grad = torch.zeros_like(weights, dtype=weights.grad_dtype)
-                weights.grad /= self.accelerator.num_processes
+                weights.grad /= data_rank(self.accelerator).num_ranks
                 distributed.all_reduce(weights.grad)
 
 

@@ -16,6 +16,7 @@ from dpo_cli.data.prepared.step_plan import MicroBatch, Plan
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.files import adapter_folder
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.data_ranks import data_rank
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.pace import Pace, measure_pace, measured_layers
 from dpo_cli.modeling.policy import Policy
@@ -85,8 +86,8 @@ def _time(run: PlannedRun, batches: Batches, done: int) -> Mapping[str, str]:
         batches: How its pairs go through the model.
         done: Steps that were taken before.
     """
-    rank, num_ranks = run.session.accelerator.process_index, run.session.accelerator.num_processes
-    steps = list(itertools.islice(run.steps.steps(batches.cut, done, rank, num_ranks), STEPS_LOOKED_AT))
+    rank = data_rank(run.session.accelerator)
+    steps = list(itertools.islice(run.steps.steps(batches.cut, done, *rank), STEPS_LOOKED_AT))
     if not steps:
         return {}
     cuts = [cut for step in steps for cut in step.micro_batches]
@@ -109,7 +110,7 @@ def _time(run: PlannedRun, batches: Batches, done: int) -> Mapping[str, str]:
     }
     parts = ", ".join(f"{name} {clock(value)}" for name, value in seconds.items() if value)
     layers, config = " and ".join(map(str, measured_layers(run.sketch.model))), run.sketch.model.config
-    speed = sum(_num_tokens(batches, cut) for cut in cuts) * num_ranks / len(steps) / step
+    speed = sum(_num_tokens(batches, cut) for cut in cuts) * rank.num_ranks / len(steps) / step
     return {
         "speed": f"about {speed:,.0f} tokens per second, by {layers} of "
         f"{config.get_text_config().num_hidden_layers} layers measured with random weights",

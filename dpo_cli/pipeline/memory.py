@@ -15,6 +15,7 @@ from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch, largest
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.data_ranks import data_rank
 from dpo_cli.modeling.held import Split
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.measured_passes import PassBytes
@@ -267,8 +268,8 @@ def _estimate(run: PlannedRun, policy: Policy, batches: Batches, passes: PassByt
 
 def _cuts(run: PlannedRun, batches: Batches) -> tuple[list[MicroBatch], bool]:
     """Return the micro-batches of a run's first steps and its longest pair, and whether a step has several."""
-    accelerator, plan = run.session.accelerator, run.steps
-    planned = plan.steps(batches.cut, 0, accelerator.process_index, accelerator.num_processes)
+    plan = run.steps
+    planned = plan.steps(batches.cut, 0, *data_rank(run.session.accelerator))
     steps = list(itertools.islice(planned, STEPS_LOOKED_AT))
     longest = plan.indices[batches.pairs.sizes.longest[plan.indices].argmax()]
     cuts = [cut for step in steps for cut in step.micro_batches] + [MicroBatch((int(longest),))]

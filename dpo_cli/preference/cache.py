@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpo_cli.preference.dealing import deal
+from dpo_cli.preference.dealing import dealt
 from dpo_cli.system.locks import locked
 from dpo_cli.system.storage import cache_root, file_digest, refused, remove, remove_strays, text_digest, write_bytes
 
@@ -132,7 +132,7 @@ class ReferenceCache:
             total: Pairs in all.
         """
         mine: list[tuple[bytes, Entry]] = []
-        for cut in deal(self._batches.cut(missing), self._accelerator, lambda now: progress(done + now, total)):
+        for cut in dealt(self._batches.cut(missing), self._accelerator, lambda now: progress(done + now, total)):
             batch = self._batches(cut)
             tokens = scorer(batch).cpu().split(list(batch.lengths))
             for place, index in enumerate(cut.pairs if not cut.filler else ()):

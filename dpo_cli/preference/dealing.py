@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from dpo_cli.data.prepared.step_plan import MicroBatch
+from dpo_cli.data.prepared.step_plan import MicroBatch, deal
+from dpo_cli.modeling.data_ranks import data_rank
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def deal(cuts: Sequence[MicroBatch], accelerator: Accelerator, progress: Callable[[int], None]) -> Iterator[MicroBatch]:
-    """Yield this rank's share of micro-batches, one at every turn, so that all ranks have as many.
+def dealt(
+    cuts: Sequence[MicroBatch], accelerator: Accelerator, progress: Callable[[int], None]
+) -> Iterator[MicroBatch]:
+    """Yield this rank's share of micro-batches, as `deal` has it.
 
     Args:
-        cuts: The micro-batches of all ranks. At the last turn a rank may get one of another rank as a filler, since a
-            forward pass may need all of them.
+        cuts: The micro-batches of all ranks.
         accelerator: Knows the ranks.
         progress: Called with pairs done after each turn but the last, which ends when the results are gathered.
     """
-    rank, num_ranks, done = accelerator.process_index, accelerator.num_processes, 0
-    for start in range(0, len(cuts), num_ranks):
-        turn = cuts[start : start + num_ranks]
-        yield turn[rank] if rank < len(turn) else dataclasses.replace(turn[0], filler=True)
-        done += sum(len(cut.pairs) for cut in turn)
-        if start + num_ranks < len(cuts):
+    rank, done = data_rank(accelerator), 0
+    for start, micro_batch in zip(range(0, len(cuts), rank.num_ranks), deal(cuts, rank), strict=True):
+        yield micro_batch
+        done += sum(len(cut.pairs) for cut in cuts[start : start + rank.num_ranks])
+        if start + rank.num_ranks < len(cuts):
             progress(done)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.modeling.batch import Batches, PairBatch
+from dpo_cli.modeling.data_ranks import data_rank
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.precision import precision_of
 from dpo_cli.modeling.responses import Responses
@@ -57,7 +58,7 @@ class ExpertLoad:
     def gather(self, accelerator: Accelerator) -> None:
         """Take the batches so far, with those of other ranks, as the whole step."""
         loads = torch.stack(self._loads).detach()
-        if accelerator.num_processes > 1:
+        if data_rank(accelerator).num_ranks > 1:
             loads = torch.stack(gather_object(list(loads.cpu()))).to(loads.device)
         self._whole, self._loads = loads.sum(0), []
 
@@ -146,9 +147,9 @@ def score_step(
     Returns:
         One for each of this rank's micro-batches that is no filler.
     """
-    mine = []
+    mine, rank = [], data_rank(accelerator).rank
     for micro_batch in micro_batches:
-        batch, rank = batches(micro_batch), accelerator.process_index
+        batch = batches(micro_batch)
         with torch.no_grad():
             parts = (scorer(batch), reference(batch), batch.weights, batch.margins)
         if not micro_batch.filler:
@@ -173,7 +174,7 @@ def score_step(
     return [
         ScoredMicroBatch(part.pairs, *(tensor.to(accelerator.device) for tensor in (losses, rows, slopes)))
         for part, (slopes, losses, rows) in zip(scored, shares, strict=True)
-        if part.rank == accelerator.process_index
+        if part.rank == rank
     ]
 
 
@@ -196,7 +197,7 @@ class _MicroBatchLogps:
 
 def _of_all_ranks(mine: list[_MicroBatchLogps], accelerator: Accelerator) -> list[_MicroBatchLogps]:
     """Return the micro-batches of all ranks, on the CPU; those of a rank alone stay where they are."""
-    if accelerator.num_processes == 1:
+    if data_rank(accelerator).num_ranks == 1:
         return mine
     gathered: list[_MicroBatchLogps] = gather_object([with_tensors(part, Tensor.cpu) for part in mine])
     return gathered

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from dpo_cli.data.prepared.step_plan import MicroBatch, Plan, Step
 from dpo_cli.modeling.ahead import prepared_ahead
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.data_ranks import data_rank
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference.losses.base import Statistics
@@ -142,10 +143,10 @@ class Learner:
         Raises:
             NotFinite: A step would have spoiled the weights, and may not be skipped. It was not taken.
         """
-        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        rank = data_rank(self.accelerator)
         while self.done < plan.num_steps:
             at_hand = self.reference.beside(self.recuts.batches(batches, self.done + 1))
-            steps = functools.partial(plan.steps, at_hand.cut, self.done, rank, num_ranks)
+            steps = functools.partial(plan.steps, at_hand.cut, self.done, *rank)
             with prepared_ahead(at_hand, self._asked_for(steps())) as prepared:
                 for step in steps():
                     if self.recuts.batches(batches, step.number).micro_batch_tokens != at_hand.micro_batch_tokens:
@@ -162,7 +163,7 @@ class Learner:
 
     def _looks_first(self, step: Step) -> bool:
         """Tell whether something depends on the whole step, so that passes without gradient come first."""
-        several = len(step.micro_batches) > 1 or self.accelerator.num_processes > 1
+        several = len(step.micro_batches) > 1 or data_rank(self.accelerator).num_ranks > 1
         return several and (self.objective.compares_pairs or self.objective.router_aux > 0)
 
     def _take_or_recut(self, step: Step, batches: Batches) -> StepResult | None:
@@ -270,7 +271,7 @@ class Learner:
                     # The loss of a step is a mean over its pairs, to which this is added as it is.
                     pull = pull + objective.router_aux * step.num_pairs * experts.share()
                 # Gradients are averaged over ranks, so the step's sum is restored before it is divided.
-                weight = 0.0 if micro_batch.filler else accelerator.num_processes / step.num_pairs
+                weight = 0.0 if micro_batch.filler else data_rank(accelerator).num_ranks / step.num_pairs
                 accelerator.backward(pull * weight)
             if not micro_batch.filler:
                 sums.add(values, batch.num_tokens)

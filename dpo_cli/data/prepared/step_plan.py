@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,42 @@ Cut = Callable[[Sequence[int]], Sequence[MicroBatch]]
 """Cuts pairs into micro-batches, each pair in one of them. It decides speed and memory, never the result."""
 
 
+class DataRank(NamedTuple):
+    """A process among those that share the pairs of every step and average their gradients.
+
+    Attributes:
+        rank: Which one it is, from 0 on.
+        num_ranks: How many there are.
+    """
+
+    rank: int
+    num_ranks: int
+
+
+def deal(cuts: Sequence[MicroBatch], rank: DataRank) -> tuple[MicroBatch, ...]:
+    """Return one rank's share of micro-batches: one at every turn, so that all ranks make as many forward passes.
+
+    Args:
+        cuts: The micro-batches of all ranks.
+        rank: The rank. At the last turn it may get one of another rank as a filler.
+    """
+    return filled_up([cuts[start :: rank.num_ranks] for start in range(rank.num_ranks)], rank.rank, cuts[-1:])
+
+
+def filled_up(
+    shares: Sequence[Sequence[MicroBatch]], rank: int, smallest: Sequence[MicroBatch]
+) -> tuple[MicroBatch, ...]:
+    """Return one rank's micro-batches and as many fillers as it lacks: a forward pass may need all ranks.
+
+    Args:
+        shares: The micro-batches of each rank.
+        rank: The rank.
+        smallest: What fillers are made of: one that counts on some rank, if any does.
+    """
+    fillers = [MicroBatch(cut.pairs, filler=True) for cut in smallest]
+    return (*shares[rank], *fillers * (max(map(len, shares)) - len(shares[rank])))
+
+
 @dataclass(frozen=True)
 class Plan:
     """All optimizer steps of a run.
@@ -156,7 +193,8 @@ class Plan:
     def _share(self, pairs: Sequence[int], cut: Cut, rank: int, num_ranks: int) -> tuple[MicroBatch, ...]:
         """Cut one rank's share of a step, filled up to as many micro-batches as every other rank has.
 
-        A forward pass may need all ranks, so that none may make more of them than another.
+        A filler has the step's shortest pair, which counts on another rank: where its numbers are not finite, the
+        step's are not either, so that no filler spoils a step.
         """
         if num_ranks == 1:
             return tuple(cut(pairs))
@@ -166,9 +204,7 @@ class Plan:
         for place, index in enumerate(by_length):
             there, turn = place % num_ranks, place // num_ranks
             shares[there if turn % 2 == 0 else num_ranks - 1 - there].append(index)
-        cuts = [cut(share) if share else [] for share in shares]
-        filler = MicroBatch((by_length[-1],), filler=True)
-        return (*cuts[rank], *[filler] * (max(map(len, cuts)) - len(cuts[rank])))
+        return filled_up([cut(share) if share else [] for share in shares], rank, [MicroBatch((by_length[-1],))])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
         """Return the positions of one epoch. Raw generator output is the part of NumPy that never changes."""
