@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from dpo_cli.modeling.adapters.adapted import START_ADAPTER, merge_layers
 from dpo_cli.modeling.compiled import are_compiled
 from dpo_cli.modeling.copies import copied
-from dpo_cli.modeling.folders.identities import known_identity, remember_identity
+from dpo_cli.modeling.folders.identities import identity_of, known_identity, remember_identity
 from dpo_cli.modeling.folders.loading import empty_policy, load_policy, weights_of
 from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.folders.model_names import whole_model
@@ -32,7 +32,6 @@ from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.modeling.sizes import Sizes
 from dpo_cli.modeling.split import drop_low_bits
 from dpo_cli.modeling.trained import Trained, Whole
-from dpo_cli.system.storage import text_digest
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -140,10 +139,7 @@ class Policy:
     @property
     def identity(self) -> str:
         """A digest of what answers before step 1, which it has to be asked for before."""
-        model, *others = self.fingerprints.values()
-        # Of the same weights in float32 the digest is the same, and the answers are not.
-        others += [self._held.type] if self._held.type == "split" else []
-        return text_digest(model, *others) if others else model
+        return identity_of(self.fingerprints.values(), self._held)
 
     def remember_identity(self, trust: Trust) -> None:
         """Keep the identity beside the stamps of the files, so that `known_identity` has it without the weights."""

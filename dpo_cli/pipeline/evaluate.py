@@ -22,9 +22,10 @@ from dpo_cli.evaluation.evaluate import evaluate as score
 from dpo_cli.evaluation.figures import figures, figures_by
 from dpo_cli.modeling.adapters.files import base_of, holds_adapter
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.folders.tokenizers import check_same_tokens
+from dpo_cli.modeling.folders.tokenizers import check_same_tokens, end_at
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
+from dpo_cli.pipeline.beginning import Beginning, noted_by
 from dpo_cli.pipeline.memory import settling_scores
 from dpo_cli.pipeline.models import known_reference, open_reference, opened, reference_sketch, scored_and_reference
 from dpo_cli.pipeline.out_of_memory import during
@@ -79,7 +80,7 @@ def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
         pairs, held_out, source = _held_out(config, data, tokenize, session.console)
         trained_on = {"trained_on": num_trained_on(config, pairs, held_out, tokenize)} if data is not None else {}
     check_columns(pairs, config.objective)
-    policy, reference, batches = _open_both(session, model, pairs, held_out)
+    policy, reference, batches = _open_both(session, model, pairs, held_out, tokenizer.eos_token_id)
     policy.place(session.accelerator, trained=False, collisions=config.objective.wpo)
     results = scored(session, policy.scorer, reference, batches, held_out, model)
     return {
@@ -96,11 +97,18 @@ def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
 
 
 def _open_both(
-    session: Session, model: str, pairs: PreparedPairs, held_out: NDArray[np.int64]
+    session: Session, model: str, pairs: PreparedPairs, held_out: NDArray[np.int64], end: int
 ) -> tuple[Policy, OpenReference, Batches]:
     """Open the model that is scored and the reference that the run began with; both at once only if it has to be.
 
     An adapter beside the reference's own weights takes little more than these.
+
+    Args:
+        session: Says which reference.
+        model: The model that is scored.
+        pairs: All pairs.
+        held_out: Indices of those that are scored.
+        end: The token that ends a response.
     """
     config, settle = session.config, settling_scores(session, pairs)
     if isinstance(config.reference, NoReference):
@@ -108,12 +116,14 @@ def _open_both(
         return policy, config.reference.open(), batches
     sketch = Policy.empty(config.model.name, config.model.trust, held=session.held)
     check_fits(pairs, sketch, "`model.name`")
-    if known := known_reference(session, reference_sketch(session, sketch), model, pairs, held_out):
+    other, begun = reference_sketch(session, sketch), Beginning(config, session.agreed(noted_by(config)))
+    if known := known_reference(session, other, model, pairs, held_out, begun.is_identity):
         session.console.notice("the cache has all answers of the reference: its weights are not read")
         (policy,), batches = opened(session, {model: model}, pairs, held_out, settle)
         return policy, known, batches
     where = "`reference.model`" if config.reference.model else "`model.name`"
     asked, other = scored_and_reference(session, model)
+    _warn_of_change(session, begun, asked, other, end)
     if config.reference.holds_model or isinstance(asked, Policy):
         (policy, other), batches = opened(session, {model: asked, where: other}, pairs, held_out, settle)
         return policy, open_reference(session, other, batches, held_out), batches
@@ -122,6 +132,18 @@ def _open_both(
     del other
     (policy,), batches = opened(session, {model: model}, pairs, held_out, settle)
     return policy, reference, batches
+
+
+def _warn_of_change(session: Session, begun: Beginning, asked: str | Policy, reference: Policy, end: int) -> None:
+    """Say so where the reference that was loaded is not the one that the run began with."""
+    config = session.config
+    # A run of all weights notes its model with that token. An adapter is compared with its base as that came.
+    if config.model.eos_token is not None and config.adapter is None and not config.reference.model:
+        if isinstance(asked, Policy):
+            return
+        end_at(reference.model, end)
+    if changed := begun.change(reference, session.precision.name):
+        session.console.warning(changed)
 
 
 def scored(

@@ -150,7 +150,12 @@ def reference_sketch(session: Session, sketch: Policy) -> Policy:
 
 
 def known_reference(
-    session: Session, sketch: Policy, scored: str, pairs: PreparedPairs, needed: NDArray[np.int64]
+    session: Session,
+    sketch: Policy,
+    scored: str,
+    pairs: PreparedPairs,
+    needed: NDArray[np.int64],
+    is_ours: Callable[[str], bool],
 ) -> OpenReference | None:
     """Return the reference where the cache has all of its answers, and the files of its weights are as they were then.
 
@@ -160,6 +165,7 @@ def known_reference(
         scored: The model that is scored; where it is an adapter of the reference, that is loaded anyway.
         pairs: All pairs.
         needed: Indices of those that it will be asked for.
+        is_ours: Tells of its identity whether it is the one to ask.
     """
     config = session.config
     name = config.reference.model or config.model.name
@@ -167,7 +173,7 @@ def known_reference(
     if not isinstance(config.reference, Cached) or shared or _goes_on(config):
         return None
     identity = session.agreed(Policy.known_identity(name, sketch, config.model.trust))
-    if identity is None:
+    if identity is None or not is_ours(identity):
         return None
     batches = Batches(pairs, PADDED, 1, session.accelerator.device)
     cache = ReferenceCache(reference_identity(identity, session.accelerator), batches, session.accelerator)

@@ -11,6 +11,7 @@ import contextlib
 import importlib.metadata
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +26,22 @@ if TYPE_CHECKING:
 Stamp = dict[str, list[int]]
 """By the path of a file: its size, when its content and when anything of it was changed, in ns, and its number."""
 
+_SPLIT = "split"
 _SETTLED_SECONDS = 2.0
 """How old a file has to be: two changes that are closer than a clock's tick have one time."""
+
+
+def identity_of(digests: Iterable[str], held: Held) -> str:
+    """Return the identity of what answers, by the digests of its parts and how its weights are held."""
+    model, *others = digests
+    # Of the same weights in float32 the digest is the same, and the answers are not.
+    others += [_SPLIT] if held.type == _SPLIT else []
+    return text_digest(model, *others) if others else model
+
+
+def same_weights(identity: str, other: str) -> bool:
+    """Tell whether two models have the same weights by their identities, though one may hold them split."""
+    return identity == other or other == text_digest(identity, _SPLIT) or identity == text_digest(other, _SPLIT)
 
 
 def stamp_of(path: Path) -> Stamp:
