@@ -138,14 +138,15 @@ def is_within(name: str, names: Iterable[str]) -> bool:
     return any(f"{name}.".startswith(f"{above}.") for above in names)
 
 
-def contradiction(what: str, hint: str) -> PydanticCustomError:
+def contradiction(what: str, hint: str, *names: str) -> PydanticCustomError:
     """Return the error of a group whose settings are right by themselves and do not go together.
 
     Args:
         what: What is wrong; it names the settings.
         hint: What to do about it.
+        names: The settings, as the group calls them.
     """
-    return PydanticCustomError(CONTRADICTION, "{what}", {"what": what, "hint": hint})
+    return PydanticCustomError(CONTRADICTION, "{what}", {"what": what, "hint": hint, "names": names})
 
 
 class UndefinedVariable(ValueError):

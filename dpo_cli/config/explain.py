@@ -15,6 +15,7 @@ from dpo_cli.config.schema import APART, ONE, ONE_TRACKER, SEVERAL, SHARE, TRACK
 from dpo_cli.config.tree import Tree
 from dpo_cli.data.pairs import sources
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.layouts import PADDED
 from dpo_cli.settings import all_settings, groups_in
 from dpo_cli.system import plain_yaml
 
@@ -83,26 +84,29 @@ def contradictions(config: Config, tree: Tree) -> list[UserError]:
     if sum(loss.router_aux > 0 for loss in objective.losses) > 1:
         what = "only one loss may set `router_aux`, but several do"
         problems.append(UserError(what, tree.place(("loss",)), "set it in one of them"))
-    return [*problems, *_of_the_weights(config, tree), *_of_the_adapter(config, tree)]
+    more = _of_the_weights(config, tree), _of_the_adapter(config, tree), _of_the_training(config, tree)
+    return [*problems, *(problem for some in more for problem in some)]
 
 
 def _of_the_weights(config: Config, tree: Tree) -> Iterator[UserError]:
     """Find what does not go together with how weights are to be held."""
-    model, weights, where = config.model, f"`model.weights: {config.model.weights}`", tree.place(("model", "weights"))
+    model, weights, path = config.model, f"`model.weights: {config.model.weights}`", ("model", "weights")
     if model.weights == "auto":
         return
     if model.quantize is not None:
         what = f"{weights} and `model.quantize: {model.quantize}` both say how weights are held"
-        yield UserError(what, where, "leave one of them out")
+        yield UserError(what, tree.place(path, ("model", "quantize")), "leave one of them out")
     elif model.weights == "bfloat16" and config.adapter is None:
         what = f"{weights} is for weights that do not train: most steps are too small to move a bfloat16 number"
-        yield UserError(what, where, "set `model.weights: split`, or train an adapter: `adapter: lora`")
+        hint = "set `model.weights: split`, or train an adapter: `adapter: lora`"
+        yield UserError(what, tree.place(path, ("adapter",)), hint)
     elif model.weights == "split" and config.adapter is not None:
         what = f"{weights} has no effect beside an adapter: the model's own weights do not train"
-        yield UserError(what, where, "set `model.weights: bfloat16`, or leave it out")
+        yield UserError(what, tree.place(path, ("adapter",)), "set `model.weights: bfloat16`, or leave it out")
     if model.weights != "float32" and model.computed_in != "bfloat16":
         what = f"{weights} computes in bfloat16, but `model.dtype` is {model.dtype}"
-        yield UserError(what, where, "set `model.dtype: bfloat16`, or `model.weights: float32`")
+        hint = "set `model.dtype: bfloat16`, or `model.weights: float32`"
+        yield UserError(what, tree.place(path, ("model", "dtype")), hint)
 
 
 def _of_the_adapter(config: Config, tree: Tree) -> Iterator[UserError]:
@@ -112,18 +116,28 @@ def _of_the_adapter(config: Config, tree: Tree) -> Iterator[UserError]:
         if quantize is not None:
             what = f"`model.quantize: {quantize}` needs an adapter: weights of so few bits cannot be trained"
             hint = "set `adapter: lora`, or leave `model.quantize` out"
-            yield UserError(what, tree.place(("model", "quantize")), hint)
+            yield UserError(what, tree.place(("model", "quantize"), ("adapter",)), hint)
         return
     comparing = ", ".join(f"`{loss.type}`" for loss in config.objective.losses if loss.compares_pairs)
     if adapter.drops_out and comparing:
         what = (
             f"`adapter.dropout` does not go together with the loss {comparing}, which takes all pairs of a step twice"
         )
-        yield UserError(what, tree.place(("adapter", "dropout")), "leave `adapter.dropout` out, or choose another loss")
+        where = tree.place(("adapter", "dropout"), ("loss",))
+        yield UserError(what, where, "leave `adapter.dropout` out, or choose another loss")
     if reference.type == "synced" and reference.model is not None:
         what = "under an adapter, `reference.model` cannot move towards the policy: it has no adapter"
         hint = "leave `reference.model` out, or set `reference: frozen` with it"
         yield UserError(what, tree.place(("reference", "model")), hint)
+
+
+def _of_the_training(config: Config, tree: Tree) -> Iterator[UserError]:
+    """Find what does not go together of how steps are computed."""
+    training = config.training
+    if training.attention != "auto" and training.layout == PADDED.name:
+        what = f"`training.attention: {training.attention}` has no effect with `training.layout: {training.layout}`"
+        where = tree.place(("training", "attention"), ("training", "layout"))
+        yield UserError(what, where, "set `training.layout: auto`, or leave `training.attention` out")
 
 
 def _path(location: Sequence[int | str], values: Any) -> tuple[str, ...]:
@@ -151,7 +165,8 @@ def _explain_one(path: tuple[str, ...], details: list[Any], tree: Tree) -> UserE
         case settings.UNDEFINED:
             return UserError(f"`{dotted}` cannot be expanded: {detail['ctx']['reason']}", place, detail["ctx"]["hint"])
         case settings.CONTRADICTION:
-            return UserError(detail["ctx"]["what"], place, detail["ctx"]["hint"])
+            together = [(*path, name) for name in detail["ctx"]["names"]] or [path]
+            return UserError(detail["ctx"]["what"], tree.place(*together), detail["ctx"]["hint"])
         case "missing":
             return UserError(f"`{dotted}` is missing", place, _how_to_add(path))
         case kind if kind.startswith("union_tag"):

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dpo_cli.config.explain import contradictions, explain, unfounded
+from dpo_cli.config.places import Places
 from dpo_cli.config.schema import Config, without_needless_reference
 from dpo_cli.config.start_adapter import other_than_start, with_settings_of_start
 from dpo_cli.config.tree import Tree, override, read_tree
@@ -65,7 +66,7 @@ def _checked(tree: Tree, problems: list[UserError]) -> Config:
     except ValidationError as error:
         raise_all([*problems, *explain(error, tree)])
         raise
-    return _whole(config, tree, problems)
+    return _whole(config.made_at(Places(tree.places)), tree, problems)
 
 
 def _whole(config: Config, tree: Tree, problems: Sequence[UserError] = ()) -> Config:

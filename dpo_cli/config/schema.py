@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, PrivateAttr, Tag, model_validator
 
+from dpo_cli.config.places import Places
 from dpo_cli.data.pairs.renaming import ColumnNames
 from dpo_cli.data.pairs.shapes import FORMATS, RankedRule
 from dpo_cli.data.pairs.sources import Sources
@@ -15,7 +16,7 @@ from dpo_cli.modeling.adapters.settings import Adapter, Lora
 from dpo_cli.modeling.attention.kernels import KERNELS
 from dpo_cli.modeling.folders.model_files import Trust
 from dpo_cli.modeling.held import QUANTIZED, WEIGHTS
-from dpo_cli.modeling.layouts import LAYOUTS, PADDED
+from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.losses.pairwise import DPO
@@ -162,12 +163,14 @@ class DataSettings(Settings):
     def _check_min_response(self) -> Self:
         if self.min_response is not None and self.on_too_long != "truncate":
             what = "`data.min_response` has no effect unless `data.on_too_long` is `truncate`"
-            raise contradiction(what, "set `data.on_too_long: truncate`, or leave `data.min_response` out")
+            both = "min_response", "on_too_long"
+            raise contradiction(what, "set `data.on_too_long: truncate`, or leave `data.min_response` out", *both)
         if self.min_response is not None and self.min_response >= self.max_length:
             what = (
                 f"`data.min_response` leaves no room for a prompt below `data.max_length`, which is {self.max_length}"
             )
-            raise contradiction(what, f"set `data.min_response` to less than {self.max_length}, or leave it out")
+            hint = f"set `data.min_response` to less than {self.max_length}, or leave it out"
+            raise contradiction(what, hint, "min_response", "max_length")
         return self
 
 
@@ -218,13 +221,6 @@ class TrainingSettings(Settings):
     """With several processes, seconds after which one that is silent or hangs in a step has failed; null: never."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Decides the order of the pairs and which are held out."""
-
-    @model_validator(mode="after")
-    def _check_attention(self) -> Self:
-        if self.attention != "auto" and self.layout == PADDED.name:
-            what = f"`training.attention: {self.attention}` has no effect with `training.layout: {self.layout}`"
-            raise contradiction(what, "set `training.layout: auto`, or leave `training.attention` out")
-        return self
 
 
 class EvaluationSettings(Settings):
@@ -286,6 +282,18 @@ class Config(Settings):
     """A tracker beside metrics.jsonl, or a list of trackers."""
     output_dir: Annotated[PathText, MAY_CHANGE] = Field("", json_schema_extra={"default": "runs/NAME"})
     """The run's folder; by default `runs/` and the name of the configuration file."""
+    _places: Places = PrivateAttr(default_factory=Places)
+    # Where the settings were made.
+
+    def made_at(self, places: Places) -> Config:
+        """Return the same with where its settings were made."""
+        config = self.model_copy()
+        config._places = places
+        return config
+
+    def where(self, *names: str) -> str:
+        """Return where some settings were made that together are wrong, by their dotted names."""
+        return self._places.of(*(name.split(".") for name in names)) or f"`{names[0]}`"
 
     @property
     def objective(self) -> Objective:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.config.places import Places
 from dpo_cli.config.schema import expand_short_form
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.settings import located, nearest_file
@@ -29,12 +30,9 @@ class Tree:
         """Tell whether what is wrong with a setting is reported already, since its value cannot be read."""
         return any(tuple(path[: len(known)]) == known for known in self.unreadable)
 
-    def place(self, path: Sequence[str]) -> str:
-        """Return where a path stands, or else the nearest group around it."""
-        for length in range(len(path), -1, -1):
-            if found := self.places.get(tuple(path[:length])):
-                return found
-        return "the configuration"
+    def place(self, *paths: Sequence[str]) -> str:
+        """Return where some settings were made that together are wrong, or else the nearest group around the first."""
+        return Places(self.places).of(*paths) or "the configuration"
 
     def order(self, path: Sequence[str]) -> int:
         """Return a number that grows along the file."""

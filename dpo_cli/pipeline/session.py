@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from transformers.utils import logging as hf_logging
 
 from dpo_cli.config import Config
-from dpo_cli.errors import FAILED, UserError
+from dpo_cli.errors import FAILED, UserError, raise_all
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.allocator import return_freed_memory
 from dpo_cli.modeling.attention.kernels import kernels_for
@@ -102,17 +102,25 @@ class Session:
 
 
 @contextlib.contextmanager
-def started(config: Config, console: Console, signals: StopSignals | None = None) -> Iterator[Session]:
+def started(
+    config: Config, console: Console, signals: StopSignals | None = None, *, trains: bool = False
+) -> Iterator[Session]:
     """Start a session: in one process, or in one of those that torchrun or accelerate launched.
 
+    Args:
+        config: What to do.
+        console: What a person sees.
+        signals: Those that ask to stop, or None.
+        trains: Whether the job takes steps.
+
     Raises:
-        UserError: The precision is not available here, Accelerate cannot start, an operation of the job has no
-            deterministic kernel, or memory ran out.
+        UserError: Accelerate cannot start, an operation of the job has no deterministic kernel, memory ran out, or the
+            device cannot do what a setting asks for; an `ExceptionGroup` where there are several such settings.
     """
+    raise_all(_refused_by_device(config, trains=trains))
     with deterministic_kernels(config.training.deterministic):
         accelerator = start_accelerator(config)
         try:
-            kernels_for(config.training.attention, accelerator.device.type)
             with watched(accelerator, config.training.rank_timeout, Console().error) as progress, reported(config):
                 yield Session(config, console, signals or StopSignals(), accelerator, progress)
             accelerator.end_training()
@@ -121,12 +129,30 @@ def started(config: Config, console: Console, signals: StopSignals | None = None
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def _refused_by_device(config: Config, *, trains: bool) -> Iterator[UserError]:
+    """Yield what is wrong with settings that ask for what the device cannot do."""
+    accelerator, training = torch.accelerator.current_accelerator(check_available=True), config.training
+    on_cpu = accelerator is None
+    device = "cpu" if accelerator is None or parse_flag_from_env("ACCELERATE_USE_CPU") else accelerator.type
+    try:
+        precision_for(config.model.computed_in, config.where("model.dtype", "model.weights"), on_cpu=on_cpu)
+    except UserError as error:
+        yield error
+    try:
+        kernels_for(training.attention, device, config.where("training.attention"))
+    except UserError as error:
+        yield error
+    if trains and training.offload and device == "cpu":
+        what = f"`training.offload: {training.offload}` keeps in the host's memory what is there anyway"
+        yield UserError(what, config.where("training.offload"), "leave it out on a CPU: it is for GPUs")
+
+
 def start_accelerator(config: Config) -> Accelerator:
     """Start Accelerate.
 
     Raises:
-        UserError: The precision is not available here; or Accelerate cannot start, or is configured to
-            accumulate gradients, which is what `training.pairs_per_step` does.
+        UserError: Accelerate cannot start, or is configured to accumulate gradients, which is what
+            `training.pairs_per_step` does.
     """
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
@@ -155,8 +181,13 @@ def start_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def precision_for(dtype: str, *, on_cpu: bool) -> str:
+def precision_for(dtype: str, where: str = "`model.dtype`", *, on_cpu: bool) -> str:
     """Return Accelerate's name of the precision that is computed in.
+
+    Args:
+        dtype: What `model.dtype` says.
+        where: Where it says so.
+        on_cpu: Whether there is nothing but a CPU.
 
     Raises:
         UserError: This device does not compute in it.
@@ -167,9 +198,9 @@ def precision_for(dtype: str, *, on_cpu: bool) -> str:
         return "bf16" if has_bfloat16 else "no"
     if dtype == "bfloat16" and torch.cuda.is_available() and not has_bfloat16:
         what = f"bfloat16 is not available on this GPU ({torch.cuda.get_device_name()}), which only emulates it"
-        raise UserError(what, "`model.dtype`", "set it to float32 or float16, or to auto")
+        raise UserError(what, where, "set `model.dtype` to float32 or float16, or to auto")
     if on_cpu and not PRECISIONS[dtype].on_cpu:
         able = " or ".join(precision.name for precision in PRECISIONS.values() if precision.on_cpu)
         hint = f"use {able} here; {dtype} needs a GPU"
-        raise UserError(f"{dtype} cannot be trained on a CPU", "`model.dtype`", hint)
+        raise UserError(f"`model.dtype: {dtype}` cannot be computed in on a CPU", where, hint)
     return PRECISIONS[dtype].mixed

@@ -61,10 +61,7 @@ def train(
         UserError: Something is wrong that the user can fix.
         Interrupted: A signal came; what was done is saved.
     """
-    with started(config, console, signals) as session:
-        if config.training.offload and session.accelerator.device.type == "cpu":
-            what = f"`training.offload: {config.training.offload}` keeps in the host's memory what is there anyway"
-            raise UserError(what, "`training.offload`", "leave it out on a CPU: it is for GPUs")
+    with started(config, console, signals, trains=True) as session:
         plan = planned(session, RunFolder(Path(config.output_dir)), resume=resume, extend=extend)
         if plan and dry_run:
             show_forecast(plan, resume=resume)

@@ -1009,7 +1009,7 @@ QUANTIZE_CASES = {
         file("model.gguf", "GGUF, but text"), f"{NF4} model.name=model.gguf", 2, r"cannot be loaded", r"again"
     ),
     "few bits in a precision of GPUs": Case(
-        nothing, f"{NF4} model.dtype=float16", 2, r"float16 cannot be trained on a CPU", r"needs a GPU"
+        nothing, f"{NF4} model.dtype=float16", 2, r"float16` cannot be computed in on a CPU", r"needs a GPU"
     ),
     "few bits without their package": Case(
         uninstalled("bitsandbytes"), NF4, 2, r"`bitsandbytes` is not installed", r"pip install 'dpo-cli\[quantize\]'"

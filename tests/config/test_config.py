@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_cli.config import Config, json_schema, load_config, resolved_yaml
+from dpo_cli.config import Config, as_config, json_schema, load_config, resolved_yaml
 from dpo_cli.data.pairs.sources import Source, as_sources
 from dpo_cli.errors import UserError
 from dpo_cli.reporting.trackers import TensorBoard, WandB
@@ -429,3 +429,39 @@ def test_editors_accept_that_there_is_no_adapter_as_every_resolved_configuration
     accepted = json_schema()["properties"]["adapter"]["anyOf"]
     assert {"type": "null"} in accepted
     assert {"const": "lora", "type": "string"} in accepted
+
+
+@pytest.mark.parametrize(
+    ("overrides", "places"),
+    [
+        ([], {"training.attention": ("line 6", "line 7"), "model.weights": ("line 3",)}),
+        (["training.layout=padded"], {"training.attention": ("line 6", "the command line: training.layout=padded")}),
+        (["adapter=lora", "model.quantize=nf4"], {"model.weights": ("line 3", "the command line: model.quantize=nf4")}),
+        (["model.dtype=float32"], {"computes in bfloat16": ("line 3", "the command line: model.dtype=float32")}),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_go_together_are_told_at_once_each_where_it_was_made(tmp_path, overrides, places):
+    text = "model:\n  name: a/b\n  weights: bfloat16\ndata: {train: pairs.jsonl}\ntraining:\n  attention: flex\n"
+    found = problems(write(tmp_path, text + "  layout: padded\n"), *overrides)
+    assert len(found) >= 2
+    for named, wanted in places.items():
+        (error,) = [error for error in found if f"{named}" in error.what]
+        assert all(place in error.where for place in wanted)
+
+
+def test_members_of_a_group_that_do_not_go_together_are_told_where_each_was_made(tmp_path):
+    (error,) = problems(
+        write(tmp_path, MINIMAL + "  min_response: 5\n"), "data.on_too_long=truncate", "data.max_length=5"
+    )
+    assert error.where == f"{tmp_path / 'run.yaml'}, line 4 and the command line: data.max_length=5"
+
+
+def test_a_configuration_knows_where_its_settings_were_made_and_is_the_same_wherever(tmp_path):
+    text = MINIMAL + "training:\n  epochs: 2\n"
+    one, other = (load_config(write(tmp_path, f"{start}{text}"), ["adapter=lora"]) for start in ("", "\n"))
+    assert one == other
+    assert one.where("training.epochs") == f"{tmp_path / 'run.yaml'}, line 5"
+    assert other.where("training.epochs") == f"{tmp_path / 'run.yaml'}, line 6"
+    assert one.where("adapter") == "the command line: adapter=lora"
+    assert as_config({"model": "a/b"}).where("training.epochs") == "`training.epochs`"

@@ -142,12 +142,13 @@ KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (Flex(), Varlen(
 """The closed union of all kernels by name, in the order in which `auto` tries those of a GPU."""
 
 
-def kernels_for(asked: str, device_type: str) -> list[Kernel]:
+def kernels_for(asked: str, device_type: str, where: str = "`training.attention`") -> list[Kernel]:
     """Return the kernels that a run tries, the first that is exact being used.
 
     Args:
         asked: What `training.attention` says.
         device_type: What torch calls the device.
+        where: Where it says so.
 
     Raises:
         UserError: The kernel that was asked for does not run there.
@@ -157,6 +158,6 @@ def kernels_for(asked: str, device_type: str) -> list[Kernel]:
         return [kernel for kernel in KERNELS.values() if kernel.needs_cuda] if on_cuda else [PIECES]
     kernel = KERNELS[asked]
     if kernel.needs_cuda and not on_cuda:
-        what = f"`{asked}` attention needs an NVIDIA or AMD GPU; this run computes on `{device_type}`"
-        raise UserError(what, "`training.attention`", f"set `training.attention: auto` or `{PIECES.name}`")
+        what = f"`training.attention: {asked}` needs an NVIDIA or AMD GPU; this run computes on `{device_type}`"
+        raise UserError(what, where, f"set `training.attention: auto` or `{PIECES.name}`")
     return [kernel]

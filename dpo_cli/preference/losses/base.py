@@ -118,7 +118,7 @@ class LossSettings(Settings):
     def _check_wpo(self) -> Self:
         if self.wpo and self.compares_pairs:
             what = "`wpo` weights pairs one by one, but this loss compares the pairs of a step with each other"
-            raise contradiction(what, "leave `wpo` out, or choose another loss")
+            raise contradiction(what, "leave `wpo` out, or choose another loss", "wpo", "type")
         return self
 
     def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:

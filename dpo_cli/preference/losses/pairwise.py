@@ -87,7 +87,7 @@ class DPO(MarginLossSettings):
     def _check(self) -> DPO:
         if self.logps == "mean" and self.divergence.type != "reverse_kl":
             what = f"`divergence: {self.divergence.type}` is not defined for `logps: mean`"
-            raise contradiction(what, "set `logps: sum`, or leave `divergence` out")
+            raise contradiction(what, "set `logps: sum`, or leave `divergence` out", "divergence", "logps")
         return self
 
     def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:

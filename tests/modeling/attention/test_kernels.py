@@ -33,7 +33,7 @@ def test_kernels_are_tried_in_an_order_that_the_device_decides(asked, device, tr
 
 @pytest.mark.parametrize("asked", ["flex", "varlen"])
 def test_a_kernel_of_gpus_is_refused_on_a_cpu(asked):
-    with pytest.raises(UserError, match=f"`{asked}` attention needs an NVIDIA or AMD GPU") as caught:
+    with pytest.raises(UserError, match=f"`training.attention: {asked}` needs an NVIDIA or AMD GPU") as caught:
         kernels_for(asked, "cpu")
     assert caught.value.where == "`training.attention`"
     assert "`pieces`" in caught.value.hint
