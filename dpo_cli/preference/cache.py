@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_cli.preference.dealing import dealt
+from dpo_cli.system.disks import first_of_each_disk
 from dpo_cli.system.locks import locked
-from dpo_cli.system.storage import cache_root, file_digest, refused, remove, remove_strays, text_digest, write_bytes
+from dpo_cli.system.storage import (
+    cache_root,
+    file_digest,
+    refused,
+    remove,
+    remove_old_strays,
+    remove_strays,
+    text_digest,
+    write_bytes,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -67,43 +77,52 @@ class ReferenceCache:
         self._batches, self._accelerator, self._keys = batches, accelerator, batches.pairs.keys()
         self._schema = _COLUMNS.with_metadata({"reference": identity})
         self._entries: dict[bytes, Entry] = {}
+        self._writes = False
         self._read()
 
     def holds(self, needed: Sequence[int]) -> bool:
-        """Tell whether all processes know some pairs, given by their indices."""
-        wanted = {self._keys[index] for index in needed}
-        return all(gather_object([wanted <= self._entries.keys()]))
+        """Tell whether some process knows each of some pairs, given by their indices; then all of them do from now on.
+
+        All processes have to ask.
+        """
+        known = self._known_by(needed)
+        if not known.any(axis=0).all():
+            return False
+        for block, of_block in _blocks(needed, known):
+            self._entries.update(self._told(block, of_block))
+        return True
 
     def complete(self, needed: Sequence[int], scorer: BatchScorer, progress: Callable[[int, int], None]) -> None:
         """Compute and write what is missing, block by block, while no other process does.
 
         What a block's numbers are depends on the block alone, not on where an earlier attempt was
-        interrupted or on the number of ranks: a resumed run finds the same bytes.
+        interrupted or on the number of ranks: a resumed run finds the same bytes. Every disk has all of them in the
+        end, however many the ranks have.
 
         Args:
             needed: Indices of the pairs that will be looked up, ascending.
             scorer: The reference.
             progress: Called with pairs done and pairs in all.
         """
-        keys, main = self._keys, self._accelerator.is_main_process
-        wanted = {keys[index] for index in needed}
         # Ranks may have caches of their own, or look at one at different moments.
-        if not any(gather_object([not wanted <= self._entries.keys()])):
+        if self._known_by(needed).all():
             return
         with self._locked():
-            if main:
+            rank = self._accelerator.process_index
+            first = first_of_each_disk(self.folder, gather_object)
+            # What the disk of the main process refuses is an error, once something is to be written.
+            self._writes = rank in (0, first[rank])
+            if self._writes:
                 self._read()
-            lacking = set().union(*gather_object([wanted - self._entries.keys()]))
-            known = [{key: self._entries[key] for key in lacking & self._entries.keys()} if main else {}]
-            self._entries.update(broadcast_object_list(known)[0])
-            lacking -= known[0].keys()
-            for start in range(0, len(needed), _BLOCK_PAIRS):
-                stop = min(start + _BLOCK_PAIRS, len(needed))
-                block = needed[start:stop]
-                missing = list({keys[i]: i for i in block if keys[i] in lacking}.values())
+            done = 0
+            for block, known in _blocks(needed, self._known_by(needed)):
+                self._keep(self._told(block, known))
+                done += len(block)
+                unknown = [block[place] for place in np.flatnonzero(~known.any(axis=0)).tolist()]
+                missing = list({self._keys[index]: index for index in unknown}.values())
                 if missing:
-                    self._compute(missing, scorer, progress, stop - len(missing), len(needed))
-                progress(stop, len(needed))
+                    self._compute(missing, scorer, progress, done - len(missing), len(needed))
+                progress(done, len(needed))
 
     def lookup(self, batch: PairBatch) -> Tensor:
         """Return the log-probability of each response token of a batch, `[N]`, in nats, on the device.
@@ -122,7 +141,7 @@ class ReferenceCache:
     def _compute(
         self, missing: Sequence[int], scorer: BatchScorer, progress: Callable[[int, int], None], done: int, total: int
     ) -> None:
-        """Score one block, its micro-batches dealt to the ranks, and let the main process write it.
+        """Score one block, its micro-batches dealt to the ranks, and keep what all of them found.
 
         Args:
             missing: The pairs of the block that are not known.
@@ -138,9 +157,33 @@ class ReferenceCache:
             for place, index in enumerate(cut.pairs if not cut.filler else ()):
                 entry = tokens[place].numpy().copy(), tokens[len(cut.pairs) + place].numpy().copy()
                 mine.append((self._keys[index], entry))
-        found: list[tuple[bytes, Entry]] = gather_object(mine)
-        if self._accelerator.is_main_process:
-            self._write(sorted(found, key=lambda item: item[0]))
+        self._keep(dict(gather_object(mine)))
+
+    def _known_by(self, needed: Sequence[int]) -> NDArray[np.bool_]:
+        """Return which rank knows which of some pairs, `[ranks, pairs]`; all ranks have to ask, for the same pairs."""
+        known = np.array([self._keys[index] in self._entries for index in needed], np.bool_)
+        return np.array(gather_object([known]))
+
+    def _told(self, block: Sequence[int], known: NDArray[np.bool_]) -> dict[bytes, Entry]:
+        """Return what this rank does not know of some pairs and another one does, which tells all of them.
+
+        Args:
+            block: The pairs.
+            known: Which rank knows which of them, `[ranks, pairs]`.
+        """
+        tells, lacked = known.argmax(axis=0), known.any(axis=0) & ~known.all(axis=0)
+        told: dict[bytes, Entry] = {}
+        for rank in np.unique(tells[lacked]).tolist():
+            own = rank == self._accelerator.process_index
+            places = np.flatnonzero(lacked & (tells == rank)).tolist() if own else []
+            keys = [self._keys[block[place]] for place in places]
+            told |= broadcast_object_list([{key: self._entries[key] for key in keys}], from_process=rank)[0]
+        return {key: entry for key, entry in told.items() if key not in self._entries}
+
+    def _keep(self, found: Mapping[bytes, Entry]) -> None:
+        """Remember what was computed or told, and write it where no other rank does so for this disk."""
+        if found and self._writes:
+            self._write(sorted(found.items(), key=lambda item: item[0]))
         self._entries.update(found)
 
     def _write(self, found: Sequence[tuple[bytes, Entry]]) -> None:
@@ -154,11 +197,15 @@ class ReferenceCache:
         with pa.ipc.new_stream(sink, self._schema) as writer:
             writer.write_table(pa.table(columns, schema=self._schema))
         data = sink.getvalue().to_pybytes()
+        main = self._accelerator.is_main_process
         try:
-            remove_strays(self.folder)
+            # The main process alone keeps other runs out, and only from its own disk.
+            (remove_strays if main else remove_old_strays)(self.folder)
             write_bytes(self.folder / f"{hashlib.sha256(data).hexdigest()}.arrow", data)
         except OSError as error:
-            raise refused(error, "writing the reference cache", self.folder) from error
+            if main:
+                raise refused(error, "writing the reference cache", self.folder) from error
+            _log.warning("the reference cache in %s is not complete (%s)", self.folder, error.strerror)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -199,6 +246,13 @@ class ReferenceCache:
         for row in range(table.num_rows):
             key, chosen, rejected = (table.column(name)[row] for name in self._schema.names)
             self._entries[key.as_py()] = chosen.values.to_numpy(), rejected.values.to_numpy()
+
+
+def _blocks(needed: Sequence[int], known: NDArray[np.bool_]) -> Iterator[tuple[Sequence[int], NDArray[np.bool_]]]:
+    """Yield the pairs that are computed and written together, with the part of a table, `[ranks, pairs]`, on them."""
+    for start in range(0, len(needed), _BLOCK_PAIRS):
+        block = slice(start, start + _BLOCK_PAIRS)
+        yield needed[block], known[:, block]
 
 
 def _say_waiting(holder: str) -> None:

@@ -100,9 +100,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def temporary_for(path: Path) -> Path:
+    """Return a new name beside a path, for a file that is there for a moment; one that is left is a stray."""
+    return path.with_name(f".{path.name}{_TEMPORARY}{secrets.token_hex(4)}")
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that a reader finds the old bytes or the new, never a part of them."""
-    temporary = path.with_name(f".{path.name}{_TEMPORARY}{secrets.token_hex(4)}")
+    temporary = temporary_for(path)
     try:
         with temporary.open("wb") as file:
             file.write(data)
