@@ -19,7 +19,7 @@ import typer
 import dpo_cli
 from dpo_cli.command_line import Command, Program, expanded, expanded_path, split_arguments, split_run
 from dpo_cli.errors import FAILED, UserError, raise_all
-from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
+from dpo_cli.system.launchers import environment_errors, is_main_process, numbering_errors, settle_environment
 from dpo_cli.system.signals import Interrupted, StopSignals, ignore_signals
 
 if TYPE_CHECKING:
@@ -283,9 +283,9 @@ def _job(*, quiet: bool) -> Iterator[tuple[Console, StopSignals]]:
     """Give a command its console and its signals; render what goes wrong and choose the exit status."""
     from dpo_cli.reporting.console import Console
 
-    ignored, wrong = settle_environment(), list(environment_errors())
+    ignored, wrong = settle_environment(), environment_errors()
     # Of ranks that are wrongly numbered, none may be the main process.
-    console = Console(prints=is_main_process() or bool(wrong), quiet=quiet)
+    console = Console(prints=is_main_process() or any(numbering_errors()), quiet=quiet)
     console.follow_warnings()
     try:
         for line in ignored:

@@ -22,6 +22,7 @@ from dpo_cli.config.inputs import (
     look_up_on_hub,
     scored_model,
 )
+from dpo_cli.config.launched import taken_over
 from dpo_cli.config.starting import starting_text
 from dpo_cli.doctor.findings import anything_wrong, chosen
 from dpo_cli.errors import UserError, from_os_error, raise_all
@@ -129,7 +130,8 @@ def train(
     """
     if overwrite and (resume or extend):
         raise UserError("`resume` and `overwrite` exclude each other", "the call of `train`", "choose one of them")
-    settings, console, resume = as_config(config), console or _unattended(), resume or extend
+    console, resume = console or _unattended(), resume or extend
+    settings = _launched(as_config(config), console)
     check_training(settings, resume=resume, overwrite=overwrite, dry_run=dry_run)
     signals = signals or StopSignals()
     return _train(settings, console, signals, resume=resume, overwrite=overwrite, extend=extend, dry_run=dry_run)
@@ -183,7 +185,8 @@ def evaluate(
     Raises:
         UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
     """
-    settings, console = as_config(config), console or _unattended()
+    console = console or _unattended()
+    settings = _launched(as_config(config), console)
     check_evaluation(settings, model, data, json_file)
     console.notice("loading …")
     look_up_on_hub(settings, model=model, data=data)
@@ -244,6 +247,13 @@ def doctor(console: Console, checks: Sequence[str], json_file: Path | None) -> b
     from dpo_cli.doctor.examine import examine
 
     return not anything_wrong(examine(console, names, json_file))
+
+
+def _launched(config: Config, console: Console) -> Config:
+    """Return a configuration with what `accelerate launch` is configured for, and say so."""
+    settings, lines = taken_over(config)
+    console.notices(lines)
+    return settings
 
 
 def _unattended() -> Console:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dpo_cli.config.launched import launch_errors
 from dpo_cli.config.schema import Config, changeable
 from dpo_cli.config.start_adapter import changed_start
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source, look_up_source, paths_of
@@ -77,7 +78,7 @@ def check_training(config: Config, *, resume: bool, overwrite: bool, dry_run: bo
     untracked = check_trackers(config.trackers, "`tracking`")
     missing = missing_weights(config.model.name, "`model.name`")
     found = (one for one in (unusable, missing) if one)
-    raise_all([*check_inputs(config), *_check_alone(config), *untracked, *found])
+    raise_all([*check_inputs(config), *_check_alone(config), *launch_errors(config), *untracked, *found])
     if resume:
         now = config.model_dump(mode="json"), changeable()
         if changed := changed_start(config, folder.changes(*now)):
@@ -107,7 +108,7 @@ def check_evaluation(config: Config, model: str | None, data: str | None, json_f
     if data is None and config.data.eval is None:
         hint = "set `data.eval`, or name pairs with --data"
         problems.append(UserError("the configuration has no held-out pairs", "`data.eval`", hint))
-    raise_all([*problems, *json_file_errors(json_file)])
+    raise_all([*problems, *launch_errors(config), *json_file_errors(json_file)])
 
 
 def json_file_errors(file: Path | None) -> Iterator[UserError]:

@@ -26,6 +26,7 @@ from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of
 from dpo_cli.modeling.trained import Trained, Whole
 from dpo_cli.pipeline.out_of_memory import reported
 from dpo_cli.reporting.console import Console
+from dpo_cli.system.fsdp_configuration import hidden_from_libraries
 from dpo_cli.system.signals import StopSignals
 from dpo_cli.training.ranks import Progress, gathering, watched
 
@@ -118,7 +119,7 @@ def started(
             device cannot do what a setting asks for; an `ExceptionGroup` where there are several such settings.
     """
     raise_all(_refused_by_device(config, trains=trains))
-    with deterministic_kernels(config.training.deterministic):
+    with hidden_from_libraries(), deterministic_kernels(config.training.deterministic):
         accelerator = start_accelerator(config)
         try:
             with watched(accelerator, config.training.rank_timeout, Console().error) as progress, reported(config):
@@ -151,8 +152,7 @@ def start_accelerator(config: Config) -> Accelerator:
     """Start Accelerate.
 
     Raises:
-        UserError: Accelerate cannot start, or is configured to accumulate gradients, which is what
-            `training.pairs_per_step` does.
+        UserError: Accelerate cannot start.
     """
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
@@ -175,9 +175,6 @@ def start_accelerator(config: Config) -> Accelerator:
         raise UserError(
             f"Accelerate cannot start: {reason}", "Accelerate's own configuration", hint, status=FAILED
         ) from error
-    if accelerator.gradient_accumulation_steps != 1:
-        hint = "set it to 1 there; `training.pairs_per_step` sets the number of pairs per step"
-        raise UserError("Accelerate is configured to accumulate gradients", "Accelerate's own configuration", hint)
     return accelerator
 
 

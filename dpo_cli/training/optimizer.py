@@ -38,6 +38,8 @@ class OptimizerSettings(Settings):
 
     one_by_one: ClassVar[bool] = False
     """Whether it has to step on one weight after the other however they are held."""
+    on_shards: ClassVar[bool] = True
+    """Whether it can step on a part of a weight that is sharded among processes."""
     gradients: ClassVar[Literal["float32", "bfloat16"]] = "float32"
     """What gradients of weights of fewer than 32 bits are added up in."""
 
@@ -149,6 +151,9 @@ class Adafactor(OptimizerSettings):
     """The lower limit of the root mean square of a matrix's weights, which scales the learning rate."""
     d: float = Field(1.0, ge=1)
     """Updates whose root mean square is larger, before the learning rate, are scaled down to it."""
+
+    # It looks at whole rows and columns, and at the size of all weights of a matrix.
+    on_shards: ClassVar[bool] = False
 
     def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
         """Return torch's."""

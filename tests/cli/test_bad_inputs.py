@@ -750,14 +750,15 @@ MODEL_CASES = {
         environment(WORLD_SIZE="4"), TRAIN, 2, r"WORLD_SIZE is 4, but RANK, LOCAL_RANK, MASTER_ADDR", r"torchrun",
     ),
     "rank beyond the others": Case(
-        environment(WORLD_SIZE="2", RANK="2", LOCAL_RANK="0", MASTER_ADDR="localhost"), TRAIN, 2,
+        environment(WORLD_SIZE="2", RANK="2", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1"),
+        TRAIN, 2,
         r"RANK is 2, and WORLD_SIZE is 2", r"let the launcher",
     ),
     "an engine that is not used": Case(
         environment(ACCELERATE_USE_DEEPSPEED="true"), TRAIN, 2, r"configured for DeepSpeed", r"ACCELERATE_USE_DEEPSPEED"
     ),
     "an engine that is not used, in evaluating": Case(
-        environment(ACCELERATE_USE_FSDP="true"), EVAL, 2, r"configured for FSDP", r"torchrun"
+        environment(ACCELERATE_USE_MEGATRON_LM="true"), EVAL, 2, r"configured for Megatron-LM", r"torchrun"
     ),
     "a device that does not exist": Case(
         environment(ACCELERATE_TORCH_DEVICE="abacus"), TRAIN, 1, r"Accelerate cannot start: .*abacus", r"ACCELERATE_"
