@@ -30,6 +30,7 @@ from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from dpo_cli.modeling.layouts import PACKED
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import Proof, prove
+from dpo_cli.modeling.scorer import Scorer
 
 ROOT = Path(__file__).parent.parent
 GGUF = ROOT / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -124,7 +125,7 @@ def proved(model: PreTrainedModel, pairs: Sequence[TokenizedPair], fault: str, *
     own = model.config._attn_implementation
     try:
         with FAULTS[fault]():
-            return prove(model, PACKED, pairs, BFLOAT16, trained=trained)
+            return prove(Scorer(model), PACKED, pairs, BFLOAT16, trained=trained)
     finally:
         model.set_attn_implementation(own)
 

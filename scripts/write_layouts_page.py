@@ -14,6 +14,7 @@ from dpo_cli.modeling.adapters.targets import left_out, target_names
 from dpo_cli.modeling.layouts import PACKED
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import NOISE_FACTOR, NORM_TOLERANCE, Proof, prove
+from dpo_cli.modeling.scorer import Scorer
 
 PAGE = Path(__file__).parent.parent / "docs" / "layouts.md"
 HEAD = """# Layouts
@@ -154,7 +155,7 @@ def page() -> str:
     for name in KINDS:
         model = build(name)
         without = left_out(model, target_names(model, ALL_LINEAR))
-        parts.append(row(name, prove(model, PACKED, pairs, PRECISIONS["float32"]), without))
+        parts.append(row(name, prove(Scorer(model), PACKED, pairs, PRECISIONS["float32"]), without))
     return "".join([*parts, TAIL])
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dpo_cli.modeling.shards import added_up, is_split, local, rows_of
 from dpo_cli.modeling.split import whole_dtype, whole_value
 
 if TYPE_CHECKING:
@@ -84,17 +85,20 @@ def _sums_of_all(tensors: Iterable[Tensor], held: Iterable[torch.dtype]) -> list
 
     torch's own threads would wait for each other after every block: on a busy machine nearly all of the time.
     """
+    all_tensors = list(tensors)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         found = []
-        for tensor, kind in zip(tensors, held, strict=True):
-            elements = whole_value(tensor).reshape(-1)
+        for tensor, kind in zip(all_tensors, held, strict=True):
+            elements = whole_value(local(tensor)).reshape(-1)
+            first = rows_of(tensor)[0] * tensor[:1].numel() if is_split(tensor) else 0
             size = max(1, len(elements)) if elements.device.type != "cpu" else _PART_BYTES // kind.itemsize
             starts = range(0, max(1, len(elements)), size)
-            found.append([pool.submit(bit_sums, elements[at : at + size], at, kind) for at in starts])
-            if elements.data_ptr() != tensor.data_ptr():
+            found.append([pool.submit(bit_sums, elements[at : at + size], first + at, kind) for at in starts])
+            if elements.data_ptr() != local(tensor).data_ptr():
                 # It was made for this.
                 wait(found[-1])
-        return [torch.stack([part.result() for part in parts]).sum(0).tolist() for parts in found]
+        sums = [torch.stack([part.result() for part in parts]).sum(0) for parts in found]
+    return [one.tolist() for one in added_up(sums, all_tensors)]
 
 
 @torch.no_grad()

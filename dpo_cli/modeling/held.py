@@ -8,7 +8,7 @@ This file is read with the configuration, before torch is needed: import torch a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.settings import Settings
@@ -41,6 +41,14 @@ class HeldSettings(Settings):
     def built_as(self) -> dict[str, Any]:
         """Return what transformers is told when it builds a model without weights."""
         return {"dtype": self.torch_dtype}
+
+    def on_shards(self) -> Held:
+        """Return how the part is held that a process has of weights which are split among several."""
+        return cast("Held", self)
+
+    def gathered_as(self) -> torch.dtype | None:
+        """Return what such weights are rounded to where they are made whole; None: they are as they are held."""
+        return None
 
     def loaded_as(self, sketch: PreTrainedModel, device: torch.device | str) -> dict[str, Any]:
         """Return what transformers is told when it loads a model.
@@ -124,6 +132,14 @@ class Split(HeldSettings):
     """What gradients are added up in."""
     low_on_host: bool = False
     """Whether the low bits stay in the host's memory."""
+
+    def on_shards(self) -> Held:
+        """Return float32: what a model computes with is made of it when weights are made whole."""
+        return FLOAT32
+
+    def gathered_as(self) -> torch.dtype | None:
+        """Return bfloat16."""
+        return self.torch_dtype
 
     def loaded_as(self, sketch: PreTrainedModel, device: torch.device | str) -> dict[str, Any]:
         """Return what transformers is told: what is in the files is rounded here alone."""

@@ -11,21 +11,27 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 
 from dpo_cli.modeling.data_ranks import data_rank
+from dpo_cli.modeling.shards import SHARD, local, mesh_of, spread
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import Tensor, nn
+    from torch import Tensor
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.nn import Parameter
 
     from dpo_cli.modeling.scorer import Scorer
+
+_EPS = 1e-6
+"""Added to a norm before it divides, as torch's own clipping does."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,12 @@ class Alone:
     """
 
     accelerator: Accelerator
+    is_sharded: ClassVar[bool] = False
 
     @classmethod
-    def suits(cls, accelerator: Accelerator) -> bool:
-        """Tell whether it is for as many processes as there are."""
-        return int(accelerator.num_processes) == 1
+    def of(cls, accelerator: Accelerator, sharding: str) -> Self | None:
+        """Return it where it is for as many processes as there are, and weights that are split in this way."""
+        return cls(accelerator) if accelerator.num_processes == 1 else None
 
     def wrap(self, scorer: Scorer, *, trained: bool) -> nn.Module:
         """Return what answers in the run's precision, on its device.
@@ -84,15 +91,19 @@ class Alone:
         """Tell whether something holds of the weights of all processes."""
         return holds
 
+    def largest(self, found: float) -> float:
+        """Return the largest of what each process has found of its weights."""
+        return found
+
 
 @dataclass(frozen=True)
 class Replicated(Alone):
     """Every process has all weights; gradients are averaged on the last pass of a step."""
 
     @classmethod
-    def suits(cls, accelerator: Accelerator) -> bool:
-        """Tell whether it is for as many processes as there are."""
-        return int(accelerator.num_processes) > 1
+    def of(cls, accelerator: Accelerator, sharding: str) -> Self | None:
+        """Return it where it is for as many processes as there are, and weights that are split in this way."""
+        return cls(accelerator) if accelerator.num_processes > 1 and sharding == "none" else None
 
     def wrap(self, scorer: Scorer, *, trained: bool) -> nn.Module:
         """Return what answers, and averages gradients over the processes where it takes any."""
@@ -122,11 +133,85 @@ class Replicated(Alone):
                 distributed.all_reduce(weights.grad)
 
 
-Placement = Alone | Replicated
+@dataclass(frozen=True)
+class Sharded(Alone):
+    """Weights are split among processes, and so are gradients and what an optimizer keeps; by torch's FSDP2.
+
+    A pass makes the weights of one decoder layer after the other whole, so all processes make the same passes.
+
+    Attributes:
+        mesh: The processes, as they split weights among themselves.
+    """
+
+    mesh: DeviceMesh
+    is_sharded: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, sharding: str) -> Self | None:
+        """Return it where weights are split in this way among as many processes as there are."""
+        if accelerator.num_processes == 1 or sharding == "none":
+            return None
+        return cls(accelerator, mesh_of(accelerator.device, sharding))
+
+    def split(self, scorer: Scorer, computed_in: torch.dtype | None) -> None:
+        """Split the weights of what answers, whose values are left open where they are placeholders."""
+        spread(scorer, self.mesh, self.accelerator.device, computed_in)
+
+    def wrap(self, scorer: Scorer, *, trained: bool) -> nn.Module:
+        """Return what answers in the run's precision: the weights are where they are already."""
+        return _InPrecision(scorer, self.accelerator)
+
+    def clip(self, trained: Iterable[Parameter], norm: float | None) -> Tensor:
+        """Clip the step's gradients to a norm, or to none; return the norm before, over all processes, unread."""
+        gradients = [local(weights.grad) for weights in trained if weights.grad is not None]
+        norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
+        squares = norms.square().sum()
+        distributed.all_reduce(squares, group=self.mesh.get_group(SHARD))
+        total = squares.sqrt()
+        if norm is not None:
+            torch._foreach_mul_(gradients, (norm / (total + _EPS)).clamp(max=1.0))
+        return total
+
+    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights made whole, those that other processes have included; all processes ask together."""
+        return {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in state.items()}
+
+    def everywhere(self, holds: bool) -> bool:
+        """Tell whether something holds of the weights of all processes."""
+        found = torch.tensor(holds, dtype=torch.int32, device=self.accelerator.device)
+        distributed.all_reduce(found, distributed.ReduceOp.MIN)
+        return bool(found)
+
+    def largest(self, found: float) -> float:
+        """Return the largest of what each process has found of its weights."""
+        most = torch.tensor(found, device=self.accelerator.device)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        return float(most)
+
+
+class _InPrecision(nn.Module):
+    """Answers as a scorer does, in the precision of the run.
+
+    Args:
+        scorer: Answers.
+        accelerator: Knows the precision.
+    """
+
+    def __init__(self, scorer: Scorer, accelerator: Accelerator) -> None:
+        super().__init__()
+        self.scorer, self._accelerator = scorer, accelerator
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Answer."""
+        with self._accelerator.autocast():
+            return self.scorer(*arguments, **options)
+
+
+Placement = Alone | Replicated | Sharded
 """The closed union of all placements."""
 
 
-def placement_for(accelerator: Accelerator) -> Placement:
-    """Return the placement for as many processes as there are."""
-    found: Placement = next(one for one in get_args(Placement) if one.suits(accelerator))(accelerator)
+def placement_for(accelerator: Accelerator, sharding: str = "none") -> Placement:
+    """Return the placement for as many processes as there are, and weights that are split in some way, or not."""
+    found: Placement = next(filter(None, (one.of(accelerator, sharding) for one in get_args(Placement))))
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,14 +21,15 @@ from dpo_cli.modeling.adapters.adapted import START_ADAPTER, merge_layers
 from dpo_cli.modeling.compiled import are_compiled
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.folders.identities import identity_of, known_identity, remember_identity
-from dpo_cli.modeling.folders.loading import empty_policy, load_policy, weights_of
+from dpo_cli.modeling.folders.loading import empty_policy, load_onto_shards, load_policy, weights_of
 from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.folders.model_names import whole_model
 from dpo_cli.modeling.folders.saving import origin_of
 from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
 from dpo_cli.modeling.held import FLOAT32, Held
-from dpo_cli.modeling.placement import Placement, placement_for
+from dpo_cli.modeling.placement import Placement, Sharded, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
+from dpo_cli.modeling.shards import local
 from dpo_cli.modeling.sizes import Sizes
 from dpo_cli.modeling.split import drop_low_bits
 from dpo_cli.modeling.trained import Trained, Whole
@@ -60,8 +61,10 @@ class Policy:
         self._own_attention: str = model.config._attn_implementation
         self._placement: Placement | None = None
         self._layout: Layout | None = None
+        self._bare: Scorer | None = None
         self._scorer: nn.Module | None = None
         self._beginning: nn.Module | None = None
+        self._blueprint: PreTrainedModel | None = None
         self._trained.choose(model)
 
     @classmethod
@@ -72,13 +75,32 @@ class Policy:
         device: torch.device | str = "cpu",
         trained: Trained | None = None,
         held: Held = FLOAT32,
+        placement: Placement | None = None,
     ) -> Policy:
-        """Load a model and all of its weights.
+        """Load a model and all of its weights; where a placement splits them, those that this process is going to have.
 
         Raises:
             UserError: It cannot be loaded, as `load_policy` says.
         """
-        return cls(load_policy(name, trust, held, device), trained, held)
+        if not isinstance(placement, Sharded):
+            return cls(load_policy(name, trust, held, device), trained, held)
+
+        made: list[Policy] = []
+
+        def lay_out(model: PreTrainedModel) -> Callable[[str], str | None]:
+            made.append(cls(model, trained, held))
+            made[0]._split(placement)
+            return made[0]._trained.own_names(model)
+
+        load_onto_shards(name, trust, held.on_shards(), lay_out)
+        made[0]._trained.settle(made[0].model)
+        return made[0]
+
+    def _split(self, placement: Sharded) -> None:
+        """Split the weights among processes; of those that are placeholders, the values are left open."""
+        self._blueprint = copy.deepcopy(self.model)
+        self._placement, self._bare = placement, Scorer(self.model)
+        placement.split(self._bare, self._held.gathered_as())
 
     @classmethod
     def empty(cls, name: str, trust: Trust = NO_TRUST, trained: Trained | None = None, held: Held = FLOAT32) -> Policy:
@@ -133,7 +155,7 @@ class Policy:
     @property
     def held_as(self) -> str:
         """How the weights are held: the digests of a model that is held otherwise are others."""
-        dtype = str(self.model.dtype).removeprefix("torch.")
+        dtype = self._held.dtype
         return dtype if self._held.type == dtype else f"{self._held.type} ({dtype})"
 
     @property
@@ -155,11 +177,16 @@ class Policy:
         return known_identity(weights_of(name, sketch.model.name_or_path), sketch._held, trust)
 
     @property
+    def bare(self) -> Scorer:
+        """What answers in the precision of the weights and is proved, whatever the run computes in."""
+        if self._bare is None:
+            self._bare = Scorer(self.model)
+        return self._bare
+
+    @property
     def scorer(self) -> nn.Module:
         """What answers with the log-probabilities of a batch of pairs: a `Scorer`, as `place` wrapped it."""
-        if self._scorer is None:
-            self._scorer = Scorer(self.model)
-        return self._scorer
+        return self._scorer or self.bare
 
     @property
     def vocabulary(self) -> int:
@@ -231,8 +258,12 @@ class Policy:
         """
         if recomputed:
             recompute_activations(self.model)
-        self._placement = placement_for(accelerator)
-        self._scorer = self._placement.wrap(Scorer(self.model, collisions=collisions), trained=trained)
+        if self._placement is None or not self._placement.is_sharded:
+            self._placement, self._bare = placement_for(accelerator), None
+        # What weights are split for is the scorer that they were split under.
+        answers = self.bare if self._placement.is_sharded else Scorer(self.model)
+        answers.collisions = collisions
+        self._scorer = self._placement.wrap(answers, trained=trained)
 
     @property
     def placement(self) -> Placement:
@@ -242,8 +273,8 @@ class Policy:
 
     def keep_beginning(self) -> None:
         """Keep what it takes to answer as now, for `at_beginning`; to be called before step 1."""
-        beginning = self._trained.keep_beginning(self.model)
-        self._beginning = self.placement.wrap(Scorer(beginning), trained=False) if beginning else self.scorer
+        apart = self._trained.begins_apart()
+        self._beginning = self.placement.wrap(self.frozen_copy().bare, trained=False) if apart else self.scorer
 
     @contextlib.contextmanager
     def at_beginning(self) -> Iterator[None]:
@@ -258,7 +289,17 @@ class Policy:
 
     def frozen_copy(self) -> Policy:
         """Return a policy of its own with the same weights, none of which trains."""
-        return self._beside(copied(self.model))
+        if not isinstance(self._placement, Sharded):
+            return self._beside(copied(self.model))
+        blueprint: PreTrainedModel = copy.deepcopy(self._blueprint)
+        other = self._beside(blueprint.requires_grad_(False))
+        other._split(self._placement)
+        theirs = dict(other.model.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            local(theirs[name]).copy_(local(parameter))
+        if self._layout:
+            other.read(self._layout)
+        return other
 
     def with_adapter(self, trained: Trained) -> Policy:
         """Return a policy with the weights of this one, in the same memory, and an adapter beside them.
@@ -275,7 +316,7 @@ class Policy:
     def _beside(self, model: PreTrainedModel) -> Policy:
         """Return a policy over a copy of this one's model, in which what trains was chosen already."""
         other = copy.copy(self)
-        other.model, other._placement, other._scorer, other._beginning = model, None, None, None
+        other.model, other._placement, other._scorer, other._bare, other._beginning = model, None, None, None, None
         return other
 
     def frozen(self) -> Policy:
@@ -326,12 +367,14 @@ class Policy:
 
     def finite(self) -> bool:
         """Tell whether no weight that training moves is NaN or infinite."""
-        finite = all(bool(torch.isfinite(weights).all()) for weights in self.weights().values())
+        finite = all(bool(torch.isfinite(local(weights)).all()) for weights in self.weights().values())
         return self._placement.everywhere(finite) if self._placement else finite
 
     def largest(self) -> float:
         """Return the largest magnitude among the weights that training moves."""
-        return max((float(weights.abs().max()) for weights in self.weights().values() if weights.numel()), default=0.0)
+        parts = [local(weights) for weights in self.weights().values()]
+        largest = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
+        return self._placement.largest(largest) if self._placement else largest
 
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds of the policy, by name, without copying it."""
@@ -385,10 +428,12 @@ class Policy:
         """The types that the weights had in the files that the model came from."""
         return origin_of(self.model).types
 
-    def check_written(self, folder: Path, types: WeightTypes | None = None) -> None:
-        """Compare the weights in a folder, tensor by tensor, with those of the policy, rounded to types, if any.
+    def check_written(
+        self, folder: Path, types: WeightTypes | None = None, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Compare the weights in a folder, tensor by tensor, with what `state` returned, rounded to types, if any.
 
         Raises:
             UserError: The disk did not keep them.
         """
-        self._trained.check_written(self.model, folder, self.state(), types)
+        self._trained.check_written(self.model, folder, state or self.state(), types)

@@ -21,6 +21,7 @@ from dpo_cli.modeling.layouts import PADDED, Layout
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.modeling.precision import Precision
 from dpo_cli.modeling.scorer import Scorer
+from dpo_cli.modeling.shards import added_up, gradients_of, local
 from dpo_cli.modeling.upcast import in_float32
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class Proof:
 
 
 def prove(
-    model: PreTrainedModel,
+    score: Scorer,
     layout: Layout,
     pairs: Sequence[TokenizedPair],
     precision: Precision,
@@ -132,7 +133,7 @@ def prove(
     `NOISE_FACTOR` times.
 
     Args:
-        model: The model, with its own attention.
+        score: What answers; its model has its own attention.
         layout: The layout that is to be proved.
         pairs: Pairs that share a forward pass under the layout, each in one of its own otherwise. Of each in turn all
             logits are made.
@@ -143,7 +144,8 @@ def prove(
     Raises:
         UserError: The model fails, or its gradient is zero.
     """
-    score, weights = Scorer(model), _first_weights(model) if trained else []
+    model = score.policy
+    weights = _first_weights(model) if trained else []
     rounded = []
     with asking(model):
         with in_float32(model):
@@ -220,14 +222,14 @@ def distance(logps: Tensor, others: Tensor) -> float:
     return float((logps - others).square().mean().sqrt())
 
 
-def prove_compiled(model: PreTrainedModel, batch: PairBatch, precision: Precision, backend: str) -> Proof:
+def prove_compiled(score: Scorer, batch: PairBatch, precision: Precision, backend: str) -> Proof:
     """Compare log-probabilities with compiled decoder layers with those of the layers as they are; leave them compiled.
 
     In a lower precision both may be as far from each other as rounding takes the layers as they are from float32,
     `NOISE_FACTOR` times.
 
     Args:
-        model: The model, which reads the layout of the batch.
+        score: What answers; its model reads the layout of the batch.
         batch: Pairs of the run, on the model's device.
         precision: What the run computes in.
         backend: The compiler, by its name in torch.
@@ -235,17 +237,18 @@ def prove_compiled(model: PreTrainedModel, batch: PairBatch, precision: Precisio
     Raises:
         UserError: Layers would have to be compiled too often.
     """
-    score, weights, device, exact = Scorer(model), _first_weights(model), model.device.type, None
+    model, exact = score.policy, None
+    weights, device = _first_weights(model), model.device.type
     with contextlib.suppress(CannotPack):
         if precision.is_lower:
             with in_float32(model):
-                exact = _answers(score, batch, weights)
+                exact = _answers(score, score, batch, weights)
     with precision.autocast(device):
-        expected = _answers(score, batch, weights)
+        expected = _answers(score, score, batch, weights)
     compile_layers(model, backend)
     try:
         with precision.autocast(device):
-            found = _answers(score, batch, weights)
+            found = _answers(score, score, batch, weights)
     except Exception as error:
         if not _is_refusal(error):
             raise
@@ -275,7 +278,7 @@ def _alone(
     ask: Ask, score: Scorer, pairs: Sequence[TokenizedPair], longer: Sequence[TokenizedPair], weights: Sequence[Tensor]
 ) -> _Answers:
     """Ask for each pair by itself, padded; for the longer ones a scorer without gradient."""
-    answers = [_answers(ask, PADDED.batch([0], [pair]).to(score.policy.device), weights) for pair in pairs]
+    answers = [_answers(ask, score, PADDED.batch([0], [pair]).to(score.policy.device), weights) for pair in pairs]
     gradient = [sum(part.float() for part in parts) for parts in zip(*(one.gradient for one in answers), strict=True)]
     return _Answers(torch.cat([*(one.logps for one in answers), *_scored_alone(score, PADDED, longer)]), gradient)
 
@@ -288,11 +291,11 @@ def _together(
     weights: Sequence[Tensor],
 ) -> _Answers:
     """Ask a scorer for pairs in one forward pass; for the longer ones each by itself, without gradient."""
-    answers = _answers(score, layout.batch(range(len(pairs)), pairs).to(score.policy.device), weights)
+    answers = _answers(score, score, layout.batch(range(len(pairs)), pairs).to(score.policy.device), weights)
     return _Answers(torch.cat([answers.logps, *_scored_alone(score, layout, longer)]), answers.gradient)
 
 
-def _answers(ask: Ask, batch: PairBatch, weights: Sequence[Tensor]) -> _Answers:
+def _answers(ask: Ask, score: Scorer, batch: PairBatch, weights: Sequence[Tensor]) -> _Answers:
     """Ask for the pairs of a batch."""
     with torch.set_grad_enabled(bool(weights)):
         responses = ask(batch).split(list(batch.lengths))
@@ -300,15 +303,15 @@ def _answers(ask: Ask, batch: PairBatch, weights: Sequence[Tensor]) -> _Answers:
     gradient: Sequence[Tensor] = []
     if weights:
         pull = torch.cat(chosen).sum() - torch.cat(rejected).sum() / 2
-        gradient = torch.autograd.grad(pull, weights, allow_unused=True, materialize_grads=True)
+        gradient = gradients_of(pull, weights, score)
     logps = torch.cat([response for pair in zip(chosen, rejected, strict=True) for response in pair]).detach()
     return _Answers(logps, gradient)
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
     """Return the norm of some tensors together."""
-    norms = [torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors]
-    return float(torch.stack(norms).norm()) if norms else 0.0
+    norms = [torch.linalg.vector_norm(local(tensor), dtype=torch.float32) for tensor in tensors]
+    return float(torch.stack(added_up([norm.square() for norm in norms], tensors)).sum().sqrt()) if norms else 0.0
 
 
 @torch.no_grad()

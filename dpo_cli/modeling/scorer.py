@@ -50,13 +50,21 @@ class Scorer(nn.Module):
         self.collisions = collisions
 
     def forward(
-        self, batch: PairBatch, *, with_load: bool = False, collisions: bool | None = None
+        self,
+        batch: PairBatch,
+        *,
+        with_load: bool = False,
+        collisions: bool | None = None,
+        instead: Callable[[PairBatch], Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return the log-probability of each response token of the batch, `[N]`, in nats.
 
         With `collisions`, by default the scorer's, `[2, N]`, as `token_logps` does; `with_load` the `expert_load` of
-        the batch beside it.
+        the batch beside it. With `instead`, what that returns: weights that are split among processes are whole within
+        this call alone.
         """
+        if instead is not None:
+            return instead(batch)
         collisions = self.collisions if collisions is None else collisions
         # Where experts were not asked about, the model is called as one that has none.
         asked = {"output_router_logits": True} if with_load else {}
@@ -77,6 +85,10 @@ class Scorer(nn.Module):
 
     def own_logps(self, batch: PairBatch) -> Tensor:
         """Return what `forward` should: the same log-probabilities, by the model's own logits, all of them."""
+        found: Tensor = self(batch, instead=self._own_logps)
+        return found
+
+    def _own_logps(self, batch: PairBatch) -> Tensor:
         with reading(batch.tree), one_sequence_a_row():
             logits = self.policy(**model_inputs(batch)).logits
         logps = logits.flatten(0, 1)[batch.positions].float().log_softmax(-1)
@@ -99,6 +111,10 @@ class Scorer(nn.Module):
         """
         if batch.attention_mask is None:
             return 0.0
+        return float(self(batch, instead=self._ahead))
+
+    def _ahead(self, batch: PairBatch) -> Tensor:
+        assert batch.attention_mask is not None
         row = int(batch.attention_mask.sum(1).argmax())
         tokens = batch.input_ids[row : row + 1, : int(batch.attention_mask[row].sum())]
         half = max(tokens.shape[1] // 2, 1)
@@ -107,7 +123,8 @@ class Scorer(nn.Module):
             for part in (tokens, tokens[:, :half])
         )
         following = tokens[:, 1 : half + 1, None]
-        return float((whole - cut)[:, : following.shape[1]].gather(-1, following).abs().max())
+        found: Tensor = (whole - cut)[:, : following.shape[1]].gather(-1, following).abs().max()
+        return found
 
 
 @contextlib.contextmanager

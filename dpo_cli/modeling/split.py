@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dpo_cli.modeling.shards import is_split, set_local
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.nn import Parameter
@@ -109,7 +111,9 @@ def whole_dtype(parameter: Tensor) -> torch.dtype:
 def set_whole_value(parameter: Tensor, value: Tensor) -> None:
     """Give a parameter another value; nothing is done where `value` is its own memory."""
     low = low_bits(parameter)
-    if low is not None:
+    if is_split(parameter):
+        set_local(parameter, value)
+    elif low is not None:
         value = value.detach().to(parameter.device, torch.float32).contiguous()
         _split_into(value.view(-1), parameter.detach().view(-1), low.view(-1))
     elif value.data_ptr() != parameter.data_ptr():

@@ -6,13 +6,12 @@ A way says which weights an optimizer moves, how the policy answers as before st
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
 from dpo_cli.modeling.adapters.adapted import Adapted
-from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.digests import weights_digest
 from dpo_cli.modeling.folders.loading import load_weights
 from dpo_cli.modeling.folders.saved_weights import SavedWeights
@@ -64,12 +63,19 @@ class Whole(Settings):
         return {"model": weights_digest(model, dtype=dtype)}
 
     def beginning_bytes(self, model: PreTrainedModel) -> int:
-        """Return what `keep_beginning` takes in memory: a copy of every weight that trains."""
+        """Return what it takes in memory to answer as before step 1: a copy of every weight that trains."""
         return sum(parameter.nbytes for parameter in self.weights(model))
 
-    def keep_beginning(self, model: PreTrainedModel) -> PreTrainedModel | None:
-        """Return a model that answers as this one does now; None: this one does, inside `at_beginning`."""
-        return copied(model)
+    def own_names(self, model: PreTrainedModel) -> Callable[[str], str | None]:
+        """Return a function from the name of a weight to its name in the model by itself; None: it was added."""
+        return str
+
+    def begins_apart(self) -> bool:
+        """Tell whether it takes a copy to answer as before step 1; if not, the model does inside `at_beginning`."""
+        return True
+
+    def settle(self, model: PreTrainedModel) -> None:
+        """Settle what follows from the model's own weights, which came into it after what trains was chosen."""
 
     def at_beginning(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """Return the context in which what trains has no effect on this model; here it has, and a copy answers."""

@@ -43,8 +43,10 @@ def _cast_by_layers(model: PreTrainedModel) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for part, owners in _parts(model):
             before = functools.partial(cast.apply, owners)
-            stack.callback(part.register_forward_pre_hook(lambda *_, before=before: before(), prepend=True).remove)
-            stack.callback(part.register_forward_hook(lambda *_: cast.restore(), always_call=True).remove)
+            # Weights that are split among processes are whole only within the hooks that were there before.
+            stack.callback(part.register_forward_pre_hook(lambda *_, before=before: before()).remove)
+            restore = part.register_forward_hook(lambda *_: cast.restore(), prepend=True, always_call=True)
+            stack.callback(restore.remove)
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(cast.pack, _unpack))
         yield
 

@@ -46,7 +46,7 @@ def compile_layers_of(
         return
     session.console.notice(f"compiling {num_layers} decoder layers …")
     batch = shortest_pair(batches, steps.trained_on())
-    proof = prove_compiled(model, batch, session.precision, backend)
+    proof = prove_compiled(policy.bare, batch, session.precision, backend)
     failure = next(filter(None, session.of_all(proof.fails(session.precision))), "")
     if failure:
         leave_uncompiled(model)

@@ -24,7 +24,6 @@ from dpo_cli.modeling.layouts import LAYOUTS, PACKED, PADDED, Layout
 from dpo_cli.modeling.memory import activation_bytes
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import REFUSALS, Proof, prove
-from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.pipeline.out_of_memory import during
 from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.cache import ReferenceCache, reference_identity
@@ -88,8 +87,9 @@ def loaded(session: Session, name: str) -> Policy:
     trust, device = session.config.model.trust, session.accelerator.device
     if holds_adapter(name):
         named = base_of(name)
-        return _beside(session, Policy.load(named, trust, device, held=session.held), name, named)
-    return Policy.load(name, trust, device, held=held_of(session, name))
+        base = Policy.load(named, trust, device, held=session.held, placement=session.placement)
+        return _beside(session, base, name, named)
+    return Policy.load(name, trust, device, held=held_of(session, name), placement=session.placement)
 
 
 def held_of(session: Session, name: str) -> Held:
@@ -104,7 +104,9 @@ def trained_policy(session: Session, *, empty: bool = False) -> Policy:
         UserError: The model cannot be loaded, or the adapter does not fit it.
     """
     name, trust, how = session.config.model.name, session.config.model.trust, (session.trained, session.held)
-    return Policy.empty(name, trust, *how) if empty else Policy.load(name, trust, session.accelerator.device, *how)
+    if empty:
+        return Policy.empty(name, trust, *how)
+    return Policy.load(name, trust, session.accelerator.device, *how, placement=session.placement)
 
 
 def scored_and_reference(session: Session, scored: str) -> tuple[str | Policy, Policy]:
@@ -118,7 +120,8 @@ def scored_and_reference(session: Session, scored: str) -> tuple[str | Policy, P
     config = session.config
     name = config.reference.model or config.model.name
     # An adapter that the run was given as its model is merged, as it was then.
-    base = Policy.load(name, config.model.trust, session.accelerator.device, held=held_of(session, name))
+    device, held = session.accelerator.device, held_of(session, name)
+    base = Policy.load(name, config.model.trust, device, held=held, placement=session.placement)
     reference = base.with_adapter(session.trained) if _goes_on(config) else base
     if not holds_adapter(scored) or not same_model(base_of(scored), name):
         return scored, reference
@@ -282,7 +285,7 @@ def choose_layout(
     lines = []
     for policy in policies:
         policy.read(PADDED)
-        lines.append(check_logps(Scorer(policy.model), shortest, session.accelerator))
+        lines.append(check_logps(policy.bare, shortest, session.accelerator))
     if failure and (error := _asked_for(session, layout, failure)):
         raise error
     if failure:
@@ -329,7 +332,7 @@ def _prove(
     window = getattr(policy.model.config.get_text_config(), "sliding_window", None) or np.inf
     beyond = [index for index in order if lengths[index] > window][:1]
     shortest, longer = ([pairs[int(indices[place])] for place in places] for places in (order[:2], beyond))
-    return prove(policy.model, layout, shortest, session.precision, longer=longer, trained=trained)
+    return prove(policy.bare, layout, shortest, session.precision, longer=longer, trained=trained)
 
 
 def _asked_for(session: Session, layout: Layout, failure: str) -> UserError | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_cli.data.pairs.sources import as_sources, describe
 from dpo_cli.evaluation.diagnosis import worsened
@@ -30,6 +30,9 @@ from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, CheckpointWriter
 from dpo_cli.training.learner import Learner, NotFinite
 from dpo_cli.training.run_folder import RunFolder, checkpoints_in, step_of
 from dpo_cli.training.state import RunNotes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,17 @@ def recorded(run: Run) -> Iterator[Records]:
             log.close()
 
 
-def save_final(run: Run, after: dict[str, Any] | None) -> None:
-    """Write the trained model as a complete Hugging Face folder, whole or not at all."""
+def save_final(run: Run, after: dict[str, Any] | None, state: Mapping[str, Tensor], largest: float) -> None:
+    """Write the trained model as a complete Hugging Face folder, whole or not at all.
+
+    Args:
+        run: The run.
+        after: The held-out figures after the last step, if there are any.
+        state: What the policy's `state` returned.
+        largest: The largest magnitude among the weights.
+    """
     config, folder, policy = run.session.config, run.plan.folder, run.learner.policy
-    types = None if config.adapter else _final_types(run)
+    types = None if config.adapter else _final_types(run, largest)
     rounded = types is not None and types.rounds
     facts = {
         "training pairs": len(run.plan.data.train),
@@ -177,16 +187,16 @@ def save_final(run: Run, after: dict[str, Any] | None) -> None:
     # An adapter means nothing without its base.
     details = {FINGERPRINTS: run.fingerprints, HELD: policy.held_as} if config.adapter else {}
     with saved_folder(folder.final, "saving the trained model", details) as temporary:
-        policy.write(temporary, run.plan.tokenizer, types=types)
+        policy.write(temporary, run.plan.tokenizer, state, types)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        policy.check_written(temporary, types)
+        policy.check_written(temporary, types, state)
     if rounded:
         run.session.console.notice(_rounded(folder, types, run.plan.steps.num_steps))
 
 
-def _final_types(run: Run) -> WeightTypes | None:
+def _final_types(run: Run, largest: float) -> WeightTypes | None:
     """Return the types of the files that the model came from, which those of the trained model have; None: float32."""
-    types, largest = run.learner.policy.came_in, run.learner.policy.largest()
+    types = run.learner.policy.came_in
     if largest <= types.most:
         return types
     what = f"{types}, the type of the base's files, cannot hold all trained weights (the largest is {largest:.3g})"

@@ -22,6 +22,7 @@ from dpo_cli.modeling.allocator import return_freed_memory
 from dpo_cli.modeling.attention.kernels import kernels_for
 from dpo_cli.modeling.determinism import deterministic_kernels
 from dpo_cli.modeling.held import FLOAT32, Held, Split, held_as
+from dpo_cli.modeling.placement import Placement, placement_for
 from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of
 from dpo_cli.modeling.trained import Trained, Whole
 from dpo_cli.pipeline.out_of_memory import reported
@@ -43,6 +44,7 @@ class Session:
         signals: Those that ask to stop.
         accelerator: Knows device, precision and the other processes.
         progress: Is told how far the job is, for other processes to see.
+        placement: Where weights are among the processes.
     """
 
     config: Config
@@ -50,16 +52,12 @@ class Session:
     signals: StopSignals
     accelerator: Accelerator
     progress: Progress
+    placement: Placement
 
     @property
     def precision(self) -> Precision:
         """What is computed in."""
         return precision_of(self.accelerator.mixed_precision)
-
-    @property
-    def sharding(self) -> str:
-        """Among which processes weights are split; one process has all of them."""
-        return self.config.training.sharding if self.accelerator.num_processes > 1 else "none"
 
     @property
     def trained(self) -> Trained:
@@ -123,7 +121,8 @@ def started(
         accelerator = start_accelerator(config)
         try:
             with watched(accelerator, config.training.rank_timeout, Console().error) as progress, reported(config):
-                yield Session(config, console, signals or StopSignals(), accelerator, progress)
+                placement = placement_for(accelerator, config.training.sharding)
+                yield Session(config, console, signals or StopSignals(), accelerator, progress, placement)
             accelerator.end_training()
         finally:
             # Accelerate keeps precision and processes for as long as Python runs; the next session may have others.

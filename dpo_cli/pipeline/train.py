@@ -159,9 +159,7 @@ def _prove(run: Run) -> None:
     if reference.model is None and reference.type != "none":
         shortest = shortest_pair(run.batches, run.plan.steps.trained_on())
         objective = session.config.objective
-        proved = check_reference(
-            run.learner.policy.scorer, objective, run.learner.reference, shortest, session.accelerator
-        )
+        proved = check_reference(run.learner.policy, objective, run.learner.reference, shortest, session.accelerator)
         session.console.notice(f"checked: {proved}")
     if session.accelerator.is_main_process:
         # transformers writes on the first rank alone.
@@ -194,8 +192,10 @@ def _take(run: Run, rows: str) -> Iterator[StepResult]:
                 records.writer.finish()
                 # Rows of a run without held-out pairs that speak of some are not its own.
                 figures = records.log.last("eval") if records.log and run.holds_out else None
+                # Weights that are split among processes are made whole by all of them.
+                state, largest = run.learner.policy.state(), run.learner.policy.largest()
                 if records.log:
-                    save_final(run, figures)
+                    save_final(run, figures, state, largest)
         if records.log:
             summarize(run, figures, time.monotonic() - started_at)
     session.accelerator.wait_for_everyone()

@@ -31,7 +31,6 @@ from dpo_cli.training.checkpoints import HELD, beginning_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch import nn
 
     from dpo_cli.modeling.batch import PairBatch
     from dpo_cli.modeling.policy import Policy
@@ -244,7 +243,7 @@ def own_logps_line(difference: float, precision: Precision) -> str:
 
 
 def check_reference(
-    scorer: nn.Module, objective: Objective, reference: BatchScorer, batch: PairBatch, accelerator: Accelerator
+    policy: Policy, objective: Objective, reference: BatchScorer, batch: PairBatch, accelerator: Accelerator
 ) -> str:
     """Prove that the policy equals its reference before step 1; return a line that says so.
 
@@ -252,7 +251,7 @@ def check_reference(
     micro-batches: by up to `NOISE_FACTOR` times as much as rounding takes the policy from float32.
 
     Args:
-        scorer: The prepared scorer, as the loop calls it.
+        policy: The policy, placed.
         objective: What the line tells the loss of.
         reference: The reference, which is the policy before step 1.
         batch: Some pairs of the run.
@@ -263,22 +262,21 @@ def check_reference(
     """
     precision = precision_of(accelerator.mixed_precision)
     with torch.no_grad():
-        policy = SequenceLogps.of(scorer(batch), batch.responses)
+        own = SequenceLogps.of(policy.scorer(batch), batch.responses)
         answers = SequenceLogps(reference(batch), batch.responses)
-    difference, noise = float((policy.tokens - answers.tokens).abs().max()), 0.0
+    difference, noise = float((own.tokens - answers.tokens).abs().max()), 0.0
     equal = difference <= precision.exactness
     if not equal and precision.is_lower:
-        model = accelerator.unwrap_model(scorer).policy
-        with torch.no_grad(), in_float32(model):
-            noise = distance(policy.tokens, Scorer(model)(batch))
-        equal = distance(policy.tokens, answers.tokens) <= NOISE_FACTOR * max(noise, precision.exactness)
+        with torch.no_grad(), in_float32(policy.model):
+            noise = distance(own.tokens, policy.bare(batch))
+        equal = distance(own.tokens, answers.tokens) <= NOISE_FACTOR * max(noise, precision.exactness)
     if not equal:
         what = (
             f"the policy is not its reference before step 1: a token's log-probability differs by {difference:.2g} nats"
         )
         raise UserError(what, f"{len(batch.pairs)} of the run's pairs", "report this as a bug of the program")
     step = StepInfo(len(batch.pairs), sum(batch.lengths[: len(batch.pairs)]), batch.margins)
-    loss, exact = (float(objective(policy, others, step).losses.mean()) for others in (answers, policy))
+    loss, exact = (float(objective(own, others, step).losses.mean()) for others in (answers, own))
     counted = objective.uses_margins and bool(batch.margins.any())
     about = f" with {'its margin' if len(batch.pairs) == 1 else 'their margins'} in the data" if counted else ""
     if not noise:

@@ -14,6 +14,7 @@ from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import prove
+from dpo_cli.modeling.scorer import Scorer
 from tests.builders import Louder, prepare_pairs, stirred
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "both": {"dora": True, "rslora": True}}
@@ -149,6 +150,6 @@ def test_the_proof_of_a_layout_finds_faults_beside_a_fresh_adapter(
         if planted:
             monkeypatch.setattr(attention, "_attend", lambda *how: fault(attend(*how)))
         model = adapted(tiny_llama, targets=targets).model
-        proof = prove(model, LAYOUTS["packed"], pairs, PRECISIONS["float32"])
+        proof = prove(Scorer(model), LAYOUTS["packed"], pairs, PRECISIONS["float32"])
         assert (said in proof.fails(PRECISIONS["float32"])) is planted, proof
         assert planted or not proof.fails(PRECISIONS["float32"])

@@ -25,6 +25,7 @@ from dpo_cli.modeling.attention.trees import TREE_ATTENTION, CannotPack
 from dpo_cli.modeling.digests import weights_digest
 from dpo_cli.modeling.folders.saving import saved_model
 from dpo_cli.modeling.layouts import LAYOUTS, Packed, Padded
+from dpo_cli.modeling.placement import placement_for
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import Proof, prove
@@ -141,7 +142,8 @@ def choose(model, layout, attention="auto"):
     said, warned = [], []
     console = SimpleNamespace(notice=said.append, warning=warned.append)
     config = Config(model="m", training={"layout": layout, "attention": attention})
-    session = Session(config, console, StopSignals(), Accelerator(cpu=True), Progress())
+    accelerator = Accelerator(cpu=True)
+    session = Session(config, console, StopSignals(), accelerator, Progress(), placement_for(accelerator))
     chosen, _ = choose_layout(session, [Policy(model)], Held(PAIRS), np.arange(len(PAIRS)), trained=True)
     return chosen, said, warned
 
@@ -231,7 +233,7 @@ def test_a_refusal_in_the_middle_of_the_gradient_leaves_no_gradient(monkeypatch)
     attend = attention._attend
     monkeypatch.setattr(attention, "_attend", lambda *arguments: Breaks.apply(attend(*arguments)))
     model = build("llama")
-    proof = prove(model, Packed(), PAIRS, PRECISIONS["float32"])
+    proof = prove(Scorer(model), Packed(), PAIRS, PRECISIONS["float32"])
     assert proof.fails(PRECISIONS["float32"]) == "it fails on packed pairs, RuntimeError: no backward pass"
     assert all(parameter.grad is None for parameter in model.parameters())
 

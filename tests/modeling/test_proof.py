@@ -128,7 +128,7 @@ def test_a_fault_of_bfloat16_alone_is_found_beside_rounding(fault, said, monkeyp
         return fault(found) if found.dtype == torch.bfloat16 else found
 
     monkeypatch.setattr(attention, "_attend", lower)
-    assert said in prove(build("llama"), PACKED, PAIRS[:2], BFLOAT16).fails(BFLOAT16)
+    assert said in prove(Scorer(build("llama")), PACKED, PAIRS[:2], BFLOAT16).fails(BFLOAT16)
 
 
 def test_what_rounding_explains_decides_and_a_noise_that_is_not_a_number_fails():

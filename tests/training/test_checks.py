@@ -167,34 +167,34 @@ def ready(tmp_path, pairs_file, tokenizer, tiny_llama):
     work = ReferenceWork(policy, policy, accelerator, np.arange(len(pairs)), batches, silent)
     reference = Frozen().open(work)
     batch = Padded().batch(range(4), pairs[:4])
-    return Scorer(policy.model), reference, batch, accelerator
+    return policy, reference, batch, accelerator
 
 
 def test_a_policy_that_equals_its_reference_passes(ready):
-    scorer, reference, batch, accelerator = ready
-    assert check_logps(scorer, batch, accelerator).startswith("log-probabilities are the model's own")
-    assert check_reference(scorer, Objective.of(DPO()), reference, batch, accelerator).endswith("is 0.693147")
+    policy, reference, batch, accelerator = ready
+    assert check_logps(policy.bare, batch, accelerator).startswith("log-probabilities are the model's own")
+    assert check_reference(policy, Objective.of(DPO()), reference, batch, accelerator).endswith("is 0.693147")
 
 
 def test_the_loss_where_training_begins_is_that_with_the_margins_where_they_are_used(ready):
     """At βΔ = 0 it is −log σ(−m) = log(1 + e^m); without margins ln 2."""
-    scorer, reference, batch, accelerator = ready
+    policy, reference, batch, accelerator = ready
     batch = dataclasses.replace(batch, margins=torch.tensor([7.0, 0.0, 7.0, 7.0]))
-    used = check_reference(scorer, Objective.of(DPO(margin_scale=0.5)), reference, batch, accelerator)
+    used = check_reference(policy, Objective.of(DPO(margin_scale=0.5)), reference, batch, accelerator)
     expected = (3 * math.log1p(math.exp(3.5)) + math.log(2)) / 4
     assert f"the loss is {expected:.5f}"[:-1] in used
     assert "margins" in used
-    assert check_reference(scorer, Objective.of(DPO()), reference, batch, accelerator).endswith("is 0.693147")
+    assert check_reference(policy, Objective.of(DPO()), reference, batch, accelerator).endswith("is 0.693147")
 
 
 def test_a_policy_that_has_moved_is_refused(ready):
-    scorer, reference, batch, accelerator = ready
+    policy, reference, batch, accelerator = ready
     with torch.no_grad():
-        for parameter in scorer.policy.parameters():
+        for parameter in policy.model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    check_logps(scorer, batch, accelerator)
+    check_logps(policy.bare, batch, accelerator)
     with pytest.raises(UserError, match="the policy is not its reference"):
-        check_reference(scorer, Objective.of(DPO()), reference, batch, accelerator)
+        check_reference(policy, Objective.of(DPO()), reference, batch, accelerator)
 
 
 def test_a_model_that_sees_the_tokens_behind_is_refused(ready):
@@ -209,8 +209,8 @@ def test_a_model_that_sees_the_tokens_behind_is_refused(ready):
 
 
 def test_log_probabilities_gathered_on_the_wrong_positions_are_refused(ready):
-    scorer, _, batch, accelerator = ready
-    wrong = Scorer(scorer.policy)
-    wrong.forward = lambda b: torch.from_numpy(np.zeros(len(b.targets), np.float32))
+    policy, _, batch, accelerator = ready
+    wrong = Scorer(policy.model)
+    wrong.forward = lambda b, instead=None: instead(b) if instead else torch.zeros(len(b.targets))
     with pytest.raises(UserError, match="differ from the model's own"):
         check_logps(wrong, batch, accelerator)

@@ -21,12 +21,13 @@ from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PRE
 from dpo_cli.modeling.adapters.fit import adapter_weights, check_head, check_layers, check_targets
 from dpo_cli.modeling.adapters.settings import ALL_LINEAR, Adapter, Saved, layer_settings
 from dpo_cli.modeling.adapters.targets import left_out
-from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.digests import tensors_digest, weights_digest
 from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.folders.saved_weights import other_bytes
 from dpo_cli.modeling.folders.saving import write_json, write_tokenizer
 from dpo_cli.modeling.folders.streams import save_tensors
+from dpo_cli.modeling.shards import is_placeholder
+from dpo_cli.modeling.split import set_whole_value
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -61,7 +62,8 @@ class Adapted:
         import_bitsandbytes()
         from peft import inject_adapter_in_model
 
-        on_paper, start = next(model.parameters()).device.type == "meta", self.adapter.started_from()
+        first, start = next(model.parameters()), self.adapter.started_from()
+        on_paper, open_yet = first.is_meta, first.is_meta or is_placeholder(first)
         if start:
             check_layers(model, start)
             check_head(model, start)
@@ -69,7 +71,7 @@ class Adapted:
         if start:
             check_targets(start, layers.target_modules)
         # PEFT draws on the CPU, wherever the model is.
-        with torch.random.fork_rng(devices=[]), self.adapter.on_paper() if on_paper else contextlib.nullcontext():
+        with torch.random.fork_rng(devices=[]), self.adapter.on_paper() if open_yet else contextlib.nullcontext():
             torch.default_generator.manual_seed(self.seed)
             model.requires_grad_(False)
             inject_adapter_in_model(layers, model, low_cpu_mem_usage=on_paper)
@@ -109,12 +111,22 @@ class Adapted:
         return base | {START_ADAPTER: tensors_digest(layer_settings(self.adapter), self.state(model))}
 
     def beginning_bytes(self, model: PreTrainedModel) -> int:
-        """Return what `keep_beginning` takes in memory: a second adapter where training goes on from one."""
+        """Return what it takes to answer as before step 1: a second adapter where training goes on from one."""
         return sum(weights.nbytes for weights in self.moved(model).values()) if self.adapter.start else 0
 
-    def keep_beginning(self, model: PreTrainedModel) -> PreTrainedModel | None:
-        """Return a model that answers as this one does now; None: this one does, inside `at_beginning`."""
-        return copied(model) if self.adapter.start else None
+    def own_names(self, model: PreTrainedModel) -> Callable[[str], str | None]:
+        """Return a function from the name of a weight to its name in the model by itself; None: it was added."""
+        return base_names(model)
+
+    def begins_apart(self) -> bool:
+        """Tell whether it takes a copy to answer as before step 1; if not, the model does inside `at_beginning`."""
+        return bool(self.adapter.start)
+
+    def settle(self, model: PreTrainedModel) -> None:
+        """Settle what follows from the base's weights, which came into the model after the adapter."""
+        if not self.adapter.start:
+            for layer in adapter_layers(model).values():
+                self.adapter.settle(layer)
 
     @contextlib.contextmanager
     def at_beginning(self, model: PreTrainedModel) -> Iterator[None]:
@@ -221,7 +233,7 @@ class Adapted:
             what = f"the adapter does not fit: `{differing[0]}` is not in both, or has another shape"
             raise UserError(what, str(folder), "choose an adapter of the same base with the same settings")
         for name, weights in ours.items():
-            weights.copy_(theirs[name])
+            set_whole_value(weights, theirs[name])
 
 
 def base_names(model: PreTrainedModel) -> Callable[[str], str | None]:

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from dpo_cli.modeling.shards import is_placeholder, is_split
+from dpo_cli.modeling.split import set_whole_value
+
 
 class QuickLinear(lora.Linear):  # type: ignore[misc]
     """LoRA beside a linear layer: the product of B is added to that of the base where that is written.
@@ -115,7 +118,17 @@ def _measure_norms(layer: Any) -> None:
     PEFT rounds them to the dtype of the base, and the model would not answer as its base before step 1.
     """
     for name, norms in layer.lora_magnitude_vector.items():
-        if norms.weight.is_meta:
+        if norms.weight.is_meta or is_placeholder(layer.get_base_layer().weight):
             continue
         factors = {"lora_A": layer.lora_A[name].weight, "lora_B": layer.lora_B[name].weight}
         norms.update_layer(base_layer=layer.get_base_layer(), scaling=layer.scaling[name], **factors)
+
+
+@torch.no_grad()
+def settle_norms(layer: Any) -> None:
+    """Set the norms that DoRA trains to those of the base's rows, in float32, where B is 0."""
+    for norms in layer.lora_magnitude_vector.values():
+        base = layer.get_base_layer().weight
+        whole = base.full_tensor() if is_split(base) else base
+        rows = whole.T if getattr(layer, "fan_in_fan_out", False) else whole
+        set_whole_value(norms.weight, torch.linalg.vector_norm(rows.float(), dim=1))

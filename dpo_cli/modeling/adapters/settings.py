@@ -65,6 +65,9 @@ class AdapterSettings(Settings):
     def refine(self, layer: BaseTunerLayer) -> None:
         """Change what is not exact of a layer that PEFT made, whose weights may be missing; by default nothing."""
 
+    def settle(self, layer: BaseTunerLayer) -> None:
+        """Settle what of a layer follows from the base's weights, if they came later; by default nothing does."""
+
 
 class LoraLayers(AdapterSettings):
     """The layers of LoRA, whoever decides what they are like: of one adapter they compute the same to the bit."""
@@ -80,6 +83,12 @@ class LoraLayers(AdapterSettings):
         from dpo_cli.modeling.adapters.lora_layers import refine
 
         refine(layer)
+
+    def settle(self, layer: BaseTunerLayer) -> None:
+        """Let DoRA begin as the base, whose weights may be split among processes: all of them ask together."""
+        from dpo_cli.modeling.adapters.lora_layers import settle_norms
+
+        settle_norms(layer)
 
 
 class Lora(LoraLayers):

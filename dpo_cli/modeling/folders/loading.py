@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -33,6 +35,7 @@ from dpo_cli.modeling.folders.saving import logits_alone, remember, remember_tok
 from dpo_cli.modeling.folders.size_checks import check_model_elements, check_size
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.held import FLOAT32, Held
+from dpo_cli.modeling.shards import placeholders
 
 if TYPE_CHECKING:
     import torch
@@ -103,6 +106,49 @@ def load_policy(
     return model
 
 
+def load_onto_shards(
+    name: str, trust: Trust, held: Held, lay_out: Callable[[PreTrainedModel], Callable[[str], str | None]]
+) -> None:
+    """Load a causal language model of which each process reads the part that it has.
+
+    Args:
+        name: The model.
+        trust: What it may bring along.
+        held: How the part is held that a process has.
+        lay_out: Splits the weights of the model, which are placeholders, and may add others to them; returns the name
+            that a weight has in the model by itself, or None for one that was added.
+
+    Raises:
+        UserError: As `load_policy`; or its weights cannot be read in parts.
+    """
+    base = whole_model(name)
+    if base != name:
+        hint = "merge it with `dpo export --merge` first; or name the base, and the adapter in `adapter.start`"
+        raise UserError("an adapter is not merged into weights that are split among processes", name, hint)
+
+    def load(folder: str) -> None:
+        model = _empty(folder, trust, held, with_buffers=True)
+        check_model_elements(model, Path(folder), held)
+        if not Path(base).exists():
+            fetch_weights(base, Path(folder), trust)
+        if problem := check_folder(Path(folder), trust):
+            raise problem
+        if any(file.suffix == ".bin" for file in weights_files(Path(folder))):
+            hint = "load the model in transformers and save it, which writes safetensors"
+            raise UserError("pickled weights cannot be read in parts", folder, hint)
+        source = weights_of(base, folder)
+        stamp = stamp_of(source)
+        remember(model, Path(folder), trust, WeightTypes.of_files(Path(folder)))
+        model.origin = replace(model.origin, read_from=source, stamp=stamp)
+        model.config._name_or_path = model.name_or_path = folder
+        placeholders(model)
+        own_name = lay_out(model)
+        check_complete(model, read_over(model, Path(folder), own_name), folder)
+        _warn_of_another_name(model, name)
+
+    load_named(name, "model", load, trust, weights=True)
+
+
 def _warn_of_another_name(model: PreTrainedModel, name: str) -> None:
     """Say where settings name an architecture of another type than theirs: other programs go by that name."""
     kind = model.config.model_type
@@ -148,9 +194,10 @@ def load_weights(model: PreTrainedModel, folder: Path) -> None:
         raise
 
 
-def _empty(folder: str, trust: Trust, held: Held) -> PreTrainedModel:
+def _empty(folder: str, trust: Trust, held: Held, *, with_buffers: bool = False) -> PreTrainedModel:
+    """Build a model whose weights are on the meta device; and so are its buffers, unless they are asked for."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **held.built_as(), **_how(trust))
         model.tie_weights()
     if model.config._attn_implementation == "flex_attention" and not torch.cuda.is_available():

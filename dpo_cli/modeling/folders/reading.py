@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +63,15 @@ def are_as_held(sketch: PreTrainedModel, types: WeightTypes, dtype: torch.dtype)
     return not converted and {types.other, *types.named.values()} == {dtype}
 
 
-def read_over(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
+def read_over(model: PreTrainedModel, folder: Path, own_name: Callable[[str], str | None] = str) -> dict[str, Any]:
     """Replace the content of a model's weights by that of the safetensors files in a folder, whatever they are part of.
+
+    Of weights that are split among processes, those are read that this process has.
+
+    Args:
+        model: The model.
+        folder: Where the files are.
+        own_name: Returns the name that a weight has in the model by itself; None for one that was added to it.
 
     Returns:
         What was missing, not used, or of another shape, as `from_pretrained` says it with `output_loading_info`.
@@ -75,7 +82,7 @@ def read_over(model: PreTrainedModel, folder: Path) -> dict[str, Any]:
         for path in weights_files(folder):
             file = opened.enter_context(_Read(path, framework="pt"))
             slices |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
-        report, _ = convert_and_load_state_dict_in_model(_Overwritten(model), slices, config)
+        report, _ = convert_and_load_state_dict_in_model(_Overwritten(model, own_name), slices, config)
     report.missing_keys -= model.all_tied_weights_keys.keys()
     model._adjust_missing_and_unexpected_keys(report)
     found: dict[str, Any] = report.to_dict()
@@ -120,8 +127,8 @@ class _Slice:
 class _Overwritten:
     """A module, as transformers sees it, whose tensors are written over where it would put others in their place."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.__dict__["_module"] = module
+    def __init__(self, module: nn.Module, own_name: Callable[[str], str | None] = str) -> None:
+        self.__dict__.update(_module=module, _own_name=own_name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -138,8 +145,9 @@ class _Overwritten:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return what there is, by name; of a weight that is split, what its whole value looks like."""
         return {
-            name: tensor
+            own: tensor
             if whole_dtype(tensor) == tensor.dtype
             else torch.empty_like(tensor, dtype=whole_dtype(tensor), device="meta")
             for name, tensor in state_of(self._module).items()
+            if (own := self._own_name(name)) is not None
         }
