@@ -89,7 +89,7 @@ def _sums_of_all(tensors: Iterable[Tensor], held: Iterable[torch.dtype]) -> list
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         found = []
         for tensor, kind in zip(all_tensors, held, strict=True):
-            elements = whole_value(local(tensor)).reshape(-1)
+            elements = whole_value(tensor).reshape(-1)
             first = rows_of(tensor)[0] * tensor[:1].numel() if is_split(tensor) else 0
             size = max(1, len(elements)) if elements.device.type != "cpu" else _PART_BYTES // kind.itemsize
             starts = range(0, max(1, len(elements)), size)

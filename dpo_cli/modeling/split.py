@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dpo_cli.modeling.shards import is_split, set_local
+from dpo_cli.modeling.shards import is_split, local, set_local
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -98,9 +98,12 @@ def drop_low_bits(model: PreTrainedModel) -> None:
 
 
 def whole_value(parameter: Tensor) -> Tensor:
-    """Return the value of a parameter where it is: merged where it is split, else its own memory."""
+    """Return the value of a parameter where it is: merged where it is in two halves, else its own memory.
+
+    Of one that is split among processes it is what this process has.
+    """
     low = low_bits(parameter)
-    return parameter.detach() if low is None else merge(parameter.detach(), low)
+    return local(parameter) if low is None else merge(parameter.detach(), low)
 
 
 def whole_dtype(parameter: Tensor) -> torch.dtype:

@@ -17,7 +17,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.compiled import decoder_layers
 from dpo_cli.modeling.layouts import PADDED
-from dpo_cli.modeling.placement import placement_for
+from dpo_cli.modeling.placement import Alone
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.modeling.proof import Proof
@@ -49,13 +49,13 @@ def run(compiles, *, steps=2, device="cpu"):
     console = SimpleNamespace(notice=said.append, warning=warned.append)
     config = Config(model="m", training={"compile": compiles})
     accelerator = Accelerator(cpu=True)
-    session = Session(config, console, StopSignals(), accelerator, Progress(), placement_for(accelerator))
+    session = Session(config, console, StopSignals(), accelerator, Progress(), Alone(accelerator))
     pairs, policy = Held(), Policy(build("llama"))
     batches = Batches(pairs, PADDED, 10_000, accelerator.device)
     plan = Plan(np.arange(len(PAIRS)), pairs.sizes.longest, 2, 10_000, steps, True, 0)
     if device != "cpu":
         accelerator = SimpleNamespace(device=torch.device(device), autocast=accelerator.autocast)
-        session = Session(config, console, StopSignals(), accelerator, Progress(), placement_for(accelerator))
+        session = Session(config, console, StopSignals(), accelerator, Progress(), Alone(accelerator))
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Session, "precision", PRECISIONS["float32"])
         patched.setattr(Session, "of_all", lambda self, found: [found])
