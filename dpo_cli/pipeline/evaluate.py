@@ -28,7 +28,6 @@ from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline.beginning import Beginning, noted_by
 from dpo_cli.pipeline.memory import settling_scores
 from dpo_cli.pipeline.models import known_reference, open_reference, opened, reference_sketch, scored_and_reference
-from dpo_cli.pipeline.out_of_memory import during
 from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, num_trained_on, prepared_pairs, run_data
 from dpo_cli.pipeline.plan import described_loss
 from dpo_cli.pipeline.session import Session, started
@@ -169,7 +168,7 @@ def scored(
     Raises:
         UserError: A pair's loss is NaN or infinite; it is named by file and line.
     """
-    with session.console.progress(what, len(held_out)) as progress, during("while held-out pairs were scored"):
+    with session.console.progress(what, len(held_out)) as progress, session.during("while held-out pairs were scored"):
         results = score(
             scorer, session.config.objective, reference, held_out.tolist(), batches, session.accelerator, progress
         )

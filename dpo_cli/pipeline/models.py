@@ -67,7 +67,7 @@ def opened(
         check_fits(pairs, policies[-1], where)
     likely = expected_layout(session, policies[0], pairs, *policies[1:])
     batches, said = settle(policies[0], likely)
-    with during("while the layout of the pairs was proved"):
+    with session.during("while the layout of the pairs was proved"):
         layout, proved = choose_layout(session, policies, pairs, indices, trained=trained)
     if layout != likely:
         batches, said = settle(policies[0], layout)
@@ -212,7 +212,7 @@ def open_reference(
         model.place(session.accelerator, trained=False)
     num_asked = reference.num_asked(len(needed), 0 if held_out is None else len(held_out))
     asking = "while the reference was asked"
-    with session.console.progress("reference log-probabilities", num_asked) as progress, during(asking):
+    with session.console.progress("reference log-probabilities", num_asked) as progress, session.during(asking):
         work = ReferenceWork(model, policy, session.accelerator, needed, batches, progress, held_out)
         found = reference.open(work)
     config = session.config

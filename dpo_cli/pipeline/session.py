@@ -25,7 +25,7 @@ from dpo_cli.modeling.held import FLOAT32, Held, Split, held_as
 from dpo_cli.modeling.placement import Placement, placement_for
 from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of
 from dpo_cli.modeling.trained import Trained, Whole
-from dpo_cli.pipeline.out_of_memory import reported
+from dpo_cli.pipeline.out_of_memory import during, reported
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.fsdp_configuration import hidden_from_libraries
 from dpo_cli.system.signals import StopSignals
@@ -84,6 +84,12 @@ class Session:
             return FLOAT32
         training = self.config.training
         return Split(gradients=training.optimizer.gradients, low_on_host=training.offload is not None)
+
+    @contextlib.contextmanager
+    def during(self, what: str) -> Iterator[None]:
+        """Name what is at hand: to ranks that wait for this one, and on an error that says that memory has run out."""
+        with self.progress.during(what), during(what):
+            yield
 
     def under(self, config: Config) -> Session:
         """Return the same session with other settings."""

@@ -140,7 +140,8 @@ def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume:
         asked_to_stop=lambda: session.signals.received is not None,
     )
     run = Run(session, plan, batches, learner, fingerprints)
-    _prove(run)
+    with session.during("while what the reference answers was proved"):
+        _prove(run)
     if config.adapter is not None and accelerator.device.type == "cpu":
         # Of a run of all weights, gradients and moments take its place.
         hand_back_freed_memory()
@@ -186,7 +187,8 @@ def _take(run: Run, rows: str) -> Iterator[StepResult]:
             records.add("eval", 0, {"epoch": 0.0, **run.before})
         with session.signals.deferred():
             yield from _steps(run, records)
-            with session.signals.during("the trained model is saved"):
+            saving = session.progress.during("while the trained model was saved")
+            with session.signals.during("the trained model is saved"), saving:
                 if only_evaluates and any(session.of_all(damaged)):
                     _measure_again(run, records)
                 records.writer.finish()
@@ -218,7 +220,7 @@ def _steps(run: Run, records: Records) -> Iterator[StepResult]:
     try:
         with session.console.steps(taken, run.plan.steps.num_steps, None if every == "auto" else every) as record:
             steps = run.learner.steps(run.plan.steps, run.batches)
-            following = session.progress.following(steps, taken, run.learner.policy.scorer)
+            following = session.progress.following(steps, taken)
             for result in _noted(following, run.learner):
                 taken = result.number
                 if result.broken:
@@ -266,11 +268,13 @@ def _after_step(run: Run, records: Records, result: StepResult, record: Record) 
         stop = any(session.of_all(session.signals.received is not None)) or stop
     if not stop and not save:
         return
-    path = records.save()
+    with session.progress.during("while a checkpoint was saved"):
+        path = records.save()
     if not stop:
         record.saved(step, path, background=config.checkpoints.background)
         return
-    records.writer.finish()
+    with session.progress.during("while a checkpoint was saved"):
+        records.writer.finish()
     session.console.answer(f"stopped after step {step}; saved {path}; `--resume` continues from there")
     raise Interrupted(next(filter(None, session.of_all(session.signals.received))))
 

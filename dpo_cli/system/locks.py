@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from dpo_cli.system.storage import make_folder, refused
+from dpo_cli.system.storage import beat, make_folder, refused
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _POLL_SECONDS = 0.2
@@ -90,6 +90,7 @@ def _acquire(lock: BaseFileLock, folder: Path, waiting: Callable[[str], None] | 
                 raise Locked(holder) from None
             waiting(holder)
             waiting = _wait_in_silence
+            beat()
             time.sleep(_POLL_SECONDS)
 
 

@@ -29,6 +29,7 @@ _TEMPORARY = ".tmp-"
 _DAY_SECONDS = 24 * 60 * 60
 _T = TypeVar("_T")
 _filling: set[Path] = set()
+_num_heartbeats = 0
 
 
 class DamagedFolder(Exception):
@@ -187,6 +188,17 @@ def is_filling() -> bool:
     return bool(_filling)
 
 
+def beat() -> None:
+    """Note that this process gets on although it computes nothing: it has flushed a file, or waits for a lock."""
+    global _num_heartbeats
+    _num_heartbeats += 1
+
+
+def heartbeats() -> int:
+    """Return how often this process has noted that it gets on."""
+    return _num_heartbeats
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a sealed folder's manifest without checking the files.
 
@@ -326,5 +338,6 @@ def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        beat()
     finally:
         os.close(descriptor)

@@ -14,6 +14,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from dpo_cli.errors import FAILED
+from dpo_cli.training.collectives import Exchanges
+
+HINT = "look into what ended it (out of memory?); the last checkpoint is whole, and `--resume` continues from there"
+_APART_HINT = (
+    "start all ranks with the same version, configuration, data and settings, and check the network between them; "
+    "the last checkpoint is whole, and `--resume` continues from there"
+)
 
 
 @dataclass(frozen=True)
@@ -24,12 +31,13 @@ class Note:
         rank: Whose it is.
         count: Counts the notes of this rank.
         step: The optimizer step at hand; 0: none was begun.
-        passes: Forward passes that were begun.
-        in_step: Whether it is within a step, where all ranks have work or wait for one that has.
-        last_pass: Whether it has begun the last pass of its share of the step, at whose end ranks wait for each other.
+        doing: What it does that others may wait for, empty within a step; None: what may take any time.
+        exchanged: Another number whenever an operation with other ranks was begun or has ended.
+        work: Another number whenever this process has computed a little, or shows in another way that it gets on.
+        exchanges: Which operations it has begun and waits for; known once their number has stayed for a while.
         farewell: Why the rank leaves; empty: all is done; None: it does not.
         status: The exit status with which it leaves.
-        blames: The ranks because of which it leaves; its farewell is then what the others say, too.
+        blames: The ranks because of which it leaves, maybe none; its farewell is then what the others say, too.
         host: The name of its machine.
         pid: Its process there.
     """
@@ -37,12 +45,13 @@ class Note:
     rank: int
     count: int = 0
     step: int = 0
-    passes: int = 0
-    in_step: bool = False
-    last_pass: bool = False
+    doing: str | None = None
+    exchanged: int = 0
+    work: int = 0
+    exchanges: Exchanges | None = None
     farewell: str | None = None
     status: int = 0
-    blames: tuple[int, ...] = ()
+    blames: tuple[int, ...] | None = None
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
 
@@ -54,21 +63,28 @@ class Note:
     def decoded(cls, text: bytes) -> Note:
         """Read what `encoded` wrote."""
         values = json.loads(text)
-        return cls(**{**values, "blames": tuple(values["blames"])})
+        blames, found = values["blames"], values["exchanges"]
+        exchanges = None if found is None else Exchanges.decoded(found)
+        return cls(**{**values, "blames": None if blames is None else tuple(blames), "exchanges": exchanges})
 
     def __str__(self) -> str:
         """Name the rank: `rank 1 (process 4242 on node7)`."""
         return f"rank {self.rank} (process {self.pid} on {self.host})"
 
     @property
-    def position(self) -> tuple[int, bool]:
-        """How far it is on the way to where all ranks wait for each other."""
-        return self.step, self.last_pass
-
-    @property
     def when(self) -> str:
         """Say where in the run it is."""
-        return f"at step {self.step}" if self.step else "before step 1"
+        step = f"at step {self.step}" if self.step else "before step 1"
+        return f"{self.doing}, {step}" if self.doing else step
+
+    @property
+    def waits(self) -> bool:
+        """Whether it waits for other ranks."""
+        return self.exchanges is not None and bool(self.exchanges.waits)
+
+    def has_begun(self, group: str, number: int) -> bool:
+        """Tell whether it has begun an operation of a group."""
+        return self.exchanges is not None and self.exchanges.begun.get(group, 0) >= number
 
 
 @dataclass(frozen=True)
@@ -80,12 +96,14 @@ class Missing:
         ranks: Those ranks.
         status: The exit status that follows.
         said: Whether the main process said it itself.
+        hint: What to do about it.
     """
 
     what: str
     ranks: frozenset[int]
     status: int = FAILED
     said: bool = False
+    hint: str = HINT
 
 
 class Notes:
@@ -102,7 +120,8 @@ class Notes:
         self.rank, self._keeper = rank, keeper
         self.last: dict[int, Note] = {}
         self._noted = dict.fromkeys(range(num_ranks), now)
-        self._moved = dict.fromkeys(range(num_ranks), now)
+        self._advanced = dict.fromkeys(range(num_ranks), now)
+        self._worked = dict.fromkeys(range(num_ranks), now)
         self._answered = now
         self._lost: float | None = None
 
@@ -113,8 +132,10 @@ class Notes:
             before = self.last.get(note.rank)
             if before is None or before.count != note.count:
                 self._noted[note.rank] = now
-            if before is None or (before.step, before.passes) != (note.step, note.passes) or not note.in_step:
-                self._moved[note.rank] = now
+            if before is None or _position(before) != _position(note):
+                self._advanced[note.rank] = now
+            if before is None or before.work != note.work or note.doing is None:
+                self._worked[note.rank] = now
             self.last[note.rank] = note
 
     def lose(self, now: float) -> None:
@@ -126,13 +147,11 @@ class Notes:
 
         Args:
             now: The time, in seconds.
-            patience: How long a rank may be silent, or get no further within a step, in seconds.
+            patience: How long a rank may be silent, or get no further while others wait for it, in seconds.
             grace: How long one may go on after another failed, or after the store was lost, in seconds: who fails
                 for the same reason should say so itself, and who is done should not be taken for gone.
         """
-        return (
-            self._blamed() or self._failed(now, grace) or self._silent(now, patience, grace) or self._behind(patience)
-        )
+        return self._blamed() or self._failed(now, grace) or self._silent(now, patience, grace) or self._stuck(patience)
 
     def speaks(self, missing: Missing) -> bool:
         """Tell whether this rank has to say it: the lowest on its machine that is not missing itself."""
@@ -154,7 +173,7 @@ class Notes:
     def _blamed(self) -> Missing | None:
         """Take over what another found that leaves because of it."""
         for note in self._others():
-            if note.blames and note.farewell is not None:
+            if note.blames is not None and note.farewell is not None:
                 return Missing(note.farewell, frozenset(note.blames), note.status)
         return None
 
@@ -189,18 +208,51 @@ class Notes:
         note, seconds = self.last[rank], now - self._noted[rank]
         return f"{note} is gone: its last sign of life came {seconds:.1f} s ago, {note.when}"
 
-    def _behind(self, patience: float) -> Missing | None:
-        """Look for those that keep all others from getting on with a step."""
-        notes = self.last.values()
-        if len(notes) < len(self._noted) or not all(
-            note.in_step and self._answered - self._moved[note.rank] > patience for note in notes
-        ):
+    def _stuck(self, patience: float) -> Missing | None:
+        """Look for those that keep others waiting, where no rank gets any further."""
+        notes = list(self.last.values())
+        if len(notes) < len(self._noted) or not all(self._is_still(note, patience) for note in notes):
             return None
-        # Where all are equally far, each may be in a pass, or wait for another: nobody can be named.
-        furthest = max(note.position for note in notes)
-        behind = [note for note in notes if note.position < furthest]
-        what = "; ".join(
-            f"{note} hangs: it has got no further for {self._answered - self._moved[note.rank]:.1f} s, {note.when}"
-            for note in behind
-        )
-        return Missing(what, frozenset(note.rank for note in behind)) if behind else None
+        # Of several groups of ranks, some wait for ranks that wait themselves: they are not to blame.
+        waiting = [(note, wait) for note in notes if note.exchanges for wait in note.exchanges.waits]
+        behind = [
+            note
+            for note in notes
+            if not note.waits
+            and any(note.rank in wait.ranks and not note.has_begun(wait.group, wait.number) for _, wait in waiting)
+        ]
+        if behind:
+            what = "; ".join(f"{note} hangs: {self._stillness(note)}, {note.when}" for note in behind)
+            return Missing(what, frozenset(note.rank for note in behind))
+        return self._apart([(note, wait.what) for note, wait in waiting]) if waiting else None
+
+    def _is_still(self, note: Note, patience: float) -> bool:
+        """Tell whether a rank has got no further; one that waits for others may turn in circles meanwhile."""
+        moved = self._advanced[note.rank]
+        moved = moved if note.waits else max(moved, self._worked[note.rank])
+        return note.farewell is None and self._answered - moved > patience
+
+    def _stillness(self, note: Note) -> str:
+        return f"it has got no further for {self._answered - self._advanced[note.rank]:.1f} s"
+
+    def _apart(self, waiting: list[tuple[Note, str]]) -> Missing:
+        """Say what each rank waits for, where all that others wait for wait themselves."""
+        alike: dict[str, list[Note]] = {}
+        for note, what in waiting:
+            alike.setdefault(f"{what}, {note.when}", []).append(note)
+        if len(alike) == 1:
+            [(what, notes)] = alike.items()
+            said = f"no rank is behind, and what all wait for does not end: {what}; {self._stillness(notes[0])}"
+        else:
+            each = (f"{_some(notes)} for {what}" for what, notes in alike.items())
+            said = f"the ranks wait for different operations: {'; '.join(each)}"
+        return Missing(said, frozenset(), hint=_APART_HINT)
+
+
+def _position(note: Note) -> tuple[int, str | None, int]:
+    return note.step, note.doing, note.exchanged
+
+
+def _some(notes: list[Note]) -> str:
+    """Name the first of some ranks, and how many there are."""
+    return f"{notes[0]}" + f" and {len(notes) - 1} more" * (len(notes) > 1)

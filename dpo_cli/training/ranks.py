@@ -2,8 +2,8 @@
 
 What they compute together waits for every one of them; where one is killed, stopped or hangs, the others would wait
 for hours. So each notes in the store by which the processes found each other how far it is, and reads the notes of
-the others. A process that finds another missing says so and ends, whatever its main thread waits for; but
-data, models and checkpoints that it is writing are finished first.
+the others. A process that finds another missing, or all of them waiting for each other, says so and ends, whatever its
+main thread waits for; but data, models and checkpoints that it is writing are finished first.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.system.launchers import is_main_process
 from dpo_cli.system.signals import STOPPING
-from dpo_cli.system.storage import is_filling
+from dpo_cli.system.storage import heartbeats, is_filling
+from dpo_cli.training.collectives import Exchanges, count_exchanges, exchanges
 from dpo_cli.training.rank_notes import Missing, Note, Notes
 
 Result = TypeVar("Result")
 Say = Callable[[UserError], None]
 
-_HINT = "look into what ended it (out of memory?); the last checkpoint is whole, and `--resume` continues from there"
 _LONGEST_INTERVAL_SECONDS = 1.0
 _LONGEST_GRACE_SECONDS = 10.0
 _NOTES_OF_PATIENCE = 10
 """Notes that come, if all is well, in the time that a rank may be silent."""
+_LEAST_WORK = 0.02
+"""The share of its time in which a rank that does not wait for others has to compute, or it hangs."""
 _NOTES_OF_DOUBT = 4
 """Notes that a rank has to miss to be the one that broke a connection, where one broke."""
 _LAST_RESORT_SECONDS = 10.0
@@ -46,38 +46,43 @@ _LAST_RESORT_SECONDS = 10.0
 
 
 class Progress:
-    """How far the main thread of this process is, for the other ranks to see."""
+    """What the main thread of this process does, for the other ranks to see.
+
+    Attributes:
+        step: The optimizer step at hand; 0: none was begun.
+        doing: What is at hand that others may wait for, empty within a step; None: what may take any time.
+    """
 
     def __init__(self) -> None:
-        self.step, self.passes, self.in_step, self.last_pass = 0, 0, False, False
+        self.step = 0
+        self.doing: str | None = None
 
-    def following(self, results: Iterator[Result], done: int, scorer: nn.Module) -> Iterator[Result]:
-        """Yield the results of steps, noting which step is at hand and how far it is.
+    @contextlib.contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """Name what is at hand while the context lasts: `while held-out pairs were scored`."""
+        before, self.doing = self.doing, doing
+        try:
+            yield
+        finally:
+            self.doing = before
+
+    def following(self, results: Iterator[Result], done: int) -> Iterator[Result]:
+        """Yield the results of steps, noting which step is at hand.
 
         Args:
             results: One for each step.
             done: The steps that were taken before.
-            scorer: Makes the forward passes; what Accelerate prepared.
         """
         self.step = done
-        hook = scorer.register_forward_pre_hook(self._note_pass)
-        try:
-            while True:
-                self.step, self.in_step, self.last_pass = self.step + 1, True, False
+        while True:
+            self.step += 1
+            with self.during(""):
                 try:
                     result = next(results)
                 except StopIteration:
+                    self.step -= 1
                     return
-                finally:
-                    self.in_step = False
-                yield result
-        finally:
-            hook.remove()
-
-    def _note_pass(self, scorer: nn.Module, *_: object) -> None:
-        self.passes += 1
-        # Gradients are exchanged in the last pass alone.
-        self.last_pass = torch.is_grad_enabled() and bool(getattr(scorer, "require_backward_grad_sync", True))
+            yield result
 
 
 @contextlib.contextmanager
@@ -125,7 +130,7 @@ def watched(accelerator: Accelerator, timeout: float | None, say: Say) -> Iterat
 
     Args:
         accelerator: Knows the ranks.
-        timeout: How long a rank may be silent, or get no further within a step, in seconds; None: for ever.
+        timeout: How long a rank may be silent, or get no further while others wait, in seconds; None: for ever.
         say: Prints an error, from any rank.
 
     Raises:
@@ -181,6 +186,8 @@ class _Watch:
         self._keeps_store = self._rank == keeper
         self._lock, self._clock, self._count = threading.Lock(), 0.0, 0
         self._notes = Notes(self._rank, self._num_ranks, keeper, self._clock)
+        self._exchanged, self._stayed = 0, 0
+        self._exchanges_seen: Exchanges | None = None
         self._farewell: tuple[str, int] | None = None
         self._missing: Missing | None = None
         self._leaves, self._doubts, self._looked = threading.Event(), threading.Event(), threading.Event()
@@ -240,9 +247,26 @@ class _Watch:
         at = self._progress
         if self._farewell is None:
             self._count += 1
-            return Note(self._rank, self._count, at.step, at.passes, at.in_step, at.last_pass)
-        (why, status), blames = self._farewell, tuple(sorted(self._missing.ranks)) if self._missing else ()
+            self._look_at_exchanges()
+            work, seen = self._work(), self._exchanges_seen
+            return Note(self._rank, self._count, at.step, at.doing, self._exchanged, work, seen)
+        (why, status), blames = self._farewell, tuple(sorted(self._missing.ranks)) if self._missing else None
         return Note(self._rank, self._count + 1, at.step, farewell=why, status=status, blames=blames)
+
+    def _look_at_exchanges(self) -> None:
+        """Count what was exchanged; look closer once it has been the same for half of the time-out."""
+        before, self._exchanged = self._exchanged, count_exchanges()
+        if before != self._exchanged:
+            self._stayed, self._exchanges_seen = 0, None
+            return
+        self._stayed += 1
+        if self._exchanges_seen is None and self._stayed * self._interval >= self._patience / 2:
+            self._exchanges_seen = exchanges()
+
+    def _work(self) -> int:
+        """Return a number that grows while this process computes, flushes files or waits for another run's lock."""
+        seconds = time.process_time() - time.thread_time()
+        return int(seconds / (self._patience * _LEAST_WORK)) + heartbeats()
 
     def _look(self) -> None:
         """Look at what is known of the others again and again; end this process where one of them is missing."""
@@ -259,7 +283,8 @@ class _Watch:
                 self._missing = missing
                 self._looked.set()
                 return
-            if missing and not is_filling():
+            # What hangs while it writes will not finish it.
+            if missing and (self._rank in missing.ranks or not is_filling()):
                 if self.speaks(missing):
                     _say_from_thread(self._say, _as_error(missing))
                 self.leave(missing.what, missing.status, missing)
@@ -272,7 +297,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _as_error(missing: Missing) -> UserError:
-    return UserError(missing.what, None, _HINT, status=missing.status)
+    return UserError(missing.what, None, missing.hint, status=missing.status)
 
 
 def _say_from_thread(say: Say, error: UserError) -> None:

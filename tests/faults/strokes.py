@@ -1,4 +1,7 @@
-"""What may strike one rank of several: at a chosen call of a chosen function it is killed, stopped, hangs or fails."""
+"""What may strike one rank of several at a chosen call of a chosen function.
+
+It is killed, stopped, hangs or fails, works for long, or exchanges something that the others do not.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,28 @@ def _use_up_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB.")
 
 
+WORK_SECONDS = 8.0
+"""How long `work` takes, in seconds."""
+
+
+def _work() -> None:
+    until = time.monotonic() + WORK_SECONDS
+    while time.monotonic() < until:
+        pass
+
+
+def _exchange_something_else() -> None:
+    import torch
+
+    torch.distributed.barrier()
+
+
 STROKES = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
     "hang": lambda: time.sleep(3600),
+    "work": _work,
+    "stray": _exchange_something_else,
     "fail": _fail,
     "memory": _use_up_memory,
     "terminate": lambda: os.kill(os.getpid(), signal.SIGTERM),

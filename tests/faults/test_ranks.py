@@ -20,7 +20,7 @@ from dpo_cli.system.storage import verify
 from tests.conftest import make_config, read_metrics, without_clock, write_rows
 from tests.faults.conftest import FULL
 from tests.faults.launching import start_ranks
-from tests.faults.strokes import STRUCK
+from tests.faults.strokes import STRUCK, WORK_SECONDS
 from tests.faults.trials import Gate, named
 from tests.waiting import PATIENCE
 
@@ -42,7 +42,7 @@ class Moment:
 
     Attributes:
         where: The function, as `strike` takes it.
-        at: What the others have to say of it.
+        at: What the others have to say of it where it hangs.
         call: At which of its calls.
         fresh: Whether the run has a cache of its own, so that there is a reference to be computed.
     """
@@ -55,10 +55,17 @@ class Moment:
 
 MOMENTS = {
     "load": Moment(LOADING, "before step 1"),
-    "reference": Moment("dpo_cli.preference.cache:ReferenceCache._compute", "before step 1", fresh=True),
-    "step": Moment(STEP, "at step 4", call=4),
-    "save": Moment("dpo_cli.training.checkpoints:CheckpointWriter.save", "at step 4", call=2),
-    "evaluation": Moment("dpo_cli.evaluation.evaluate:evaluate", "at step 3"),
+    "reference": Moment(
+        "dpo_cli.preference.cache:ReferenceCache._compute",
+        "s, while the reference was asked, before step 1",
+        fresh=True,
+    ),
+    "step": Moment(STEP, "s, at step 4", call=4),
+    "backward": Moment("accelerate:Accelerator.backward", r"s, at step \d", call=5),
+    "save": Moment(
+        "dpo_cli.training.checkpoints:CheckpointWriter.save", "s, while a checkpoint was saved, at step 4", call=2
+    ),
+    "evaluation": Moment("dpo_cli.evaluation.evaluate:evaluate", "s, while held-out pairs were scored, at step 3"),
 }
 
 
@@ -213,11 +220,13 @@ def test_an_evaluation_of_several_ranks_does_not_wait_for_one_that_is_gone(runs,
     ledger.record("a rank killed")
 
 
-QUIET = [("stop", 1, "step"), ("stop", 0, "step"), ("stop", 1, "load"), ("stop", 1, "save"), ("hang", 1, "step"),
-         ("hang", 0, "step")]  # fmt: skip
+QUIET = [("stop", 1, "step"), ("stop", 0, "step"), ("stop", 1, "load"), ("stop", 1, "save"), *(
+         ("hang", victim, name) for victim in (0, 1) for name in ("reference", "step", "backward", "save", "evaluation")
+)]  # fmt: skip
+FEW_QUIET = [("stop", 0, "step"), ("hang", 1, "step"), ("hang", 0, "save")]
 
 
-@pytest.mark.parametrize(("how", "victim", "name"), QUIET if FULL else [("stop", 0, "step"), ("hang", 1, "step")])
+@pytest.mark.parametrize(("how", "victim", "name"), QUIET if FULL else FEW_QUIET)
 def test_one_is_stopped_or_hangs_and_the_others_do_not_wait_for_it(runs, ledger, how, victim, name):
     moment = MOMENTS[name]
     run, survivors, struck, env, since = struck_run(runs, 2, victim, moment, how)
@@ -228,12 +237,41 @@ def test_one_is_stopped_or_hangs_and_the_others_do_not_wait_for_it(runs, ledger,
         # One that was stopped finds the others gone when it goes on.
         struck.send(signal.SIGCONT)
     assert struck.wait().status == 1, struck.said
-    at, word = (moment.at, "hangs") if how == "hang" else (WHEREVER, "is gone")
+    at, word = (f"{moment.at}$", "hangs") if how == "hang" else (WHEREVER, "is gone")
     assert_named(survivors[0].said, victim, at, word)
     assert_checkpoints_whole(run)
     assert_resumes(runs, run, env=env)
     assert_same(run, runs.whole)
     ledger.record(f"a rank that {how}s")
+
+
+WORKING = [(1, "step"), (0, "save"), (1, "evaluation"), (0, "reference")]
+
+
+@pytest.mark.parametrize(("victim", "name"), WORKING if FULL else WORKING[1:2])
+def test_one_that_works_for_longer_than_the_time_out_is_waited_for(runs, ledger, victim, name):
+    assert WORK_SECONDS > 2 * TIMEOUT
+    run, (other,), worker, _, _ = struck_run(runs, 2, victim, MOMENTS[name], "work")
+    assert [rank.wait().status for rank in (other, worker)] == [0, 0], other.said + worker.said
+    assert_same(run, runs.whole)
+    ledger.record("a rank that works for long")
+
+
+@pytest.mark.parametrize("name", ["step", "evaluation", "save"] if FULL else ["step"])
+def test_ranks_that_wait_for_different_operations_end_and_say_for_which(runs, ledger, name):
+    run, (main,), stray, _, since = struck_run(runs, 2, 1, MOMENTS[name], "stray")
+    seconds = seconds_to_end([main, stray], since)
+    assert TIMEOUT * 0.8 < seconds < LIMIT, f"{seconds:.1f} s"
+    assert [main.wait().status, stray.wait().status] == [1, 1]
+    (error,) = [line for line in (main.said + stray.said).splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: the ranks wait for different operations: rank 0 (process "), main.said
+    assert re.search(r"; rank 1 \(process \d+ on \S+\) for barrier, operation \d+ of default_pg, ", error), main.said
+    assert "hint: start all ranks with the same version" in main.said
+    assert "Traceback" not in main.said + stray.said
+    assert_checkpoints_whole(run)
+    assert_resumes(runs, run)
+    assert_same(run, runs.whole)
+    ledger.record("ranks that wait for different operations")
 
 
 def test_a_checkpoint_that_a_rank_is_writing_is_finished_before_it_ends(runs, ledger, tmp_path):

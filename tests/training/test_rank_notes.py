@@ -6,9 +6,23 @@ import dataclasses
 
 import pytest
 
+from dpo_cli.training.collectives import Exchanges, Operation
 from dpo_cli.training.rank_notes import Note, Notes
 
 PATIENCE, GRACE = 10.0, 3.0
+EVERYBODY = (0, 1, 2)
+
+
+def has_begun(number: int, group: str = "world") -> Exchanges:
+    """What a rank notes that has begun so many operations, all of which ended."""
+    return Exchanges({group: number})
+
+
+def waits_for(
+    number: int, group: str = "world", ranks: tuple[int, ...] = EVERYBODY, what: str = "all_gather"
+) -> Exchanges:
+    """What a rank notes that waits for an operation."""
+    return Exchanges({group: number}, (Operation(group, number, f"{what}, operation {number}", ranks),))
 
 
 class Machine:
@@ -20,13 +34,13 @@ class Machine:
         self.notes = Notes(rank, 3, keeper, self.now)
 
     def pass_seconds(self, seconds: float, silent: tuple[int, ...] = (), still: tuple[int, ...] = ()) -> None:
-        """Let all ranks but some write a note every second, and all but some get on."""
+        """Let all ranks but some write a note every second, and all but some exchange something."""
         for _ in range(round(seconds)):
             self.now += 1
             for rank, note in self.written.items():
                 if rank not in silent:
-                    passes = note.passes + (rank not in still)
-                    self.written[rank] = dataclasses.replace(note, count=note.count + 1, passes=passes)
+                    exchanged = note.exchanged + (rank not in still)
+                    self.written[rank] = dataclasses.replace(note, count=note.count + 1, exchanged=exchanged)
             self.notes.take(self.written.values(), self.now)
 
     def change(self, *ranks: int, **values: object) -> None:
@@ -101,42 +115,127 @@ def test_where_a_launcher_keeps_the_store_no_rank_is_blamed_for_its_end():
     assert not machine.missing().ranks
 
 
-def test_who_stands_still_in_a_step_while_others_wait_for_it_hangs(machine):
-    machine.change(0, 1, 2, in_step=True, step=7)
-    machine.change(0, 2, last_pass=True)
+def test_who_gets_no_further_while_others_wait_for_it_hangs(machine):
+    machine.change(0, 1, 2, doing="", step=7)
+    machine.change(0, 2, exchanges=waits_for(40))
+    machine.change(1, exchanges=has_begun(39))
     machine.pass_seconds(1)
-    machine.pass_seconds(PATIENCE, still=(0, 1, 2))
+    machine.pass_seconds(PATIENCE, still=EVERYBODY)
     assert machine.missing() is None
-    machine.pass_seconds(1, still=(0, 1, 2))
+    machine.pass_seconds(1, still=EVERYBODY)
     assert machine.missing().ranks == {1}
-    assert "rank 1 (process 101 on here) hangs: it has got no further for 11.0 s, at step 7" in machine.missing().what
+    assert machine.missing().what == ("rank 1 (process 101 on here) hangs: it has got no further for 11.0 s, at step 7")
 
 
 def test_who_did_not_come_out_of_a_step_that_others_have_left_hangs(machine):
-    machine.change(0, 2, in_step=True, step=8)
-    machine.change(1, in_step=True, step=7, last_pass=True)
+    machine.change(0, 2, doing="while a checkpoint was saved", step=7, exchanges=waits_for(41))
+    machine.change(1, doing="", step=7, exchanges=has_begun(40))
     machine.pass_seconds(1)
-    machine.pass_seconds(PATIENCE + 1, still=(0, 1, 2))
+    machine.pass_seconds(PATIENCE + 2, still=EVERYBODY)
     assert machine.missing().ranks == {1}
+    assert machine.missing().what.endswith(" s, at step 7")
+
+
+@pytest.mark.parametrize("doing", ["while a checkpoint was saved", "while held-out pairs were scored"])
+def test_outside_of_steps_it_is_said_what_the_one_that_hangs_was_doing(machine, doing):
+    machine.change(1, 2, doing=doing, exchanges=waits_for(3))
+    machine.change(0, doing=doing, exchanges=has_begun(2))
+    machine.pass_seconds(PATIENCE + 2, still=EVERYBODY)
+    assert machine.missing().ranks == {0}
+    assert machine.missing().what.endswith(f" s, {doing}, before step 1")
 
 
 @pytest.mark.parametrize(
     "spared",
     [
-        pytest.param({"in_step": False, "last_pass": False}, id="one is not in a step: it saves, or loads"),
-        pytest.param({"in_step": True, "last_pass": True}, id="all are equally far: maybe in a long pass"),
+        pytest.param({"doing": None}, id="it does what may take any time: it loads, or prepares data"),
+        pytest.param({"exchanges": has_begun(40)}, id="none is behind: each may compute for long"),
     ],
 )
 def test_none_is_taken_to_hang_that_may_have_a_reason(machine, spared):
-    machine.change(0, 1, 2, in_step=True, last_pass=True)
-    machine.change(1, **spared)
+    machine.change(0, 1, 2, doing="", exchanges=waits_for(40))
+    machine.change(1, exchanges=has_begun(39))
+    machine.change(*((0, 1, 2) if "exchanges" in spared else (1,)), **spared)
     machine.pass_seconds(1)
-    machine.pass_seconds(10 * PATIENCE, still=(0, 1, 2))
+    machine.pass_seconds(10 * PATIENCE, still=EVERYBODY)
     assert machine.missing() is None
 
 
 def test_one_that_gets_on_excuses_all_that_wait_for_it(machine):
-    machine.change(0, 1, 2, in_step=True)
+    machine.change(0, 2, doing="", exchanges=waits_for(40))
+    machine.change(1, doing="")
+    machine.pass_seconds(10 * PATIENCE, still=(0, 2))
+    assert machine.missing() is None
+
+
+def test_one_that_computes_for_long_is_not_taken_to_hang(machine):
+    machine.change(0, 1, 2, doing="", exchanges=waits_for(40))
+    machine.change(1, exchanges=has_begun(39))
+    for _ in range(10):
+        machine.change(1, work=machine.written[1].work + 1)
+        machine.pass_seconds(PATIENCE, still=EVERYBODY)
+    assert machine.missing() is None
+    machine.pass_seconds(2, still=EVERYBODY)
+    assert machine.missing().ranks == {1}
+
+
+def test_who_turns_in_circles_while_it_waits_does_not_excuse_the_one_that_hangs(machine):
+    """On GPUs the host does."""
+    machine.change(0, 1, 2, doing="", exchanges=waits_for(40))
+    machine.change(1, exchanges=has_begun(39))
+    for second in range(int(PATIENCE) + 2):
+        machine.change(0, 2, work=second)
+        machine.pass_seconds(1, still=EVERYBODY)
+    assert machine.missing().ranks == {1}
+
+
+def test_who_waits_for_one_that_hangs_is_not_blamed_by_those_that_wait_for_it(machine):
+    """Rank 0 waits for rank 1 in another group of ranks than rank 1 for rank 2."""
+    machine.change(0, 1, 2, doing="")
+    machine.change(0, exchanges=waits_for(9, "pair", (0, 1)))
+    machine.change(1, exchanges=Exchanges({"pair": 8, "world": 40}, waits_for(40).waits))
+    machine.change(2, exchanges=has_begun(39))
+    machine.pass_seconds(PATIENCE + 2, still=EVERYBODY)
+    assert machine.missing().ranks == {2}
+
+
+@pytest.mark.parametrize("doing", ["", None])
+def test_where_ranks_wait_for_different_operations_it_is_said_for_which(machine, doing):
+    machine.change(0, 1, 2, doing=doing, step=3, exchanges=waits_for(40))
+    machine.change(1, exchanges=waits_for(40, what="barrier"))
+    machine.pass_seconds(1)
+    machine.pass_seconds(PATIENCE, still=EVERYBODY)
+    assert machine.missing() is None
+    machine.pass_seconds(1, still=EVERYBODY)
+    missing = machine.missing()
+    assert missing.what == (
+        "the ranks wait for different operations: rank 0 (process 100 on here) and 1 more for all_gather, operation 40,"
+        " at step 3; rank 1 (process 101 on here) for barrier, operation 40, at step 3"
+    )
+    assert not missing.ranks
+    assert "configuration" in missing.hint
+    assert machine.notes.speaks(missing)
+
+
+def test_where_ranks_wait_for_each_other_in_groups_it_is_said_for_what(machine):
+    machine.change(0, 1, 2, doing="", exchanges=waits_for(40))
+    machine.change(1, exchanges=Exchanges({"world": 39, "pair": 4}, waits_for(4, "pair", (1, 2), "barrier").waits))
+    machine.pass_seconds(PATIENCE + 2, still=EVERYBODY)
+    assert "the ranks wait for different operations: rank 0" in machine.missing().what
+    assert "rank 1 (process 101 on here) for barrier, operation 4, before step 1" in machine.missing().what
+
+
+def test_where_all_wait_for_the_same_operation_nobody_is_blamed(machine):
+    machine.change(0, 1, 2, doing="", step=5, exchanges=waits_for(40))
+    machine.pass_seconds(PATIENCE + 2, still=EVERYBODY)
+    missing = machine.missing()
+    assert not missing.ranks
+    assert "no rank is behind, and what all wait for does not end: all_gather, operation 40, at step 5" in missing.what
+
+
+def test_one_that_waits_since_a_moment_ago_ends_no_run(machine):
+    machine.change(0, 1, 2, doing="", exchanges=waits_for(40))
+    machine.change(1, exchanges=waits_for(40, what="barrier"))
     machine.pass_seconds(10 * PATIENCE, still=(0, 2))
     assert machine.missing() is None
 
@@ -168,6 +267,13 @@ def test_what_another_found_is_believed_at_once():
     assert not machine.notes.speaks(missing)
 
 
+def test_what_another_found_is_believed_also_where_nobody_is_to_blame():
+    machine = Machine(rank=2)
+    machine.change(0, farewell="the ranks wait for different operations", blames=(), status=1)
+    machine.pass_seconds(1)
+    assert machine.missing().what == "the ranks wait for different operations"
+
+
 def test_who_has_to_speak_does_so_even_if_another_was_first_to_find_out():
     machine = Machine(rank=1)
     machine.change(2, farewell="rank 0 is gone", blames=(0,), status=1)
@@ -179,10 +285,10 @@ def test_one_that_finds_that_it_hangs_itself_leaves_it_to_the_others_to_say_so()
     speaking = {}
     for rank in (0, 1):
         machine = Machine(rank=rank)
-        machine.change(0, 1, 2, in_step=True, last_pass=True)
-        machine.change(0, last_pass=False)
+        machine.change(1, 2, doing="", exchanges=waits_for(40))
+        machine.change(0, doing="", exchanges=has_begun(39))
         machine.pass_seconds(1)
-        machine.pass_seconds(PATIENCE + 1, still=(0, 1, 2))
+        machine.pass_seconds(PATIENCE + 1, still=EVERYBODY)
         speaking[rank] = machine.notes.speaks(machine.missing())
     assert speaking == {0: False, 1: True}
 
@@ -209,5 +315,6 @@ def test_on_each_machine_one_speaks():
 
 
 def test_a_note_survives_the_way_through_the_store():
-    note = Note(3, count=5, step=12, last_pass=True, farewell="gone: ä", blames=(1, 2))
-    assert Note.decoded(note.encoded().encode()) == note
+    note = Note(3, count=5, step=12, doing="", exchanges=waits_for(7), farewell="gone: ä", blames=(1, 2))
+    for one in (note, Note(0), dataclasses.replace(note, blames=())):
+        assert Note.decoded(one.encoded().encode()) == one

@@ -1,52 +1,73 @@
-"""How far a rank is, as it notes it for the others."""
+"""What a rank does and exchanges, as it notes it for the others."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+
 import pytest
-import torch
-from torch import nn
 
 from dpo_cli.training.ranks import Progress
+from tests.faults.launching import free_port
 
 
-@pytest.fixture
-def scorer():
-    """A model that says, as one that Accelerate prepared, whether its next backward pass exchanges gradients."""
-    scorer = nn.Linear(1, 1)
-    scorer.require_backward_grad_sync = False
-    return scorer
-
-
-def test_the_pass_at_whose_end_ranks_wait_for_each_other_is_noted(scorer):
+def test_steps_are_counted_and_what_is_between_them_may_take_any_time():
     progress, seen = Progress(), []
 
     def note():
-        seen.append((progress.step, progress.passes, progress.in_step, progress.last_pass))
+        seen.append((progress.step, progress.doing))
 
     def steps():
-        note()
-        with torch.no_grad():
-            scorer.require_backward_grad_sync = True
-            scorer(torch.ones(1))
-            note()
-            scorer.require_backward_grad_sync = False
-        scorer(torch.ones(1))
-        note()
-        scorer.require_backward_grad_sync = True
-        scorer(torch.ones(1))
         note()
         yield "taken"
         note()
 
-    for _ in progress.following(steps(), done=4, scorer=scorer):
+    for _ in progress.following(steps(), done=4):
         note()
-    assert seen == [(5, 0, True, False), (5, 1, True, False), (5, 2, True, False), (5, 3, True, True),
-                    (5, 3, False, True), (6, 3, True, False)]  # fmt: skip
+        with progress.during("while a checkpoint was saved"):
+            note()
+    note()
+    assert seen == [(5, ""), (5, None), (5, "while a checkpoint was saved"), (6, ""), (5, None)]
 
 
-def test_nothing_is_counted_after_the_last_step(scorer):
+def test_an_error_in_a_step_leaves_nothing_at_hand():
     progress = Progress()
-    assert list(progress.following(iter([1, 2]), done=0, scorer=scorer)) == [1, 2]
-    scorer(torch.ones(1))
-    assert progress.passes == 0
-    assert not progress.in_step
+
+    def steps():
+        yield 1
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        list(progress.following(steps(), done=0))
+    assert progress.doing is None
+
+
+def run_ranks(*scripts):
+    """Run a script of `tests.training.exchanging` in each of several ranks; return what each notes."""
+    command = [sys.executable, "-m", "tests.training.exchanging", str(free_port()), str(len(scripts))]
+    started = [
+        subprocess.Popen([*command, str(rank), script], stdout=subprocess.PIPE, text=True)
+        for rank, script in enumerate(scripts)
+    ]
+    return [json.loads(one.communicate(timeout=600)[0].splitlines()[-1]) for one in started]
+
+
+@pytest.mark.program
+def test_all_that_ranks_exchange_is_counted_and_has_ended_when_they_have_done_it():
+    """Gradients, layers of shards, objects, barriers; on all ranks alike."""
+    first, second = run_ranks("everything", "everything")
+    assert first["begun"] == second["begun"]
+    assert sum(first["begun"].values()) > 20
+    assert first["waits"] == second["waits"] == []
+
+
+@pytest.mark.program
+def test_who_waits_says_for_what_and_who_is_behind_has_not_begun_it():
+    waiting, behind = run_ranks("waits in a layer", "hangs in a layer")
+    (wait,) = waiting["waits"]
+    assert wait["ranks"] == [0, 1]
+    assert wait["what"].startswith("all_gather of [")
+    assert behind["waits"] == []
+    assert behind["begun"][wait["group"]] == wait["number"] - 1
+    assert waiting["exchanged"] != behind["exchanged"]
