@@ -218,7 +218,7 @@ class TrainingSettings(Settings):
     compile: Annotated[Literal["auto"] | bool, MAY_CHANGE] = "auto"
     """Whether decoder layers are compiled, which takes a minute or more; auto: on a GPU, where a run is long enough."""
     rank_timeout: Annotated[float | None, MAY_CHANGE] = Field(300, ge=1, le=31_536_000)
-    """With several processes, seconds after which one that is silent, or hangs while others wait, has failed; or null."""
+    """With several processes, seconds after which one that is silent, or hangs while others wait, fails; or null."""
     seed: int = Field(42, ge=0, lt=2**32)
     """Decides the order of the pairs and which are held out."""
 
