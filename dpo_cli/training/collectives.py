@@ -21,6 +21,9 @@ _RECORDERS: list[Callable[[bool, bool], str]] = [
 ]
 """That of gloo, and that of NCCL where torch has it."""
 
+ASIDE = "aside"
+"""The description of a group in whose operations a thread may wait while the main thread goes on."""
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -31,12 +34,14 @@ class Operation:
         number: Counts the operations of the group, from 1.
         what: Describes it: `all_gather of [2080], operation 14 of mesh_shard`.
         ranks: Those of the group.
+        aside: Whether the main thread may go on meanwhile.
     """
 
     group: str
     number: int
     what: str
     ranks: tuple[int, ...]
+    aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,9 @@ def exchanges() -> Exchanges:
         if group not in waits and not (entry["retired"] or entry["state"] == "completed"):
             shapes = ", ".join(map(str, entry["input_sizes"]))
             what = entry["profiling_name"].partition(":")[2] + f" of {shapes}" * bool(shapes)
-            waits[group] = Operation(group, number, f"{what}, operation {number} of {title}", members[group])
+            waits[group] = Operation(
+                group, number, f"{what}, operation {number} of {title}", members[group], title == ASIDE
+            )
     return Exchanges(begun, tuple(waits.values()))
 
 

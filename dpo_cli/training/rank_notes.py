@@ -38,6 +38,7 @@ class Note:
         farewell: Why the rank leaves; empty: all is done; None: it does not.
         status: The exit status with which it leaves.
         blames: The ranks because of which it leaves, maybe none; its farewell is then what the others say, too.
+        hint: What the others say to do about it.
         host: The name of its machine.
         pid: Its process there.
     """
@@ -52,6 +53,7 @@ class Note:
     farewell: str | None = None
     status: int = 0
     blames: tuple[int, ...] | None = None
+    hint: str = HINT
     host: str = field(default_factory=socket.gethostname)
     pid: int = field(default_factory=os.getpid)
 
@@ -79,8 +81,8 @@ class Note:
 
     @property
     def waits(self) -> bool:
-        """Whether it waits for other ranks."""
-        return self.exchanges is not None and bool(self.exchanges.waits)
+        """Whether its main thread waits for other ranks, as far as is known."""
+        return self.exchanges is not None and any(not wait.aside for wait in self.exchanges.waits)
 
     def has_begun(self, group: str, number: int) -> bool:
         """Tell whether it has begun an operation of a group."""
@@ -174,7 +176,7 @@ class Notes:
         """Take over what another found that leaves because of it."""
         for note in self._others():
             if note.blames is not None and note.farewell is not None:
-                return Missing(note.farewell, frozenset(note.blames), note.status)
+                return Missing(note.farewell, frozenset(note.blames), note.status, hint=note.hint)
         return None
 
     def _failed(self, now: float, grace: float) -> Missing | None:
@@ -210,7 +212,7 @@ class Notes:
 
     def _stuck(self, patience: float) -> Missing | None:
         """Look for those that keep others waiting, where no rank gets any further."""
-        notes = list(self.last.values())
+        notes = [note for _, note in sorted(self.last.items())]
         if len(notes) < len(self._noted) or not all(self._is_still(note, patience) for note in notes):
             return None
         # Of several groups of ranks, some wait for ranks that wait themselves: they are not to blame.

@@ -9,6 +9,7 @@ main thread waits for; but data, models and checkpoints that it is writing are f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import math
 import os
@@ -250,8 +251,11 @@ class _Watch:
             self._look_at_exchanges()
             work, seen = self._work(), self._exchanges_seen
             return Note(self._rank, self._count, at.step, at.doing, self._exchanged, work, seen)
-        (why, status), blames = self._farewell, tuple(sorted(self._missing.ranks)) if self._missing else None
-        return Note(self._rank, self._count + 1, at.step, farewell=why, status=status, blames=blames)
+        (why, status), last = self._farewell, Note(self._rank, self._count + 1, at.step)
+        last = dataclasses.replace(last, farewell=why, status=status)
+        if self._missing is None:
+            return last
+        return dataclasses.replace(last, blames=tuple(sorted(self._missing.ranks)), hint=self._missing.hint)
 
     def _look_at_exchanges(self) -> None:
         """Count what was exchanged; look closer once it has been the same for half of the time-out."""

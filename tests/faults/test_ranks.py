@@ -65,7 +65,9 @@ MOMENTS = {
     "save": Moment(
         "dpo_cli.training.checkpoints:CheckpointWriter.save", "s, while a checkpoint was saved, at step 4", call=2
     ),
-    "evaluation": Moment("dpo_cli.evaluation.evaluate:evaluate", "s, while held-out pairs were scored, at step 3"),
+    "evaluation": Moment(
+        "dpo_cli.evaluation.evaluate:evaluate", "s, while held-out pairs were scored, at step 3", call=2
+    ),
 }
 
 

@@ -199,6 +199,26 @@ def test_who_waits_for_one_that_hangs_is_not_blamed_by_those_that_wait_for_it(ma
     assert machine.missing().ranks == {2}
 
 
+def test_one_that_hangs_while_its_checkpoint_is_written_aside_is_behind(machine):
+    """A thread of its own waits for rank 0, which writes, and is blamed by nobody for that."""
+    aside = dataclasses.replace(waits_for(4, "aside").waits[0], aside=True)
+    machine.change(0, 1, 2, doing="", step=5)
+    machine.change(0, exchanges=Exchanges({"world": 40, "aside": 3}, waits_for(40).waits))
+    machine.change(1, exchanges=Exchanges({"world": 39, "aside": 4}, (aside,)))
+    machine.change(2, exchanges=Exchanges({"world": 40, "aside": 4}, (aside, *waits_for(40).waits)))
+    machine.pass_seconds(PATIENCE + 2, still=EVERYBODY)
+    assert machine.missing().ranks == {1}
+
+
+def test_one_that_computes_while_its_checkpoint_is_written_aside_is_waited_for(machine):
+    aside = dataclasses.replace(waits_for(4, "aside").waits[0], aside=True)
+    machine.change(0, 1, 2, doing="", exchanges=waits_for(40))
+    for second in range(int(3 * PATIENCE)):
+        machine.change(1, work=second, exchanges=Exchanges({"world": 39, "aside": 4}, (aside,)))
+        machine.pass_seconds(1, still=EVERYBODY)
+    assert machine.missing() is None
+
+
 @pytest.mark.parametrize("doing", ["", None])
 def test_where_ranks_wait_for_different_operations_it_is_said_for_which(machine, doing):
     machine.change(0, 1, 2, doing=doing, step=3, exchanges=waits_for(40))
@@ -269,9 +289,9 @@ def test_what_another_found_is_believed_at_once():
 
 def test_what_another_found_is_believed_also_where_nobody_is_to_blame():
     machine = Machine(rank=2)
-    machine.change(0, farewell="the ranks wait for different operations", blames=(), status=1)
+    machine.change(0, farewell="the ranks wait for different operations", blames=(), hint="look", status=1)
     machine.pass_seconds(1)
-    assert machine.missing().what == "the ranks wait for different operations"
+    assert (machine.missing().what, machine.missing().hint) == ("the ranks wait for different operations", "look")
 
 
 def test_who_has_to_speak_does_so_even_if_another_was_first_to_find_out():
