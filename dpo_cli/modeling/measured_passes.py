@@ -16,6 +16,9 @@ from dpo_cli.modeling.policy import Policy
 PeakCounter = Callable[[Callable[[], None]], int]
 """Does some work, and returns the most bytes that were held at once during it beyond those that were held before."""
 
+HaveRoom = Callable[[int], bool]
+"""Tells whether all processes have room for as many bytes as each of them asks for."""
+
 _SMALLER = 4
 """How many times more tokens the larger of the two passes is allowed."""
 
@@ -61,7 +64,11 @@ def cuda_peak(work: Callable[[], None]) -> int:
 
 
 def measured_passes(
-    policy: Policy, batches: Batches, largest: Callable[[Batches], MicroBatch], counter: PeakCounter
+    policy: Policy,
+    batches: Batches,
+    largest: Callable[[Batches], MicroBatch],
+    counter: PeakCounter,
+    have_room: HaveRoom | None = None,
 ) -> PassBytes:
     """Measure one forward and backward pass of the largest micro-batch, and one of a smaller one; change nothing.
 
@@ -72,6 +79,7 @@ def measured_passes(
         batches: Cuts pairs under the most tokens that are wanted.
         largest: Returns the largest micro-batch of a run under a number of tokens.
         counter: Counts the device's memory.
+        have_room: Asked by all processes where a pass needs all of them; None: no other process waits for this one.
 
     Raises:
         torch.OutOfMemoryError: There is no room for a pass of one pair.
@@ -91,7 +99,10 @@ def measured_passes(
             small = largest(_under(batches, batches.micro_batch_tokens // _SMALLER))
             # The first pass makes the gradients, and what libraries set up once.
             measured(small)
-            return PassBytes.through(measured(small), _largest_that_fits(batches, largest, measured))
+            before = measured(small)
+            if have_room is None:
+                return PassBytes.through(before, _largest_that_fits(batches, largest, measured))
+            return PassBytes.through(before, measured(_largest_for_all(batches, largest, before, have_room)))
         finally:
             for weights in policy.trained():
                 weights.grad = None
@@ -115,6 +126,24 @@ def _largest_that_fits(
         # Only now is the error gone, whose traceback held what was computed.
         if batches.device.type == "cuda":
             torch.cuda.empty_cache()
+        batches = _under(batches, batches.micro_batch_tokens // 2)
+
+
+def _largest_for_all(
+    batches: Batches, largest: Callable[[Batches], MicroBatch], small: tuple[int, int], have_room: HaveRoom
+) -> MicroBatch:
+    """Return the largest micro-batch for which all processes expect to have room, by tokens and bytes of a small one.
+
+    None of them may try, and leave a pass in which the others wait for it. What a pass takes however few tokens it has
+    counts with every token here, so that no process expects too little.
+    """
+    expected = PassBytes.through(small, small)
+    while True:
+        cut = largest(batches)
+        tokens = batches.layout.tokens(batches.pairs.sizes, cut.pairs)
+        # One pair is measured in any case.
+        if have_room(expected.of(tokens) if len(cut.pairs) > 1 else 0):
+            return cut
         batches = _under(batches, batches.micro_batch_tokens // 2)
 
 

@@ -125,6 +125,7 @@ def prove(
     *,
     longer: Sequence[TokenizedPair] = (),
     trained: bool = True,
+    anywhere: Callable[[bool], bool] = bool,
 ) -> Proof:
     """Compare log-probabilities under a layout with those of the model's own logits; leave it prepared for the layout.
 
@@ -140,6 +141,7 @@ def prove(
         precision: What the run computes in.
         longer: Pairs that are compared as the padded layout has them, without gradient and whole logits.
         trained: Whether the gradient is compared as well.
+        anywhere: Tells whether something holds in any process, so that all of them make the same passes.
 
     Raises:
         UserError: The model fails, or its gradient is zero.
@@ -150,14 +152,14 @@ def prove(
     with asking(model):
         with in_float32(model):
             expected = _alone(score.own_logps, score, pairs, longer, weights)
-            if trained and not expected.norm:
+            if trained and anywhere(not expected.norm):
                 weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
                 expected = _alone(score.own_logps, score, pairs, longer, weights)
         if precision.is_lower:
             with precision.autocast(model.device.type):
                 rounded.append(_alone(score, score, pairs, longer, weights))
                 rounded.append(_together(score, PADDED, pairs, longer, weights))
-    if not torch.isfinite(expected.logps).all():
+    if anywhere(not torch.isfinite(expected.logps).all()):
         return Proof()
     if trained and not expected.norm:
         hint = "check the weights, which an interrupted save leaves at zero, and the factors in config.json"
@@ -169,7 +171,7 @@ def prove(
         with contextlib.suppress(*[CannotPack] * precision.is_lower), in_float32(model):
             found = _together(score, layout, pairs, longer, weights)
             proof = Proof(found.largest(expected), found.norm_from(expected))
-        if not rounded or proof.fails(precision):
+        if not rounded or anywhere(bool(proof.fails(precision))):
             return proof
         with precision.autocast(model.device.type):
             found = _together(score, layout, pairs, longer, weights)

@@ -332,7 +332,15 @@ def _prove(
     window = getattr(policy.model.config.get_text_config(), "sliding_window", None) or np.inf
     beyond = [index for index in order if lengths[index] > window][:1]
     shortest, longer = ([pairs[int(indices[place])] for place in places] for places in (order[:2], beyond))
-    return prove(policy.bare, layout, shortest, session.precision, longer=longer, trained=trained)
+    return prove(
+        policy.bare,
+        layout,
+        shortest,
+        session.precision,
+        longer=longer,
+        trained=trained,
+        anywhere=lambda holds: any(session.of_all(holds)),
+    )
 
 
 def _asked_for(session: Session, layout: Layout, failure: str) -> UserError | None:

@@ -10,12 +10,13 @@ from dpo_cli.modeling.allocator import keep_freed_memory, take_over_weights
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.measured_passes import cuda_peak, measured_passes
-from dpo_cli.modeling.memory import MemoryEstimate
+from dpo_cli.modeling.memory import MemoryEstimate, free_bytes
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.memory import largest_micro_batch, settle_tokens, wanted_tokens
 from dpo_cli.pipeline.models import Settle, expected_layout
 from dpo_cli.pipeline.out_of_memory import during
 from dpo_cli.pipeline.plan import PlannedRun
+from dpo_cli.pipeline.session import Session
 from dpo_cli.reporting.console import gib
 from dpo_cli.training.recuts import Recuts, read_recuts, write_recuts
 
@@ -70,10 +71,16 @@ def measured(plan: PlannedRun, policy: Policy, batches: Batches, *, resume: bool
         return batches
     most = dataclasses.replace(batches, micro_batch_tokens=wanted_tokens(session))
     with during("while passes were measured"):
-        passes = measured_passes(policy, most, functools.partial(largest_micro_batch, plan), cuda_peak)
+        room = functools.partial(_have_room, session) if policy.placement.is_sharded else None
+        passes = measured_passes(policy, most, functools.partial(largest_micro_batch, plan), cuda_peak, room)
     batches, memory = settle_tokens(plan, policy, batches, passes=passes)
     session.console.facts({f"measured {name}": said for name, said in _described(batches, memory).items()})
     return batches
+
+
+def _have_room(session: Session, num_bytes: int) -> bool:
+    """Tell whether the devices of all processes have as much memory as each of them asks for."""
+    return all(session.of_all(num_bytes <= free_bytes(session.accelerator.device)))
 
 
 def recuts_of(plan: PlannedRun, *, resume: bool) -> Recuts:

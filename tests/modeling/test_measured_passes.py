@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -99,6 +101,46 @@ def test_where_the_largest_does_not_fit_a_smaller_one_is_measured(tiny_llama, pa
     tokens = of(pairs, 4000).layout.tokens(pairs.sizes, largest(of(pairs, 4000)).pairs)
     assert line.of(tokens) == pytest.approx(counter.counted[-1], rel=0.1)
     assert all(weights.grad is None for weights in policy.trained())
+
+
+def test_ranks_measure_as_many_passes_and_none_of_them_tries_what_does_not_fit(tiny_llama, pairs):
+    """The second rank has the longer pairs and the least room; a pass that fails would leave the first one waiting."""
+    longest = pairs.sizes.longest_first(range(len(pairs)))
+    counter = Kept()
+    measured_passes(placed(tiny_llama), of(pairs, 4000), largest, counter)
+    rooms, shares = [float("inf"), 0.6 * counter.counted[-1]], [longest[12:], longest[:12]]
+    both, asked = Barrier(2), [[], []]
+
+    def measure(rank):
+        def of_share(batches):
+            cuts = batches.cut(shares[rank])
+            return max(cuts, key=lambda cut: batches.layout.tokens(batches.pairs.sizes, cut.pairs))
+
+        def have_room(num_bytes):
+            both.wait(20)
+            asked[rank].append(num_bytes <= rooms[rank])
+            both.wait(20)
+            return asked[0][-1] and asked[1][-1]
+
+        counter = Kept(rooms[rank])
+        measured_passes(placed(tiny_llama), of(pairs, 4000), of_share, counter, have_room)
+        return counter.counted
+
+    with ThreadPoolExecutor(2) as ranks:
+        counted = list(ranks.map(measure, range(2)))
+    assert [len(passes) for passes in counted] == [3, 3]
+    assert len(asked[0]) == len(asked[1]) > 1
+    assert all(asked[0])
+    # The larger pass is larger still, so that there is a line to draw.
+    assert counted[0][1] < counted[0][2]
+
+
+def test_passes_of_one_pair_are_measured_whatever_the_room(tiny_llama, pairs):
+    counter = Kept()
+    measured_passes(
+        placed(tiny_llama), of(pairs, 4000), lambda batches: MicroBatch((0,)), counter, lambda size: not size
+    )
+    assert len(counter.counted) == 3
 
 
 def test_one_pair_for_which_there_is_no_room_is_an_error(tiny_llama, pairs):

@@ -131,6 +131,29 @@ def test_a_fault_of_bfloat16_alone_is_found_beside_rounding(fault, said, monkeyp
     assert said in prove(Scorer(build("llama")), PACKED, PAIRS[:2], BFLOAT16).fails(BFLOAT16)
 
 
+def test_a_process_makes_the_passes_of_one_in_which_the_proof_takes_another_turn(monkeypatch):
+    """All is well in the first one. In the other there is no gradient at first, or answers are not exact or finite."""
+    passes, score = [], Scorer.forward
+    monkeypatch.setattr(Scorer, "forward", lambda self, *batch, **how: passes.append(1) or score(self, *batch, **how))
+
+    def proved_with(*others):
+        passes.clear()
+        answers = iter(others)
+        proof = prove(
+            Scorer(build("llama")), PACKED, PAIRS[:2], BFLOAT16, anywhere=lambda holds: next(answers) or holds
+        )
+        return proof.fails(BFLOAT16), len(passes), list(answers)
+
+    failure, usual, left = proved_with(False, False, False)
+    assert (failure, left) == ("", [])
+    assert proved_with(True, False, False) == ("", usual + 2, [])
+    _, when_inexact, left = proved_with(False, False, True)
+    assert (when_inexact, left) == (usual - 1, [])
+    failure, when_not_finite, left = proved_with(False, True, None)
+    assert failure
+    assert (when_not_finite, left) == (usual - 2, [None])
+
+
 def test_what_rounding_explains_decides_and_a_noise_that_is_not_a_number_fails():
     proof = Proof(1e-6, 0.0, Rounding(0.1, 0.05, 0.0, 0.0))
     assert not proof.fails(BFLOAT16)
