@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -29,7 +29,7 @@ from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.placement import Placement, Sharded, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
-from dpo_cli.modeling.shards import local
+from dpo_cli.modeling.shards import is_placeholder, local
 from dpo_cli.modeling.sizes import Sizes
 from dpo_cli.modeling.split import drop_low_bits
 from dpo_cli.modeling.trained import Trained, Whole
@@ -98,7 +98,9 @@ class Policy:
 
     def _split(self, placement: Sharded) -> None:
         """Split the weights among processes; of those that are placeholders, the values are left open."""
-        self._blueprint = copy.deepcopy(self.model)
+        # A copied placeholder would take memory.
+        shared: dict[int, Any] = {id(one): one for one in self.model.parameters() if is_placeholder(one)}
+        self._blueprint = copy.deepcopy(self.model, shared)
         self._placement, self._bare = placement, Scorer(self.model)
         placement.split(self._bare, self._held.gathered_as())
 
@@ -291,9 +293,10 @@ class Policy:
         """Return a policy of its own with the same weights, none of which trains."""
         if not isinstance(self._placement, Sharded):
             return self._beside(copied(self.model))
-        blueprint: PreTrainedModel = copy.deepcopy(self._blueprint)
-        other = self._beside(blueprint.requires_grad_(False))
+        assert self._blueprint is not None
+        other = self._beside(self._blueprint)
         other._split(self._placement)
+        other.model.requires_grad_(False)
         theirs = dict(other.model.named_parameters())
         for name, parameter in self.model.named_parameters():
             local(theirs[name]).copy_(local(parameter))

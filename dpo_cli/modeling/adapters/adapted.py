@@ -26,7 +26,7 @@ from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.folders.saved_weights import other_bytes
 from dpo_cli.modeling.folders.saving import write_json, write_tokenizer
 from dpo_cli.modeling.folders.streams import save_tensors
-from dpo_cli.modeling.shards import is_placeholder
+from dpo_cli.modeling.shards import is_placeholder, is_split
 from dpo_cli.modeling.split import set_whole_value
 
 if TYPE_CHECKING:
@@ -189,14 +189,16 @@ class Adapted:
         Raises:
             UserError: Something fails.
         """
+        # One process proves it, which has only a part of weights that are split.
+        state = {n: torch.zeros(one.shape) if is_split(one) else one for n, one in self.state(model).items()}
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             try:
-                self.write(model, folder, tokenizer, self.state(model))
+                self.write(model, folder, tokenizer, state)
                 type(tokenizer).from_pretrained(folder)
             except OSError as error:
                 raise from_os_error(error, "trying to save the adapter", scratch) from error
-            self.check_written(model, folder, self.state(model))
+            self.check_written(model, folder, state)
         return "the adapter can be saved and read again"
 
     def check_written(

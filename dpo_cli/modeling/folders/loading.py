@@ -199,7 +199,8 @@ def _empty(folder: str, trust: Trust, held: Held, *, with_buffers: bool = False)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
     with init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **held.built_as(), **_how(trust))
-        model.tie_weights()
+    # Inside, what is tied would be given a parameter of its own.
+    model.eval().tie_weights()
     if model.config._attn_implementation == "flex_attention" and not torch.cuda.is_available():
         hint = "set `model.attention` to `eager` or `sdpa`"
         raise UserError("FlexAttention, which it asks for, computes no gradient without a GPU", None, hint)
