@@ -14,6 +14,7 @@ from dpo_cli.modeling.adapters.adapted import above_full_rank
 from dpo_cli.modeling.adapters.files import holds_adapter
 from dpo_cli.modeling.folders.model_names import whole_model
 from dpo_cli.modeling.folders.tokenizers import generation_config
+from dpo_cli.modeling.held import Split
 from dpo_cli.modeling.memory import resident_bytes
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.routing import check_routers, experts_without_adapter
@@ -213,12 +214,18 @@ def _parameters(policy: Policy) -> str:
 
 
 def _held(session: Session) -> dict[str, str]:
-    """Say in what the base is held beneath an adapter."""
-    if session.config.adapter is None:
-        return {}
-    held = session.held
-    parts = [f"{held.type} in linear layers, {held.dtype} elsewhere" if held.type != held.dtype else held.dtype]
-    return {"weights": ", ".join(parts + ["float32 in the adapter"] * (held.type != "float32"))}
+    """Say in what the weights are held; and gradients and what the optimizer keeps, where that is worth a word."""
+    held, training = session.held, session.config.training
+    if isinstance(held, Split):
+        parts = ["split: bfloat16 and the 16 bits it lacks"]
+    else:
+        parts = [f"{held.type} in linear layers, {held.dtype} elsewhere" if held.type != held.dtype else held.dtype]
+        parts += ["float32 in the adapter"] * (held.type != "float32")
+    gradients, kept = held.gradients if isinstance(held, Split) else "float32", training.optimizer.kept_in
+    if session.accelerator.device.type != "cpu" or isinstance(held, Split) or kept != "float32":
+        where = " in the host's memory" if training.offload else ""
+        parts += [f"gradients in {gradients}", f"the optimizer's state in {kept}{where}"]
+    return {"weights": ", ".join(parts)}
 
 
 def _steps(plan: Plan) -> str:

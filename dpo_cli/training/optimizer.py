@@ -42,6 +42,8 @@ class OptimizerSettings(Settings):
     """Whether it can step on a part of a weight that is sharded among processes."""
     gradients: ClassVar[Literal["float32", "bfloat16"]] = "float32"
     """What gradients of weights of fewer than 32 bits are added up in."""
+    kept_in: ClassVar[str] = "float32"
+    """What is kept of a parameter is held in, in words."""
 
     def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
         """Return torch's optimizer."""
@@ -121,6 +123,7 @@ class AdamW8bit(OptimizerSettings):
     # Torch would load what it kept as numbers of the dtype of the weights.
     one_by_one: ClassVar[bool] = True
     gradients: ClassVar[Literal["float32", "bfloat16"]] = "bfloat16"
+    kept_in: ClassVar[str] = "8 bits"
 
     def build(self, groups: Groups, learning_rate: float) -> torch.optim.Optimizer:
         """Return the one over the kernels of bitsandbytes."""
