@@ -30,15 +30,20 @@ class Command(TyperCommand):
         return [self.options_metavar or ""]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse, and refuse an option of one value that is given twice: one of the two would be ignored."""
+        """Parse, and refuse an option whose value is empty, and one of one value that is given twice."""
         try:
-            _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+            values, _, given = self.make_parser(ctx).parse_args(args=list(args))
         except _USAGE_ERROR as error:
             error.ctx = error.ctx or ctx
             raise
         for option in given:
+            if values.get(option.name) == "":
+                raise UserError(
+                    f"the value of `{option.opts[0]}` is empty", _WHERE, "give one, or leave the option out"
+                )
             several = option.nargs != 1 or getattr(option, "multiple", False) or getattr(option, "is_flag", False)
             if not several and given.count(option) > 1 and not ctx.resilient_parsing:
+                # One of them would be ignored.
                 raise UserError(f"`{option.opts[0]}` is given {given.count(option)} times", _WHERE, "keep one of them")
         return super().parse_args(ctx, args)
 

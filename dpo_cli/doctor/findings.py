@@ -50,7 +50,9 @@ def chosen(names: Sequence[str]) -> list[str]:
     """
     if unknown := [name for name in names if name not in CHECKS]:
         known = ", ".join(f"`{name}`" for name in CHECKS)
-        raise UserError(f"`{unknown[0]}` is not a check", "the command line", f"checks: {known}")
+        named = ", ".join(f"`{name}`" for name in dict.fromkeys(unknown))
+        what = f"{named} is not a check" if len(set(unknown)) == 1 else f"{named} are not checks"
+        raise UserError(what, "the command line", f"checks: {known}")
     return [name for name in CHECKS if name in names or not names]
 
 

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.reporting.progress import StatusLine, clock, fitted, held_out_figures, lines_between, step_figures
-from dpo_cli.reporting.streams import error_stream, on_screen, output_stream, wrapped
+from dpo_cli.reporting.streams import error_stream, on_screen, output_stream, unpadded, wrapped
 
 Advance = Callable[[int, int], None]
 """Called with how much is done, and the total."""
@@ -95,7 +95,7 @@ class Console:
         """
         self._fill_gap()
         try:
-            self._out.print(wrapped(self._out, result) if isinstance(result, str) else result)
+            self._out.print(wrapped(self._out, result) if isinstance(result, str) else unpadded(self._out, result))
         except BrokenPipeError:
             raise
         except OSError as error:

@@ -54,6 +54,17 @@ def wrapped(stream: RichConsole, text: str, indent: int = 0) -> Text:
     return Text(f"\n{' ' * indent}").join(lines)
 
 
+def unpadded(stream: RichConsole, table: ConsoleRenderable) -> ConsoleRenderable:
+    """Take from a table on a pipe the spaces at the ends of its lines, which may be thousands."""
+    if on_screen(stream):
+        return table
+    rows = stream.render_lines(table, pad=False)
+    lines = [Text.assemble(*((part.text, part.style or "") for part in row)) for row in rows]
+    for line in lines:
+        line.rstrip()
+    return Text("\n").join(lines)
+
+
 def _hardened(stream: RichConsole) -> RichConsole:
     stream.push_render_hook(_SafeTextHook())
     return stream

@@ -179,9 +179,24 @@ def test_a_window_that_a_kernel_forgets_is_off_in_output_and_all_gradients(monke
     assert min(attention_errors(PIECES, random_tree(), case, CPU)) > 1e-2
 
 
-def test_a_check_that_does_not_exist_is_refused(capfd):
-    assert call("doctor attnetion") == 2
-    assert "`attnetion` is not a check" in capfd.readouterr().err
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("attnetion", "`attnetion` is not a check\n"),
+        ("attnetion attnetion", "`attnetion` is not a check\n"),
+        ("cpu device gpu cpu", "`cpu`, `gpu` are not checks\n"),
+    ],
+)
+def test_checks_that_do_not_exist_are_all_refused(capfd, asked, said):
+    assert call(f"doctor {asked}") == 2
+    assert said in capfd.readouterr().err
+
+
+def test_lines_on_a_pipe_end_with_their_text(capfd):
+    assert call("doctor device libraries --quiet") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert any(line.startswith("device") for line in lines)
+    assert [line for line in lines if line != line.rstrip()] == []
 
 
 def test_a_file_in_no_folder_is_refused_before_anything_is_checked(tmp_path, capfd):
