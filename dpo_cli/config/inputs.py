@@ -80,10 +80,8 @@ def check_training(config: Config, *, resume: bool, overwrite: bool, dry_run: bo
     found = (one for one in (unusable, missing) if one)
     raise_all([*check_inputs(config), *_check_alone(config), *launch_errors(config), *untracked, *found])
     if resume:
-        now = config.model_dump(mode="json"), changeable()
-        if changed := changed_start(config, folder.changes(*now)):
-            raise changed
-        folder.check_unchanged(*now)
+        settings = config.model_dump(mode="json")
+        folder.check_unchanged(settings, changeable(), lambda changes: changed_start(config, changes))
 
 
 def _check_alone(config: Config) -> Iterator[UserError]:
@@ -196,7 +194,8 @@ def _check_start(name: str | None) -> UserError | None:
     """Say what is wrong with an adapter that training is to go on from, if there is one."""
     try:
         if name is not None:
-            if is_adapter_id(name) and not holds_adapter(name) and (problem := look_up_model(name, "`adapter.start`")):
+            asked = is_adapter_id(name) and not holds_adapter(name)
+            if asked and (problem := look_up_model(name, "`adapter.start`", "adapter")):
                 return problem
             read_start(name, "`adapter.start`")
             if (Path(name) / MANIFEST).is_file():

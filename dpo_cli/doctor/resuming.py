@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
@@ -18,7 +17,9 @@ from transformers.utils import logging as hf_logging
 
 from dpo_cli.doctor.findings import Finding
 from dpo_cli.modeling.folders.saving import write_model
+from dpo_cli.reporting.metrics_log import digest_in
 from dpo_cli.system import plain_yaml
+from dpo_cli.system.storage import file_digest
 
 _STEPS, _EVERY = 24, 3
 _KILLED_AT = f"checkpoint of step {_EVERY} saved"
@@ -149,7 +150,4 @@ def _finish(run: subprocess.Popen[str]) -> str:
 
 def _left(run: Path) -> dict[str, str]:
     """Return a digest of what must be the same of two runs: the weights, and the rows of metrics without the speed."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    timeless = [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
-    weights = hashlib.sha256((run / "final" / "model.safetensors").read_bytes()).hexdigest()
-    return {"weights": weights, "metrics": hashlib.sha256(json.dumps(timeless).encode()).hexdigest()}
+    return {"weights": file_digest(run / "final" / "model.safetensors"), "metrics": digest_in(run / "metrics.jsonl")}

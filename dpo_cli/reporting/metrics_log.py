@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +112,20 @@ def figures_at(path: Path, step: int, digest: str) -> dict[str, dict[str, Any]]:
         The figures by the time of their measurement; empty where none were measured then, or rows have changed since.
     """
     rows = [row for _, row in _whole_lines(path) if row["step"] <= step]
-    if hashlib.sha256(b"".join(map(_digested, rows))).hexdigest() != digest:
+    if _digest_of(rows) != digest:
         return {}
     measured = {row["step"]: row for row in rows if row.get("split") == "eval"}
     columns = {"before": measured.get(0, {}), "after": measured.get(step, {})}
     return {name: column for name, column in columns.items() if column} if step in measured else {}
+
+
+def digest_in(path: Path) -> str:
+    """Return the digest of all rows of a file, as that of a `MetricsLog`."""
+    return _digest_of(row for _, row in _whole_lines(path))
+
+
+def _digest_of(rows: Iterable[dict[str, Any]]) -> str:
+    return hashlib.sha256(b"".join(map(_digested, rows))).hexdigest()
 
 
 def _digested(row: dict[str, Any]) -> bytes:

@@ -46,13 +46,14 @@ def name_hint(name: str, hint: str) -> str:
     return hint
 
 
-def look_up(kind: Kind, name: str, where: str) -> bool:
+def look_up(kind: Kind, name: str, where: str, called: str | None = None) -> bool:
     """Ask the Hub for a model or a dataset, once.
 
     Args:
         kind: Which of them it is.
         name: Its id.
         where: The setting or option that names it.
+        called: What it is called in an error; None: its kind.
 
     Returns:
         Whether the Hub answered. Where it did not, its libraries use what they have on disk from now on.
@@ -69,7 +70,9 @@ def look_up(kind: Kind, name: str, where: str) -> bool:
     except HfHubHTTPError as error:
         if _status(error) in _REFUSALS:
             hint = "check the name; for a private one log in with `hf auth login`; a local folder must exist"
-            raise UserError(f"the {kind} `{name}` cannot be loaded: it is not on the Hub", where, hint) from None
+            raise UserError(
+                f"the {called or kind} `{name}` cannot be loaded: it is not on the Hub", where, hint
+            ) from None
         reason = f"status {_status(error)}"
     except Exception as error:
         # Errors on the way there are those of the HTTP library, which is not always the same one.

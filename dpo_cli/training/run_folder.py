@@ -6,7 +6,7 @@ import contextlib
 import enum
 import json
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -249,27 +249,29 @@ class RunFolder:
             return epochs, max_steps
         raise self._unreadable(f"`{_LENGTH[0]}` is {epochs} and `{_LENGTH[1]}` is {max_steps}")
 
-    def check_unchanged(self, settings: dict[str, Any], changeable: Collection[str]) -> None:
+    def check_unchanged(
+        self,
+        settings: dict[str, Any],
+        changeable: Collection[str],
+        reason: Callable[[Mapping[str, str]], UserError | None] = lambda changes: None,
+    ) -> None:
         """Compare a run's settings with those it was started with, before it is resumed.
 
         Args:
             settings: Those of now.
             changeable: The names of settings, or of groups of them, that may differ.
+            reason: Returns what is to be said in place of the changes, given these in words by name; or None.
 
         Raises:
             UserError: Settings differ that would make it another run.
         """
-        hint = "restore them, or start a new run in another `output_dir`"
-        if changed := self.changes(settings, changeable):
+        if changed := self._changes(settings, changeable):
+            hint = "restore them, or start a new run in another `output_dir`"
             what = f"a run cannot be resumed with other settings: {'; '.join(changed.values())}"
-            raise UserError(what, str(self.config), hint)
+            raise reason(changed) or UserError(what, str(self.config), hint)
 
-    def changes(self, settings: dict[str, Any], changeable: Collection[str]) -> dict[str, str]:
+    def _changes(self, settings: dict[str, Any], changeable: Collection[str]) -> dict[str, str]:
         """Return by name which settings are not those that the run was started with, and what they were and are.
-
-        Args:
-            settings: As for `check_unchanged`.
-            changeable: As for `check_unchanged`.
 
         Raises:
             UserError: Those that it was started with cannot be read.

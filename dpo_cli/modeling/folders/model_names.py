@@ -80,15 +80,21 @@ def missing_weights(name: str, where: str) -> UserError | None:
     return UserError(f"the weights are missing: there is no {lost} in `{folder}`", where, hint) if lost else None
 
 
-def look_up_model(name: str, where: str) -> UserError | None:
-    """Say what is wrong with a model that is asked for on the Hub, without loading more than what an adapter is."""
+def look_up_model(name: str, where: str, kind: str = "model") -> UserError | None:
+    """Say what is wrong with a model that is asked for on the Hub, without loading more than what an adapter is.
+
+    Args:
+        name: Its id.
+        where: The setting or option that names it.
+        kind: What it should be, in a word.
+    """
     try:
-        if look_up("model", name, where):
+        if look_up("model", name, where, kind):
             fetch_adapter(name, where)
             return None
     except UserError as error:
         return error
     if cached_file(name, CONFIG) or holds_adapter(name):
         return None
-    hint = "check the name; a Hub id needs the network, unless the model is in the Hub's cache already"
-    return UserError(f"the model `{name}` cannot be loaded: the Hub cannot be reached", where, hint)
+    hint = f"check the name; a Hub id needs the network, unless the {kind} is in the Hub's cache already"
+    return UserError(f"the {kind} `{name}` cannot be loaded: the Hub cannot be reached", where, hint)
