@@ -157,6 +157,12 @@ def test_beginnings_that_leave_the_base_as_it_is_are_taken(adapter, begins):
     assert read_adapter(adapter).rank == 4
 
 
+@pytest.mark.parametrize("bias", [None, "none"])
+def test_an_adapter_without_biases_says_so_or_says_nothing(adapter, bias):
+    says(bias=bias)(adapter)
+    assert read_adapter(adapter).rank == 4
+
+
 @pytest.mark.parametrize(
     ("base", "reason"),
     [

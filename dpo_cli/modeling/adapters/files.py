@@ -292,7 +292,7 @@ def _check_kind(said: Mapping[str, Any]) -> None:
     for name, meaning in _REFUSED.items():
         if said.get(name):
             raise UserError(f"{meaning} (`{name}`)", None, _MERGE)
-    if said.get("bias", "none") != "none":
+    if said.get("bias") not in (None, "none"):
         raise UserError(f"it has biases of the base in it (`bias: {said['bias']}`)", None, _MERGE)
     if (began := said.get("init_lora_weights", True)) not in _LEAVE_THE_BASE:
         what = f"it belongs to a base that was changed when it began (`init_lora_weights: {began}`)"

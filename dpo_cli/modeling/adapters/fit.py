@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,6 +57,26 @@ def check_head(model: PreTrainedModel, found: AdapterFolder, *, tied: bool = Fal
         what = f"the adapter `{found.path}` changes the vocabulary projection"
         what += ", which is the embedding as well" if tied else ", which can have no adapter here"
         raise UserError(what, None, "merge it in PEFT (`merge_and_unload`), save the whole model, and name that")
+
+
+def check_rank(model: PreTrainedModel, names: Sequence[str], rank: int) -> None:
+    """Refuse a rank beyond any sense: it leaves little memory, and has no effect from the smaller side of a layer on.
+
+    Args:
+        model: The base, without an adapter.
+        names: The layers that are to have the adapter.
+        rank: The rank.
+
+    Raises:
+        UserError: It is above the larger side of every layer.
+    """
+    sizes = [found for name in names if (found := _sizes(model.get_submodule(name)))]
+    if sizes and rank > max(map(max, sizes)):
+        what = (
+            f"`adapter.rank` {rank} is above both sides of every layer, of which the largest is {max(map(max, sizes))}"
+        )
+        hint = f"set it to {max(map(min, sizes))} at most, above which it has no effect; 8 to 64 are usual"
+        raise UserError(what, "`adapter.rank`", hint)
 
 
 def check_targets(found: AdapterFolder, chosen: Collection[str]) -> None:

@@ -30,7 +30,7 @@ class AdapterSettings(Settings):
     """What all adapters have in common."""
 
     start: PathText | None = None
-    """An adapter to go on from, a folder of PEFT or a Hub id; the reference is the base with it. null: a fresh one."""
+    """An adapter to go on from, a folder of PEFT or a Hub id; the reference is the base with it; null: a fresh one."""
 
     @property
     def title(self) -> str:
@@ -143,6 +143,7 @@ class Lora(LoraLayers):
         """Return PEFT's settings of LoRA for the targets that the model has."""
         from peft import LoraConfig
 
+        from dpo_cli.modeling.adapters.fit import check_rank
         from dpo_cli.modeling.adapters.targets import stores_transposed, target_names
 
         if self.dora and _rounds_norms(model):
@@ -150,6 +151,8 @@ class Lora(LoraLayers):
             hint = "set `model.dtype: float32`, or leave `adapter.dora` or `model.quantize` out"
             raise UserError(what, "`adapter.dora`", hint)
         names = target_names(model, self.targets)
+        if self.start is None:
+            check_rank(model, names, self.rank)
         return LoraConfig(
             task_type="CAUSAL_LM",
             r=self.rank,
