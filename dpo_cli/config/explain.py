@@ -269,7 +269,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _decapitalized(text: str) -> str:
     """Return a description as the part of a sentence."""
-    first = text.split("\n\n", 1)[0].removesuffix(".")
+    first = " ".join(text.split("\n\n", 1)[0].split()).removesuffix(".")
     return f"{first[:1].lower()}{first[1:]}" if first[1:2].islower() or first[1:2] == " " else first
 
 

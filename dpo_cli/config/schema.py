@@ -102,18 +102,18 @@ class ModelSettings(Settings):
     name: PathText = Field(min_length=1)
     """The model: a local folder, a .gguf file, or a Hub id; an adapter's folder is its base with the adapter in it."""
     dtype: Annotated[str, OneOf("auto", *PRECISIONS)] = "auto"
-    """The precision of the computation. auto: bfloat16 on GPUs that have it, and where `weights` needs it."""
+    """The precision of the computation; auto: bfloat16 on GPUs that have it, and where `weights` needs it."""
     weights: Annotated[str, OneOf("auto", *WEIGHTS)] = "auto"
-    """How weights are held: float32; split, bfloat16 and the 16 bits it lacks; bfloat16, if they do not train. auto:
+    """How weights are held: float32; split (bfloat16 and the 16 bits it lacks); bfloat16, if they do not train; auto:
     split where a GPU computes in bfloat16, float32 elsewhere; beside an adapter, the dtype."""
     quantize: Annotated[str, OneOf(*QUANTIZED)] | None = None
-    """Hold the linear layers in 4 bits a weight (nf4) or 8 (int8), under an adapter. null: in the dtype."""
+    """The bits of a weight of linear layers under an adapter: 4 (nf4) or 8 (int8); null: those of the dtype."""
     chat_template: PathText | None = None
     """null: the tokenizer's own; the name of one of several; a Jinja file; `plain` for models without a template."""
     eos_token: str | None = Field(None, min_length=1)
     """The token that ends a response, if the template ends turns with another than the tokenizer's; saved."""
     attention: Literal["eager", "sdpa", "flex_attention", "flash_attention_2"] | None = None
-    """The attention of the padded layout, by its name in transformers. null: what config.json names, else transformers'
+    """The attention of the padded layout, by its name in transformers; null: what config.json names, else transformers'
     choice. The packed layout has its own attention."""
     allow_pickle: bool = False
     """Read pickled weights (.bin) where a model has no others, as bare tensors: nothing in them is executed."""
@@ -190,11 +190,11 @@ class TrainingSettings(Settings):
     layout: Annotated[str, OneOf("auto", *LAYOUTS), MAY_CHANGE] = "auto"
     """How pairs are laid out for the model; auto: packed if it is proved exact, else padded."""
     attention: Annotated[str, OneOf("auto", *KERNELS), MAY_CHANGE] = "auto"
-    """What computes the attention of the packed layout; auto: on a CPU pieces, on a GPU flex, or varlen if it fails."""
+    """What computes the attention of the packed layout; auto: pieces on a CPU, on a GPU flex, or varlen if it fails."""
     optimizer: Annotated[Optimizer, _typed(AdamW().type), _short_type("training.optimizer", Optimizer)] = AdamW()
     """The optimizer; adafactor keeps almost no state, adamw_8bit a quarter of AdamW's, rmsprop half."""
     offload: Annotated[Literal["optimizer"] | None, MAY_CHANGE] = None
-    """On GPUs: keep the optimizer's state and the low bits of split weights in the host's memory. null: on the GPU."""
+    """What a GPU leaves to the host's memory: the optimizer's state and low bits of split weights; null: nothing."""
     sharding: Annotated[Literal["none", "full", "hybrid"], MAY_CHANGE] = "none"
     """Among which processes weights, gradients and optimizer state are split; full: all; hybrid: those of a machine."""
     learning_rate: float = Field(1.0e-6, gt=0)
@@ -216,7 +216,7 @@ class TrainingSettings(Settings):
     deterministic: Annotated[bool, MAY_CHANGE] = True
     """On GPUs, use only kernels that give the same bytes every time, so that runs can be repeated; CPUs always do."""
     compile: Annotated[Literal["auto"] | bool, MAY_CHANGE] = "auto"
-    """Whether decoder layers are compiled, which takes a minute or more; auto: on a GPU, where a run is long enough."""
+    """Whether decoder layers are compiled, which takes a minute or more; auto: in long runs on a GPU."""
     rank_timeout: Annotated[float | None, MAY_CHANGE] = Field(300, ge=1, le=31_536_000)
     """With several processes, seconds after which one that is silent, or hangs while others wait, fails; or null."""
     seed: int = Field(42, ge=0, lt=2**32)
@@ -294,6 +294,14 @@ class Config(Settings):
     def where(self, *names: str) -> str:
         """Return where some settings were made that together are wrong, by their dotted names."""
         return self._places.of(*(name.split(".") for name in names)) or f"`{names[0]}`"
+
+    def placed(self, named: str | None) -> str | None:
+        """Add to the name of a setting, as in "`adapter.rank`", where that was made; leave any other text as it is."""
+        group, _, last = (named or "").strip("`").rpartition(".")
+        place = self._places.known.get((*filter(None, group.split(".")), last))
+        if place is None and SHORT_FORMS.get(group) == last:
+            place = self._places.known.get(tuple(group.split(".")))
+        return f"{named}, {place}" if place else named
 
     @property
     def objective(self) -> Objective:

@@ -126,13 +126,24 @@ def started(
     with hidden_from_libraries(), deterministic_kernels(config.training.deterministic):
         accelerator = start_accelerator(config)
         try:
-            with watched(accelerator, config.training.rank_timeout, Console().error) as progress, reported(config):
+            told = watched(accelerator, config.training.rank_timeout, Console().error)
+            with told as progress, reported(config), _placed(config):
                 placement = placement_for(accelerator, config.training.sharding)
                 yield Session(config, console, signals or StopSignals(), accelerator, progress, placement)
             accelerator.end_training()
         finally:
             # Accelerate keeps precision and processes for as long as Python runs; the next session may have others.
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextlib.contextmanager
+def _placed(config: Config) -> Iterator[None]:
+    """Add to errors that name a setting where that was made."""
+    try:
+        yield
+    except UserError as error:
+        error.where = config.placed(error.where)
+        raise
 
 
 def _refused_by_device(config: Config, *, trains: bool) -> Iterator[UserError]:

@@ -718,7 +718,7 @@ MODEL_CASES = {
     "chat template unreadable": Case(
         nothing, f"{PREPARE} model.chat_template=/proc/self/mem", 2, r"reading the chat template failed", r"read"
     ),
-    "float16 on a CPU": Case(nothing, f"{TRAIN} model.dtype=float16", 2, r"float16 cannot be trained", r"bfloat16"),
+    "float16 on a CPU": Case(nothing, f"{TRAIN} model.dtype=float16", 2, r"float16` cannot be computed", r"bfloat16"),
     "no such reference": Case(nothing, f"{TRAIN} reference.model=./no", 2, r"no model folder `./no`", r"name a folder"),
     "reference of another vocabulary": Case(
         gpt2("other", vocabulary=500),
@@ -786,6 +786,15 @@ ADAPTER_CASES = {
     ),
     "adapter with a setting of PEFT": Case(
         settings(adapter={"lora_alpha": 8}), TRAIN, 2, r"`adapter.lora_alpha` is not a setting", r"`adapter.alpha`"
+    ),
+    "a rank above all sides of the layers": Case(
+        nothing, f"{LORA} adapter.rank=99999999999", 2, r"`adapter.rank` 99999999999 is above both sides", r"32 at most"
+    ),
+    "a rank above one side more": Case(
+        nothing, f"{LORA} adapter.rank=65", 2, r"every layer, of which the largest is 64", r"32 at most"
+    ),
+    "no such adapter on the Hub": Case(
+        nothing, f"{TRAIN} adapter.start=nobody/none", 2, r"the adapter `nobody/none` cannot", r"unless the adapter is"
     ),
     "rank 0": Case(nothing, f"{TRAIN} adapter.rank=0", 2, r"`adapter.rank` should be greater than or", r"rank: 16"),
     "alpha 0": Case(nothing, f"{TRAIN} adapter.alpha=0", 2, r"`adapter.alpha` should be greater than 0", r"alpha: 32"),

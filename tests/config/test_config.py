@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from dpo_cli.config import Config, as_config, json_schema, load_config, resolved
 from dpo_cli.data.pairs.sources import Source, as_sources
 from dpo_cli.errors import UserError
 from dpo_cli.reporting.trackers import TensorBoard, WandB
+from dpo_cli.settings import all_settings
 from dpo_cli.system import plain_yaml
 from dpo_cli.training.optimizer import AdamW, RMSprop
 from tests.conftest import ROOT
@@ -465,3 +467,12 @@ def test_a_configuration_knows_where_its_settings_were_made_and_is_the_same_wher
     assert other.where("training.epochs") == f"{tmp_path / 'run.yaml'}, line 6"
     assert one.where("adapter") == "the command line: adapter=lora"
     assert as_config({"model": "a/b"}).where("training.epochs") == "`training.epochs`"
+
+
+def test_what_a_setting_means_is_read_in_a_hint_as_the_rest_of_a_sentence(tmp_path):
+    """Where a default is named before it, `null:` and `auto:` go on with what it does."""
+    described = {path: field.description or "" for path, field in all_settings(Config)}
+    assert [path for path, text in described.items() if re.search(r"\. (null|auto):", " ".join(text.split()))] == []
+    file = write(tmp_path, MINIMAL + "training: {offload: 1, compile: 2}\n")
+    for error in problems(file, "model.weights=3", "adapter.targets=4", "model.attention=5"):
+        assert "\n" not in error.hint

@@ -30,6 +30,15 @@ def test_all_that_a_cpu_cannot_do(write_config, no_gpu):
     }
 
 
+def test_what_only_the_model_shows_is_told_with_where_it_was_set_too(write_config):
+    file = write_config(adapter={"type": "lora", "rank": 8, "targets": ["q_porj"]})
+    line = next(n for n, line in enumerate(file.read_text().splitlines(), 1) if "targets" in line)
+    for overrides, where in ([], f"{file}, line {line}"), (["adapter.rank=1000000"], "the command line: adapter.rank="):
+        with pytest.raises(UserError) as caught:
+            list(dpo_cli.train(load_config(file, [*overrides, *(["adapter.targets=all-linear"] if overrides else [])])))
+        assert where in caught.value.where
+
+
 def test_settings_of_a_program_have_no_file(write_config, no_gpu):
     settings = {**load_config(write_config()).model_dump(mode="json"), "training": {"attention": "flex"}}
     with pytest.raises(UserError) as caught:
