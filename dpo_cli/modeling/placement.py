@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 import torch
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 
@@ -78,10 +77,6 @@ class Alone:
         total: Tensor = torch.linalg.vector_norm(norms)
         clip_grads_with_norm_(trained, norm or math.inf, total)
         return total
-
-    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights made whole, those that other processes have included."""
-        return dict(state)
 
     def gathered_bytes(self, held: int) -> int:
         """Return what a forward pass holds for a time of weights that other processes have."""
@@ -171,10 +166,6 @@ class Sharded(Alone):
         if norm is not None:
             torch._foreach_mul_(gradients, (norm / (total + _EPS)).clamp(max=1.0))
         return total
-
-    def whole(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights made whole, those that other processes have included; all processes ask together."""
-        return {name: one.full_tensor() if isinstance(one, DTensor) else one for name, one in state.items()}
 
     def everywhere(self, holds: bool) -> bool:
         """Tell whether something holds of the weights of all processes."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from dpo_cli.modeling.adapters.adapted import START_ADAPTER, merge_layers
@@ -380,9 +381,33 @@ class Policy:
         return self._placement.largest(largest) if self._placement else largest
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds of the policy, by name, without copying it."""
-        state = self._trained.state(self.model)
-        return self._placement.whole(state) if self._placement else state
+        """Return what a checkpoint holds of the policy, by name, without copying it.
+
+        Where weights are split among processes, all of them have to ask together.
+        """
+        return self._trained.state(self.model)
+
+    def split_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what each process saves its rows of, and what is so little that it is gathered, by name.
+
+        Where weights are split, every process has to call it at the same time.
+        """
+        return self._trained.split_state(self.model)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Among how many processes the weights are split, if they are, which decides how sums are rounded."""
+        meshes = (one.device_mesh for one in self.model.parameters() if isinstance(one, DTensor))
+        mesh = next(meshes, None)
+        return {} if mesh is None else {"shards": mesh.shape[-1]}
+
+    def named(self) -> dict[str, Parameter]:
+        """Return every weight that training moves by name, tied ones once."""
+        return self._trained.moved(self.model)
+
+    def attend_writing(self, state: Mapping[str, Tensor], types: WeightTypes | None = None) -> None:
+        """Take part while the main process calls `write`, or `check_written`, where weights are split."""
+        self._trained.attend_writing(self.model, state, types)
 
     def restore(self, folder: Path) -> None:
         """Replace the weights by those that `write` wrote into a folder.
@@ -407,7 +432,7 @@ class Policy:
             state: What `state` returned, where the weights may have changed since.
             types: What a whole model's weights are rounded to; None: they are written as they are.
         """
-        self._trained.write(self.model, folder, tokenizer, state or self.state(), types)
+        self._trained.write(self.model, folder, tokenizer, self.state() if state is None else state, types)
 
     def merge(self) -> None:
         """Make the adapter part of the weights that it is beside; nothing is left of it, and nothing trains."""
@@ -439,4 +464,4 @@ class Policy:
         Raises:
             UserError: The disk did not keep them.
         """
-        self._trained.check_written(self.model, folder, state or self.state(), types)
+        self._trained.check_written(self.model, folder, self.state() if state is None else state, types)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.digests import weights_digest
 from dpo_cli.modeling.folders.loading import load_weights
-from dpo_cli.modeling.folders.saved_weights import SavedWeights
+from dpo_cli.modeling.folders.saved_weights import SavedWeights, saved_state
 from dpo_cli.modeling.folders.saving import prove_saving, write_model
 from dpo_cli.modeling.split import state_of
 from dpo_cli.settings import Settings
@@ -96,6 +96,16 @@ class Whole(Settings):
     def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return what a checkpoint holds of the model, by name, tied weights under each of their names."""
         return state_of(model)
+
+    def split_state(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what each process saves its rows of, tied weights once, and what is gathered: nothing."""
+        return saved_state(model), {}
+
+    def attend_writing(
+        self, model: PreTrainedModel, state: Mapping[str, Tensor], types: WeightTypes | None = None
+    ) -> None:
+        """Take part while another process writes what is split, or compares it with what was written."""
+        SavedWeights(model, state, types).attend()
 
     def write(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +30,10 @@ from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, CheckpointWriter
 from dpo_cli.training.learner import Learner, NotFinite
 from dpo_cli.training.run_folder import RunFolder, checkpoints_in, step_of
 from dpo_cli.training.state import RunNotes
+from dpo_cli.training.together import Together
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,14 @@ def recorded(run: Run) -> Iterator[Records]:
     first = {"split": "eval", "step": 0, "epoch": 0.0, **before} if before else None
     done = run.learner.done
     log = MetricsLog(folder.metrics, done, first) if run.session.accelerator.is_main_process else None
+    together = Together() if run.learner.policy.splits else None
     writer = CheckpointWriter(
-        folder.checkpoints, run.plan.tokenizer, saving.keep, background=saving.background, newest=done
+        folder.checkpoints,
+        run.plan.tokenizer,
+        saving.keep,
+        background=saving.background,
+        newest=done,
+        together=together,
     )
     try:
         yield Records(run, log, writer)
@@ -163,17 +170,23 @@ def recorded(run: Run) -> Iterator[Records]:
             log.close()
 
 
-def save_final(run: Run, after: dict[str, Any] | None, state: Mapping[str, Tensor], largest: float) -> None:
-    """Write the trained model as a complete Hugging Face folder, whole or not at all.
+def save_final(run: Run, after: dict[str, Any] | None) -> None:
+    """Write the trained model as a complete Hugging Face folder, whole or not at all; every process calls it.
 
     Args:
         run: The run.
         after: The held-out figures after the last step, if there are any.
-        state: What the policy's `state` returned.
-        largest: The largest magnitude among the weights.
     """
     config, folder, policy = run.session.config, run.plan.folder, run.learner.policy
+    is_main, largest = run.session.accelerator.is_main_process, policy.largest()
     types = None if config.adapter else _final_types(run, largest)
+    state = policy.state()
+    if not is_main:
+        if policy.splits:
+            # The main process writes what it gathers, and compares that with what was written.
+            policy.attend_writing(state, types)
+            policy.attend_writing(state, types)
+        return
     rounded = types is not None and types.rounds
     facts = {
         "training pairs": len(run.plan.data.train),
@@ -186,7 +199,7 @@ def save_final(run: Run, after: dict[str, Any] | None, state: Mapping[str, Tenso
     card = model_card(folder.path.name, config.model_dump(mode="json"), facts, _before_and_after(run, after))
     # An adapter means nothing without its base.
     details = {FINGERPRINTS: run.fingerprints, HELD: policy.held_as} if config.adapter else {}
-    with saved_folder(folder.final, "saving the trained model", details) as temporary:
+    with saved_folder(folder.final, "saving the trained model", details, waits=bool(policy.splits)) as temporary:
         policy.write(temporary, run.plan.tokenizer, state, types)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         policy.check_written(temporary, types, state)

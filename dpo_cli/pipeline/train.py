@@ -16,6 +16,7 @@ from dpo_cli.modeling.allocator import hand_back_freed_memory
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.tokenizers import end_at
 from dpo_cli.modeling.memory import MemoryEstimate
+from dpo_cli.modeling.placement import Sharded
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.compilation import compile_layers_of
 from dpo_cli.pipeline.forecast import disk_need, show_forecast, warn_of_disk
@@ -34,6 +35,7 @@ from dpo_cli.training.checks import check_base, check_reference
 from dpo_cli.training.learner import Learner, NotFinite, Skips, StepResult
 from dpo_cli.training.optimizer import schedule
 from dpo_cli.training.run_folder import RunFolder, settings_digest
+from dpo_cli.training.together import check_shared
 
 
 def train(
@@ -66,7 +68,7 @@ def train(
         if plan and dry_run:
             show_forecast(plan, resume=resume)
         elif plan:
-            _announce(plan)
+            _announce(plan, resume=resume)
             settled = settled_on_paper(plan, resume=resume)
             with reported(config, settled[1]):
                 run = _ready(plan, settled, resume=resume)
@@ -76,7 +78,7 @@ def train(
                 yield from _take(run, restored.metrics if restored else "")
 
 
-def _announce(plan: PlannedRun) -> None:
+def _announce(plan: PlannedRun, *, resume: bool) -> None:
     """Say what is going to run, and prove of its pairs what can be proved without the model.
 
     Raises:
@@ -85,6 +87,10 @@ def _announce(plan: PlannedRun) -> None:
     session, config = plan.session, plan.session.config
     session.console.facts(header(plan))
     warn_of_disk(disk_need(config, plan.folder, plan.steps, plan.sketch), plan.folder, session.console)
+    if isinstance(session.placement, Sharded):
+        # The first that split weights among themselves write all of them; who resumes reads them.
+        num_writers = session.placement.mesh.shape[-1]
+        check_shared(plan.folder.path, session.accelerator.num_processes if resume else num_writers)
     check_data(plan)
 
 
@@ -162,9 +168,10 @@ def _prove(run: Run) -> None:
         objective = session.config.objective
         proved = check_reference(run.learner.policy, objective, run.learner.reference, shortest, session.accelerator)
         session.console.notice(f"checked: {proved}")
-    if session.accelerator.is_main_process:
-        # transformers writes on the first rank alone.
-        session.console.notice(f"checked: {run.learner.policy.prove_saving(run.plan.tokenizer)}")
+    policy = run.learner.policy
+    if session.accelerator.is_main_process or (policy.splits and session.config.adapter):
+        # transformers writes on the first rank alone; an adapter that is split among all is gathered from them.
+        session.console.notice(f"checked: {policy.prove_saving(run.plan.tokenizer)}")
 
 
 def _take(run: Run, rows: str) -> Iterator[StepResult]:
@@ -194,10 +201,7 @@ def _take(run: Run, rows: str) -> Iterator[StepResult]:
                 records.writer.finish()
                 # Rows of a run without held-out pairs that speak of some are not its own.
                 figures = records.log.last("eval") if records.log and run.holds_out else None
-                # Weights that are split among processes are made whole by all of them.
-                state, largest = run.learner.policy.state(), run.learner.policy.largest()
-                if records.log:
-                    save_final(run, figures, state, largest)
+                save_final(run, figures)
         if records.log:
             summarize(run, figures, time.monotonic() - started_at)
     session.accelerator.wait_for_everyone()

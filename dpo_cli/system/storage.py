@@ -17,7 +17,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,6 +86,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def flushed_digest(path: Path) -> str:
+    """Make sure that a file is on the disk; return the SHA-256 of its bytes, in hex."""
+    _flush(path)
+    return file_digest(path)
+
+
 def text_digest(*parts: str) -> str:
     """Return the SHA-256 of several texts, in hex; where one ends and the next begins matters."""
     whole = hashlib.sha256()
@@ -145,7 +151,7 @@ def is_open_at(descriptor: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def sealed_folder(target: Path, details: dict[str, Any]) -> Iterator[Path]:
+def sealed_folder(target: Path, details: dict[str, Any], *, waits: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to fill; on leaving it is sealed, flushed and renamed to `target`.
 
     Where anything fails, the temporary folder is removed and `target` stays as it was. An older `target`
@@ -154,33 +160,68 @@ def sealed_folder(target: Path, details: dict[str, Any]) -> Iterator[Path]:
     Args:
         target: The folder to appear. Its parents are created.
         details: What the manifest says beside sizes and digests; it may be filled until the folder is left.
+        waits: Whether filling it waits for other processes, so that it counts as being filled only at the end.
     """
+    temporary = started_folder(target)
+    with _filled(temporary):
+        if waits:
+            _filling.discard(temporary)
+        yield temporary
+        _filling.add(temporary)
+        _seal(temporary, details, {})
+        _rename(temporary, target)
+
+
+def started_folder(target: Path) -> Path:
+    """Make a temporary folder beside the one that is to appear, which `finish_folder` seals, and return it."""
     make_folder(target.parent)
     temporary = target.with_name(f".{target.name}{_TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}")
     temporary.mkdir()
+    return temporary
+
+
+def finish_folder(temporary: Path, target: Path, known: Mapping[str, tuple[int, str]]) -> None:
+    """Seal, flush and rename a folder that several processes have filled.
+
+    Args:
+        temporary: What `started_folder` returned; it is removed where this fails.
+        target: The folder to appear.
+        known: Size and digest of files that others have flushed, by name.
+    """
+    with _filled(temporary):
+        _seal(temporary, {}, known)
+        _rename(temporary, target)
+
+
+@contextlib.contextmanager
+def _filled(temporary: Path) -> Iterator[None]:
+    """Let others know that a folder is being filled, and remove it where that fails."""
     _filling.add(temporary)
     try:
-        yield temporary
-        _seal(temporary, details)
-        if target.exists():
-            replaced = target.with_name(f".{target.name}{_TEMPORARY}replaced-{secrets.token_hex(4)}")
-            target.rename(replaced)
-            try:
-                temporary.rename(target)
-            except BaseException:
-                replaced.rename(target)
-                raise
-            # The new one's name is certain before the old one is gone.
-            _flush(target.parent)
-            remove(replaced)
-        else:
-            temporary.rename(target)
-            _flush(target.parent)
+        yield
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finally:
         _filling.discard(temporary)
+
+
+def _rename(temporary: Path, target: Path) -> None:
+    """Let a sealed folder appear, in place of an older one if there is one."""
+    if not target.exists():
+        temporary.rename(target)
+        _flush(target.parent)
+        return
+    replaced = target.with_name(f".{target.name}{_TEMPORARY}replaced-{secrets.token_hex(4)}")
+    target.rename(replaced)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        replaced.rename(target)
+        raise
+    # The new one's name is certain before the old one is gone.
+    _flush(target.parent)
+    remove(replaced)
 
 
 def is_filling() -> bool:
@@ -298,9 +339,12 @@ def _remove(paths: Iterable[Path]) -> None:
         remove(path)
 
 
-def _seal(folder: Path, details: dict[str, Any]) -> None:
-    """Write the manifest over all files of a folder and flush everything to disk."""
-    paths = sorted(folder.rglob("*"))
+def _seal(folder: Path, details: dict[str, Any], known: Mapping[str, tuple[int, str]]) -> None:
+    """Write the manifest over all files of a folder and flush everything to disk, but what is known already."""
+    for name in known:
+        # A disk that is not the others' lacks it.
+        (folder / name).stat()
+    paths = sorted(path for path in folder.rglob("*") if path.relative_to(folder).as_posix() not in known)
     files = [path for path in paths if path.is_file()]
     # Some libraries write files that nobody else may read, whatever the user's umask says.
     mode = folder.stat().st_mode & 0o666
@@ -314,7 +358,7 @@ def _seal(folder: Path, details: dict[str, Any]) -> None:
     sealed = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, digests.result(), strict=True)
-    }
+    } | {name: {"bytes": size, "sha256": digest} for name, (size, digest) in known.items()}
     text = json.dumps({**details, "files": sealed}, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(folder / MANIFEST, text + "\n")
 

@@ -8,6 +8,15 @@
       training_state.json                                 step, schedule, scaler, what the run started from
       manifest.json                                       sizes and digests of all of them
 
+Where weights are split among processes, each writes what it has into the same folder, and shards.json says where
+what is (`modeling/folders/shard_files.py`):
+
+    step-000100/
+      config.json, tokenizer.json …                       a Hugging Face folder without weights; of an adapter, with
+      weights-00001-of-00002.safetensors                  one for each process, as for optimizer and reference
+      optimizer-00001-of-00002.safetensors
+      shards.json
+
 Nothing in it is pickled, so loading one executes nothing.
 """
 
@@ -21,14 +30,26 @@ from typing import TYPE_CHECKING
 
 from accelerate.utils import gather_object
 
-from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.errors import UserError
 from dpo_cli.modeling.digests import SCHEME
-from dpo_cli.modeling.folders.saving import saved_folder
+from dpo_cli.modeling.folders.saving import disk_refusals, saved_folder
 from dpo_cli.settings import located
-from dpo_cli.system.storage import DamagedFolder, discard, make_folder, read_manifest, remove_strays, verify
+from dpo_cli.system.storage import (
+    DamagedFolder,
+    discard,
+    finish_folder,
+    make_folder,
+    read_manifest,
+    remove,
+    remove_strays,
+    started_folder,
+    verify,
+)
 from dpo_cli.training.learner import Learner, NotFinite
 from dpo_cli.training.run_folder import checkpoints_in, step_of
+from dpo_cli.training.sharded_state import ShardedSnapshot
 from dpo_cli.training.state import RunNotes, Snapshot, random_states, read_state
+from dpo_cli.training.together import Together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +80,7 @@ class CheckpointWriter:
         keep: How many of the newest stay.
         background: Whether a copy in memory is written while training goes on. At most one is being written; where
             that fails, the next call says so.
+        together: The processes that write, where weights are split among them; None: the main process does.
         newest: The step of the newest checkpoint that there is, or 0.
 
     Attributes:
@@ -66,15 +88,22 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, folder: Path, tokenizer: PreTrainedTokenizerBase, keep: int, *, background: bool, newest: int = 0
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        keep: int,
+        *,
+        background: bool,
+        newest: int = 0,
+        together: Together | None = None,
     ) -> None:
         self.folder, self.keep, self.newest = folder, keep, newest
-        self._tokenizer, self._background = tokenizer, background
+        self._tokenizer, self._background, self._together = tokenizer, background, together
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
 
     def save(self, learner: Learner, notes: RunNotes) -> Path:
-        """Save the state after the learner's last step; every rank calls it, the main process writes.
+        """Save the state after the learner's last step; every rank calls it, the main process or all of them write.
 
         Args:
             learner: What is saved.
@@ -86,9 +115,10 @@ class CheckpointWriter:
         accelerator = learner.accelerator
         states = gather_object([random_states(accelerator.process_index)])
         target = self.folder / f"step-{learner.done:06d}"
-        if accelerator.is_main_process:
+        if self._together or accelerator.is_main_process:
             self.finish()
-            snapshot = Snapshot.of(learner, self._tokenizer, states, notes)
+            kind = ShardedSnapshot if self._together else Snapshot
+            snapshot = kind.of(learner, self._tokenizer, states, notes)
             if self._background:
                 written = snapshot.copied()
                 self._thread = threading.Thread(target=self._try_to_write, args=(target, written), daemon=True)
@@ -112,22 +142,51 @@ class CheckpointWriter:
             failed, self._failed = self._failed, None
             raise failed
 
-    def _try_to_write(self, target: Path, snapshot: Snapshot) -> None:
+    def _try_to_write(self, target: Path, snapshot: Snapshot | ShardedSnapshot) -> None:
         try:
             self._write(target, snapshot)
         except BaseException as error:
             self._failed = error
 
-    def _write(self, target: Path, snapshot: Snapshot) -> None:
-        try:
-            make_folder(self.folder)
-            remove_strays(self.folder)
-        except OSError as error:
-            raise from_os_error(error, "saving a checkpoint", str(target)) from error
-        with saved_folder(target, "saving a checkpoint") as temporary:
-            snapshot.write(temporary)
+    def _write(self, target: Path, snapshot: Snapshot | ShardedSnapshot) -> None:
+        doing = "saving a checkpoint"
+        if isinstance(snapshot, ShardedSnapshot):
+            assert self._together is not None
+            self._write_together(target, snapshot, self._together, doing)
+        else:
+            with disk_refusals(doing, target):
+                self._make_room()
+            with saved_folder(target, doing) as temporary:
+                snapshot.write(temporary)
         self.newest = snapshot.record.step
-        prune(self.folder, self.keep, snapshot.record.step)
+        if self._together is None or self._together.is_main:
+            prune(self.folder, self.keep, snapshot.record.step)
+
+    def _write_together(self, target: Path, snapshot: ShardedSnapshot, together: Together, doing: str) -> None:
+        """Write what each process has into one folder, which the main process seals and renames."""
+
+        def begin() -> Path:
+            self._make_room()
+            return started_folder(target)
+
+        def finish() -> None:
+            snapshot.write_rest(temporary, parts, together.num_ranks)
+            finish_folder(temporary, target, {part.file: (part.num_bytes, part.digest) for part in parts})
+
+        temporary = together.done_by_main(begin, doing, target)
+        try:
+            own = together.done(lambda: snapshot.write_own(temporary, together.rank, together.num_ranks), doing, target)
+            parts = [part for each in own for part in each]
+            together.done_by_main(finish, doing, target)
+        except BaseException:
+            if together.is_main:
+                remove(temporary)
+            raise
+
+    def _make_room(self) -> None:
+        """Make the folder of checkpoints, without what interrupted writers left there."""
+        make_folder(self.folder)
+        remove_strays(self.folder)
 
 
 def prune(folder: Path, keep: int, step: int) -> None:

@@ -22,9 +22,8 @@ from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import OpenReference
 from dpo_cli.preference.scoring import ExpertLoad, score_pairs, score_step, step_info
 from dpo_cli.training.recuts import Recuts
+from dpo_cli.training.resharding import OPTIMIZER, REFERENCE
 from dpo_cli.training.state import (
-    OPTIMIZER,
-    REFERENCE,
     LearnerState,
     check_fits,
     optimizer_to_tensors,

@@ -16,14 +16,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.backends import cpu
+from torch.distributed.tensor import DTensor
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.determinism import gpu_software
 from dpo_cli.modeling.eight_bits import IN_8_BITS, SCALE, num_blocks
+from dpo_cli.modeling.folders.shard_files import Shards
 from dpo_cli.modeling.folders.streams import load_tensors, save_tensors
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.modeling.split import whole_value
 from dpo_cli.system.storage import DamagedFolder
+from dpo_cli.training.resharding import OPTIMIZER, REFERENCE, kept_tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,8 +37,10 @@ if TYPE_CHECKING:
     from dpo_cli.modeling.policy import Policy
     from dpo_cli.training.learner import Learner
 
-OPTIMIZER, REFERENCE = "optimizer.safetensors", "reference.safetensors"
-_STATE, _RANDOM = "training_state.json", "random_states.safetensors"
+_STATE, RANDOM = "training_state.json", "random_states.safetensors"
+_UNSPLIT = {"shards": 1}
+"""What surroundings do not say where every process has whole weights."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -142,19 +147,13 @@ class Snapshot:
         """Look at the state as it is now, without copying it."""
         state = learner.state()
         random = {name: state for states in random_states for name, state in states.items()}
-        record = TrainingState(
-            step=state.step,
-            fingerprints=dict(notes.fingerprints),
-            surroundings=surroundings(learner.accelerator) | learner.policy.passes_through,
-            statistics=state.statistics,
-            skipped=state.skipped,
-            metrics=notes.metrics,
-            before=dict(notes.before),
-            optimizer=state.groups,
-            schedule=_Schedule(last_epoch=state.step),
-            scaler=state.scaler,
+        return cls(
+            learner.policy,
+            tokenizer,
+            learner.policy.state(),
+            {**state.tensors, RANDOM: random},
+            record_of(learner, state, notes),
         )
-        return cls(learner.policy, tokenizer, learner.policy.state(), {**state.tensors, _RANDOM: random}, record)
 
     def copied(self) -> Snapshot:
         """Return the same in memory of its own, which no step changes."""
@@ -176,7 +175,28 @@ class Snapshot:
         self.policy.write(folder, self.tokenizer, self.weights)
         for name, tensors in self.tensors.items():
             save_tensors(tensors, folder / name)
-        (folder / _STATE).write_text(self.record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        write_record(folder, self.record)
+
+
+def record_of(learner: Learner, state: LearnerState, notes: RunNotes) -> TrainingState:
+    """Return what a checkpoint says of a run, its tensors aside."""
+    return TrainingState(
+        step=state.step,
+        fingerprints=dict(notes.fingerprints),
+        surroundings=surroundings(learner.accelerator) | learner.policy.passes_through | learner.policy.splits,
+        statistics=state.statistics,
+        skipped=state.skipped,
+        metrics=notes.metrics,
+        before=dict(notes.before),
+        optimizer=state.groups,
+        schedule=_Schedule(last_epoch=state.step),
+        scaler=state.scaler,
+    )
+
+
+def write_record(folder: Path, record: TrainingState) -> None:
+    """Write training_state.json."""
+    (folder / _STATE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
@@ -187,13 +207,11 @@ def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
     """
     accelerator = learner.accelerator
     try:
-        record, random = read_state(path), load_file(path / _RANDOM)
-        tensors = {OPTIMIZER: load_tensors(path / OPTIMIZER, accelerator.device)}
-        if learner.reference.moving is not None:
-            tensors[REFERENCE] = load_tensors(path / REFERENCE, accelerator.device)
+        record, random = read_state(path), load_file(path / RANDOM)
+        tensors = _tensors(path, learner)
         state = LearnerState(record.step, tensors, record.optimizer, record.statistics, record.skipped, record.scaler)
         learner.restore(state)
-        now = surroundings(accelerator) | learner.policy.passes_through
+        now = surroundings(accelerator) | learner.policy.passes_through | learner.policy.splits
         if record.surroundings.get("processes") == now["processes"]:
             restore_random_states(random, accelerator.process_index)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DamagedFolder, SafetensorError) as error:
@@ -205,6 +223,14 @@ def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
     if accelerator.is_main_process and (other := _changes(record.surroundings, now)):
         _log.warning("the run continues at the right pair, but perhaps not bit for bit: %s", "; ".join(other))
     return record
+
+
+def _tensors(path: Path, learner: Learner) -> dict[str, dict[str, Tensor]]:
+    """Return what this process needs of the tensors of a checkpoint, the policy's weights aside."""
+    if learner.policy.splits or Shards.are_in(path):
+        return kept_tensors(path, learner)
+    files = [OPTIMIZER, *([REFERENCE] if learner.reference.moving else [])]
+    return {file: load_tensors(path / file, learner.accelerator.device) for file in files}
 
 
 def surroundings(accelerator: Accelerator) -> dict[str, Any]:
@@ -249,8 +275,9 @@ def rates_at(schedule: LambdaLR, step: int) -> list[float | Tensor]:
     return [base * factor(step) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
 
 
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Say what differs: `threads 2 → 1`. Of what an older version did not note, nothing is known."""
+    before, now = _UNSPLIT | before, now | {name: now.get(name, one) for name, one in _UNSPLIT.items()}
     return [f"{name} {before[name]} → {now[name]}" for name in now if name in before and before[name] != now[name]]
 
 
@@ -282,10 +309,18 @@ def check_fits(state: Mapping[int, Mapping[str, Tensor]], optimizer: Any) -> Non
     weights = [weights for group in optimizer.param_groups for weights in group["params"]]
     for index, moments in state.items():
         for name, tensor in moments.items():
-            fits = 0 <= index < len(weights) and tensor.shape == _shape_of(name, weights[index].shape)
+            fits = 0 <= index < len(weights) and tensor.shape in _shapes_of(name, tensor, weights[index])
             of_numbers = tensor.dtype == torch.uint8 if name.endswith(IN_8_BITS) else tensor.is_floating_point()
             if not fits or not of_numbers:
                 raise ValueError(f"{OPTIMIZER}: {index}.{name} matches no weights of the model")
+
+
+def _shapes_of(name: str, kept: Tensor, weights: Tensor) -> set[tuple[int, ...]]:
+    """Return the shapes that what is kept of a weight may have: that of the whole, or that of what is here of it."""
+    if isinstance(weights, DTensor) and not isinstance(kept, DTensor):
+        here = tuple(weights.to_local().shape)
+        return {_shape_of(name, here), *([_shape_of(name, weights.shape)] if name == "col_var" else [])}
+    return {_shape_of(name, weights.shape)}
 
 
 def _shape_of(name: str, shape: Sequence[int]) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.folders.saved_weights import SavedWeights
-from dpo_cli.modeling.folders.streams import _NAMES, save_tensors
+from dpo_cli.modeling.folders.streams import NAMES, save_tensors
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.held import Bfloat16, Float32, Held, Nf4, Split
@@ -26,7 +26,7 @@ def test_a_file_has_the_bytes_that_safetensors_gives_it(tmp_path: Path, metadata
     shapes = [(), (0,), (3,), (2, 5), (1, 2, 3)]
     tensors = {
         f"ö{place}.{dtype}": (10 * torch.randn(shape)).to(dtype)
-        for dtype in _NAMES
+        for dtype in NAMES
         for place, shape in enumerate(shapes)
     }
     save_file(tensors, tmp_path / "theirs", metadata=metadata)
@@ -55,7 +55,7 @@ def test_a_model_is_written_with_the_bytes_that_transformers_gives_it(tmp_path: 
 def test_a_large_model_is_written_into_the_files_that_transformers_makes(tmp_path: Path, monkeypatch: Any) -> None:
     model = build("llama")
     model.save_pretrained(tmp_path / "theirs", max_shard_size="40KB")
-    monkeypatch.setattr("dpo_cli.modeling.folders.saved_weights._LARGEST", "40KB")
+    monkeypatch.setattr("dpo_cli.modeling.folders.saved_weights.LARGEST_BYTES", 40_000)
     model.config.save_pretrained(tmp_path / "ours")
     SavedWeights(model).write(tmp_path / "ours")
     theirs = {path.name: path.read_bytes() for path in (tmp_path / "theirs").glob("model*")}

@@ -25,6 +25,7 @@ from dpo_cli.modeling.digests import tensors_digest, weights_digest
 from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.folders.saved_weights import other_bytes
 from dpo_cli.modeling.folders.saving import write_json, write_tokenizer
+from dpo_cli.modeling.folders.shard_files import gathered
 from dpo_cli.modeling.folders.streams import save_tensors
 from dpo_cli.modeling.shards import is_placeholder, is_split
 from dpo_cli.modeling.split import set_whole_value
@@ -160,11 +161,20 @@ class Adapted:
                 module.training = False
 
     def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        """Return the adapter's weights under the names that PEFT saves them by."""
-        from peft import get_peft_model_state_dict
+        """Return the adapter's weights under the names that PEFT saves them by.
 
-        found = get_peft_model_state_dict(model, save_embedding_layers=False)
-        return {f"{PREFIX}{name}": weights.detach() for name, weights in sorted(found.items())}
+        They are few: those that are split among processes are gathered, and each has to ask at the same time.
+        """
+        return {name: gathered(weights) for name, weights in _saved(model).items()}
+
+    def split_state(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return what each process saves its rows of: nothing, and what is gathered: `state`."""
+        return {}, self.state(model)
+
+    def attend_writing(
+        self, model: PreTrainedModel, state: Mapping[str, Tensor], types: WeightTypes | None = None
+    ) -> None:
+        """Take part while another process writes what `state` has gathered: nothing is left to do."""
 
     def write(
         self,
@@ -229,13 +239,21 @@ class Adapted:
         Raises:
             UserError: They are another adapter's.
         """
-        ours = self.state(model)
+        ours = _saved(model)
         differing = sorted(theirs.keys() ^ ours.keys()) or [n for n in ours if theirs[n].shape != ours[n].shape]
         if differing:
             what = f"the adapter does not fit: `{differing[0]}` is not in both, or has another shape"
             raise UserError(what, str(folder), "choose an adapter of the same base with the same settings")
         for name, weights in ours.items():
             set_whole_value(weights, theirs[name])
+
+
+def _saved(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return the adapter's weights under the names that PEFT saves them by, as they are held."""
+    from peft import get_peft_model_state_dict
+
+    found = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {f"{PREFIX}{name}": weights.detach() for name, weights in sorted(found.items())}
 
 
 def base_names(model: PreTrainedModel) -> Callable[[str], str | None]:

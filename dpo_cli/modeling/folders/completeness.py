@@ -8,8 +8,13 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from transformers import AutoConfig, GenerationConfig
+
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.folders.model_files import GENERATION
 from dpo_cli.modeling.folders.reading import one_at_a_time
+from dpo_cli.modeling.folders.shard_files import Shards, slices_of_weights
 from dpo_cli.modeling.held import FLOAT32
 
 if TYPE_CHECKING:
@@ -34,11 +39,30 @@ def load_complete(loader: Any, folder: str, *, mapped: bool = False, **settings:
     """Load a model of which every weight is there, and no other; `mapped` as in `one_at_a_time`."""
     model: PreTrainedModel
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if Shards.are_in(Path(folder)):
+        return _load_shards(loader, Path(folder), {**FLOAT32.built_as(), **told, **settings})
     # Reading ahead gains time where every weight has to be dequantized, and the file is small beside them.
     with contextlib.nullcontext() if "gguf_file" in settings else one_at_a_time(mapped=mapped):
         model, report = loader.from_pretrained(folder, **{**FLOAT32.built_as(), **told, **settings})
     check_complete(model, report, str(Path(folder, settings.get("gguf_file", ""))))
     return model.eval()
+
+
+def _load_shards(loader: Any, folder: Path, settings: dict[str, Any]) -> PreTrainedModel:
+    """Load a model whose weights several processes have written, one at a time."""
+    trusted = settings.get("trust_remote_code", False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+    with torch.device("meta"):
+        # What chooses among classes asks for a folder with weights.
+        kind = type(loader.from_config(config, trust_remote_code=trusted))
+    with one_at_a_time():
+        model, report = kind.from_pretrained(None, config=config, state_dict=slices_of_weights(folder), **settings)
+    model.name_or_path = str(folder)
+    if (folder / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    check_complete(model, report, str(folder))
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def check_complete(model: PreTrainedModel, report: Mapping[str, Any], folder: str) -> None:

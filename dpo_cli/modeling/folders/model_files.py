@@ -28,6 +28,9 @@ WHOLE_WEIGHTS = ("model.safetensors", f"model.safetensors{_INDEX}", "pytorch_mod
 _BY_PROCESS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """How files are called in which each process of a run saved its part of every weight."""
 
+SHARDS, WEIGHTS = "shards.json", "weights"
+"""What says where the rows of tensors are that were split among processes, and what it calls a model's weights."""
+
 _TEXTS = {".json", ".jinja", ".model", ".txt"}
 MOST_TEXT_BYTES = 1 << 26
 """More than any tokenizer's vocabulary takes."""
@@ -85,7 +88,9 @@ def check_folder(folder: Path, trust: Trust, where: str | None = None) -> UserEr
         _check_settings(settings)
         files = weights_files(folder, settings)
         check_fetched([*files, *(path for path in folder.iterdir() if path.suffix in _TEXTS)])
-        check_headers([file for file in files if file.suffix == ".safetensors"])
+        if not (folder / SHARDS).is_file():
+            # There every file has other rows of the same weights.
+            check_headers([file for file in files if file.suffix == ".safetensors"])
     except UserError as error:
         return UserError(f"`{folder}` is not loaded: {error.what}", where, error.hint)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -124,7 +129,7 @@ def weights_files(folder: Path, settings: dict[str, Any] | None = None) -> list[
     for name in weights_names(folder, settings):
         if (folder / name).is_file():
             return [folder / part for part in parts_of(folder, name)]
-    return []
+    return sorted(folder.glob(f"{WEIGHTS}-*.safetensors")) if (folder / SHARDS).is_file() else []
 
 
 def weights_names(folder: Path, settings: dict[str, Any] | None = None) -> Sequence[str]:

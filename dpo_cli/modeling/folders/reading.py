@@ -15,8 +15,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from dpo_cli.modeling.folders.model_files import weights_files
+from dpo_cli.modeling.folders.model_files import WEIGHTS, weights_files
+from dpo_cli.modeling.folders.saved_weights import saved_state
+from dpo_cli.modeling.folders.shard_files import Shards, split_like
 from dpo_cli.modeling.folders.weight_types import WeightTypes
+from dpo_cli.modeling.shards import rows_of
 from dpo_cli.modeling.split import set_whole_value, state_of, whole_dtype
 
 if TYPE_CHECKING:
@@ -76,6 +79,8 @@ def read_over(model: PreTrainedModel, folder: Path, own_name: Callable[[str], st
     Returns:
         What was missing, not used, or of another shape, as `from_pretrained` says it with `output_loading_info`.
     """
+    if Shards.are_in(folder):
+        return _read_shards_over(model, folder, own_name)
     config = LoadStateDictConfig(weight_mapping=get_model_conversion_mapping(model), ignore_mismatched_sizes=True)
     with contextlib.ExitStack() as opened, one_at_a_time(), torch.no_grad():
         slices: dict[str, Any] = {}
@@ -87,6 +92,26 @@ def read_over(model: PreTrainedModel, folder: Path, own_name: Callable[[str], st
     model._adjust_missing_and_unexpected_keys(report)
     found: dict[str, Any] = report.to_dict()
     return found
+
+
+def _read_shards_over(
+    model: PreTrainedModel, folder: Path, own_name: Callable[[str], str | None]
+) -> dict[str, set[Any]]:
+    """Do what `read_over` does with a folder in which several processes have written the weights."""
+    ours = {own: one for name, one in saved_state(model).items() if (own := own_name(name)) is not None}
+    shards = Shards.in_folder(folder)
+    theirs = shards.shapes(WEIGHTS)
+    differing = {(name, shape, tuple(ours[name].shape)) for name, shape in theirs.items() if name in ours}
+    report: dict[str, set[Any]] = {
+        "missing_keys": set(ours.keys() - theirs.keys()),
+        "unexpected_keys": set(theirs.keys() - ours.keys()),
+        "mismatched_keys": {one for one in differing if one[1] != one[2]},
+    }
+    if not any(report.values()):
+        for name, tensor in ours.items():
+            rows = shards.rows(WEIGHTS, name, *rows_of(tensor))
+            set_whole_value(tensor, split_like(tensor, rows.to(tensor.device)))
+    return report
 
 
 class _Read:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import safe_open
 from transformers.core_model_loading import revert_weight_conversion
 
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.folders.model_files import weights_files
-from dpo_cli.modeling.folders.streams import save_tensors
-from dpo_cli.modeling.split import state_of, whole_dtype, whole_value
+from dpo_cli.modeling.folders.shard_files import gathered
+from dpo_cli.modeling.folders.streams import in_order, save_tensors
+from dpo_cli.modeling.split import state_of, whole_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,8 +25,24 @@ if TYPE_CHECKING:
 
     from dpo_cli.modeling.folders.weight_types import WeightTypes
 
-_FILE, _INDEX, _LARGEST = "model{suffix}.safetensors", "model.safetensors.index.json", "50GB"
-"""The names and the size of the files, as transformers chooses them."""
+_FILE, _INDEX = "model{suffix}.safetensors", "model.safetensors.index.json"
+"""The names of the files, as transformers chooses them."""
+
+LARGEST_BYTES = 5 * 10**9
+"""The largest file of weights, unless it has a single one."""
+
+
+def saved_state(model: PreTrainedModel, held: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return what is saved of a model's weights, tied ones once.
+
+    Args:
+        model: The model.
+        held: Its weights as `state_dict` names them; None: as they are now.
+    """
+    left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    return {
+        name: tensor for name, tensor in (state_of(model) if held is None else held).items() if name not in left_out
+    }
 
 
 class SavedWeights:
@@ -47,12 +65,9 @@ class SavedWeights:
         weights: Mapping[str, Tensor] | None = None,
         types: WeightTypes | None = None,
     ) -> None:
-        left_out = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
-        held = state_of(model) if weights is None else weights
-        self._model = model
-        self._held = {name: tensor for name, tensor in held.items() if name not in left_out}
+        self._model, self._held = model, saved_state(model, weights)
         sketch = {
-            name: torch.empty_like(tensor, dtype=whole_dtype(tensor), device="meta")
+            name: torch.empty(tensor.shape, dtype=whole_dtype(tensor), device="meta")
             for name, tensor in self._held.items()
         }
         made: dict[str, Tensor] = revert_weight_conversion(model, dict(sketch))
@@ -66,18 +81,26 @@ class SavedWeights:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the settings name: that of the first weight that is no whole number."""
-        return next((one.dtype for one in self.sketch.values() if one.is_floating_point()), self._model.dtype)
+        held = (
+            whole_dtype(one) for one in (*self.sketch.values(), *self._model.parameters()) if one.is_floating_point()
+        )
+        return next(held, self._model.dtype)
 
     def take(self, name: str) -> Tensor:
-        """Return what is saved under a name, with its content, as it is held; each is to be taken once."""
+        """Return what is saved under a name, with its content, as it is held; each is to be taken once.
+
+        Where weights are split among processes, all of them have to take the same ones in the same order.
+        """
         if name not in self._made:
-            sources = {source: whole_value(self._held[source]) for source in self._sources[name]}
+            sources = {source: gathered(self._held[source]) for source in self._sources[name]}
             self._made |= revert_weight_conversion(self._model, sources)
         return self._made.pop(name)
 
     def write(self, folder: Path) -> None:
         """Write all into a folder, as transformers does: into one file, or into several with an index."""
-        split = split_torch_state_dict_into_shards(self.sketch, filename_pattern=_FILE, max_shard_size=_LARGEST)
+        if not self.sketch:
+            return
+        split = self._split()
         for file, names in split.filename_to_tensors.items():
             save_tensors({name: self.sketch[name] for name in names}, folder / file, self.take, {"format": "pt"})
         if split.is_sharded:
@@ -85,23 +108,38 @@ class SavedWeights:
             index = {"metadata": about, "weight_map": split.tensor_to_filename}
             (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
+    def attend(self) -> None:
+        """Take part while another process writes all, or compares it with what is written."""
+        for name in self._in_order():
+            self.take(name)
+
     def check(self, folder: Path) -> None:
         """Compare what is in a folder, tensor by tensor, with what is in memory.
 
         Raises:
             UserError: The disk did not keep it.
         """
-        left = set(self.sketch)
-        for file in weights_files(folder):
+        with contextlib.ExitStack() as stack:
             # A mapped file would be in memory as a whole in the end.
-            with safe_open(file, framework="pt", backend="pread") as opened:
-                for name in opened.keys():  # noqa: SIM118  (it is no dictionary)
-                    left.remove(name)
-                    held = self.take(name).to(self.sketch[name].dtype)
-                    if not torch.equal(opened.get_tensor(name), held.cpu()):
-                        raise other_bytes(name, folder)
-        if left:
-            raise other_bytes(min(left), folder)
+            files = [
+                stack.enter_context(safe_open(file, framework="pt", backend="pread")) for file in weights_files(folder)
+            ]
+            holding = {name: file for file in files for name in file.keys()}  # noqa: SIM118  (it is no dictionary)
+            if differing := holding.keys() ^ self.sketch.keys():
+                raise other_bytes(min(differing), folder)
+            for name in self._in_order():
+                held = self.take(name).to(self.sketch[name].dtype)
+                if not torch.equal(holding[name].get_tensor(name), held.cpu()):
+                    raise other_bytes(name, folder)
+
+    def _split(self) -> StateDictSplit:
+        """Part what is saved among files."""
+        return split_torch_state_dict_into_shards(self.sketch, filename_pattern=_FILE, max_shard_size=LARGEST_BYTES)
+
+    def _in_order(self) -> Iterator[str]:
+        """Yield the names in the order in which they are written."""
+        for names in self._split().filename_to_tensors.values():
+            yield from in_order({name: self.sketch[name] for name in names})
 
 
 def other_bytes(name: str, folder: Path) -> UserError:

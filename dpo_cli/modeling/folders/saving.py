@@ -130,20 +130,37 @@ def logits_alone(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def saved_folder(target: Path, doing: str, details: dict[str, Any] | None = None) -> Iterator[Path]:
+def saved_folder(
+    target: Path, doing: str, details: dict[str, Any] | None = None, *, waits: bool = False
+) -> Iterator[Path]:
     """Yield a folder to write into, which appears as `target`, sealed, when all of it is written.
 
     Args:
         target: The folder to appear.
         doing: What failed, where it fails.
         details: What its manifest says beside sizes and digests.
+        waits: Whether filling it waits for other processes.
 
     Raises:
         UserError: The disk refuses. `target` is as it was then.
     """
+    with disk_refusals(doing, target), sealed_folder(target, details or {}, waits=waits) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def disk_refusals(doing: str, target: Path) -> Iterator[None]:
+    """Turn what the disk refuses into a `UserError`, also where a library raises it as an error of its own.
+
+    Args:
+        doing: What failed, where it fails.
+        target: What is written.
+
+    Raises:
+        UserError: The disk refuses.
+    """
     try:
-        with sealed_folder(target, details or {}) as temporary:
-            yield temporary
+        yield
     except OSError as error:
         raise refused(error, doing, target) from error
     except Exception as error:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NAMES = {
+NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -31,6 +31,9 @@ _NAMES = {
     torch.uint64: "U64",
 }
 """What safetensors calls the types, in its order: a file holds those of the last first, and equal ones by name."""
+
+DTYPES = {called: dtype for dtype, called in NAMES.items()}
+"""The types by what safetensors calls them."""
 
 
 def save_tensors(
@@ -50,14 +53,13 @@ def save_tensors(
             each, in the order of the file. None: those of `tensors`.
         metadata: What the file says beside them.
     """
-    order = list(_NAMES)
-    names = sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
+    names = in_order(tensors)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes
         shape = list(tensors[name].shape)
-        header[name] = {"dtype": _NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as opened:
@@ -65,6 +67,12 @@ def save_tensors(
         for name in names:
             held = (content or tensors.__getitem__)(name).detach().to(tensors[name].dtype).cpu().contiguous()
             opened.write(held.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors in the order in which a file has them."""
+    order = list(NAMES)
+    return sorted(tensors, key=lambda name: (-order.index(tensors[name].dtype), name))
 
 
 def load_tensors(file: Path, device: torch.device) -> dict[str, Tensor]:

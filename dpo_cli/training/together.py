@@ -1,0 +1,93 @@
+"""Processes that write one folder together: what the disk refuses to any of them is one error in all."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+from accelerate.utils import gather_object
+from torch import distributed
+
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.folders.saving import disk_refusals
+from dpo_cli.system.disks import first_of_each_disk
+
+Found = TypeVar("Found")
+
+_LONGEST_WAIT = timedelta(hours=2)
+"""How long a process waits for others in a save, as in all else; who is missing is found out before that."""
+
+
+class Together:
+    """Processes that do something together on the disk, and tell each other over a group of their own.
+
+    So a thread can write while the main thread computes. Every process has to make it, and to make the same calls.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.num_ranks = distributed.get_rank(), distributed.get_world_size()
+        self._group = distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that makes folders, seals them and renames them."""
+        return self.rank == 0
+
+    def of_all(self, found: Found) -> list[Found]:
+        """Return what each process has found."""
+        everywhere: list[Found] = [found] * self.num_ranks
+        distributed.all_gather_object(everywhere, found, group=self._group)
+        return everywhere
+
+    def done(self, work: Callable[[], Found], doing: str, target: Path) -> list[Found]:
+        """Do some work in every process; return what came of it in each.
+
+        Args:
+            work: What to do; it waits for no other process.
+            doing: What failed, where it fails.
+            target: What is written.
+
+        Raises:
+            UserError: The disk refused it to one of them.
+        """
+        result, refusal = None, None
+        try:
+            with disk_refusals(doing, target):
+                result = work()
+        except UserError as error:
+            refusal = (error.what, error.where, error.hint, error.status)
+        found = self.of_all((result, refusal))
+        for rank, (_, told) in enumerate(found):
+            if told:
+                what, where, hint, status = told
+                raise UserError(f"{what} (process {rank + 1} of {self.num_ranks})", where, hint, status=status)
+        return [one for one, _ in found]  # type: ignore[misc]
+
+    def done_by_main(self, work: Callable[[], Found], doing: str, target: Path) -> Found:
+        """Do some work in the main process; return in all what came of it.
+
+        Raises:
+            UserError: As `done`.
+        """
+        return self.done(lambda: work() if self.is_main else None, doing, target)[0]  # type: ignore[return-value]
+
+
+def check_shared(folder: Path, num_writers: int) -> None:
+    """Find out whether processes see the same files in a folder; every process has to ask.
+
+    Args:
+        folder: The folder, which is made where it is missing.
+        num_writers: How many, from the first on, have to.
+
+    Raises:
+        UserError: Some do not, so that they could not write one checkpoint.
+    """
+    first = first_of_each_disk(folder, gather_object)
+    hosts = gather_object([socket.gethostname()])
+    if blind := [f"{rank + 1} on {hosts[rank]}" for rank in range(num_writers) if first[rank] != 0]:
+        what = f"checkpoints in shards need a folder that all processes share: not so process {', '.join(blind)}"
+        hint = "set `output_dir` to a folder on a disk that all machines share; or `training.sharding: none`"
+        raise UserError(what, str(folder), hint)
