@@ -311,6 +311,8 @@ def _proved(
         # All ranks take the same layout, so the one that fails decides.
         if failure := next(filter(None, session.of_all(proof.fails(session.precision))), ""):
             return f"{policy}: {failure}", []
+        # Only now does the policy know of it, and what is copied of the policy will read it too.
+        policy.read(layout)
         for line in proof.lines(layout, session.precision, trained=trained):
             session.console.notice(f"checked: {line}")
         lines.append(own_logps_line(proof.difference, session.precision))

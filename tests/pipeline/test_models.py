@@ -88,3 +88,16 @@ def test_a_reference_whose_answers_are_kept_is_let_go_of_before_the_model_to_sco
     config, reference, loaded = named_reference
     dpo_cli.evaluate(config, model=str(config["model"]))
     assert [(name, beside) for name, _, beside in loaded] == [(str(reference), []), (str(config["model"]), [])]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_checkpoint_says_under_which_layout_its_passes_were_made(tmp_path, tiny_llama, demo_rows, layout):
+    config = {
+        "model": tiny_llama,
+        "data": {"train": write_rows(tmp_path / "pairs.jsonl", demo_rows[:8]), "eval": None},
+        "training": {"max_steps": 1, "layout": layout},
+        "output_dir": tmp_path / "run",
+    }
+    list(dpo_cli.train(config))
+    texts = [file.read_text() for file in (tmp_path / "run" / "checkpoints").rglob("*.json")]
+    assert sum(f'"layout": "{layout}' in text for text in texts) == 1
