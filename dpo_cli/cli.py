@@ -139,6 +139,7 @@ def prepare_data(
         "dpo train my.yaml --dry-run",
         "dpo train my.yaml training.epochs=2 output_dir=runs/two",
         "dpo train my.yaml --resume",
+        "dpo train my.yaml --dry-run --assume-devices 8x80GB",
     )
 )
 def train(
@@ -150,6 +151,10 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older run in the folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option("--assume-devices", metavar="8x80GB", help="Plan for these GPUs, which need not be here."),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Train a policy on preference pairs."""
@@ -165,6 +170,14 @@ def train(
         settings = load_config(file, overrides)
         if resume and not any(text.startswith("output_dir=") for text in overrides):
             RunFolder(Path(settings.output_dir)).check_moved(file)
+        if devices is not None:
+            if resume or overwrite or not dry_run:
+                hint = "add `--dry-run`, and leave `--resume` and `--overwrite` out"
+                raise UserError("devices can be assumed in a dry run alone", f"--assume-devices {devices}", hint)
+            from dpo_cli.jobs import forecast
+
+            forecast(settings, devices, console=console)
+            return
         how = {"resume": resume, "overwrite": overwrite, "extend": extend, "dry_run": dry_run}
         for _ in dpo_cli.train(settings, **how, console=console, signals=signals):
             pass

@@ -6,6 +6,7 @@ The pipeline, which imports torch, is imported after that.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -27,6 +28,7 @@ from dpo_cli.config.starting import starting_text
 from dpo_cli.doctor.findings import anything_wrong, chosen
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console, Unattended
+from dpo_cli.system.assumed_devices import assumed_devices
 from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
 from dpo_cli.system.signals import StopSignals
 from dpo_cli.training.run_folder import RunFolder, RunState
@@ -135,6 +137,31 @@ def train(
     check_training(settings, resume=resume, overwrite=overwrite, dry_run=dry_run)
     signals = signals or StopSignals()
     return _train(settings, console, signals, resume=resume, overwrite=overwrite, extend=extend, dry_run=dry_run)
+
+
+def forecast(config: Configuration, devices: str, *, console: Console | None = None) -> None:
+    """Check everything of a run and print its plan as `train` does with `dry_run`, for GPUs that are not here.
+
+    Neither GPUs nor the model's weights are needed.
+
+    Args:
+        config: What to do.
+        devices: The GPUs, as in `8x80GB`, or `2x8x80GB` on 2 machines.
+        console: What a person sees, or None.
+
+    Raises:
+        UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
+    """
+    settings, console, assumed = as_config(config), console or _unattended(), assumed_devices(devices)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        what = "devices are assumed by one process, and a launcher started several"
+        raise UserError(what, f"--assume-devices {devices}", "start `dpo` itself, without a launcher")
+    check_training(settings, resume=False, overwrite=False, dry_run=True, weights=False)
+    console.notice("loading …")
+    look_up_on_hub(settings)
+    from dpo_cli.pipeline.forecast import forecast
+
+    forecast(settings, console, assumed)
 
 
 def _train(

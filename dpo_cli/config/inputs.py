@@ -62,8 +62,15 @@ def check_preparation(config: Config, report: Path | None) -> None:
     raise_all(problems)
 
 
-def check_training(config: Config, *, resume: bool, overwrite: bool, dry_run: bool) -> None:
+def check_training(config: Config, *, resume: bool, overwrite: bool, dry_run: bool, weights: bool = True) -> None:
     """Check what is read, the trackers, and whether the run's folder can be used as asked.
+
+    Args:
+        config: What to do.
+        resume: Whether the run goes on from what is there.
+        overwrite: Whether it replaces an older run.
+        dry_run: Whether it is only looked at.
+        weights: Whether the model's weights have to be there.
 
     Raises:
         UserError: Something is wrong; an `ExceptionGroup` where several things are.
@@ -76,7 +83,7 @@ def check_training(config: Config, *, resume: bool, overwrite: bool, dry_run: bo
     if overwrite and not unusable:
         unusable = folder.check_inputs(_named_inputs(config))
     untracked = check_trackers(config.trackers, "`tracking`")
-    missing = missing_weights(config.model.name, "`model.name`")
+    missing = missing_weights(config.model.name, "`model.name`") if weights else None
     found = (one for one in (unusable, missing) if one)
     raise_all([*check_inputs(config), *_check_alone(config), *launch_errors(config), *untracked, *found])
     if resume:

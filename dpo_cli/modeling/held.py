@@ -15,7 +15,7 @@ from dpo_cli.settings import Settings
 
 if TYPE_CHECKING:
     import torch
-    from torch.nn import Parameter
+    from torch import Tensor
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -92,13 +92,21 @@ class HeldSettings(Settings):
 
     def bytes_of(self, model: PreTrainedModel) -> int:
         """Return what all weights take, whether they are in memory or not."""
-        return sum(parameter.nbytes for parameter in model.parameters())
+        return sum(self.tensor_bytes(parameter) for parameter in model.parameters())
 
-    def gradient_bytes(self, trained: Sequence[Parameter]) -> int:
+    def tensor_bytes(self, weights: Tensor) -> int:
+        """Return what a weight takes that is not quantized, whether it is in memory or not."""
+        return weights.nbytes
+
+    def bits_of(self, model: PreTrainedModel) -> dict[int, tuple[int, int]]:
+        """Return by its identity what each weight of few bits takes, and its scales, whether in memory or not."""
+        return {}
+
+    def gradient_bytes(self, trained: Sequence[Tensor]) -> int:
         """Return what the gradients of the weights that train take."""
         return sum(parameter.nbytes for parameter in trained)
 
-    def saved_bytes(self, moved: Iterable[Parameter]) -> int:
+    def saved_bytes(self, moved: Iterable[Tensor]) -> int:
         """Return what a checkpoint holds of weights, in bytes."""
         return sum(parameter.nbytes for parameter in moved)
 
@@ -161,15 +169,15 @@ class Split(HeldSettings):
         """Return a model that was built with weights, as it would be if these had been loaded."""
         return self.settle(model, device)
 
-    def bytes_of(self, model: PreTrainedModel) -> int:
-        """Return what all weights take on the device, whether they are in memory or not."""
-        return (2 if self.low_on_host else 4) * self.numbers_of(model)
+    def tensor_bytes(self, weights: Tensor) -> int:
+        """Return what a weight takes on the device, whether it is in memory or not."""
+        return (2 if self.low_on_host else 4) * weights.numel()
 
-    def gradient_bytes(self, trained: Sequence[Parameter]) -> int:
+    def gradient_bytes(self, trained: Sequence[Tensor]) -> int:
         """Return what the gradients of the weights that train take."""
         return sum(parameter.numel() for parameter in trained) * PRECISIONS[self.gradients].dtype.itemsize
 
-    def saved_bytes(self, moved: Iterable[Parameter]) -> int:
+    def saved_bytes(self, moved: Iterable[Tensor]) -> int:
         """Return what a checkpoint holds of weights: their whole values."""
         return sum(4 * parameter.numel() for parameter in moved)
 
@@ -255,6 +263,12 @@ class QuantizedSettings(HeldSettings):
         from dpo_cli.modeling.quantized_layers import held_bytes
 
         return held_bytes(model)
+
+    def bits_of(self, model: PreTrainedModel) -> dict[int, tuple[int, int]]:
+        """Return by its identity what each weight of few bits takes, and its scales, whether in memory or not."""
+        from dpo_cli.modeling.quantized_layers import planned_bits, quantized_layers
+
+        return {id(layer.weight): planned_bits(layer) for layer in quantized_layers(model).values()}
 
 
 class Nf4(QuantizedSettings):

@@ -26,6 +26,7 @@ from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.logps import chunk_bytes_on
 from dpo_cli.modeling.scorer import model_inputs
+from dpo_cli.modeling.sizes import NOTHING_GATHERED, Gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +52,7 @@ class MemoryEstimate:
         counted: Whether the activations could be counted: not where what a model computes depends on the values.
         several: Whether a step has several forward passes, so that gradients stand while activations are made.
         exchanged: What processes keep of the gradients to average them.
+        gathered: What a process holds for a time of weights that are sharded.
         keeps_freed: Whether a CPU keeps what is freed for the next pass.
         gaps: What then lies between tensors and is of no use to others.
     """
@@ -66,6 +68,7 @@ class MemoryEstimate:
     counted: bool
     several: bool
     exchanged: int = 0
+    gathered: Gathered = NOTHING_GATHERED
     keeps_freed: bool = False
     gaps: int = 0
 
@@ -79,10 +82,12 @@ class MemoryEstimate:
     def peak(self) -> int:
         """The most that is there at once.
 
-        The first forward pass of a step finds no gradients; they grow while its activations are let go.
+        The first forward pass of a step finds no gradients; they grow while its activations are let go. Logits are gone
+        when layers are gathered again for the backward pass.
         """
-        passing = self.activations + self.logits + (self.gradients if self.several else 0)
-        return self.standing + max(passing, self.gradients)
+        computing = self.gathered.root + max(self.logits, self.gathered.layers)
+        passing = self.activations + computing + (self.gradients if self.several else 0)
+        return self.standing + max(passing, self.gradients + self.gathered.ending)
 
     @property
     def needed(self) -> int:
@@ -100,6 +105,7 @@ class MemoryEstimate:
             "activations": self.activations,
             "logits": self.logits,
             "gradients being averaged": self.exchanged,
+            "gathered from other processes": self.gathered.root + self.gathered.layers,
             "copy being saved": self.copy,
             "gaps between tensors": self.gaps,
         }
@@ -112,6 +118,7 @@ def activation_bytes(
     dtype: torch.dtype,
     *,
     recomputed: bool,
+    gathered: bool = False,
 ) -> int:
     """Return what a forward pass keeps for the backward pass, in bytes, logits aside.
 
@@ -121,10 +128,11 @@ def activation_bytes(
         batch: Pairs, on the CPU.
         dtype: What is computed in.
         recomputed: Whether layers keep their inputs alone and compute the rest again (gradient checkpointing).
+        gathered: Whether weights are gathered in that dtype, as those are that are sharded.
     """
     sketch = policy.sketched(copy.deepcopy(policy.model.config))
     with _experts_on_paper(), FakeTensorMode(allow_non_fake_inputs=True):
-        sketch.model = empty = _with_shapes_alone(sketch.model)
+        sketch.model = empty = _with_shapes_alone(sketch.model, dtype if gathered else None)
         layout.prepare(empty)
         lower = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
         with _kept() as kept, lower, sketch.training_pass(), reading(batch.tree):
@@ -138,7 +146,13 @@ def activation_bytes(
 
 
 def logits_bytes(
-    model: PreTrainedModel, batch: PairBatch, dtype: torch.dtype, device: str, *, collisions: bool = False
+    model: PreTrainedModel,
+    batch: PairBatch,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    collisions: bool = False,
+    gathered: bool = False,
 ) -> int:
     """Return what the vocabulary projection takes while it works, in bytes.
 
@@ -148,6 +162,7 @@ def logits_bytes(
         dtype: What is computed in.
         device: The kind of device that computes, as torch names it.
         collisions: As in `token_logps`.
+        gathered: As in `activation_bytes`.
     """
     weight = model.get_output_embeddings().weight
     rows = len(torch.unique(batch.positions))
@@ -155,7 +170,7 @@ def logits_bytes(
     # The matrix is there once more in what is computed in, and so are a chunk's logits; on a CPU the product that is
     # added to the gradient too.
     lower = dtype.itemsize if dtype.itemsize < _FLOAT_BYTES else 0
-    matrix = weight.numel() * dtype.itemsize if weight.dtype != dtype else 0
+    matrix = weight.numel() * dtype.itemsize if weight.dtype != dtype and not gathered else 0
     product = weight.numel() * lower if device != "cuda" else 0
     gradient = weight.numel() * _FLOAT_BYTES + product if weight.requires_grad else 0
     # Log-probabilities stand beside their doubles and the doubles' powers, or beside the projection's gradient.
@@ -174,12 +189,19 @@ def free_bytes(device: torch.device) -> int:
     return min([int(psutil.virtual_memory().available), *_group_bytes()])
 
 
-def _with_shapes_alone(sketch: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a model without weights whose tensors are on the CPU for whoever asks, with no content."""
+def _with_shapes_alone(sketch: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Return a copy of a model without weights whose tensors are on the CPU for whoever asks, with no content.
+
+    Args:
+        sketch: The model.
+        dtype: That of its float32 weights in the copy; None: as they are.
+    """
 
     def shaped(tensor: Tensor) -> Tensor:
-        empty = torch.empty_like(tensor, device="cpu")
-        return Parameter(empty, tensor.requires_grad) if isinstance(tensor, Parameter) else empty
+        if not isinstance(tensor, Parameter):
+            return torch.empty_like(tensor, device="cpu")
+        cast = dtype if tensor.dtype == torch.float32 else None
+        return Parameter(torch.empty_like(tensor, device="cpu", dtype=cast), tensor.requires_grad)
 
     tensors = [value for module in sketch.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     tensors += [*sketch.parameters(), *sketch.buffers()]

@@ -78,10 +78,6 @@ class Alone:
         clip_grads_with_norm_(trained, norm or math.inf, total)
         return total
 
-    def gathered_bytes(self, held: int) -> int:
-        """Return what a forward pass holds for a time of weights that other processes have."""
-        return 0
-
     def everywhere(self, holds: bool) -> bool:
         """Tell whether something holds of the weights of all processes."""
         return holds

@@ -30,8 +30,9 @@ from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.placement import Placement, Sharded, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
+from dpo_cli.modeling.sharded_sizes import Shards, present_share, sizes_of_rank, whole_weights
 from dpo_cli.modeling.shards import is_placeholder, local
-from dpo_cli.modeling.sizes import Sizes
+from dpo_cli.modeling.sizes import NOTHING_GATHERED, Sizes
 from dpo_cli.modeling.split import drop_low_bits
 from dpo_cli.modeling.trained import Trained, Whole
 
@@ -200,19 +201,27 @@ class Policy:
         """Return the weights that train."""
         return self._trained.weights(self.model)
 
-    def sizes(self) -> Sizes:
-        """Return what the weights come to, whether they are in memory or not."""
-        parameters, held = list(self.model.parameters()), self._held.bytes_of(self.model)
+    def sizes(self, shards: Shards | None = None) -> Sizes:
+        """Return what the weights come to, whether they are in memory or not.
+
+        Args:
+            shards: How they are sharded, for what one process has of them; None: not at all.
+        """
+        held, moved = self._held.bytes_of(self.model), self._trained.moved(self.model).values()
+        numbers, beginning = self._held.numbers_of(self.model), self._trained.beginning_bytes(self.model)
+        if shards is not None:
+            weights = whole_weights(self.model, self._held)
+            return sizes_of_rank(weights, moved, self._held, shards, numbers, beginning=beginning > 0)
         trained = self._trained.weights(self.model)
         return Sizes(
-            numbers=self._held.numbers_of(self.model),
+            numbers=numbers,
             held=held,
-            present=0 if any(parameter.is_meta for parameter in parameters) else held,
+            present=int(held * present_share(self.model)),
             num_trained=sum(parameter.numel() for parameter in trained),
             trained=self._held.gradient_bytes(trained),
-            saved=self._held.saved_bytes(self._trained.moved(self.model).values()),
-            gathered=self._placement.gathered_bytes(held) if self._placement else 0,
-            beginning=self._trained.beginning_bytes(self.model),
+            saved=self._held.saved_bytes(moved),
+            gathered=NOTHING_GATHERED,
+            beginning=beginning,
         )
 
     def read(self, layout: Layout) -> None:

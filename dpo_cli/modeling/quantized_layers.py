@@ -128,7 +128,7 @@ def held_bytes(model: nn.Module) -> int:
     few = {id(layer.weight) for layer in layers}
     others = sum(weights.nbytes for weights in model.parameters() if id(weights) not in few)
     if any(layer.weight.is_meta for layer in layers):
-        return others + sum(_planned_bytes(layer) for layer in layers)
+        return others + sum(sum(planned_bits(layer)) for layer in layers)
     return others + _storage_bytes(tensor for layer in layers for tensor in _tensors(layer))
 
 
@@ -139,11 +139,11 @@ def states(model: nn.Module) -> list[Any]:
     return [state for state in kept if state is not None]
 
 
-def _planned_bytes(layer: Any) -> int:
-    """Return what a layer without weights is going to take."""
+def planned_bits(layer: Any) -> tuple[int, int]:
+    """Return what the matrix of a layer takes, and its scales, whether they are there or not."""
     numbers = int(layer.in_features * layer.out_features)
     if isinstance(layer, Linear8bitLt):
-        return numbers + 4 * int(layer.out_features)
+        return numbers, 4 * int(layer.out_features)
     return nf4_bytes(numbers)
 
 

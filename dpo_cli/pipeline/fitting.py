@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from dpo_cli.config import Config
 from dpo_cli.errors import UserError
@@ -11,49 +12,157 @@ from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.preference.reference import Cached
 from dpo_cli.reporting.console import gib
+from dpo_cli.system.assumed_devices import AssumedDevices
 from dpo_cli.training.optimizer import Adafactor, AdamW8bit
 
-Needed = Callable[[Config], MemoryEstimate]
-"""Estimates what a run takes at least under other settings; raises a `UserError` where its model cannot have them."""
+if TYPE_CHECKING:
+    from dpo_cli.pipeline.session import Session
+
+Needed = Callable[["Session"], MemoryEstimate]
+"""Estimates what a process takes at least in another session; raises a `UserError` where its model cannot have that."""
+
+_Settings = Sequence[str]
+
+_MANY_MACHINES = 128
+"""The most machines that are thought of."""
+
+_PER_MACHINE = 8
+"""How many GPUs a machine is thought to have."""
 
 
-def refusal(
-    config: Config, needed: Needed, free: int, numbers: int, further: Sequence[str] = (), *, on_gpu: bool = False
-) -> UserError:
+def refusal(session: Session, needed: Needed, free: int, numbers: int, further: Sequence[str] = ()) -> UserError:
     """Return the error of a run that cannot fit, with the settings that would fit.
 
     Args:
-        config: What was asked for.
+        session: What was asked for.
         needed: Estimates what it takes.
-        free: The memory that is free, in bytes.
+        free: The memory that is free for each process, in bytes.
         numbers: How many weights the model has.
         further: What else takes less memory, in words.
-        on_gpu: Whether it is a GPU's memory, beside which there is the host's.
     """
-    least = needed(config)
-    where, what = f"`model.name: {config.model.name}`", f"training needs at least {gib(least.peak)} of memory"
+    config, least = session.config, needed(session)
+    each = " on each GPU" if session.shards and _on_gpu(session) else " in each process" if session.shards else ""
+    where, what = f"`model.name: {config.model.name}`", f"training needs at least {gib(least.peak)} of memory{each}"
     what = "\n".join([f"{what}, but {gib(free)} are free:", *table(least)])
-    fitting, smallest = [], {config.adapter is None: ("", least.peak)}
-    for settings, smaller in _smaller(config, on_gpu=on_gpu):
+    smallest = {config.adapter is None: ("", least.peak)}
+    fitting = [(settings, _with_peak(_listed(settings), peak)) for settings, peak in _in_shards(session, needed, free)]
+    enough = bool(fitting)
+    for settings, smaller in _smaller(config, on_gpu=_on_gpu(session)):
         for named, tried in _with_recomputation(settings, smaller):
             try:
-                peak = needed(tried).peak
+                peak = needed(session.under(tried)).peak
             except UserError:
                 # It has no layers that an adapter or few bits could be put to.
                 break
             if peak < smallest.get(tried.adapter is None, ("", peak + 1))[1]:
                 smallest[tried.adapter is None] = (_listed(named), peak)
             if peak <= free:
-                fitting.append(f"{_listed(named)} ({gib(peak)})")
+                fitting.append((named, _with_peak(_listed(named), peak)))
                 break
-    if fitting:
-        return UserError(what, where, ", or ".join([f"set {fitting[0]}", *fitting[1:], *further]))
+    shown = [text for _, text in fitting]
+    if not enough:
+        shown += _on_more_gpus(session, needed, free, [settings for settings, _ in fitting])
+    if shown:
+        return UserError(what, where, ", or ".join([f"set {shown[0]}", *shown[1:], *further]))
     sizes = [
         f"{numbers * free / peak / 1e9:.2g} billion parameters" + f" (under {settings})" * bool(settings)
         for settings, peak in smallest.values()
     ]
     others = ", or ".join([*further, "a machine with more memory"])
     return UserError(what, where, f"choose a model of at most {', or '.join(sizes)}, or {others}")
+
+
+def _on_gpu(session: Session) -> bool:
+    return str(session.accelerator.device.type) != "cpu"
+
+
+def _with_peak(settings: str, peak: int) -> str:
+    return f"{settings} ({gib(peak)})"
+
+
+def _in_shards(session: Session, needed: Needed, free: int) -> Iterator[tuple[_Settings, int]]:
+    """Yield the least changes with which a run of several processes, each with all weights, would fit in shards."""
+    if session.config.training.sharding != "none" or session.accelerator.num_processes == 1:
+        return
+    enough: list[_Settings] = []
+    for settings, sharded in _sharded(session.config, on_gpu=_on_gpu(session)):
+        if not _among(settings, enough):
+            peak = _peak(needed, session.under(sharded))
+            if peak is not None and peak <= free:
+                enough.append(settings)
+                yield settings, peak
+
+
+def _among(settings: _Settings, enough: Sequence[_Settings]) -> bool:
+    """Tell whether some of the settings are enough already."""
+    return any(set(few) <= set(settings) for few in enough)
+
+
+def _on_more_gpus(session: Session, needed: Needed, free: int, enough: Sequence[_Settings]) -> Iterator[str]:
+    """Yield in which ways a run would fit on more GPUs than it has, in shards; each on fewer than the one before.
+
+    Args:
+        session: What was asked for.
+        needed: Estimates what it takes.
+        free: The memory of a GPU.
+        enough: Settings with which it would fit on those that there are.
+    """
+    if not _on_gpu(session):
+        return
+    most = _counts(session.accelerator.num_processes)
+    for settings, sharded in _sharded(session.config, on_gpu=True):
+        if _among(settings, enough):
+            continue
+        most, peak = _fewest(session.under(sharded), needed, free, most)
+        if peak is not None:
+            *fewer, count = most
+            most = fewer
+            yield f"{_listed(settings)} on {count} GPUs ({gib(peak)} on each)"
+
+
+def _counts(present: int) -> list[int]:
+    """Return the numbers of processes that are thought of: powers of two, and from there on whole machines."""
+    counts = [2, 4, *(8 * 2**doubled for doubled in range(_MANY_MACHINES.bit_length()))]
+    return [count for count in counts if count > present]
+
+
+def _fewest(session: Session, needed: Needed, free: int, counts: list[int]) -> tuple[list[int], int | None]:
+    """Return the counts up to the smallest on which a session fits, and what it takes there; all of them, and None."""
+    if not counts or not _fits(peak := _peak(needed, _on(session, counts[-1], free)), free):
+        return counts, None
+    # What a process takes falls with their number.
+    while len(counts) > 1 and _fits(less := _peak(needed, _on(session, counts[-2], free)), free):
+        counts, peak = counts[:-1], less
+    return counts, peak
+
+
+def _fits(peak: int | None, free: int) -> bool:
+    return peak is not None and peak <= free
+
+
+def _on(session: Session, count: int, free: int) -> Session:
+    """Return a session on so many GPUs like those that there are."""
+    per_machine = min(count, _PER_MACHINE)
+    return session.on(AssumedDevices(count // per_machine, per_machine, free))
+
+
+def _peak(needed: Needed, session: Session) -> int | None:
+    """Return what a process takes at the peak; None: the model has no layers for the settings."""
+    try:
+        return needed(session).peak
+    except UserError:
+        return None
+
+
+def _sharded(config: Config, *, on_gpu: bool) -> Iterator[tuple[_Settings, Config]]:
+    """Yield ways to shard weights, from the least change to the one that takes the least memory."""
+    named = [] if config.training.sharding != "none" else ["`training.sharding: full`"]
+    sharding = config.training.sharding if not named else "full"
+    for settings, smaller in [([], config), *_smaller(config, on_gpu=on_gpu)]:
+        for others, tried in _with_recomputation(settings, smaller, plain=True):
+            # Of a matrix's rows and columns no process has all.
+            if tried.training.optimizer.type != "adafactor":
+                yield [*named, *others], _with_training(tried, sharding=sharding)
 
 
 def table(memory: MemoryEstimate) -> list[str]:
@@ -64,9 +173,11 @@ def table(memory: MemoryEstimate) -> list[str]:
     return [f"  {name:<{width}}  {size:>{digits}}" for name, size in rows.items()]
 
 
-def _with_recomputation(settings: Sequence[str], config: Config) -> Iterator[tuple[Sequence[str], Config]]:
-    """Yield settings as they are, and with activations computed again."""
-    if settings:
+def _with_recomputation(
+    settings: Sequence[str], config: Config, *, plain: bool = False
+) -> Iterator[tuple[Sequence[str], Config]]:
+    """Yield settings as they are, which none are only if `plain`, and with activations computed again."""
+    if settings or plain:
         yield settings, config
     if not config.training.gradient_checkpointing:
         recomputed = _with_training(config, gradient_checkpointing=True)

@@ -23,17 +23,31 @@ from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import REFUSALS
 from dpo_cli.pipeline.memory import STEPS_LOOKED_AT, settle_tokens
 from dpo_cli.pipeline.models import expected_layout
-from dpo_cli.pipeline.plan import PlannedRun, check_data, header
+from dpo_cli.pipeline.plan import PlannedRun, check_data, header, planned
 from dpo_cli.pipeline.prepare import check, show_check
+from dpo_cli.pipeline.session import assuming
 from dpo_cli.preference.reference_work import refuse_other_shapes
 from dpo_cli.reporting.console import Console, gib
 from dpo_cli.reporting.progress import clock
+from dpo_cli.system.assumed_devices import AssumedDevices
 from dpo_cli.training.checkpoints import newest_step
 from dpo_cli.training.checks import check_base_by_name
 from dpo_cli.training.run_folder import RunFolder
 
 _TOKENS_ON_CPU = 512
 """The most tokens that are measured on a CPU, where a pass of so many is as fast by the token as a larger one."""
+
+
+def forecast(config: Config, console: Console, assumed: AssumedDevices) -> None:
+    """Check all of a run that can be checked without its weights; print what it would take on devices not here.
+
+    Raises:
+        UserError: Something is wrong that the user can fix, or the run does not fit into their memory.
+    """
+    with assuming(config, console, assumed) as session:
+        plan = planned(session, RunFolder(Path(config.output_dir)), resume=False, extend=False)
+        assert plan is not None, "the run is not resumed, and so not finished"
+        show_forecast(plan, resume=False)
 
 
 def show_forecast(run: PlannedRun, *, resume: bool) -> None:
@@ -53,7 +67,8 @@ def show_forecast(run: PlannedRun, *, resume: bool) -> None:
     batches, memory = settle_tokens(run, policy, batches)
     done = newest_step(run.folder.checkpoints) if resume else 0
     disk = disk_need(session.config, run.folder, run.steps, policy)
-    rows = {**header(run), **_passes(run, batches, memory), **_time(run, batches, done), "disk": str(disk)}
+    time = _time(run, batches, done) if session.assumed is None else {}
+    rows = {**header(run), **_passes(run, batches, memory), **time, "disk": str(disk)}
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -69,12 +84,16 @@ def _passes(run: PlannedRun, batches: Batches, memory: MemoryEstimate) -> Mappin
     """Say how pairs go through the model and what that takes in memory, part by part."""
     can_fail = run.session.config.training.layout == "auto" and batches.layout.needs_proof
     about_peak = "not all parts exist at the same time" if memory.counted else "and activations, not counted"
+    session = run.session
+    whose = "memory" if session.accelerator.num_processes == 1 else "memory of each process"
+    free = {f"{whose}: free": gib(session.assumed.memory)} if session.assumed else {}
     return {
         "tokens of all pairs": f"{run.data.pairs.num_tokens():,}",
         "layout": f"{batches.layout.name}{', if it is proved exact' if can_fail else ''}",
         "tokens of a forward pass": f"at most {batches.micro_batch_tokens:,}, or one pair",
-        **{f"memory: {name}": gib(size) for name, size in memory.parts().items() if size},
-        "memory: at the peak": f"{gib(memory.peak)} ({about_peak})",
+        **{f"{whose}: {name}": gib(size) for name, size in memory.parts().items() if size},
+        f"{whose}: at the peak": f"{gib(memory.peak)} ({about_peak})",
+        **free,
     }
 
 

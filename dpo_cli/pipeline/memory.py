@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dpo_cli.config import Config
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch, largest
 from dpo_cli.modeling.adapters.settings import Lora
@@ -25,7 +24,7 @@ from dpo_cli.modeling.planned_sizes import lora_weights, sizes_under_lora
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import REFUSALS
 from dpo_cli.modeling.sizes import Sizes
-from dpo_cli.pipeline.fitting import refusal
+from dpo_cli.pipeline.fitting import Needed, refusal
 from dpo_cli.pipeline.models import Settle, trained_policy
 from dpo_cli.pipeline.out_of_memory import advice
 from dpo_cli.pipeline.session import Session
@@ -61,33 +60,73 @@ def check_memory(session: Session, policy: Policy, reference: Policy, program_by
         UserError: It does not fit; it names the parts, and what would fit.
     """
 
-    def needed(config: Config) -> MemoryEstimate:
-        changed = session.under(config)
-        if session.config.adapter is None and isinstance(config.adapter, Lora):
-            dtype, quantized = changed.held_beside.torch_dtype, config.model.quantize is not None
-            sizes = sizes_under_lora(policy.model, config.adapter, dtype, quantized=quantized)
-            trained: Sequence[Tensor] = lora_weights(policy.model, config.adapter)
-        else:
-            same = (config.adapter, changed.held) == (session.config.adapter, session.held)
-            model = policy if same else trained_policy(changed, empty=True)
-            sizes, trained = model.sizes(), model.trained()
+    def needed(changed: Session) -> MemoryEstimate:
+        sizes, trained = _planned(session, policy, changed)
         memory = _without_passes(changed, sizes, trained, reference, program_bytes)
         return dataclasses.replace(memory, program=0)
 
-    free = min(session.of_all(free_bytes(session.accelerator.device))) // _sharing(session)
-    if needed(session.config).peak > free:
-        further, on_gpu = _fewer_processes(session), session.accelerator.device.type != "cpu"
-        raise refusal(session.config, needed, free, policy.sizes().numbers, further, on_gpu=on_gpu)
+    _refuse_what_cannot_fit(session, policy, needed, _free(session))
+
+
+def _planned(session: Session, policy: Policy, changed: Session) -> tuple[Sizes, Sequence[Tensor]]:
+    """Return what a process has of the policy under other settings, and what then trains.
+
+    Args:
+        session: What the policy is for.
+        policy: It, maybe without weights.
+        changed: The session under the other settings.
+    """
+    adapter = changed.config.adapter
+    if session.config.adapter is None and isinstance(adapter, Lora):
+        dtype, quantized = changed.held_beside.torch_dtype, changed.config.model.quantize is not None
+        added = lora_weights(policy.model, adapter).values()
+        sizes = sizes_under_lora(policy.model, adapter, dtype, quantized=quantized, shards=changed.shards)
+        return sizes, list(itertools.chain.from_iterable(added))
+    model = _under(session, policy, changed)
+    return model.sizes(changed.shards), model.trained()
+
+
+def _under(session: Session, policy: Policy, changed: Session) -> Policy:
+    """Return the policy of a session under other settings, without weights where it is another one."""
+    same = (changed.config.adapter, changed.held) == (session.config.adapter, session.held)
+    return policy if same else trained_policy(changed, empty=True)
+
+
+def _refuse_what_cannot_fit(
+    session: Session, policy: Policy, needed: Needed, free: int, further: Sequence[str] = ()
+) -> None:
+    """Refuse a run that does not fit into memory.
+
+    Args:
+        session: Says what is asked for.
+        policy: The policy; its weights may be missing.
+        needed: Estimates what a run takes at least.
+        free: The memory that is free for each process, in bytes.
+        further: What else takes less memory, in words.
+
+    Raises:
+        UserError: It does not fit; it names the parts, and what would fit.
+    """
+    if not all(session.of_all(needed(session).peak <= free)):
+        others = [*further, *(["fewer processes"] if _sharing(session) > 1 else [])]
+        raise refusal(session, needed, free, policy.sizes().numbers, others)
+
+
+def _free(session: Session, present: int = 0) -> int:
+    """Return the memory that is free for each process, in bytes, the least of all.
+
+    Args:
+        session: Knows the devices and the processes.
+        present: What is held already and counted with what is needed.
+    """
+    if session.assumed:
+        return session.assumed.memory
+    return min(session.of_all(free_bytes(session.accelerator.device) + present)) // _sharing(session)
 
 
 def _sharing(session: Session) -> int:
     """Return how many processes share the memory that is free: on a CPU all of them."""
     return session.accelerator.num_processes if session.accelerator.device.type == "cpu" else 1
-
-
-def _fewer_processes(session: Session) -> Sequence[str]:
-    """Suggest fewer processes where they share the memory."""
-    return ["fewer processes"] if _sharing(session) > 1 else []
 
 
 def _without_passes(
@@ -98,20 +137,22 @@ def _without_passes(
     Args:
         session: Says what is held beside the weights.
         sizes: Those of the policy.
-        trained: What the optimizer steps on; it may have no content.
+        trained: What the optimizer steps on, whole; it may have no content.
         reference: The reference, asked only where it is another model than the policy.
         program_bytes: What the process holds already.
     """
-    config, on_cpu = session.config, session.accelerator.device.type == "cpu"
-    state = 0 if config.training.offload else config.training.optimizer.state_bytes(trained)
+    config, on_cpu, shards = session.config, session.accelerator.device.type == "cpu", session.shards
+    stepped = [shards.part(weights) for weights in trained] if shards else trained
+    state = 0 if config.training.offload else config.training.optimizer.state_bytes(stepped)
     saved = sizes.saved + state + (sizes.saved if config.reference.type == "synced" else 0)
     return MemoryEstimate(
         program=program_bytes if on_cpu else 0,
         weights=sizes.held,
-        reference=_reference_bytes(config, sizes, reference),
+        reference=_reference_bytes(session, sizes, reference),
         optimizer=state,
         gradients=sizes.trained,
         exchanged=_exchanged_bytes(session, sizes),
+        gathered=sizes.gathered,
         activations=0,
         counted=False,
         logits=0,
@@ -124,15 +165,17 @@ def _exchanged_bytes(session: Session, sizes: Sizes) -> int:
     """Return what averaging gradients over processes takes beside them: buckets, unless it is done where they are."""
     held = session.held
     in_place = isinstance(held, Split) and held.gradients != held.dtype
-    return sizes.trained if session.accelerator.num_processes > 1 and not in_place else 0
+    whole = session.accelerator.num_processes > 1 and session.shards is None
+    return sizes.trained if whole and not in_place else 0
 
 
-def _reference_bytes(config: Config, policy: Sizes, reference: Policy) -> int:
+def _reference_bytes(session: Session, policy: Sizes, reference: Policy) -> int:
     """Return what the reference holds beside a policy: of one that shares its weights, what is not shared."""
+    config = session.config
     if not config.reference.holds_model:
         return 0
     if config.reference.model:
-        return reference.sizes().held
+        return reference.sizes(session.shards).held
     # One that moves has weights of its own also where switching an adapter off would answer as before step 1.
     return policy.beginning or (policy.saved if config.reference.type == "synced" else 0)
 
@@ -170,8 +213,7 @@ def settle_tokens(
 
     asked = resumed if session.config.training.micro_batch_tokens == "auto" else wanted_tokens(session)
     settled, memory = with_budget(asked or wanted_tokens(session))
-    present = min(session.of_all(free_bytes(session.accelerator.device) + policy.sizes().present))
-    free = present // _sharing(session)
+    free = _free(session, policy.sizes().present)
     while not asked and memory.needed > SHARE_OF_FREE * free and settled.micro_batch_tokens > _FEWEST_TOKENS:
         fewer, smaller = with_budget(settled.micro_batch_tokens // 2)
         if smaller.peak >= memory.peak:
@@ -217,20 +259,15 @@ def _check_least(run: PlannedRun, batches: Batches, free: int) -> None:
     Raises:
         UserError: It does not fit; it names the parts, and what would fit.
     """
-    cut, config = dataclasses.replace(batches, micro_batch_tokens=_FEWEST_TOKENS), run.session.config
+    cut = dataclasses.replace(batches, micro_batch_tokens=_FEWEST_TOKENS)
 
-    def needed(config: Config) -> MemoryEstimate:
-        changed = run.session.under(config)
-        same = (config.adapter, changed.held) == (run.session.config.adapter, run.session.held)
-        policy = run.sketch if same else trained_policy(changed, empty=True)
-        reference = run.reference if config.reference.model else policy
+    def needed(changed: Session) -> MemoryEstimate:
+        policy = _under(run.session, run.sketch, changed)
+        reference = run.reference if changed.config.reference.model else policy
         tried = dataclasses.replace(run, session=changed, sketch=policy, reference=reference, program_bytes=0)
         return _estimate(tried, policy, cut)
 
-    if not all(run.session.of_all(needed(config).peak <= free)):
-        further = ["a lower `data.max_length`", *_fewer_processes(run.session)]
-        on_gpu = run.session.accelerator.device.type != "cpu"
-        raise refusal(config, needed, free, run.sketch.sizes().numbers, further, on_gpu=on_gpu)
+    _refuse_what_cannot_fit(run.session, run.sketch, needed, free, ["a lower `data.max_length`"])
 
 
 def wanted_tokens(session: Session) -> int:
@@ -245,24 +282,23 @@ def _estimate(run: PlannedRun, policy: Policy, batches: Batches, passes: PassByt
     cuts, several = _cuts(run, batches)
     candidates = largest(batches.pairs.sizes, cuts, batches.layout.tokens)
     memory = dataclasses.replace(
-        _without_passes(session, policy.sizes(), policy.trained(), run.reference, run.program_bytes), several=several
+        _without_passes(session, policy.sizes(session.shards), policy.trained(), run.reference, run.program_bytes),
+        several=several,
     )
     if passes:
         sizes = [batches.layout.tokens(batches.pairs.sizes, cut.pairs) for cut in candidates]
         return dataclasses.replace(memory, activations=passes.of(max(sizes)), counted=True)
     on_paper = dataclasses.replace(batches, device=torch.device("cpu"))
     laid_out = [on_paper(cut) for cut in candidates]
-    recomputed = session.config.training.gradient_checkpointing
+    dtype, gathered = session.precision.dtype, session.shards is not None
+    how = {"recomputed": session.config.training.gradient_checkpointing, "gathered": gathered}
     try:
-        activations = max(
-            activation_bytes(policy, batches.layout, batch, session.precision.dtype, recomputed=recomputed)
-            for batch in laid_out
-        )
+        activations = max(activation_bytes(policy, batches.layout, batch, dtype, **how) for batch in laid_out)
     except REFUSALS:
         # What this model computes depends on the values, which are not there.
         activations = None
-    computing, collisions = (session.precision.dtype, session.accelerator.device.type), session.config.objective.wpo
-    logits = max(logits_bytes(policy.model, batch, *computing, collisions=collisions) for batch in laid_out)
+    device, whole = session.accelerator.device.type, {"collisions": session.config.objective.wpo, "gathered": gathered}
+    logits = max(logits_bytes(policy.model, batch, dtype, device, **whole) for batch in laid_out)
     return dataclasses.replace(memory, activations=activations or 0, counted=activations is not None, logits=logits)
 
 

@@ -180,8 +180,6 @@ def make_plan(config: Config, data: RunData) -> Plan:
 def header(run: PlannedRun) -> dict[str, str]:
     """Say what is about to run."""
     session, config, training = run.session, run.session.config, run.session.config.training
-    num_processes = session.accelerator.num_processes
-    processes = f", {num_processes} processes" if num_processes > 1 else ""
     return {
         "model": _model(config.model.name, run.sketch),
         "parameters": _parameters(run.sketch),
@@ -193,9 +191,17 @@ def header(run: PlannedRun) -> dict[str, str]:
         "reference": _reference(config),
         "optimizer": ", ".join([_optimizer(training.optimizer), *_changed(training, "weight_decay", "max_grad_norm")]),
         "learning rate": f"{training.learning_rate:g}, {_schedule(config, run.steps)}",
-        "device": f"{session.accelerator.device}, {session.precision.name}{processes}",
+        "device": _device(session),
         "output": str(run.folder.path),
     }
+
+
+def _device(session: Session) -> str:
+    """Name the device and its precision, how many processes there are, and how weights are sharded over them."""
+    num_processes, shards = session.accelerator.num_processes, session.shards
+    parts = [f"{session.assumed} (assumed)" if session.assumed else str(session.accelerator.device)]
+    parts += [session.precision.name, *([f"{num_processes} processes"] if num_processes > 1 else [])]
+    return ", ".join(parts + ([f"weights in {shards.count} shards"] if shards else []))
 
 
 def _model(name: str, policy: Policy) -> str:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -22,11 +22,14 @@ from dpo_cli.modeling.allocator import return_freed_memory
 from dpo_cli.modeling.attention.kernels import kernels_for
 from dpo_cli.modeling.determinism import deterministic_kernels
 from dpo_cli.modeling.held import FLOAT32, Held, Split, held_as
-from dpo_cli.modeling.placement import Placement, placement_for
+from dpo_cli.modeling.placement import Alone, Placement, placement_for
 from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of
+from dpo_cli.modeling.sharded_sizes import Shards
 from dpo_cli.modeling.trained import Trained, Whole
+from dpo_cli.pipeline.assumed import AbsentDevices
 from dpo_cli.pipeline.out_of_memory import during, reported
 from dpo_cli.reporting.console import Console
+from dpo_cli.system.assumed_devices import AssumedDevices
 from dpo_cli.system.fsdp_configuration import hidden_from_libraries
 from dpo_cli.system.signals import StopSignals
 from dpo_cli.training.ranks import Progress, gathering, watched
@@ -45,6 +48,7 @@ class Session:
         accelerator: Knows device, precision and the other processes.
         progress: Is told how far the job is, for other processes to see.
         placement: Where weights are among the processes.
+        assumed: The devices that a forecast is for, where they are not those that are here.
     """
 
     config: Config
@@ -53,11 +57,30 @@ class Session:
     accelerator: Accelerator
     progress: Progress
     placement: Placement
+    assumed: AssumedDevices | None = None
 
     @property
     def precision(self) -> Precision:
         """What is computed in."""
         return precision_of(self.accelerator.mixed_precision)
+
+    @property
+    def shards(self) -> Shards | None:
+        """How weights are split among processes; None: not at all."""
+        sharding = self.config.training.sharding
+        if sharding == "none" or self._num_processes == 1:
+            return None
+        return Shards(self._on_this_machine if sharding == "hybrid" else self._num_processes, self.precision.dtype)
+
+    @property
+    def _num_processes(self) -> int:
+        return int(self.accelerator.num_processes)
+
+    @property
+    def _on_this_machine(self) -> int:
+        """How many processes there are on this machine."""
+        here = os.environ.get("LOCAL_WORLD_SIZE", self._num_processes)
+        return self.assumed.per_machine if self.assumed else int(here)
 
     @property
     def trained(self) -> Trained:
@@ -95,13 +118,23 @@ class Session:
         """Return the same session with other settings."""
         return replace(self, config=config)
 
+    def on(self, assumed: AssumedDevices) -> Session:
+        """Return the same session, for a forecast alone, on devices that are not here."""
+        absent = AbsentDevices.computing(assumed.count, self.config.model.computed_in)
+        accelerator = cast("Accelerator", absent)
+        return replace(self, accelerator=accelerator, placement=Alone(accelerator), assumed=assumed)
+
     def agreed(self, found: Found) -> Found:
         """Return what the first process has found, in all of them."""
+        if self.assumed:
+            return found
         agreed: Found = broadcast_object_list([found])[0]
         return agreed
 
     def of_all(self, found: Found) -> list[Found]:
         """Return what each process has found."""
+        if self.assumed:
+            return [found]
         everywhere: list[Found] = gather_object([found])
         return everywhere
 
@@ -162,6 +195,20 @@ def _refused_by_device(config: Config, *, trains: bool) -> Iterator[UserError]:
     if trains and training.offload and device == "cpu":
         what = f"`training.offload: {training.offload}` keeps in the host's memory what is there anyway"
         yield UserError(what, config.where("training.offload"), "leave it out on a CPU: it is for GPUs")
+
+
+@contextlib.contextmanager
+def assuming(config: Config, console: Console, assumed: AssumedDevices) -> Iterator[Session]:
+    """Start a session for a forecast alone, on devices that are not here: no process group, and no device of any kind.
+
+    Raises:
+        UserError: The attention that is asked for does not run there.
+    """
+    absent = AbsentDevices.computing(assumed.count, config.model.computed_in)
+    hf_logging.set_verbosity_error()
+    kernels_for(config.training.attention, absent.device.type, config.where("training.attention"))
+    accelerator = cast("Accelerator", absent)
+    yield Session(config, console, StopSignals(), accelerator, Progress(), Alone(accelerator), assumed)
 
 
 def start_accelerator(config: Config) -> Accelerator:

@@ -101,6 +101,7 @@ def test_an_adapter_takes_gradients_moments_and_copies_of_its_own_weights_alone(
         "activations": 0,
         "logits": 0,
         "gradients being averaged": 0,
+        "gathered from other processes": 0,
         "gaps between tensors": 0,
         "copy being saved": background * (4 * adapter * (1 + (reference == SYNCED)) + parts["optimizer"]),
     }

@@ -1,0 +1,158 @@
+"""Four processes that share a model's weights: each counts what it holds, beside what was estimated.
+
+A program, so that what it imports is imported once: it is forked before torch has any thread. Given are a folder and
+the settings of each case as JSON; every process writes what it has counted into the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_models import build
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.profiler import ProfilerActivity, profile
+
+from dpo_cli.data.records import TokenizedPair
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Lora
+from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.modeling.compiled import decoder_layers
+from dpo_cli.modeling.held import held_as
+from dpo_cli.modeling.layouts import LAYOUTS
+from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.scorer import Scorer, recompute_activations
+from dpo_cli.modeling.sharded_sizes import Shards
+from dpo_cli.modeling.trained import Whole
+from dpo_cli.training.optimizer import AdamW
+
+SIZES = {"hidden_size": 128, "intermediate_size": 341, "num_hidden_layers": 6, "head_dim": 32, "vocab_size": 1001}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+RANKS = 4
+PACKED = LAYOUTS["packed"]
+
+
+def pairs_of_rank(rank: int) -> PairBatch:
+    """Lay out pairs of the same lengths on every rank."""
+    generator = np.random.default_rng(rank)
+    tokens = [[generator.integers(3, 300, size).astype(np.int32) for size in (9, 14, 11)] for _ in range(4)]
+    return PACKED.batch(range(4), [TokenizedPair(*each, origin=f"f:{i}") for i, each in enumerate(tokens)])
+
+
+def policy_of(case: dict[str, Any]) -> Policy:
+    """Build a policy with random weights."""
+    held = held_as(*([case["held"]] * 2)) if case["adapter"] else held_as("float32", "float32")
+    model = build("llama", **SIZES, **HEADS, tie_word_embeddings=case["tied"])
+    return Policy(model.to(held.torch_dtype), Adapted(Lora(rank=5)) if case["adapter"] else Whole(), held)
+
+
+def largest(work: Callable[[], None]) -> int:
+    """Do some work; return the most bytes that it held beyond those held before.
+
+    Gloo's threads let go of buffers whenever they come to it, which makes some passes hold more than others.
+    """
+    return min(_largest_once(work) for _ in range(2))
+
+
+def _largest_once(work: Callable[[], None]) -> int:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return int(np.cumsum(sizes).max())
+
+
+def storages(tensors: list[torch.Tensor]) -> int:
+    """Return the bytes of the memory that tensors of this rank are in."""
+    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(found.values())
+
+
+def counted(case: dict[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
+    """Take steps of a sharded model; return what was estimated and what was there."""
+    dtype, shards = getattr(torch, case["computed"]), Shards(mesh.size(), getattr(torch, case["computed"]))
+    policy, batch, recomputed = policy_of(case), pairs_of_rank(distributed.get_rank()), case["recomputed"]
+    sizes, parts = policy.sizes(shards), [shards.part(weights) for weights in policy.trained()]
+    how = {"gathered": True, "recomputed": recomputed}
+    estimate = MemoryEstimate(
+        program=0,
+        weights=sizes.held,
+        reference=0,
+        optimizer=AdamW().state_bytes(parts),
+        gradients=sizes.trained,
+        activations=activation_bytes(policy, PACKED, batch, dtype, **how),
+        logits=logits_bytes(policy.model, batch, dtype, "cpu", gathered=True),
+        gathered=sizes.gathered,
+        copy=0,
+        counted=True,
+        several=True,
+    )
+    policy.read(PACKED)
+    if recomputed:
+        recompute_activations(policy.model)
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    scorer = Scorer(policy.model)
+    for layer in decoder_layers(policy.model):
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(scorer, mesh=mesh, mp_policy=precision)
+    trained = policy.trained()
+    optimizer = AdamW().over(trained, 1e-4, 0.0)
+
+    def add_gradients() -> None:
+        with policy.training_pass():
+            scorer(batch).float().sum().backward()
+
+    add_gradients()
+    optimizer.step()
+    weights = storages([weights.to_local() for weights in policy.model.parameters()])
+    gradients = storages([weights.grad.to_local() for weights in trained])
+    moments = [moment.to_local() for state in optimizer.state.values() for moment in state.values() if moment.ndim]
+    held = {"weights": weights, "gradients": gradients, "optimizer": storages(moments)}
+    return {
+        "held": held,
+        "peak": sum(held.values()) + largest(add_gradients),
+        "estimate": {"weights": estimate.weights, "gradients": estimate.gradients, "optimizer": estimate.optimizer},
+        "estimated_peak": estimate.peak,
+        "parts": estimate.parts(),
+        "whole": policy_of(case).sizes().held,
+    }
+
+
+def count_on(rank: int, folder: Path, cases: list[dict[str, Any]]) -> None:
+    """Count every case on a rank, and write it."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
+    store = distributed.FileStore(str(folder / "store"), RANKS)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    found = []
+    for case in cases:
+        shape = (RANKS // case["shards"], case["shards"])
+        found.append(counted(case, init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))["shard"]))
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    distributed.destroy_process_group()
+
+
+def main(folder: str, cases: str) -> int:
+    """Count on every rank; return the first exit status that is not 0."""
+    ranks = []
+    for rank in range(RANKS):
+        if pid := os.fork():
+            ranks.append(pid)
+            continue
+        count_on(rank, Path(folder), json.loads(cases))
+        return 0
+    return max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
