@@ -6,7 +6,6 @@ The pipeline, which imports torch, is imported after that.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -23,13 +22,13 @@ from dpo_cli.config.inputs import (
     look_up_on_hub,
     scored_model,
 )
-from dpo_cli.config.launched import taken_over
+from dpo_cli.config.launched import sharding_errors, taken_over
 from dpo_cli.config.starting import starting_text
 from dpo_cli.doctor.findings import anything_wrong, chosen
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console, Unattended
 from dpo_cli.system.assumed_devices import assumed_devices
-from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
+from dpo_cli.system.launchers import environment_errors, is_main_process, num_ranks, settle_environment
 from dpo_cli.system.signals import StopSignals
 from dpo_cli.training.run_folder import RunFolder, RunState
 
@@ -153,10 +152,11 @@ def forecast(config: Configuration, devices: str, *, console: Console | None = N
         UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
     """
     settings, console, assumed = as_config(config), console or _unattended(), assumed_devices(devices)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if num_ranks() > 1:
         what = "devices are assumed by one process, and a launcher started several"
         raise UserError(what, f"--assume-devices {devices}", "start `dpo` itself, without a launcher")
     check_training(settings, resume=False, overwrite=False, dry_run=True, weights=False)
+    raise_all(list(sharding_errors(settings, assumed.count, assumed.per_machine)))
     console.notice("loading …")
     look_up_on_hub(settings)
     from dpo_cli.pipeline.forecast import forecast

@@ -43,10 +43,22 @@ def launch_errors(config: Config) -> Iterator[UserError]:
                 yield UserError(
                     what, config.where(name), f"leave `{name}` out, or change the one of `accelerate launch`"
                 )
-    if config.training.sharding == "none" or num_ranks() == 1:
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    yield from sharding_errors(config, num_ranks(), None if here is None else int(here))
+
+
+def sharding_errors(config: Config, size: int, here: int | None) -> Iterator[UserError]:
+    """Yield why a number of processes cannot have the shards that the configuration asks for.
+
+    Args:
+        config: What to do.
+        size: How many processes there are.
+        here: How many of them each machine has; None: that is not known.
+    """
+    if config.training.sharding == "none" or size == 1:
         return
     if config.training.sharding == "hybrid":
-        yield from _hybrid_errors(config.where("training.sharding"))
+        yield from _hybrid_errors(config.where("training.sharding"), size, here)
     optimizer = config.training.optimizer.type
     if not config.training.optimizer.on_shards:
         what = f"`training.optimizer: {optimizer}` cannot step on shards of a weight"
@@ -64,18 +76,17 @@ def _asked(fsdp: FsdpConfiguration) -> dict[str, Any]:
     return asked
 
 
-def _hybrid_errors(where: str) -> Iterator[UserError]:
+def _hybrid_errors(where: str, size: int, here: int | None) -> Iterator[UserError]:
     """Yield why weights cannot be sharded within machines and replicated between them."""
-    size, here = num_ranks(), os.environ.get("LOCAL_WORLD_SIZE")
     if here is None:
         hint = "set it in every process: torchrun does; for srun, `export LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE`"
         yield UserError("LOCAL_WORLD_SIZE, the number of processes of this machine, is not set", where, hint)
-    elif int(here) == size:
+    elif here == size:
         what = f"all {size} processes are on one machine: there are no others between which weights are replicated"
         yield UserError(what, where, "set `training.sharding: full`")
-    elif int(here) == 1:
+    elif here == 1:
         what = "there is one process per machine: within a machine there is nothing to shard between"
         yield UserError(what, where, "set `training.sharding: full`, or start a process per GPU")
-    elif size % int(here):
+    elif size % here:
         what = f"{size} processes do not divide into machines of {here}"
         yield UserError(what, where, "start the same number of processes on every machine")

@@ -23,13 +23,14 @@ from transformers.integrations import moe
 
 from dpo_cli.modeling.attention.trees import reading
 from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.modeling.depths import extrapolated
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.logps import chunk_bytes_on
 from dpo_cli.modeling.scorer import model_inputs
 from dpo_cli.modeling.sizes import NOTHING_GATHERED, Gathered
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from dpo_cli.modeling.policy import Policy
 
@@ -130,7 +131,22 @@ def activation_bytes(
         recomputed: Whether layers keep their inputs alone and compute the rest again (gradient checkpointing).
         gathered: Whether weights are gathered in that dtype, as those are that are sharded.
     """
-    sketch = policy.sketched(copy.deepcopy(policy.model.config))
+    config, states = policy.model.config, 0
+
+    def count(settings: PreTrainedConfig) -> int:
+        nonlocal states
+        size, states = _kept_bytes(policy.sketched(settings), layout, batch, dtype, gathered=gathered)
+        return size
+
+    size = extrapolated(config, count)
+    num_layers = config.get_text_config().num_hidden_layers
+    return int(num_layers * states + size // num_layers) if recomputed else size
+
+
+def _kept_bytes(
+    sketch: Policy, layout: Layout, batch: PairBatch, dtype: torch.dtype, *, gathered: bool
+) -> tuple[int, int]:
+    """Return what all layers keep for the backward pass, and what one is handed, in bytes."""
     with _experts_on_paper(), FakeTensorMode(allow_non_fake_inputs=True):
         sketch.model = empty = _with_shapes_alone(sketch.model, dtype if gathered else None)
         layout.prepare(empty)
@@ -139,10 +155,7 @@ def activation_bytes(
             states = empty.base_model(**model_inputs(batch))[0]
     weights = {parameter.untyped_storage()._cdata for parameter in empty.parameters()}
     size = sum(int(storage.nbytes()) for key, storage in kept.items() if key not in weights)
-    if not recomputed:
-        return size
-    num_layers = empty.config.get_text_config().num_hidden_layers
-    return int(num_layers * states.numel() * states.element_size() + size // num_layers)
+    return size, states.numel() * states.element_size()
 
 
 def logits_bytes(

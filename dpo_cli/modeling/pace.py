@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.modeling.depths import shallow
 from dpo_cli.modeling.layouts import Layout
 from dpo_cli.modeling.memory import free_bytes
 from dpo_cli.modeling.policy import Policy
@@ -147,11 +147,7 @@ def _shallow(policy: Policy, num_layers: int, device: torch.device) -> Policy:
     Raises:
         MemoryError: There is too little memory for it.
     """
-    config = copy.deepcopy(policy.model.config)
-    text = config.get_text_config()
-    text.num_hidden_layers = num_layers
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:num_layers]
+    config = shallow(policy.model.config, num_layers)
     sizes = policy.sketched(config).sizes()
     if sizes.held + _BESIDE * sizes.trained > _SHARE_OF_FREE * free_bytes(device):
         raise MemoryError("too little memory is free to measure it")

@@ -49,6 +49,8 @@ def refusal(session: Session, needed: Needed, free: int, numbers: int, further: 
     enough = bool(fitting)
     for settings, smaller in _smaller(config, on_gpu=_on_gpu(session)):
         for named, tried in _with_recomputation(settings, smaller):
+            if session.shards and not tried.training.optimizer.on_shards:
+                break
             try:
                 peak = needed(session.under(tried)).peak
             except UserError:
@@ -59,11 +61,11 @@ def refusal(session: Session, needed: Needed, free: int, numbers: int, further: 
             if peak <= free:
                 fitting.append((named, _with_peak(_listed(named), peak)))
                 break
-    shown = [text for _, text in fitting]
+    shown = [f"set {text}" if at == 0 else text for at, (_, text) in enumerate(fitting)]
     if not enough:
         shown += _on_more_gpus(session, needed, free, [settings for settings, _ in fitting])
     if shown:
-        return UserError(what, where, ", or ".join([f"set {shown[0]}", *shown[1:], *further]))
+        return UserError(what, where, ", or ".join([*shown, *further]))
     sizes = [
         f"{numbers * free / peak / 1e9:.2g} billion parameters" + f" (under {settings})" * bool(settings)
         for settings, peak in smallest.values()
@@ -117,7 +119,8 @@ def _on_more_gpus(session: Session, needed: Needed, free: int, enough: Sequence[
         if peak is not None:
             *fewer, count = most
             most = fewer
-            yield f"{_listed(settings)} on {count} GPUs ({gib(peak)} on each)"
+            what = f"set {_listed(settings)} on" if settings else "start"
+            yield f"{what} {count} GPUs ({gib(peak)} on each)"
 
 
 def _counts(present: int) -> list[int]:
@@ -160,8 +163,7 @@ def _sharded(config: Config, *, on_gpu: bool) -> Iterator[tuple[_Settings, Confi
     sharding = config.training.sharding if not named else "full"
     for settings, smaller in [([], config), *_smaller(config, on_gpu=on_gpu)]:
         for others, tried in _with_recomputation(settings, smaller, plain=True):
-            # Of a matrix's rows and columns no process has all.
-            if tried.training.optimizer.type != "adafactor":
+            if tried.training.optimizer.on_shards:
                 yield [*named, *others], _with_training(tried, sharding=sharding)
 
 

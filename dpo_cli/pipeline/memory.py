@@ -215,7 +215,7 @@ def settle_tokens(
     settled, memory = with_budget(asked or wanted_tokens(session))
     free = _free(session, policy.sizes().present)
     while not asked and memory.needed > SHARE_OF_FREE * free and settled.micro_batch_tokens > _FEWEST_TOKENS:
-        fewer, smaller = with_budget(settled.micro_batch_tokens // 2)
+        fewer, smaller = with_budget(_next_budget(run, settled))
         if smaller.peak >= memory.peak:
             break
         settled, memory = fewer, smaller
@@ -227,6 +227,15 @@ def settle_tokens(
     if fewest != settled.micro_batch_tokens:
         settled, memory = with_budget(fewest)
     return settled, _kept_or_returned(session, memory, free)
+
+
+def _next_budget(run: PlannedRun, batches: Batches) -> int:
+    """Return half the tokens of a forward pass, halved until the largest one is cut, where it has several pairs."""
+    largest, budget = largest_micro_batch(run, batches), batches.micro_batch_tokens // 2
+    num_tokens = batches.layout.tokens(batches.pairs.sizes, largest.pairs)
+    while len(largest.pairs) > 1 and budget >= num_tokens:
+        budget //= 2
+    return budget
 
 
 def _kept_or_returned(session: Session, memory: MemoryEstimate, free: int) -> MemoryEstimate:

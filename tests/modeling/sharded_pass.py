@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,19 @@ import torch
 from tiny_models import build
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.profiler import ProfilerActivity, profile
 
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.batch import PairBatch
-from dpo_cli.modeling.compiled import decoder_layers
 from dpo_cli.modeling.held import held_as
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.modeling.sharded_sizes import Shards
+from dpo_cli.modeling.shards import spread
 from dpo_cli.modeling.trained import Whole
 from dpo_cli.training.optimizer import AdamW
 
@@ -100,11 +98,8 @@ def counted(case: dict[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
     policy.read(PACKED)
     if recomputed:
         recompute_activations(policy.model)
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     scorer = Scorer(policy.model)
-    for layer in decoder_layers(policy.model):
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(scorer, mesh=mesh, mp_policy=precision)
+    spread(scorer, mesh, torch.device("cpu"), None if dtype == torch.float32 else dtype)
     trained = policy.trained()
     optimizer = AdamW().over(trained, 1e-4, 0.0)
 
@@ -131,7 +126,6 @@ def counted(case: dict[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
 def count_on(rank: int, folder: Path, cases: list[dict[str, Any]]) -> None:
     """Count every case on a rank, and write it."""
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     store = distributed.FileStore(str(folder / "store"), RANKS)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     found = []

@@ -1,4 +1,4 @@
-"""What a process holds of a model whose weights are sharded: counted as it is there, by closed forms and by real runs."""
+"""What a process holds of a model whose weights are sharded, by closed forms and as it is in real processes."""
 
 from __future__ import annotations
 
@@ -89,11 +89,8 @@ def test_weights_in_two_halves_are_sharded_with_their_low_bits_and_gathered_with
 
 @pytest.mark.parametrize("optimizer", [AdamW(), AdamW8bit()], ids=lambda optimizer: optimizer.type)
 def test_twice_the_processes_hold_half_the_optimizer_state(optimizer):
-    policy = Policy(even())
-    whole, half = (
-        optimizer.state_bytes([Shards(count, torch.float32).part(weights) for weights in policy.trained()])
-        for count in (1, 2)
-    )
+    matrix = torch.empty(512, 64, device="meta")
+    whole, half = (optimizer.state_bytes([Shards(count, torch.float32).part(matrix)]) for count in (1, 2))
     assert half == pytest.approx(whole / 2, rel=0.02)
 
 
