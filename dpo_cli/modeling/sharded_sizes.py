@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dpo_cli.modeling.compiled import decoder_layers
+from dpo_cli.modeling.shards import is_placeholder, local
 from dpo_cli.modeling.sizes import NOTHING_GATHERED, Gathered, Sizes
 
 if TYPE_CHECKING:
@@ -150,5 +150,5 @@ def present_share(model: nn.Module) -> float:
     parameters = list(model.parameters())
     if any(weights.is_meta for weights in parameters):
         return 0.0
-    here = sum(one.to_local().numel() if isinstance(one, DTensor) else one.numel() for one in parameters)
+    here = sum(local(weights).numel() for weights in parameters if not is_placeholder(weights))
     return here / max(1, sum(weights.numel() for weights in parameters))
