@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -31,7 +31,7 @@ from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.placement import Placement, Sharded, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.modeling.sharded_sizes import Shards, present_share, sizes_of_rank, whole_weights
-from dpo_cli.modeling.shards import is_placeholder, local
+from dpo_cli.modeling.shards import local, unspread
 from dpo_cli.modeling.sizes import NOTHING_GATHERED, Sizes
 from dpo_cli.modeling.split import drop_low_bits
 from dpo_cli.modeling.trained import Trained, Whole
@@ -100,9 +100,7 @@ class Policy:
 
     def _split(self, placement: Sharded) -> None:
         """Split the weights among processes; of those that are placeholders, the values are left open."""
-        # A copied placeholder would take memory.
-        shared: dict[int, Any] = {id(one): one for one in self.model.parameters() if is_placeholder(one)}
-        self._blueprint = copy.deepcopy(self.model, shared)
+        self._blueprint = unspread(self.model)
         self._placement, self._bare = placement, Scorer(self.model)
         placement.split(self._bare, self._held.gathered_as())
 
@@ -304,7 +302,7 @@ class Policy:
         if not isinstance(self._placement, Sharded):
             return self._beside(copied(self.model))
         assert self._blueprint is not None
-        other = self._beside(self._blueprint)
+        other = self._beside(unspread(self._blueprint))
         other._split(self._placement)
         other.model.requires_grad_(False)
         theirs = dict(other.model.named_parameters())

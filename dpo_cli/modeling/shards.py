@@ -5,9 +5,10 @@ What a process has of a tensor is looked at here; where all of it is needed, its
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -85,6 +86,13 @@ def placeholders(model: PreTrainedModel) -> None:
             empty = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
             made[id(parameter)] = Parameter(empty, requires_grad=parameter.requires_grad)
         module._parameters[name] = made[id(parameter)]
+
+
+def unspread(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy of a model that is not split yet; placeholders take no memory in it either."""
+    shared: dict[int, Any] = {id(one): one for one in model.parameters() if is_placeholder(one)}
+    other: PreTrainedModel = copy.deepcopy(model, shared)
+    return other
 
 
 def spread(scorer: Scorer, mesh: DeviceMesh, device: torch.device, computed_in: torch.dtype | None) -> None:
