@@ -14,6 +14,7 @@ from torch import distributed
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.folders.saving import disk_refusals
 from dpo_cli.system.disks import first_of_each_disk
+from dpo_cli.training.collectives import ASIDE
 
 Found = TypeVar("Found")
 
@@ -29,7 +30,7 @@ class Together:
 
     def __init__(self) -> None:
         self.rank, self.num_ranks = distributed.get_rank(), distributed.get_world_size()
-        self._group = distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+        self._group = distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT, group_desc=ASIDE)
 
     @property
     def is_main(self) -> bool:

@@ -56,13 +56,14 @@ STROKES = {
 }
 
 
-def strike(where: str, how: str, call: int = 1) -> None:
+def strike(where: str, how: str, call: int = 1, then: str = "") -> None:
     """Arrange for a function to be a rank's last.
 
     Args:
         where: The function, `module:name` or `module:Class.name`.
         how: One of `STROKES`.
         call: At which call, counted from 1.
+        then: Another function whose next call is the one, if not this one is.
     """
     module, _, path = where.partition(":")
     owner: Any = importlib.import_module(module)
@@ -75,7 +76,9 @@ def strike(where: str, how: str, call: int = 1) -> None:
     def struck(*arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == call:
+        if calls == call and then:
+            strike(then, how)
+        elif calls == call:
             print(STRUCK, file=sys.stderr, flush=True)
             STROKES[how]()
         return function(*arguments, **keywords)

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,14 @@ class Moment:
         at: What the others have to say of it where it hangs.
         call: At which of its calls.
         fresh: Whether the run has a cache of its own, so that there is a reference to be computed.
+        then: A function that is called from there, where the rank is struck.
     """
 
     where: str
     at: str
     call: int = 1
     fresh: bool = False
+    then: str = ""
 
 
 MOMENTS = {
@@ -69,6 +71,17 @@ MOMENTS = {
         "dpo_cli.evaluation.evaluate:evaluate", "s, while held-out pairs were scored, at step 3", call=2
     ),
 }
+
+GROUP = "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup"
+LAYER, GRADIENTS = f"{GROUP}.post_forward", f"{GROUP}.post_backward"
+
+WITHIN = {
+    **{name: replace(MOMENTS[name], then=LAYER) for name in ("reference", "evaluation")},
+    "forward": replace(MOMENTS["step"], then=LAYER),
+    "backward": replace(MOMENTS["step"], then=GRADIENTS),
+    "save": MOMENTS["save"],
+}
+"""Where a rank is struck that has a shard of each weight: in the middle of a pass, which the others cannot finish."""
 
 
 @dataclass
@@ -112,14 +125,24 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, zygote, tiny_llama, demo_rows):
-    folder = tmp_path_factory.mktemp("ranks")
-    pairs = write_rows(folder / "pairs.jsonl", demo_rows[:40])
+    """Runs whose ranks have all weights."""
+    yield from build_runs(tmp_path_factory.mktemp("ranks"), zygote, tiny_llama, demo_rows)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory, zygote, tiny_llama, demo_rows):
+    """Runs whose ranks have a shard of each weight."""
+    yield from build_runs(tmp_path_factory.mktemp("shards"), zygote, tiny_llama, demo_rows, sharding="full")
+
+
+def build_runs(folder, zygote, model, rows, **training):
+    pairs = write_rows(folder / "pairs.jsonl", rows[:40])
     settings = {
-        "training": {"epochs": 2, "pairs_per_step": 8, "micro_batch_tokens": 400},
+        "training": {"epochs": 2, "pairs_per_step": 8, "micro_batch_tokens": 400, **training},
         "checkpoints": {"every_steps": 2, "keep": 100},
         "evaluation": {"every_steps": 3},
     }
-    runs = Runs(zygote, folder, make_config(folder, tiny_llama, pairs, **settings), folder / "whole")
+    runs = Runs(zygote, folder, make_config(folder, model, pairs, **settings), folder / "whole")
     for rank in runs.start(runs.whole, 2):
         ended = rank.wait()
         assert ended.status == 0, ended.said
@@ -166,7 +189,7 @@ def struck_run(runs, num_ranks, victim, moment, how):
     """Start a run whose victim is struck; return run, survivors, victim, environment, and when it was struck."""
     run = runs.new()
     env = {"DPO_CACHE_DIR": str(runs.folder / f"cache-{runs.count}")} if moment.fresh else None
-    fault = victim, {"where": moment.where, "how": how, "call": moment.call}
+    fault = victim, {"where": moment.where, "how": how, "call": moment.call, "then": moment.then}
     ranks = runs.start(run, num_ranks, fault=fault, env=env)
     ranks[victim].until(STRUCK)
     since = time.monotonic()
@@ -245,6 +268,60 @@ def test_one_is_stopped_or_hangs_and_the_others_do_not_wait_for_it(runs, ledger,
     assert_resumes(runs, run, env=env)
     assert_same(run, runs.whole)
     ledger.record(f"a rank that {how}s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "name"), [("hang", name) for name in WITHIN] + [("stop", "forward")])
+@pytest.mark.parametrize("victim", [0, 1] if FULL else [1])
+def test_one_of_shards_that_stops_within_a_pass_is_named(sharded, ledger, how, victim, name):
+    moment = WITHIN[name]
+    run, (other,), struck, env, since = struck_run(sharded, 2, victim, moment, how)
+    seconds = seconds_to_end([other], since)
+    assert TIMEOUT * 0.8 < seconds < LIMIT, f"{seconds:.1f} s"
+    if how == "stop":
+        struck.send(signal.SIGCONT)
+    assert [other.wait().status, struck.wait().status] == [1, 1], other.said + struck.said
+    at, word = (f"{moment.at}$", "hangs") if how == "hang" else (WHEREVER, "is gone")
+    assert_named(other.said, victim, at, word)
+    assert_checkpoints_whole(run)
+    assert_resumes(sharded, run, env=env)
+    assert_same(run, sharded.whole)
+    ledger.record(f"a rank with shards that {how}s")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITHIN)
+@pytest.mark.parametrize("victim", [0, 1] if FULL else [1])
+def test_one_of_shards_that_is_killed_within_a_pass_is_named(sharded, ledger, victim, name):
+    run, (other,), _, env, since = struck_run(sharded, 2, victim, WITHIN[name], "kill")
+    assert seconds_to_end([other], since) < LIMIT
+    assert other.wait().status == 1, other.said
+    assert_named(other.said, victim, WHEREVER)
+    assert_checkpoints_whole(run)
+    assert_resumes(sharded, run, env=env)
+    assert_same(run, sharded.whole)
+    ledger.record("a rank with shards killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["forward", "save"])
+def test_one_of_shards_that_works_for_longer_than_the_time_out_is_waited_for(sharded, ledger, name):
+    run, (other,), worker, _, _ = struck_run(sharded, 2, 1, WITHIN[name], "work")
+    assert [rank.wait().status for rank in (other, worker)] == [0, 0], other.said + worker.said
+    assert_same(run, sharded.whole)
+    ledger.record("a rank with shards that works for long")
+
+
+@pytest.mark.slow
+def test_shards_that_wait_for_different_operations_say_for_which(sharded, ledger):
+    run, (main,), stray, _, _ = struck_run(sharded, 2, 1, WITHIN["forward"], "stray")
+    assert [main.wait().status, stray.wait().status] == [1, 1]
+    assert re.search(r"error: the ranks wait for different operations: .* for barrier, .*at step 4$", main.said, re.M)
+    assert "Traceback" not in main.said + stray.said
+    assert_checkpoints_whole(run)
+    assert_resumes(sharded, run)
+    assert_same(run, sharded.whole)
+    ledger.record("ranks that wait for different operations")
 
 
 WORKING = [(1, "step"), (0, "save"), (1, "evaluation"), (0, "reference")]
