@@ -42,11 +42,15 @@ one that the run gives as if all were well. A **traceback** is one that the user
   written. Five kinds of run: `dpo`; `bco`, which remembers something and has a reference that moves; `lora`, an adapter
   with dropout that goes on from another and has such a reference; `nf4`, an adapter beside a base of 4 bits; and one
   that saves in the background. Where two processes train, the other one is killed, as a launcher does, and every eighth
-  operation is tried. Of one process, every twelfth is followed by two more crashes while resuming.
+  operation is tried. Of one process, every twelfth is followed by two more crashes while resuming. Where two processes
+  each have a part of all weights (`training.sharding: full`), one or the other is ended at every second of its own
+  operations, of three kinds of run: `dpo`, `lora`, and one that saves in the background. In half of the cases the other
+  one is killed, in half it is left to find out and to end by itself.
 - **Power cut at a file operation**, every tenth. What was not synced is lost by the rules of POSIX, which promise less
   than any one file system: bytes are kept when their file was synced, names when their folder was. Of the rest nothing
-  remains; or all names, and files are short; or all names, and files hold zeros; or a part of it, by chance.
-- **SIGKILL at a random moment.** Up to six in a row on one run.
+  remains; or all names, and files are short; or all names, and files hold zeros; or a part of it, by chance. With
+  shards, the power of one of two machines that share a disk.
+- **SIGKILL at a random moment.** Up to six in a row on one run; of two processes with shards, one or the other.
 - **SIGINT, SIGTERM, SIGUSR1, SIGHUP** while the run loads, scores the reference, takes a step or evaluates, and at
   every eighth file operation (SIGHUP not there). A second SIGINT during a save stops it at once.
 - **Disk.** Full (a small tmpfs, a limit on the size of files), read-only, slow, failing to flush, refusing each kind of
@@ -59,7 +63,8 @@ one that the run gives as if all were well. A **traceback** is one that the user
 - **Two at once.** On one output folder, on one prepared folder, on one reference cache; holders and waiters killed and
   interrupted.
 - **Ranks.** One of two or three processes killed, stopped, hanging or failing while it loads, scores the reference,
-  takes a step, saves or evaluates.
+  takes a step, saves or evaluates; with shards in the middle of a forward pass and of a backward pass. One that
+  exchanges something else than the others, and one that works for longer than the time-out, which is no fault.
 - **Resume.** After every step, with every loss, reference, optimizer, kind of adapter and option.
 - **Fuzzing.** Inputs that atheris makes up for everything that reads files: each gives a result or an error. It stands
   in the table where it was run before.

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,21 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 """The kinds of run that are broken."""
 
+_SHARDED: dict[str, Any] = {**_TRAINING, "sharding": "full", "rank_timeout": 30}
+SHARDED_RUNS: dict[str, dict[str, Any]] = {
+    "shards": {"training": _SHARDED},
+    "shards of an adapter": {
+        "adapter": {"rank": 4, "dropout": 0.2, "start": "start"},
+        "reference": {"type": "synced", "every_steps": 3, "alpha": 0.5},
+        "training": _SHARDED,
+    },
+    "shards, saved in the background": {
+        "checkpoints": {**_CHECKPOINTS, "background": True},
+        "training": {**_SHARDED, "layout": "padded"},
+    },
+}
+"""Those of several processes that each have a part of all weights."""
+
 _NUM_PAIRS = 25
 
 Fault = tuple[str, dict[str, Any]]
@@ -91,30 +106,36 @@ class Bench:
 
     @functools.cached_property
     def whole(self) -> Case:
-        """The run that nothing happens to; its file operations are counted."""
+        """The run that nothing happens to; the file operations of each process are counted."""
         case = self.case()
-        ended = case.run(fault=("tests.faults.shim:count", {"root": str(case.folder), "log": str(self._log)}))
+        faults = {
+            rank: ("tests.faults.shim:count", {"root": str(case.folder), "log": str(self._log(rank))})
+            for rank in range(self.num_ranks)
+        }
+        ended = case.wait(case.start(faults=faults))
         assert ended.status == 0, ended.said
         steps = [row["step"] for row in case.metrics() if row["split"] == "train"]
         assert steps == list(range(1, len(steps) + 1))
         return case
 
-    @functools.cached_property
+    @property
     def operations(self) -> list[dict[str, Any]]:
-        """The file operations of the run: kind, path, and whether it can be done by half."""
-        assert self.whole
-        return [json.loads(line) for line in self._log.read_text(encoding="utf-8").splitlines()]
+        """The file operations of the first process: kind, path, and whether it can be done by half."""
+        return self._operations(0)
 
-    def points(self) -> list[Point]:
-        """Return every point at which the run can be ended."""
+    def points(self, rank: int = 0) -> list[Point]:
+        """Return every point at which a process can be ended."""
         found = []
-        for number, operation in enumerate(self.operations, 1):
+        for number, operation in enumerate(self._operations(rank), 1):
             found += [Point(number), Point(number, half=True)] if operation["halves"] else [Point(number)]
         return found
 
-    @property
-    def _log(self) -> Path:
-        return self.folder / "operations.jsonl"
+    def _operations(self, rank: int) -> list[dict[str, Any]]:
+        assert self.whole
+        return [json.loads(line) for line in self._log(rank).read_text(encoding="utf-8").splitlines()]
+
+    def _log(self, rank: int) -> Path:
+        return self.folder / f"operations-{rank}.jsonl"
 
 
 class Case:
@@ -131,8 +152,8 @@ class Case:
         self._said = ""
         self._saved = 0
 
-    def start(self, *arguments: object, fault: Fault | None = None) -> list[Running]:
-        """Start the processes of the run; the fault is the first one's."""
+    def start(self, *arguments: object, faults: Mapping[int, Fault] | None = None) -> list[Running]:
+        """Start the processes of the run; some have a fault, by their rank."""
         number, port = self.bench.num_ranks, free_port()
         return [
             self.bench.zygote.start(
@@ -140,25 +161,32 @@ class Case:
                 *("--config", self.bench.config, *arguments),
                 cwd=self.folder,
                 env={"DPO_CACHE_DIR": str(self.folder / "cache"), **_surroundings(rank, number, port)},
-                fault=fault if rank == 0 else None,
+                fault=(faults or {}).get(rank),
             )
             for rank in range(number)
         ]
 
-    def wait(self, ranks: Sequence[Running]) -> Ended:
-        """Wait for the end of the first process; where it fails, the others are killed, as a launcher would."""
-        ended = ranks[0].wait()
-        for other in ranks[1:]:
-            if ended.status:
+    def wait(self, ranks: Sequence[Running], victim: int = 0, *, left: bool = False) -> Ended:
+        """Wait for the end of all processes; return how the victim ended, if it failed, with all that was said.
+
+        Args:
+            ranks: The processes.
+            victim: The rank of the one that something may happen to.
+            left: Whether the others are left to end by themselves where it fails, not killed as by a launcher.
+        """
+        status = ranks[victim].wait().status
+        for other in [rank for rank in ranks if rank is not ranks[victim]]:
+            if status and not left:
                 other.send(signal.SIGKILL)
-            ended = Ended(ended.status or other.wait().status, ended.said + ("" if ended.status else other.said))
+            status = status or other.wait().status
+        ended = Ended(status, "".join(rank.wait().said for rank in ranks))
         self._said += ended.said
         self._saved = max(self._saved, _saved(ended.said, SAVED_EVERY if self.bench.background else 0))
         return ended
 
-    def run(self, *arguments: object, fault: Fault | None = None) -> Ended:
+    def run(self, *arguments: object, fault: Fault | None = None, victim: int = 0, left: bool = False) -> Ended:
         """Run to the end, whatever it is."""
-        return self.wait(self.start(*arguments, fault=fault))
+        return self.wait(self.start(*arguments, faults={victim: fault} if fault else None), victim, left=left)
 
     def finish(self, ledger: Ledger, kind: str, *, wrong: str = "", cases: int = 1) -> str:
         """Resume the run and take down what became of it; return what is wrong, or nothing.
@@ -212,13 +240,13 @@ class Case:
 def build_bench(
     zygote: Zygote, folder: Path, model: Path, rows: Sequence[dict[str, str]], name: str, num_ranks: int
 ) -> Bench:
-    """Write the configuration of a kind of run, a name of `RUNS`.
+    """Write the configuration of a kind of run, a name of `RUNS` or `SHARDED_RUNS`.
 
     Its two epochs are eight steps; it saves in their middle, evaluates in between and drops old checkpoints.
     """
     short = sorted(rows, key=lambda row: sum(map(len, row.values())))[:_NUM_PAIRS]
-    pairs, settings = write_rows(folder / "pairs.jsonl", short), with_start({**_SETTINGS, **RUNS[name]}, model, folder)
-    config = make_config(folder, model, pairs, "run", **settings)
+    pairs, settings = write_rows(folder / "pairs.jsonl", short), {**_SETTINGS, **{**RUNS, **SHARDED_RUNS}[name]}
+    config = make_config(folder, model, pairs, "run", **with_start(settings, model, folder))
     return Bench(zygote, folder, config, num_ranks, background="background" in settings["checkpoints"])
 
 

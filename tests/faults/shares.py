@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from tests.faults.conftest import FULL
-from tests.faults.runs import RUNS
+from tests.faults.runs import RUNS, SHARDED_RUNS
 
 SHARES = range(8 if FULL else 1)
 """A test takes one share of the cases."""
@@ -16,6 +16,9 @@ MOST = [name for name in RUNS if FULL or name not in ("nf4", "split")]
 
 SOME = list(RUNS) if FULL else ["bco"]
 """The kinds of run for what need not be seen of all of them in `make test`."""
+
+SHARDED = [name for name in SHARDED_RUNS if FULL or name == "shards"]
+"""The kinds of run with shards, of which `make test-rest` tries one."""
 
 _T = TypeVar("_T")
 

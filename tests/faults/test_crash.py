@@ -9,20 +9,21 @@ from typing import Any
 
 import pytest
 
+from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
 from tests.faults.power import KEPT
 from tests.faults.runs import Bench, Case, Point
-from tests.faults.shares import MOST, SHARES, SOME, chosen, report
+from tests.faults.shares import MOST, SHARDED, SHARES, SOME, chosen, report
 from tests.faults.shim import CRASHED
 
 KINDS = [*((name, 1) for name in MOST), ("dpo", 2), ("bco", 2)]
 NAMES = {1: "one process", 2: "two processes"}
 
 
-def crash(case: Case, point: Point, *arguments: str) -> bool:
-    """Run until it ends at a point; tell whether it got there."""
+def crash(case: Case, point: Point, *arguments: str, victim: int = 0, left: bool = False) -> bool:
+    """Run until a process ends at a point; tell whether it got there."""
     where = {"root": str(case.folder), "operation": point.operation, "half": point.half}
-    ended = case.run(*arguments, fault=("tests.faults.shim:crash_at", where))
+    ended = case.run(*arguments, fault=("tests.faults.shim:crash_at", where), victim=victim, left=left)
     assert ended.status in (CRASHED, 0), ended.said
     return ended.status == CRASHED
 
@@ -39,6 +40,40 @@ def test_a_crash_at_any_file_operation_costs_nothing(
         assert crash(case, point)
         trouble = case.finish(ledger, f"crash at a file operation: {name}, {NAMES[num_ranks]}")
         troubles.append(trouble and f"{point}: {trouble}")
+    report(troubles)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_crash_of_one_process_that_has_a_part_of_the_weights_costs_nothing(
+    bench: Callable[[str, int], Bench], ledger: Ledger, name: str, victim: int, share: int
+) -> None:
+    """After every second point the other process is left to end by itself; after the others a launcher kills it."""
+    run, troubles = bench(name, 2), []
+    for place, point in enumerate(chosen(run.points(victim), share, 2, 2)):
+        case = run.case()
+        assert crash(case, point, victim=victim, left=place % 2 == 0)
+        trouble = case.finish(ledger, f"crash at a file operation: {name}, rank {victim} of two")
+        troubles.append(trouble and f"{point}: {trouble}")
+    report(troubles)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kept", KEPT if FULL else ["nothing"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_power_cut_of_one_of_two_machines_that_share_a_disk_costs_nothing_that_was_saved(
+    bench: Callable[[str, int], Bench], ledger: Ledger, victim: int, kept: str, share: int
+) -> None:
+    """What the other machine has written is on the disk: the one whose power fails loses what it had not synced."""
+    run, troubles = bench("shards", 2), []
+    for point in chosen([point for point in run.points(victim) if not point.half], share, 10, 1):
+        case = run.case()
+        cut_power(case, point, kept, seed=point.operation, victim=victim)
+        trouble = case.finish(ledger, f"power cut at a file operation: shards, rank {victim} of two")
+        troubles.append(trouble and f"{point}, kept {kept}: {trouble}")
     report(troubles)
 
 
@@ -75,11 +110,11 @@ def test_a_power_cut_at_any_file_operation_costs_nothing_that_was_saved(
     report(troubles)
 
 
-def cut_power(case: Case, point: Point, kept: str, seed: int) -> None:
+def cut_power(case: Case, point: Point, kept: str, seed: int, victim: int = 0) -> None:
     aside = case.folder.with_name(f"{case.folder.name}-aside")
     where: dict[str, Any] = {"root": str(case.folder), "aside": str(aside)}
     where |= {"operation": point.operation, "kept": kept, "seed": seed}
-    ended = case.run(fault=("tests.faults.shim:cut_power_at", where))
+    ended = case.run(fault=("tests.faults.shim:cut_power_at", where), victim=victim)
     assert ended.status == CRASHED, ended.said
 
 

@@ -12,7 +12,7 @@ import pytest
 from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
 from tests.faults.runs import Bench
-from tests.faults.shares import SHARES, SOME
+from tests.faults.shares import SHARDED, SHARES, SOME
 
 NUM_KILLS = 10 if FULL else 4
 """Of each kind of run and share."""
@@ -40,4 +40,29 @@ def test_killed_at_any_moment_as_often_as_it_takes(
             kills += case.wait([process]).status == -signal.SIGKILL
         num_kills += kills
         troubles.append(case.finish(ledger, "SIGKILL at a random moment", cases=kills))
+    assert not any(troubles), "\n\n".join(filter(None, troubles))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", SHARDED)
+def test_one_process_that_has_a_part_of_the_weights_is_killed_at_any_moment(
+    bench: Callable[[str, int], Bench], ledger: Ledger, name: str, share: int
+) -> None:
+    """The other one ends by itself, names it, and `--resume` finishes the run as if nothing had happened."""
+    run, chance, num_kills, troubles = bench(name, 2), random.Random(share), 0, []
+    started = time.monotonic()
+    assert run.case().run().status == 0
+    seconds = time.monotonic() - started
+    while num_kills < NUM_KILLS:
+        case, kills = run.case(), 0
+        for _ in range(min(chance.randint(1, MOST_IN_A_ROW), NUM_KILLS - num_kills)):
+            victim, ranks = chance.randrange(2), case.start("--resume")
+            time.sleep(chance.uniform(0, seconds))
+            ranks[victim].send(signal.SIGKILL)
+            ended = case.wait(ranks, victim, left=True)
+            # One that was quicker is finished.
+            kills += ended.status == -signal.SIGKILL
+        num_kills += kills
+        troubles.append(case.finish(ledger, f"SIGKILL of one process of two at a random moment: {name}", cases=kills))
     assert not any(troubles), "\n\n".join(filter(None, troubles))
