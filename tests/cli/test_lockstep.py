@@ -2,66 +2,86 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
+from tiny_models import build
 
+from tests.conftest import read_metrics
+from tests.faults.launching import run_ranks
 from tests.marks import slow_unless
 
-pytestmark = pytest.mark.program
-
-UNEVEN = {"pairs_per_step": 13, "micro_batch_tokens": 300}
-"""Of 40 pairs 32 are trained on, 13 in two steps and 6 in the last; 8 are held out. No rank has as many micro-batches
-as another, nor as many pairs."""
-
-SHORT_SECONDS = 180
-"""Ranks that wait for each other are ended: the test fails, and does not hang."""
+UNEVEN = {"pairs_per_step": 13, "micro_batch_tokens": 300, "rank_timeout": 60}
+"""Of 40 pairs 32 are trained on, 13 in two steps and 6 in the last; 8 are held out. No rank has as many pairs as
+another, nor as many micro-batches. Where they wait for each other, the run ends with an error and does not hang."""
 
 CASES = {
     "dpo, cached": (2, {}),
     "aot, frozen": (3, {"loss": "aot", "reference": "frozen"}),
-    "simpo, without a reference": (3, {"loss": "simpo", "reference": "none", "training": {"layout": "padded"}}),
-    "an adapter, synced": (2, {"adapter": "lora", "reference": {"type": "synced", "every_steps": 2}}),
+    "simpo, padded, without a reference": (
+        3,
+        {"loss": "simpo", "reference": "none", "training": {"layout": "padded"}},
+    ),
+    "dpo, synced": (2, {"reference": {"type": "synced", "every_steps": 2}}),
+    "an adapter, frozen": (2, {"adapter": "lora", "reference": "frozen"}),
+    "recomputed, in bfloat16": (3, {"model": {"dtype": "bfloat16"}, "training": {"gradient_checkpointing": True}}),
+    "experts, balanced": (2, {"loss": {"type": "dpo", "router_aux": 0.1}, "training": {"layout": "padded"}}),
 }
 
 
-def passes_of(num_ranks, folder, *arguments):
-    """Run the program on ranks; return the passes of each."""
-    folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
-    ended = subprocess.run(
-        [*command, "-m", "tests.cli.counted", *map(str, (folder, *arguments))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=SHORT_SECONDS,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_ranks)], ended.stderr
+@pytest.fixture
+def passes_of(zygote, tmp_path):
+    """Runs the program on ranks; returns the passes of each, and what was said."""
+
+    def run(num_ranks, *arguments, **env):
+        files = [tmp_path / f"passes-of-{rank}" for rank in range(num_ranks)]
+        counted = {
+            rank: ("tests.cli.counted:write_down_passes", {"file": str(file)}) for rank, file in enumerate(files)
+        }
+        env = {"DPO_CACHE_DIR": str(tmp_path / "cache"), "LOCAL_WORLD_SIZE": str(num_ranks), **env}
+        ended = run_ranks(zygote, num_ranks, *arguments, env=env, faults=counted)
+        assert ended.status == 0, ended.said
+        return [file.read_text().split() for file in files], ended.said
+
+    return run
 
 
-@pytest.mark.parametrize("case", slow_unless(lambda name: name == "dpo, cached", CASES))
-def test_ranks_make_the_same_passes(write_config, tmp_path, monkeypatch, case):
+@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("case", slow_unless(lambda name: name in ("dpo, cached", "aot, frozen"), CASES))
+def test_ranks_make_the_same_passes_and_the_run_of_one_process(
+    write_config, passes_of, forked_dpo, tokenizer, tmp_path, case, sharding
+):
     num_ranks, settings = CASES[case]
-    settings = {**settings, "training": {**UNEVEN, **settings.get("training", {})}, "evaluation": {"every_steps": 2}}
-    settings["training"]["rank_timeout"] = 60
-    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
-    file = write_config("several", **settings)
-    passes, said = passes_of(num_ranks, tmp_path / "passes", "train", "--config", file)
+    training = {**UNEVEN, "sharding": sharding, **settings.get("training", {})}
+    settings = {**settings, "training": training, "evaluation": {"every_steps": 2}}
+    if "experts" in case:
+        settings["model"] = {"name": str(tmp_path / "mixture")}
+        build("qwen3_moe", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "mixture")
+        tokenizer.save_pretrained(tmp_path / "mixture")
+    file = write_config(**settings)
+    passes, said = passes_of(num_ranks, "train", "--config", file)
     assert passes == passes[:1] * num_ranks
-    assert {True, False} == set(passes[0])
+    assert {"gradient", "none"} == set(passes[0])
     assert re.search(r"^evaluating: 8/8", said, re.M)
+    one = tmp_path / "runs" / "one"
+    alone = forked_dpo("train", "--config", file, f"output_dir={one}", "training.sharding=none")
+    assert alone.returncode == 0, alone.stderr
+    exactness = 0.02 if "bfloat16" in case else 1e-5
+    for split in ("train", "eval"):
+        ours, theirs = (read_metrics(run, split) for run in (tmp_path / "runs" / "run", one))
+        assert len(ours) == len(theirs) > 1
+        for name in ("loss", "rewards/margins", "logps/chosen"):
+            assert [row[name] for row in ours] == pytest.approx(
+                [row[name] for row in theirs], rel=exactness, abs=exactness
+            )
 
 
-@pytest.mark.slow
-def test_ranks_that_evaluate_make_the_same_passes(write_config, tiny_llama, tmp_path):
+@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("reference", slow_unless(lambda name: name == "cached", ["cached", "frozen"]))
+def test_ranks_that_evaluate_make_the_same_passes(write_config, passes_of, tiny_llama, reference, sharding):
     """Eight held-out pairs, one in a micro-batch, do not divide among three ranks."""
-    file = write_config(training={"micro_batch_tokens": 1, "layout": "padded"})
-    passes, said = passes_of(3, tmp_path / "passes", "eval", "--config", file, "--model", tiny_llama, "--json", "-")
+    training = {**UNEVEN, "micro_batch_tokens": 1, "layout": "padded", "sharding": sharding}
+    file = write_config(training=training, reference=reference)
+    passes, said = passes_of(3, "eval", "--config", file, "--model", tiny_llama)
     assert passes == passes[:1] * 3
     assert "8/8" in said
