@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dpo_cli.modeling.shards import is_split
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -31,7 +33,8 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(model.device.type, enabled=False))
         stack.enter_context(_quantized_in_float32(model))
-        if any(map(_is_lower, (*model.parameters(), *model.buffers()))):
+        # Weights that are split among processes may be rounded where they are made whole.
+        if any(_is_lower(one) or is_split(one) for one in (*model.parameters(), *model.buffers())):
             stack.enter_context(_cast_by_layers(model))
         yield
 
