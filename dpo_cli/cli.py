@@ -20,6 +20,7 @@ import dpo_cli
 from dpo_cli.command_line import Command, Program, expanded, expanded_path, split_arguments, split_run
 from dpo_cli.errors import FAILED, UserError, raise_all
 from dpo_cli.system.launchers import environment_errors, is_main_process, numbering_errors, settle_environment
+from dpo_cli.system.lone_ranks import of_this_rank, speaks_for_itself
 from dpo_cli.system.signals import Interrupted, StopSignals, ignore_signals
 
 if TYPE_CHECKING:
@@ -308,6 +309,9 @@ def _job(*, quiet: bool) -> Iterator[tuple[Console, StopSignals]]:
             yield console, signals
     except (UserError, ExceptionGroup) as error:
         errors = list(_user_errors(error))
+        if speaks_for_itself():
+            console = Console(quiet=quiet)
+            errors = [of_this_rank(one) for one in errors]
         for one in errors:
             console.error(one)
         raise typer.Exit(max(one.status for one in errors)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.tokenizers import check_same_tokens, end_at
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
+from dpo_cli.pipeline.alike import check_job, check_pairs, named_models
 from dpo_cli.pipeline.beginning import Beginning, noted_by
 from dpo_cli.pipeline.memory import settling_scores
 from dpo_cli.pipeline.models import known_reference, open_reference, opened, reference_sketch, scored_and_reference
@@ -56,6 +58,7 @@ def evaluate(
         UserError: Something is wrong that the user can fix.
     """
     with started(config, console) as session:
+        check_job(session, {"--model": model, "--data": data}, {"--model": model, **named_models(config)})
         found = _measure(session, model, data)
     if json_file == STANDARD_OUTPUT:
         console.result(json.dumps(found, indent=1))
@@ -78,6 +81,8 @@ def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
         check_same_tokens(tokenizer, base or model, "the model that is scored", config.model.trust)
         pairs, held_out, source = _held_out(config, data, tokenize, session.console)
         trained_on = {"trained_on": num_trained_on(config, pairs, held_out, tokenize)} if data is not None else {}
+    read = hashlib.sha256(pairs.key_numbers("key")[held_out].tobytes()).hexdigest()
+    check_pairs(session, read, "`data`" if data is None else "--data")
     check_columns(pairs, config.objective)
     policy, reference, batches = _open_both(session, model, pairs, held_out, tokenizer.eos_token_id)
     policy.place(session.accelerator, trained=False, collisions=config.objective.wpo)

@@ -18,6 +18,7 @@ from dpo_cli.modeling.held import Split
 from dpo_cli.modeling.memory import resident_bytes
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.routing import check_routers, experts_without_adapter
+from dpo_cli.pipeline.alike import check_pairs
 from dpo_cli.pipeline.memory import check_memory
 from dpo_cli.pipeline.models import reference_sketch, trained_policy
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data, shown_counts
@@ -86,6 +87,7 @@ def planned(session: Session, folder: RunFolder, *, resume: bool, extend: bool) 
     with session.accelerator.main_process_first():
         tokenizer, tokenize = load_tokenizer(config, session.console, day)
         data = run_data(config, tokenize, session.console)
+    check_pairs(session, data.fingerprint, "`data`")
     steps = make_plan(config, data)
     if resume and (longer := check_length(config, folder, steps, extend=extend)):
         session.console.notice(longer)

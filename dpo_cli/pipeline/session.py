@@ -28,6 +28,7 @@ from dpo_cli.modeling.sharded_sizes import Shards
 from dpo_cli.modeling.trained import Trained, Whole
 from dpo_cli.pipeline.assumed import AbsentDevices
 from dpo_cli.pipeline.out_of_memory import during, reported
+from dpo_cli.pipeline.surroundings import check_surroundings
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.assumed_devices import AssumedDevices
 from dpo_cli.system.fsdp_configuration import hidden_from_libraries
@@ -215,7 +216,7 @@ def start_accelerator(config: Config) -> Accelerator:
     """Start Accelerate.
 
     Raises:
-        UserError: Accelerate cannot start.
+        UserError: Accelerate cannot start; or the processes of the run differ in what they have to have alike.
     """
     on_cpu = not torch.accelerator.is_available()
     if on_cpu:
@@ -232,6 +233,7 @@ def start_accelerator(config: Config) -> Accelerator:
     try:
         with gathering(config.training.rank_timeout, Console().error):
             accelerator = Accelerator(**settings)
+            check_surroundings(config, accelerator.device, accelerator.process_index, accelerator.num_processes)
     except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         hint = "check what `accelerate config` has set, and the environment variables that begin with ACCELERATE_"

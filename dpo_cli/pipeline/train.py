@@ -18,6 +18,7 @@ from dpo_cli.modeling.folders.tokenizers import end_at
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.placement import Sharded
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.pipeline.alike import check_job, named_models
 from dpo_cli.pipeline.compilation import compile_layers_of
 from dpo_cli.pipeline.forecast import disk_need, show_forecast, warn_of_disk
 from dpo_cli.pipeline.memory import without_gradient
@@ -64,6 +65,8 @@ def train(
         Interrupted: A signal came; what was done is saved.
     """
     with started(config, console, signals, trains=True) as session:
+        asked = {"--resume": resume, "--overwrite": overwrite, "--extend": extend, "--dry-run": dry_run}
+        check_job(session, asked, named_models(config))
         plan = planned(session, RunFolder(Path(config.output_dir)), resume=resume, extend=extend)
         if plan and dry_run:
             show_forecast(plan, resume=resume)
