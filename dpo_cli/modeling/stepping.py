@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from dpo_cli.modeling.shards import is_split, local
 from dpo_cli.modeling.split import on_host, set_whole_value, whole_value
 
 Groups = list[dict[str, Any]]
@@ -42,15 +43,19 @@ class OneByOne(Optimizer):
         for group in self.param_groups:
             for weights in group["params"]:
                 if weights.grad is not None:
-                    self._step_on(weights, group)
+                    self._step_on(weights, weights.grad, group)
 
-    def _step_on(self, weights: Parameter, group: dict[str, Any]) -> None:
+    def _step_on(self, weights: Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         inner, stand_in = self._inner, self._stand_ins[weights]
-        stand_in.data, stand_in.grad = whole_value(weights), weights.grad
+        # Of a weight that is split among processes, what is here is stepped on.
+        stand_in.data, stand_in.grad = whole_value(weights), local(gradient)
         inner.param_groups = [{**group, "params": [stand_in]}]
         inner.state[stand_in] = self._brought(self.state[weights], weights.device)
         inner.step()
-        set_whole_value(weights, stand_in.data)
+        if is_split(weights):
+            local(weights).copy_(stand_in.data)
+        else:
+            set_whole_value(weights, stand_in.data)
         self.state[weights] = self._taken_back(inner.state.pop(stand_in), self.state[weights])
         stand_in.data, stand_in.grad = stand_in.data.new_empty(0), None
 
@@ -98,6 +103,8 @@ class OneByOne(Optimizer):
 
 def _stand_in(weights: Parameter) -> Parameter:
     """Return a parameter without content that takes the whole value of another, and a gradient of whatever dtype."""
-    stand_in = Parameter(torch.empty(0, dtype=torch.float32, device=weights.device))
+    stand_in: Any = Parameter(torch.empty(0, dtype=torch.float32, device=weights.device))
     stand_in.grad_dtype = None
-    return stand_in
+    stand_in.whole_numbers = weights.numel()
+    made: Parameter = stand_in
+    return made

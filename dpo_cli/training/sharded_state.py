@@ -86,7 +86,7 @@ class ShardedSnapshot:
         """Write, in the main process, all that is not split."""
         self.policy.write(folder, self.tokenizer, self.gathered)
         write_list(folder, parts, num_ranks)
-        save_tensors(self.random, folder / RANDOM)
+        save_tensors(self.random, folder / RANDOM, unlike_pickle=True)
         write_record(folder, self.record)
 
 

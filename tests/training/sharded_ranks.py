@@ -37,34 +37,36 @@ from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import OpenReference
 from dpo_cli.training.checkpoints import CheckpointWriter
 from dpo_cli.training.learner import Learner
-from dpo_cli.training.optimizer import AdamW, schedule
+from dpo_cli.training.optimizer import AdamW, AdamW8bit, RMSprop, schedule
 from dpo_cli.training.state import RunNotes, restore_checkpoint
 from dpo_cli.training.together import Together
 
 FINGERPRINTS = {"model": "m", "data": "d", "settings": "s"}
 LORA = Lora(rank=2)
+OPTIMIZERS = {"adamw": AdamW(), "adamw_8bit": AdamW8bit(), "rmsprop": RMSprop(momentum=0.5)}
 
 
-def learner_of(model: str, *, adapter: bool, reference: bool) -> Learner:
+def learner_of(model: str, *, adapter: bool, reference: bool, optimizer: str, hybrid: bool) -> Learner:
     accelerator = Accelerator(cpu=True)
 
     def policy() -> Policy:
         made = Policy.load(model, trained=Adapted(LORA, 3, model) if adapter else None)
         if distributed.is_initialized():
-            mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+            size = (2, distributed.get_world_size() // 2) if hybrid else (distributed.get_world_size(),)
+            mesh = init_device_mesh("cpu", size, mesh_dim_names=("replicate", "shard")[-len(size) :])
             for layer in made.model.model.layers:
                 fully_shard(layer, mesh=mesh)
             fully_shard(made.model, mesh=mesh)
         return made
 
     trained = policy()
-    optimizer = AdamW().over(trained.trained(), 1e-2, 0.1)
+    chosen = OPTIMIZERS[optimizer].over(trained.trained(), 1e-2, 0.1)
     return Learner(
         policy=trained,
         objective=Objective.of(DPO()),
         reference=OpenReference(lambda batch: torch.zeros(len(batch.targets)), policy() if reference else None),
-        optimizer=optimizer,
-        rates=schedule(optimizer, "linear", 0.0, 10),
+        optimizer=chosen,
+        rates=schedule(chosen, "linear", 0.0, 10),
         accelerator=accelerator,
     )
 
@@ -88,7 +90,8 @@ def result_of(learner: Learner) -> dict[str, torch.Tensor]:
     found = {name: gathered(weights).clone() for name, weights in learner.policy.weights().items()}
     for name, weights in learner.policy.named().items():
         for kind, kept in learner.optimizer.state.get(weights, {}).items():
-            found[f"{name}.{kind}"] = gathered(kept).clone().contiguous()
+            if not (isinstance(weights, DTensor) and not isinstance(kept, DTensor) and kept.ndim):
+                found[f"{name}.{kind}"] = gathered(kept).clone().contiguous()
     if learner.reference.moving:
         found |= {f"ref.{n}": gathered(one).clone() for n, one in learner.reference.moving.weights().items()}
     return found
@@ -96,13 +99,18 @@ def result_of(learner: Learner) -> dict[str, torch.Tensor]:
 
 def stage(rank: int, asked: dict[str, Any]) -> None:
     """Begin or resume, save, and go on, and write down what came of it or what was refused."""
-    learner = learner_of(asked["model"], adapter=asked.get("adapter", False), reference=asked.get("reference", False))
+    ways = {"adapter": False, "reference": False, "optimizer": "adamw", "hybrid": False}
+    learner = learner_of(asked["model"], **{name: asked.get(name, usual) for name, usual in ways.items()})
     tokenizer, out = load_tokenizer(asked["model"]), Path(asked["out"])
     together = Together() if learner.policy.splits else None
     checkpoints, background = out / "checkpoints", asked.get("background", False)
     writer = CheckpointWriter(checkpoints, tokenizer, 2, background=background, together=together)
     if asked.get("resume"):
-        restore_checkpoint(Path(asked["resume"]), learner)
+        try:
+            restore_checkpoint(Path(asked["resume"]), learner)
+        except UserError as error:
+            (out / f"refused-{rank}.txt").write_text(f"{error.status} {error}")
+            return
     else:
         take(learner, 2)
         writer.save(learner, RunNotes(FINGERPRINTS))

@@ -129,7 +129,7 @@ def write_part(folder: Path, kind: str, pieces: Mapping[str, Piece], rank: int, 
         return None
     path = folder / f"{kind}-{rank + 1:05d}-of-{num_ranks:05d}.safetensors"
     sketch = {name: torch.empty(one.rows, dtype=one.dtype, device="meta") for name, one in mine.items()}
-    save_tensors(sketch, path, lambda name: mine[name].content(), {"format": "pt"})
+    save_tensors(sketch, path, lambda name: mine[name].content(), {"format": "pt"}, unlike_pickle=True)
     digest = flushed_digest(path)
     tensors = {
         name: (NAMES[one.dtype], one.shape, one.first, one.first + (one.rows[0] if one.rows else 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import PROTO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +42,8 @@ def save_tensors(
     file: Path,
     content: Callable[[str], Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
+    *,
+    unlike_pickle: bool = False,
 ) -> None:
     """Write tensors as a safetensors file, byte for byte as `safetensors.torch.save_file` would.
 
@@ -52,6 +55,8 @@ def save_tensors(
         content: Returns the tensor of a name, which is written in the dtype that `tensors` has for it; called once
             each, in the order of the file. None: those of `tensors`.
         metadata: What the file says beside them.
+        unlike_pickle: Whether to make the header longer where the file, which begins with the length of that, would
+            begin as a pickle does; safetensors would not.
     """
     names = in_order(tensors)
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -62,6 +67,8 @@ def save_tensors(
         header[name] = {"dtype": NAMES[tensors[name].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if unlike_pickle and len(text).to_bytes(8, "little").startswith(PROTO):
+        text += b" " * 8
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         for name in names:
