@@ -108,18 +108,24 @@ def test_another_number_of_processes_goes_on_and_says_so(begun, num_ranks, shard
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_checkpoint_is_scored_and_exported_as_a_model(begun, tmp_path):
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_checkpoint_is_scored_as_a_model(begun, tmp_path, num_ranks):
     file, run, dpo = begun
     checkpoint = run / "checkpoints" / "step-000002"
-    ended = dpo(1, "eval", "--config", file, "--model", checkpoint, "--json", tmp_path / "figures.json")
+    ended = dpo(num_ranks, "eval", "--config", file, "--model", checkpoint, "--json", tmp_path / "figures.json")
     assert ended.status == 0, ended.said
     figures = json.loads((tmp_path / "figures.json").read_text())
     row = next(row for row in read_metrics(run, "eval") if row["step"] == 2)
     names = ["loss", "rewards/margins", "logps/chosen", "logps/rejected"]
     if "synced" not in file.read_text():
         assert [figures[name] for name in names] == pytest.approx([row[name] for name in names], rel=1e-4, abs=1e-4)
+
+
+def test_a_checkpoint_is_exported_as_a_model(begun, tmp_path):
+    _, run, dpo = begun
+    checkpoint = run / "checkpoints" / "step-000002"
     if (checkpoint / "adapter_config.json").exists():
-        return
+        pytest.skip("it is an adapter's folder already")
     ended = dpo(1, "export", checkpoint, "--dtype", "float32", "--to", tmp_path / "model")
     assert ended.status == 0, ended.said
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
