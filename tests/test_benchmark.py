@@ -245,6 +245,15 @@ def test_the_machine_is_measured_by_a_process_that_waits_to_be_asked():
             gauge()
 
 
+def test_what_measures_the_machine_imports_no_more_than_it_needs():
+    """It starts for every workload, and its imports would take longer than the products."""
+    asked = "import sys, benchmark.products; print({'transformers', 'accelerate', 'datasets'} & sys.modules.keys())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "scripts")])}
+    command = [sys.executable, "-c", asked]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE)
+    assert ended.stdout == "set()\n"
+
+
 def test_a_run_whose_machine_cannot_be_measured_is_ended_at_once(monkeypatch):
     def measure():
         raise GaugeFailed("gone")

@@ -21,11 +21,11 @@ from dpo_cli.reporting.metrics_log import digest_in
 from dpo_cli.system import plain_yaml
 from dpo_cli.system.storage import file_digest
 
-_STEPS, _EVERY = 24, 3
+_STEPS, _EVERY = 12, 3
 _KILLED_AT = f"checkpoint of step {_EVERY} saved"
 _PATIENCE_SECONDS = 300
 _REPORT = "report what was printed, with the versions above; until then do not rely on `--resume` here"
-_ROWS = 48
+_ROWS = 24
 """Pairs: two epochs of steps of four."""
 
 

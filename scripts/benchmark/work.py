@@ -1,6 +1,6 @@
-"""What the benchmark needs of torch: the workloads, the arithmetic they cannot do without, the machine's speed.
+"""What the benchmark needs of torch: the workloads, and the arithmetic that they cannot do without.
 
-It runs in processes of its own (`prepare`, `matmul`) and answers in JSON on standard output: a process inherits the
+It runs in a process of its own (`prepare`) and answers in JSON on standard output: a process inherits the
 peak memory of the one that starts it, so the benchmark itself must stay small.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,6 @@ from dpo_cli.modeling.folders.saving import saved_model, write_model
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 
 MAX_LENGTH = 1024
-MATRIX = 2048
-GPU_MATRIX = 8192
-MATRIX_PRODUCTS = 8
 FIELDS = ("instruction", "input", "chosen", "rejected")
 # Tokens of the joined texts alone; a chat template adds some thirty to the prompt and two to a response.
 LONG_TOKENS = {"instruction": 148, "chosen": 353, "rejected": 285}
@@ -242,26 +238,8 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
     return {**answer, "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-def say_matrix_product_speed(device: str) -> None:
-    """For every line that comes, say how many GFLOP/s matrix products reach now, at their best."""
-    size, dtype = (GPU_MATRIX, torch.bfloat16) if device == "cuda" else (MATRIX, torch.float32)
-    left, right, product = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(3))
-    for _ in sys.stdin:
-        best = float("inf")
-        for _ in range(MATRIX_PRODUCTS):
-            started = time.perf_counter()
-            torch.matmul(left, right, out=product)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - started)
-        print(2 * size**3 / best / 1e9, flush=True)
-
-
 def main() -> None:
     """Do what the first argument names and print the answer."""
-    if sys.argv[1] == "matmul":
-        say_matrix_product_speed(*sys.argv[2:3] or ["cpu"])
-        return
     try:
         answer = prepare(json.loads(sys.argv[2]))
     except UserError as error:

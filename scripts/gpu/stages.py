@@ -50,7 +50,7 @@ STAGES = [
     Stage("8B whole, split, 8-bit moments, recomputed", 60, job("8B", **SMALL)),
     Stage("kill and resume", 90, program.resume),
     Stage("beside TRL, 1B LoRA, short", 75, program.beside_trl("lora", "short", dry=True)),
-    Stage("beside TRL, 1B whole, long", 75, program.beside_trl(None, "long", dry=True)),
+    Stage("beside TRL, 1B whole, long", 75, program.beside_trl(None, "long", dry=False)),
     Stage("1B whole, split, compiled", 75, job("1B", **SPLIT, **COMPILED)),
     Stage("1B whole, float32", 45, job("1B", **FLOAT32)),
     Stage("head speed", 20, kernels.head_speed),
