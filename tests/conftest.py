@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
@@ -16,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import psutil
 import pytest
 import yaml
 
+from dpo_cli.modeling.allocator import hand_back_freed_memory, return_freed_memory
 from tests.faults.ledger import PROPERTY, table
 from tests.faults.zygote import Zygote
 from tests.surroundings import move_out_of_home, stamped_files
@@ -120,7 +123,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Know the test that runs, and undo what the command line does to the log where it runs in this process."""
+    """Know the test that runs, and undo what it does to the log and to the memory of this process."""
     logger = logging.getLogger("dpo_cli")
     before = logger.handlers, logger.propagate
     _running.append(item)
@@ -129,6 +132,28 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     finally:
         _running.pop()
         logger.handlers, logger.propagate = before
+        _free_what_is_left()
+
+
+_MOST_LEFT_BYTES = 2**28
+"""How much a process may grow before what tests have left in it is looked for, which takes a second."""
+
+_after_freeing = 0
+"""What the process held when that was last done."""
+
+
+def _free_what_is_left() -> None:
+    """Free models in cycles, and hand back the memory that runs keep for their next step: a worker has more tests."""
+    global _after_freeing
+    if _resident_bytes() > _after_freeing + _MOST_LEFT_BYTES:
+        gc.collect()
+        return_freed_memory()
+        hand_back_freed_memory()
+        _after_freeing = _resident_bytes()
+
+
+def _resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
 
 
 def _require_mark(event: str, arguments: tuple[Any, ...]) -> None:
