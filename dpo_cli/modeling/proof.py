@@ -16,6 +16,7 @@ from dpo_cli.data.records import TokenizedPair
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention.trees import CannotPack
 from dpo_cli.modeling.batch import PairBatch
+from dpo_cli.modeling.broken_off import is_broken_off
 from dpo_cli.modeling.compiled import compile_layers
 from dpo_cli.modeling.layouts import PADDED, Layout
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
@@ -270,7 +271,7 @@ def asking(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except REFUSALS as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_broken_off(error):
             raise
         what = f"the model fails on the first pairs, {type(error).__name__}: {_first_line(error)}"
         raise UserError(what, type(model).__name__, "check the values in its config.json") from error
@@ -339,7 +340,8 @@ def _is_refusal(error: Exception) -> bool:
     """Tell whether an error says that a model, or a kernel on this card, cannot do what was asked; memory aside."""
     # A kernel's compiler has errors of its own for cards that lack what it takes.
     of_a_kernel = type(error).__module__.partition(".")[0] == "triton"
-    return (of_a_kernel or isinstance(error, REFUSALS)) and not is_out_of_memory(error)
+    of_the_run = is_out_of_memory(error) or is_broken_off(error)
+    return (of_a_kernel or isinstance(error, REFUSALS)) and not of_the_run
 
 
 def _first_line(error: Exception) -> str:

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from accelerate import Accelerator
-from torch.distributed import DistError, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dpo_cli.errors import FAILED, UserError
+from dpo_cli.modeling.broken_off import is_broken_off
 from dpo_cli.system.launchers import is_main_process
 from dpo_cli.system.signals import STOPPING
 from dpo_cli.system.storage import heartbeats, is_filling
@@ -202,7 +203,7 @@ class _Watch:
         """Find out which rank is behind an error, if one is."""
         self._doubts.set()
         self._looked.wait(2 * self._doubt_seconds)
-        if self._missing is None and (isinstance(error, DistError) or "gloo" in str(error)):
+        if self._missing is None and is_broken_off(error):
             return Missing(f"what the ranks exchanged broke off: {_reason(error)}", frozenset())
         return self._missing
 

@@ -15,6 +15,7 @@ from typing import Any
 from transformers.utils import logging as hf_logging
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.broken_off import is_broken_off
 from dpo_cli.modeling.folders.model_files import CONFIG, GENERATION, all_settings
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.settings import located
@@ -50,7 +51,7 @@ def explained(name: str, kind: str) -> Iterator[None]:
         hint = "nothing pickled is executed: choose a model whose weights are in .safetensors files"
         raise UserError(what, name, hint) from error
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_broken_off(error):
             raise
         # What they raise for a broken folder is of every kind, and none of it is ours: only their calls stand inside.
         path = Path(name)
