@@ -65,7 +65,7 @@ class Exchanges:
 
 def count_exchanges() -> int:
     """Return a number that is another whenever an operation was begun or has ended; it takes no time."""
-    groups = [group for record in _records(whole=False) for group in record["pg_status"].values()]
+    groups = [group for record in _records(whole=False) for group in record.get("pg_status", {}).values()]
     return sum(int(number) for group in groups for number in group.values())
 
 

@@ -144,16 +144,17 @@ class Notes:
         """Take it that the connection to the store broke, or that the store did not answer."""
         self._lost = now
 
-    def missing(self, now: float, patience: float, grace: float) -> Missing | None:
+    def missing(self, now: float, silence: float, grace: float, stillness: float) -> Missing | None:
         """Say which ranks are missing, if any.
 
         Args:
             now: The time, in seconds.
-            patience: How long a rank may be silent, or get no further while others wait for it, in seconds.
+            silence: How long a rank may be silent, in seconds.
             grace: How long one may go on after another failed, or after the store was lost, in seconds: who fails
                 for the same reason should say so itself, and who is done should not be taken for gone.
+            stillness: How long no rank may get any further while some wait for others, in seconds.
         """
-        return self._blamed() or self._failed(now, grace) or self._silent(now, patience, grace) or self._stuck(patience)
+        return self._blamed() or self._failed(now, grace) or self._silent(now, silence, grace) or self._stuck(stillness)
 
     def speaks(self, missing: Missing) -> bool:
         """Tell whether this rank has to say it: the lowest on its machine that is not missing itself."""

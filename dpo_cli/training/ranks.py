@@ -154,7 +154,8 @@ def watched(accelerator: Accelerator, timeout: float | None, say: Say) -> Iterat
         # The console of the main process renders what is raised; those of the others are silent.
         if accelerator.process_index and watch.speaks(missing):
             _say_from_thread(say, _as_error(missing))
-        watch.leave(missing.what, missing.status, missing)
+        # The others may know better where this one names nobody.
+        watch.leave(missing.what, missing.status, missing if missing.ranks else None)
         _end_soon()
         raise _as_error(missing) from None
     except BaseException as error:
@@ -281,9 +282,9 @@ class _Watch:
             # Who was stopped himself, or slept with his machine, could not have seen the others' notes.
             self._clock += min(now - before, 2 * self._interval)
             before, doubts = now, self._doubts.is_set()
-            patience, grace = (self._doubt_seconds, 0.0) if doubts else (self._patience, self._grace)
+            silence, grace = (self._doubt_seconds, 0.0) if doubts else (self._patience, self._grace)
             with self._lock:
-                missing = self._notes.missing(self._clock, patience, grace)
+                missing = self._notes.missing(self._clock, silence, grace, self._patience)
             if missing and doubts:
                 self._missing = missing
                 self._looked.set()

@@ -79,7 +79,7 @@ WITHIN = {
     **{name: replace(MOMENTS[name], then=LAYER) for name in ("reference", "evaluation")},
     "forward": replace(MOMENTS["step"], then=LAYER),
     "backward": replace(MOMENTS["step"], then=GRADIENTS),
-    "save": MOMENTS["save"],
+    "save": replace(MOMENTS["save"], then="dpo_cli.training.sharded_state:ShardedSnapshot.write_own"),
 }
 """Where a rank is struck that has a shard of each weight: in the middle of a pass, which the others cannot finish."""
 
@@ -290,6 +290,20 @@ def test_one_of_shards_that_stops_within_a_pass_is_named(sharded, ledger, how, v
 
 
 @pytest.mark.slow
+def test_one_of_shards_whose_thread_hangs_in_a_save_is_named_at_the_next(sharded, ledger):
+    """The main threads take two more steps meanwhile."""
+    run = sharded.new()
+    fault = 1, {"where": WITHIN["save"].then, "how": "hang"}
+    main, struck = sharded.start(run, 2, "checkpoints.background=true", fault=fault)
+    assert [main.wait().status, struck.wait().status] == [1, 1], main.said + struck.said
+    assert_named(main.said, 1, "s, while a checkpoint was saved, at step 4$", "hangs")
+    assert not list((run / "checkpoints").glob("step-*"))
+    assert_resumes(sharded, run)
+    assert_same(run, sharded.whole)
+    ledger.record("a rank with shards that hangs")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITHIN)
 @pytest.mark.parametrize("victim", [0, 1] if FULL else [1])
 def test_one_of_shards_that_is_killed_within_a_pass_is_named(sharded, ledger, victim, name):
@@ -456,11 +470,13 @@ def test_with_another_number_of_processes_it_goes_on_at_the_right_pair_and_says_
 
 
 @pytest.mark.skipif(not FULL, reason="three processes that import torch; `make faults` runs it")
-def test_under_torchrun_no_traceback_of_ours_is_shown(runs, ledger):
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_under_torchrun_no_traceback_of_ours_is_shown(runs, ledger, sharding):
     """The launcher ends the others itself."""
     run = runs.new()
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "dpo_cli", "train", "--config", str(runs.file), f"output_dir={run}", "training.epochs=50"]
+    command = [*launch, "-m", "dpo_cli", "train", "--config", str(runs.file), f"output_dir={run}"]
+    command += ["training.epochs=50", f"training.sharding={sharding}"]
     surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=surroundings) as launched:
         said = ""

@@ -47,8 +47,8 @@ class Machine:
         for rank in ranks:
             self.written[rank] = dataclasses.replace(self.written[rank], **values)
 
-    def missing(self):
-        return self.notes.missing(self.now, PATIENCE, GRACE)
+    def missing(self, silence: float = PATIENCE):
+        return self.notes.missing(self.now, silence, GRACE, PATIENCE)
 
 
 @pytest.fixture
@@ -251,6 +251,17 @@ def test_where_all_wait_for_the_same_operation_nobody_is_blamed(machine):
     missing = machine.missing()
     assert not missing.ranks
     assert "no rank is behind, and what all wait for does not end: all_gather, operation 40, at step 5" in missing.what
+
+
+def test_where_a_connection_broke_who_is_only_still_is_not_blamed(machine):
+    """Then silence counts after a moment, since somebody is gone."""
+    machine.change(0, 2, doing="", exchanges=waits_for(40))
+    machine.change(1, doing="", exchanges=has_begun(39))
+    machine.pass_seconds(1)
+    machine.pass_seconds(PATIENCE, still=EVERYBODY)
+    assert machine.missing(silence=1) is None
+    machine.pass_seconds(2, silent=(2,), still=EVERYBODY)
+    assert machine.missing(silence=1).ranks == {2}
 
 
 def test_one_that_waits_since_a_moment_ago_ends_no_run(machine):
