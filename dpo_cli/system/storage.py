@@ -87,8 +87,10 @@ def file_digest(path: Path) -> str:
 
 
 def flushed_digest(path: Path) -> str:
-    """Make sure that a file is on the disk; return the SHA-256 of its bytes, in hex."""
+    """Make sure that a file is on the disk, and its name; return the SHA-256 of its bytes, in hex."""
     _flush(path)
+    # Another machine that flushes the folder may not know of a name that this one has given.
+    _flush(path.parent)
     return file_digest(path)
 
 

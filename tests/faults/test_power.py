@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_cli.system.storage import flushed_digest
 from tests.faults.power import KEPT, Disk
 from tests.faults.shim import install
 
@@ -72,6 +73,14 @@ def test_bytes_after_the_last_sync_are_lost(cut):
             file.write(b" and lost")
 
     assert cut(work, "nothing") == {"old": b"older"}
+
+
+def test_a_file_that_a_process_flushed_for_another_stays_with_its_name(cut):
+    def work(root):
+        (root / "part").write_bytes(b"1234")
+        flushed_digest(root / "part")
+
+    assert cut(work, "nothing") == {"old": b"old", "part": b"1234"}
 
 
 def test_what_was_removed_comes_back(cut):
