@@ -86,9 +86,10 @@ class MemoryEstimate:
         The first forward pass of a step finds no gradients; they grow while its activations are let go. Logits are gone
         when layers are gathered again for the backward pass.
         """
-        computing = self.gathered.root + max(self.logits, self.gathered.layers)
+        whole = self.gathered
+        computing = whole.root + max(self.logits, whole.layers)
         passing = self.activations + computing + (self.gradients if self.several else 0)
-        return self.standing + max(passing, self.gradients + self.gathered.ending)
+        return self.standing + max(passing, self.gradients + max(whole.root + whole.layers, whole.ending))
 
     @property
     def needed(self) -> int:

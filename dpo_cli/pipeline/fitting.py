@@ -23,7 +23,7 @@ Needed = Callable[["Session"], MemoryEstimate]
 
 _Settings = Sequence[str]
 
-_MANY_MACHINES = 128
+_MANY_MACHINES = 64
 """The most machines that are thought of."""
 
 _PER_MACHINE = 8
@@ -111,14 +111,14 @@ def _on_more_gpus(session: Session, needed: Needed, free: int, enough: Sequence[
     """
     if not _on_gpu(session):
         return
-    most = _counts(session.accelerator.num_processes)
+    counts = _counts(session.accelerator.num_processes)
     for settings, sharded in _sharded(session.config, on_gpu=True):
         if _among(settings, enough):
             continue
-        most, peak = _fewest(session.under(sharded), needed, free, most)
-        if peak is not None:
-            *fewer, count = most
-            most = fewer
+        peaks = ((count, _peak(needed, _on(session.under(sharded), count, free))) for count in counts)
+        count, peak = next(((count, peak) for count, peak in peaks if peak is not None and peak <= free), (0, 0))
+        if count:
+            counts = counts[: counts.index(count)]
             what = f"set {_listed(settings)} on" if settings else "start"
             yield f"{what} {count} GPUs ({gib(peak)} on each)"
 
@@ -127,20 +127,6 @@ def _counts(present: int) -> list[int]:
     """Return the numbers of processes that are thought of: powers of two, and from there on whole machines."""
     counts = [2, 4, *(8 * 2**doubled for doubled in range(_MANY_MACHINES.bit_length()))]
     return [count for count in counts if count > present]
-
-
-def _fewest(session: Session, needed: Needed, free: int, counts: list[int]) -> tuple[list[int], int | None]:
-    """Return the counts up to the smallest on which a session fits, and what it takes there; all of them, and None."""
-    if not counts or not _fits(peak := _peak(needed, _on(session, counts[-1], free)), free):
-        return counts, None
-    # What a process takes falls with their number.
-    while len(counts) > 1 and _fits(less := _peak(needed, _on(session, counts[-2], free)), free):
-        counts, peak = counts[:-1], less
-    return counts, peak
-
-
-def _fits(peak: int | None, free: int) -> bool:
-    return peak is not None and peak <= free
 
 
 def _on(session: Session, count: int, free: int) -> Session:

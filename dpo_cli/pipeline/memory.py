@@ -270,11 +270,20 @@ def _check_least(run: PlannedRun, batches: Batches, free: int) -> None:
     """
     cut = dataclasses.replace(batches, micro_batch_tokens=_FEWEST_TOKENS)
 
+    # What passes take does not depend on how many processes there are, and is slow to count.
+    passes: dict[str, MemoryEstimate] = {}
+
     def needed(changed: Session) -> MemoryEstimate:
         policy = _under(run.session, run.sketch, changed)
         reference = run.reference if changed.config.reference.model else policy
-        tried = dataclasses.replace(run, session=changed, sketch=policy, reference=reference, program_bytes=0)
-        return _estimate(tried, policy, cut)
+        recomputed, sharded = changed.config.training.gradient_checkpointing, changed.shards is not None
+        key = f"{changed.config.adapter!r} {changed.held!r} {recomputed} {sharded}"
+        if key not in passes:
+            tried = dataclasses.replace(run, session=changed, sketch=policy, reference=reference, program_bytes=0)
+            passes[key] = _estimate(tried, policy, cut)
+        held = _without_passes(changed, policy.sizes(changed.shards), policy.trained(), reference, 0)
+        names = ("activations", "logits", "counted", "several")
+        return dataclasses.replace(held, **{name: getattr(passes[key], name) for name in names})
 
     _refuse_what_cannot_fit(run.session, run.sketch, needed, free, ["a lower `data.max_length`"])
 

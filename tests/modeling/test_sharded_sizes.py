@@ -55,6 +55,7 @@ def test_each_process_holds_the_bytes_that_are_counted_and_peaks_within_15_perce
         assert found["held"]["gradients"] == found["estimate"]["gradients"]
         assert found["held"]["optimizer"] <= found["estimate"]["optimizer"]
         assert found["estimated_peak"] == pytest.approx(found["peak"], rel=0.15)
+        assert found["estimated_first_peak"] == pytest.approx(found["first_peak"], rel=0.15)
     # Rows that do not divide are padded, five of an adapter to eight.
     assert ranks[0]["held"]["weights"] == pytest.approx(ranks[0]["whole"] / CASES[case]["shards"], rel=0.04)
 
@@ -121,5 +122,6 @@ def test_logits_are_gone_when_layers_are_gathered_again():
     gathered = Gathered(root=10, layers=30, ending=5)
     assert MemoryEstimate(**few, logits=20, gathered=gathered).peak == 300 + 70 + 10 + 30
     assert MemoryEstimate(**few, logits=40, gathered=gathered).peak == 300 + 70 + 10 + 40
-    at_the_end = MemoryEstimate(**{**few, "activations": 0}, logits=0, gathered=Gathered(10, 30, 45))
-    assert at_the_end.peak == 300 + 50 + 45
+    without = {**few, "activations": 0}
+    assert MemoryEstimate(**without, logits=0, gathered=Gathered(10, 30, 45)).peak == 300 + 50 + 45
+    assert MemoryEstimate(**without, logits=0, gathered=Gathered(10, 38, 45)).peak == 300 + 50 + 10 + 38
