@@ -11,9 +11,9 @@ from tests.conftest import read_metrics
 from tests.faults.launching import run_ranks
 from tests.marks import slow_unless
 
-UNEVEN = {"pairs_per_step": 13, "micro_batch_tokens": 300, "rank_timeout": 60}
-"""Of 40 pairs 32 are trained on, 13 in two steps and 6 in the last; 8 are held out. No rank has as many pairs as
-another, nor as many micro-batches. Where they wait for each other, the run ends with an error and does not hang."""
+UNEVEN = {"pairs_per_step": 13, "micro_batch_tokens": 1, "rank_timeout": 60}
+"""A pair in each pass. Of 40 pairs 32 are trained on, 13 in two steps and 6 in the last; 8 are held out. Neither two
+nor three ranks have as many each. Where they wait for each other, the run ends with an error and does not hang."""
 
 CASES = {
     "dpo, cached": (2, {}),
@@ -79,8 +79,8 @@ def test_ranks_make_the_same_passes_and_the_run_of_one_process(
 @pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize("reference", slow_unless(lambda name: name == "cached", ["cached", "frozen"]))
 def test_ranks_that_evaluate_make_the_same_passes(write_config, passes_of, tiny_llama, reference, sharding):
-    """Eight held-out pairs, one in a micro-batch, do not divide among three ranks."""
-    training = {**UNEVEN, "micro_batch_tokens": 1, "layout": "padded", "sharding": sharding}
+    """Eight held-out pairs do not divide among three ranks."""
+    training = {**UNEVEN, "layout": "padded", "sharding": sharding}
     file = write_config(training=training, reference=reference)
     passes, said = passes_of(3, "eval", "--config", file, "--model", tiny_llama)
     assert passes == passes[:1] * 3
