@@ -315,6 +315,8 @@ class Policy:
     def with_adapter(self, trained: Trained) -> Policy:
         """Return a policy with the weights of this one, in the same memory, and an adapter beside them.
 
+        Of weights that are split among processes each has a copy of its part: what is split cannot be shared.
+
         Args:
             trained: Puts the adapter into the model. This one goes on without it, and none of its weights trains.
 
@@ -322,7 +324,18 @@ class Policy:
             UserError: The adapter does not fit.
         """
         assert self.model.config._attn_implementation == self._own_attention, "it reads a layout already"
-        return Policy(copied(self.frozen().model), trained, self._held)
+        if not isinstance(self._placement, Sharded):
+            return Policy(copied(self.frozen().model), trained, self._held)
+        assert self._blueprint is not None
+        self.frozen()
+        other = Policy(unspread(self._blueprint), trained, self._held)
+        other._split(self._placement)
+        own_name, ours = trained.own_names(other.model), dict(self.model.named_parameters())
+        for name, parameter in other.model.named_parameters():
+            if (own := own_name(name)) is not None:
+                local(parameter).copy_(local(ours[own]))
+        trained.settle(other.model)
+        return other
 
     def _beside(self, model: PreTrainedModel) -> Policy:
         """Return a policy over a copy of this one's model, in which what trains was chosen already."""
