@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from dpo_cli.system.storage import verify
 from tests.conftest import build_llama, make_config, read_metrics, without_clock, write_rows
 from tests.faults.launching import run_ranks
+from tests.marks import slow_unless
 
 SETTINGS = {
     "training": {"pairs_per_step": 8, "micro_batch_tokens": 400, "sharding": "full", "learning_rate": 1e-3},
@@ -27,7 +28,7 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=slow_unless(lambda case: case == "untied", CASES))
 def begun(request, tmp_path_factory, zygote, tokenizer, demo_rows):
     """A run of two processes, to its end."""
     folder, case = tmp_path_factory.mktemp("sharded"), CASES[request.param]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.system.storage import verify
 from tests.conftest import ROOT, build_llama
+from tests.marks import slow_unless
 from tests.waiting import PATIENCE
 
 SMALL = {"hidden_size": 8, "intermediate_size": 10, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 2}
@@ -52,7 +53,7 @@ CASES = {
 
 
 @pytest.mark.program
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_unless(lambda case: case == "untied", CASES))
 def test_any_number_of_processes_goes_on_from_what_another_saved(tokenizer, tmp_path, case):
     # Rows of whole blocks of moments.
     sizes = {**SMALL, "hidden_size": 256} if case == "8bit" else SMALL
