@@ -14,10 +14,13 @@ from transformers import AutoModelForCausalLM
 from dpo_cli.config.schema import TrainingSettings
 from dpo_cli.modeling.held import FLOAT32, Split
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.modeling.split import low_bits, merge, split, split_weights, whole_value
 from dpo_cli.preference.reference import Frozen, Synced
 from dpo_cli.settings import types
+from dpo_cli.training.learner import Learner
 from dpo_cli.training.optimizer import Adafactor, AdamW, AdamW8bit, Optimizer, RMSprop
+from dpo_cli.training.state import OPTIMIZER
 from tests.builders import prepare_pairs, train_in_process
 from tests.conftest import ROOT
 
@@ -213,6 +216,49 @@ def test_a_run_is_that_of_float32_weights_which_are_rounded_wherever_they_are_us
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     for tensor, copied in zip(weights.values(), COPIES[-1].copies, strict=True):
         assert torch.equal(tensor, copied)
+
+
+def kept_by(learner):
+    """Return a copy of all that a step changes, by what it is."""
+    return {
+        "weights": [p.detach().clone() for p in learner.policy.trained()],
+        "low bits": [p.low_bits.clone() for p in learner.policy.trained()],
+        "moments": [tensor.clone() for tensor in learner.state().tensors[OPTIMIZER].values()],
+    }
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", [AdamW(), AdamW8bit(), Adafactor()], ids=str)
+def test_a_skipped_step_touches_neither_weights_nor_low_bits_nor_moments(
+    tiny_llama, pairs, monkeypatch, optimizer, what
+):
+    """The third of five steps is not finite."""
+    forward, finish, steps = Scorer.forward, Learner._finish, []
+
+    def spoilt(scorer, batch, **how):
+        found = forward(scorer, batch, **how)
+        if found.requires_grad and len(steps) == 2:
+            if what == "loss":
+                return found * float("nan")
+            found.register_hook(lambda slope: slope * float("nan"))
+        return found
+
+    def seen(learner, *arguments):
+        before = kept_by(learner)
+        result = finish(learner, *arguments)
+        steps.append((result.broken, before, kept_by(learner)))
+        return result
+
+    monkeypatch.setattr(Scorer, "forward", spoilt)
+    monkeypatch.setattr(Learner, "_finish", seen)
+    held = Split(gradients=optimizer.gradients)
+    train_in_process(tiny_llama, pairs, max_steps=5, max_skipped=1, optimizer=optimizer, ways={"held": held})
+    assert [broken and broken.what for broken, *_ in steps] == [None, None, what, None, None]
+    for broken, before, after in steps:
+        for name, tensors in after.items():
+            same = len(before[name]) == len(tensors) and all(map(torch.equal, before[name], tensors))
+            # At this learning rate all of them change in a step that is taken.
+            assert same == bool(broken), name
 
 
 def test_what_is_written_is_float32_and_comes_back_bit_for_bit(tiny_llama, tokenizer, tmp_path):
