@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_args
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_
 
 from dpo_cli.modeling.data_ranks import data_rank
+from dpo_cli.modeling.nothing import nothing_of
 from dpo_cli.modeling.shards import SHARD, local, mesh_of, spread
 
 if TYPE_CHECKING:
@@ -65,6 +66,12 @@ class Alone:
         """Return the context of a backward pass whose gradients are added to those of the step's passes before it."""
         return contextlib.nullcontext()
 
+    def begin_step(self) -> None:
+        """Begin a step that may be broken off."""
+
+    def rejoin(self, scorer: nn.Module) -> None:
+        """Take part in the exchange of a step's gradients, wherever the passes of this process were broken off."""
+
     def clip(self, trained: Iterable[Parameter], norm: float | None) -> Tensor:
         """Clip the step's gradients to a norm, or to none; return the norm before, over all processes, unread."""
         trained = list(trained)
@@ -89,7 +96,13 @@ class Alone:
 
 @dataclass(frozen=True)
 class Replicated(Alone):
-    """Every process has all weights; gradients are averaged on the last pass of a step."""
+    """Every process has all weights; gradients are averaged on the last pass of a step.
+
+    Attributes:
+        exchanged: The weights whose gradients have gone to torch for averaging in the step at hand.
+    """
+
+    exchanged: set[Parameter] = field(default_factory=set, compare=False)
 
     @classmethod
     def of(cls, accelerator: Accelerator, sharding: str) -> Self | None:
@@ -110,7 +123,34 @@ class Replicated(Alone):
         """Return the context of a backward pass: gradients are exchanged once, on the last."""
         if not isinstance(scorer, DistributedDataParallel):
             return self._averaged(scorer) if last else contextlib.nullcontext()
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(scorer)
+        return self._noted(scorer) if last else self.accelerator.no_sync(scorer)
+
+    def begin_step(self) -> None:
+        """Begin a step that may be broken off: none of its gradients were exchanged."""
+        self.exchanged.clear()
+
+    def rejoin(self, scorer: nn.Module) -> None:
+        """Take part in the exchange of a step's gradients, wherever the passes of this process were broken off."""
+        if not isinstance(scorer, DistributedDataParallel):
+            with self._averaged(scorer):
+                return
+        left = [weights for weights in scorer.parameters() if weights.requires_grad and weights not in self.exchanged]
+        if not self.exchanged:
+            # Torch awaits a backward pass of the whole after a forward pass.
+            scorer(None, instead=lambda _: nothing_of(left)).backward()
+        elif left:
+            nothing_of(left).backward()
+
+    @contextlib.contextmanager
+    def _noted(self, scorer: nn.Module) -> Iterator[None]:
+        """Note of which weights the gradients were exchanged, should the backward pass break off."""
+        trained = [weights for weights in scorer.parameters() if weights.requires_grad]
+        hooks = [weights.register_post_accumulate_grad_hook(self.exchanged.add) for weights in trained]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextlib.contextmanager
     def _averaged(self, scorer: nn.Module) -> Iterator[None]:

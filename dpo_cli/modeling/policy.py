@@ -385,6 +385,17 @@ class Policy:
         with self.training_pass(), self.placement.adding_up(self.scorer, last=last):
             yield
 
+    def begin_step(self) -> None:
+        """Begin a step that may be broken off."""
+        self.placement.begin_step()
+
+    def rejoin(self) -> None:
+        """Exchange gradients as the step's last pass does, of which this process has broken off its passes somewhere.
+
+        What they are of is to be forgotten, on all processes.
+        """
+        self.placement.rejoin(self.scorer)
+
     def clip(self, norm: float | None) -> Tensor:
         """Clip the step's gradients to a norm, or to none; return the norm before, for which the host does not wait."""
         return self.placement.clip(self._trained.weights(self.model), norm)

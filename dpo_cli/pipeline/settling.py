@@ -86,15 +86,19 @@ def _have_room(session: Session, num_bytes: int) -> bool:
 def recuts_of(plan: PlannedRun, *, resume: bool) -> Recuts:
     """Return what cuts a step again where memory runs out in it, and keeps that in the run's folder.
 
-    Ranks average gradients in the backward pass, which none of them may leave: of several, no step is cut again.
+    Of several processes, no step is cut again in the midst of which they wait for each other: where weights are split
+    among them, or passes look at the whole step before they take a gradient.
     """
     folder, console, config = plan.folder, plan.session.console, plan.session.config
-    if config.training.micro_batch_tokens != "auto" or plan.session.accelerator.num_processes > 1:
+    looks_first = config.objective.compares_pairs or config.objective.router_aux > 0
+    waits = plan.session.accelerator.num_processes > 1 and (plan.session.placement.is_sharded or looks_first)
+    if config.training.micro_batch_tokens != "auto" or waits:
         return Recuts()
     recuts = Recuts(allowed=True, tokens=read_recuts(folder.recuts) if resume else {})
 
     def changed(step: int, num_tokens: int) -> None:
-        write_recuts(folder.recuts, recuts.tokens)
+        if plan.session.accelerator.is_main_process:
+            write_recuts(folder.recuts, recuts.tokens)
         what = f"memory ran out in step {step}, which is taken again in smaller passes"
         console.warning(f"{what}; from here on a forward pass has at most {num_tokens:,} tokens, or one pair")
 

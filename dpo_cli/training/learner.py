@@ -31,7 +31,7 @@ from dpo_cli.training.state import (
     rates_at,
     restore_random_states,
 )
-from dpo_cli.training.step_sums import StepSums
+from dpo_cli.training.step_sums import StepFigures, StepSums
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -166,28 +166,41 @@ class Learner:
         return several and (self.objective.compares_pairs or self.objective.router_aux > 0)
 
     def _take_or_recut(self, step: Step, batches: Batches) -> StepResult | None:
-        """Take one step; or, where memory runs out in its passes, undo them and let it be cut again.
+        """Take one step; or, where memory runs out in its passes on any rank, undo them and let it be cut again.
+
+        A rank on which it did still takes part in what the ranks exchange, so that none waits for it.
 
         Returns:
             The result, or None where the step has to be taken again.
         """
         if not self.recuts.allowed:
             return self.take(step, batches)
-        random = random_states(self.accelerator.process_index)
+        random, failure = random_states(self.accelerator.process_index), None
+        self.policy.begin_step()
         try:
-            added_up = self._add_up_gradients(step, batches)
+            sums, losses, further = self._add_up_gradients(step, batches)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or not self.recuts.halve(step, batches):
+            if not is_out_of_memory(error):
                 raise
-            added_up = None
-        if added_up:
-            return self._finish(step, *added_up)
-        # Only now is the error gone, whose traceback held what was computed.
+            # Its traceback holds what was computed.
+            failure = error.with_traceback(None)
+        if failure:
+            self._return_memory()
+            self.policy.rejoin()
+            (sums, losses, further) = StepSums(self.accelerator.device, ran_out=True), [], {}
+        figures = self._read(sums, further)
+        if not figures.ran_out:
+            return self._finish(step, figures, losses)
+        self.recuts.halve(step, batches, self.accelerator, failure)
         self.optimizer.zero_grad()
         restore_random_states(random, self.accelerator.process_index)
+        self._return_memory()
+        return None
+
+    def _return_memory(self) -> None:
+        """Return what no tensor takes any more to the device."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
-        return None
 
     def take(self, step: Step, batches: Batches) -> StepResult:
         """Take one step.
@@ -195,22 +208,24 @@ class Learner:
         Raises:
             NotFinite: It would have spoiled the weights, and may not be skipped. It was not taken.
         """
-        return self._finish(step, *self._add_up_gradients(step, batches))
+        sums, losses, further = self._add_up_gradients(step, batches)
+        return self._finish(step, self._read(sums, further), losses)
 
-    def _finish(
-        self, step: Step, sums: StepSums, losses: Sequence[PairsAndLosses], further: dict[str, Tensor]
-    ) -> StepResult:
+    def _read(self, sums: StepSums, further: dict[str, Tensor]) -> StepFigures:
+        """Clip what was added up, and read the figures of the step: its one wait for device and ranks."""
+        if self.asked_to_stop():
+            sums.ask_to_stop()
+        # A scaler unscales what is clipped, and must be asked for a step then: with one the loss is looked at before.
+        norms = {} if self.accelerator.scaler else {"grad_norm": self.policy.clip(self.max_grad_norm)}
+        return sums.read(self.accelerator, {**further, **norms})
+
+    def _finish(self, step: Step, figures: StepFigures, losses: Sequence[PairsAndLosses]) -> StepResult:
         """Move the weights by the gradients that were added up.
 
         Raises:
             NotFinite: As `take`.
         """
-        if self.asked_to_stop():
-            sums.ask_to_stop()
         scaler = self.accelerator.scaler
-        # A scaler unscales what is clipped, and must be asked for a step then: with one the loss is looked at before.
-        norms = {} if scaler else {"grad_norm": self.policy.clip(self.max_grad_norm)}
-        figures = sums.read(self.accelerator, {**further, **norms})
         metrics, broken, norm = figures.means | figures.further, None, math.nan
         if not math.isfinite(metrics["loss"]):
             broken = NotFinite(step.number, tuple(sorted(gather_object(_not_finite(losses)))), "loss")

@@ -7,11 +7,18 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate.utils import gather_object
 
 from dpo_cli.data.prepared.step_plan import Step
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.system.storage import write_text
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Changed = Callable[[int, int], None]
 """Called with a step, and the tokens of a forward pass from that step on."""
@@ -36,17 +43,36 @@ class Recuts:
         before = [first for first in self.tokens if first <= step]
         return dataclasses.replace(batches, micro_batch_tokens=self.tokens[max(before)]) if before else batches
 
-    def halve(self, step: Step, batches: Batches) -> bool:
-        """Let a step and all later ones have passes of half the tokens; return False where that changes nothing."""
-        num_tokens = batches.micro_batch_tokens
-        while num_tokens > 1 and any(len(cut.pairs) > 1 for cut in step.micro_batches):
-            num_tokens //= 2
-            cuts = dataclasses.replace(batches, micro_batch_tokens=num_tokens).cut(step.pairs)
-            if len(cuts) > len(step.micro_batches):
-                self.tokens[step.number] = num_tokens
-                self.changed(step.number, num_tokens)
-                return True
-        return False
+    def halve(self, step: Step, batches: Batches, accelerator: Accelerator, failure: BaseException | None) -> None:
+        """Let a step and all later ones have passes of fewer tokens, on all ranks alike; every rank calls it.
+
+        Args:
+            step: This rank's share.
+            batches: How it was cut.
+            accelerator: Knows the ranks.
+            failure: Says that memory ran out on this rank; None: it did on another.
+
+        Raises:
+            RuntimeError: A rank for which memory ran out has one pair in each pass already; it is that rank's failure.
+        """
+        wanted = gather_object([halved(step, batches) if failure else None])
+        if 0 in wanted:
+            raise failure or torch.OutOfMemoryError(f"out of memory on rank {wanted.index(0)}")
+        self.tokens[step.number] = min(filter(None, wanted))
+        self.changed(step.number, self.tokens[step.number])
+
+
+def halved(step: Step, batches: Batches) -> int:
+    """Return so many tokens of a forward pass that this rank's share of a step has more passes; 0: none are so few."""
+    whole = [cut for cut in step.micro_batches if not cut.filler]
+    share = {index for cut in whole for index in cut.pairs}
+    num_tokens = batches.micro_batch_tokens
+    while num_tokens > 1 and any(len(cut.pairs) > 1 for cut in whole):
+        num_tokens //= 2
+        smaller = dataclasses.replace(batches, micro_batch_tokens=num_tokens)
+        if len(smaller.cut([index for index in step.pairs if index in share])) > len(whole):
+            return num_tokens
+    return 0
 
 
 def write_recuts(file: Path, tokens: Mapping[int, int]) -> None:

@@ -23,12 +23,14 @@ class StepFigures:
         means: Of each of `PAIR_METRICS`, over the step's pairs, all ranks together.
         num_tokens: Tokens of all ranks' forward passes, without padding.
         stop: Whether any rank was asked to stop.
+        ran_out: Whether memory ran out on any rank, so that the means are those of a part of the step.
         further: What else was read, by name.
     """
 
     means: dict[str, float]
     num_tokens: int
     stop: bool
+    ran_out: bool
     further: dict[str, float]
 
 
@@ -37,17 +39,19 @@ class StepSums:
 
     Args:
         device: Where the sums are kept until they are read.
+        ran_out: Whether memory ran out on this rank.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, ran_out: bool = False) -> None:
         # MPS has no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(len(PAIR_METRICS) + 3, dtype=dtype, device=device)
+        self._sums = torch.zeros(len(PAIR_METRICS) + 4, dtype=dtype, device=device)
         self._num_pairs = self._num_tokens = self._stops = 0
+        self._ran_out = int(ran_out)
 
     def add(self, values: Tensor, num_tokens: int) -> None:
         """Add a micro-batch: its `pair_values`, `[B, 9]`, and its tokens."""
-        self._sums[:-3] += values.sum(0)
+        self._sums[: len(PAIR_METRICS)] += values.sum(0)
         self._num_pairs += len(values)
         self._num_tokens += num_tokens
 
@@ -62,11 +66,14 @@ class StepSums:
             accelerator: Knows the ranks.
             further: What else is read, by name, a number each; all ranks have the same.
         """
-        for place, count in enumerate((self._num_pairs, self._num_tokens, self._stops), len(PAIR_METRICS)):
+        counts = self._num_pairs, self._num_tokens, self._stops, self._ran_out
+        for place, count in enumerate(counts, len(PAIR_METRICS)):
             self._sums[place] += count
         total = accelerator.reduce(self._sums, reduction="sum")
         numbers = [number.detach().to(total.device, total.dtype).reshape(1) for number in further.values()]
         values = torch.cat([total, *numbers]).tolist()
-        *sums, num_pairs, num_tokens, stops = values[: len(total)]
-        means = {name: value / num_pairs for name, value in zip(PAIR_METRICS, sums, strict=True)}
-        return StepFigures(means, int(num_tokens), stops > 0, dict(zip(further, values[len(total) :], strict=True)))
+        *sums, num_pairs, num_tokens, stops, ran_out = values[: len(total)]
+        # Where memory ran out on every rank, there is not one.
+        means = {name: value / max(num_pairs, 1) for name, value in zip(PAIR_METRICS, sums, strict=True)}
+        others = dict(zip(further, values[len(total) :], strict=True))
+        return StepFigures(means, int(num_tokens), stops > 0, ran_out > 0, others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +16,9 @@ from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.system.storage import verify
 from tests.cli.in_process import call
 from tests.conftest import read_metrics, without_clock
-from tests.faults.strokes import strike
+from tests.faults.launching import run_ranks, start_ranks
+from tests.faults.strokes import STRUCK, strike
+from tests.marks import slow_unless
 
 OF_A_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB")
 STAGES = {
@@ -141,6 +144,63 @@ def test_a_step_is_cut_again_and_a_resumed_run_cuts_alike(write_config, tmp_path
     assert record.read_bytes() == (other / "smaller_passes.json").read_bytes()
     assert call(f"train {broken} --overwrite training.max_steps=1") == 0
     assert not (other / "smaller_passes.json").exists()
+
+
+RANKS = {
+    "training": {"pairs_per_step": 16, "epochs": 3, "max_steps": 4, "rank_timeout": 60},
+    "checkpoints": {"every_steps": 2},
+}
+SPLIT_8BIT = {"model": {"weights": "split"}, "training": {**RANKS["training"], "optimizer": "adamw_8bit"}}
+PLACES = [
+    (1, {"passes": 1}, {}),
+    (1, {"passes": -1}, {}),
+    (0, {"passes": -1, "going_back": True}, {}),
+    (1, {"passes": -1, "going_back": True}, {"adapter": {"dropout": 0.5}}),
+    (1, {"passes": -1, "going_back": True}, SPLIT_8BIT),
+]
+
+
+@pytest.mark.parametrize(
+    ("victim", "place", "settings"),
+    slow_unless(lambda case: case is PLACES[1], PLACES),
+)
+def test_where_memory_runs_out_on_one_rank_all_cut_the_step_again_and_resumed_ones_cut_alike(
+    write_config, tmp_path, zygote, victim, place, settings
+):
+    """In the last pass ranks exchange gradients, which the one that has no memory for its own must not leave."""
+    file, run = write_config(**{**RANKS, **settings}), tmp_path / "runs/run"
+    command = ["train", "--config", file]
+    fault = "tests.faults.strokes:fill_memory", {"step": 3, **place}
+    ended = [rank.wait() for rank in start_ranks(zygote, 2, *command, faults={victim: fault})]
+    assert [rank.status for rank in ended] == [0, 0], "".join(rank.said for rank in ended)
+    assert STRUCK in ended[victim].said
+    said = "".join(rank.said for rank in ended)
+    assert said.count("memory ran out in step 3, which is taken again in smaller passes") == 1
+    record = (run / "smaller_passes.json").read_bytes()
+    assert list(json.loads(record)) == ["3"]
+    whole, weights = run.rename(tmp_path / "whole"), f"{'adapter_' * ('adapter' in settings)}model.safetensors"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints/step-000004")
+    resumed = run_ranks(zygote, 2, *command, "--resume")
+    assert resumed.status == 0, resumed.said
+    assert "resuming after step 2" in resumed.said
+    assert (run / "final" / weights).read_bytes() == (whole / "final" / weights).read_bytes()
+    assert without_clock(read_metrics(run)) == without_clock(read_metrics(whole))
+    assert (run / "smaller_passes.json").read_bytes() == record
+
+
+@pytest.mark.slow
+def test_where_one_rank_has_one_pair_a_pass_and_no_memory_for_it_both_end_with_one_error(write_config, zygote):
+    settings = {"training": {"pairs_per_step": 2, "rank_timeout": 60}}
+    command = ["train", "--config", write_config(**settings)]
+    fault = "tests.faults.strokes:fill_memory", {"step": 3, "passes": -1, "going_back": True}
+    ended = [rank.wait() for rank in start_ranks(zygote, 2, *command, faults={1: fault})]
+    assert [rank.status for rank in ended] == [1, 1]
+    said = "".join(rank.said for rank in ended)
+    assert "Traceback" not in said
+    (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert "memory ran out in step 3" in error
 
 
 @pytest.mark.parametrize("text", ["{", '{"3": 0}'])

@@ -101,3 +101,48 @@ def move_elsewhere(threads: int, build: str) -> None:
 
     torch.set_num_threads(threads)
     torch.__version__ = f"{torch.__version__}.{build}"
+
+
+def fill_memory(step: int, passes: int, *, going_back: bool = False) -> None:
+    """Let memory run out once, in a pass with gradient.
+
+    Args:
+        step: In which step.
+        passes: In which of its passes, counted from 1; counted from the last: -1.
+        going_back: In the middle of its backward pass, when later layers have their gradients already; else at the end
+            of its forward pass.
+    """
+    from dpo_cli.modeling.scorer import Scorer
+    from dpo_cli.training.learner import Learner
+
+    add_up, forward = Learner._add_up_gradients, Scorer.forward
+    left: list[int] = []
+
+    @functools.wraps(add_up)
+    def counted(learner: Any, at_hand: Any, batches: Any) -> Any:
+        if at_hand.number == step:
+            Learner._add_up_gradients = add_up  # type: ignore[method-assign]
+            left.append(passes if passes > 0 else len(at_hand.micro_batches) + 1 + passes)
+        return add_up(learner, at_hand, batches)
+
+    @functools.wraps(forward)
+    def filling(scorer: Any, batch: Any, **how: Any) -> Any:
+        found = forward(scorer, batch, **how)
+        if left and found.requires_grad:
+            left[0] -= 1
+        if left == [0]:
+            left.clear()
+            print(STRUCK, file=sys.stderr, flush=True)
+            if not going_back:
+                _use_up_memory()
+            trained = [weights for weights in scorer.parameters() if weights.requires_grad]
+
+            def once(gradient: Any) -> None:
+                hook.remove()
+                _use_up_memory()
+
+            hook = trained[len(trained) // 2].register_hook(once)
+        return found
+
+    Learner._add_up_gradients = counted  # type: ignore[method-assign]
+    Scorer.forward = filling  # type: ignore[method-assign]

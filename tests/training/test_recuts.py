@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from dpo_cli.data.prepared.step_plan import MicroBatch, Plan, Step
 from dpo_cli.modeling.adapters.adapted import Adapted
@@ -120,13 +121,15 @@ def test_a_step_is_halved_until_its_cut_is_another(pairs, layout):
     batches = Batches(pairs, LAYOUTS[layout], 100_000, torch.device("cpu"))
     numbers = tuple(range(8))
     step, recuts = Step(5, 0.1, 8, numbers, tuple(batches.cut(numbers))), Recuts(allowed=True)
-    assert recuts.halve(step, batches)
+    recuts.halve(step, batches, Accelerator(cpu=True), OF_A_GPU)
     (num_tokens,) = recuts.tokens.values()
     assert len(recuts.batches(batches, 5).cut(numbers)) > 1
     assert recuts.batches(batches, 4) == batches
     assert recuts.batches(batches, 9).micro_batch_tokens == num_tokens
     single = Step(5, 0.1, 8, numbers, tuple(MicroBatch((n,)) for n in numbers))
-    assert not recuts.halve(single, batches)
+    with pytest.raises(torch.OutOfMemoryError):
+        recuts.halve(single, batches, Accelerator(cpu=True), OF_A_GPU)
+    assert list(recuts.tokens) == [5]
 
 
 @pytest.mark.parametrize(
