@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -41,8 +40,7 @@ def load_complete(loader: Any, folder: str, *, mapped: bool = False, **settings:
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if Shards.are_in(Path(folder)):
         return _load_shards(loader, Path(folder), {**FLOAT32.built_as(), **told, **settings})
-    # Reading ahead gains time where every weight has to be dequantized, and the file is small beside them.
-    with contextlib.nullcontext() if "gguf_file" in settings else one_at_a_time(mapped=mapped):
+    with one_at_a_time(mapped=mapped):
         model, report = loader.from_pretrained(folder, **{**FLOAT32.built_as(), **told, **settings})
     check_complete(model, report, str(Path(folder, settings.get("gguf_file", ""))))
     return model.eval()

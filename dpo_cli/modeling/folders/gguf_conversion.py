@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.folders.completeness import load_complete
-from dpo_cli.modeling.folders.gguf_files import check_all_read, settle_positions
+from dpo_cli.modeling.folders.gguf_files import GgufContent, check_all_read, settle_positions
+from dpo_cli.modeling.folders.gguf_streaming import Streaming, read_as
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.saving import saved_folder, saved_model, write_beside_weights
 from dpo_cli.modeling.folders.size_checks import check_room
@@ -28,13 +28,13 @@ _log = logging.getLogger(__name__)
 def settings_of(path: Path) -> Path:
     """Write what a GGUF file holds beside its weights into a folder in the cache, once for each content."""
 
-    def write(folder: Path, reader: Any) -> None:
+    def write(folder: Path, content: GgufContent) -> None:
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
             model.tie_weights()
-        check_all_read(model, reader)
-        settle_positions(model, reader)
+        check_all_read(model, content)
+        settle_positions(model, content)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         with saved_folder(folder, "keeping the model's settings") as temporary:
             model.save_pretrained(temporary, state_dict={})
@@ -46,13 +46,14 @@ def settings_of(path: Path) -> Path:
 def converted(path: Path) -> Path:
     """Dequantize a GGUF file into a model folder in the cache, once for each content."""
 
-    def write(folder: Path, reader: Any) -> None:
-        check_room(sum(4 * int(tensor.n_elements) for tensor in reader.tensors), FLOAT32, torch.device("cpu"))
+    def write(folder: Path, content: GgufContent) -> None:
+        check_room(4 * sum(content.sizes.values()), FLOAT32, torch.device("cpu"))
+        # transformers would keep all that it read for the settings in memory while it loads the weights.
+        config = AutoConfig.from_pretrained(settings_of(path))
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         told = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
-        model = load_complete(AutoModelForCausalLM, str(path.parent), **told)
-        check_all_read(model, reader)
-        settle_positions(model, reader)
+        with read_as(Streaming):
+            model = load_complete(AutoModelForCausalLM, str(path.parent), config=config, **told)
         # What is left are ordinary float32 weights; while these marks stay, transformers refuses to save them.
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
@@ -63,13 +64,13 @@ def converted(path: Path) -> Path:
     return _kept(path, "", write, said)
 
 
-def _kept(path: Path, part: str, write: Callable[[Path, Any], None], said: str = "") -> Path:
+def _kept(path: Path, part: str, write: Callable[[Path, GgufContent], None], said: str = "") -> Path:
     """Return a folder in the cache for a file, which is written if it is not there whole.
 
     Args:
         path: The GGUF file.
         part: Tells what of the file is kept apart from other folders for it.
-        write: Writes the folder, given a reader of the file.
+        write: Writes the folder, given what is asked of the file.
         said: What is said before it does.
 
     Raises:
@@ -93,5 +94,5 @@ def _kept(path: Path, part: str, write: Callable[[Path, Any], None], said: str =
     if said:
         _log.warning(said)
     with explained(str(path), "model"):
-        write(folder, gguf.GGUFReader(path))
+        write(folder, GgufContent.of(gguf.GGUFReader(path)))
     return folder

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,15 +30,40 @@ _LLAMA_3_POSITIONS = 8192
 _HINT = "train the model that the file was made of: a folder with config.json and .safetensors files"
 
 
-def check_all_read(model: PreTrainedModel, reader: GGUFReader) -> None:
+@dataclass(frozen=True)
+class GgufContent:
+    """What is asked of a GGUF file beside what transformers reads; its vocabulary takes far more memory.
+
+    Attributes:
+        sizes: How many numbers each of its tensors has, by name.
+        tables: Those of them that are constants.
+        scaling: What it says of how positions are scaled.
+    """
+
+    sizes: Mapping[str, int]
+    tables: Mapping[str, torch.Tensor]
+    scaling: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, reader: GGUFReader) -> GgufContent:
+        """Take it from a reader, of which nothing is kept."""
+        tables = [tensor for tensor in reader.tensors if _TABLES.fullmatch(tensor.name)]
+        fields = reader.fields.items()
+        return cls(
+            {tensor.name: int(tensor.n_elements) for tensor in reader.tensors},
+            {tensor.name: torch.tensor(tensor.data) for tensor in tables},
+            {key.partition(".rope.")[2]: field.contents() for key, field in fields if ".rope.scal" in key},
+        )
+
+
+def check_all_read(model: PreTrainedModel, content: GgufContent) -> None:
     """Refuse a file that holds more weights than the model that was read from it; a head that is tied counts once.
 
     Raises:
         UserError: It does.
     """
-    tied = bool(model.all_tied_weights_keys)
-    tensors = [t for t in reader.tensors if not _TABLES.fullmatch(t.name) and not (tied and t.name == "output.weight")]
-    held = sum(int(tensor.n_elements) for tensor in tensors)
+    left_out = {*content.tables, *(["output.weight"] if model.all_tied_weights_keys else [])}
+    held = sum(size for name, size in content.sizes.items() if name not in left_out)
     used = sum(parameter.numel() for parameter in model.parameters())
     if held > used:
         layers = model.config.get_text_config().num_hidden_layers
@@ -44,7 +71,7 @@ def check_all_read(model: PreTrainedModel, reader: GGUFReader) -> None:
         raise UserError(what, None, _HINT)
 
 
-def settle_positions(model: PreTrainedModel, reader: GGUFReader) -> None:
+def settle_positions(model: PreTrainedModel, content: GgufContent) -> None:
     """Let a model's settings scale its positions as the file says.
 
     Raises:
@@ -54,8 +81,8 @@ def settle_positions(model: PreTrainedModel, reader: GGUFReader) -> None:
     known = getattr(config, "rope_parameters", None)
     if known and known.get("rope_type", "default") != "default":
         return  # transformers has read it.
-    kind, factor = _scaling(reader)
-    tables = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors if _TABLES.fullmatch(tensor.name)}
+    kind, factor = _scaling(content)
+    tables = dict(content.tables)
     divided = tables.pop(_FREQUENCIES, torch.ones(1))
     if kind == "none" and not tables and bool((divided == 1).all()):
         return
@@ -72,9 +99,9 @@ def settle_positions(model: PreTrainedModel, reader: GGUFReader) -> None:
     config.rope_parameters = {**known, **found}
 
 
-def _scaling(reader: GGUFReader) -> tuple[str, float]:
+def _scaling(content: GgufContent) -> tuple[str, float]:
     """Return how positions are scaled by the settings of a file, and by how much; "none": not at all."""
-    said = {key.partition(".rope.")[2]: field.contents() for key, field in reader.fields.items() if ".rope.scal" in key}
+    said = content.scaling
     factor = float(said.get("scaling.factor", said.get("scale_linear", 1.0)))
     kind = str(said.get("scaling.type", "linear"))
     return ("none" if factor == 1 and kind == "linear" else kind), factor

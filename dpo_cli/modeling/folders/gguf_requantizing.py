@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,19 +10,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoHfQuantizer
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from dpo_cli.modeling.folders.completeness import load_complete
+from dpo_cli.modeling.folders.gguf_streaming import Streaming, read_as
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
     from dpo_cli.modeling.held import Held
-
-_GGUF = "gguf"
-"""What transformers calls such files among its ways to quantize."""
 
 
 def load_requantized(
@@ -47,10 +43,12 @@ def load_requantized(
     config = AutoConfig.from_pretrained(sketch.name_or_path)
     file = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
     if not is_gguf_arch_supported(read_gguf_metadata(str(path))[0]["general.architecture"]):
-        whole = load_complete(AutoModelForCausalLM, str(path.parent), config=config, **file, **held.built_as(), **told)
+        with read_as(Streaming):
+            built = held.built_as()
+            whole = load_complete(AutoModelForCausalLM, str(path.parent), config=config, **file, **built, **told)
         return held.take_over(whole, device)
     file["quantization_config"].layers = layers
-    with _requantizing():
+    with read_as(_Requantizer):
         model = load_complete(AutoModelForCausalLM, str(path.parent), config=config, **file, **loaded, **told)
     # Else it is called by the folder that the file is in.
     model.name_or_path = model.config.name_or_path = str(path)
@@ -95,14 +93,3 @@ class _Requantize(ConversionOps):  # type: ignore[misc]
         """Return the tensors by name, some of them quantized."""
         few = {name: one for name, one in input_dict.items() if self.few.param_needs_quantization(model, name)}
         return {**input_dict, **self.few.get_quantize_ops().convert(few, model=model, **others)}
-
-
-@contextlib.contextmanager
-def _requantizing() -> Iterator[None]:
-    """Let transformers, which refuses to quantize such files, read them so."""
-    before = AUTO_QUANTIZER_MAPPING[_GGUF]
-    AUTO_QUANTIZER_MAPPING[_GGUF] = _Requantizer
-    try:
-        yield
-    finally:
-        AUTO_QUANTIZER_MAPPING[_GGUF] = before
