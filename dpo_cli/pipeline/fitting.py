@@ -49,7 +49,7 @@ def refusal(session: Session, needed: Needed, free: int, numbers: int, further: 
     enough = bool(fitting)
     for settings, smaller in _smaller(config, on_gpu=_on_gpu(session)):
         for named, tried in _with_recomputation(settings, smaller):
-            if session.shards and not tried.training.optimizer.on_shards:
+            if session.shards and not _can_be_sharded(tried):
                 break
             try:
                 peak = needed(session.under(tried)).peak
@@ -143,13 +143,17 @@ def _peak(needed: Needed, session: Session) -> int | None:
         return None
 
 
+def _can_be_sharded(config: Config) -> bool:
+    return config.training.optimizer.on_shards and config.model.quantize is None
+
+
 def _sharded(config: Config, *, on_gpu: bool) -> Iterator[tuple[_Settings, Config]]:
     """Yield ways to shard weights, from the least change to the one that takes the least memory."""
     named = [] if config.training.sharding != "none" else ["`training.sharding: full`"]
     sharding = config.training.sharding if not named else "full"
     for settings, smaller in [([], config), *_smaller(config, on_gpu=on_gpu)]:
         for others, tried in _with_recomputation(settings, smaller, plain=True):
-            if tried.training.optimizer.on_shards:
+            if _can_be_sharded(tried):
                 yield [*named, *others], _with_training(tried, sharding=sharding)
 
 
