@@ -17,6 +17,7 @@ from dpo_cli.system.fsdp_configuration import hidden_from_libraries
 from dpo_cli.system.launchers import environment_errors, settle_environment
 from tests.conftest import read_metrics, run_dpo
 from tests.faults.launching import free_port
+from tests.marks import slow_unless
 from tests.waiting import PATIENCE
 
 FSDP2 = {
@@ -330,11 +331,14 @@ def assert_refused(done, what, where):
 
 @pytest.mark.parametrize(
     ("settings", "config", "what"),
-    [
-        ({**FSDP2, "fsdp_offload_params": True}, {}, "`fsdp_offload_params: true`"),
-        ({**FSDP1, "fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}, {}, "`fsdp_auto_wrap_policy: SIZE_BASED_WRAP`"),
-        (FSDP2, {"training": {"sharding": "none"}}, "`training.sharding: full`, and .* `training.sharding: none`"),
-    ],
+    slow_unless(
+        lambda case: bool(case[1]),
+        [
+            ({**FSDP2, "fsdp_offload_params": True}, {}, "`fsdp_offload_params: true`"),
+            ({**FSDP1, "fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}, {}, "`fsdp_auto_wrap_policy: SIZE_BASED_WRAP`"),
+            (FSDP2, {"training": {"sharding": "none"}}, "`training.sharding: full`, and .* `training.sharding: none`"),
+        ],
+    ),
     ids=["offloaded", "wrapped by size", "a contradiction"],
 )
 def test_a_launch_that_cannot_be_followed_is_one_error_before_anything_is_loaded(

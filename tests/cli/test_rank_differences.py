@@ -21,6 +21,7 @@ from dpo_cli.pipeline.surroundings import Surroundings, differences
 from tests.builders import save_adapter
 from tests.conftest import CHATML, build_llama, make_config, write_rows
 from tests.faults.launching import free_port
+from tests.marks import slow_unless
 from tests.waiting import PATIENCE
 
 HOST = socket.gethostname()
@@ -196,7 +197,7 @@ LONE = {
 }
 
 
-@pytest.mark.parametrize("name", LONE)
+@pytest.mark.parametrize("name", slow_unless(lambda name: name == "a rank without the data", LONE))
 def test_what_one_process_alone_finds_wrong_it_says_itself(machines, name):
     spoil, what = LONE[name]
     spoil(machines)
