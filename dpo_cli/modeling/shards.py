@@ -116,6 +116,8 @@ def spread(scorer: Scorer, mesh: DeviceMesh, device: torch.device, computed_in: 
     for unit in (*decoder_layers(scorer.policy), scorer):
         _materialize(unit, device)
         root = fully_shard(unit, mesh=mesh, mp_policy=policy)
+        if computed_in:
+            _add_up_in_float32(unit)
 
     def after_pass(*_: object) -> None:
         # FSDP leaves the last part whole after a pass without gradient, whatever becomes of its shards meanwhile.
@@ -123,6 +125,18 @@ def spread(scorer: Scorer, mesh: DeviceMesh, device: torch.device, computed_in: 
             root.reshard()
 
     scorer.register_forward_hook(after_pass, always_call=True)
+
+
+def _add_up_in_float32(unit: nn.Module) -> None:
+    """Let gradients of weights that are rounded for a pass, and used in several places of it, add up unrounded."""
+
+    def first_pass(*_: object) -> None:
+        for weights in unit.parameters():
+            if not is_split(weights):
+                weights.grad_dtype = torch.float32
+        hook.remove()
+
+    hook = unit.register_forward_pre_hook(first_pass)
 
 
 def _materialize(unit: nn.Module, device: torch.device) -> None:
