@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +13,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.conftest import ROOT
+from tests.conftest import GGUF, ROOT
 
-_MEASURED = """
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak of a process"),
+    pytest.mark.slow,
+    pytest.mark.program,
+]
+
+_PEAK = """
 import gc, json, sys
 from pathlib import Path
-from dpo_cli.modeling.allocator import return_freed_memory, take_over_weights
-from dpo_cli.modeling.folders.tokenizers import load_tokenizer
-from dpo_cli.modeling.held import held_as
-from dpo_cli.modeling.policy import Policy
-
-warm, folder, out, held = sys.argv[1:]
+from dpo_cli.modeling.allocator import return_freed_memory
 
 def resident(which):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -34,6 +36,19 @@ def peak(work):
     before = resident("VmRSS")
     work()
     return resident("VmHWM") - before
+
+return_freed_memory()
+"""
+
+_MEASURED = (
+    _PEAK
+    + """
+from dpo_cli.modeling.allocator import take_over_weights
+from dpo_cli.modeling.folders.tokenizers import load_tokenizer
+from dpo_cli.modeling.held import held_as
+from dpo_cli.modeling.policy import Policy
+
+warm, folder, out, held = sys.argv[1:]
 
 def everything(folder, out):
     tokenizer = load_tokenizer(warm)
@@ -48,13 +63,86 @@ def everything(folder, out):
     return took, policy
 
 kept = []
-return_freed_memory()
 everything(warm, out + "-warm")
 took, policy = everything(folder, out)
 sizes = [parameter.nbytes for parameter in policy.model.parameters()]
 largest = max(parameter.numel() for parameter in policy.model.parameters())
 print(json.dumps({"took": took, "weights": sum(sizes), "tensor": 4 * largest}))
 """
+)
+
+_RESUMED = (
+    _PEAK
+    + """
+import torch
+from accelerate import Accelerator
+from dpo_cli.config.schema import TrainingSettings
+from dpo_cli.modeling.folders.tokenizers import load_tokenizer
+from dpo_cli.modeling.held import FLOAT32, Split
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.preference.losses import DPO
+from dpo_cli.preference.objective import Objective
+from dpo_cli.preference.reference import NoReference
+from dpo_cli.training.checkpoints import CheckpointWriter
+from dpo_cli.training.learner import Learner
+from dpo_cli.training.optimizer import schedule
+from dpo_cli.training.state import RunNotes, restore_checkpoint
+from dpo_cli.modeling.allocator import take_over_weights
+
+warm, folder, out, weights, name = sys.argv[1:]
+
+def learner(folder):
+    accelerator, optimizer = Accelerator(cpu=True), TrainingSettings(optimizer=name).optimizer
+    policy = Policy.load(folder, held=Split(gradients=optimizer.gradients) if weights == "split" else FLOAT32)
+    take_over_weights(policy.model)
+    policy.place(accelerator, trained=True)
+    chosen = optimizer.over(policy.trained(), 1e-3, 0.0)
+    return Learner(policy, Objective.of(DPO()), NoReference().open(None), accelerator.prepare_optimizer(chosen),
+                   schedule(chosen, "constant", 0.0, 2), accelerator)
+
+def resumed(folder, out):
+    before = learner(folder)
+    for parameter in before.policy.trained():
+        parameter.grad = torch.ones_like(parameter, dtype=parameter.grad_dtype)
+    before.optimizer.step()
+    before.rates.step()
+    before.optimizer.zero_grad()
+    CheckpointWriter(Path(out), load_tokenizer(warm), 1, background=False).save(before, RunNotes({}))
+    tensors = list(before.state().tensors["optimizer.safetensors"].values())
+    sizes = sum(tensor.nbytes for tensor in tensors), max(tensor.nbytes for tensor in tensors)
+    largest = max(4 * parameter.numel() for parameter in before.policy.trained())
+    del before, tensors, parameter
+    after = learner(folder)
+    return peak(lambda: restore_checkpoint(Path(out, "step-000001"), after)), *sizes, largest
+
+resumed(warm, out + "-warm")
+print(json.dumps(dict(zip(("took", "state", "part", "tensor"), resumed(folder, out)))))
+"""
+)
+
+_CONVERTED = (
+    _PEAK
+    + """
+import dpo_cli.modeling.folders.gguf_conversion as conversion
+
+file = Path(sys.argv[1])
+conversion.settings_of(file)
+found = []
+took = peak(lambda: found.append(conversion.converted(file)))
+sizes = [size for name, size in conversion.GgufContent.of(__import__("gguf").GGUFReader(file)).sizes.items()]
+print(json.dumps({"took": took, "weights": 4 * sum(sizes), "tensor": 4 * max(sizes)}))
+"""
+)
+
+
+def measured(code: str, *arguments: object, **surroundings: str) -> dict[str, Any]:
+    """Run code in a process of its own and return what it found."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    env = {**os.environ, **surroundings}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def large(folder: Path, tiny_llama: Path, dtype: torch.dtype, **how: Any) -> Path:
@@ -66,9 +154,6 @@ def large(folder: Path, tiny_llama: Path, dtype: torch.dtype, **how: Any) -> Pat
     return folder
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak of a process")
-@pytest.mark.slow
-@pytest.mark.program
 @pytest.mark.parametrize(
     ("dtype", "held", "how"),
     [
@@ -84,12 +169,28 @@ def test_no_step_of_a_models_life_holds_it_twice(
     tmp_path: Path, tiny_llama: Path, dtype: str, held: str, how: dict[str, Any]
 ) -> None:
     folder = large(tmp_path / "model", tiny_llama, getattr(torch, dtype), **how)
-    command = [sys.executable, "-c", _MEASURED, str(tiny_llama), str(folder), str(tmp_path / "out"), held]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+    found = measured(_MEASURED, tiny_llama, folder, tmp_path / "out", held)
     weights, tensor, took = found["weights"], found["tensor"], found["took"]
     assert weights > (100 if held == "float32" else 50) * 2**20 and tensor < weights / 5
     # What is there already counts once: the rest of what a step takes has to fit into a tenth and one tensor.
     allowed = {"load": weights, "digest": weights if dtype == held else 0}
     over = {name: size / 2**20 for name, size in took.items() if size > allowed.get(name, 0) + weights / 10 + tensor}
     assert not over, (weights / 2**20, tensor / 2**20, over)
+
+
+@pytest.mark.parametrize(("weights", "optimizer"), [("float32", "adamw"), ("float32", "adamw_8bit")])
+def test_resuming_holds_what_an_optimizer_keeps_once(
+    tmp_path: Path, tiny_llama: Path, weights: str, optimizer: str
+) -> None:
+    folder = large(tmp_path / "model", tiny_llama, torch.float32)
+    found = measured(_RESUMED, tiny_llama, folder, tmp_path / "out", weights, optimizer)
+    assert found["state"] > 50 * 2**20
+    # What is held of it from then on, a tenth of that, and one tensor of the weights that come after it.
+    assert found["took"] < 1.1 * found["state"] + found["tensor"], found
+
+
+@pytest.mark.real_model
+def test_a_gguf_file_is_converted_in_the_memory_of_its_weights(tmp_path: Path) -> None:
+    """The file's vocabulary, its pages and its blocks are not there beside all of the weights."""
+    found = measured(_CONVERTED, GGUF, DPO_CACHE_DIR=str(tmp_path))
+    assert found["took"] < 1.1 * found["weights"] + found["tensor"], found
