@@ -283,7 +283,7 @@ class Policy:
 
     def keep_beginning(self) -> None:
         """Keep what it takes to answer as now, for `at_beginning`; to be called before step 1."""
-        apart = self._trained.begins_apart()
+        apart = self._trained.keep_beginning(self.model)
         self._beginning = self.placement.wrap(self.frozen_copy().bare, trained=False) if apart else self.scorer
 
     @contextlib.contextmanager

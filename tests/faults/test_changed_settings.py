@@ -168,6 +168,7 @@ OTHERS = {
     "training.micro_batch_tokens": 300,
     "training.layout": "padded",
     "training.compile": "false",
+    "training.sharding": "full",
     "training.deterministic": "false",
     "training.gradient_checkpointing": "true",
     "training.rank_timeout": "null",

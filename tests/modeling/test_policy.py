@@ -11,6 +11,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention.trees import CannotPack
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.sizes import NOTHING_GATHERED
 from tests.builders import prepare_pairs
 from tests.conftest import build_llama
 
@@ -94,7 +95,9 @@ def test_sizes_are_those_of_the_weights_whether_they_are_in_memory_or_not(tmp_pa
     loaded, empty = Policy.load(folder).sizes(), Policy.empty(folder).sizes()
     numbers = sum(tensor.numel() for tensor in load_file(f"{folder}/model.safetensors").values())
     assert loaded.numbers == numbers
-    assert (loaded.held, loaded.trained, loaded.beginning, loaded.gathered) == (4 * numbers,) * 3 + (0,)
+    assert (loaded.held, loaded.trained, loaded.beginning, loaded.gathered) == (
+        (4 * numbers,) * 3 + (NOTHING_GATHERED,)
+    )
     assert (loaded.present, empty.present) == (4 * numbers, 0)
     assert [getattr(empty, name) for name in ("numbers", "held", "trained", "beginning")] == [
         numbers,

@@ -119,8 +119,8 @@ class Adapted:
         """Return a function from the name of a weight to its name in the model by itself; None: it was added."""
         return base_names(model)
 
-    def begins_apart(self) -> bool:
-        """Tell whether it takes a copy to answer as before step 1; if not, the model does inside `at_beginning`."""
+    def keep_beginning(self, model: PreTrainedModel) -> bool:
+        """Keep what it takes to answer as now inside `at_beginning`; tell whether that is a copy of the whole model."""
         return bool(self.adapter.start)
 
     def settle(self, model: PreTrainedModel) -> None:
