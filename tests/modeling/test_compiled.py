@@ -36,7 +36,7 @@ def _on_a_cpu(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(theirs, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(flex, "compiled_flex", lambda: compiled_flex("eager"))
+    monkeypatch.setattr(flex, "compiled_flex", lambda dtype: compiled_flex(dtype, "eager"))
     monkeypatch.setattr(varlen, "_COMPUTED_IN", (torch.float32,))
     yield
     torch._dynamo.reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class FlexMask:
         # Under autocast rotated queries and keys are float32 again, and FlexAttention wants one type.
         query, key = query.to(value.dtype), key.to(value.dtype)
         # Within a compiled layer it is part of the layer's own graph.
-        call: Any = flex_attention if torch.compiler.is_compiling() else compiled_flex()
+        call: Any = flex_attention if torch.compiler.is_compiling() else compiled_flex(value.dtype)
         attended: Tensor = call(
             query,
             key,
@@ -93,10 +94,22 @@ def capped(softcap: float) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor],
 
 
 @functools.cache
-def compiled_flex(backend: str = "inductor") -> Callable[..., Tensor]:
-    """Return FlexAttention, compiled for any number of tokens; made once, so that it is compiled once.
+def flex_for(dtype: torch.dtype) -> FunctionType:
+    """Return FlexAttention as a function of its own for a dtype: torch limits how often it compiles a function.
+
+    In a run of a lower precision, proofs compute in float32 before.
+    """
+    code = flex_attention.__code__.replace(co_name=f"{flex_attention.__name__} in {dtype}")
+    own = FunctionType(code, flex_attention.__globals__, argdefs=flex_attention.__defaults__)
+    own.__kwdefaults__ = flex_attention.__kwdefaults__
+    return own
+
+
+@functools.cache
+def compiled_flex(dtype: torch.dtype, backend: str = "inductor") -> Callable[..., Tensor]:
+    """Return FlexAttention in a dtype, compiled for any number of tokens; made once, so that it is compiled once.
 
     The whole is one graph: where it could not be, or would be compiled too often, an error is raised. What torch does
     otherwise, without a word, is to compute the scores of every token with every other.
     """
-    return hardened(torch.compile(flex_attention, dynamic=True, fullgraph=True, backend=backend), "FlexAttention")
+    return hardened(torch.compile(flex_for(dtype), dynamic=True, fullgraph=True, backend=backend), "FlexAttention")

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
 from torch.nn.attention import flex_attention as theirs
-from torch.nn.attention.flex_attention import flex_attention
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.attention import flex
-from dpo_cli.modeling.attention.flex import compiled_flex
+from dpo_cli.modeling.attention.flex import compiled_flex, flex_for
 from dpo_cli.modeling.attention.kernels import KERNELS
 from dpo_cli.modeling.attention.trees import tree_attention
 from tests.modeling.attention.rows import drawn, token_tree
@@ -24,7 +23,7 @@ def _on_a_cpu(monkeypatch):
     """Let FlexAttention run here with gradients, which its own check refuses, and compile it without a compiler."""
     torch._dynamo.reset()
     monkeypatch.setattr(theirs, "_validate_device", lambda *tensors: None)
-    monkeypatch.setattr(flex, "compiled_flex", lambda: compiled_flex("eager"))
+    monkeypatch.setattr(flex, "compiled_flex", lambda dtype: compiled_flex(dtype, "eager"))
     yield
     torch._dynamo.reset()
 
@@ -91,10 +90,18 @@ SEVERAL = [(128, None), (4096, None), (None, None)]
 
 
 def entries():
-    return len(_debug_get_cache_entry_list(flex_attention.__code__))
+    """Return how often FlexAttention was compiled in the dtype in which it was most often."""
+    return max(len(_debug_get_cache_entry_list(flex_for(d).__code__)) for d in (torch.float32, torch.bfloat16))
 
 
-def one_pass(number, shape, layers, *, grad):
+def passes(precision):
+    """Yield the passes of a run: in a lower precision, those of the proof are taken in float32 before."""
+    if precision != torch.float32:
+        yield from ((shape, grad, torch.float32) for what, shape, grad in RUN if what.startswith("proof"))
+    yield from ((shape, grad, precision) for _, shape, grad in RUN)
+
+
+def one_pass(number, shape, layers, *, grad, dtype):
     """Attend as the layers of a model do, to a row of pairs that differ in every token."""
     pairs, prompt, response = shape
     random = np.random.default_rng(number)
@@ -105,7 +112,9 @@ def one_pass(number, shape, layers, *, grad):
     tree = token_tree(lists, KERNELS["flex"], [window for window, _ in layers])
     size = len(tree.depths)
     for window, softcap in layers:
-        heads = [torch.randn(1, size, count, 16).transpose(1, 2).requires_grad_(grad) for count in (4, 2, 2)]
+        heads = [torch.randn(1, size, count, 16, dtype=dtype).transpose(1, 2) for count in (4, 2, 2)]
+        for one in heads:
+            one.requires_grad_(grad)
         with torch.set_grad_enabled(grad):
             found, _ = tree_attention(torch.nn.Module(), *heads, tree.mask(window), scaling=0.1, softcap=softcap)
         if grad:
@@ -115,15 +124,16 @@ def one_pass(number, shape, layers, *, grad):
 @pytest.mark.parametrize(
     "layers", [LLAMA, GEMMA, pytest.param(SEVERAL, marks=pytest.mark.slow)], ids=["llama", "gemma", "several windows"]
 )
-def test_over_a_whole_run_it_is_compiled_at_most_eight_times(layers):
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+def test_over_a_whole_run_it_is_compiled_at_most_eight_times(layers, precision):
     assert torch._dynamo.config.recompile_limit == 8
-    for number, (_, shape, grad) in enumerate(RUN):
-        one_pass(number, shape, layers, grad=grad)
+    for number, (shape, grad, dtype) in enumerate(passes(precision)):
+        one_pass(number, shape, layers, grad=grad, dtype=dtype)
     assert 1 <= entries() <= 8
     before = entries()
     for number, shape in enumerate([(1, 500, 20), (4, 33, 44), (1, 15, 333)]):
         for grad in (False, True):
-            one_pass(number, shape, layers, grad=grad)
+            one_pass(number, shape, layers, grad=grad, dtype=precision)
     assert entries() == before
 
 
