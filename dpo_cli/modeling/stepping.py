@@ -76,6 +76,10 @@ class OneByOne(Optimizer):
             for name, one in state.items()
         }
 
+    def kept_on(self, device: torch.device) -> torch.device:
+        """Return where the state of weights is kept that are on a device."""
+        return torch.device("cpu") if self._on_host else device
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state, all of which has arrived where it is kept."""
         if self._on_host and torch.cuda.is_available():
@@ -97,8 +101,8 @@ class OneByOne(Optimizer):
             }
 
     def _settled(self, value: Tensor, device: torch.device) -> Tensor:
-        """Return a copy of what was saved, where it is kept."""
-        return on_host(value.to(device)) if self._on_host and value.ndim else value.to(device, copy=True)
+        """Return what was saved, where it is kept: as torch's own optimizers, in the same memory where it is there."""
+        return on_host(value.to(device)) if self._on_host and value.ndim else value.to(device)
 
 
 def _stand_in(weights: Parameter) -> Parameter:

@@ -25,6 +25,7 @@ from dpo_cli.modeling.folders.shard_files import Shards
 from dpo_cli.modeling.folders.streams import load_tensors, save_tensors
 from dpo_cli.modeling.out_of_memory import is_out_of_memory
 from dpo_cli.modeling.split import whole_value
+from dpo_cli.modeling.stepping import OneByOne
 from dpo_cli.system.storage import DamagedFolder
 from dpo_cli.training.resharding import OPTIMIZER, REFERENCE, kept_tensors
 
@@ -230,7 +231,10 @@ def _tensors(path: Path, learner: Learner) -> dict[str, dict[str, Tensor]]:
     if learner.policy.splits or Shards.are_in(path):
         return kept_tensors(path, learner)
     files = [OPTIMIZER, *([REFERENCE] if learner.reference.moving else [])]
-    return {file: load_tensors(path / file, learner.accelerator.device) for file in files}
+    optimizer, device = learner.optimizer.optimizer, learner.accelerator.device
+    # What is kept on the host has no room on the device.
+    kept_on = {OPTIMIZER: optimizer.kept_on(device)} if isinstance(optimizer, OneByOne) else {}
+    return {file: load_tensors(path / file, kept_on.get(file, device)) for file in files}
 
 
 def surroundings(accelerator: Accelerator) -> dict[str, Any]:

@@ -178,7 +178,10 @@ def test_no_step_of_a_models_life_holds_it_twice(
     assert not over, (weights / 2**20, tensor / 2**20, over)
 
 
-@pytest.mark.parametrize(("weights", "optimizer"), [("float32", "adamw"), ("float32", "adamw_8bit")])
+@pytest.mark.parametrize(
+    ("weights", "optimizer"),
+    [("float32", "adamw"), ("float32", "adamw_8bit"), ("split", "adamw"), ("split", "rmsprop")],
+)
 def test_resuming_holds_what_an_optimizer_keeps_once(
     tmp_path: Path, tiny_llama: Path, weights: str, optimizer: str
 ) -> None:
