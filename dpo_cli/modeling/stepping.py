@@ -101,8 +101,10 @@ class OneByOne(Optimizer):
             }
 
     def _settled(self, value: Tensor, device: torch.device) -> Tensor:
-        """Return what was saved, where it is kept: as torch's own optimizers, in the same memory where it is there."""
-        return on_host(value.to(device)) if self._on_host and value.ndim else value.to(device)
+        """Return what was saved, where it is kept: moments, as torch's own optimizers, in the memory that they have."""
+        if not value.ndim:
+            return value.to(device, copy=True)
+        return on_host(value.to(device)) if self._on_host else value.to(device)
 
 
 def _stand_in(weights: Parameter) -> Parameter:
