@@ -149,17 +149,13 @@ def prove(
     """
     model = score.policy
     weights = _first_weights(model) if trained else []
-    rounded = []
     with asking(model):
         with in_float32(model):
             expected = _alone(score.own_logps, score, pairs, longer, weights)
             if trained and anywhere(not expected.norm):
                 weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
                 expected = _alone(score.own_logps, score, pairs, longer, weights)
-        if precision.is_lower:
-            with precision.autocast(model.device.type):
-                rounded.append(_alone(score, score, pairs, longer, weights))
-                rounded.append(_together(score, PADDED, pairs, longer, weights))
+        rounded = _padded_rounded(score, precision, pairs, longer, weights)
     if anywhere(not torch.isfinite(expected.logps).all()):
         return Proof()
     if trained and not expected.norm:
@@ -284,6 +280,20 @@ def _alone(
     answers = [_answers(ask, score, PADDED.batch([0], [pair]).to(score.policy.device), weights) for pair in pairs]
     gradient = [sum(part.float() for part in parts) for parts in zip(*(one.gradient for one in answers), strict=True)]
     return _Answers(torch.cat([*(one.logps for one in answers), *_scored_alone(score, PADDED, longer)]), gradient)
+
+
+def _padded_rounded(
+    score: Scorer,
+    precision: Precision,
+    pairs: Sequence[TokenizedPair],
+    longer: Sequence[TokenizedPair],
+    weights: Sequence[Tensor],
+) -> list[_Answers]:
+    """Ask in the padded layout, for each pair by itself and for all together, where the precision is a lower one."""
+    if not precision.is_lower:
+        return []
+    with precision.autocast(score.policy.device.type):
+        return [_alone(score, score, pairs, longer, weights), _together(score, PADDED, pairs, longer, weights)]
 
 
 def _together(
