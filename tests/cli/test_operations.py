@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, dpo_command, read_metrics
-from tests.faults.launching import free_port
+from tests.conftest import ROOT, read_metrics
 from tests.faults.trials import Gate, named
 from tests.waiting import PATIENCE
 
@@ -147,25 +146,6 @@ def test_the_slurm_script_asks_for_the_job_again_after_a_time_limit_alone(tools,
     assert (tmp_path / "asked").exists() == (status == 138)
     if status == 138:
         assert (tmp_path / "asked").read_text() == "requeue 77\n"
-
-
-def test_processes_that_srun_starts_find_each_other_and_train_one_run(tools, tmp_path, write_config):
-    """In the place of srun, a script that starts two processes as it would on one node."""
-    tools("dpo", f'exec {" ".join(dpo_command())} "$@"')
-    tools(
-        "srun",
-        "shift",
-        "export SLURM_NTASKS=2",
-        'for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & done',
-        "wait -n && wait",
-    )
-    tools("scontrol", "echo localhost")
-    write_config(**FOUR_STEPS)
-    ended = run_script(block("MASTER_ADDR").replace("29500", str(free_port())), tmp_path)
-    assert ended.returncode == 0, ended.stderr
-    assert [row["step"] for row in read_metrics(tmp_path / "runs" / "run")] == [1, 2, 3, 4]
-    assert (tmp_path / "runs" / "run" / "final" / "model.safetensors").is_file()
-    assert "2 processes" in ended.stderr
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="there is no systemd here to ask")
