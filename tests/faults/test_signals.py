@@ -79,7 +79,7 @@ def test_a_second_interrupt_during_the_save_stops_at_once(
              if found["kind"] == "fsync" and second in found["path"]]  # fmt: skip
     case = run.case()
     where = {"root": str(case.folder), "operation": syncs[attempt * len(syncs) // 10]}
-    [process] = case.start(fault=("tests.faults.shim:hold_at", where))
+    [process] = case.start(faults={0: ("tests.faults.shim:hold_at", where)})
     process.until(HELD)
     process.send(signal.SIGINT)
     process.until("press Ctrl-C again")
