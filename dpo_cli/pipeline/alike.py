@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from dpo_cli.config import Config
 from dpo_cli.errors import UserError, raise_all
-from dpo_cli.modeling.folders.samples import sampled_digest
+from dpo_cli.modeling.folders.samples import sampled_adapter_digest, sampled_digest
 from dpo_cli.pipeline.session import Session
 from dpo_cli.pipeline.surroundings import differing, errors_of, named_ranks
+
+_START = "`adapter.start`"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,12 @@ class Job:
         Raises:
             UserError: A model cannot be read.
         """
-        digests = {where: sampled_digest(name, config.model.trust) for where, name in models.items() if name}
+        digests = {
+            # Training goes on from an adapter on `model.name`, wherever the base is that the adapter names.
+            where: sampled_adapter_digest(name) if where == _START else sampled_digest(name, config.model.trust)
+            for where, name in models.items()
+            if name
+        }
         return cls(socket.gethostname(), {name: str(value) for name, value in asked.items()}, digests)
 
 
@@ -65,7 +72,7 @@ def check_job(session: Session, asked: Mapping[str, object], models: Mapping[str
 def named_models(config: Config) -> dict[str, str | None]:
     """Return what a configuration names as models and adapters, by setting."""
     start = config.adapter.start if config.adapter else None
-    return {"`model.name`": config.model.name, "`reference.model`": config.reference.model, "`adapter.start`": start}
+    return {"`model.name`": config.model.name, "`reference.model`": config.reference.model, _START: start}
 
 
 def check_pairs(session: Session, fingerprint: str, where: str) -> None:

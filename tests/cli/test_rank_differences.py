@@ -16,7 +16,7 @@ from dataclasses import replace
 import pytest
 
 from dpo_cli.modeling.folders.model_files import NO_TRUST
-from dpo_cli.modeling.folders.samples import sampled_digest
+from dpo_cli.modeling.folders.samples import sampled_adapter_digest, sampled_digest
 from dpo_cli.pipeline.surroundings import Surroundings, differences
 from tests.builders import save_adapter
 from tests.conftest import CHATML, build_llama, make_config, write_rows
@@ -118,6 +118,13 @@ def with_an_adapter(machines):
         machines.arguments[rank].append("adapter.start=start")
 
 
+def with_an_adapter_of_a_lost_base(machines):
+    for one in machines.folders:
+        save_adapter(one / "model", one / "start")
+        file = one / "start" / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "/old/path"}))
+
+
 def with_a_template(machines):
     for rank, one in enumerate(machines.folders):
         (one / "template.jinja").write_text(CHATML + ("{# #}\n " if rank else ""))
@@ -188,6 +195,14 @@ def test_processes_that_have_the_same_train(machines):
     ranks = machines.start(*TRAIN)
     assert [rank.wait().status for rank in ranks] == [0, 0], ranks[0].said
     assert (machines.folders[0] / "runs/run/final/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_processes_start_from_an_adapter_whose_base_is_gone(machines):
+    with_an_adapter_of_a_lost_base(machines)
+    ranks = machines.start(*TRAIN, "adapter.start=start")
+    assert [rank.wait().status for rank in ranks] == [0, 0], ranks[0].said
+    assert (machines.folders[0] / "runs/run/final/adapter_model.safetensors").is_file()
 
 
 LONE = {
@@ -296,3 +311,35 @@ def test_a_sample_of_a_model_is_another_where_any_of_its_layers_is(tmp_path, tin
     for name in weights:
         save_file({**weights, name: weights[name] + 1}, copy / "model.safetensors", {"format": "pt"})
         assert sampled_digest(str(copy), NO_TRUST) != before, name
+
+
+def changed_adapter(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "adapter_model.safetensors")
+    last = list(weights)[-1]
+    save_file({**weights, last: weights[last] + 1}, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def test_a_sample_of_a_start_adapter_does_not_look_for_the_base_it_names(tmp_path, tiny_llama):
+    """It goes on upon `model.name`: its own base may be on another machine."""
+    start = save_adapter(tiny_llama, tmp_path / "start")
+    file = start / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "/old/path"}))
+    before = sampled_adapter_digest(str(start))
+    assert sampled_adapter_digest(str(shutil.copytree(start, tmp_path / "copy"))) == before
+    changed_adapter(start)
+    assert sampled_adapter_digest(str(start)) != before
+
+
+def test_a_sample_of_an_adapter_in_the_hubs_cache_has_its_weights(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--some--adapter"
+    snapshot = save_adapter(tiny_llama, cached / "snapshots/abc")
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("abc")
+    before = sampled_adapter_digest("some/adapter"), sampled_digest("some/adapter", NO_TRUST)
+    assert before[0] == sampled_adapter_digest(str(snapshot))
+    changed_adapter(snapshot)
+    assert sampled_adapter_digest("some/adapter") != before[0]
+    assert sampled_digest("some/adapter", NO_TRUST) != before[1]

@@ -6,8 +6,9 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_cli.modeling.adapters.files import holds_adapter
+from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder, holds_adapter
 from dpo_cli.modeling.folders.model_files import CONFIG, weights_files
+from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.resolving import is_gguf, load_named
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ _NUM_BLOCKS, _BLOCK_BYTES = 64, 4096
 """Evenly spread over a file; trained weights differ from others almost everywhere."""
 _HEAD_BYTES = 1 << 20
 """From the beginning, where a file says what it has."""
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def sampled_digest(name: str, trust: Trust) -> str:
@@ -30,16 +30,30 @@ def sampled_digest(name: str, trust: Trust) -> str:
 
     def sample(folder: str) -> None:
         files = [Path(name)] if is_gguf(name) else [Path(folder) / CONFIG, *weights_files(Path(folder))]
-        for file in [*files, *(_adapter(Path(name)) if holds_adapter(name) else [])]:
+        for file in [*files, *(_adapter(name) if holds_adapter(name) else [])]:
             digest.update(_sample(file))
 
     load_named(name, "model", sample, trust)
     return digest.hexdigest()
 
 
-def _adapter(folder: Path) -> list[Path]:
+def sampled_adapter_digest(name: str) -> str:
+    """Return a digest of an adapter's settings and of a sample of its weights, without those of the base it names.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    with explained(name, "adapter"):
+        for file in _adapter(name):
+            digest.update(_sample(file))
+    return digest.hexdigest()
+
+
+def _adapter(name: str) -> list[Path]:
     """Return an adapter's files that are on this disk."""
-    return [folder / name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    folder = adapter_folder(name)
+    return [folder / file for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (folder / file).is_file()]
 
 
 def _sample(path: Path) -> bytes:
