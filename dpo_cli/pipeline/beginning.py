@@ -65,9 +65,11 @@ class Beginning:
 def noted_by(config: Config) -> Mapping[str, str]:
     """Return the digests of what the run in the folder of a configuration began with; empty where none are known."""
     folder = RunFolder(Path(config.output_dir))
-    is_run = folder.state() in (RunState.STARTED, RunState.FINISHED)
-    for kept in (folder.final, *reversed(checkpoints_in(folder.checkpoints))) if is_run else ():
-        with contextlib.suppress(DamagedFolder):
-            if found := beginning_of(kept):
-                return found
+    # They serve a warning alone: a folder that cannot be read has none.
+    with contextlib.suppress(OSError, ValueError):
+        is_run = folder.state() in (RunState.STARTED, RunState.FINISHED)
+        for kept in (folder.final, *reversed(checkpoints_in(folder.checkpoints))) if is_run else ():
+            with contextlib.suppress(DamagedFolder):
+                if found := beginning_of(kept):
+                    return found
     return {}

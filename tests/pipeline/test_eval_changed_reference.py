@@ -10,8 +10,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import dpo_cli
+from dpo_cli.config import load_config
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.folders import identities
+from dpo_cli.pipeline.beginning import noted_by
 from tests.builders import save_adapter
 from tests.conftest import build_llama
 
@@ -140,3 +142,23 @@ def test_a_reference_of_an_adapter_in_another_precision_is_no_other(
     assert warned(file, caplog) == []
     now = "bfloat16" if then == "float32" else "float32"
     assert warned(write_config(model={"dtype": now}, **settings), caplog) == []
+
+
+@pytest.mark.parametrize("fault", [PermissionError, NotADirectoryError, OSError])
+def test_a_folder_that_cannot_be_read_has_noted_nothing(
+    write_config: Any, monkeypatch: pytest.MonkeyPatch, fault: type[OSError]
+) -> None:
+    def refuse(path: Path) -> Any:
+        raise fault(13, "refused", str(path))
+
+    config = load_config(write_config())
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert noted_by(config) == {}
+
+
+@pytest.mark.parametrize("name", ["runs/\0", "x" * 300], ids=["NUL", "too long"])
+def test_a_name_that_no_folder_has_is_scored_without_a_warning(
+    write_config: Any, tiny_llama: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """Nothing is written to `output_dir`: whatever it is called hinders no evaluation."""
+    assert warned(write_config(output_dir=name), caplog, model=str(tiny_llama)) == []
