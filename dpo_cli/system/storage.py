@@ -20,13 +20,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from dpo_cli.errors import UserError, from_os_error
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-"
 _DAY_SECONDS = 24 * 60 * 60
+_FLUSHED_BYTES = 2**30
+"""The most that is written to a file before it is flushed: a disk takes seconds for it, not minutes."""
 _T = TypeVar("_T")
 _filling: set[Path] = set()
 _num_heartbeats = 0
@@ -127,6 +129,28 @@ def write_bytes(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _flush(path.parent)
+
+
+def write_flushing(file: BinaryIO, parts: Iterable[memoryview]) -> None:
+    """Write bytes one part after the other and flush again and again, so that no single flush takes long.
+
+    Other processes see that this one gets on; the last bytes are left for whoever flushes the whole.
+
+    Args:
+        file: Open for writing.
+        parts: The bytes.
+    """
+    room = _FLUSHED_BYTES
+    for part in parts:
+        rest = part
+        while rest:
+            file.write(rest[:room])
+            room, rest = room - len(rest[:room]), rest[room:]
+            if not room:
+                file.flush()
+                os.fsync(file.fileno())
+                beat()
+                room = _FLUSHED_BYTES
 
 
 def make_folder(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.folders.saved_weights import SavedWeights
+from dpo_cli.modeling.folders.shard_files import Piece, write_part
 from dpo_cli.modeling.folders.streams import NAMES, save_tensors
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.held import Bfloat16, Float32, Held, Nf4, Split
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.system.storage import heartbeats
 from scripts.tiny_models import build
 
 
@@ -38,6 +42,30 @@ def test_a_tensor_that_is_not_contiguous_is_written_as_it_reads(tmp_path: Path) 
     turned = torch.arange(6.0).view(2, 3).t()
     save_tensors({"a": turned}, tmp_path / "file")
     assert torch.equal(load_file(tmp_path / "file")["a"], turned)
+
+
+@pytest.mark.parametrize("sizes", [[10_500], [400] * 26, [0, 999, 1, 3000, 0, 6500]], ids=str)
+def test_a_process_shows_that_it_gets_on_while_a_file_is_written(tmp_path: Path, monkeypatch: Any, sizes: Any) -> None:
+    """The disk has little to flush at a time, whether one tensor is large or many are small."""
+    monkeypatch.setattr("dpo_cli.system.storage._FLUSHED_BYTES", 1000)
+    flushed, flush = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(os.fstat(file).st_size), flush(file)))
+    tensors = {str(place): torch.arange(size).to(torch.uint8) for place, size in enumerate(sizes)}
+    before = heartbeats()
+    save_tensors(tensors, tmp_path / "ours")
+    assert heartbeats() - before == len(flushed) == sum(sizes) // 1000
+    assert {end - start for start, end in itertools.pairwise(flushed)} == {1000}
+    save_file(tensors, tmp_path / "theirs")
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_shards_are_flushed_while_they_are_written_as_well(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("dpo_cli.system.storage._FLUSHED_BYTES", 1000)
+    rows = torch.arange(2500.0).view(50, 50)
+    before = heartbeats()
+    write_part(tmp_path, "weights", {"one": Piece(rows, 0, (50, 50), (50, 50), True)}, 0, 1)
+    # The file itself and its folder are flushed at the end.
+    assert heartbeats() - before == 10 + 2
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_neox"])

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
+from dpo_cli.system.storage import write_flushing
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -71,9 +73,14 @@ def save_tensors(
         text += b" " * 8
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            held = (content or tensors.__getitem__)(name).detach().to(tensors[name].dtype).cpu().contiguous()
-            opened.write(held.reshape(-1).view(torch.uint8).numpy().data)
+        held = ((content or tensors.__getitem__)(name).detach().to(tensors[name].dtype) for name in names)
+        write_flushing(opened, map(_bytes_of, held))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, which is copied where it is not in the host's memory in one piece."""
+    held: memoryview = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return held
 
 
 def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
