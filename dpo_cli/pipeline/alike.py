@@ -13,7 +13,7 @@ from dpo_cli.config import Config
 from dpo_cli.errors import UserError, raise_all
 from dpo_cli.modeling.folders.samples import sampled_adapter_digest, sampled_digest
 from dpo_cli.pipeline.session import Session
-from dpo_cli.pipeline.surroundings import differing, errors_of, named_ranks
+from dpo_cli.pipeline.surroundings import differing, errors_of, ranks_have
 
 _START = "`adapter.start`"
 
@@ -101,4 +101,4 @@ def _differences(everywhere: Sequence[Job]) -> Iterator[UserError]:
 def _unlike(found: Sequence[str], hosts: Sequence[str], what: str, where: str, hint: str) -> Iterator[UserError]:
     """Yield which processes have found something else than rank 0, by rank."""
     if others := [rank for rank, one in enumerate(found) if one != found[0]]:
-        yield UserError(f"{named_ranks(others, hosts)} {what} than rank 0", where, hint)
+        yield UserError(f"{ranks_have(others, hosts)} {what} than rank 0", where, hint)

@@ -94,7 +94,7 @@ def recuts_of(plan: PlannedRun, *, resume: bool) -> Recuts:
     waits = plan.session.accelerator.num_processes > 1 and (plan.session.placement.is_sharded or looks_first)
     if config.training.micro_batch_tokens != "auto" or waits:
         return Recuts()
-    recuts = Recuts(allowed=True, tokens=read_recuts(folder.recuts) if resume else {})
+    recuts = Recuts(allowed=True, tokens=plan.session.agreed(read_recuts(folder.recuts) if resume else {}))
 
     def changed(step: int, num_tokens: int) -> None:
         if plan.session.accelerator.is_main_process:

@@ -17,6 +17,7 @@ import torch
 from dpo_cli.config import Config
 from dpo_cli.errors import UserError, raise_all
 from dpo_cli.reporting.environment import versions
+from dpo_cli.system.launchers import named_ranks
 from dpo_cli.training.exchange import exchanged
 
 _MOST_NAMED = 5
@@ -106,7 +107,7 @@ def differing(everywhere: Sequence[Mapping[str, str]], hosts: Sequence[str], wha
         if names:
             ways.setdefault("; ".join([*shown, *more]), []).append(rank)
     for way, ranks in ways.items():
-        yield f"{named_ranks(ranks, hosts)} {what} than rank 0: {way}"
+        yield f"{ranks_have(ranks, hosts)} {what} than rank 0: {way}"
 
 
 def errors_of(found: Iterator[str], where: str, hint: str) -> Iterator[UserError]:
@@ -115,12 +116,9 @@ def errors_of(found: Iterator[str], where: str, hint: str) -> Iterator[UserError
         yield UserError(what, where, hint)
 
 
-def named_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+def ranks_have(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     """Name processes and their machines, with the verb: `rank 1 (on node7) has`."""
-    machines = ", ".join(dict.fromkeys(hosts[rank] for rank in ranks))
-    several = len(ranks) > 1
-    numbers = ", ".join(map(str, ranks[:_MOST_NAMED])) + (" and others" if len(ranks) > _MOST_NAMED else "")
-    return f"rank{'s' * several} {numbers} (on {machines}) {'have' if several else 'has'}"
+    return f"{named_ranks(ranks, hosts)} {'have' if len(ranks) > 1 else 'has'}"
 
 
 def _shared_cards(everywhere: Sequence[Surroundings]) -> Iterator[UserError]:

@@ -27,7 +27,7 @@ from dpo_cli.pipeline.out_of_memory import during, reported
 from dpo_cli.pipeline.plan import PlannedRun, check_data, header, planned
 from dpo_cli.pipeline.resume import begin
 from dpo_cli.pipeline.run import Records, Run, recorded, save_final, summarize
-from dpo_cli.pipeline.session import started
+from dpo_cli.pipeline.session import Session, started
 from dpo_cli.pipeline.settling import measured, recuts_of, settled_on_paper, settling
 from dpo_cli.reporting.console import Console, Record
 from dpo_cli.system.signals import Interrupted, StopSignals
@@ -67,11 +67,13 @@ def train(
     with started(config, console, signals, trains=True) as session:
         asked = {"--resume": resume, "--overwrite": overwrite, "--extend": extend, "--dry-run": dry_run}
         check_job(session, asked, named_models(config))
-        plan = planned(session, RunFolder(Path(config.output_dir)), resume=resume, extend=extend)
+        folder = RunFolder(Path(config.output_dir))
+        _check_disk(session, folder, resume=resume, dry_run=dry_run)
+        plan = planned(session, folder, resume=resume, extend=extend)
         if plan and dry_run:
             show_forecast(plan, resume=resume)
         elif plan:
-            _announce(plan, resume=resume)
+            _announce(plan)
             settled = settled_on_paper(plan, resume=resume)
             with reported(config, settled[1]):
                 run = _ready(plan, settled, resume=resume)
@@ -81,7 +83,24 @@ def train(
                 yield from _take(run, restored.metrics if restored else "")
 
 
-def _announce(plan: PlannedRun, *, resume: bool) -> None:
+def _check_disk(session: Session, folder: RunFolder, *, resume: bool, dry_run: bool) -> None:
+    """Find out whether those processes share the run's folder that write or read it.
+
+    Raises:
+        UserError: Some do not.
+    """
+    num_ranks = session.accelerator.num_processes
+    if dry_run or num_ranks == 1:
+        return
+    if resume:
+        check_shared(folder.path, num_ranks, "resuming needs", "start anew without `--resume`")
+    elif isinstance(session.placement, Sharded):
+        # The first that split weights among themselves write all of them.
+        num_writers = session.placement.mesh.shape[-1]
+        check_shared(folder.path, num_writers, "checkpoints in shards need", "`training.sharding: none`")
+
+
+def _announce(plan: PlannedRun) -> None:
     """Say what is going to run, and prove of its pairs what can be proved without the model.
 
     Raises:
@@ -90,10 +109,6 @@ def _announce(plan: PlannedRun, *, resume: bool) -> None:
     session, config = plan.session, plan.session.config
     session.console.facts(header(plan))
     warn_of_disk(disk_need(config, plan.folder, plan.steps, plan.sketch), plan.folder, session.console)
-    if isinstance(session.placement, Sharded):
-        # The first that split weights among themselves write all of them; who resumes reads them.
-        num_writers = session.placement.mesh.shape[-1]
-        check_shared(plan.folder.path, session.accelerator.num_processes if resume else num_writers)
     check_data(plan)
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from dpo_cli.errors import UserError
 from dpo_cli.system.fsdp_configuration import fsdp_configuration, is_on, uses_fsdp
 
+_MOST_NAMED = 5
+"""Processes that an error names, of those that it is about."""
 _RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _LOCAL_SIZE, _PORT = "LOCAL_WORLD_SIZE", "MASTER_PORT"
 _PRECISION, _COMPILER, _ACCUMULATION = (
@@ -41,6 +43,18 @@ def is_main_process() -> bool:
 def num_ranks() -> int:
     """Return how many processes the run has, before Accelerate is imported."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def named_ranks(ranks: Sequence[int], hosts: Sequence[str] | Mapping[int, str]) -> str:
+    """Name processes and their machines: `ranks 1, 2 (on node7)`.
+
+    Args:
+        ranks: Which of them.
+        hosts: The machine of each process of the run, by rank.
+    """
+    machines = ", ".join(dict.fromkeys(hosts[rank] for rank in ranks))
+    numbers = ", ".join(map(str, ranks[:_MOST_NAMED])) + (" and others" if len(ranks) > _MOST_NAMED else "")
+    return f"rank{'s' * (len(ranks) > 1)} {numbers} (on {machines})"
 
 
 def settle_environment() -> list[str]:

@@ -14,6 +14,7 @@ from torch import distributed
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.folders.saving import disk_refusals
 from dpo_cli.system.disks import first_of_each_disk
+from dpo_cli.system.launchers import named_ranks
 from dpo_cli.training.collectives import ASIDE
 
 Found = TypeVar("Found")
@@ -30,6 +31,7 @@ class Together:
 
     def __init__(self) -> None:
         self.rank, self.num_ranks = distributed.get_rank(), distributed.get_world_size()
+        self._named = named_ranks([self.rank], {self.rank: socket.gethostname()})
         self._group = distributed.new_group(backend="gloo", timeout=_LONGEST_WAIT, group_desc=ASIDE)
 
     @property
@@ -59,12 +61,12 @@ class Together:
             with disk_refusals(doing, target):
                 result = work()
         except UserError as error:
-            refusal = (error.what, error.where, error.hint, error.status)
+            refusal = (f"{self._named}: {error.what}", error.where, error.hint, error.status)
         found = self.of_all((result, refusal))
-        for rank, (_, told) in enumerate(found):
+        for _, told in found:
             if told:
                 what, where, hint, status = told
-                raise UserError(f"{what} (process {rank + 1} of {self.num_ranks})", where, hint, status=status)
+                raise UserError(what, where, hint, status=status)
         return [one for one, _ in found]  # type: ignore[misc]
 
     def done_by_main(self, work: Callable[[], Found], doing: str, target: Path) -> Found:
@@ -76,19 +78,24 @@ class Together:
         return self.done(lambda: work() if self.is_main else None, doing, target)[0]  # type: ignore[return-value]
 
 
-def check_shared(folder: Path, num_writers: int) -> None:
+def check_shared(folder: Path, num_ranks: int, why: str, otherwise: str) -> None:
     """Find out whether processes see the same files in a folder; every process has to ask.
 
     Args:
         folder: The folder, which is made where it is missing.
-        num_writers: How many, from the first on, have to.
+        num_ranks: How many, from the first on, have to.
+        why: What they need it for.
+        otherwise: What to do where they cannot have one.
 
     Raises:
-        UserError: Some do not, so that they could not write one checkpoint.
+        UserError: Some do not.
     """
     first = first_of_each_disk(folder, gather_object)
     hosts = gather_object([socket.gethostname()])
-    if blind := [f"{rank + 1} on {hosts[rank]}" for rank in range(num_writers) if first[rank] != 0]:
-        what = f"checkpoints in shards need a folder that all processes share: not so process {', '.join(blind)}"
-        hint = "set `output_dir` to a folder on a disk that all machines share; or `training.sharding: none`"
+    # Where rank 0 has written nothing, there was nothing to see.
+    blind = [rank for rank in range(num_ranks) if first[rank] != 0] if first[0] == 0 else [0]
+    if blind:
+        cannot = "see the files of rank 0" if first[0] == 0 else "write to it"
+        what = f"{why} a folder that all processes share: {named_ranks(blind, hosts)} cannot {cannot}"
+        hint = f"set `output_dir` to a folder on a disk that all machines share; or {otherwise}"
         raise UserError(what, str(folder), hint)

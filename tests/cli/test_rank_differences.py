@@ -176,7 +176,11 @@ DIFFERENT = {
     "other pairs to score": (other_pairs, EVAL, HAS + r"other pairs than rank 0"),
     "an output on another disk": (
         lambda machines: None, (*TRAIN, "training.sharding=full"),
-        r"need a folder that all processes share: not so process 2",
+        r"in shards need a folder that all processes share: rank 1 \(on .*\) cannot see the files of rank 0",
+    ),
+    "an output on another disk, to be resumed": (
+        lambda machines: None, (*TRAIN, "--resume"),
+        r"resuming needs a folder that all processes share: rank 1 \(on .*\) cannot see the files of rank 0",
     ),
 }  # fmt: skip
 
