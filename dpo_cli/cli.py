@@ -162,7 +162,7 @@ def train(
     from dpo_cli.config import load_config
     from dpo_cli.training.run_folder import RunFolder
 
-    with _job(quiet=quiet) as (console, signals):
+    with _job(quiet=quiet, meets=True) as (console, signals):
         resume = resume or extend
         if resume and overwrite:
             what = f"`{'--extend' if extend else '--resume'}` and `--overwrite` exclude each other"
@@ -210,7 +210,7 @@ def evaluate(
     """Score held-out pairs against the reference."""
     from dpo_cli.config import load_config
 
-    with _job(quiet=quiet) as (console, _):
+    with _job(quiet=quiet, meets=True) as (console, _):
         settings = load_config(*split_arguments(config, arguments or ()))
         dpo_cli.evaluate(settings, model=model, data=data, json_file=json_file, console=console)
 
@@ -293,8 +293,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @contextlib.contextmanager
-def _job(*, quiet: bool) -> Iterator[tuple[Console, StopSignals]]:
-    """Give a command its console and its signals; render what goes wrong and choose the exit status."""
+def _job(*, quiet: bool, meets: bool = False) -> Iterator[tuple[Console, StopSignals]]:
+    """Give a command its console and its signals; render what goes wrong and choose the exit status.
+
+    Args:
+        quiet: Whether only errors and results are printed.
+        meets: Whether the processes of several find each other; of others the main one alone speaks, at once.
+    """
     from dpo_cli.reporting.console import Console
 
     ignored, wrong = settle_environment(), environment_errors()
@@ -309,7 +314,7 @@ def _job(*, quiet: bool) -> Iterator[tuple[Console, StopSignals]]:
             yield console, signals
     except (UserError, ExceptionGroup) as error:
         errors = list(_user_errors(error))
-        if speaks_for_itself():
+        if meets and speaks_for_itself():
             console = Console(quiet=quiet)
             errors = [of_this_rank(one) for one in errors]
         for one in errors:

@@ -6,11 +6,15 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from dpo_cli.system import lone_ranks
 from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
+from tests.cli.in_process import call
 from tests.conftest import dpo_command, read_metrics, run_dpo
+from tests.faults.launching import free_port
 from tests.marks import slow_unless
 
 MEETING = {"MASTER_ADDR": "node7", "MASTER_PORT": "29500"}
@@ -76,6 +80,24 @@ def test_memory_of_a_gpu_is_taken_in_segments_that_grow_unless_the_user_has_said
 def test_what_torchrun_says_is_taken_as_it_is(left, world):
     left(RANK="0", LOCAL_RANK="0", WORLD_SIZE=world, MASTER_ADDR="localhost", MASTER_PORT="29500")
     assert (settle_environment(), refused()) == ([], [])
+
+
+WHERE_RANKS_MEET = ["train", "eval --model m"]
+WHERE_NONE_MEET = ["prepare-data", "export runs/none --to out", "doctor nothing", "init --out /dev/null/no.yaml"]
+
+
+@pytest.mark.parametrize("command", [*WHERE_RANKS_MEET, *WHERE_NONE_MEET])
+def test_only_a_rank_that_would_meet_others_waits_to_be_found_before_it_ends(left, capsys, monkeypatch, command):
+    """The first of another machine, whose main process is gone: it has to say what is wrong."""
+    now = iter(range(1000))
+    waits: list[float] = []
+    monkeypatch.setattr(lone_ranks, "time", SimpleNamespace(sleep=waits.append, monotonic=lambda: next(now)))
+    left(**{**SECOND_OF_TWO, "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())})
+    config = " --config none.yaml" if command.split()[0] in ("train", "eval", "prepare-data") else ""
+    assert call(command + config) == 2
+    said = capsys.readouterr().err
+    assert bool(waits) == (command in WHERE_RANKS_MEET)
+    assert said.startswith("error: rank 1 (on ") if waits else not said
 
 
 @pytest.mark.parametrize(
