@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -22,7 +23,7 @@ from tests.builders import save_adapter
 from tests.conftest import CHATML, build_llama, make_config, write_rows
 from tests.faults.launching import free_port
 from tests.marks import slow_unless
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, wait_until
 
 HOST = socket.gethostname()
 
@@ -41,17 +42,33 @@ class Machines:
             make_config(one, "model", "pairs.jsonl", output_dir="runs/run", training={"max_steps": 1})
 
     def start(self, *arguments, **env):
+        start = self.starter(*arguments, **env)
+        return [start(0), start(1)]
+
+    def start_second_late(self, *arguments):
+        """Start the second process when the first one listens: it waits for that no longer than a user would."""
+        port = free_port()
+        start = self.starter(*arguments, MASTER_PORT=str(port))
+        first = start(0)
+
+        def listens():
+            assert first.runs, first.said
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                return True
+
+        wait_until(listens, lambda: f"does not listen:\n{first.said}")
+        return [first, start(1)]
+
+    def starter(self, *arguments, **env):
+        """Return the function that starts the process of a rank."""
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", **env}
-        return [
-            self.zygote.start(
-                *arguments,
-                *self.arguments[rank],
-                cwd=folder,
-                env={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), **self.env[rank]},
-                fault=self.faults[rank],
-            )
-            for rank, folder in enumerate(self.folders)
-        ]
+        return lambda rank: self.zygote.start(
+            *arguments,
+            *self.arguments[rank],
+            cwd=self.folders[rank],
+            env={**meeting, "RANK": str(rank), "LOCAL_RANK": str(rank), **self.env[rank]},
+            fault=self.faults[rank],
+        )
 
 
 @pytest.fixture
@@ -220,7 +237,7 @@ LONE = {
 def test_what_one_process_alone_finds_wrong_it_says_itself(machines, name):
     spoil, what = LONE[name]
     spoil(machines)
-    ranks = machines.start(*TRAIN)
+    ranks = machines.start_second_late(*TRAIN)
     lone = ranks[1].wait()
     assert lone.status == 2, lone.said
     (error,) = errors_in(lone.said)

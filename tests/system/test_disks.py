@@ -5,10 +5,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_cli.system.disks import first_of_each_disk
+from tests.waiting import PATIENCE
 
 
 def asked_by_ranks(folders):
@@ -21,7 +22,7 @@ def asked_by_ranks(folders):
         def gather(items):
             found = rounds.setdefault(next(asked), {})
             found[rank] = items
-            barrier.wait(20)
+            barrier.wait(PATIENCE)
             return [item for other in sorted(found) for item in found[other]]
 
         return gather
@@ -31,6 +32,7 @@ def asked_by_ranks(folders):
         return list(threads.map(lambda rank: first_of_each_disk(folders[rank], gathering(rank)), ranks))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=5))
 def test_each_rank_is_told_the_first_that_sees_its_files(tmp_path_factory, disks):
     root = tmp_path_factory.mktemp("disks")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
 from dpo_cli.training.ranks import Progress
 from tests.faults.launching import free_port
+from tests.waiting import wait_until
 
 
 def test_steps_are_counted_and_what_is_between_them_may_take_any_time():
@@ -46,11 +49,26 @@ def test_an_error_in_a_step_leaves_nothing_at_hand():
 def run_ranks(*scripts):
     """Run a script of `tests.training.exchanging` in each of several ranks; return what each notes."""
     command = [sys.executable, "-m", "tests.training.exchanging", str(free_port()), str(len(scripts))]
-    started = [
-        subprocess.Popen([*command, str(rank), script], stdout=subprocess.PIPE, text=True)
-        for rank, script in enumerate(scripts)
-    ]
-    return [json.loads(one.communicate(timeout=600)[0].splitlines()[-1]) for one in started]
+    with contextlib.ExitStack() as opened:
+        said, wrong = ([opened.enter_context(tempfile.TemporaryFile("w+")) for _ in scripts] for _ in range(2))
+        ranks = [
+            subprocess.Popen([*command, str(rank), script], stdout=said[rank], stderr=wrong[rank])
+            for rank, script in enumerate(scripts)
+        ]
+        try:
+            # Who has failed is waited for by the others.
+            wait_until(lambda: None not in (found := [one.poll() for one in ranks]) or any(found), lambda: "ranks hang")
+        finally:
+            for one in ranks:
+                one.kill()
+                one.wait()
+        assert [one.returncode for one in ranks] == [0] * len(ranks), [contents(file) for file in wrong]
+        return [json.loads(contents(file).splitlines()[-1]) for file in said]
+
+
+def contents(file):
+    file.seek(0)
+    return file.read()
 
 
 @pytest.mark.program
