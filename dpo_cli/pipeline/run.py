@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_cli.data.pairs.sources import as_sources, describe
 from dpo_cli.evaluation.diagnosis import worsened
@@ -31,9 +31,6 @@ from dpo_cli.training.learner import Learner, NotFinite
 from dpo_cli.training.run_folder import RunFolder, checkpoints_in, step_of
 from dpo_cli.training.state import RunNotes
 from dpo_cli.training.together import Together
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
