@@ -186,10 +186,9 @@ def _prove(run: Run) -> None:
         objective = session.config.objective
         proved = check_reference(run.learner.policy, objective, run.learner.reference, shortest, session.accelerator)
         session.console.notice(f"checked: {proved}")
-    policy = run.learner.policy
-    if session.accelerator.is_main_process or (policy.splits and session.config.adapter):
-        # transformers writes on the first rank alone; an adapter that is split among all is gathered from them.
-        session.console.notice(f"checked: {policy.prove_saving(run.plan.tokenizer)}")
+    if session.accelerator.is_main_process:
+        # transformers writes on the first rank alone.
+        session.console.notice(f"checked: {run.learner.policy.prove_saving(run.plan.tokenizer)}")
 
 
 def _take(run: Run, rows: str) -> Iterator[StepResult]:

@@ -27,8 +27,8 @@ from dpo_cli.modeling.folders.saved_weights import other_bytes
 from dpo_cli.modeling.folders.saving import write_json, write_tokenizer
 from dpo_cli.modeling.folders.shard_files import gathered
 from dpo_cli.modeling.folders.streams import save_tensors
-from dpo_cli.modeling.shards import is_placeholder, is_split
-from dpo_cli.modeling.split import set_whole_value
+from dpo_cli.modeling.shards import is_placeholder
+from dpo_cli.modeling.split import set_whole_value, whole_value
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -199,8 +199,8 @@ class Adapted:
         Raises:
             UserError: Something fails.
         """
-        # One process proves it, which has only a part of weights that are split.
-        state = {n: torch.zeros(one.shape) if is_split(one) else one for n, one in self.state(model).items()}
+        # One process proves it, without the others: of weights that are split it takes those that it has.
+        state = {name: whole_value(weights) for name, weights in _saved(model).items()}
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             try:
