@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import re
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dpo_cli.errors import UserError
 from dpo_cli.system.disks import first_of_each_disk
+from dpo_cli.training import together
+from dpo_cli.training.together import check_shared
 from tests.waiting import PATIENCE
+
+HOST = re.escape(socket.gethostname())
 
 
 def asked_by_ranks(folders):
@@ -45,3 +53,14 @@ def test_a_disk_that_takes_no_file_has_no_writer(tmp_path):
     (tmp_path / "full").write_text("no folder")
     folders = [tmp_path / "shared", tmp_path / "full" / "cache", tmp_path / "shared"]
     assert asked_by_ranks(folders) == [[0, None, 0]] * 3
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_folder_that_takes_no_file_is_not_called_unshared(tmp_path, monkeypatch, num_ranks):
+    """All processes are on one machine, and exchange the same."""
+    monkeypatch.setattr(together, "gather_object", lambda items: items * num_ranks)
+    asked = num_ranks, "resuming needs", "start anew"
+    check_shared(tmp_path / "run", *asked)
+    (tmp_path / "full").write_text("no folder")
+    with pytest.raises(UserError, match=rf"^resuming needs .*: rank 0 \(on {HOST}\) cannot write to it"):
+        check_shared(tmp_path / "full" / "run", *asked)
