@@ -132,8 +132,8 @@ class Replicated(Alone):
     def rejoin(self, scorer: nn.Module) -> None:
         """Take part in the exchange of a step's gradients, wherever the passes of this process were broken off."""
         if not isinstance(scorer, DistributedDataParallel):
-            with self._averaged(scorer):
-                return
+            self._average(scorer)
+            return
         left = [weights for weights in scorer.parameters() if weights.requires_grad and weights not in self.exchanged]
         if not self.exchanged:
             # Torch awaits a backward pass of the whole after a forward pass.
@@ -154,14 +154,25 @@ class Replicated(Alone):
 
     @contextlib.contextmanager
     def _averaged(self, scorer: nn.Module) -> Iterator[None]:
-        """Average the gradients over the processes after a backward pass, one after the other."""
+        """Average the gradients over the processes after a backward pass."""
+        # Not every step is one that may be broken off.
+        self.exchanged.clear()
         yield
-        for weights in scorer.parameters():
-            if weights.requires_grad:
-                if weights.grad is None:
-                    weights.grad = torch.zeros_like(weights, dtype=weights.grad_dtype)
-                weights.grad /= data_rank(self.accelerator).num_ranks
-                distributed.all_reduce(weights.grad)
+        self._average(scorer)
+
+    def _average(self, scorer: nn.Module) -> None:
+        """Average the gradients over the processes one after the other, but those of this step that were already."""
+        left = [weights for weights in scorer.parameters() if weights.requires_grad and weights not in self.exchanged]
+        # Memory may run out here: before the first exchange, so that this process still takes part in each.
+        for weights in left:
+            if weights.grad is None:
+                weights.grad = torch.zeros_like(weights, dtype=weights.grad_dtype)
+        for weights in left:
+            gradient = weights.grad
+            assert gradient is not None
+            gradient /= data_rank(self.accelerator).num_ranks
+            distributed.all_reduce(gradient)
+            self.exchanged.add(weights)
 
 
 @dataclass(frozen=True)
@@ -191,6 +202,10 @@ class Sharded(Alone):
     def wrap(self, scorer: Scorer, *, trained: bool) -> nn.Module:
         """Return what answers in the run's precision: the weights are where they are already."""
         return _InPrecision(scorer, self.accelerator)
+
+    def rejoin(self, scorer: nn.Module) -> None:
+        """Refuse: in a pass that broke off, the other processes wait for this one in a layer."""
+        raise AssertionError("steps on weights in shards are not cut again")
 
     def clip(self, trained: Iterable[Parameter], norm: float | None) -> Tensor:
         """Clip the step's gradients to a norm, or to none; return the norm before, over all processes, unread."""

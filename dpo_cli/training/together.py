@@ -1,4 +1,4 @@
-"""Processes that write one folder together: what the disk refuses to any of them is one error in all."""
+"""Processes that write one folder together: what fails in any of them is an error in all."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import TypeVar
 from accelerate.utils import gather_object
 from torch import distributed
 
-from dpo_cli.errors import UserError
+from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.folders.saving import disk_refusals
 from dpo_cli.system.disks import first_of_each_disk
 from dpo_cli.system.launchers import named_ranks
+from dpo_cli.system.storage import DamagedFolder
 from dpo_cli.training.collectives import ASIDE
 
 Found = TypeVar("Found")
 
 _LONGEST_WAIT = timedelta(hours=2)
 """How long a process waits for others in a save, as in all else; who is missing is found out before that."""
+
+_DAMAGE_HINT = "check the disk, and whether another program writes to the folder; then resume"
 
 
 class Together:
@@ -54,20 +57,29 @@ class Together:
             target: What is written.
 
         Raises:
-            UserError: The disk refused it to one of them.
+            UserError: It failed in one of them.
+            Exception: It failed here, by a defect of the program.
         """
-        result, refusal = None, None
+        result, refusal, defect = None, None, None
         try:
             with disk_refusals(doing, target):
                 result = work()
         except UserError as error:
-            refusal = (f"{self._named}: {error.what}", error.where, error.hint, error.status)
-        found = self.of_all((result, refusal))
-        for _, told in found:
+            refusal = (error.what, error.where, error.hint, error.status)
+        except DamagedFolder as damage:
+            refusal = (f"{doing} failed: {damage}", str(target), _DAMAGE_HINT, FAILED)
+        except Exception as error:
+            # The others would wait for a process that has ended.
+            what, defect = f"{doing} failed: {type(error).__name__}: {error}", error
+            refusal = (what, str(target), f"the log of {self._named} tells more", FAILED)
+        found = self.of_all((result, self._named, refusal))
+        if defect:
+            raise defect
+        for _, named, told in found:
             if told:
                 what, where, hint, status = told
-                raise UserError(what, where, hint, status=status)
-        return [one for one, _ in found]  # type: ignore[misc]
+                raise UserError(f"{named}: {what}", where, hint, status=status)
+        return [one for one, *_ in found]  # type: ignore[misc]
 
     def done_by_main(self, work: Callable[[], Found], doing: str, target: Path) -> Found:
         """Do some work in the main process; return in all what came of it.
