@@ -1,17 +1,36 @@
-"""What the processes of a run tell each other before they compute anything together: through the store alone."""
+"""What the processes of a run tell each other through the store by which they found each other, and nothing else."""
 
 from __future__ import annotations
 
 import itertools
 import os
+from collections import defaultdict
 from datetime import timedelta
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 _LONGEST_SECONDS = 7200.0
 """Who waits for whom, and for how long, is the caller's to say."""
-_exchanges = itertools.count()
-"""All processes make the same exchanges in the same order: their number tells them apart."""
+_meetings: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)
+"""All processes meet in the same order for each purpose: the number of a meeting tells it from the others."""
+
+
+def meeting(purpose: str, wait: timedelta) -> PrefixStore:
+    """Connect to the store by which the processes found each other; return a part of it that nobody has used.
+
+    Args:
+        purpose: What the processes tell each other there; each of them has to ask as often as the others.
+        wait: How long the store may take to answer.
+
+    Raises:
+        RuntimeError: The store is gone.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # A launcher that starts failed processes again keeps its store.
+    attempt, number = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(_meetings[purpose])
+    # A connection of its own: on that of the process group, one call waits for another.
+    connection = TCPStore(address, port, is_master=False, timeout=wait)
+    return PrefixStore(f"dpo/{purpose}/{attempt}/{number}", connection)
 
 
 def exchanged(found: str, rank: int, num_ranks: int) -> list[str]:
@@ -27,11 +46,8 @@ def exchanged(found: str, rank: int, num_ranks: int) -> list[str]:
     Raises:
         RuntimeError: The store is gone.
     """
-    address, port, wait = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=_LONGEST_SECONDS)
-    # A launcher that starts failed processes again keeps its store.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    connection = TCPStore(address, port, is_master=False, timeout=wait)
-    store = PrefixStore(f"dpo/found/{attempt}/{next(_exchanges)}", connection)
+    wait = timedelta(seconds=_LONGEST_SECONDS)
+    store = meeting("found", wait)
     store.set(f"of/{rank}", found)
     of_all = [f"of/{other}" for other in range(num_ranks)]
     store.wait(of_all, wait)

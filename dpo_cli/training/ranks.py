@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from accelerate import Accelerator
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.broken_off import is_broken_off
@@ -30,6 +29,7 @@ from dpo_cli.system.launchers import is_main_process
 from dpo_cli.system.signals import STOPPING
 from dpo_cli.system.storage import heartbeats, is_filling
 from dpo_cli.training.collectives import Exchanges, count_exchanges, exchanges
+from dpo_cli.training.exchange import meeting
 from dpo_cli.training.rank_notes import Missing, Note, Notes
 
 Result = TypeVar("Result")
@@ -181,10 +181,7 @@ class _Watch:
         self._interval = min(self._patience / _NOTES_OF_PATIENCE, _LONGEST_INTERVAL_SECONDS)
         self._doubt_seconds = _NOTES_OF_DOUBT * self._interval
         self._progress, self._say = progress, say
-        # A connection of its own: on that of the process group, one call waits for another.
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout or _LONGEST_GRACE_SECONDS))
-        self._store = PrefixStore("dpo/ranks", store)
+        self._store = meeting("ranks", timedelta(seconds=timeout or _LONGEST_GRACE_SECONDS))
         keeper = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
         self._keeps_store = self._rank == keeper
         self._lock, self._clock, self._count = threading.Lock(), 0.0, 0
