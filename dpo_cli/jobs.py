@@ -94,7 +94,7 @@ def prepare(
     Raises:
         UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
     """
-    settings, console = as_config(config), console or _unattended()
+    settings, console = as_config(config), _heard(console)
     check_preparation(settings, report)
     look_up_on_hub(settings)
     from dpo_cli.pipeline.prepare import prepare
@@ -131,7 +131,7 @@ def train(
     """
     if overwrite and (resume or extend):
         raise UserError("`resume` and `overwrite` exclude each other", "the call of `train`", "choose one of them")
-    console, resume = console or _unattended(), resume or extend
+    console, resume = _heard(console), resume or extend
     settings = _launched(as_config(config), console)
     check_training(settings, resume=resume, overwrite=overwrite, dry_run=dry_run)
     signals = signals or StopSignals()
@@ -151,7 +151,7 @@ def forecast(config: Configuration, devices: str, *, console: Console | None = N
     Raises:
         UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
     """
-    settings, console, assumed = as_config(config), console or _unattended(), assumed_devices(devices)
+    settings, console, assumed = as_config(config), _heard(console), assumed_devices(devices)
     if num_ranks() > 1:
         what = "devices are assumed by one process, and a launcher started several"
         raise UserError(what, f"--assume-devices {devices}", "start `dpo` itself, without a launcher")
@@ -212,7 +212,7 @@ def evaluate(
     Raises:
         UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
     """
-    console = console or _unattended()
+    console = _heard(console)
     settings = _launched(as_config(config), console)
     check_evaluation(settings, model, data, json_file)
     console.notice("loading …")
@@ -246,7 +246,7 @@ def export(
     Raises:
         UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
     """
-    console = console or _unattended()
+    console = _heard(console)
     asked = check_export(Path(run), Path(to), overrides, merge=merge, dtype=dtype)
     console.notice("loading …")
     if isinstance(asked, Merging):
@@ -283,8 +283,16 @@ def _launched(config: Config, console: Console) -> Config:
     return settings
 
 
-def _unattended() -> Console:
-    """Settle what launchers left in the environment, as the command line does, and return who logs warnings alone."""
-    settle_environment()
+def _heard(console: Console | None) -> Console:
+    """Settle what launchers left in the environment, as the command line does, and return who tells it.
+
+    Args:
+        console: What a person sees; None: warnings are logged, and nothing else is.
+
+    Raises:
+        UserError: What a launcher says is wrong; an `ExceptionGroup` of such where several things are.
+    """
+    console = console or Unattended()
+    console.notices(settle_environment())
     raise_all(environment_errors())
-    return Unattended()
+    return console

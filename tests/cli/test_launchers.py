@@ -10,6 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import dpo_cli
+from dpo_cli.errors import UserError
+from dpo_cli.reporting.console import Console
 from dpo_cli.system import lone_ranks
 from dpo_cli.system.launchers import environment_errors, is_main_process, settle_environment
 from tests.cli.in_process import call
@@ -176,3 +179,19 @@ def test_an_output_that_is_full_is_one_error(write_config, arguments, tmp_path):
     assert done.returncode == 1
     assert "no space left on device" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("job", [dpo_cli.train, dpo_cli.evaluate, dpo_cli.prepare])
+@pytest.mark.parametrize("console", [None, Console(quiet=True)], ids=["no console", "own console"])
+@pytest.mark.parametrize("world", ["", "two"])
+def test_a_program_is_told_what_is_wrong_with_the_environment(left, write_config, job, console, world):
+    left(WORLD_SIZE=world)
+    with pytest.raises(UserError, match=f"WORLD_SIZE is not a whole number: `{world}`"):
+        # Training begins when its first step is asked for.
+        list(job(write_config(**ONE_STEP), console=console))
+
+
+def test_a_program_with_a_console_of_its_own_sees_what_is_ignored(left, write_config, capsys):
+    left(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    list(dpo_cli.train(write_config(**ONE_STEP), dry_run=True, console=Console()))
+    assert "ignoring RANK=0, LOCAL_RANK=0, WORLD_SIZE=1" in "".join(capsys.readouterr())
