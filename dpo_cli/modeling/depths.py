@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.compiled import decoder_layers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def shallow(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
@@ -22,15 +23,16 @@ def shallow(config: PreTrainedConfig, num_layers: int) -> PreTrainedConfig:
     return config
 
 
-def extrapolated(config: PreTrainedConfig, count: Callable[[PreTrainedConfig], int]) -> int:
+def extrapolated(model: PreTrainedModel, count: Callable[[PreTrainedConfig], int]) -> int:
     """Return what is counted of a model, which is counted of few layers where all further ones add the same.
 
     Args:
-        config: The model's settings.
+        model: The model, maybe without weights; its settings and the shapes of its layers are looked at.
         count: Counts, by settings with some number of layers.
     """
-    text = config.get_text_config()
-    num_layers, period = text.num_hidden_layers, _period(getattr(text, "layer_types", None) or ())
+    config, layers = model.config, _layers(model)
+    num_layers = config.get_text_config().num_hidden_layers
+    period = _period(layers) if len(layers) == num_layers else num_layers
     repeats, behind = divmod(num_layers, period)
     if repeats <= 6 or behind:
         return count(copy.deepcopy(config))
@@ -43,7 +45,15 @@ def extrapolated(config: PreTrainedConfig, count: Callable[[PreTrainedConfig], i
     return one + (repeats - 1) * added if three - two == added else count(copy.deepcopy(config))
 
 
-def _period(kinds: list[str] | tuple[str, ...]) -> int:
-    """Return after how many layers their kinds repeat."""
-    sizes = range(1, len(kinds))
-    return next((size for size in sizes if all(a == b for a, b in zip(kinds, kinds[size:], strict=False))), 1)
+def _layers(model: PreTrainedModel) -> list[object]:
+    """Return of each decoder layer its kind and its weights' names and shapes: layers that are alike have the same."""
+    layers = decoder_layers(model)
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or [""] * len(layers)
+    weights = [[(name, one.shape, one.requires_grad) for name, one in layer.named_parameters()] for layer in layers]
+    return list(zip(kinds, weights, strict=False))
+
+
+def _period(layers: Sequence[object]) -> int:
+    """Return after how many layers they repeat throughout; of those that do not, how many there are."""
+    sizes, last = range(1, len(layers)), len(layers) or 1
+    return next((size for size in sizes if layers[size:] == layers[:-size]), last)

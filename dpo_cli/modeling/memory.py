@@ -132,15 +132,15 @@ def activation_bytes(
         recomputed: Whether layers keep their inputs alone and compute the rest again (gradient checkpointing).
         gathered: Whether weights are gathered in that dtype, as those are that are sharded.
     """
-    config, states = policy.model.config, 0
+    states = 0
 
     def count(settings: PreTrainedConfig) -> int:
         nonlocal states
         size, states = _kept_bytes(policy.sketched(settings), layout, batch, dtype, gathered=gathered)
         return size
 
-    size = extrapolated(config, count)
-    num_layers = config.get_text_config().num_hidden_layers
+    size = extrapolated(policy.model, count)
+    num_layers = policy.model.config.get_text_config().num_hidden_layers
     return int(num_layers * states + size // num_layers) if recomputed else size
 
 

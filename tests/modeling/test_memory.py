@@ -93,6 +93,15 @@ def test_activations_of_experts_are_counted_as_well(kind, caplog):
     assert not caplog.records
 
 
+def test_activations_of_experts_behind_dense_layers_are_counted_as_well():
+    """The first three of the layers are no sign of what the others keep."""
+    layers = {"num_hidden_layers": 12, "first_k_dense_replace": 3}
+    sizes = {"vocab_size": 1000, "intermediate_size": 200}
+    policy, batch = Policy(build("deepseek_v3", **layers, **sizes)), batch_of("padded", 4)
+    counted = activation_bytes(policy, LAYOUTS["padded"], batch, torch.float32, recomputed=False)
+    assert counted == pytest.approx(really_kept(policy, batch), rel=0.02)
+
+
 @pytest.mark.parametrize("trained", [Whole(), Adapted(Lora())], ids=["all weights", "adapter"])
 def test_recomputed_activations_are_those_that_layers_begin_with_and_all_of_one_layer(trained):
     policy = Policy(build("llama", num_hidden_layers=6, hidden_size=64, intermediate_size=256, vocab_size=400), trained)
