@@ -45,7 +45,7 @@ def refusal(session: Session, needed: Needed, free: int, numbers: int, further: 
     where, what = f"`model.name: {config.model.name}`", f"training needs at least {gib(least.peak)} of memory{each}"
     what = "\n".join([f"{what}, but {gib(free)} are free:", *table(least)])
     smallest = {config.adapter is None: ("", least.peak)}
-    fitting = [(settings, _with_peak(_listed(settings), peak)) for settings, peak in _in_shards(session, needed, free)]
+    fitting = list(_in_shards(session, needed, free))
     enough = bool(fitting)
     for settings, smaller in _smaller(config, on_gpu=_on_gpu(session)):
         for named, tried in _with_recomputation(settings, smaller):
@@ -59,9 +59,11 @@ def refusal(session: Session, needed: Needed, free: int, numbers: int, further: 
             if peak < smallest.get(tried.adapter is None, ("", peak + 1))[1]:
                 smallest[tried.adapter is None] = (_listed(named), peak)
             if peak <= free:
-                fitting.append((named, _with_peak(_listed(named), peak)))
+                # Settings that add nothing to others are not named: of a GPU's weights, `split` is what `auto` is.
+                if not any(set(few) <= set(named) and peak >= enough_with for few, enough_with in fitting):
+                    fitting.append((named, peak))
                 break
-    shown = [f"set {text}" if at == 0 else text for at, (_, text) in enumerate(fitting)]
+    shown = ["set " * (at == 0) + _with_peak(_listed(named), peak) for at, (named, peak) in enumerate(fitting)]
     if not enough:
         shown += _on_more_gpus(session, needed, free, [settings for settings, _ in fitting])
     if shown:

@@ -223,6 +223,20 @@ def test_on_a_gpu_what_the_host_can_keep_is_named(session, model, monkeypatch, b
     assert least(one, settings) == pytest.approx((bytes_a_weight - 1) * base, rel=0.02)
 
 
+def test_settings_that_change_nothing_beside_others_are_not_named(session, model, monkeypatch):
+    """On a GPU in bfloat16 weights are split already."""
+    accelerator = types.SimpleNamespace(num_processes=1, device=torch.device("cuda"), mixed_precision="bf16")
+    one = dataclasses.replace(session(), accelerator=accelerator)
+    policy, (base, _) = trained_policy(one, empty=True), numbers(model)
+    for bytes_a_weight in (5, 9):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=bytes_a_weight * base: free)
+        with pytest.raises(UserError) as refused:
+            check_memory(one, policy, policy, 0)
+        named = [settings for settings, _ in suggested(refused.value.hint)]
+        assert ["training.offload: optimizer", "training.optimizer: adamw_8bit"] in named
+        assert not any("model.weights: split" in settings for settings in named)
+
+
 def test_the_parts_are_listed_one_below_the_other_with_the_peak_at_the_end(session, model, monkeypatch):
     one = session(reference="frozen")
     policy, (base, _) = trained_policy(one, empty=True), numbers(model)
