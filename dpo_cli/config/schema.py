@@ -194,7 +194,7 @@ class TrainingSettings(Settings):
     optimizer: Annotated[Optimizer, _typed(AdamW().type), _short_type("training.optimizer", Optimizer)] = AdamW()
     """The optimizer; adafactor keeps almost no state, adamw_8bit a quarter of AdamW's, rmsprop half."""
     offload: Annotated[Literal["optimizer"] | None, MAY_CHANGE] = None
-    """What a GPU leaves to the host's memory: the optimizer's state and low bits of split weights; null: nothing."""
+    """What a GPU leaves to the host: optimizer state and, unless sharded, low bits of split weights; null: nothing."""
     sharding: Annotated[Literal["none", "full", "hybrid"], MAY_CHANGE] = "none"
     """Among which processes weights, gradients and optimizer state are split; full: all; hybrid: those of a machine."""
     learning_rate: float = Field(1.0e-6, gt=0)

@@ -58,7 +58,7 @@ class Weight:
     """A weight of a model, as it is where no process shares it.
 
     Attributes:
-        values: It, maybe without content.
+        values: It, maybe without content, in the dtype that is held.
         layer: The decoder layer that it is in, counted from 0; below 0: none.
         trains: Whether it does.
         bits: Of one that is held in few bits, the bytes of these, and those of their scales, which are not sharded.
@@ -69,10 +69,10 @@ class Weight:
     trains: bool
     bits: tuple[int, int] | None = None
 
-    def held(self, held: Held, shards: Shards) -> int:
+    def held(self, shards: Shards) -> int:
         """Return the bytes that a process holds of it."""
         if self.bits is None:
-            return held.tensor_bytes(shards.part(self.values))
+            return shards.part(self.values).nbytes
         few, scales = self.bits
         return math.ceil(few / shards.count) + scales
 
@@ -88,10 +88,15 @@ def layer_of(model: nn.Module) -> dict[int, int]:
 
 
 def whole_weights(model: PreTrainedModel, held: Held) -> list[Weight]:
-    """Return the weights of a model, which may have no content."""
-    layers, bits = layer_of(model), held.bits_of(model)
+    """Return the weights of a model as processes share them, which may have no content."""
+    layers, bits, rounded = layer_of(model), held.bits_of(model), held.gathered_as() is not None
+
+    def shared(values: Tensor) -> Tensor:
+        # What is rounded where it is made whole has more bits where it is not.
+        return torch.empty_like(values, dtype=held.on_shards().torch_dtype, device="meta") if rounded else values
+
     return [
-        Weight(values, layers.get(id(values), _OUTSIDE), values.requires_grad, bits.get(id(values)))
+        Weight(shared(values), layers.get(id(values), _OUTSIDE), values.requires_grad, bits.get(id(values)))
         for values in model.parameters()
     ]
 
@@ -113,10 +118,10 @@ def sizes_of_rank(
     parts = [shards.part(values) for values in trained]
     return Sizes(
         numbers=numbers,
-        held=sum(one.held(held, shards) for one in weights),
+        held=sum(one.held(shards) for one in weights),
         present=0,
         num_trained=sum(values.numel() for values in trained),
-        trained=held.gradient_bytes(parts),
+        trained=sum(part.nbytes for part in parts),
         saved=held.saved_bytes([shards.part(values) for values in moved]),
         gathered=gathered(weights, shards),
         beginning=sum(part.nbytes for part in parts) * beginning,

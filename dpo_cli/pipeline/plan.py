@@ -224,12 +224,15 @@ def _parameters(policy: Policy) -> str:
 def _held(session: Session) -> dict[str, str]:
     """Say in what the weights are held; and gradients and what the optimizer keeps, where that is worth a word."""
     held, training = session.held, session.config.training
+    # Split weights are whole values where processes share them.
+    split = held if isinstance(held, Split) and not session.shards else None
     if isinstance(held, Split):
-        parts = ["split: bfloat16 and the 16 bits it lacks"]
+        values = "bfloat16 and the 16 bits it lacks" if split else f"{held.on_shards()}, gathered as {held.dtype}"
+        parts = [f"split: {values}"]
     else:
         parts = [f"{held.type} in linear layers, {held.dtype} elsewhere" if held.type != held.dtype else held.dtype]
         parts += ["float32 in the adapter"] * (held.type != "float32")
-    gradients, kept = held.gradients if isinstance(held, Split) else "float32", training.optimizer.kept_in
+    gradients, kept = split.gradients if split else "float32", training.optimizer.kept_in
     if session.accelerator.device.type != "cpu" or isinstance(held, Split) or kept != "float32":
         where = " in the host's memory" if training.offload else ""
         parts += [f"gradients in {gradients}", f"the optimizer's state in {kept}{where}"]

@@ -25,7 +25,7 @@ from dpo_cli.data.records import TokenizedPair
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.batch import PairBatch
-from dpo_cli.modeling.held import held_as
+from dpo_cli.modeling.held import Split, held_as
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
 from dpo_cli.modeling.policy import Policy
@@ -39,6 +39,8 @@ SIZES = {"hidden_size": 128, "intermediate_size": 341, "num_hidden_layers": 6, "
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 RANKS = 4
 PACKED = LAYOUTS["packed"]
+HALVES = Split(gradients="bfloat16", low_on_host=True)
+"""What a GPU alone holds least of, which shards know nothing of."""
 
 
 def pairs_of_rank(rank: int) -> PairBatch:
@@ -48,9 +50,10 @@ def pairs_of_rank(rank: int) -> PairBatch:
     return PACKED.batch(range(4), [TokenizedPair(*each, origin=f"f:{i}") for i, each in enumerate(tokens)])
 
 
-def policy_of(case: dict[str, Any]) -> Policy:
-    """Build a policy with random weights."""
-    held = held_as(*([case["held"]] * 2)) if case["adapter"] else held_as("float32", "float32")
+def policy_of(case: dict[str, Any], *, on_shards: bool = False) -> Policy:
+    """Build a policy with random weights, held as they are asked for or as the processes share them."""
+    held = HALVES if case["held"] == "split" else held_as(*([case["held"]] * 2))
+    held = held.on_shards() if on_shards else held
     model = build("llama", **SIZES, **HEADS, tie_word_embeddings=case["tied"])
     return Policy(model.to(held.torch_dtype), Adapted(Lora(rank=5)) if case["adapter"] else Whole(), held)
 
@@ -96,6 +99,7 @@ def counted(case: dict[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
         counted=True,
         several=True,
     )
+    policy = policy_of(case, on_shards=True)
     policy.read(PACKED)
     if recomputed:
         recompute_activations(policy.model)
@@ -130,7 +134,7 @@ def counted(case: dict[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
         "estimate": {"weights": estimate.weights, "gradients": estimate.gradients, "optimizer": estimate.optimizer},
         "estimated_peak": estimate.peak,
         "parts": estimate.parts(),
-        "whole": policy_of(case).sizes().held,
+        "whole": policy_of(case, on_shards=True).sizes().held,
     }
 
 

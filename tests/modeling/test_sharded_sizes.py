@@ -29,6 +29,7 @@ CASES = [
     PLAIN,
     {**PLAIN, "shards": 4, "tied": True, "computed": "bfloat16", "recomputed": True},
     {**PLAIN, "shards": 4, "adapter": True, "held": "bfloat16", "computed": "bfloat16"},
+    {**PLAIN, "shards": 4, "held": "split", "computed": "bfloat16"},
 ]
 
 
@@ -79,12 +80,17 @@ def even(**settings):
     return build("llama", **sizes, **heads, attention_bias=False, **settings)
 
 
-def test_weights_in_two_halves_are_sharded_with_their_low_bits_and_gathered_without():
-    """By FSDP2: the root and two layers in bfloat16; a layer's gradients, and those exchanged, in float32."""
-    sizes = Policy(even(), held=Split(gradients="bfloat16")).sizes(Shards(4, torch.bfloat16))
+@pytest.mark.parametrize("held", [Split(), Split(gradients="bfloat16", low_on_host=True)], ids=["on the GPU", "most"])
+def test_split_weights_are_float32_on_shards_and_gathered_in_bfloat16(held):
+    """By FSDP2: the root and two layers in bfloat16; a layer's gradients, and those exchanged, in float32.
+
+    A quarter of 4 bytes for the weight, its gradient and what is saved of it, whatever a process alone would hold.
+    """
+    sizes = Policy(even().to(torch.bfloat16), held=held).sizes(Shards(4, torch.bfloat16))
     numbers = LAYERS * LAYER + ROOT_NUMBERS
     assert (sizes.numbers, sizes.num_trained) == (numbers, numbers)
-    assert (sizes.held, sizes.trained, sizes.saved) == (numbers, numbers // 2, numbers)
+    assert (sizes.held, sizes.trained, sizes.saved) == (numbers, numbers, numbers)
+    assert sizes.beginning == Policy(even()).sizes(Shards(4, torch.bfloat16)).beginning == numbers
     layers = 2 * 2 * LAYER + 2 * LAYER + 5 * LAYER + 2 * ROOT_NUMBERS
     assert sizes.gathered == Gathered(2 * ROOT_NUMBERS, layers, (2 + 5) * ROOT_NUMBERS)
 

@@ -62,3 +62,15 @@ def test_a_run_says_how_weights_and_all_that_trains_them_are_held(write_config, 
             there = types.SimpleNamespace(num_processes=1, device=torch.device(device), mixed_precision="bf16")
             run = dataclasses.replace(run, session=dataclasses.replace(session, accelerator=there))
         assert header(run)["weights"] == said
+
+
+def test_of_shards_a_run_says_that_split_weights_are_whole(write_config):
+    """Their gradients have 32 bits whatever the optimizer, and what is left to the host is its state."""
+    training = {**BITS, "offload": "optimizer", "sharding": "full"}
+    config = load_config(write_config(training=training))
+    with started(config, Console(quiet=True)) as session:
+        run = planned(session, RunFolder(Path(config.output_dir)), resume=False, extend=False)
+        there = types.SimpleNamespace(num_processes=4, device=torch.device("cuda"), mixed_precision="bf16")
+        run = dataclasses.replace(run, session=dataclasses.replace(session, accelerator=there))
+        state = "gradients in float32, the optimizer's state in 8 bits in the host's memory"
+        assert header(run)["weights"] == f"split: float32, gathered as bfloat16, {state}"
