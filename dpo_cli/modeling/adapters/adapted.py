@@ -64,7 +64,8 @@ class Adapted:
         from peft import inject_adapter_in_model
 
         first, start = next(model.parameters()), self.adapter.started_from()
-        on_paper, open_yet = first.is_meta, first.is_meta or is_placeholder(first)
+        on_paper = first.device.type == "meta"
+        open_yet = on_paper or is_placeholder(first)
         if start:
             check_layers(model, start)
             check_head(model, start)
