@@ -37,6 +37,11 @@ def train(forked_dpo, file, *arguments, status=0):
     return ended.stderr
 
 
+def aside(folder: Path) -> Path:
+    """Return where a copy of a folder is kept; a worker that is given tests anew makes another of both."""
+    return folder.with_name(f"{folder.name}-aside")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_llama, demo_rows, forked_dpo):
     """The folder of a run that went on from an adapter: that adapter, pairs, configuration and the run."""
@@ -45,7 +50,7 @@ def whole(tmp_path_factory, tiny_llama, demo_rows, forked_dpo):
     adapter = {"rank": 4, "dropout": 0.2, "start": str(start)}
     pairs = write_rows(folder / "pairs.jsonl", demo_rows[:20])
     train(forked_dpo, make_config(folder, tiny_llama, pairs, adapter=adapter, **SHORT))
-    shutil.copytree(folder, folder.with_name("aside"))
+    shutil.copytree(folder, aside(folder))
     return folder
 
 
@@ -53,7 +58,7 @@ def whole(tmp_path_factory, tiny_llama, demo_rows, forked_dpo):
 def run(whole):
     """The run's configuration and its folder, both as they were in the end, whatever a test did to them."""
     shutil.rmtree(whole)
-    shutil.copytree(whole.with_name("aside"), whole)
+    shutil.copytree(aside(whole), whole)
     return whole / "run.yaml", whole / "runs" / "run"
 
 
@@ -163,13 +168,13 @@ def test_nor_with_other_settings_of_the_adapter(run, forked_dpo, setting):
 
 def reseal(folder: Path, change) -> None:
     """Change the adapter in a folder, and its manifest with it, as no fault of a disk would."""
-    aside = folder.with_name("aside")
-    folder.rename(aside)
-    facts = {name: value for name, value in json.loads((aside / MANIFEST).read_text()).items() if name != "files"}
+    before = aside(folder)
+    folder.rename(before)
+    facts = {name: value for name, value in json.loads((before / MANIFEST).read_text()).items() if name != "files"}
     with sealed_folder(folder, facts) as temporary:
-        shutil.copytree(aside, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
-        save_file(change(load_file(aside / ADAPTER_WEIGHTS)), temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    shutil.rmtree(aside)
+        shutil.copytree(before, temporary, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
+        save_file(change(load_file(before / ADAPTER_WEIGHTS)), temporary / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    shutil.rmtree(before)
 
 
 OTHERS = {
