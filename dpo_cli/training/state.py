@@ -231,7 +231,7 @@ def _tensors(path: Path, learner: Learner) -> dict[str, dict[str, Tensor]]:
     if learner.policy.splits or Shards.are_in(path):
         return kept_tensors(path, learner)
     files = [OPTIMIZER, *([REFERENCE] if learner.reference.moving else [])]
-    optimizer, device = learner.optimizer.optimizer, learner.accelerator.device
+    optimizer, device = getattr(learner.optimizer, "optimizer", learner.optimizer), learner.accelerator.device
     # What is kept on the host has no room on the device.
     kept_on = {OPTIMIZER: optimizer.kept_on(device)} if isinstance(optimizer, OneByOne) else {}
     return {file: load_tensors(path / file, kept_on.get(file, device)) for file in files}
