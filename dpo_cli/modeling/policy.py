@@ -305,9 +305,7 @@ class Policy:
         other = self._beside(unspread(self._blueprint))
         other._split(self._placement)
         other.model.requires_grad_(False)
-        theirs = dict(other.model.named_parameters())
-        for name, parameter in self.model.named_parameters():
-            local(theirs[name]).copy_(local(parameter))
+        other._take_rows_of(self)
         if self._layout:
             other.read(self._layout)
         return other
@@ -330,12 +328,21 @@ class Policy:
         self.frozen()
         other = Policy(unspread(self._blueprint), trained, self._held)
         other._split(self._placement)
-        own_name, ours = trained.own_names(other.model), dict(self.model.named_parameters())
-        for name, parameter in other.model.named_parameters():
-            if (own := own_name(name)) is not None:
-                local(parameter).copy_(local(ours[own]))
+        other._take_rows_of(self, trained.own_names(other.model))
         trained.settle(other.model)
         return other
+
+    def _take_rows_of(self, other: Policy, own_name: Callable[[str], str | None] = str) -> None:
+        """Copy what this process has of another policy's weights, which are split alike.
+
+        Args:
+            other: The other policy.
+            own_name: Returns the name that one of our weights has there; None: it was added here.
+        """
+        theirs = dict(other.model.named_parameters())
+        for name, parameter in self.model.named_parameters():
+            if (own := own_name(name)) is not None:
+                local(parameter).copy_(local(theirs[own]))
 
     def _beside(self, model: PreTrainedModel) -> Policy:
         """Return a policy over a copy of this one's model, in which what trains was chosen already."""

@@ -47,14 +47,12 @@ class OneByOne(Optimizer):
 
     def _step_on(self, weights: Parameter, gradient: Tensor, group: dict[str, Any]) -> None:
         inner, stand_in = self._inner, self._stand_ins[weights]
-        # Of a weight that is split among processes, what is here is stepped on.
         stand_in.data, stand_in.grad = whole_value(weights), local(gradient)
         inner.param_groups = [{**group, "params": [stand_in]}]
         inner.state[stand_in] = self._brought(self.state[weights], weights.device)
         inner.step()
-        if is_split(weights):
-            local(weights).copy_(stand_in.data)
-        else:
+        # Of a weight that is split among processes, what is here was stepped on where it is.
+        if not is_split(weights):
             set_whole_value(weights, stand_in.data)
         self.state[weights] = self._taken_back(inner.state.pop(stand_in), self.state[weights])
         stand_in.data, stand_in.grad = stand_in.data.new_empty(0), None

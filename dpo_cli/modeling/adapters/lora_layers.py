@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dpo_cli.modeling.shards import is_placeholder, is_split
+from dpo_cli.modeling.folders.shard_files import gathered
+from dpo_cli.modeling.shards import is_placeholder
 from dpo_cli.modeling.split import set_whole_value
 
 
@@ -128,7 +129,6 @@ def _measure_norms(layer: Any) -> None:
 def settle_norms(layer: Any) -> None:
     """Set the norms that DoRA trains to those of the base's rows, in float32, where B is 0."""
     for norms in layer.lora_magnitude_vector.values():
-        base = layer.get_base_layer().weight
-        whole = base.full_tensor() if is_split(base) else base
+        whole = gathered(layer.get_base_layer().weight)
         rows = whole.T if getattr(layer, "fan_in_fan_out", False) else whole
         set_whole_value(norms.weight, torch.linalg.vector_norm(rows.float(), dim=1))
