@@ -121,6 +121,8 @@ def main(model: str, name: str) -> None:
     found["finite with a NaN on the last rank"] = split.finite()
     if accelerator.is_main_process:
         print(json.dumps(found))
+    # A process that is gone takes its connections with it.
+    accelerator.wait_for_everyone()
     distributed.destroy_process_group()
 
 
