@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dpo_cli.modeling.shards import added_up, is_split, local, rows_of
+from dpo_cli.modeling.shards import added_up, is_sharded, local, rows_of
 from dpo_cli.modeling.split import whole_dtype, whole_value
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _sums_of_all(tensors: Iterable[Tensor], held: Iterable[torch.dtype]) -> list
         found = []
         for tensor, kind in zip(all_tensors, held, strict=True):
             elements = whole_value(tensor).reshape(-1)
-            first = rows_of(tensor)[0] * tensor[:1].numel() if is_split(tensor) else 0
+            first = rows_of(tensor)[0] * tensor[:1].numel() if is_sharded(tensor) else 0
             size = max(1, len(elements)) if elements.device.type != "cpu" else _PART_BYTES // kind.itemsize
             starts = range(0, max(1, len(elements)), size)
             found.append([pool.submit(bit_sums, elements[at : at + size], first + at, kind) for at in starts])

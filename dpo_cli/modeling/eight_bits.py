@@ -27,7 +27,7 @@ IN_8_BITS, SCALE = "_8bit", "_scale"
 
 
 def in_8_bits(weights: Tensor) -> bool:
-    """Tell whether the moments of a weight are held in 8 bits; of one that is split, the whole counts."""
+    """Tell whether the moments of a weight are held in 8 bits; of one that is sharded, the whole counts."""
     return weights.ndim >= 2 and getattr(weights, "whole_numbers", weights.numel()) >= FEWEST
 
 

@@ -43,7 +43,7 @@ class HeldSettings(Settings):
         return {"dtype": self.torch_dtype}
 
     def on_shards(self) -> Held:
-        """Return how the part is held that a process has of weights which are split among several."""
+        """Return how the part is held that a process has of weights which are sharded over several."""
         return cast("Held", self)
 
     def gathered_as(self) -> torch.dtype | None:

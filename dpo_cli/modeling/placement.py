@@ -47,7 +47,7 @@ class Alone:
 
     @classmethod
     def of(cls, accelerator: Accelerator, sharding: str) -> Self | None:
-        """Return it where it is for as many processes as there are, and weights that are split in this way."""
+        """Return it where it is for as many processes as there are, and weights that are sharded in this way."""
         return cls(accelerator) if accelerator.num_processes == 1 else None
 
     def wrap(self, scorer: Scorer, *, trained: bool) -> nn.Module:
@@ -106,7 +106,7 @@ class Replicated(Alone):
 
     @classmethod
     def of(cls, accelerator: Accelerator, sharding: str) -> Self | None:
-        """Return it where it is for as many processes as there are, and weights that are split in this way."""
+        """Return it where it is for as many processes as there are, and weights that are sharded in this way."""
         return cls(accelerator) if accelerator.num_processes > 1 and sharding == "none" else None
 
     def wrap(self, scorer: Scorer, *, trained: bool) -> nn.Module:
@@ -177,12 +177,12 @@ class Replicated(Alone):
 
 @dataclass(frozen=True)
 class Sharded(Alone):
-    """Weights are split among processes, and so are gradients and what an optimizer keeps; by torch's FSDP2.
+    """Weights are sharded over processes, and so are gradients and what an optimizer keeps; by torch's FSDP2.
 
     A pass makes the weights of one decoder layer after the other whole, so all processes make the same passes.
 
     Attributes:
-        mesh: The processes, as they split weights among themselves.
+        mesh: The processes, as they shard weights among themselves.
     """
 
     mesh: DeviceMesh
@@ -190,13 +190,13 @@ class Sharded(Alone):
 
     @classmethod
     def of(cls, accelerator: Accelerator, sharding: str) -> Self | None:
-        """Return it where weights are split in this way among as many processes as there are."""
+        """Return it where weights are sharded in this way over as many processes as there are."""
         if accelerator.num_processes == 1 or sharding == "none":
             return None
         return cls(accelerator, mesh_of(accelerator.device, sharding))
 
-    def split(self, scorer: Scorer, computed_in: torch.dtype | None) -> None:
-        """Split the weights of what answers, whose values are left open where they are placeholders."""
+    def shard(self, scorer: Scorer, computed_in: torch.dtype | None) -> None:
+        """Shard the weights of what answers, whose values are left open where they are placeholders."""
         spread(scorer, self.mesh, self.accelerator.device, computed_in)
 
     def wrap(self, scorer: Scorer, *, trained: bool) -> nn.Module:
@@ -254,6 +254,6 @@ Placement = Alone | Replicated | Sharded
 
 
 def placement_for(accelerator: Accelerator, sharding: str = "none") -> Placement:
-    """Return the placement for as many processes as there are, and weights that are split in some way, or not."""
+    """Return the placement for as many processes as there are, and weights that are sharded in some way, or not."""
     found: Placement = next(filter(None, (one.of(accelerator, sharding) for one in get_args(Placement))))
     return found

@@ -16,7 +16,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from dpo_cli.modeling.adapters.targets import is_bypassed, target_names
 from dpo_cli.modeling.held import FLOAT32
-from dpo_cli.modeling.sharded_sizes import Shards, Weight, layer_of, sizes_of_rank
+from dpo_cli.modeling.sharded_sizes import Sharding, Weight, layer_of, sizes_of_rank
 from dpo_cli.modeling.sizes import Sizes
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def _sides(layer: nn.Module) -> tuple[int, int]:
 
 
 def sizes_under_lora(
-    model: PreTrainedModel, adapter: Lora, dtype: torch.dtype, *, quantized: bool, shards: Shards | None = None
+    model: PreTrainedModel, adapter: Lora, dtype: torch.dtype, *, quantized: bool, shards: Sharding | None = None
 ) -> Sizes:
     """Return what a model comes to whose base is held in a dtype beneath a LoRA, in whatever it is held now.
 
@@ -95,7 +95,7 @@ def sizes_under_lora(
     ]
     moved = [one.values for one in added]
     numbers = sum(one.values.numel() for one in (*base, *added))
-    return sizes_of_rank([*base, *added], moved, FLOAT32, shards or Shards(1, dtype), numbers, beginning=False)
+    return sizes_of_rank([*base, *added], moved, FLOAT32, shards or Sharding(1, dtype), numbers, beginning=False)
 
 
 def _quantizable(model: PreTrainedModel) -> dict[int, int]:

@@ -30,7 +30,7 @@ from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.placement import Placement, Sharded, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
-from dpo_cli.modeling.sharded_sizes import Shards, present_share, sizes_of_rank, whole_weights
+from dpo_cli.modeling.sharded_sizes import Sharding, present_share, sizes_of_rank, whole_weights
 from dpo_cli.modeling.shards import local, unspread
 from dpo_cli.modeling.sizes import NOTHING_GATHERED, Sizes
 from dpo_cli.modeling.split import drop_low_bits
@@ -79,7 +79,7 @@ class Policy:
         held: Held = FLOAT32,
         placement: Placement | None = None,
     ) -> Policy:
-        """Load a model and all of its weights; where a placement splits them, those that this process is going to have.
+        """Load a model and all of its weights; where a placement shards them, those that this process is going to have.
 
         Raises:
             UserError: It cannot be loaded, as `load_policy` says.
@@ -91,18 +91,18 @@ class Policy:
 
         def lay_out(model: PreTrainedModel) -> Callable[[str], str | None]:
             made.append(cls(model, trained, held))
-            made[0]._split(placement)
+            made[0]._shard(placement)
             return made[0]._trained.own_names(model)
 
         load_onto_shards(name, trust, held.on_shards(), lay_out)
         made[0]._trained.settle(made[0].model)
         return made[0]
 
-    def _split(self, placement: Sharded) -> None:
-        """Split the weights among processes; of those that are placeholders, the values are left open."""
+    def _shard(self, placement: Sharded) -> None:
+        """Shard the weights over processes; of those that are placeholders, the values are left open."""
         self._blueprint = unspread(self.model)
         self._placement, self._bare = placement, Scorer(self.model)
-        placement.split(self._bare, self._held.gathered_as())
+        placement.shard(self._bare, self._held.gathered_as())
 
     @classmethod
     def empty(cls, name: str, trust: Trust = NO_TRUST, trained: Trained | None = None, held: Held = FLOAT32) -> Policy:
@@ -199,7 +199,7 @@ class Policy:
         """Return the weights that train."""
         return self._trained.weights(self.model)
 
-    def sizes(self, shards: Shards | None = None) -> Sizes:
+    def sizes(self, shards: Sharding | None = None) -> Sizes:
         """Return what the weights come to, whether they are in memory or not.
 
         Args:
@@ -270,7 +270,7 @@ class Policy:
             recompute_activations(self.model)
         if self._placement is None or not self._placement.is_sharded:
             self._placement, self._bare = placement_for(accelerator), None
-        # What weights are split for is the scorer that they were split under.
+        # What weights are sharded for is the scorer that they were sharded under.
         answers = self.bare if self._placement.is_sharded else Scorer(self.model)
         answers.collisions = collisions
         self._scorer = self._placement.wrap(answers, trained=trained)
@@ -303,7 +303,7 @@ class Policy:
             return self._beside(copied(self.model))
         assert self._blueprint is not None
         other = self._beside(unspread(self._blueprint))
-        other._split(self._placement)
+        other._shard(self._placement)
         other.model.requires_grad_(False)
         other._take_rows_of(self)
         if self._layout:
@@ -313,7 +313,7 @@ class Policy:
     def with_adapter(self, trained: Trained) -> Policy:
         """Return a policy with the weights of this one, in the same memory, and an adapter beside them.
 
-        Of weights that are split among processes each has a copy of its part: what is split cannot be shared.
+        Of weights that are sharded over processes each has a copy of its part: what is sharded cannot be shared.
 
         Args:
             trained: Puts the adapter into the model. This one goes on without it, and none of its weights trains.
@@ -327,13 +327,13 @@ class Policy:
         assert self._blueprint is not None
         self.frozen()
         other = Policy(unspread(self._blueprint), trained, self._held)
-        other._split(self._placement)
+        other._shard(self._placement)
         other._take_rows_of(self, trained.own_names(other.model))
         trained.settle(other.model)
         return other
 
     def _take_rows_of(self, other: Policy, own_name: Callable[[str], str | None] = str) -> None:
-        """Copy what this process has of another policy's weights, which are split alike.
+        """Copy what this process has of another policy's weights, which are sharded alike.
 
         Args:
             other: The other policy.
@@ -421,20 +421,20 @@ class Policy:
     def state(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds of the policy, by name, without copying it.
 
-        Where weights are split among processes, all of them have to ask together.
+        Where weights are sharded over processes, all of them have to ask together.
         """
         return self._trained.state(self.model)
 
-    def split_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def sharded_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return what each process saves its rows of, and what is so little that it is gathered, by name.
 
-        Where weights are split, every process has to call it at the same time.
+        Where weights are sharded, every process has to call it at the same time.
         """
-        return self._trained.split_state(self.model)
+        return self._trained.sharded_state(self.model)
 
     @property
-    def splits(self) -> dict[str, int]:
-        """Among how many processes the weights are split, if they are, which decides how sums are rounded."""
+    def sharded(self) -> dict[str, int]:
+        """Among how many processes the weights are sharded, if they are, which decides how sums are rounded."""
         meshes = (one.device_mesh for one in self.model.parameters() if isinstance(one, DTensor))
         mesh = next(meshes, None)
         return {} if mesh is None else {"shards": mesh.shape[-1]}
@@ -444,7 +444,7 @@ class Policy:
         return self._trained.moved(self.model)
 
     def attend_writing(self, state: Mapping[str, Tensor], types: WeightTypes | None = None) -> None:
-        """Take part while the main process calls `write`, or `check_written`, where weights are split."""
+        """Take part while the main process calls `write`, or `check_written`, where weights are sharded."""
         self._trained.attend_writing(self.model, state, types)
 
     def restore(self, folder: Path) -> None:

@@ -60,7 +60,7 @@ class Scorer(nn.Module):
         """Return the log-probability of each response token of the batch, `[N]`, in nats.
 
         With `collisions`, by default the scorer's, `[2, N]`, as `token_logps` does; `with_load` the `expert_load` of
-        the batch beside it. With `instead`, what that returns: weights that are split among processes are whole within
+        the batch beside it. With `instead`, what that returns: weights that are sharded over processes are whole within
         this call alone.
         """
         if instead is not None:

@@ -32,7 +32,7 @@ _OUTSIDE = -1
 
 
 @dataclass(frozen=True)
-class Shards:
+class Sharding:
     """How weights are sharded.
 
     Attributes:
@@ -69,14 +69,14 @@ class Weight:
     trains: bool
     bits: tuple[int, int] | None = None
 
-    def held(self, shards: Shards) -> int:
+    def held(self, shards: Sharding) -> int:
         """Return the bytes that a process holds of it."""
         if self.bits is None:
             return shards.part(self.values).nbytes
         few, scales = self.bits
         return math.ceil(few / shards.count) + scales
 
-    def gathered(self, shards: Shards) -> int:
+    def gathered(self, shards: Sharding) -> int:
         """Return the bytes that it takes while it is whole."""
         return shards.padded(self.values) * shards.dtype.itemsize if self.bits is None else self.bits[0]
 
@@ -102,7 +102,7 @@ def whole_weights(model: PreTrainedModel, held: Held) -> list[Weight]:
 
 
 def sizes_of_rank(
-    weights: Sequence[Weight], moved: Iterable[Tensor], held: Held, shards: Shards, numbers: int, *, beginning: bool
+    weights: Sequence[Weight], moved: Iterable[Tensor], held: Held, shards: Sharding, numbers: int, *, beginning: bool
 ) -> Sizes:
     """Return what one process holds.
 
@@ -128,7 +128,7 @@ def sizes_of_rank(
     )
 
 
-def gathered(weights: Sequence[Weight], shards: Shards) -> Gathered:
+def gathered(weights: Sequence[Weight], shards: Sharding) -> Gathered:
     """Return what a process gathers for a time.
 
     A layer's backward pass has its weights, the next layer's on their way, its gradients in the dtype that is computed

@@ -1,4 +1,4 @@
-"""Weights that are split among processes: by rows, each process has some that follow each other.
+"""Weights that are sharded over processes: by rows, each process has some that follow each other.
 
 What a process has of a tensor is looked at here; where all of it is needed, its processes have to ask together.
 """
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from dpo_cli.modeling.scorer import Scorer
 
 SHARD, REPLICATE = "shard", "replicate"
-"""The dimensions of a mesh: processes that split weights among themselves, and groups of them that have the same."""
+"""The dimensions of a mesh: processes that shard weights among themselves, and groups of them that have the same."""
 
 
 def mesh_of(device: torch.device, sharding: str) -> DeviceMesh:
-    """Return the processes of a run, as they split weights: all of them, or those of a machine."""
+    """Return the processes of a run, as they shard weights: all of them, or those of a machine."""
     world = distributed.get_world_size()
     if sharding == "full":
         return init_device_mesh(device.type, (world,), mesh_dim_names=(SHARD,))
@@ -41,7 +41,7 @@ def mesh_of(device: torch.device, sharding: str) -> DeviceMesh:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what this process has of a tensor, without copying it: of one that is not split, all of it."""
+    """Return what this process has of a tensor, without copying it: of one that is not sharded, all of it."""
     found = tensor.detach()
     return found.to_local() if isinstance(found, DTensor) else found
 
@@ -54,8 +54,8 @@ def rows_of(tensor: Tensor) -> tuple[int, int]:
     return offset[0], offset[0] + shape[0]
 
 
-def is_split(tensor: Tensor) -> bool:
-    """Tell whether a tensor is split among processes."""
+def is_sharded(tensor: Tensor) -> bool:
+    """Tell whether a tensor is sharded over processes."""
     return isinstance(tensor, DTensor)
 
 
@@ -65,13 +65,13 @@ def is_placeholder(tensor: Tensor) -> bool:
 
 
 def set_local(parameter: Tensor, value: Tensor) -> None:
-    """Give a parameter that is split other values.
+    """Give a parameter that is sharded other values.
 
     Args:
         parameter: The parameter.
-        value: All of it, or split in the same way.
+        value: All of it, or sharded in the same way.
     """
-    if is_split(value):
+    if is_sharded(value):
         local(parameter).copy_(local(value))
     else:
         start, stop = rows_of(parameter)
@@ -89,14 +89,14 @@ def placeholders(model: PreTrainedModel) -> None:
 
 
 def unspread(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of a model that is not split yet; placeholders take no memory in it either."""
+    """Return a copy of a model that is not sharded yet; placeholders take no memory in it either."""
     shared: dict[int, Any] = {id(one): one for one in model.parameters() if is_placeholder(one)}
     other: PreTrainedModel = copy.deepcopy(model, shared)
     return other
 
 
 def spread(scorer: Scorer, mesh: DeviceMesh, device: torch.device, computed_in: torch.dtype | None) -> None:
-    """Split a model's weights among processes, one decoder layer after the other; embeddings, norm and head at last.
+    """Shard a model's weights over processes, one decoder layer after the other; embeddings, norm and head at last.
 
     While a layer computes its weights are whole, and those of the rest while the scorer does.
 
@@ -132,7 +132,7 @@ def _add_up_in_float32(unit: nn.Module) -> None:
 
     def first_pass(*_: object) -> None:
         for weights in unit.parameters():
-            if not is_split(weights):
+            if not is_sharded(weights):
                 weights.grad_dtype = torch.float32
         hook.remove()
 
@@ -167,37 +167,37 @@ def added_up(found: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]
     """Return what each process has found of tensors, added up over those that have parts of them.
 
     Args:
-        found: One of the same shape for each tensor; of tensors that are not split it stays as it is.
+        found: One of the same shape for each tensor; of tensors that are not sharded it stays as it is.
         tensors: The tensors.
     """
-    split = [at for at, tensor in enumerate(tensors) if is_split(tensor)]
+    sharded = [at for at, tensor in enumerate(tensors) if is_sharded(tensor)]
     sums = list(found)
-    if split:
-        together = torch.stack([found[at] for at in split])
-        distributed.all_reduce(together, group=_group_of(tensors[split[0]]))
-        for at, one in zip(split, together, strict=True):
+    if sharded:
+        together = torch.stack([found[at] for at in sharded])
+        distributed.all_reduce(together, group=_group_of(tensors[sharded[0]]))
+        for at, one in zip(sharded, together, strict=True):
             sums[at] = one
     return sums
 
 
 def _group_of(tensor: Tensor) -> distributed.ProcessGroup:
-    """Return the processes that a tensor is split among."""
+    """Return the processes that a tensor is sharded over."""
     assert isinstance(tensor, DTensor)
-    split = next(at for at, placement in enumerate(tensor.placements) if isinstance(placement, Shard))
-    return tensor.device_mesh.get_group(split)
+    sharded = next(at for at, placement in enumerate(tensor.placements) if isinstance(placement, Shard))
+    return tensor.device_mesh.get_group(sharded)
 
 
 def gradients_of(value: Tensor, weights: Sequence[Tensor], model: nn.Module) -> list[Tensor]:
-    """Return the gradients of a number by weights; of those that are split the processes' mean, split in the same way.
+    """Return the gradients of a number by weights; of sharded ones the mean of the processes, sharded alike.
 
     Args:
         value: The number.
         weights: The weights; those that have no part in it have zeros.
         model: Has the weights, and no gradient before and after.
     """
-    if not any(map(is_split, weights)):
+    if not any(map(is_sharded, weights)):
         return list(torch.autograd.grad(value, weights, allow_unused=True, materialize_grads=True))
-    # A weight that is split is in no graph: its gradient comes as in a step, with those of all others.
+    # A weight that is sharded is in no graph: its gradient comes as in a step, with those of all others.
     value.backward()
     found = [torch.zeros_like(one) if one.grad is None else one.grad for one in weights]
     model.zero_grad()

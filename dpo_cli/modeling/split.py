@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dpo_cli.modeling.shards import is_split, local, set_local
+from dpo_cli.modeling.shards import is_sharded, local, set_local
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -100,7 +100,7 @@ def drop_low_bits(model: PreTrainedModel) -> None:
 def whole_value(parameter: Tensor) -> Tensor:
     """Return the value of a parameter where it is: merged where it is in two halves, else its own memory.
 
-    Of one that is split among processes it is what this process has.
+    Of one that is sharded over processes it is what this process has.
     """
     low = low_bits(parameter)
     return local(parameter) if low is None else merge(parameter.detach(), low)
@@ -114,7 +114,7 @@ def whole_dtype(parameter: Tensor) -> torch.dtype:
 def set_whole_value(parameter: Tensor, value: Tensor) -> None:
     """Give a parameter another value; nothing is done where `value` is its own memory."""
     low = low_bits(parameter)
-    if is_split(parameter):
+    if is_sharded(parameter):
         set_local(parameter, value)
     elif low is not None:
         value = value.detach().to(parameter.device, torch.float32).contiguous()

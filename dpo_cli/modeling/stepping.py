@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from dpo_cli.modeling.shards import is_split, local
+from dpo_cli.modeling.shards import is_sharded, local
 from dpo_cli.modeling.split import on_host, set_whole_value, whole_value
 
 Groups = list[dict[str, Any]]
@@ -51,8 +51,8 @@ class OneByOne(Optimizer):
         inner.param_groups = [{**group, "params": [stand_in]}]
         inner.state[stand_in] = self._brought(self.state[weights], weights.device)
         inner.step()
-        # Of a weight that is split among processes, what is here was stepped on where it is.
-        if not is_split(weights):
+        # Of a weight that is sharded over processes, what is here was stepped on where it is.
+        if not is_sharded(weights):
             set_whole_value(weights, stand_in.data)
         self.state[weights] = self._taken_back(inner.state.pop(stand_in), self.state[weights])
         stand_in.data, stand_in.grad = stand_in.data.new_empty(0), None

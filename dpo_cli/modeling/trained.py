@@ -97,14 +97,14 @@ class Whole(Settings):
         """Return what a checkpoint holds of the model, by name, tied weights under each of their names."""
         return state_of(model)
 
-    def split_state(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def sharded_state(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return what each process saves its rows of, tied weights once, and what is gathered: nothing."""
         return saved_state(model), {}
 
     def attend_writing(
         self, model: PreTrainedModel, state: Mapping[str, Tensor], types: WeightTypes | None = None
     ) -> None:
-        """Take part while another process writes what is split, or compares it with what was written."""
+        """Take part while another process writes what is sharded, or compares it with what was written."""
         SavedWeights(model, state, types).attend()
 
     def write(

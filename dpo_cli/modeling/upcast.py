@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo_cli.modeling.shards import is_split
+from dpo_cli.modeling.shards import is_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,8 +33,8 @@ def in_float32(model: PreTrainedModel) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.autocast(model.device.type, enabled=False))
         stack.enter_context(_quantized_in_float32(model))
-        # Weights that are split among processes may be rounded where they are made whole.
-        if any(_is_lower(one) or is_split(one) for one in (*model.parameters(), *model.buffers())):
+        # Weights that are sharded over processes may be rounded where they are made whole.
+        if any(_is_lower(one) or is_sharded(one) for one in (*model.parameters(), *model.buffers())):
             stack.enter_context(_cast_by_layers(model))
         yield
 
@@ -46,7 +46,7 @@ def _cast_by_layers(model: PreTrainedModel) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for part, owners in _parts(model):
             before = functools.partial(cast.apply, owners)
-            # Weights that are split among processes are whole only within the hooks that were there before.
+            # Weights that are sharded over processes are whole only within the hooks that were there before.
             stack.callback(part.register_forward_pre_hook(lambda *_, before=before: before()).remove)
             restore = part.register_forward_hook(lambda *_: cast.restore(), prepend=True, always_call=True)
             stack.callback(restore.remove)

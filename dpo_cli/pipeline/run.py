@@ -147,7 +147,7 @@ def recorded(run: Run) -> Iterator[Records]:
     first = {"split": "eval", "step": 0, "epoch": 0.0, **before} if before else None
     done = run.learner.done
     log = MetricsLog(folder.metrics, done, first) if run.session.accelerator.is_main_process else None
-    together = Together() if run.learner.policy.splits else None
+    together = Together() if run.learner.policy.sharded else None
     writer = CheckpointWriter(
         folder.checkpoints,
         run.plan.tokenizer,
@@ -179,7 +179,7 @@ def save_final(run: Run, after: dict[str, Any] | None) -> None:
     types = None if config.adapter else _final_types(run, largest)
     state = policy.state()
     if not is_main:
-        if policy.splits:
+        if policy.sharded:
             # The main process writes what it gathers, and compares that with what was written.
             policy.attend_writing(state, types)
             policy.attend_writing(state, types)
@@ -196,7 +196,7 @@ def save_final(run: Run, after: dict[str, Any] | None) -> None:
     card = model_card(folder.path.name, config.model_dump(mode="json"), facts, _before_and_after(run, after))
     # An adapter means nothing without its base.
     details = {FINGERPRINTS: run.fingerprints, HELD: policy.held_as} if config.adapter else {}
-    with saved_folder(folder.final, "saving the trained model", details, waits=bool(policy.splits)) as temporary:
+    with saved_folder(folder.final, "saving the trained model", details, waits=bool(policy.sharded)) as temporary:
         policy.write(temporary, run.plan.tokenizer, state, types)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         policy.check_written(temporary, types, state)

@@ -24,7 +24,7 @@ from dpo_cli.modeling.determinism import deterministic_kernels
 from dpo_cli.modeling.held import FLOAT32, Held, Split, held_as
 from dpo_cli.modeling.placement import Alone, Placement, placement_for
 from dpo_cli.modeling.precision import PRECISIONS, Precision, precision_of
-from dpo_cli.modeling.sharded_sizes import Shards
+from dpo_cli.modeling.sharded_sizes import Sharding
 from dpo_cli.modeling.trained import Trained, Whole
 from dpo_cli.pipeline.assumed import AbsentDevices
 from dpo_cli.pipeline.out_of_memory import during, reported
@@ -66,12 +66,12 @@ class Session:
         return precision_of(self.accelerator.mixed_precision)
 
     @property
-    def shards(self) -> Shards | None:
-        """How weights are split among processes; None: not at all."""
+    def shards(self) -> Sharding | None:
+        """How weights are sharded over processes; None: not at all."""
         sharding = self.config.training.sharding
         if sharding == "none" or self._num_processes == 1:
             return None
-        return Shards(self._on_this_machine if sharding == "hybrid" else self._num_processes, self.precision.dtype)
+        return Sharding(self._on_this_machine if sharding == "hybrid" else self._num_processes, self.precision.dtype)
 
     @property
     def _num_processes(self) -> int:

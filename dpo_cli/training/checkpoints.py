@@ -8,7 +8,7 @@
       training_state.json                                 step, schedule, scaler, what the run started from
       manifest.json                                       sizes and digests of all of them
 
-Where weights are split among processes, each writes what it has into the same folder, and shards.json says where
+Where weights are sharded over processes, each writes what it has into the same folder, and shards.json says where
 what is (`modeling/folders/shard_files.py`):
 
     step-000100/
@@ -80,7 +80,7 @@ class CheckpointWriter:
         keep: How many of the newest stay.
         background: Whether a copy in memory is written while training goes on. At most one is being written; where
             that fails, the next call says so.
-        together: The processes that write, where weights are split among them; None: the main process does.
+        together: The processes that write, where weights are sharded over them; None: the main process does.
         newest: The step of the newest checkpoint that there is, or 0.
 
     Attributes:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.eight_bits import BLOCK, IN_8_BITS, SCALE
-from dpo_cli.modeling.folders.shard_files import Piece, Shards, split_like
+from dpo_cli.modeling.folders.shard_files import Piece, Shards, sharded_like
 from dpo_cli.modeling.stepping import OneByOne
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def trained_in_order(learner: Learner) -> list[tuple[str, Parameter]]:
     return [(names[id(weights)], weights) for group in learner.optimizer.param_groups for weights in group["params"]]
 
 
-def is_split(kind: str, kept: Sequence[int], rows: Sequence[int]) -> bool:
-    """Tell whether what is kept of a weight, of that shape, has as many rows as the weight and is split like it."""
+def is_by_rows(kind: str, kept: Sequence[int], rows: Sequence[int]) -> bool:
+    """Tell whether what is kept of a weight, of that shape, has as many rows as the weight and is sharded like it."""
     of_columns = kind == "col_var" and len(kept) == 2
     return bool(kept) and kept[0] == rows[0] and not of_columns
 
@@ -49,26 +49,26 @@ def kept_tensors(path: Path, learner: Learner) -> dict[str, dict[str, Tensor]]:
 
     Raises:
         DamagedFolder: It is not what was written there.
-        UserError: Moments in 8 bits cannot be split in the way of these processes.
+        UserError: Moments in 8 bits cannot be sharded in the way of these processes.
         KeyError: It is of other weights.
     """
-    split = Shards.in_folder(path) if Shards.are_in(path) else None
-    shards = split or Shards.in_file(path / OPTIMIZER, KEPT)
+    sharded = Shards.in_folder(path) if Shards.are_in(path) else None
+    shards = sharded or Shards.in_file(path / OPTIMIZER, KEPT)
     device, found = learner.accelerator.device, {OPTIMIZER: dict[str, torch.Tensor]()}
     kept: dict[str, list[str]] = {}
     for key in shards.shapes(KEPT):
         weight, _, kind = key.rpartition(".")
         kept.setdefault(weight, []).append(kind)
     for index, (name, weights) in enumerate(trained_in_order(learner)):
-        for kind in kept.pop(name if split else str(index), ()):
-            key = f"{name if split else index}.{kind}"
+        for kind in kept.pop(name if sharded else str(index), ()):
+            key = f"{name if sharded else index}.{kind}"
             found[OPTIMIZER][f"{index}.{kind}"] = _own_of_kept(shards, key, weights, learner).to(device)
     if kept:
         raise KeyError(f"{min(kept)} is no weight that trains")
     if learner.reference.moving is not None:
-        theirs = split or Shards.in_file(path / REFERENCE, MOVING)
+        theirs = sharded or Shards.in_file(path / REFERENCE, MOVING)
         found[REFERENCE] = {
-            name: split_like(ours, _own_rows(theirs, MOVING, name, ours).to(device))
+            name: sharded_like(ours, _own_rows(theirs, MOVING, name, ours).to(device))
             for name, ours in learner.reference.moving.weights().items()
         }
     return found
@@ -80,12 +80,12 @@ def _own_of_kept(shards: Shards, key: str, weights: Parameter, learner: Learner)
     here = Piece.of(weights, is_main=False)
     if kind.endswith(SCALE):
         return _own_scales(shards, key, here)
-    if not is_split(kind, shape, here.shape):
+    if not is_by_rows(kind, shape, here.shape):
         return shards.whole(KEPT, key)
     rows = shards.rows(KEPT, key, here.first, here.first + here.rows[0])
     if _steps_on_rows(learner) or not isinstance(weights, DTensor) or tuple(shape) != here.shape:
         return rows
-    return split_like(weights, rows)
+    return sharded_like(weights, rows)
 
 
 def _steps_on_rows(learner: Learner) -> bool:

@@ -1,6 +1,6 @@
-"""The state of a run whose weights are split among processes: what each process writes of it.
+"""The state of a run whose weights are sharded over processes: what each process writes of it.
 
-What an optimizer keeps of a weight has the weight's name, and is split as that is.
+What an optimizer keeps of a weight has the weight's name, and is sharded as that is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dpo_cli.modeling.eight_bits import SCALE, num_blocks
 from dpo_cli.modeling.folders.model_files import WEIGHTS
 from dpo_cli.modeling.folders.shard_files import Part, Piece, write_list, write_part
 from dpo_cli.modeling.folders.streams import save_tensors
-from dpo_cli.training.resharding import KEPT, MOVING, OPTIMIZER, REFERENCE, is_split, trained_in_order
+from dpo_cli.training.resharding import KEPT, MOVING, OPTIMIZER, REFERENCE, is_by_rows, trained_in_order
 from dpo_cli.training.state import RANDOM, RunNotes, TrainingState, record_of, write_record
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ class ShardedSnapshot:
         random_states: Sequence[Mapping[str, Tensor]],
         notes: RunNotes,
     ) -> ShardedSnapshot:
-        """Look at the state as it is now; of what is split nothing is copied. Every process has to call it."""
+        """Look at the state as it is now; of what is sharded nothing is copied. Every process has to call it."""
         is_main, state = learner.accelerator.is_main_process, learner.state()
-        split, gathered = learner.policy.split_state()
-        pieces = {WEIGHTS: {name: Piece.of(tensor, is_main=is_main) for name, tensor in split.items()}}
+        sharded, gathered = learner.policy.sharded_state()
+        pieces = {WEIGHTS: {name: Piece.of(tensor, is_main=is_main) for name, tensor in sharded.items()}}
         pieces[KEPT] = _optimizer_pieces(learner, state.tensors[OPTIMIZER], is_main=is_main)
         reference = state.tensors.get(REFERENCE, {})
         pieces[MOVING] = {name: Piece.of(tensor, is_main=is_main) for name, tensor in reference.items()}
@@ -83,7 +83,7 @@ class ShardedSnapshot:
         return [part for part in parts if part]
 
     def write_rest(self, folder: Path, parts: Sequence[Part], num_ranks: int) -> None:
-        """Write, in the main process, all that is not split."""
+        """Write, in the main process, all that is not sharded."""
         self.policy.write(folder, self.tokenizer, self.gathered)
         write_list(folder, parts, num_ranks)
         save_tensors(self.random, folder / RANDOM, unlike_pickle=True)
@@ -111,7 +111,7 @@ def _piece_of_kept(weights: Parameter, kind: str, kept: Tensor, *, is_main: bool
     if kind.endswith(SCALE):
         first, whole = (_blocks_before(weights, row) for row in (here.first, here.shape[0]))
         return Piece(kept, first, (whole,), tuple(kept.shape), here.written_here)
-    if not is_split(kind, kept.shape, here.rows):
+    if not is_by_rows(kind, kept.shape, here.rows):
         return Piece.of(kept, is_main=is_main)
     return Piece(kept, here.first, (here.shape[0], *kept.shape[1:]), tuple(kept.shape), here.written_here)
 

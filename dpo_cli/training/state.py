@@ -184,7 +184,7 @@ def record_of(learner: Learner, state: LearnerState, notes: RunNotes) -> Trainin
     return TrainingState(
         step=state.step,
         fingerprints=dict(notes.fingerprints),
-        surroundings=surroundings(learner.accelerator) | learner.policy.passes_through | learner.policy.splits,
+        surroundings=surroundings(learner.accelerator) | learner.policy.passes_through | learner.policy.sharded,
         statistics=state.statistics,
         skipped=state.skipped,
         metrics=notes.metrics,
@@ -212,7 +212,7 @@ def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
         tensors = _tensors(path, learner)
         state = LearnerState(record.step, tensors, record.optimizer, record.statistics, record.skipped, record.scaler)
         learner.restore(state)
-        now = surroundings(accelerator) | learner.policy.passes_through | learner.policy.splits
+        now = surroundings(accelerator) | learner.policy.passes_through | learner.policy.sharded
         if record.surroundings.get("processes") == now["processes"]:
             restore_random_states(random, accelerator.process_index)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DamagedFolder, SafetensorError) as error:
@@ -228,7 +228,7 @@ def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
 
 def _tensors(path: Path, learner: Learner) -> dict[str, dict[str, Tensor]]:
     """Return what this process needs of the tensors of a checkpoint, the policy's weights aside."""
-    if learner.policy.splits or Shards.are_in(path):
+    if learner.policy.sharded or Shards.are_in(path):
         return kept_tensors(path, learner)
     files = [OPTIMIZER, *([REFERENCE] if learner.reference.moving else [])]
     optimizer, device = getattr(learner.optimizer, "optimizer", learner.optimizer), learner.accelerator.device

@@ -1,4 +1,4 @@
-"""Runs whose weights are split among processes: what they save is whole, and any number goes on from it."""
+"""Runs whose weights are sharded over processes: what they save is whole, and any number goes on from it."""
 
 from __future__ import annotations
 

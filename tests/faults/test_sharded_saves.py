@@ -1,4 +1,4 @@
-"""What strikes a process while a model that is split among several is saved: nothing is lost, and none waits for it."""
+"""What strikes a process while a model that is sharded over several is saved: nothing is lost, none waits for it."""
 
 from __future__ import annotations
 

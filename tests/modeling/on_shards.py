@@ -1,4 +1,4 @@
-"""What one of several processes finds of a model whose weights are split among them, beside one that has all of them.
+"""What one of several processes finds of a model whose weights are sharded over them, beside one that has all of them.
 
 It is started by torchrun, as `python -m torch.distributed.run … tests/modeling/on_shards.py MODEL CASE`; the first
 process prints what it has found as a line of JSON.
@@ -22,7 +22,7 @@ from dpo_cli.modeling.held import Bfloat16, Float32, Split
 from dpo_cli.modeling.layouts import PACKED
 from dpo_cli.modeling.placement import placement_for
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.shards import is_split, local
+from dpo_cli.modeling.shards import is_sharded, local
 from dpo_cli.training.optimizer import AdamW
 
 PAIRS = example_pairs() * 2
@@ -56,7 +56,7 @@ def ready(model: str, accelerator: Accelerator, sharding: str, case: dict[str, A
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return all of a tensor; every process asks."""
-    return tensor.full_tensor() if is_split(tensor) else tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor.detach()
 
 
 def answers(policy: Policy, rank: int, ranks: int) -> torch.Tensor:

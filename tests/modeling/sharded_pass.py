@@ -30,7 +30,7 @@ from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
-from dpo_cli.modeling.sharded_sizes import Shards
+from dpo_cli.modeling.sharded_sizes import Sharding
 from dpo_cli.modeling.shards import spread
 from dpo_cli.modeling.trained import Whole
 from dpo_cli.training.optimizer import AdamW
@@ -82,7 +82,7 @@ def storages(tensors: list[torch.Tensor]) -> int:
 
 def counted(case: dict[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
     """Take steps of a sharded model; return what was estimated and what was there."""
-    dtype, shards = getattr(torch, case["computed"]), Shards(mesh.size(), getattr(torch, case["computed"]))
+    dtype, shards = getattr(torch, case["computed"]), Sharding(mesh.size(), getattr(torch, case["computed"]))
     policy, batch, recomputed = policy_of(case), pairs_of_rank(distributed.get_rank()), case["recomputed"]
     sizes, parts = policy.sizes(shards), [shards.part(weights) for weights in policy.trained()]
     how = {"gathered": True, "recomputed": recomputed}

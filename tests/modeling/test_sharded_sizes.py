@@ -18,7 +18,7 @@ from dpo_cli.modeling.held import Split, held_as
 from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.planned_sizes import sizes_under_lora
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.modeling.sharded_sizes import Shards
+from dpo_cli.modeling.sharded_sizes import Sharding
 from dpo_cli.modeling.sizes import Gathered
 from dpo_cli.training.optimizer import AdamW, AdamW8bit
 from tests.waiting import PATIENCE
@@ -64,7 +64,7 @@ def test_each_process_holds_the_bytes_that_are_counted_and_peaks_within_15_perce
 
 @pytest.mark.parametrize(("shards", "rows"), [(1, 7), (2, 4), (3, 3), (7, 1), (8, 1)])
 def test_rows_are_spread_and_padded(shards, rows):
-    part = Shards(shards, torch.float32)
+    part = Sharding(shards, torch.float32)
     assert part.part(torch.empty(7, 5)).shape == (rows, 5)
     assert part.padded(torch.empty(7, 5)) == 5 * rows * shards
 
@@ -86,11 +86,11 @@ def test_split_weights_are_float32_on_shards_and_gathered_in_bfloat16(held):
 
     A quarter of 4 bytes for the weight, its gradient and what is saved of it, whatever a process alone would hold.
     """
-    sizes = Policy(even().to(torch.bfloat16), held=held).sizes(Shards(4, torch.bfloat16))
+    sizes = Policy(even().to(torch.bfloat16), held=held).sizes(Sharding(4, torch.bfloat16))
     numbers = LAYERS * LAYER + ROOT_NUMBERS
     assert (sizes.numbers, sizes.num_trained) == (numbers, numbers)
     assert (sizes.held, sizes.trained, sizes.saved) == (numbers, numbers, numbers)
-    assert sizes.beginning == Policy(even()).sizes(Shards(4, torch.bfloat16)).beginning == numbers
+    assert sizes.beginning == Policy(even()).sizes(Sharding(4, torch.bfloat16)).beginning == numbers
     layers = 2 * 2 * LAYER + 2 * LAYER + 5 * LAYER + 2 * ROOT_NUMBERS
     assert sizes.gathered == Gathered(2 * ROOT_NUMBERS, layers, (2 + 5) * ROOT_NUMBERS)
 
@@ -98,7 +98,7 @@ def test_split_weights_are_float32_on_shards_and_gathered_in_bfloat16(held):
 @pytest.mark.parametrize("optimizer", [AdamW(), AdamW8bit()], ids=lambda optimizer: optimizer.type)
 def test_twice_the_processes_hold_half_the_optimizer_state(optimizer):
     matrix = torch.empty(512, 64, device="meta")
-    whole, half = (optimizer.state_bytes([Shards(count, torch.float32).part(matrix)]) for count in (1, 2))
+    whole, half = (optimizer.state_bytes([Sharding(count, torch.float32).part(matrix)]) for count in (1, 2))
     assert half == pytest.approx(whole / 2, rel=0.02)
 
 
@@ -110,7 +110,7 @@ def test_what_an_adapter_would_take_of_each_process_is_what_it_takes(quantized, 
     model = even()
     laid_out = Policy(model, held=held).sketched(model.config)
     held.lay_out(laid_out.model)
-    shards = Shards(count, torch.bfloat16)
+    shards = Sharding(count, torch.bfloat16)
     exact = Policy(laid_out.model, Adapted(Lora()), held).sizes(shards)
     told = sizes_under_lora(model, Lora(), torch.bfloat16, quantized=quantized, shards=shards)
     assert told == exact

@@ -1,4 +1,4 @@
-"""Weights that are split among real processes: they give what whole ones give, in a share of the memory."""
+"""Weights that are sharded over real processes: they give what whole ones give, in a share of the memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run by `test_sharded`: models that are split among 1 to 4 processes are saved, and resumed on other numbers of them.
+"""Run by `test_sharded`: models that are sharded over 1 to 4 processes are saved, and resumed on other numbers of them.
 
 python -m tests.training.sharded_ranks STAGES
 
@@ -102,7 +102,7 @@ def stage(rank: int, asked: dict[str, Any]) -> None:
     ways = {"adapter": False, "reference": False, "optimizer": "adamw", "hybrid": False}
     learner = learner_of(asked["model"], **{name: asked.get(name, usual) for name, usual in ways.items()})
     tokenizer, out = load_tokenizer(asked["model"]), Path(asked["out"])
-    together = Together() if learner.policy.splits else None
+    together = Together() if learner.policy.sharded else None
     checkpoints, background = out / "checkpoints", asked.get("background", False)
     writer = CheckpointWriter(checkpoints, tokenizer, 2, background=background, together=together)
     if asked.get("resume"):

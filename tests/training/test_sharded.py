@@ -1,4 +1,4 @@
-"""What several processes save of a model that is split among them is resumed by any number of processes."""
+"""What several processes save of a model that is sharded over them is resumed by any number of processes."""
 
 from __future__ import annotations
 

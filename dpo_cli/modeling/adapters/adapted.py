@@ -164,11 +164,11 @@ class Adapted:
     def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """Return the adapter's weights under the names that PEFT saves them by.
 
-        They are few: those that are split among processes are gathered, and each has to ask at the same time.
+        They are few: those that are sharded over processes are gathered, and each has to ask at the same time.
         """
         return {name: gathered(weights) for name, weights in _saved(model).items()}
 
-    def split_state(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def sharded_state(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return what each process saves its rows of: nothing, and what is gathered: `state`."""
         return {}, self.state(model)
 
@@ -200,7 +200,7 @@ class Adapted:
         Raises:
             UserError: Something fails.
         """
-        # One process proves it, without the others: of weights that are split it takes those that it has.
+        # One process proves it, without the others: of weights that are sharded it takes those that it has.
         state = {name: whole_value(weights) for name, weights in _saved(model).items()}
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)

@@ -85,7 +85,7 @@ class LoraLayers(AdapterSettings):
         refine(layer)
 
     def settle(self, layer: BaseTunerLayer) -> None:
-        """Let DoRA begin as the base, whose weights may be split among processes: all of them ask together."""
+        """Let DoRA begin as the base, whose weights may be sharded over processes: all of them ask together."""
         from dpo_cli.modeling.adapters.lora_layers import settle_norms
 
         settle_norms(layer)

@@ -124,7 +124,7 @@ def load_onto_shards(
     base = whole_model(name)
     if base != name:
         hint = "merge it with `dpo export --merge` first; or name the base, and the adapter in `adapter.start`"
-        raise UserError("an adapter is not merged into weights that are split among processes", name, hint)
+        raise UserError("an adapter is not merged into weights that are sharded over processes", name, hint)
 
     def load(folder: str) -> None:
         model = _empty(folder, trust, held, with_buffers=True)

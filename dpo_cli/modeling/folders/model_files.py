@@ -29,7 +29,7 @@ _BY_PROCESS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """How files are called in which each process of a run saved its part of every weight."""
 
 SHARDS, WEIGHTS = "shards.json", "weights"
-"""What says where the rows of tensors are that were split among processes, and what it calls a model's weights."""
+"""What says where the rows of tensors are that were sharded over processes, and what it calls a model's weights."""
 
 _TEXTS = {".json", ".jinja", ".model", ".txt"}
 MOST_TEXT_BYTES = 1 << 26
@@ -191,7 +191,7 @@ def _check_company(folder: Path) -> None:
             raise UserError("it is an adapter to another model (adapter_config.json)", None, hint)
         if _BY_PROCESS.fullmatch(path.name):
             hint = "merge them with transformers' `consolidate_distributed_checkpoint`"
-            raise UserError(f"its weights are split by process ({path.name})", None, hint)
+            raise UserError(f"its weights are sharded by process ({path.name})", None, hint)
     check_texts(folder)
 
 

@@ -17,7 +17,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from dpo_cli.modeling.folders.model_files import WEIGHTS, weights_files
 from dpo_cli.modeling.folders.saved_weights import saved_state
-from dpo_cli.modeling.folders.shard_files import Shards, split_like
+from dpo_cli.modeling.folders.shard_files import Shards, sharded_like
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.shards import rows_of
 from dpo_cli.modeling.split import set_whole_value, state_of, whole_dtype
@@ -69,7 +69,7 @@ def are_as_held(sketch: PreTrainedModel, types: WeightTypes, dtype: torch.dtype)
 def read_over(model: PreTrainedModel, folder: Path, own_name: Callable[[str], str | None] = str) -> dict[str, Any]:
     """Replace the content of a model's weights by that of the safetensors files in a folder, whatever they are part of.
 
-    Of weights that are split among processes, those are read that this process has.
+    Of weights that are sharded over processes, those are read that this process has.
 
     Args:
         model: The model.
@@ -110,7 +110,7 @@ def _read_shards_over(
     if not any(report.values()):
         for name, tensor in ours.items():
             rows = shards.rows(WEIGHTS, name, *rows_of(tensor))
-            set_whole_value(tensor, split_like(tensor, rows.to(tensor.device)))
+            set_whole_value(tensor, sharded_like(tensor, rows.to(tensor.device)))
     return report
 
 
@@ -168,7 +168,7 @@ class _Overwritten:
         return _Overwritten(self._module.get_submodule(target))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Return what there is, by name; of a weight that is split, what its whole value looks like."""
+        """Return what there is, by name; of a weight that is sharded, what its whole value looks like."""
         return {
             own: tensor
             if whole_dtype(tensor) == tensor.dtype

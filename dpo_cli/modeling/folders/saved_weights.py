@@ -89,7 +89,7 @@ class SavedWeights:
     def take(self, name: str) -> Tensor:
         """Return what is saved under a name, with its content, as it is held; each is to be taken once.
 
-        Where weights are split among processes, all of them have to take the same ones in the same order.
+        Where weights are sharded over processes, all of them have to take the same ones in the same order.
         """
         if name not in self._made:
             sources = {source: gathered(self._held[source]) for source in self._sources[name]}

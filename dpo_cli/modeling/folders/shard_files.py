@@ -1,10 +1,10 @@
-"""Tensors that are split among processes, in files: each process writes the rows that it has, any rows are read again.
+"""Tensors that are sharded over processes, in files: each process writes the rows that it has, any rows are read again.
 
     shards.json                             of every tensor its shape and type, and which rows of it are in which file
     weights-00001-of-00002.safetensors      what the first of two processes has of the weights
     optimizer-00001-of-00002.safetensors    and of the optimizer's state
 
-Rows are those of dimension 0. What is not split, a single number say, is in one file as a whole.
+Rows are those of dimension 0. What is not sharded, a single number say, is in one file as a whole.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Piece:
     """The rows that this process has of a tensor.
 
     Attributes:
-        tensor: The tensor, whole or split; it may go on changing.
+        tensor: The tensor, whole or sharded; it may go on changing.
         first: The index of the first row in the whole.
         shape: The shape of the whole.
         rows: The shape of what is here.
@@ -76,8 +76,8 @@ class Piece:
         return replace(self, tensor=self.content().to("cpu", copy=True))
 
 
-def split_like(tensor: Tensor, rows: Tensor) -> Tensor:
-    """Return the rows of this process as a tensor that is split as another of the same shape is."""
+def sharded_like(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows of this process as a tensor that is sharded as another of the same shape is."""
     if not isinstance(tensor, DTensor):
         return rows
     return DTensor.from_local(
@@ -87,11 +87,11 @@ def split_like(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """Return all of a tensor; where it is split, every process has to ask for it at the same time."""
+    """Return all of a tensor; where it is sharded, every process has to ask for it at the same time."""
     if not isinstance(tensor, DTensor):
         return whole_value(tensor)
-    split: Any = split_like(tensor, whole_value(tensor))
-    whole: Tensor = split.full_tensor()
+    sharded: Any = sharded_like(tensor, whole_value(tensor))
+    whole: Tensor = sharded.full_tensor()
     return whole
 
 
