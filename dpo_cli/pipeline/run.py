@@ -16,6 +16,7 @@ from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.scorer import BatchScorer
+from dpo_cli.pipeline.diagnosis import Diagnosis
 from dpo_cli.pipeline.evaluate import scored
 from dpo_cli.pipeline.memory import without_gradient
 from dpo_cli.pipeline.pairs import named_pairs
@@ -114,11 +115,13 @@ class Records:
         run: The run.
         log: The rows of metrics.jsonl, in the main process; None in others.
         writer: Writes checkpoints.
+        diagnosis: Warns of what the rows show, in the main process; None in others.
     """
 
     run: Run
     log: MetricsLog | None
     writer: CheckpointWriter
+    diagnosis: Diagnosis | None = None
 
     @property
     def digest(self) -> str:
@@ -132,6 +135,11 @@ class Records:
         if self.run.session.config.trackers:
             numbers = {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
             self.run.session.accelerator.log(numbers, step=step)
+
+    def diagnose(self) -> None:
+        """Warn of what the rows show that are there now: to be called when a step has all of its own."""
+        if self.diagnosis:
+            self.diagnosis.warn()
 
     def save(self) -> Path:
         """Write a checkpoint after the last step, its rows first; return its folder."""
@@ -157,7 +165,7 @@ def recorded(run: Run) -> Iterator[Records]:
         together=together,
     )
     try:
-        yield Records(run, log, writer)
+        yield Records(run, log, writer, Diagnosis(run.plan) if log else None)
     except (Exception, GeneratorExit):
         with contextlib.suppress(Exception):
             writer.finish()

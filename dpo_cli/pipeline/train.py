@@ -209,6 +209,7 @@ def _take(run: Run, rows: str) -> Iterator[StepResult]:
         if not done and run.holds_out:
             run.before.update(run.measure_before())
             records.add("eval", 0, {"epoch": 0.0, **run.before})
+        records.diagnose()
         with session.signals.deferred():
             yield from _steps(run, records)
             saving = session.progress.during("while the trained model was saved")
@@ -287,6 +288,8 @@ def _after_step(run: Run, records: Records, result: StepResult, record: Record) 
         record.evaluated(step, figures)
         # An evaluation may be long; who was asked to stop meanwhile does not take another step.
         stop = any(session.of_all(session.signals.received is not None)) or stop
+    # Before a checkpoint is saved: what rows showed up to there is not said again after it.
+    records.diagnose()
     if not stop and not save:
         return
     with session.progress.during("while a checkpoint was saved"):

@@ -63,6 +63,21 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """The answers to some held-out prompts, a row each."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        """A row for each held-out pair and evaluation."""
+        return self.path / "held_out.jsonl"
+
+    @property
+    def facts(self) -> Path:
+        """What the diagnosis knows of the run beside its rows."""
+        return self.path / "facts.json"
+
+    @property
     def recuts(self) -> Path:
         """From which steps on forward passes have fewer tokens, where memory ran out."""
         return self.path / "smaller_passes.json"
@@ -224,7 +239,7 @@ class RunFolder:
                 shutil.rmtree(folder)
             else:
                 folder.unlink(missing_ok=True)
-        for file in (self.metrics, self.environment, self.config, self.recuts):
+        for file in (self.metrics, self.environment, self.config, self.recuts, self.facts):
             file.unlink(missing_ok=True)
 
     def recorded_count(self, name: str) -> int | None:

@@ -113,6 +113,7 @@ class LossSettings(Settings):
 
     needs_reference: ClassVar[bool] = True
     takes_weights: ClassVar[bool] = True
+    lowers_chosen: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _check_wpo(self) -> Self:
@@ -137,7 +138,12 @@ class LossSettings(Settings):
 
     def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
         """Return what the loss compares and rewards are made of: c and r of each pair, `[B]`."""
-        return sum_log_ratios(policy, reference)
+        return (mean_log_ratios if self.takes_means else sum_log_ratios)(policy, reference)
+
+    @property
+    def takes_means(self) -> bool:
+        """Whether its log-ratios are means over a response's tokens instead of sums."""
+        return False
 
     @property
     def compares_pairs(self) -> bool:

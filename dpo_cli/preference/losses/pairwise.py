@@ -19,7 +19,6 @@ from dpo_cli.preference.losses.base import (
     StepInfo,
     logistic,
     ls,
-    mean_log_ratios,
     sum_log_ratios,
 )
 from dpo_cli.preference.losses.divergences import Divergence, ReverseKL
@@ -90,9 +89,10 @@ class DPO(MarginLossSettings):
             raise contradiction(what, "set `logps: sum`, or leave `divergence` out", "divergence", "logps")
         return self
 
-    def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
-        """Take sums or means over the tokens, by `logps`."""
-        return (mean_log_ratios if self.logps == "mean" else sum_log_ratios)(policy, reference)
+    @property
+    def takes_means(self) -> bool:
+        """By `logps`."""
+        return self.logps == "mean"
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """−(1−ε)·ls(βΔ − m) − ε·ls(−βΔ + m), m = `margin_scale` · the pair's margin in the data; 0 where it is null."""
@@ -158,9 +158,10 @@ class IPO(LossSettings):
     logps: Literal["sum", "mean"] = "mean"
     """Whether a response's log-probability is the sum over its tokens or their mean."""
 
-    def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
-        """Take sums or means over the tokens, by `logps`."""
-        return (mean_log_ratios if self.logps == "mean" else sum_log_ratios)(policy, reference)
+    @property
+    def takes_means(self) -> bool:
+        """By `logps`."""
+        return self.logps == "mean"
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """(Δ − 1/(2β))²."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from dpo_cli.preference.losses.base import Beta, LossSettings, ScoredPairs, Statistics, ls
 
@@ -129,6 +129,8 @@ class APODown(LossSettings):
     """Which loss."""
     beta: Beta = 0.1
     """How strongly the policy is kept near the reference."""
+
+    lowers_chosen: ClassVar[bool] = True
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """σ(βc) + 1 − σ(βΔ)."""

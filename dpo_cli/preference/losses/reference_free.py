@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from dpo_cli.preference.losses.base import Beta, LogRatios, LossSettings, ScoredPairs, ls, mean_log_ratios
+from dpo_cli.preference.losses.base import Beta, LossSettings, ScoredPairs, ls
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from dpo_cli.modeling.logps import SequenceLogps
 
 
 class SimPO(LossSettings):
@@ -33,9 +31,10 @@ class SimPO(LossSettings):
 
     needs_reference: ClassVar[bool] = False
 
-    def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
-        """Take means over the tokens."""
-        return mean_log_ratios(policy, reference)
+    @property
+    def takes_means(self) -> bool:
+        """It compares means."""
+        return True
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """−ls(β(log π(y_c)/|y_c| − log π(y_r)/|y_r|) − γ)."""
@@ -59,9 +58,10 @@ class ORPO(LossSettings):
 
     needs_reference: ClassVar[bool] = False
 
-    def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
-        """Take means over the tokens."""
-        return mean_log_ratios(policy, reference)
+    @property
+    def takes_means(self) -> bool:
+        """It compares means."""
+        return True
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """NLL of chosen − λ·ls(log odds of chosen − log odds of rejected), odds = p/(1−p), p = e^(mean log π)."""
@@ -107,9 +107,10 @@ class SFT(LossSettings):
 
     needs_reference: ClassVar[bool] = False
 
-    def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
-        """Take means over the tokens."""
-        return mean_log_ratios(policy, reference)
+    @property
+    def takes_means(self) -> bool:
+        """It compares means."""
+        return True
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """−log π(y_c) / |y_c|, over all tokens of the step."""

@@ -1,0 +1,137 @@
+"""What a run has shown so far, in as much memory as a window of steps and three evaluations take."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from dpo_cli.evaluation.findings.facts import RunFacts
+
+Row = Mapping[str, Any]
+"""A row of metrics.jsonl, samples.jsonl or held_out.jsonl."""
+
+
+class History:
+    """Rows of a run in their order, of which the opening and the newest are kept.
+
+    Args:
+        facts: What is known of the run beside its rows.
+
+    Attributes:
+        step: The step that was added last.
+        opening: The rows of the first window of steps.
+        recent: Those of the last window.
+        before: The held-out figures before step 1.
+        evaluations: The newest held-out figures, the last three.
+        best: The evaluation with the lowest loss, and the mean training loss of the window before it.
+        held_out: The held-out pairs' rows of the evaluation before step 1 and of the newest one, by step.
+        samples: The answers before step 1 and the newest ones, by step.
+    """
+
+    def __init__(self, facts: RunFacts) -> None:
+        self.facts = facts
+        self.step = 0
+        self.opening: list[Row] = []
+        self.recent: deque[Row] = deque(maxlen=facts.window)
+        self.before: Row | None = None
+        self.evaluations: deque[Row] = deque(maxlen=3)
+        self.best: tuple[Row, float | None] | None = None
+        self.held_out: dict[int, list[Row]] = {}
+        self.samples: dict[int, list[Row]] = {}
+
+    def add(self, row: Row) -> None:
+        """Take a row of metrics.jsonl."""
+        if row.get("split") == "train":
+            self._add_step(row)
+        elif row.get("split") == "eval":
+            self._add_evaluation(row)
+
+    def _add_step(self, row: Row) -> None:
+        self.step = row["step"]
+        self.recent.append(row)
+        if len(self.opening) < self.facts.window:
+            self.opening.append(row)
+
+    def _add_evaluation(self, row: Row) -> None:
+        self.step = row["step"]
+        self.evaluations.append(row)
+        if not self.step:
+            self.before = row
+        loss = number(row, "loss")
+        if loss is not None and (self.best is None or loss < self.best[0]["loss"]):
+            self.best = row, self.mean("loss")
+
+    def add_pair(self, row: Row) -> None:
+        """Take a row of held_out.jsonl."""
+        _add_to(self.held_out, row)
+
+    def add_sample(self, row: Row) -> None:
+        """Take a row of samples.jsonl."""
+        _add_to(self.samples, row)
+
+    @property
+    def ends_window(self) -> bool:
+        """Whether a whole window of steps ends here: what compares windows looks at each of them once."""
+        full = len(self.recent) == self.facts.window and self.recent[-1]["step"] == self.step
+        return full and (self.step % self.facts.window == 0 or self.step == self.facts.num_steps)
+
+    @property
+    def evaluated(self) -> Row | None:
+        """The held-out figures of this step, if it was evaluated."""
+        return self.evaluations[-1] if self.evaluations and self.evaluations[-1]["step"] == self.step else None
+
+    def mean(self, name: str) -> float | None:
+        """Return the mean of a metric over the last window; None where a value is missing."""
+        return mean_of(self.recent, name)
+
+    def began_with(self, name: str) -> float | None:
+        """Return the mean of a metric over the first window; None where a value is missing."""
+        return mean_of(self.opening, name)
+
+    def moved(self, side: str) -> float | None:
+        """Return by how many nats per token the responses of the last window are likelier than before step 1.
+
+        Args:
+            side: `chosen` or `rejected`.
+
+        Returns:
+            None where rewards do not tell.
+        """
+        facts = self.facts
+        reward = self.mean(f"rewards/{side}") if facts.from_reference else None
+        if reward is None:
+            return None
+        loss = facts.objective.reward_source
+        tokens = 1.0 if loss.takes_means else facts.chosen_tokens if side == "chosen" else facts.rejected_tokens
+        return reward / getattr(loss, "beta", 1.0) / tokens
+
+
+def number(row: Row, name: str) -> float | None:
+    """Return a value of a row; None where it is missing or not finite."""
+    value = row.get(name)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def mean_of(rows: Iterable[Row], name: str) -> float | None:
+    """Return the mean of a value over rows; None where one is missing, or there are no rows."""
+    values = [number(row, name) for row in rows]
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _add_to(by_step: dict[int, list[Row]], row: Row) -> None:
+    """Add a row to those of its step, and forget those between step 0 and it."""
+    step = row["step"]
+    if step not in by_step:
+        for other in [other for other in by_step if other]:
+            del by_step[other]
+        by_step[step] = []
+    by_step[step].append(row)
+
+
+def changes(before: Sequence[Row], after: Sequence[Row], key: str) -> list[tuple[Row, Row]]:
+    """Return what rows became, those that have the same key both times."""
+    known = {row.get(key): row for row in before}
+    return [(known[row.get(key)], row) for row in after if row.get(key) in known]

@@ -1,0 +1,104 @@
+"""The diagnosis of a run while it goes on: what its files show after a step becomes a warning, once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dpo_cli.errors import from_os_error
+from dpo_cli.evaluation.findings.facts import RunFacts
+from dpo_cli.evaluation.findings.finding import Finding
+from dpo_cli.evaluation.findings.history import Row
+from dpo_cli.evaluation.findings.watch import Watch, gravest_first
+from dpo_cli.pipeline.plan import PlannedRun
+from dpo_cli.system.storage import write_text
+from dpo_cli.training.optimizer import warmup_steps
+
+
+class Diagnosis:
+    """Follows the files of a run; what they showed before this process began is not said again.
+
+    Args:
+        plan: The run.
+
+    Raises:
+        UserError: What the diagnosis knows of the run cannot be written.
+    """
+
+    def __init__(self, plan: PlannedRun) -> None:
+        self._console, folder = plan.session.console, plan.folder
+        facts = facts_of(plan)
+        _write(facts, folder.facts)
+        self._watch = Watch(facts)
+        self._files = [Tail(file) for file in (folder.metrics, folder.samples, folder.held_out)]
+        self._take()
+
+    def warn(self) -> None:
+        """Warn of what is found in the rows that were added, which are all of their step's."""
+        for found in self._take():
+            self._console.warning(str(found))
+
+    def summary(self) -> list[str]:
+        """Say in a line for each finding what was found, the gravest first."""
+        found = gravest_first(self._watch.found)
+        return [f"{one.name}, {one.when}: {one.title}" for one in found] or ["nothing found"]
+
+    def _take(self) -> list[Finding]:
+        return self._watch.take(*(file.rows() for file in self._files))
+
+
+def facts_of(plan: PlannedRun) -> RunFacts:
+    """Return what the diagnosis of a run knows beside its rows."""
+    config, steps, sizes = plan.session.config, plan.steps, plan.data.pairs.sizes
+    training, reference, objective = config.training, config.reference, config.objective
+    return RunFacts(
+        losses=objective.losses,
+        trained="all weights" if config.adapter is None else "an adapter",
+        learning_rate=training.learning_rate,
+        warmup_steps=warmup_steps(training.warmup_ratio, steps.num_steps),
+        max_grad_norm=training.max_grad_norm,
+        num_steps=steps.num_steps,
+        steps_per_epoch=steps.steps_per_epoch,
+        pairs_per_step=min(training.pairs_per_step, len(steps.indices)),
+        from_reference=reference.type in ("cached", "frozen") and reference.model is None,
+        chosen_tokens=float(sizes.chosen_scored[steps.indices].mean()),
+        rejected_tokens=float(sizes.rejected[steps.indices].mean()),
+    )
+
+
+def _write(facts: RunFacts, file: Path) -> None:
+    try:
+        write_text(file, json.dumps(facts.model_dump(mode="json"), indent=1) + "\n")
+    except OSError as error:
+        raise from_os_error(error, "writing the run's facts", str(file)) from error
+
+
+class Tail:
+    """A file of rows that grows.
+
+    Args:
+        path: The file, which need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._read_bytes = path, 0
+
+    def rows(self) -> list[Row]:
+        """Return the rows that were added since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._read_bytes)
+                whole = file.read().rpartition(b"\n")
+        except FileNotFoundError:
+            return []
+        self._read_bytes += len(whole[0]) + len(whole[1])
+        return [row for line in whole[0].splitlines() if (row := _parsed(line)) is not None]
+
+
+def _parsed(line: bytes) -> Row | None:
+    """Parse a row; None where somebody has written something else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
