@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 
 from dpo_cli.doctor.findings import Finding
 from dpo_cli.modeling.folders.saving import write_model
-from dpo_cli.reporting.metrics_log import digest_in
+from dpo_cli.reporting.row_log import digest_in
 from dpo_cli.system import plain_yaml
 from dpo_cli.system.storage import file_digest
 

@@ -31,7 +31,7 @@ from dpo_cli.preference.reference import Cached, NoReference
 from dpo_cli.reporting.card import model_card
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.environment import versions
-from dpo_cli.reporting.metrics_log import figures_at
+from dpo_cli.reporting.row_log import figures_at
 from dpo_cli.reporting.tables import HELD_OUT, figures_table
 from dpo_cli.settings import located
 from dpo_cli.system.storage import remove_strays_of

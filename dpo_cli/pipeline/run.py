@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from dpo_cli.pipeline.plan import PlannedRun
 from dpo_cli.pipeline.session import Session
 from dpo_cli.reporting.card import model_card
 from dpo_cli.reporting.environment import versions
-from dpo_cli.reporting.metrics_log import MetricsLog
 from dpo_cli.reporting.progress import clock
+from dpo_cli.reporting.row_log import RowLog
 from dpo_cli.reporting.tables import figures_table
 from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, CheckpointWriter
 from dpo_cli.training.learner import Learner, NotFinite
-from dpo_cli.training.run_folder import RunFolder, checkpoints_in, step_of
+from dpo_cli.training.run_folder import METRICS, RunFolder, checkpoints_in, step_of
 from dpo_cli.training.state import RunNotes
 from dpo_cli.training.together import Together
 
@@ -58,6 +58,11 @@ class Run:
     def holds_out(self) -> bool:
         """Whether there are held-out pairs."""
         return len(self.plan.data.held_out) > 0
+
+    @property
+    def writes(self) -> frozenset[str]:
+        """The files to which it adds rows; of others it has those of an earlier start alone."""
+        return frozenset({METRICS})
 
     def measure(self, scorer: BatchScorer | None = None, what: str = "evaluating") -> dict[str, Any]:
         """Score the held-out pairs with the policy, or with what answers for it; return the figures.
@@ -113,20 +118,24 @@ class Records:
 
     Attributes:
         run: The run.
-        log: The rows of metrics.jsonl, in the main process; None in others.
+        logs: The files of rows by their names, in the main process; none in others.
         writer: Writes checkpoints.
         diagnosis: Warns of what the rows show, in the main process; None in others.
     """
 
     run: Run
-    log: MetricsLog | None
+    logs: Mapping[str, RowLog]
     writer: CheckpointWriter
     diagnosis: Diagnosis | None = None
 
     @property
-    def digest(self) -> str:
-        """A digest of all rows; empty in other processes than the main one."""
-        return self.log.digest if self.log else ""
+    def log(self) -> RowLog | None:
+        """The rows of metrics.jsonl, in the main process; None in others."""
+        return self.logs.get(METRICS)
+
+    def damaged(self, digests: Mapping[str, str]) -> list[str]:
+        """Return the files of rows that have other rows than a checkpoint says, in the main process."""
+        return [name for name, log in self.logs.items() if digests.get(name, "") not in ("", log.digest)]
 
     def add(self, split: str, step: int, metrics: dict[str, Any]) -> None:
         """Write a row, and hand its numbers to the trackers."""
@@ -143,9 +152,17 @@ class Records:
 
     def save(self) -> Path:
         """Write a checkpoint after the last step, its rows first; return its folder."""
-        if self.log:
-            self.log.sync()
-        return self.writer.save(self.run.learner, RunNotes(self.run.fingerprints, self.digest, self.run.before))
+        digests = {}
+        for name, log in self.logs.items():
+            log.sync()
+            digests[name] = log.digest
+        metrics = digests.pop(METRICS, "")
+        return self.writer.save(self.run.learner, RunNotes(self.run.fingerprints, metrics, self.run.before, digests))
+
+    def forget(self, step: int) -> None:
+        """Remove what was measured at a step, which is measured again."""
+        for name, log in self.logs.items():
+            log.forget(step, "eval" if name == METRICS else None)
 
 
 @contextlib.contextmanager
@@ -154,7 +171,12 @@ def recorded(run: Run) -> Iterator[Records]:
     folder, saving, before = run.plan.folder, run.session.config.checkpoints, run.before
     first = {"split": "eval", "step": 0, "epoch": 0.0, **before} if before else None
     done = run.learner.done
-    log = MetricsLog(folder.metrics, done, first) if run.session.accelerator.is_main_process else None
+    files = folder.row_files if run.session.accelerator.is_main_process else {}
+    logs = {
+        name: RowLog(file, done, first if name == METRICS else None)
+        for name, file in files.items()
+        if name in run.writes or file.exists()
+    }
     together = Together() if run.learner.policy.sharded else None
     writer = CheckpointWriter(
         folder.checkpoints,
@@ -165,13 +187,13 @@ def recorded(run: Run) -> Iterator[Records]:
         together=together,
     )
     try:
-        yield Records(run, log, writer, Diagnosis(run.plan) if log else None)
+        yield Records(run, logs, writer, Diagnosis(run.plan) if logs else None)
     except (Exception, GeneratorExit):
         with contextlib.suppress(Exception):
             writer.finish()
         raise
     finally:
-        if log:
+        for log in logs.values():
             log.close()
 
 

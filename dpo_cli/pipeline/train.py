@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from dpo_cli.training.checkpoints import PRECISION, check_finite
 from dpo_cli.training.checks import check_base, check_reference
 from dpo_cli.training.learner import Learner, NotFinite, Skips, StepResult
 from dpo_cli.training.optimizer import schedule
-from dpo_cli.training.run_folder import RunFolder, settings_digest
+from dpo_cli.training.run_folder import METRICS, RunFolder, settings_digest
 from dpo_cli.training.together import check_shared
 
 
@@ -80,7 +80,7 @@ def train(
                 how = {"resume": resume, "overwrite": overwrite}
                 restored = begin(run.session, plan.folder, run.learner, run.fingerprints, plan.day, **how)
                 run.before.update(restored.before if restored else {})
-                yield from _take(run, restored.metrics if restored else "")
+                yield from _take(run, {METRICS: restored.metrics, **restored.rows} if restored else {})
 
 
 def _check_disk(session: Session, folder: RunFolder, *, resume: bool, dry_run: bool) -> None:
@@ -191,19 +191,19 @@ def _prove(run: Run) -> None:
         session.console.notice(f"checked: {run.learner.policy.prove_saving(run.plan.tokenizer)}")
 
 
-def _take(run: Run, rows: str) -> Iterator[StepResult]:
+def _take(run: Run, digests: Mapping[str, str]) -> Iterator[StepResult]:
     """Take the steps, do after each what is due, and finish the run.
 
     Args:
         run: All that it takes.
-        rows: The digest that the rows of the steps before have in metrics.jsonl, or nothing.
+        digests: Those of the rows of the steps before, by the file that they are in; none at step 0.
     """
     session, done = run.session, run.learner.done
     with recorded(run) as records:
-        damaged = records.log is not None and rows not in ("", records.digest)
+        damaged = records.damaged(digests)
         only_evaluates = done == run.plan.steps.num_steps and run.holds_out
-        if damaged:
-            what = f"rows of {run.plan.folder.metrics} are missing or changed that were there at step {done}"
+        for name in damaged:
+            what = f"rows of {run.plan.folder.row_files[name]} are missing or changed that were there at step {done}"
             session.console.warning(what + "; measuring the held-out figures again" * only_evaluates)
         started_at = time.monotonic()
         if not done and run.holds_out:
@@ -214,7 +214,7 @@ def _take(run: Run, rows: str) -> Iterator[StepResult]:
             yield from _steps(run, records)
             saving = session.progress.during("while the trained model was saved")
             with session.signals.during("the trained model is saved"), saving:
-                if only_evaluates and any(session.of_all(damaged)):
+                if only_evaluates and any(session.of_all(bool(damaged))):
                     _measure_again(run, records)
                 records.writer.finish()
                 # Rows of a run without held-out pairs that speak of some are not its own.
@@ -314,6 +314,5 @@ def _measure_again(run: Run, records: Records) -> None:
     """
     step = run.plan.steps.num_steps
     figures = {"epoch": run.plan.steps.epochs_after(step), **run.measure()}
-    if records.log:
-        records.log.forget("eval", step)
+    records.forget(step)
     records.add("eval", step, figures)

@@ -25,6 +25,10 @@ RESOLVED = "# The configuration as resolved: `dpo train --config` runs it again.
 FIRST_DAY = "first_day"
 """Under which name a run's environment.json has the day on which the run began."""
 
+METRICS, SAMPLES, HELD_OUT = "metrics", "samples", "held_out"
+ROW_FILES = (METRICS, SAMPLES, HELD_OUT)
+"""The files to which a run adds rows, without their ending, each row with the step that it is of."""
+
 _LOCK = ".lock"
 
 
@@ -58,19 +62,24 @@ class RunFolder:
         return self.path / "environment.json"
 
     @property
+    def row_files(self) -> dict[str, Path]:
+        """The files to which a run adds rows, by their names in `ROW_FILES`."""
+        return {name: self.path / f"{name}.jsonl" for name in ROW_FILES}
+
+    @property
     def metrics(self) -> Path:
         """A row for each logged step and each evaluation."""
-        return self.path / "metrics.jsonl"
+        return self.row_files[METRICS]
 
     @property
     def samples(self) -> Path:
-        """The answers to some held-out prompts, a row each."""
-        return self.path / "samples.jsonl"
+        """A row for each answer to a held-out prompt, before step 1 and at each evaluation."""
+        return self.row_files[SAMPLES]
 
     @property
     def held_out(self) -> Path:
         """A row for each held-out pair and evaluation."""
-        return self.path / "held_out.jsonl"
+        return self.row_files[HELD_OUT]
 
     @property
     def facts(self) -> Path:
@@ -239,7 +248,7 @@ class RunFolder:
                 shutil.rmtree(folder)
             else:
                 folder.unlink(missing_ok=True)
-        for file in (self.metrics, self.environment, self.config, self.recuts, self.facts):
+        for file in (*self.row_files.values(), self.environment, self.config, self.recuts, self.facts):
             file.unlink(missing_ok=True)
 
     def recorded_count(self, name: str) -> int | None:

@@ -84,6 +84,7 @@ class TrainingState(BaseModel):
         statistics: What the objective kept.
         skipped: Steps that were not taken.
         metrics: The digest of all rows of metrics.jsonl.
+        rows: The digests of all rows of the other files of rows, by their names.
         before: The held-out figures before step 1; empty where nothing is held out.
         optimizer: The settings of its groups.
         schedule: Where it is.
@@ -98,6 +99,7 @@ class TrainingState(BaseModel):
     statistics: Annotated[dict[str, float], Field(alias="memory")]
     skipped: Annotated[int, Field(ge=0)]
     metrics: str
+    rows: dict[str, str] = Field(default_factory=dict)
     before: dict[str, Any] = Field(default_factory=dict)
     optimizer: list[dict[str, Any]]
     schedule: _Schedule
@@ -112,11 +114,13 @@ class RunNotes:
         fingerprints: As in `TrainingState`.
         metrics: As in `TrainingState`.
         before: As in `TrainingState`.
+        rows: As in `TrainingState`.
     """
 
     fingerprints: Mapping[str, str]
     metrics: str = ""
     before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rows: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ def record_of(learner: Learner, state: LearnerState, notes: RunNotes) -> Trainin
         statistics=state.statistics,
         skipped=state.skipped,
         metrics=notes.metrics,
+        rows=dict(notes.rows),
         before=dict(notes.before),
         optimizer=state.groups,
         schedule=_Schedule(last_epoch=state.step),

@@ -75,7 +75,7 @@ PLACES = {
     "reference cache": Place("/cache/reference/", "(locking|writing) the reference cache", first=True),
     "configuration": Place("/run/.config.yaml", "preparing the output folder"),
     "environment": Place("/run/.environment.json", "preparing the output folder"),
-    "metrics": Place("metrics.jsonl", "writing the metrics"),
+    "metrics": Place("metrics.jsonl", "writing metrics.jsonl"),
     "checkpoint": Place("/run/checkpoints/", "saving a checkpoint"),
     "final model": Place("/run/.final", "saving the trained model"),
 }

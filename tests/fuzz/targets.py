@@ -277,7 +277,7 @@ def read_run_folder(damage: Damage, folder: Path) -> None:
 def take_up(folder: Path) -> None:
     """Read what a run left in a folder beside its checkpoints, as it is read before the run goes on."""
     from dpo_cli.config import changeable
-    from dpo_cli.reporting.metrics_log import MetricsLog
+    from dpo_cli.reporting.row_log import RowLog
     from dpo_cli.training.run_folder import RunFolder
 
     run = RunFolder(folder / "run")
@@ -285,7 +285,7 @@ def take_up(folder: Path) -> None:
         raise problem
     run.check_unchanged(parts.run_config(folder).model_dump(mode="json"), changeable())
     run.recorded_count("training.micro_batch_tokens")
-    with contextlib.closing(MetricsLog(run.metrics, 3)) as log:
+    with contextlib.closing(RowLog(run.metrics, 3)) as log:
         log.append({"split": "train", "step": 4, "loss": 0.5})
         log.last("eval")
     found = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]

@@ -119,7 +119,7 @@ def test_what_fails_in_the_background_is_said_by_the_next_call(learner, tokenize
 
 def test_what_was_saved_comes_back(learner, tokenizer, tmp_path):
     writer = writer_of(tmp_path, tokenizer, background=True)
-    writer.save(learner, RunNotes(FINGERPRINTS, "rows", {"loss": 1.5}))
+    writer.save(learner, RunNotes(FINGERPRINTS, "rows", {"loss": 1.5}, {"samples": "others"}))
     writer.finish()
     weights = {name: tensor.clone() for name, tensor in learner.policy.state().items()}
     moments = moments_of(learner)
@@ -127,6 +127,7 @@ def test_what_was_saved_comes_back(learner, tokenizer, tmp_path):
     learner.skips.count = 3
     record = restore_checkpoint(newest_whole(tmp_path, FINGERPRINTS), learner)
     assert (record.step, record.metrics, record.before) == (1, "rows", {"loss": 1.5})
+    assert record.rows == {"samples": "others"}
     assert learner.done == 1
     assert all(torch.equal(tensor, weights[name]) for name, tensor in learner.policy.state().items())
     assert all(torch.equal(moment, moments[name]) for name, moment in moments_of(learner).items())

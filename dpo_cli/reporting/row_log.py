@@ -1,4 +1,4 @@
-"""`metrics.jsonl`, to which the metrics of every run are written."""
+"""The files to which a run adds rows, each with the step that it is of: `metrics.jsonl` and those beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.system.storage import is_open_at, write_text
 
 
-class MetricsLog:
-    """A run's `metrics.jsonl`: each step once, also after crashes.
+class RowLog:
+    """A file of rows, in which those of each step are once, also after crashes.
 
     Args:
         path: The file.
@@ -36,35 +36,36 @@ class MetricsLog:
 
     def last(self, split: str) -> dict[str, Any] | None:
         """Return the last row of a split."""
-        rows = [row for _, row in _whole_lines(self._path) if row.get("split") == split]
+        rows = [row for row in rows_in(self._path) if row.get("split") == split]
         return rows[-1] if rows else None
 
-    def forget(self, split: str, step: int) -> None:
-        """Remove the row of a split at a step, which is written again.
+    def forget(self, step: int, split: str | None = None) -> None:
+        """Remove the rows of a step, those of a split alone if one is named: they are written again.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: The file cannot be written.
         """
         self.close()
-        self._keep(lambda row: (row.get("split"), row["step"]) != (split, step))
+        self._keep(lambda row: row["step"] != step or row.get("split") != split)
 
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row; a reader of the file sees it at once.
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Add rows; a reader of the file sees them at once.
 
         Raises:
-            UserError: It cannot be written, or the file is gone.
+            UserError: They cannot be written, or the file is gone.
         """
         try:
             if not is_open_at(self._file.fileno(), self._path):
-                what = "the metrics file was removed or replaced during the run"
+                what = f"{self._path.name} was removed or replaced during the run"
                 hint = "use `--resume` to continue from the last checkpoint if it still exists"
                 raise UserError(what, str(self._path), hint, status=FAILED)
-            line = _line(row)
-            self._file.write(line)
+            lines = list(map(_line, rows))
+            self._file.write("".join(lines))
             self._file.flush()
-            self._remember(json.loads(line))
         except OSError as error:
-            raise from_os_error(error, "writing the metrics", str(self._path)) from error
+            raise self._refused(error) from error
+        for line in lines:
+            self._remember(json.loads(line))
 
     def _keep(self, wanted: Callable[[dict[str, Any]], bool], first: dict[str, Any] | None = None) -> None:
         """Keep the rows that are wanted, after `first` if there is one, and append to them from now on."""
@@ -75,9 +76,12 @@ class MetricsLog:
             write_text(self._path, "".join(f"{text}\n" for text, _ in kept))
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
-            raise from_os_error(error, "writing the metrics", str(self._path)) from error
+            raise self._refused(error) from error
         for _, row in kept:
             self._remember(row)
+
+    def _refused(self, error: OSError) -> UserError:
+        return from_os_error(error, f"writing {self._path.name}", str(self._path))
 
     def _remember(self, row: dict[str, Any]) -> None:
         """Add a row to the digest, without speed, which differs from run to run."""
@@ -92,7 +96,7 @@ class MetricsLog:
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
-            raise from_os_error(error, "writing the metrics", str(self._path)) from error
+            raise self._refused(error) from error
 
     def close(self) -> None:
         """Close the file; a write that failed before may fail again, which is ignored."""
@@ -104,14 +108,14 @@ def figures_at(path: Path, step: int, digest: str) -> dict[str, dict[str, Any]]:
     """Return the held-out figures before step 1, where they are known, and after a step.
 
     Args:
-        path: The file of the rows.
+        path: The `metrics.jsonl` of a run.
         step: The step.
         digest: That of the rows up to it.
 
     Returns:
         The figures by the time of their measurement; empty where none were measured then, or rows have changed since.
     """
-    rows = [row for _, row in _whole_lines(path) if row["step"] <= step]
+    rows = [row for row in rows_in(path) if row["step"] <= step]
     if _digest_of(rows) != digest:
         return {}
     measured = {row["step"]: row for row in rows if row.get("split") == "eval"}
@@ -120,8 +124,13 @@ def figures_at(path: Path, step: int, digest: str) -> dict[str, dict[str, Any]]:
 
 
 def digest_in(path: Path) -> str:
-    """Return the digest of all rows of a file, as that of a `MetricsLog`."""
-    return _digest_of(row for _, row in _whole_lines(path))
+    """Return the digest of all rows of a file, as that of a `RowLog`."""
+    return _digest_of(rows_in(path))
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file that are complete; none where there is no file."""
+    return [row for _, row in _whole_lines(path)]
 
 
 def _digest_of(rows: Iterable[dict[str, Any]]) -> str:
@@ -133,7 +142,7 @@ def _digested(row: dict[str, Any]) -> bytes:
     return json.dumps({**row, "tokens_per_second": None}, sort_keys=True).encode()
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: Mapping[str, Any]) -> str:
     """Write a row as JSON, which has no infinity: an overflowed gradient norm is null."""
     known = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
     return json.dumps(known, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` has each step once, whatever a crash left in it."""
+"""A file of rows has those of each step once, whatever a crash left in it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from dpo_cli.reporting.metrics_log import MetricsLog
+from dpo_cli.errors import UserError
+from dpo_cli.reporting.row_log import RowLog, digest_in, rows_in
 
 
 def row(step, split="train", **values):
@@ -18,7 +19,7 @@ def read(path):
 
 
 def test_rows_are_on_disk_as_soon_as_they_are_added(tmp_path):
-    log = MetricsLog(tmp_path / "m.jsonl", 0)
+    log = RowLog(tmp_path / "m.jsonl", 0)
     log.append(row(1, loss=0.5))
     assert read(tmp_path / "m.jsonl") == [row(1, loss=0.5)]
     log.close()
@@ -29,7 +30,7 @@ def test_on_resume_later_steps_and_torn_lines_are_removed_and_evaluations_kept(t
     path = tmp_path / "m.jsonl"
     rows = [row(1), row(2), row(2, "eval"), row(3), row(4), row(4, "eval")]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows) + torn)
-    log = MetricsLog(path, 2)
+    log = RowLog(path, 2)
     log.append(row(3, loss=1.0))
     assert read(path) == [row(1), row(2), row(2, "eval"), row(3, loss=1.0)]
     assert log.last("eval") == row(2, "eval")
@@ -40,11 +41,11 @@ def test_on_resume_later_steps_and_torn_lines_are_removed_and_evaluations_kept(t
 @pytest.mark.parametrize("there", [[], [row(0, "eval", loss=0.7)], [row(0, "eval", loss=9.9)], [row(0), row(0)]])
 def test_the_row_that_a_checkpoint_keeps_is_the_first_whatever_became_of_the_file(tmp_path, there):
     path, before, step = tmp_path / "m.jsonl", row(0, "eval", loss=0.7), row(1, loss=0.5)
-    whole = MetricsLog(path, 0)
+    whole = RowLog(path, 0)
     whole.append(before)
     whole.append(step)
     path.write_text("".join(json.dumps(r) + "\n" for r in [*there, step, row(2)]))
-    again = MetricsLog(path, 1, before)
+    again = RowLog(path, 1, before)
     assert read(path) == [before, step]
     assert again.digest == whole.digest
     whole.close()
@@ -54,13 +55,43 @@ def test_the_row_that_a_checkpoint_keeps_is_the_first_whatever_became_of_the_fil
 def test_before_the_first_step_no_row_of_an_earlier_start_stays(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in [row(0, "eval"), row(1)]))
-    MetricsLog(path, 0).close()
+    RowLog(path, 0).close()
     assert read(path) == []
 
 
 def test_a_value_that_json_has_no_word_for_is_null(tmp_path):
     """A float16 run may overflow a gradient's norm and go on; the file stays JSON."""
-    log = MetricsLog(tmp_path / "m.jsonl", 0)
+    log = RowLog(tmp_path / "m.jsonl", 0)
     log.append(row(1, loss=0.5, grad_norm=float("inf")))
     assert read(tmp_path / "m.jsonl") == [row(1, loss=0.5, grad_norm=None)]
+    log.close()
+
+
+def test_several_rows_of_a_step_are_added_and_removed_together(tmp_path):
+    path = tmp_path / "m.jsonl"
+    log = RowLog(path, 0)
+    log.append({"step": 0, "pair": 1}, {"step": 0, "pair": 2})
+    log.append({"step": 3, "pair": 1}, {"step": 3, "pair": 2})
+    before = log.digest
+    log.forget(3)
+    assert read(path) == rows_in(path) == [{"step": 0, "pair": 1}, {"step": 0, "pair": 2}]
+    log.append({"step": 3, "pair": 1}, {"step": 3, "pair": 2})
+    assert log.digest == before == digest_in(path)
+    log.close()
+
+
+def test_of_a_step_the_rows_of_one_split_alone_are_removed(tmp_path):
+    log = RowLog(tmp_path / "m.jsonl", 0)
+    log.append(row(1), row(1, "eval"), row(2))
+    log.forget(1, "eval")
+    assert read(tmp_path / "m.jsonl") == [row(1), row(2)]
+    log.close()
+
+
+def test_a_file_that_was_replaced_gets_no_more_rows(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    log = RowLog(path, 0)
+    path.unlink()
+    with pytest.raises(UserError, match=r"samples.jsonl was removed or replaced during the run"):
+        log.append(row(1))
     log.close()
