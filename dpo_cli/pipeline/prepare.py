@@ -18,7 +18,7 @@ from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.folders.tokenizers import generation_config
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, prepared_pairs, shown_counts, split
 from dpo_cli.reporting.console import Console
-from dpo_cli.reporting.data_check import PathLine, Wrapped, findings, reading
+from dpo_cli.reporting.data_check import PathLine, Wrapped, findings, screen
 from dpo_cli.reporting.pages.data import data_page
 from dpo_cli.reporting.safe_text import as_json
 from dpo_cli.reporting.tables import MarkedPair, marked_pair
@@ -45,21 +45,17 @@ def prepare(
     """
     tokenizer, tokenize = load_tokenizer(config, console)
     pairs = prepared_pairs(config, as_sources(config.data.train), tokenize, console, out)
-    console.block()
-    console.result(reading("data.train", pairs.manifest["statistics"]))
+    sources = held_out_sources(config)
+    others = prepared_pairs(config, sources, tokenize, console) if sources else None
+    found = check(config, split(config, pairs, others), tokenizer)
     marked = _marked(pairs, tokenizer, show)
     for pair in marked:
         console.block()
         console.result(Wrapped(marked_pair(pair, colour=console.has_colour)))
-    others = None
-    if sources := held_out_sources(config):
-        others = prepared_pairs(config, sources, tokenize, console)
-        console.block()
-        console.result(reading("data.eval", others.manifest["statistics"]))
-    found = check(config, split(config, pairs, others), tokenizer)
-    show_check(found, console)
     folder = report or _report_folder(config, pairs, out)
     _write(found, marked, folder)
+    console.block()
+    console.result(screen(found))
     console.block()
     console.result(PathLine("report", folder / PAGE))
     if strict and found.grave:

@@ -1,19 +1,21 @@
-"""The check of the data on a terminal: what was read, the findings, an example of each; lines wrap at words.
+"""The check of the data on one screen of 80 columns and 40 rows: findings, then the most important figures.
 
-All explanations and further examples are on the page.
+On a pipe it is as wide. All that does not fit is on the page: explanations, more examples, sources, all lengths.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, Group
-from rich.table import Table
+from rich.segment import Segment
 from rich.text import Text
 
 from dpo_cli.data.checkup.report import Example, Finding, LengthBias, Report
+from dpo_cli.data.findings import Severity
 from dpo_cli.reporting.safe_text import as_text, visible
 from dpo_cli.reporting.tables import PART_STYLES, percent, tokens_table
 
@@ -24,11 +26,11 @@ _INDENT, _LABEL_WIDTH = 4, 10
 _MANY_DROPPED = 0.1
 """The share of dropped rows above which they are shown in bold."""
 
-_FEW_FINDINGS, _SOME_FINDINGS = 2, 5
-"""Up to so many findings, each text of an example has two lines, or one; with more findings none, to fit the screen."""
+_FINDING_LINES = 18
+"""Lines for the findings: the figures, the report's place and the notices before it fit below them in 40 rows."""
 
-_PIPE_WIDTH = 1000
-"""A width that no terminal has."""
+_SCREEN_WIDTH, _PIPE_WIDTH = 80, 1000
+"""The width of what goes to a pipe, and one that no terminal has."""
 
 
 class Wrapped:
@@ -57,11 +59,28 @@ class Wrapped:
             yield Text.assemble(self._before if number == 1 else " " * self._before.cell_len, line)
 
 
-def reading(setting: str, statistics: Mapping[str, Any]) -> Group:
-    """Show what was read for a setting, from which sources, and how long the pairs are."""
+def screen(report: Report) -> ConsoleRenderable:
+    """Show the findings, what was read for each setting, how long the training pairs are, and a summary."""
+    read = [reading(setting, statistics) for setting, statistics in report.read.items()]
+    sides = Wrapped(Text(f"{report.num_train:,} pairs to train on, {report.num_held_out:,} held out"))
+    tokens = tokens_table(report.read["data.train"])
+    return _AtMostPipe(Group(_Findings(report), *read, sides, tokens, *_summary(report)))
+
+
+def findings(report: Report) -> ConsoleRenderable:
+    """Show the findings and a summary."""
+    return _AtMostPipe(Group(_Findings(report), *_summary(report)))
+
+
+def reading(setting: str, statistics: Mapping[str, Any]) -> Wrapped:
+    """Say what was read for a setting."""
     sources = statistics["sources"]
     shapes = ", ".join(dict.fromkeys(visible(source["shape"]) for source in sources))
-    counts = [f"{statistics['rows_read']:,} rows of the shape {shapes}", f"{statistics['pairs_kept']:,} pairs"]
+    from_where = f" from {len(sources):,} sources" if len(sources) > 1 else ""
+    counts = [
+        f"{statistics['rows_read']:,} rows of the shape {shapes}{from_where}",
+        f"{statistics['pairs_kept']:,} pairs",
+    ]
     for name, what in (
         ("truncated", "with a truncated prompt"),
         ("weighted", "with a weight other than 1"),
@@ -69,37 +88,54 @@ def reading(setting: str, statistics: Mapping[str, Any]) -> Group:
     ):
         if count := statistics[name]:
             counts.append(f"{count:,} {what}")
-    blocks: list[ConsoleRenderable] = [Wrapped(Text.assemble((f"{setting}: ", "bold"), as_text(", ".join(counts))))]
-    if len(sources) > 1:
-        blocks += [Text(), _sources_table(sources)]
-    return Group(*blocks, Text(), tokens_table(statistics))
+    return Wrapped(Text.assemble((f"{setting}: ", "bold"), as_text(", ".join(counts))))
 
 
-def _sources_table(sources: Sequence[Mapping[str, Any]]) -> Table:
-    """Show what was read from each source."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("source", overflow="fold")
-    table.add_column("shape", no_wrap=True)
-    table.add_column("rows", justify="right", no_wrap=True)
-    table.add_column("pairs", justify="right", no_wrap=True)
-    for source in sources:
-        names = (Text(visible(source[name])) for name in ("source", "shape"))
-        table.add_row(*names, f"{source['rows']:,}", f"{source['pairs']:,}")
-    return table
+class _AtMostPipe:
+    """Renders something as wide as the terminal, and on a pipe as wide as a narrow one."""
+
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        width = options.max_width if options.max_width < _PIPE_WIDTH else _SCREEN_WIDTH
+        yield from console.render(self._inner, options.update(width=width))
 
 
-def findings(report: Report) -> Group:
-    """Show the findings, the most severe first, with an example of each, and a summary."""
-    num_lines = 2 if len(report.findings) <= _FEW_FINDINGS else int(len(report.findings) <= _SOME_FINDINGS)
-    lines: list[ConsoleRenderable] = []
-    for finding in report.findings:
-        lines.append(_headline(finding, report))
-        lines += [_ExampleLines(example, num_lines) for example in finding.examples[:1]]
-    return Group(*lines, *([""] if lines else []), *(Wrapped(Text(as_text(line))) for line in _summary(report)))
+class _Findings:
+    """The findings, the most severe first, in as much detail as their lines hold, and an empty line after them."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        lines: list[list[Segment]] = []
+        for blocks in self._from_long_to_short():
+            lines = console.render_lines(Group(*blocks), options, pad=False)
+            if len(lines) <= _FINDING_LINES:
+                break
+        for line in [*lines, []] if self._report.findings else ():
+            yield from line
+            yield Segment.line()
+
+    def _from_long_to_short(self) -> Iterator[list[ConsoleRenderable]]:
+        """Yield them with examples of two lines a text, of one, of none; without examples; the last by their names."""
+        found = self._report.findings
+        for num_lines in (2, 1, 0):
+            yield [block for finding in found for block in self._with_example(finding, num_lines)]
+        for max_lines in (None, 1):
+            yield [_headline(finding, self._report, max_lines) for finding in found]
+        for count in reversed(range(len(found))):
+            headlines = (_headline(finding, self._report, 1) for finding in found[:count])
+            yield [*headlines, *_named(found[count:])]
+
+    def _with_example(self, finding: Finding, num_lines: int) -> Iterator[ConsoleRenderable]:
+        yield _headline(finding, self._report)
+        yield from (_ExampleLines(example, num_lines) for example in finding.examples[:1])
 
 
-def _headline(finding: Finding, report: Report) -> Wrapped:
-    """Say in one line what was found and how often."""
+def _headline(finding: Finding, report: Report, max_lines: int | None = None) -> Wrapped:
+    """Say what was found and how often."""
     share = percent(finding.share)
     pairs = "pair" if finding.count == 1 else "pairs"
     shown = f"{finding.count:,} {pairs} ({share}): {finding.title}{' (heuristic)' * finding.heuristic}"
@@ -109,8 +145,19 @@ def _headline(finding: Finding, report: Report) -> Wrapped:
         shown, style = f"{finding.count:,} {finding.title}: {advice}", "bold" * (finding.share > _MANY_DROPPED)
     if finding.name == "length_bias":
         shown = length_bias_line(report.length_bias)
-    label = Text(f"{finding.severity:<9}", _SEVERITY_STYLES[finding.severity])
-    return Wrapped(Text.assemble((f"{finding.name}: ", "bold"), (_shown(shown), style)), label=label)
+    text = Text.assemble((f"{finding.name}: ", "bold"), (_shown(shown), style))
+    return Wrapped(text, label=_severity(finding.severity), max_lines=max_lines)
+
+
+def _named(found: Sequence[Finding]) -> Iterator[Wrapped]:
+    """Say of findings their names and how often, in a paragraph for each severity."""
+    for severity, some in itertools.groupby(found, lambda finding: finding.severity):
+        counts = ", ".join(f"{finding.name} {finding.count:,}" for finding in some)
+        yield Wrapped(Text(f"also: {counts}"), label=_severity(severity))
+
+
+def _severity(severity: Severity) -> Text:
+    return Text(f"{severity:<9}", _SEVERITY_STYLES[severity])
 
 
 class _ExampleLines:
@@ -130,10 +177,9 @@ class _ExampleLines:
             yield Wrapped(Text(f"{place}: {_shown(dropped)}"), indent=_INDENT)
             return
         yield Wrapped(Text(place, "dim"), indent=_INDENT)
-        max_lines = self._num_lines if options.max_width < _PIPE_WIDTH else 1
-        for name, text in self._example.texts.items() if max_lines else ():
-            label = Text(f"{name:<{_LABEL_WIDTH}}", PART_STYLES[name])
-            yield Wrapped(Text(_shown(text), PART_STYLES[name]), indent=_INDENT, label=label, max_lines=max_lines)
+        for name, text in self._example.texts.items() if self._num_lines else ():
+            label, style = Text(f"{name:<{_LABEL_WIDTH}}", PART_STYLES[name]), PART_STYLES[name]
+            yield Wrapped(Text(_shown(text), style), indent=_INDENT, label=label, max_lines=self._num_lines)
 
     def _places(self) -> list[str]:
         return [_shown(origin) for origin in (self._example.origin, self._example.other) if origin]
@@ -148,8 +194,12 @@ def _short(origin: str, width: int) -> str:
     )
 
 
-def _summary(report: Report) -> Iterator[str]:
+def _summary(report: Report) -> Iterator[Wrapped]:
     """Summarize what is not a finding."""
+    yield from (Wrapped(Text(as_text(line))) for line in _summary_lines(report))
+
+
+def _summary_lines(report: Report) -> Iterator[str]:
     if not any(finding.name == "length_bias" for finding in report.findings):
         yield length_bias_line(report.length_bias)
     if (margins := report.margins) and margins.used:
@@ -162,7 +212,7 @@ def _summary(report: Report) -> Iterator[str]:
     if report.left_out:
         yield f"left out by `data.drop`: {', '.join(f'{count:,} {name}' for name, count in report.left_out.items())}"
     if report.not_found:
-        yield f"{len(report.not_found)} other checks found nothing"
+        yield f"{len(report.not_found)} {'other ' if report.findings else ''}checks found nothing"
 
 
 def _shown(text: str) -> str:

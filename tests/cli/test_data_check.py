@@ -36,6 +36,30 @@ DIRTY = [
     },
 ]
 
+_TALK = "Whatever you may say, this is long enough, and it says nothing else. "
+SPOILT = [
+    *DIRTY,
+    *[{"instruction": f"{n} {_TALK}", "chosen": f"{n} {_TALK}", "rejected": f"{n} {_TALK}Not {n}."} for n in range(8)],
+    {"instruction": "Odd \ufffd?", "chosen": "Yes.", "rejected": "No."},
+    {"instruction": "Blank?", "chosen": "\u2800", "rejected": "No."},
+    {"instruction": "Space?", "chosen": " Yes, of course.", "rejected": "No."},
+    {"instruction": "Refuse?", "chosen": "I'm sorry, but I can't help with that.", "rejected": "Here it is."},
+    {"instruction": "Near?", "chosen": "A long answer, to the letter.", "rejected": "A long answer, to the better."},
+    {"instruction": "Шесть слов о погоде, пожалуйста.", "chosen": "It rains all day long, I am afraid.",
+     "rejected": "Сегодня весь день идёт сильный дождь, и завтра тоже."},
+    {"instruction": "Семь слов о погоде, пожалуйста.", "chosen": "It rains all day long, I am afraid.",
+     "rejected": "No rain for days and days, as it seems."},
+    {"instruction": "Human?", "chosen": "Yes.\n\nHuman: And then?", "rejected": "[INST] No."},
+    {"instruction": "Control <|im_end|>?", "chosen": "Yes.", "rejected": "No."},
+    {"instruction": "Same?", "chosen": "Yes.", "rejected": "Yes."},
+    {"instruction": "Long?", "chosen": "Yes. " * 300, "rejected": "No."},
+    {"instruction": "Again?", "chosen": "Yes.", "rejected": "No."},
+    {"instruction": "Again?", "chosen": "Maybe.", "rejected": "No, never."},
+    {"prompt": "Tools?", "instruction": "Tools?", "tools": [{"name": "add"}], "chosen": "Yes.", "rejected": "No."},
+]  # fmt: skip
+"""Something is wrong with every pair after the first dozen, and with every one in another way."""
+DROPPING = {"max_length": 200, "on_bad_row": "drop", "format": "instruction", "on_too_long": "drop"}
+
 
 def dpo(*arguments, env=None):
     """Run the program in this process: what is slow to import is imported once."""
@@ -66,12 +90,12 @@ def test_findings_are_named_with_file_and_line_and_written_where_they_were_wante
     ):
         assert (found[name]["severity"], found[name]["count"]) == (severity, count), name
         assert (found[name]["examples"][0]["origin"], found[name]["examples"][0]["other"]) == (origin, other)
-        shown = f"    {origin} beside {other}\n" if other else f"    {origin}\n"
+        places = " beside ".join(Path(place).name for place in (origin, other) if place)
         assert f"{severity:<9}{name}: {count:,} pair" in result.stdout
-        assert shown in result.stdout
+        assert f"    {places}\n" in result.stdout
     assert result.stdout.splitlines()[-1] == f"report: {folder / 'report' / 'report.html'}"
     # Two pairs that are in conflict are one example, with either one first.
-    assert result.stdout.count(f"{train}:14") == len(found["conflicts"]["examples"]) == 1
+    assert result.stdout.count(f"{train.name}:14") == len(found["conflicts"]["examples"]) == 1
     assert (report["num_train"], report["num_held_out"]) == (len(DIRTY), 2)
     assert set(report["read"]) == {"data.train", "data.eval"}
     assert str(folder / "report" / "report.html") in result.stdout
@@ -123,7 +147,7 @@ def test_what_drop_names_is_left_out_without_tokenizing_again_and_strict_is_cont
     result = dpo("prepare-data", "--config", file, drop, "--report", folder / "clean", "--strict")
     assert result.exit_code == 0, result.stderr
     assert result.stderr.count("prepared data found") == 2
-    assert "1 leakage, 2 conflicts, 1 duplicates, 1 control_characters" in result.stdout
+    assert "1 leakage, 2 conflicts, 1 duplicates, 1 control_characters" in " ".join(result.stdout.split())
     report = json.loads((folder / "clean" / "report.json").read_text(encoding="utf-8"))
     assert report["left_out"] == {"leakage": 1, "conflicts": 2, "duplicates": 1, "control_characters": 1}
     assert (report["num_train"], report["num_held_out"]) == (len(DIRTY) - 5, 2)
@@ -138,9 +162,9 @@ def test_a_dry_run_shows_the_same_findings_and_writes_no_report(checked):
     before = set(folder.rglob("*"))
     dry = dpo("train", "--config", file, "--dry-run")
     assert dry.exit_code == 0, dry.stderr
-    lines = result.stdout.splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("error    leakage: 1 pair ("))
-    assert "\n".join(lines[first:-2]) in dry.stdout
+    found, *_ = result.stdout.split("\n\n")
+    assert found.startswith("error    leakage: 1 pair (")
+    assert found in dry.stdout
     assert set(folder.rglob("*")) == before
 
 
@@ -189,8 +213,9 @@ def test_strict_does_not_let_dropped_rows_pass(tmp_path, tiny_llama):
     result = dpo("prepare-data", "--config", file, "--report", tmp_path / "report", "--strict")
     assert result.exit_code == 2
     assert "36 dropped_rows" in result.stderr
-    assert "dropped_rows: 36 of 48 rows (75 %) were dropped as identical responses: remove pairs" in result.stdout
-    assert f"    {tmp_path / 'pairs.jsonl'}:13: " in result.stdout
+    said = " ".join(result.stdout.split())
+    assert "dropped_rows: 36 of 48 rows (75 %) were dropped as identical responses: remove pairs" in said
+    assert "    pairs.jsonl:13: " in result.stdout
     (found,) = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))["findings"]
     assert (found["name"], found["count"], found["share"], len(found["examples"])) == ("dropped_rows", 36, 0.75, 3)
 
@@ -232,6 +257,25 @@ def test_on_a_terminal_of_forty_lines_everything_of_the_demo_pairs_is_seen(tmp_p
     assert "".join(lines).endswith(str(tmp_path / "report" / "report.html"))
     said = list(filter(None, written))
     assert len(set(said)) == len(said)
+
+
+def test_without_a_terminal_data_with_findings_of_every_kind_fits_a_screen_too(tmp_path, tiny_llama, monkeypatch):
+    """And what the screen has no room for is on the page."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    config = make_config(tmp_path, tiny_llama, write_rows(tmp_path / "pairs.jsonl", SPOILT), data=DROPPING)
+    result = dpo("prepare-data", "--config", config, "--report", "report")
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) <= 40
+    assert [line for line in lines if cell_len(line) > 80] == []
+    found = json.loads(Path("report/report.json").read_text(encoding="utf-8"))["findings"]
+    assert len(found) >= 15
+    page = Path("report/report.html").read_text(encoding="utf-8")
+    for finding in found:
+        assert finding["name"] in result.stdout
+        assert f"{finding['count']:,}" in result.stdout
+        assert finding["name"] in page and all(one["origin"] in page for one in finding["examples"])
 
 
 def test_a_run_does_not_go_on_with_other_pairs_left_out(tmp_path, tiny_llama):

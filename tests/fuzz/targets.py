@@ -202,14 +202,14 @@ def _examine(pairs: Any) -> None:
     from rich.console import Console
 
     from dpo_cli.data.checkup.examine import examine
-    from dpo_cli.reporting.data_check import findings, reading
+    from dpo_cli.reporting.data_check import findings, screen
     from dpo_cli.reporting.pages.data import data_page
 
     statistics = pairs.manifest["statistics"]
     read = {"data.train": statistics}
     report = examine(pairs, *pairs.hold_out(0.5, 0), max_length=1000, read=read, tokenizer=parts.tokenizer())
     assert "<h1" in data_page(report)
-    for shown in (reading("data.train", statistics), findings(report)):
+    for shown in (screen(report), findings(report)):
         Console(file=io.StringIO(), width=80).print(shown)
     assert json.dumps(report.as_json(), allow_nan=False)
 

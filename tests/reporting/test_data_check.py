@@ -1,8 +1,9 @@
-"""What the check of the data shows on a terminal of any width, and on a pipe."""
+"""What the check of the data shows on a screen of any width, and on a pipe."""
 
 from __future__ import annotations
 
 import io
+import re
 from pathlib import PurePath
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dpo_cli.data.checkup.report import Example, Finding, LengthBias, Lengths, Margins, Report
-from dpo_cli.reporting.data_check import PathLine, Wrapped, findings, length_bias_line, reading
+from dpo_cli.reporting.data_check import PathLine, Wrapped, findings, length_bias_line, reading, screen
 
 WIDTHS = [60, 80, 120]
 LENGTHS = {"min": 1, "p50": 20, "p99": 12345, "mean": 1234.5}
@@ -59,8 +60,9 @@ DROPPED = found(
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_line_is_wider_than_the_terminal_and_words_stay_whole(width, said):
     shown = text(findings(report(found("conflicts", "warning", 2, 0.1, "a title", example(said)), DROPPED)), width)
-    several = [{**ONE, "source": "/a/folder/" + "long" * 30}, ONE]
-    shown += text(reading("data.train", {**STATISTICS, "sources": several, "weighted": 3, "with_margin": 4}), width)
+    several = [{**ONE, "shape": "long" * 30}, ONE]
+    read = {"data.train": {**STATISTICS, "sources": several, "weighted": 3, "with_margin": 4}}
+    shown += text(screen(report(found("conflicts", "warning", 2, 0.1, "a title", example(said)), read=read)), width)
     lines = shown.splitlines()
     assert max(map(cell_len, lines)) <= width
     assert all(line.isprintable() for line in lines)
@@ -84,13 +86,34 @@ def test_a_finding_is_a_line_and_one_example_with_its_texts_indented_and_coloure
     assert "Means much" not in plain
 
 
-@pytest.mark.parametrize(("number", "lines"), [(1, 2), (2, 2), (3, 1), (5, 1), (6, 0), (24, 0)])
+@pytest.mark.parametrize(("number", "lines"), [(1, 2), (2, 2), (3, 1), (4, 0), (9, 0)])
 def test_examples_are_the_shorter_the_more_findings_there_are(number, lines):
+    """18 lines hold findings of a line each with a place and three texts of two lines, of one, or of none."""
     listed = [found(f"finding_{n}", "warning", 2, 0.25, "a title", example()) for n in range(number)]
     shown = text(findings(report(*listed)), 60).splitlines()
     assert sum("prompt" in line for line in shown) == number * bool(lines)
     assert len([line for line in shown if line.startswith(" " * 14)]) == number * 3 * max(0, lines - 1)
     assert sum(line.endswith("…") for line in shown) == number * 3 * bool(lines)
+    assert sum("pairs.jsonl" in line for line in shown) == number
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("number", [10, 18, 19, 36])
+def test_of_findings_that_no_screen_holds_the_last_are_named_and_counted(number, width):
+    severities = ["error"] * 2 + ["warning"] * (number // 2) + ["info"] * number
+    listed = [found(f"finding_{n}", severities[n], 1000 + n, 0.25, "t " * 30, example()) for n in range(number)]
+    shown = text(findings(report(*listed)), width).split("\n\n")[0].splitlines()
+    assert len(shown) <= 18
+    assert shown[0].startswith("error    finding_0: 1,000 pairs (25.0 %): t")
+    assert "pairs.jsonl" not in "".join(shown) or number < 18
+    words = re.findall(r"finding_\d+:? \S+\d", " ".join(" ".join(shown).split()))
+    assert [word.replace(":", "") for word in words] == [f"finding_{n} {1000 + n:,}" for n in range(number)]
+    assert all(line.startswith(("error ", "warning ", "info ", " ")) for line in shown)
+
+
+def test_a_pipe_has_the_screen_of_a_narrow_terminal():
+    listed = [found(f"finding_{n}", "warning", 2, 0.25, "a title", example()) for n in range(3)]
+    assert text(screen(report(*listed)), 10_000) == text(screen(report(*listed)), 80)
 
 
 @pytest.mark.parametrize(("share", "bold"), [(0.51, True), (0.1, False)])
@@ -119,12 +142,6 @@ def test_margins_are_shown_where_the_loss_uses_them():
     assert "margin" not in text(findings(report(margins=Margins(False, 1234, 0.5, 3.0, 8.25))))
 
 
-def test_a_pipe_has_whole_names_and_texts_in_a_line_each():
-    shown = text(findings(report(found("conflicts", "warning", 2, 0.25, "a title", example()))), 10_000).splitlines()
-    assert "    /a/folder/with/a/long/name/pairs.jsonl:14 beside /a/folder/with/a/long/name/pairs.jsonl:2" in shown
-    assert f"    chosen    {ENGLISH}" in shown
-
-
 def test_weights_and_margins_are_counted_where_there_are_any():
     plain = text(reading("data.train", STATISTICS))
     assert plain.splitlines()[0] == "data.train: 9 rows of the shape text, 8 pairs"
@@ -132,12 +149,27 @@ def test_weights_and_margins_are_counted_where_there_are_any():
     assert "1,234 with a weight other than 1, 5 with a margin other than 0" in shown
 
 
-def test_several_sources_have_a_table():
+def test_several_sources_are_counted():
     assert "source" not in text(reading("data.train", STATISTICS))
-    several = [ONE, {"source": "[red]\x1b", "shape": "hh", "rows": 1234, "pairs": 1200}]
-    lines = [line.split() for line in text(reading("data.train", STATISTICS | {"sources": several})).splitlines()]
-    start = lines.index(["source", "shape", "rows", "pairs"])
-    assert lines[start + 1 : start + 3] == [["a.jsonl", "text", "9", "8"], ["[red]\\x1b", "hh", "1,234", "1,200"]]
+    several = [ONE, {"source": "b.jsonl", "shape": "[red]\x1b", "rows": 1234, "pairs": 1200}]
+    shown = text(reading("data.train", STATISTICS | {"sources": several}))
+    assert shown == "data.train: 9 rows of the shape text, [red]\\x1b from 2 sources, 8 pairs\n"
+
+
+def test_the_screen_has_the_findings_then_what_was_read_then_lengths():
+    read = {"data.train": STATISTICS, "data.eval": STATISTICS | {"rows_read": 3}}
+    shown = text(screen(report(found(), read=read)), 80).splitlines()
+    starts = ["error    leakage:", "data.train: 9 rows", "data.eval: 3 rows", "9 pairs to train on, 0 held out"]
+    starts += ["tokens", "prompt", "chosen", "rejected", "the longer response is", "2 other checks found nothing"]
+    order = [next(number for number, line in enumerate(shown) if line.startswith(start)) for start in starts]
+    assert order == sorted(order)
+    assert (order[0], order[-1]) == (0, len(shown) - 1)
+
+
+def test_without_findings_the_screen_begins_with_what_was_read():
+    shown = text(screen(report()), 80).splitlines()
+    assert shown[0].startswith("data.train: ")
+    assert shown[-1] == "2 checks found nothing"
 
 
 def test_texts_longer_than_their_lines_end_with_dots():
