@@ -81,7 +81,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.attributes += attributes
-        if tag != "meta":
+        if tag not in ("br", "meta"):
             self._open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
