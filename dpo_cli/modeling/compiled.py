@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -89,6 +90,18 @@ def leave_uncompiled(model: PreTrainedModel) -> None:
     """Let the decoder layers of a model be called as they are."""
     for layer in decoder_layers(model):
         layer._compiled_call_impl = None
+
+
+@contextlib.contextmanager
+def uncompiled(model: PreTrainedModel) -> Iterator[None]:
+    """Call the decoder layers of a model as they are while the context lasts, in which shapes change at every call."""
+    compiled = {layer: layer._compiled_call_impl for layer in decoder_layers(model)}
+    leave_uncompiled(model)
+    try:
+        yield
+    finally:
+        for layer, call in compiled.items():
+            layer._compiled_call_impl = call
 
 
 def are_compiled(model: PreTrainedModel) -> bool:
