@@ -70,6 +70,7 @@ check: install
 	$(BIN)/dpo config schema | diff - configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py --check
 	$(BIN)/python scripts/write_findings_page.py --check
+	$(BIN)/python scripts/write_diagnosis_page.py --check
 	$(BIN)/python scripts/write_losses_page.py --check
 	$(BIN)/python scripts/write_shapes_page.py --check
 
@@ -81,6 +82,7 @@ generated: install
 	$(BIN)/dpo config schema > configs/schema.json
 	$(BIN)/python scripts/write_settings_page.py
 	$(BIN)/python scripts/write_findings_page.py
+	$(BIN)/python scripts/write_diagnosis_page.py
 	$(BIN)/python scripts/write_losses_page.py
 	$(BIN)/python scripts/write_shapes_page.py
 	$(BIN)/python scripts/write_layouts_page.py

@@ -9,6 +9,7 @@ from dpo_cli.errors import from_os_error
 from dpo_cli.evaluation.findings.facts import RunFacts
 from dpo_cli.evaluation.findings.finding import Finding
 from dpo_cli.evaluation.findings.history import Row
+from dpo_cli.evaluation.findings.plan_checks import dominated
 from dpo_cli.evaluation.findings.watch import Watch, gravest_first
 from dpo_cli.pipeline.plan import PlannedRun
 from dpo_cli.system.storage import write_text
@@ -41,7 +42,7 @@ class Diagnosis:
     def summary(self) -> list[str]:
         """Say in a line for each finding what was found, the gravest first."""
         found = gravest_first(self._watch.found)
-        return [f"{one.name}, {one.when}: {one.title}" for one in found] or ["nothing found"]
+        return [f"{one.name}, {one.when}: {one.title}" for one in found] or ["nothing"]
 
     def _take(self) -> list[Finding]:
         return self._watch.take(*(file.rows() for file in self._files))
@@ -49,14 +50,13 @@ class Diagnosis:
 
 def facts_of(plan: PlannedRun) -> RunFacts:
     """Return what the diagnosis of a run knows beside its rows."""
-    config, steps, sizes = plan.session.config, plan.steps, plan.data.pairs.sizes
-    training, reference, objective = config.training, config.reference, config.objective
-    return RunFacts(
-        losses=objective.losses,
+    config, steps, pairs = plan.session.config, plan.steps, plan.data.pairs
+    training, reference, sizes = config.training, config.reference, pairs.sizes
+    facts = RunFacts(
+        losses=config.objective.losses,
         trained="all weights" if config.adapter is None else "an adapter",
         learning_rate=training.learning_rate,
         warmup_steps=warmup_steps(training.warmup_ratio, steps.num_steps),
-        max_grad_norm=training.max_grad_norm,
         num_steps=steps.num_steps,
         steps_per_epoch=steps.steps_per_epoch,
         pairs_per_step=min(training.pairs_per_step, len(steps.indices)),
@@ -64,6 +64,9 @@ def facts_of(plan: PlannedRun) -> RunFacts:
         chosen_tokens=float(sizes.chosen_scored[steps.indices].mean()),
         rejected_tokens=float(sizes.rejected[steps.indices].mean()),
     )
+    sources, names = pairs.sources()
+    found = dominated(sources[steps.in_order(0)], names, facts.pairs_per_step, facts.window, facts.num_steps)
+    return facts.model_copy(update={"dominated": found})
 
 
 def _write(facts: RunFacts, file: Path) -> None:

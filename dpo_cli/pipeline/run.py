@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data.pairs.sources import as_sources, describe
-from dpo_cli.evaluation.diagnosis import worsened
 from dpo_cli.evaluation.figures import figures
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.saving import saved_folder
@@ -254,15 +254,15 @@ def _rounded(folder: RunFolder, types: WeightTypes | None, last: int) -> str:
     return f"{said}. `{saved[-1]}` has them in float32: `{export}` writes a model folder of it"
 
 
-def summarize(run: Run, after: dict[str, Any] | None, seconds: float) -> None:
-    """Print what has become of the held-out figures, and where everything is."""
+def summarize(run: Run, after: dict[str, Any] | None, diagnosis: Diagnosis, seconds: float) -> None:
+    """Print what has become of the held-out figures, what was found on the way, and where everything is."""
     console, folder = run.session.console, run.plan.folder
     console.block()
     console.notice(f"done in {clock(seconds)}")
     if after:
         console.result(figures_table(_before_and_after(run, after)))
-        if run.before and (worse := _worsened(run, after)):
-            console.warning(worse)
+    for name, line in zip(itertools.chain(["found"], itertools.repeat("")), diagnosis.summary(), strict=False):
+        console.result(f"{name:<8} {line}")
     console.result(f"model    {folder.final}")
     console.result(f"metrics  {folder.metrics}")
 
@@ -271,17 +271,3 @@ def _before_and_after(run: Run, after: dict[str, Any] | None) -> dict[str, dict[
     """Return the columns of the closing table: the held-out figures before step 1, where they are known, and now."""
     columns = {"before": run.before, "after": after}
     return {name: column for name, column in columns.items() if column} if after else {}
-
-
-def _worsened(run: Run, after: dict[str, Any]) -> str:
-    """Say in one line what is worse than before step 1, and which settings to change; nothing where all is well."""
-    config = run.session.config
-    objective, training = config.objective, config.training
-    chosen_tokens = float(run.batches.pairs.sizes.chosen_scored[run.plan.data.held_out].mean())
-    advice = [f"lower `training.learning_rate` ({training.learning_rate:g})"]
-    advice += [f"train fewer steps ({run.plan.steps.num_steps})"]
-    advice += ["raise `beta` of the loss"] if objective.needs_reference else []
-    advice += ["add the loss `sft`"] if all(loss.type != "sft" for loss in objective.losses) else []
-    advice += ["train an adapter (`adapter: lora`)"] if config.adapter is None else []
-    found = "; ".join(worsened(run.before, after, chosen_tokens))
-    return found and f"the model is worse than before step 1: {found}. Try one of these: {', '.join(advice)}"

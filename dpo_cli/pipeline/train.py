@@ -220,8 +220,8 @@ def _take(run: Run, digests: Mapping[str, str]) -> Iterator[StepResult]:
                 # Rows of a run without held-out pairs that speak of some are not its own.
                 figures = records.log.last("eval") if records.log and run.holds_out else None
                 save_final(run, figures)
-        if records.log:
-            summarize(run, figures, time.monotonic() - started_at)
+        if records.diagnosis:
+            summarize(run, figures, records.diagnosis, time.monotonic() - started_at)
     session.accelerator.wait_for_everyone()
 
 

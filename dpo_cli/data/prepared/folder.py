@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from dpo_cli.data.pairs.renaming import Columns, shown_columns
@@ -35,6 +36,9 @@ _VERSION = "8"
 """Raised whenever the same data would become other tokens or another file."""
 
 PAIRS = "pairs.arrow"
+
+_ROW_NUMBER = r":[^:/]*$"
+"""What follows a file in the origin of a pair: `pairs.jsonl:17`."""
 
 _OF_A_PAIR = [*SCHEMA.names[: SCHEMA.names.index("flags")]]
 """The columns of which a `TokenizedPair` is made, in its order."""
@@ -118,6 +122,13 @@ class PreparedPairs(Sequence[TokenizedPair]):
     def label(self, name: str, index: int) -> str:
         """Return what a pair is called in one of `LABELS`, or nothing."""
         return str(self._table.column(name)[int(index)].as_py())
+
+    def sources(self) -> tuple[NDArray[np.int64], list[str]]:
+        """Return the source of each pair, `[pairs]`, as an index into the names: its label, else the file it is of."""
+        label, origin = self._table.column("source"), self._table.column("origin")
+        named = pc.if_else(pc.equal(label, ""), pc.replace_substring_regex(origin, _ROW_NUMBER, ""), label)
+        encoded = named.combine_chunks().dictionary_encode()
+        return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
 
     def origin(self, index: int) -> str:
         """Return where a pair was read."""

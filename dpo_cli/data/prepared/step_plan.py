@@ -171,7 +171,11 @@ class Plan:
         """Return the indices of the pairs that some step of the run uses, ascending."""
         if self.num_steps >= self.steps_per_epoch:
             return np.sort(self.indices)
-        return np.sort(self.indices[self._order(0)[: self.num_steps * self.pairs_per_step]])
+        return np.sort(self.in_order(0)[: self.num_steps * self.pairs_per_step])
+
+    def in_order(self, epoch: int) -> NDArray[np.int64]:
+        """Return the indices of the training pairs in the order of an epoch, counted from 0."""
+        return self.indices[self._order(epoch)]
 
     def steps(self, cut: Cut, after: int = 0, rank: int = 0, num_ranks: int = 1) -> Iterator[Step]:
         """Yield the steps after step `after`, as one rank sees them, each cut into micro-batches."""
@@ -179,13 +183,12 @@ class Plan:
         for number in range(after + 1, self.num_steps + 1):
             epoch, place = divmod(number - 1, self.steps_per_epoch)
             if epoch != epoch_at_hand:
-                order, epoch_at_hand = self._order(epoch), epoch
-            chosen = order[place * self.pairs_per_step : (place + 1) * self.pairs_per_step]
-            pairs = tuple(int(self.indices[i]) for i in chosen)
+                order, epoch_at_hand = self.in_order(epoch), epoch
+            pairs = tuple(order[place * self.pairs_per_step : (place + 1) * self.pairs_per_step].tolist())
             yield Step(
                 number=number,
                 epoch=self.epochs_after(number),
-                num_pairs=len(chosen),
+                num_pairs=len(pairs),
                 pairs=pairs,
                 micro_batches=self._share(pairs, cut, rank, num_ranks),
             )

@@ -42,8 +42,6 @@ class RunFacts(Settings):
     """The highest learning rate."""
     warmup_steps: int
     """Steps until the learning rate is there."""
-    max_grad_norm: float | None
-    """The norm to which gradients are clipped; null: never."""
     num_steps: int
     """Planned steps."""
     steps_per_epoch: int
@@ -71,6 +69,11 @@ class RunFacts(Settings):
     def objective(self) -> Objective:
         """The losses as one."""
         return Objective(self.losses)
+
+    @property
+    def num_pairs(self) -> int:
+        """About how many training pairs there are."""
+        return self.steps_per_epoch * self.pairs_per_step
 
     @functools.cached_property
     def window(self) -> int:

@@ -40,6 +40,7 @@ class History:
         self.best: tuple[Row, float | None] | None = None
         self.held_out: dict[int, list[Row]] = {}
         self.samples: dict[int, list[Row]] = {}
+        self._learning_steps, self._won_steps = 0, 0.0
 
     def add(self, row: Row) -> None:
         """Take a row of metrics.jsonl."""
@@ -53,6 +54,10 @@ class History:
         self.recent.append(row)
         if len(self.opening) < self.facts.window:
             self.opening.append(row)
+        accuracy = number(row, "rewards/accuracies")
+        if accuracy is not None and self.step > self.facts.warmup_steps:
+            self._learning_steps += 1
+            self._won_steps += accuracy
 
     def _add_evaluation(self, row: Row) -> None:
         self.step = row["step"]
@@ -61,7 +66,7 @@ class History:
             self.before = row
         loss = number(row, "loss")
         if loss is not None and (self.best is None or loss < self.best[0]["loss"]):
-            self.best = row, self.mean("loss")
+            self.best = row, self.mean("loss") if self.step else None
 
     def add_pair(self, row: Row) -> None:
         """Take a row of held_out.jsonl."""
@@ -72,9 +77,14 @@ class History:
         _add_to(self.samples, row)
 
     @property
+    def stepped(self) -> bool:
+        """Whether the row of this step is there."""
+        return bool(self.recent) and self.recent[-1]["step"] == self.step
+
+    @property
     def ends_window(self) -> bool:
         """Whether a whole window of steps ends here: what compares windows looks at each of them once."""
-        full = len(self.recent) == self.facts.window and self.recent[-1]["step"] == self.step
+        full = self.stepped and len(self.recent) == self.facts.window
         return full and (self.step % self.facts.window == 0 or self.step == self.facts.num_steps)
 
     @property
@@ -82,30 +92,55 @@ class History:
         """The held-out figures of this step, if it was evaluated."""
         return self.evaluations[-1] if self.evaluations and self.evaluations[-1]["step"] == self.step else None
 
+    @property
+    def first_loss(self) -> float | None:
+        """The training loss before anything was learned: that of step 1, which without a reference varies by pair."""
+        if self.facts.from_reference:
+            return number(self.opening[0], "loss") if self.opening else None
+        return mean_of(self.opening, "loss")
+
+    @property
+    def accuracy_after_warmup(self) -> tuple[float, int]:
+        """The training accuracy since the warm-up, and of how many pairs."""
+        steps = self._learning_steps
+        return (self._won_steps / steps if steps else 0.5), steps * self.facts.pairs_per_step
+
     def mean(self, name: str) -> float | None:
         """Return the mean of a metric over the last window; None where a value is missing."""
         return mean_of(self.recent, name)
 
-    def began_with(self, name: str) -> float | None:
-        """Return the mean of a metric over the first window; None where a value is missing."""
-        return mean_of(self.opening, name)
-
-    def moved(self, side: str) -> float | None:
-        """Return by how many nats per token the responses of the last window are likelier than before step 1.
-
-        Args:
-            side: `chosen` or `rejected`.
+    def moved(self) -> tuple[float, float] | None:
+        """Return by how many nats per token chosen and rejected responses are likelier than before step 1.
 
         Returns:
-            None where rewards do not tell.
+            Of the held-out pairs where they were scored, else of the window's pairs where rewards tell; else None.
         """
-        facts = self.facts
-        reward = self.mean(f"rewards/{side}") if facts.from_reference else None
-        if reward is None:
+        if self.before and self.evaluated and self.step:
+            changes = [_difference(self.evaluated, self.before, f"logps/{side}") for side in _SIDES]
+            return self._per_token(*changes)
+        if not self.facts.from_reference or not self.ends_window:
             return None
-        loss = facts.objective.reward_source
-        tokens = 1.0 if loss.takes_means else facts.chosen_tokens if side == "chosen" else facts.rejected_tokens
-        return reward / getattr(loss, "beta", 1.0) / tokens
+        loss = self.facts.objective.reward_source
+        beta = getattr(loss, "beta", 1.0)
+        means = [self.mean(f"rewards/{side}") for side in _SIDES]
+        changes = [None if mean is None else mean / beta for mean in means]
+        return _both(*changes) if loss.takes_means else self._per_token(*changes)
+
+    def _per_token(self, chosen: float | None, rejected: float | None) -> tuple[float, float] | None:
+        both = _both(chosen, rejected)
+        return both and (both[0] / self.facts.chosen_tokens, both[1] / self.facts.rejected_tokens)
+
+
+_SIDES = "chosen", "rejected"
+
+
+def _both(chosen: float | None, rejected: float | None) -> tuple[float, float] | None:
+    return None if chosen is None or rejected is None else (chosen, rejected)
+
+
+def _difference(after: Row, before: Row, name: str) -> float | None:
+    then, now = number(before, name), number(after, name)
+    return None if then is None or now is None else now - then
 
 
 def number(row: Row, name: str) -> float | None:

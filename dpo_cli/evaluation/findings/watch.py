@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 from dpo_cli.evaluation.findings.facts import RunFacts
 from dpo_cli.evaluation.findings.finding import Finding, RunCheck, finding
+from dpo_cli.evaluation.findings.held_out_checks import HELD_OUT_CHECKS
 from dpo_cli.evaluation.findings.history import History, Row
+from dpo_cli.evaluation.findings.plan_checks import PLAN_CHECKS
+from dpo_cli.evaluation.findings.sample_checks import SAMPLE_CHECKS
 from dpo_cli.evaluation.findings.step_checks import STEP_CHECKS
 
-RUN_CHECKS: tuple[RunCheck, ...] = STEP_CHECKS
+RUN_CHECKS: tuple[RunCheck, ...] = (*PLAN_CHECKS, *STEP_CHECKS, *HELD_OUT_CHECKS, *SAMPLE_CHECKS)
 """All that is looked for in a run."""
 
 _Add = Callable[[Row], None]
@@ -76,7 +79,12 @@ def found(
 
 def gravest_first(findings: Iterable[Finding]) -> list[Finding]:
     """Sort findings by their severity, those of one severity by their step."""
-    return sorted(findings, key=lambda one: (_GRAVITY.index(one.severity), one.step))
+    return sorted(findings, key=lambda one: (gravest(one.check), one.step))
+
+
+def gravest(check: RunCheck) -> int:
+    """Return the place of a check's severity, by which the gravest are sorted to the front."""
+    return _GRAVITY.index(check.severity)
 
 
 def _tagged(rows: Iterable[Row], place: int, add: _Add) -> Iterator[tuple[int, int, int, Row, _Add]]:

@@ -113,6 +113,7 @@ class LossSettings(Settings):
 
     needs_reference: ClassVar[bool] = True
     takes_weights: ClassVar[bool] = True
+    uses_rejected: ClassVar[bool] = True
     lowers_chosen: ClassVar[bool] = False
 
     @model_validator(mode="after")

@@ -106,6 +106,7 @@ class SFT(LossSettings):
     """Which loss."""
 
     needs_reference: ClassVar[bool] = False
+    uses_rejected: ClassVar[bool] = False
 
     @property
     def takes_means(self) -> bool:

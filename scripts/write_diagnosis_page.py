@@ -1,0 +1,76 @@
+"""Write docs/diagnosis.md from the findings of a run; with `--check` say whether it is current."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from write_findings_page import HEAD as TABLE
+from written_page import write_or_check
+
+from dpo_cli.evaluation.findings.finding import RunCheck
+from dpo_cli.evaluation.findings.watch import RUN_CHECKS, gravest
+
+PAGE = Path(__file__).parent.parent / "docs" / "diagnosis.md"
+
+HEAD = """\
+# The diagnosis of a run
+
+While a run trains, and in its report, its figures are compared with what a healthy run shows. A finding is a warning
+with the step, the evidence in figures and what to do, the settings with their present values:
+
+    warning: step 64: chosen and rejected responses both become less likely: chosen -1.23 nats per token, rejected
+    -1.90, since before step 1. Try: lower `training.learning_rate` (0.0001; usual is about 1e-6 where all weights
+    train); raise `beta` of the loss (0.1); add the loss `sft`
+
+Each is reported once, at the first step that shows it, and again in a line at the end of the run, where
+`found    nothing` says that there is none. The exit status stays 0, and training goes on: you decide whether it should.
+
+- Findings are functions of what is in the run's folder: the rows of `metrics.jsonl`, `held_out.jsonl` and
+  `samples.jsonl`, and `facts.json`, which has the few settings and sizes that they need. So the report lists the same
+  findings as the run did, and a resumed run does not repeat those that were reported before its checkpoint.
+- A *window* is as many steps as have 64 pairs, at least 4. What compares means looks at each window once, at its end,
+  since a step alone varies too much: a share of 64 pairs is known to ±12 points, and a mean to an eighth of the spread
+  of its values. A run shorter than a window is looked at only where it is evaluated.
+- Nats per token are those of rewards (reward / β / tokens) where the reference is the policy before step 1, and at
+  evaluations those of the held-out pairs. Where the reference is another model or moves, evaluations alone tell. Set
+  `evaluation.every_steps`: by default there is one evaluation, at the end.
+- A finding for which a loss gives no ground is left out: `stuck_at_ln2` for losses that do not begin there,
+  `chosen_falls` and `both_fall` for `apo_down`, which lowers chosen responses on purpose, `easy_pairs` for `sft`, which
+  makes no use of rejected ones.
+
+| severity | means |
+|---|---|
+| error | the model gets worse than it was |
+| warning | the run is likely to be wasted, or to teach something else than it should |
+| info | worth knowing |
+
+"""
+
+
+def section(check: RunCheck) -> str:
+    """Return what the page says of a finding."""
+    remedies = "; ".join(remedy.text for remedy in check.remedies)
+    return (
+        f"## {check.name}\n\n"
+        f"{_sentence(check.title)} ({check.severity})\n\n"
+        f"- **Why:** {check.meaning}\n"
+        f"- **What to do:** {_sentence(remedies)}\n"
+        f"- **Found when:** {_sentence(check.when)}\n"
+    )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def page() -> str:
+    """Return the page: a table of all findings, the gravest first, and a section for each."""
+    checks = sorted(RUN_CHECKS, key=gravest)
+    table = "".join(f"| [{check.name}](#{check.name}) | {check.severity} | {check.title} |\n" for check in checks)
+    head = HEAD + TABLE.replace("when", "what is seen") + table
+    return head + "\n" + "\n".join(map(section, checks)) + "\nThis page is written by `make generated`.\n"
+
+
+if __name__ == "__main__":
+    sys.exit(write_or_check(PAGE, page()))
