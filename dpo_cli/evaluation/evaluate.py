@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.preference.dealing import dealt
-from dpo_cli.preference.metrics import PAIR_METRICS
+from dpo_cli.preference.metrics import held_out_names, held_out_values
 from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.scoring import score_pairs, score_step, step_info
 
@@ -27,7 +27,7 @@ class PairResult:
 
     Attributes:
         index: The pair's index in the data.
-        metrics: A value for each of `PAIR_METRICS`.
+        metrics: A value for each of the `held_out_names`.
     """
 
     index: int
@@ -57,22 +57,23 @@ def evaluate(
     mine = dealt(batches.cut(indices), accelerator, lambda done: progress(done, len(indices)))
     # Without statistics of other steps, so that a model gets the same figures from the run that made it and later.
     step = step_info(batches.pairs.sizes, indices, {}, accelerator)
-    results: list[PairResult] = []
+    names, results = held_out_names(reference=objective.needs_reference), list[PairResult]()
     if objective.compares_pairs:
-        for part in score_step(scorer, objective, reference, batches, mine, step, accelerator):
-            results += _results(part.pairs, part.values)
+        for part in score_step(scorer, objective, reference, batches, mine, step, accelerator, held_out_values):
+            results += _results(part.pairs, part.values, names)
     else:
         for micro_batch in mine:
             with torch.no_grad():
-                _, values = score_pairs(scorer, objective, reference, batches(micro_batch), step)
+                batch = batches(micro_batch)
+                _, values = score_pairs(scorer, objective, reference, batch, step, held_out_values)
             if not micro_batch.filler:
-                results += _results(micro_batch.pairs, values)
+                results += _results(micro_batch.pairs, values, names)
     everywhere = sorted(gather_object(results), key=lambda result: result.index)
     progress(len(everywhere), len(indices))
     return everywhere
 
 
-def _results(pairs: Sequence[int], values: Tensor) -> list[PairResult]:
-    """Name the `pair_values` of some pairs."""
+def _results(pairs: Sequence[int], values: Tensor, names: Sequence[str]) -> list[PairResult]:
+    """Name the values of some pairs."""
     rows = zip(pairs, values.tolist(), strict=True)
-    return [PairResult(index, dict(zip(PAIR_METRICS, row, strict=True))) for index, row in rows]
+    return [PairResult(index, dict(zip(names, row, strict=True))) for index, row in rows]

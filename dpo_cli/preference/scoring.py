@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     from dpo_cli.data.prepared.step_plan import PairSizes
 
+FurtherValues = Callable[[SequenceLogps, SequenceLogps | None, float], Tensor]
+"""Returns what is known of B pairs beside their `pair_values`, `[B, …]`, as `held_out_values` does."""
+
 
 class ExpertLoad:
     """A scorer that also adds up, over a step, how the policy's experts are loaded.
@@ -82,7 +85,12 @@ def step_info(sizes: PairSizes, pairs: Sequence[int], statistics: Statistics, ac
 
 
 def score_pairs(
-    scorer: BatchScorer, objective: Objective, reference: BatchScorer, batch: PairBatch, step: StepInfo
+    scorer: BatchScorer,
+    objective: Objective,
+    reference: BatchScorer,
+    batch: PairBatch,
+    step: StepInfo,
+    further: FurtherValues | None = None,
 ) -> tuple[PairLosses, Tensor]:
     """Score a micro-batch with policy and reference, and apply the objective.
 
@@ -92,15 +100,17 @@ def score_pairs(
         reference: Returns the reference's token log-probabilities.
         batch: B pairs.
         step: The step that they belong to.
+        further: What to compute of the pairs besides; None: nothing.
 
     Returns:
-        Losses and rewards, and the `pair_values`, `[B, 9]`.
+        Losses and rewards, and the `pair_values`, `[B, 9]`, with further ones behind them.
     """
     policy, of_reference = (
         SequenceLogps.of(scorer(batch), batch.responses),
         SequenceLogps(reference(batch), batch.responses),
     )
-    return _apply(objective, policy, of_reference, step, batch.weights, batch.margins)
+    step = dataclasses.replace(step, margins=batch.margins)
+    return _apply(objective, policy, of_reference, step, batch.weights, further)
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,7 @@ class ScoredMicroBatch:
     Attributes:
         pairs: The pairs' indices in the data, `B` of them.
         losses: `[B]`, without gradient.
-        values: The `pair_values`, `[B, 9]`.
+        values: The `pair_values`, `[B, 9]`, with further ones behind them.
         slopes: The gradient of the sum of the step's losses by the scorer's output, of the same shape.
     """
 
@@ -128,6 +138,7 @@ def score_step(
     micro_batches: Iterable[MicroBatch],
     step: StepInfo,
     accelerator: Accelerator,
+    further: FurtherValues | None = None,
 ) -> list[ScoredMicroBatch]:
     """Apply an objective to all pairs of a step at once, those of other ranks included.
 
@@ -143,6 +154,7 @@ def score_step(
         micro_batches: This rank's share of the step.
         step: The step.
         accelerator: Knows the ranks.
+        further: What to compute of the pairs besides; None: nothing.
 
     Returns:
         One for each of this rank's micro-batches that is no filler.
@@ -163,7 +175,12 @@ def score_step(
     logps, responses = logps.requires_grad_(), sent(responses, logps.device)
     weights, margins = (torch.cat([getattr(part, name) for part in scored]) for name in ("weights", "margins"))
     pairs, values = _apply(
-        objective, SequenceLogps.of(logps, responses), SequenceLogps(of_reference, responses), step, weights, margins
+        objective,
+        SequenceLogps.of(logps, responses),
+        SequenceLogps(of_reference, responses),
+        dataclasses.replace(step, margins=margins),
+        weights,
+        further,
     )
     (slopes,) = torch.autograd.grad(pairs.losses.sum(), logps)
     shares = zip(
@@ -222,9 +239,13 @@ def _apply(
     reference: SequenceLogps,
     step: StepInfo,
     weights: Tensor,
-    margins: Tensor,
+    further: FurtherValues | None,
 ) -> tuple[PairLosses, Tensor]:
     """Apply the objective and the pairs' own weights."""
-    pairs = objective(policy, reference, dataclasses.replace(step, margins=margins))
+    pairs = objective(policy, reference, step)
     pairs = dataclasses.replace(pairs, losses=weights * pairs.losses)
-    return pairs, pair_values(pairs.losses, pairs.chosen_rewards, pairs.rejected_rewards, policy, step.tie)
+    values = pair_values(pairs.losses, pairs.chosen_rewards, pairs.rejected_rewards, policy, step.tie)
+    if further is not None:
+        more = further(policy, reference if objective.needs_reference else None, step.tie)
+        values = torch.cat([values, more], dim=1)
+    return pairs, values
