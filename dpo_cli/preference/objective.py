@@ -74,6 +74,11 @@ class Objective:
         setting = "`loss.margin_scale`" if len(self.losses) == 1 else f"`margin_scale` of `{next(iter(able), '')}`"
         return f"set {setting} to use it" if able else ""
 
+    @property
+    def fits_probability(self) -> bool:
+        """Whether σ of a reward margin is fitted to the probability that the chosen response is preferred."""
+        return self.reward_source.fits_probability
+
     def __call__(self, policy: SequenceLogps, reference: SequenceLogps, step: StepInfo) -> PairLosses:
         """Return the weighted sum of the losses of each pair, and the rewards of one of them."""
         results = [loss(policy, reference, step) for loss in self.losses]

@@ -157,6 +157,14 @@ class LossSettings(Settings):
         return False
 
     @property
+    def fits_probability(self) -> bool:
+        """Whether its mean is least where σ(βΔ) is the share of labels that prefer the response.
+
+        Only then can σ of a reward margin be compared with how often held-out labels agree.
+        """
+        return False
+
+    @property
     def keeps_statistics(self) -> bool:
         """Whether `after_step` keeps running statistics."""
         return False

@@ -82,6 +82,12 @@ class DPO(MarginLossSettings):
         """Whether β depends on the steps before."""
         return self.adaptive_beta is not None
 
+    @property
+    def fits_probability(self) -> bool:
+        """Whether it compares βΔ itself, and takes labels as they are."""
+        itself = self.divergence.type == "reverse_kl" and not self.uses_margins and self.adaptive_beta is None
+        return itself and self.label_smoothing == 0
+
     @model_validator(mode="after")
     def _check(self) -> DPO:
         if self.logps == "mean" and self.divergence.type != "reverse_kl":
@@ -133,6 +139,11 @@ class Robust(LossSettings):
     """ε: the share of wrong labels."""
     divergence: Divergence = ReverseKL()
     """What keeps the policy near the reference."""
+
+    @property
+    def fits_probability(self) -> bool:
+        """Whether it compares βΔ itself, and takes labels as they are."""
+        return self.divergence.type == "reverse_kl" and self.label_smoothing == 0
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """[−(1−ε)·ls(βΔ) + ε·ls(−βΔ)] / (1−2ε)."""
@@ -302,6 +313,11 @@ class LDDPO(LossSettings):
     """How strongly the policy is kept near the reference."""
     alpha: float = Field(0.5, ge=0, le=1)
     """α: the weight of such a token; 1 is DPO."""
+
+    @property
+    def fits_probability(self) -> bool:
+        """It compares βΔ itself."""
+        return True
 
     def log_ratios(self, policy: SequenceLogps, reference: SequenceLogps) -> LogRatios:
         """Weigh the tokens beyond the shorter response's length by α."""

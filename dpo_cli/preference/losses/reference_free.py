@@ -36,6 +36,11 @@ class SimPO(LossSettings):
         """It compares means."""
         return True
 
+    @property
+    def fits_probability(self) -> bool:
+        """Whether it compares βΔ itself."""
+        return self.gamma == 0
+
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """−ls(β(log π(y_c)/|y_c| − log π(y_r)/|y_r|) − γ)."""
         return -ls(self.beta * pairs.delta - self.gamma)
@@ -87,6 +92,11 @@ class CPO(LossSettings):
     """α: the weight of the chosen response's negative log-likelihood."""
 
     needs_reference: ClassVar[bool] = False
+
+    @property
+    def fits_probability(self) -> bool:
+        """Whether nothing but βΔ counts."""
+        return self.alpha == 0
 
     def losses(self, pairs: ScoredPairs) -> Tensor:
         """−ls(β(log π(y_c) − log π(y_r))) + α·NLL of chosen."""
