@@ -62,6 +62,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def shown_interval(bounds: Sequence[float]) -> str:
+    """Write the lower and the upper end of the interval of a share."""
+    return "{:.1f} – {:.1f} %".format(*(100 * bound for bound in bounds))
+
+
 def _signed(reward: float) -> str:
     """Write a reward with its sign; what rounds to nothing has none."""
     rounded = round(reward, 4)
@@ -76,7 +81,7 @@ FIGURES = (
         "accuracy_interval",
         "  95 % interval",
         _interval,
-        lambda bounds: "{:.1f} – {:.1f} %".format(*(100 * x for x in bounds)),
+        shown_interval,
         of_groups=True,
     ),
     Figure("ties", "  ties (counted half)", _ties, str),
@@ -97,12 +102,17 @@ def figures(results: Sequence[PairResult]) -> dict[str, Any]:
     return {figure.key: figure.compute(columns) for figure in FIGURES}
 
 
-def figures_by(results: Sequence[PairResult], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+def figures_by(
+    results: Sequence[PairResult],
+    labels: Sequence[str],
+    told: Callable[[Sequence[PairResult]], dict[str, Any]] = figures,
+) -> dict[str, dict[str, Any]]:
     """Return the figures of each group of results, in the order of the groups' names.
 
     Args:
         results: At least one.
         labels: The name of each result's group; empty where it is in none.
+        told: Returns what is told of a group.
 
     Returns:
         Nothing where the results are of one group, which says no more than all of them together.
@@ -110,4 +120,4 @@ def figures_by(results: Sequence[PairResult], labels: Sequence[str]) -> dict[str
     groups: dict[str, list[PairResult]] = {}
     for result, label in zip(results, labels, strict=True):
         groups.setdefault(label, []).append(result)
-    return {label: figures(groups[label]) for label in sorted(groups)} if len(groups) > 1 else {}
+    return {label: told(groups[label]) for label in sorted(groups)} if len(groups) > 1 else {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ from dpo_cli.data.pairs.sources import as_sources, describe
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.records import LABELS
 from dpo_cli.errors import FAILED, UserError
+from dpo_cli.evaluation.details import figures_and_details
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.evaluate import evaluate as score
-from dpo_cli.evaluation.figures import figures, figures_by
+from dpo_cli.evaluation.figures import figures_by
 from dpo_cli.modeling.adapters.files import base_of, holds_adapter
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.folders.model_names import same_model
 from dpo_cli.modeling.folders.tokenizers import check_same_tokens, end_at
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
@@ -33,8 +37,10 @@ from dpo_cli.pipeline.models import known_reference, open_reference, opened, ref
 from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, num_trained_on, prepared_pairs, run_data
 from dpo_cli.pipeline.plan import described_loss
 from dpo_cli.pipeline.session import Session, started
+from dpo_cli.preference.objective import Objective
 from dpo_cli.preference.reference import NoReference, OpenReference
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console
+from dpo_cli.reporting.detail_tables import GROUP_CELLS, detail_blocks
 from dpo_cli.reporting.json_file import write_json
 from dpo_cli.reporting.tables import HELD_OUT, figures_table, groups_table
 from dpo_cli.system.launchers import is_main_process
@@ -87,9 +93,11 @@ def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
     policy, reference, batches = _open_both(session, model, pairs, held_out, tokenizer.eos_token_id)
     policy.place(session.accelerator, trained=False, collisions=config.objective.wpo)
     results = scored(session, policy.scorer, reference, batches, held_out, model)
+    told = figures_and_details(results, config.objective)
+    told["baselines"] |= _unscored_base(config, model)
     return {
-        **figures(results),
-        **_by_label(results, pairs),
+        **told,
+        **_by_label(results, pairs, config.objective),
         "model": model,
         **({"base": base} if base else {}),
         **({"quantize": config.model.quantize} if base and config.model.quantize else {}),
@@ -193,6 +201,14 @@ def _named_reference(config: Config) -> str | None:
     return f"{config.model.name} with {start}" if start else config.reference.model or config.model.name
 
 
+def _unscored_base(config: Config, model: str) -> dict[str, Any]:
+    """Say how to get the figures of the model that training began with, if it is neither scored nor the reference."""
+    base, reference = config.model.name, _named_reference(config)
+    if same_model(base, model) or (reference and same_model(base, reference)):
+        return {}
+    return {"base": {"missing": f"`dpo eval --model {shlex.quote(base)}` scores it"}}
+
+
 def _show(config: Config, found: dict[str, Any], console: Console) -> None:
     """Print what was measured, and the figures of all pairs and of groups of them."""
     bits, chosen = f" ({found['quantize']})" if "quantize" in found else "", "trained_on" in found
@@ -209,10 +225,14 @@ def _show(config: Config, found: dict[str, Any], console: Console) -> None:
         console.result(f"{name:<{width}}  {value}")
     console.result("")
     console.result(figures_table({found["model"]: found}, "scored pairs" if chosen else HELD_OUT))
+    for block in detail_blocks(found):
+        console.result("")
+        console.result(block)
     for label in LABELS:
         if groups := found.get(f"by_{label}"):
-            console.result("")
-            console.result(groups_table(label, groups))
+            for table in (groups_table(label, groups), groups_table(label, groups, GROUP_CELLS)):
+                console.result("")
+                console.result(table)
 
 
 def _trained_on(found: Mapping[str, Any]) -> str:
@@ -236,9 +256,11 @@ def _held_out(config: Config, data: str | None, tokenize: Any, console: Console)
     return split.pairs, split.held_out, name
 
 
-def _by_label(results: Sequence[PairResult], pairs: PreparedPairs) -> dict[str, Any]:
-    """Return the figures of the pairs of each source and of each category, where the data tells several."""
+def _by_label(results: Sequence[PairResult], pairs: PreparedPairs, objective: Objective) -> dict[str, Any]:
+    """Return what is told of the pairs of each source and of each category, where the data names several."""
+    told = functools.partial(figures_and_details, objective=objective)
     found = {
-        f"by_{name}": figures_by(results, [pairs.label(name, result.index) for result in results]) for name in LABELS
+        f"by_{name}": figures_by(results, [pairs.label(name, result.index) for result in results], told)
+        for name in LABELS
     }
     return {name: groups for name, groups in found.items() if groups}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,18 +52,23 @@ def figures_table(columns: Mapping[str, Mapping[str, Any]], scored: str = HELD_O
     return table
 
 
-def groups_table(label: str, groups: Mapping[str, Mapping[str, Any]]) -> Table:
+Cells = Mapping[str, Callable[[Mapping[str, Any]], str]]
+"""The columns of a table: what is above each, and how it is written out of the figures of a row."""
+
+_CELLS: Cells = {figure.title.strip(): figure.cell for figure in FIGURES if figure.of_groups}
+
+
+def groups_table(label: str, groups: Mapping[str, Mapping[str, Any]], cells: Cells = _CELLS) -> Table:
     """Show held-out figures of groups of pairs, a row for each of the largest, in the order given."""
     table = Table(box=None, pad_edge=False)
     table.add_column(label, no_wrap=True)
-    shown = [figure for figure in FIGURES if figure.of_groups]
-    for name in ("pairs", *(figure.title.strip() for figure in shown)):
+    for name in ("pairs", *cells):
         table.add_column(name, justify="right", no_wrap=True)
     largest = sorted(groups, key=lambda group: (-groups[group]["pairs"], group))[:_GROUPS]
     for group in (group for group in groups if group in largest):
         figures = groups[group]
-        cells = (figure.cell(figures) for figure in shown)
-        table.add_row(Text(visible(group) or "(none)"), f"{figures['pairs']:,}", *cells)
+        row = (cell(figures) for cell in cells.values())
+        table.add_row(Text(visible(group) or "(none)"), f"{figures['pairs']:,}", *row)
     if rest := len(groups) - len(largest):
         table.add_row(f"and {rest:,} more, in the JSON")
     return table
