@@ -13,7 +13,7 @@ import dpo_cli
 from dpo_cli.config import load_config
 from dpo_cli.reporting.console import Console
 from tests.builders import prepare_pairs
-from tests.conftest import build_llama, make_config, run_dpo, write_rows
+from tests.conftest import build_llama, make_config, write_rows
 
 NUMBER = r"[-+]?[\d,]*\.?\d+"
 
@@ -104,9 +104,8 @@ def test_distances_are_those_of_both_models_own_logits(found, by_hand):
 
 
 def test_scores_are_those_of_sigma_of_beta_delta(found, by_hand):
-    deltas = [pair["chosen"][0].sum() - pair["chosen"][1].sum() for pair in by_hand]
-    deltas = [delta - pair["rejected"][0].sum() + pair["rejected"][1].sum() for delta, pair in zip(deltas, by_hand)]
-    p = torch.sigmoid(0.1 * torch.stack(deltas))
+    c, r = (torch.stack([pair[side][0].sum() - pair[side][1].sum() for pair in by_hand]) for side in SIDES)
+    p = torch.sigmoid(0.1 * (c - r))
     assert found["calibration"]["log_score"] == pytest.approx(float(-p.log().mean()), abs=1e-4)
     assert found["calibration"]["brier_score"] == pytest.approx(float((1 - p).square().mean()), abs=1e-4)
     # The loss of plain DPO is its log score.
@@ -170,15 +169,16 @@ def test_the_text_has_the_numbers_of_the_json_and_no_others(trained, capfd):
 
 
 @pytest.mark.program
-def test_the_program_tells_it_on_a_screen(trained, rows, tmp_path, tiny_llama):
+def test_the_program_tells_it_on_a_screen(trained, rows, tmp_path, forked_dpo):
     """Without groups it is 40 lines of 80 columns at most, and the JSON has the same keys as from Python."""
     config, _ = trained
     plain = write_rows(tmp_path / "plain.jsonl", [{k: row[k] for k in row if k != "category"} for row in rows])
-    done = run_dpo("eval", config, "--data", plain, "--json", tmp_path / "figures.json", env={"COLUMNS": "80"})
+    file = tmp_path / "figures.json"
+    done = forked_dpo("eval", config, "--data", plain, "--json", file, env={"COLUMNS": "80"})
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) <= 40, done.stdout
-    found = json.loads((tmp_path / "figures.json").read_text())
+    found = json.loads(file.read_text())
     table = read_table(done.stdout)
     assert cells(found["baselines"]["shorter"]) == table["the shorter response"]
     assert cells(found["length_controlled"]) == table["the model, length-controlled"]
