@@ -63,6 +63,7 @@ app = typer.Typer(
         "dpo train my.yaml --dry-run     check everything, print the plan, stop",
         "dpo train my.yaml               train",
         "dpo eval my.yaml                score the trained model",
+        "dpo report runs/my              show what came of it as a page",
         "dpo export runs/my --merge --to models/my",
         "dpo doctor                      check this machine",
     ),
@@ -243,6 +244,28 @@ def export(
         if to is None:
             raise UserError("no folder to write is given", "the command line", "give one, as in `--to models/my`")
         dpo_cli.export(run, to, merge=merge, dtype=dtype, overrides=overrides, console=console)
+
+
+@app.command(
+    cls=Command,
+    options_metavar="RUN [RUN ...] [--out FILE] [OPTIONS]",
+    epilog=_examples("dpo report runs/my", "dpo report runs/my runs/other --out comparison.html"),
+)
+def report(
+    runs: Arguments = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            parser=expanded_path,
+            metavar="FILE",
+            help="The page to write; by default `report.html` in the run's folder.",
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write what a run has recorded, or several beside each other, as a page; a run may be at work."""
+    with _job(quiet=quiet) as (console, _):
+        dpo_cli.report([expanded_path(run) for run in runs or ()], out=out, console=console)
 
 
 @app.command(

@@ -23,6 +23,7 @@ from dpo_cli.config.inputs import (
     scored_model,
 )
 from dpo_cli.config.launched import sharding_errors, taken_over
+from dpo_cli.config.reporting import check_report
 from dpo_cli.config.starting import starting_text
 from dpo_cli.doctor.findings import anything_wrong, chosen
 from dpo_cli.errors import UserError, from_os_error, raise_all
@@ -255,6 +256,31 @@ def export(
 
     with reserved(asked.to):
         return export(asked, console) if isinstance(asked, Merging) else rewrite(asked, console)
+
+
+def report(
+    runs: Sequence[str | PathLike[str]],
+    *,
+    out: str | PathLike[str] | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Write what a run has recorded, finished or not, or several runs beside each other, as a page; return its file.
+
+    Args:
+        runs: The runs' folders.
+        out: The file to write; None: `report.html` in the folder of the run, if it is one.
+        console: What a person sees, or None.
+
+    Raises:
+        UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
+    """
+    console, file = _heard(console), Path(out) if out is not None else None
+    folders = check_report([Path(run) for run in runs], file)
+    from dpo_cli.pipeline.report import write_report
+
+    page = write_report(folders, file)
+    console.result(f"report  {page}")
+    return page
 
 
 def doctor(console: Console, checks: Sequence[str], json_file: Path | None) -> bool:

@@ -21,6 +21,7 @@ from dpo_cli.pipeline.evaluate import scored
 from dpo_cli.pipeline.memory import without_gradient
 from dpo_cli.pipeline.pairs import named_pairs
 from dpo_cli.pipeline.plan import PlannedRun
+from dpo_cli.pipeline.report import report_at_end
 from dpo_cli.pipeline.session import Session
 from dpo_cli.reporting.card import model_card
 from dpo_cli.reporting.environment import versions
@@ -265,6 +266,8 @@ def summarize(run: Run, after: dict[str, Any] | None, diagnosis: Diagnosis, seco
         console.result(f"{name:<8} {line}")
     console.result(f"model    {folder.final}")
     console.result(f"metrics  {folder.metrics}")
+    if page := report_at_end(folder, console):
+        console.result(f"report   {page}")
 
 
 def _before_and_after(run: Run, after: dict[str, Any] | None) -> dict[str, dict[str, Any]]:

@@ -25,6 +25,7 @@ from dpo_cli.pipeline.memory import without_gradient
 from dpo_cli.pipeline.models import open_reference, opened, shortest_pair, trained_policy
 from dpo_cli.pipeline.out_of_memory import during, reported
 from dpo_cli.pipeline.plan import PlannedRun, check_data, header, planned
+from dpo_cli.pipeline.report import report_if_broken_off
 from dpo_cli.pipeline.resume import begin
 from dpo_cli.pipeline.run import Records, Run, recorded, save_final, summarize
 from dpo_cli.pipeline.session import Session, started
@@ -199,7 +200,8 @@ def _take(run: Run, digests: Mapping[str, str]) -> Iterator[StepResult]:
         digests: Those of the rows of the steps before, by the file that they are in; none at step 0.
     """
     session, done = run.session, run.learner.done
-    with recorded(run) as records:
+    is_main = session.accelerator.is_main_process
+    with report_if_broken_off(run.plan.folder, writes=is_main), recorded(run) as records:
         damaged = records.damaged(digests)
         only_evaluates = done == run.plan.steps.num_steps and run.holds_out
         for name in damaged:

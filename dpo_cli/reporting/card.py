@@ -67,7 +67,7 @@ def model_card(
         sections += [f"## {title}", _table(shown, list(columns))]
     else:
         sections += ["## Held-out figures", "None: no held-out pairs were scored."]
-    settings_text = covered(plain_yaml.dump(_covered_within(settings)))
+    settings_text = covered(plain_yaml.dump(covered_within(settings)))
     fence = markdown_fence(settings_text, 3)
     sections += ["## Settings", f"{fence}yaml\n{settings_text}{fence}"]
     return "\n\n".join(sections) + "\n"
@@ -92,12 +92,12 @@ def _use(base: str, adapter: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _covered_within(value: Any) -> Any:
+def covered_within(value: Any) -> Any:
     """Mask the secrets in all texts of a value, before YAML quotes or folds them."""
     if isinstance(value, Mapping):
-        return {name: _covered_within(item) for name, item in value.items()}
+        return {name: covered_within(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_covered_within(item) for item in value]
+        return [covered_within(item) for item in value]
     return covered(value) if isinstance(value, str) else value
 
 

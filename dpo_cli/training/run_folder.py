@@ -87,6 +87,11 @@ class RunFolder:
         return self.path / "facts.json"
 
     @property
+    def report(self) -> Path:
+        """The page of the run."""
+        return self.path / "report.html"
+
+    @property
     def recuts(self) -> Path:
         """From which steps on forward passes have fewer tokens, where memory ran out."""
         return self.path / "smaller_passes.json"
@@ -248,7 +253,7 @@ class RunFolder:
                 shutil.rmtree(folder)
             else:
                 folder.unlink(missing_ok=True)
-        for file in (*self.row_files.values(), self.environment, self.config, self.recuts, self.facts):
+        for file in (*self.row_files.values(), self.environment, self.config, self.recuts, self.facts, self.report):
             file.unlink(missing_ok=True)
 
     def recorded_count(self, name: str) -> int | None:

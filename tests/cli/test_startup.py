@@ -9,6 +9,7 @@ import pytest
 
 from tests.builders import save_adapter
 from tests.conftest import run_dpo
+from tests.reporting.runs import healthy, write_run
 
 WATCH = """
 import sys
@@ -43,11 +44,15 @@ sys.stderr.write(f"status {{status}}, heavy {{heavy}}")
         (["train", "--config", "nodata.yaml", "adapter.start=adapter"], 2),
         (["export", "--help"], 0),
         (["export", "nowhere", "--merge", "--to", "out"], 2),
+        (["report", "--help"], 0),
+        (["report", "nowhere"], 2),
+        (["report", "run"], 0),
     ],
 )
 def test_nothing_heavy_is_imported(tmp_path, arguments, status):
     (tmp_path / "wrong.yaml").write_text("modle: a/b\ntraining: {learning_rat: 1}\n")
     (tmp_path / "nodata.yaml").write_text("model: a/b\ndata: {train: nowhere.jsonl}\n")
+    write_run(tmp_path / "run", healthy())
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text('{"peft_type": "LORA", "r": 0}')
     code = WATCH.format(arguments=arguments)

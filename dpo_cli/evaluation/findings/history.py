@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -146,7 +147,8 @@ def _difference(after: Row, before: Row, name: str) -> float | None:
 def number(row: Row, name: str) -> float | None:
     """Return a value of a row; None where it is missing or not finite."""
     value = row.get(name)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    # A whole number of a damaged file may be larger than any float.
+    return float(value) if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max else None
 
 
 def mean_of(rows: Iterable[Row], name: str) -> float | None:

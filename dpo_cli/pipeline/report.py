@@ -1,0 +1,100 @@
+"""`dpo report`, and the report at the end of a run: what a run has recorded, as a page."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dpo_cli.config.changed import changed_settings
+from dpo_cli.config.loading import load_config
+from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.reporting.console import Console
+from dpo_cli.reporting.pages.run.page import Known, run_page
+from dpo_cli.reporting.pages.run.runs_page import runs_page
+from dpo_cli.reporting.run_record import RunRecord, read_run
+from dpo_cli.system.signals import Interrupted
+from dpo_cli.system.storage import write_text
+from dpo_cli.training.run_folder import RunFolder
+
+
+def write_report(folders: Sequence[RunFolder], out: Path | None = None) -> Path:
+    """Write the page of a run, or of several; return its file.
+
+    Args:
+        folders: The runs, which may be at work.
+        out: Where to write it; None: into the folder of the run, which is one.
+
+    Raises:
+        UserError: A file cannot be read or written, or nothing is recorded.
+    """
+    runs = [_read(folder) for folder in folders]
+    page = run_page(runs[0], known_of(runs[0])) if len(runs) == 1 else runs_page(runs, [known_of(run) for run in runs])
+    return _write(out.resolve() if out else folders[0].report, page)
+
+
+def _read(folder: RunFolder) -> RunRecord:
+    """Read a run.
+
+    Raises:
+        UserError: A file cannot be read, or nothing is recorded.
+    """
+    try:
+        run = read_run(folder)
+    except OSError as error:
+        raise from_os_error(error, "reading the run", str(error.filename or folder.path)) from error
+    if not run.steps and not run.evaluations:
+        unreadable = run.unreadable.get(folder.metrics.name)
+        what = f"none of its {unreadable:,} lines can be read" if unreadable else "no step and no evaluation"
+        raise UserError(f"the run has recorded nothing yet: {what}", str(folder.metrics), "wait for its first step")
+    return run
+
+
+def _write(file: Path, page: str) -> Path:
+    """Write a page and return its file.
+
+    Raises:
+        UserError: The disk refuses.
+    """
+    try:
+        write_text(file, page)
+    except OSError as error:
+        raise from_os_error(error, "writing the report", str(file)) from error
+    return file
+
+
+def known_of(run: RunRecord) -> Known:
+    """Return what the run's configuration says, where this version of the program understands it."""
+    try:
+        config = load_config(run.folder.config)
+    except (UserError, ExceptionGroup, OSError):
+        return Known()
+    return Known(changed_settings(config))
+
+
+def report_at_end(folder: RunFolder, console: Console) -> Path | None:
+    """Write the page of a run that is done, which does not fail where the page cannot be written; return its file."""
+    try:
+        return write_report([folder])
+    except Exception as error:
+        what = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        console.warning(f"the report was not written: {what}; `dpo report {folder.path}` writes it later")
+        return None
+
+
+@contextlib.contextmanager
+def report_if_broken_off(folder: RunFolder, *, writes: bool) -> Iterator[None]:
+    """Write the page of a run that is interrupted or fails while the context lasts.
+
+    Args:
+        folder: The run.
+        writes: Whether this process is the one that writes.
+    """
+    try:
+        yield
+    except (Interrupted, UserError, ExceptionGroup):
+        if writes:
+            # What ended the run, such as a full disk, is reported; it may be in the way of the page, too.
+            with contextlib.suppress(Exception):
+                write_report([folder])
+        raise

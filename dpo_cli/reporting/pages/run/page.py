@@ -1,0 +1,198 @@
+"""The page of a run: what came of it, first in words, then in curves, answers and figures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from typing import Any
+
+from markupsafe import Markup
+
+from dpo_cli.evaluation.figures import FIGURES, Figure
+from dpo_cli.evaluation.findings.finding import Finding
+from dpo_cli.evaluation.findings.history import Row, number
+from dpo_cli.evaluation.findings.watch import found, gravest_first
+from dpo_cli.evaluation.verdict import Verdict, verdict
+from dpo_cli.reporting.pages.rendering import render, several
+from dpo_cli.reporting.pages.run.answers import MOST_ANSWERS, answered, hardest, shortened
+from dpo_cli.reporting.pages.run.charts import Mark
+from dpo_cli.reporting.pages.run.curves import charts_of
+from dpo_cli.reporting.pages.run.facts import facts_of, hardware_of, settings_text
+from dpo_cli.reporting.pages.run.series import RAW
+from dpo_cli.reporting.run_record import RunRecord
+
+_MOST_PAIRS = 10
+_MOST_MARKS = 40
+
+_MARK_NAMES = {
+    "checkpoint": "checkpoint in the folder",
+    "resume": "resumed from here",
+    "skipped": "step skipped: loss or gradient was not finite",
+    "finding": "finding",
+    "best": "the step of `final/`",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of a run's configuration beside its rows.
+
+    Attributes:
+        changed: Settings that are not as they are by default: name, value, default; None: not known.
+        facts: What was trained on what, by name.
+    """
+
+    changed: Sequence[tuple[str, str, str]] | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def run_page(run: RunRecord, known: Known) -> str:
+    """Write the page.
+
+    Args:
+        run: What the run has recorded so far.
+        known: What is known of its configuration.
+    """
+    before, after = ends_of(run)
+    judged, findings = judge(run), findings_of(run)
+    marks = [*marks_of(run), *(Mark("finding", one.step, f"{one.when}: {one.title}") for one in findings)]
+    answers, charts = answered(run.samples), charts_of(run, marks)
+    last = after["step"] if after else 0
+    return with_script(
+        "run/run.html",
+        run=run,
+        state=state_of(run),
+        verdict=judged,
+        next=_next(run, judged, findings),
+        facts={**facts_of(run), **known.facts},
+        notes=notes_of(run),
+        findings=findings,
+        charts=charts,
+        smoothed=any(curve.series.kind == RAW for chart in charts for curve in chart.curves),
+        marks={kind: name for kind, name in _MARK_NAMES.items() if any(mark.kind == kind for mark in marks)},
+        answers=answers[:MOST_ANSWERS],
+        more_answers=max(0, len(answers) - MOST_ANSWERS),
+        figures=figures_table(before, after),
+        groups={},
+        hardest=[_excerpt(row) for row in hardest(run.pairs_at(last), _MOST_PAIRS)],
+        hardest_step=last,
+        changed=known.changed,
+        settings=settings_text(run.settings),
+        environment=hardware_of(run),
+    )
+
+
+def with_script(template: str, **values: Any) -> str:
+    """Write a page with the script that shows values at the pointer, the only one that it lets run."""
+    script = files("dpo_cli.reporting.pages.run").joinpath("page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return render(template, script=Markup(script), digest=digest, **values)
+
+
+def judge(run: RunRecord) -> Verdict:
+    """Say whether a run helped, by what it has recorded so far."""
+    before, after = ends_of(run)
+    return verdict(before, after, _chosen_tokens(run))
+
+
+def ends_of(run: RunRecord) -> tuple[Row | None, Row | None]:
+    """Return the evaluations before step 1 and after the last step that has one, where there are such."""
+    whole = [row for row in run.evaluations if _is_whole(row)]
+    before = next((row for row in whole if row["step"] == 0), None)
+    after = next((row for row in reversed(whole) if row["step"] > 0), None)
+    return before, after
+
+
+def _is_whole(row: Row) -> bool:
+    """Tell whether a row has what a verdict is based on."""
+    names = ("loss", "rewards/accuracies", "logps/chosen", "logps/rejected", "pairs")
+    bounds = row.get("accuracy_interval")
+    return isinstance(bounds, list) and len(bounds) == 2 and all(number(row, name) is not None for name in names)
+
+
+def findings_of(run: RunRecord) -> list[Finding]:
+    """Return what the diagnosis finds in the rows of a run, the gravest first: what the run told while it went on."""
+    rows = sorted([*run.evaluations, *run.steps], key=lambda row: row["step"])
+    return gravest_first(found(run.facts, rows, run.samples, run.pairs)) if run.facts else []
+
+
+def _chosen_tokens(run: RunRecord) -> float | None:
+    """Return the tokens of a chosen response, as a mean over the held-out or the training pairs, if that is known."""
+    lengths = [length for row in run.pairs_at(0) if (length := number(row, "chosen_tokens"))]
+    if lengths:
+        return math.fsum(lengths) / len(lengths)
+    return run.facts.chosen_tokens if run.facts else None
+
+
+def state_of(run: RunRecord) -> str:
+    """Say how far the run is."""
+    of = f" of {run.facts.num_steps:,}" if run.facts else ""
+    if run.finished:
+        return f"Finished after {several(run.last_step, 'step')}."
+    return f"Not finished: {several(run.last_step, 'step')}{of} so far." if run.last_step else "No step was taken yet."
+
+
+def _next(run: RunRecord, judged: Verdict, findings: Sequence[Finding]) -> list[str]:
+    """Say what to do next: what the gravest finding advises where the run did not help."""
+    grave = next((one for one in findings if one.severity != "info" and one.advice), None)
+    if not run.finished:
+        return [
+            f"wait until it ends, or continue it with `dpo train {run.folder.config} --resume` if it was interrupted."
+        ]
+    if grave and judged.outcome != "better":
+        return [f"{grave.advice}."]
+    return {
+        "better": ["read the answers below, and use the model in `final/` if they are better, too."],
+        "worse": ["lower `training.learning_rate` or train fewer steps; look at the pairs that are most wrong, below."],
+        "unclear": [
+            "hold out more pairs, train more steps or raise `training.learning_rate`, and compare the answers."
+        ],
+        "unknown": ["set `data.eval`, so that the next run is measured on pairs that it does not learn from."],
+    }[judged.outcome]
+
+
+def notes_of(run: RunRecord) -> list[str]:
+    """Say what of the run's files could not be read."""
+    return [
+        f"{several(count, 'line')} of `{name}` cannot be read; the rest is shown."
+        for name, count in run.unreadable.items()
+    ]
+
+
+def marks_of(run: RunRecord) -> list[Mark]:
+    """Return what happened, by step."""
+    marks = [Mark("checkpoint", step, f"checkpoint of step {step:,}") for step in run.checkpoints]
+    skipped = [row["step"] for row in run.steps if "skipped" in row][:_MOST_MARKS]
+    marks += [Mark("skipped", step, f"step {step:,} was skipped") for step in skipped]
+    return marks
+
+
+def figures_table(before: Row | None, after: Row | None) -> list[list[str]]:
+    """Return the held-out figures: a heading, and a row for each."""
+    columns = {"before training": before, f"after step {after['step']:,}" if after else "": after}
+    known = {name: row for name, row in columns.items() if row}
+    if not known:
+        return []
+    return [
+        ["", *known],
+        *([figure.title.strip(), *(cell(figure, row) for row in known.values())] for figure in FIGURES),
+    ]
+
+
+def cell(figure: Figure, row: Row) -> str:
+    """Write a figure of a row; a dash where the row has none that can be written."""
+    try:
+        return figure.cell(row)
+    except (ValueError, TypeError, LookupError):
+        return "–"
+
+
+def _excerpt(row: Row) -> Mapping[str, Any]:
+    """Return a pair with texts that the page can show."""
+    texts = {part: row["text"].get(part) for part in ("prompt", "chosen", "rejected")}
+    shown = {part: shortened(text) if isinstance(text, str) else "" for part, text in texts.items()}
+    return {"where": str(row.get("where", "")), "rewards/margins": row["rewards/margins"], "text": shown}

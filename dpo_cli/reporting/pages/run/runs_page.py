@@ -1,0 +1,78 @@
+"""The page of several runs: their curves over each other, and in which settings and figures they differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpo_cli.evaluation.figures import FIGURES
+from dpo_cli.reporting.card import covered_within
+from dpo_cli.reporting.pages.run.curves import RUN_COLOURS, charts_of_several
+from dpo_cli.reporting.pages.run.page import Known, cell, ends_of, judge, notes_of, state_of, with_script
+from dpo_cli.reporting.run_record import RunRecord
+from dpo_cli.system import plain_yaml
+
+
+def runs_page(runs: Sequence[RunRecord], known: Sequence[Known]) -> str:
+    """Write the page.
+
+    Args:
+        runs: At least two.
+        known: What is known of the configuration of each.
+    """
+    names = names_of(runs)
+    return with_script(
+        "run/runs.html",
+        title=" and ".join(names) if len(names) < 4 else f"{len(names)} runs",
+        runs=[
+            {"name": name, "style": style_of(index), "state": state_of(run), "verdict": judge(run)}
+            for index, (name, run) in enumerate(zip(names, runs, strict=True))
+        ],
+        notes=[f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in notes_of(run)],
+        charts=charts_of_several(runs, names),
+        figures=_figures(runs, names),
+        settings=_differing(runs, names),
+    )
+
+
+def names_of(runs: Sequence[RunRecord]) -> list[str]:
+    """Name runs by their folders; by the whole path where several folders have the same name."""
+    names = [run.name for run in runs]
+    return [name if names.count(name) == 1 else str(run.folder.path) for name, run in zip(names, runs, strict=True)]
+
+
+def style_of(index: int) -> str:
+    """Return the names of a run's colour and line in `run.css`."""
+    return f"run{index % RUN_COLOURS}{' dashed' * (index >= RUN_COLOURS)}"
+
+
+def _figures(runs: Sequence[RunRecord], names: Sequence[str]) -> list[list[str]]:
+    """Return the last held-out figures of each run: a heading, and a row for each figure."""
+    last = {name: after for name, run in zip(names, runs, strict=True) if (after := ends_of(run)[1])}
+    if not last:
+        return []
+    rows = [[figure.title.strip(), *(cell(figure, row) for row in last.values())] for figure in FIGURES]
+    return [["", *last], ["after step", *(f"{row['step']:,}" for row in last.values())], *rows]
+
+
+def _differing(runs: Sequence[RunRecord], names: Sequence[str]) -> list[list[str]]:
+    """Return the settings in which runs differ: a heading, and a row for each."""
+    leaves = [dict(_leaves(covered_within(run.settings))) for run in runs]
+    settings = list(dict.fromkeys(name for one in leaves for name in one))
+    missing = object()
+    rows = [
+        [name, *("" if name not in one else plain_yaml.written(one[name]) for one in leaves)]
+        for name in settings
+        if name != "output_dir" and any(one.get(name, missing) != leaves[0].get(name, missing) for one in leaves)
+    ]
+    return [["setting", *names], *rows] if rows else []
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found += _leaves(value, f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", value))
+    return found

@@ -1,0 +1,145 @@
+"""What a run has written so far, read without disturbing it: settings, rows, answers, held-out pairs, environment.
+
+A run may be at work: its last line may be half written, and files may be missing. A line that cannot be read is
+counted, and the rest is used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.evaluation.findings.facts import RunFacts
+from dpo_cli.evaluation.findings.history import Row
+from dpo_cli.system import plain_yaml
+from dpo_cli.system.plain_yaml import NotPlain
+from dpo_cli.training.run_folder import RunFolder, RunState, checkpoints_in, step_of
+
+_LONGEST_LINE = 1 << 24
+"""A longer line is none that a run writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run as its folder has it.
+
+    Attributes:
+        folder: Its files.
+        settings: Its configuration as resolved; empty where it cannot be read.
+        environment: Versions, device, command line; empty where it cannot be read.
+        steps: Its rows of training steps, in their order.
+        evaluations: Its rows of evaluations, in their order.
+        samples: Its answers to held-out prompts.
+        pairs: Held-out pairs, once for each evaluation.
+        checkpoints: The steps of the checkpoints that are in the folder.
+        facts: What the diagnosis knows of it beside its rows, where that is written down.
+        finished: Whether it has taken all of its steps and saved the model.
+        unreadable: How many lines of each file could not be read.
+    """
+
+    folder: RunFolder
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    steps: Sequence[Row]
+    evaluations: Sequence[Row]
+    samples: Sequence[Row] = ()
+    pairs: Sequence[Row] = ()
+    checkpoints: Sequence[int] = ()
+    facts: RunFacts | None = None
+    finished: bool = False
+    unreadable: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.path.absolute().name
+
+    @property
+    def last_step(self) -> int:
+        """The step that was taken last; 0: none was."""
+        return max((row["step"] for rows in (self.steps, self.evaluations) for row in rows[-1:]), default=0)
+
+    def pairs_at(self, step: int) -> list[Row]:
+        """Return the held-out pairs as an evaluation found them."""
+        return [row for row in self.pairs if row["step"] == step]
+
+
+def read_run(folder: RunFolder) -> RunRecord:
+    """Read all that a run has written so far.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    unreadable: dict[str, int] = {}
+    rows = list(_rows(folder.metrics, unreadable))
+    evaluations = _once(row for row in rows if row.get("split") == "eval")
+    return RunRecord(
+        folder=folder,
+        settings=_settings(folder.config),
+        environment=_json(folder.environment),
+        steps=_once(row for row in rows if row.get("split") == "train"),
+        evaluations=evaluations,
+        samples=sorted(_rows(folder.samples, unreadable), key=_step),
+        pairs=sorted(_rows(folder.held_out, unreadable), key=_step),
+        checkpoints=[step_of(path) for path in checkpoints_in(folder.checkpoints)],
+        facts=RunFacts.read(folder.facts),
+        finished=folder.state() is RunState.FINISHED,
+        unreadable=unreadable,
+    )
+
+
+def _rows(path: Path, unreadable: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of JSON lines; count those that cannot be read, but for one that is being written."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        while line := file.readline(_LONGEST_LINE):
+            if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
+                # The end of the file: its last line is being written, or a crash cut it off.
+                return
+            row = _row(line)
+            if row is None:
+                unreadable[path.name] = unreadable.get(path.name, 0) + 1
+            else:
+                yield row
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if type(step) is int and step >= 0 else None
+
+
+def _step(row: Row) -> int:
+    step: int = row["step"]
+    return step
+
+
+def _once(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows in the order of their steps, the last of each."""
+    by_step = {row["step"]: row for row in rows}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def _settings(path: Path) -> Mapping[str, Any]:
+    try:
+        found, _ = plain_yaml.parse(plain_yaml.read(path))
+    except (NotPlain, UnicodeDecodeError, FileNotFoundError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError, FileNotFoundError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,236 @@
+"""The page of a run: its figures are those of the run's files, its text is text, and it stays small."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+
+import pytest
+
+from dpo_cli.evaluation.figures import FIGURES
+from dpo_cli.pipeline.report import write_report
+from dpo_cli.reporting.pages.run.curves import CHARTS
+from dpo_cli.training.run_folder import RunFolder
+from tests.reporting.runs import SETTINGS, eval_row, healthy, step_row, write_run
+from tests.reporting.test_data_page import HOSTILE
+
+MOST_BYTES = 1_500_000
+
+
+class Page(HTMLParser):
+    """What is on a page: its text, its tables, and what its scripts are given."""
+
+    VOID = ("meta", "br", "path")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text, self.charts, self.tables = "", [], []
+        self._open: list[str] = []
+        self._data = False
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in self.VOID:
+            self._open.append(tag)
+        self._data = tag == "script" and ("type", "application/json") in attrs
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+        self._data = False
+
+    def handle_data(self, data):
+        if self._data:
+            self.charts.append(json.loads(data))
+        elif self._open and self._open[-1] not in ("script", "style"):
+            self.text += data
+            if self._open[-1] in ("td", "th", "code") and self.tables and self.tables[-1]:
+                self.tables[-1][-1][-1] += data
+
+
+def page_of(run, out=None):
+    file = write_report([RunFolder(run)], out)
+    return Page(file.read_text(encoding="utf-8"))
+
+
+def drawn(page):
+    """The series of all charts of a page, by their order and name: a value for each step."""
+    return [
+        {one["name"]: dict(zip(one["x"], one["y"], strict=True)) for one in chart["series"]} for chart in page.charts
+    ]
+
+
+def test_every_value_of_the_curves_is_that_of_metrics_jsonl(tmp_path):
+    rows = healthy(steps=20, every=5)
+    charts = drawn(page_of(write_run(tmp_path / "run", rows)))
+    known = [subject for subject in CHARTS if subject.metrics[0][0] in rows[1]]
+    assert len(charts) == len(known) == 8
+    for subject, chart in zip(known, charts, strict=True):
+        for name, _, called in subject.metrics:
+            for split, title in (("train", "training" if subject.held_out else "each step"), ("eval", "held out")):
+                if split == "eval" and not subject.held_out:
+                    continue
+                expected = {row["step"]: row[name] for row in rows if row["split"] == split}
+                assert chart[f"{called}, {title}" if called else title] == pytest.approx(expected, rel=1e-5, abs=1e-12)
+
+
+def test_a_mean_of_steps_is_their_mean(tmp_path):
+    rows = healthy(steps=120)
+    loss = drawn(page_of(write_run(tmp_path / "run", rows)))[0]
+    (name,) = [name for name in loss if "mean of" in name]
+    half = (int(re.search(r"mean of (\d+) steps", name)[1]) - 1) // 2
+    known = {row["step"]: row["loss"] for row in rows if row["split"] == "train"}
+    assert half > 1
+    for step, value in loss[name].items():
+        around = [known[other] for other in range(max(1, step - half), min(120, step + half) + 1)]
+        assert value == pytest.approx(sum(around) / len(around), rel=1e-5)
+
+
+def test_the_table_of_figures_is_that_of_dpo_eval_before_and_after(tmp_path):
+    rows = healthy()
+    (table,) = [
+        table
+        for table in page_of(write_run(tmp_path / "run", rows)).tables
+        if table[0][0] == "" and "pairs" in table[1]
+    ]
+    before, after = rows[0], rows[-1]
+    assert table[0][1:] == ["before training", "after step 120"]
+    assert [cells[1:] for cells in table[1:]] == [[figure.cell(before), figure.cell(after)] for figure in FIGURES]
+
+
+def test_a_hundred_thousand_steps_make_a_small_page_in_seconds_with_every_extreme_on_it(tmp_path):
+    rows = [step_row(step) for step in range(1, 100_001)]
+    rows[77_776]["loss"] = 9.5
+    rows[33_332]["grad_norm"] = 0.001
+    rows += [eval_row(step) for step in range(0, 100_001, 100)]
+    run = write_run(tmp_path / "run", rows)
+    begun = time.process_time()
+    page = page_of(run)
+    assert time.process_time() - begun < 30
+    assert (run / "report.html").stat().st_size < MOST_BYTES
+    loss, norm = drawn(page)[0], drawn(page)[5]
+    assert loss["training"][77_777] == 9.5
+    assert norm["each step"][33_333] == 0.001
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_comes_from_data_settings_and_answers_is_text(tmp_path, text):
+    sample = {"step": 0, "where": text, "prompt": text, "answer": text, "tokens": 3, "ended": True, "chosen": text}
+    pair = {"step": 120, "pair": 1, "where": text, "chosen_tokens": 5, "rewards/margins": -1.5}
+    hostile = write_run(
+        tmp_path / "run",
+        healthy(),
+        settings=SETTINGS.replace("some/model", json.dumps(text)).replace("pairs.jsonl", json.dumps(text)),
+        samples=[sample, {**sample, "step": 120, "answer": f"{text} more"}],
+        pairs=[{**pair, "text": dict.fromkeys(("prompt", "chosen", "rejected"), text)}],
+    )
+    plain = write_run(
+        tmp_path / "plain",
+        healthy(),
+        samples=[{**sample, "prompt": "a", "answer": "b"}, {**sample, "step": 120, "prompt": "a", "answer": "b c"}],
+        pairs=[{**pair, "text": dict.fromkeys(("prompt", "chosen", "rejected"), "a")}],
+    )
+    found, usual = page_of(hostile), page_of(plain)
+    assert set(found.tags) - {"mark"} == set(usual.tags) - {"mark"}
+    assert found.tags.count("script") == usual.tags.count("script")
+    assert not [name for name, _ in found.attributes if name.startswith("on") or name in ("src", "href")]
+    shown = (hostile / "report.html").read_text(encoding="utf-8")
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]", shown)
+
+
+def test_a_text_of_a_megabyte_is_shortened(tmp_path):
+    long = "word " * 200_000
+    sample = {"step": 0, "where": "a:1", "prompt": long, "answer": long, "tokens": 3, "ended": False, "chosen": long}
+    run = write_run(tmp_path / "run", healthy(), samples=[sample, {**sample, "step": 120}])
+    page = page_of(run)
+    assert (run / "report.html").stat().st_size < MOST_BYTES
+    assert "more characters" in page.text
+
+
+def test_the_page_of_a_run_at_work_takes_the_whole_lines_alone(tmp_path):
+    run = write_run(tmp_path / "run", healthy(steps=10, every=5))
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(step_row(11, loss=0.1))[:-20])
+    page = page_of(run)
+    assert max(drawn(page)[0]["training"]) == 10
+    assert "cannot be read" not in page.text
+    assert "Not finished: 10 steps so far." in page.text
+
+
+def test_damaged_lines_are_counted_and_the_rest_is_shown(tmp_path):
+    run = write_run(tmp_path / "run", healthy(steps=10, every=5))
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    broken = [
+        "{",
+        "[]",
+        '{"step": "x"}',
+        '{"step": -1}',
+        '{"step": 1e400}',
+        "\x00",
+        "[" * 100_000,
+        '{"split": "train"}',
+    ]
+    strange = [
+        '{"split": "train", "step": 11, "grad_norm": 1' + "0" * 400 + "}",
+        '{"split": "train", "step": 11, "loss": "<b>"}',
+        '{"split": "eval", "step": 12, "accuracy_interval": 3}',
+    ]
+    (run / "metrics.jsonl").write_text("\n".join([*lines, *broken, *strange]) + "\n", encoding="utf-8")
+    page = page_of(run)
+    assert f"{len(broken)} lines of metrics.jsonl cannot be read" in page.text
+    assert sorted(drawn(page)[0]["training"]) == list(range(1, 11))
+
+
+def test_only_the_pages_own_script_may_run(tmp_path):
+    text = (write_report([RunFolder(write_run(tmp_path / "run", healthy()))])).read_text(encoding="utf-8")
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="(.*?)"', text)
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
+    assert not re.search(r"(?:src|href)=|url\(|@import|https?:", text)
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        ({}, "Better on the held-out pairs"),
+        ({"rewards/accuracies": 0.55, "accuracy_interval": [0.45, 0.64]}, "Cannot be told from these held-out pairs"),
+        ({"loss": 0.9}, "Worse on the held-out pairs"),
+        ({"rewards/accuracies": 0.3, "accuracy_interval": [0.22, 0.39]}, "Worse on the held-out pairs"),
+    ],
+)
+def test_the_verdict_is_in_words(tmp_path, after, words):
+    rows = [*healthy()[:-1], eval_row(120, **after)]
+    page = page_of(write_run(tmp_path / "run", rows))
+    assert words in page.text
+    low, high = rows[-1]["accuracy_interval"]
+    assert (
+        f"{100 * rows[-1]['rewards/accuracies']:.1f} % after (95 % interval {100 * low:.1f} – {100 * high:.1f} %"
+        in page.text
+    )
+
+
+def test_runs_over_each_other_name_what_differs(tmp_path):
+    first = write_run(tmp_path / "a/run", healthy())
+    second = write_run(tmp_path / "b/run", healthy(steps=60), settings=SETTINGS.replace("1.0e-5", "2.0e-5"))
+    file = write_report([RunFolder(first), RunFolder(second)], tmp_path / "both.html")
+    page = Page(file.read_text(encoding="utf-8"))
+    assert ["training.learning_rate", "1.0e-05", "2.0e-05"] in page.tables[1]
+    names = [str(first), str(second)]
+    assert list(drawn(page)[0]) == names
+    assert max(drawn(page)[0][names[1]]) == 60
