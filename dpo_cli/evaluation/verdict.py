@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_cli.evaluation.diagnosis import worsened
+from dpo_cli.evaluation.findings.held_out_checks import CHANCE
+from dpo_cli.evaluation.statistics import pairs_needed
 
 Outcome = Literal["better", "worse", "unclear", "unknown"]
 
@@ -26,36 +27,33 @@ class Verdict:
     reasons: Sequence[str]
 
 
-def verdict(
-    before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, chosen_tokens: float | None = None
-) -> Verdict:
+def verdict(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, harms: Sequence[str] = ()) -> Verdict:
     """Compare the held-out figures at the end with those before step 1.
 
     Args:
         before: The figures before step 1, where they are known.
         after: The figures at the end, or so far.
-        chosen_tokens: Tokens of a chosen response, as a mean over the held-out pairs, where that is known.
+        harms: What else the run did to the model, a sentence each.
     """
     if not before or not after:
         missing = "before training" if after else "after training"
         what = f"There are no held-out figures from {missing}, so nothing can be compared."
-        return Verdict("unknown", "Cannot be told: nothing was measured on held-out pairs", [what])
-    # Without the lengths no fall of the log-probabilities is per token: none is reported.
-    worse = worsened(before, after, chosen_tokens or float("inf"))
+        return Verdict("unknown", "Cannot be told: nothing was compared on held-out pairs", [what])
     low, high = after["accuracy_interval"]
-    change = _change(before, after)
-    if worse:
-        return Verdict("worse", "Worse on the held-out pairs", [*(f"{_capital(what)}." for what in worse), change])
-    if low > before["rewards/accuracies"]:
+    began, change = before["rewards/accuracies"], _change(before, after)
+    if harms or high < began or after["loss"] > before["loss"] + CHANCE * abs(before["loss"]):
+        return Verdict("worse", "Worse on the held-out pairs", [change, *harms])
+    if low > began:
         return Verdict("better", "Better on the held-out pairs", [change])
-    inside = f"{100 * before['rewards/accuracies']:.1f} %, the accuracy before training, is within the interval"
-    if high < before["rewards/accuracies"]:
-        return Verdict("worse", "Worse on the held-out pairs", [change])
-    return Verdict(
-        "unclear",
-        "Cannot be told from these held-out pairs",
-        [change, f"{inside}: the difference may be chance. More held-out pairs or more steps would tell."],
-    )
+    why = f"{100 * began:.1f} %, the accuracy before training, is within the interval: the difference may be chance."
+    return Verdict("unclear", "Cannot be told from these held-out pairs", [change, why, *_needed(began, after)])
+
+
+def _needed(began: float, after: Mapping[str, Any]) -> list[str]:
+    """Say how many held-out pairs would tell, where rewards were all ties before training."""
+    right, pairs = after["rewards/accuracies"], round(after["pairs"])
+    needed = pairs_needed(round(pairs * (1 - right)), round(pairs * right), pairs, 1.0) if began == 0.5 else None
+    return [f"So small a difference would need about {needed:,} held-out pairs."] if needed else []
 
 
 def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -66,7 +64,3 @@ def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
         f"{100 * after['rewards/accuracies']:.1f} % after (95 % interval {low:.1f} – {high:.1f} %, "
         f"{after['pairs']:,} pairs); loss {before['loss']:.4f} → {after['loss']:.4f}."
     )
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]

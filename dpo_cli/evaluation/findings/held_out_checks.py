@@ -11,7 +11,7 @@ from dpo_cli.evaluation.findings.finding import RunCheck
 from dpo_cli.evaluation.findings.history import History, Row, mean_of, number
 from dpo_cli.evaluation.findings.remedies import CHECK_DATA, FEWER_STEPS, LOWER_RATE, RAISE_BETA, TRAIN_ADAPTER, plain
 
-_CHANCE = 0.01
+CHANCE = 0.01
 """The share of the loss by which it may rise: less comes from rounding, and from a run too short to learn anything."""
 
 _TURNED = 0.1
@@ -28,7 +28,7 @@ def _loss_rose(history: History) -> str:
     """Find a held-out loss above that before step 1, at two evaluations in a row or at the last step."""
     began = number(history.before, "loss") if history.before else None
     losses = _last_losses(history)
-    if began is None or not losses or min(losses) <= began + _CHANCE * abs(began):
+    if began is None or not losses or min(losses) <= began + CHANCE * abs(began):
         return ""
     return f"from {began:.4f} to {losses[-1]:.4f}"
 
@@ -52,10 +52,10 @@ def _overfitting(history: History) -> str:
     if began is None or history.best is None or len(losses) < 2 or training is None:
         return ""
     best, training_then = history.best
-    rise = max(_TURNED * (began - best["loss"]), _CHANCE * abs(began))
+    rise = max(_TURNED * (began - best["loss"]), CHANCE * abs(began))
     if min(losses) <= best["loss"] + rise or training_then is None:
         return ""
-    if training >= training_then - _CHANCE * abs(training_then):
+    if training >= training_then - CHANCE * abs(training_then):
         return ""
     return (
         f"held-out loss {best['loss']:.4f} at step {best['step']:,}, now {losses[-1]:.4f}; training loss "

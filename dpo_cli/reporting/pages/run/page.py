@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -14,6 +13,7 @@ from markupsafe import Markup
 
 from dpo_cli.evaluation.figures import FIGURES, Figure
 from dpo_cli.evaluation.findings.finding import Finding
+from dpo_cli.evaluation.findings.held_out_checks import HELD_OUT_CHECKS
 from dpo_cli.evaluation.findings.history import Row, number
 from dpo_cli.evaluation.findings.watch import found, gravest_first
 from dpo_cli.evaluation.verdict import Verdict, verdict
@@ -58,7 +58,8 @@ def run_page(run: RunRecord, known: Known) -> str:
         known: What is known of its configuration.
     """
     before, after = ends_of(run)
-    judged, findings = judge(run), findings_of(run)
+    findings = findings_of(run)
+    judged = judge(run, findings)
     marks = [*marks_of(run), *(Mark("finding", one.step, f"{one.when}: {one.title}") for one in findings)]
     answers, charts = answered(run.samples), charts_of(run, marks)
     last = after["step"] if after else 0
@@ -93,10 +94,12 @@ def with_script(template: str, **values: Any) -> str:
     return render(template, script=Markup(script), digest=digest, **values)
 
 
-def judge(run: RunRecord) -> Verdict:
-    """Say whether a run helped, by what it has recorded so far."""
+def judge(run: RunRecord, findings: Sequence[Finding]) -> Verdict:
+    """Say whether a run helped, by what it has recorded so far and what was found in it."""
     before, after = ends_of(run)
-    return verdict(before, after, _chosen_tokens(run))
+    # What held-out figures say is said by the last of them.
+    harms = [one for one in findings if one.severity == "error" and one.check not in HELD_OUT_CHECKS]
+    return verdict(before, after, [f"{one.title[:1].upper()}{one.title[1:]}: {one.evidence}." for one in harms])
 
 
 def ends_of(run: RunRecord) -> tuple[Row | None, Row | None]:
@@ -118,14 +121,6 @@ def findings_of(run: RunRecord) -> list[Finding]:
     """Return what the diagnosis finds in the rows of a run, the gravest first: what the run told while it went on."""
     rows = sorted([*run.evaluations, *run.steps], key=lambda row: row["step"])
     return gravest_first(found(run.facts, rows, run.samples, run.pairs)) if run.facts else []
-
-
-def _chosen_tokens(run: RunRecord) -> float | None:
-    """Return the tokens of a chosen response, as a mean over the held-out or the training pairs, if that is known."""
-    lengths = [length for row in run.pairs_at(0) if (length := number(row, "chosen_tokens"))]
-    if lengths:
-        return math.fsum(lengths) / len(lengths)
-    return run.facts.chosen_tokens if run.facts else None
 
 
 def state_of(run: RunRecord) -> str:

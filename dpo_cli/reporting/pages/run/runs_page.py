@@ -8,7 +8,7 @@ from typing import Any
 from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.reporting.card import covered_within
 from dpo_cli.reporting.pages.run.curves import RUN_COLOURS, charts_of_several
-from dpo_cli.reporting.pages.run.page import Known, cell, ends_of, judge, notes_of, state_of, with_script
+from dpo_cli.reporting.pages.run.page import Known, cell, ends_of, findings_of, judge, notes_of, state_of, with_script
 from dpo_cli.reporting.run_record import RunRecord
 from dpo_cli.system import plain_yaml
 
@@ -25,7 +25,7 @@ def runs_page(runs: Sequence[RunRecord], known: Sequence[Known]) -> str:
         "run/runs.html",
         title=" and ".join(names) if len(names) < 4 else f"{len(names)} runs",
         runs=[
-            {"name": name, "style": style_of(index), "state": state_of(run), "verdict": judge(run)}
+            {"name": name, "style": style_of(index), "state": state_of(run), "verdict": judge(run, findings_of(run))}
             for index, (name, run) in enumerate(zip(names, runs, strict=True))
         ],
         notes=[f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in notes_of(run)],
