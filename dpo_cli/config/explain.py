@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from dpo_cli import settings
 from dpo_cli.config import translations
+from dpo_cli.config.evaluations import of_the_best
 from dpo_cli.config.schema import APART, ONE, ONE_TRACKER, SEVERAL, SHARE, TRACKERS, Config
 from dpo_cli.config.tree import Tree
 from dpo_cli.data.pairs import sources
@@ -45,23 +46,6 @@ def _with_one_list(errors: list[UserError]) -> list[UserError]:
     return errors
 
 
-def unfounded(tree: Tree) -> list[UserError]:
-    """Find settings that were made and have no effect under the others."""
-    problems = []
-    data, evaluation = tree.values.get("data"), tree.values.get("evaluation")
-    held_out = data.get("eval", 0.1) if isinstance(data, dict) else 0.1
-    every = evaluation.get("every_steps") if isinstance(evaluation, dict) else None
-    if held_out is None and every is not None:
-        problems.append(
-            UserError(
-                "`evaluation.every_steps` has no effect, since `data.eval` is null",
-                tree.place(("evaluation", "every_steps")),
-                "set `data.eval` to held-out pairs, or leave `evaluation.every_steps` out",
-            )
-        )
-    return problems
-
-
 def contradictions(config: Config, tree: Tree) -> list[UserError]:
     """Find settings that are right by themselves and do not go together."""
     objective, problems = config.objective, []
@@ -84,7 +68,12 @@ def contradictions(config: Config, tree: Tree) -> list[UserError]:
     if sum(loss.router_aux > 0 for loss in objective.losses) > 1:
         what = "only one loss may set `router_aux`, but several do"
         problems.append(UserError(what, tree.place(("loss",)), "set it in one of them"))
-    more = _of_the_weights(config, tree), _of_the_adapter(config, tree), _of_the_training(config, tree)
+    more = (
+        _of_the_weights(config, tree),
+        _of_the_adapter(config, tree),
+        _of_the_training(config, tree),
+        of_the_best(config, tree),
+    )
     return [*problems, *(problem for some in more for problem in some)]
 
 

@@ -13,10 +13,12 @@ from dpo_cli.config.inputs import check_inputs
 from dpo_cli.config.loading import as_config, load_config
 from dpo_cli.config.schema import Config
 from dpo_cli.errors import UserError, raise_all
+from dpo_cli.evaluation.best import best_step
 from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, base_of, holds_adapter
 from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.folders.model_names import check_model
 from dpo_cli.modeling.held import Dtype
+from dpo_cli.reporting.row_log import rows_in
 from dpo_cli.settings import located, nearest_file
 from dpo_cli.system.locks import Locked, lock_beside, locked
 from dpo_cli.system.storage import DamagedFolder, verify, why_no_folder
@@ -90,7 +92,7 @@ def check_export(
         return replace(_check_foreign(adapter, to, overrides, merge=merge), dtype=kind)
     config = load_config(run.config, overrides)
     if config.adapter is None and kind and not merge:
-        checkpoint, problem = _check_checkpoint(run, named)
+        checkpoint, problem = _check_checkpoint(run, named, config)
         raise_all(one for one in (problem, _check_target(to, named, run.path)) if one)
         return Rewriting(run, config, checkpoint, to, kind)
     problems = [_check_target(to, named, run.path), *_check_adapter(adapter, config)]
@@ -214,21 +216,28 @@ def _check_adapter(adapter: Path, config: Config) -> list[UserError]:
     return []
 
 
-def _check_checkpoint(run: RunFolder, named: Path) -> tuple[Path, UserError | None]:
-    """Return the checkpoint that is meant, the newest where the run is named, and why it cannot be used, if so."""
+def _check_checkpoint(run: RunFolder, named: Path, config: Config) -> tuple[Path, UserError | None]:
+    """Return the checkpoint that is meant, and why it cannot be used, if so.
+
+    Where the run is named, it is the newest, or the best where `final/` is that.
+    """
     if named.resolve() == run.final.resolve():
         hint = f"name the run's folder, `{run.path}`, or one of its checkpoints, which have all weights in float32"
         return named, UserError(f"`{named}` may be rounded already", "the command line", hint)
-    saved = checkpoints_in(run.checkpoints) if named.resolve() == run.path.resolve() else [named]
+    of_run = named.resolve() == run.path.resolve()
+    saved = checkpoints_in(run.checkpoints) if of_run else [named]
     if not saved:
         hint = f"use `{run.final}` as it is; `checkpoints.at_end: true` keeps one"
         return named, UserError("the run has no checkpoint, which would have all weights in float32", str(named), hint)
+    by = config.evaluation.best_by
+    best = best_step(rows_in(run.metrics), by) if of_run and by else None
+    meant = saved[-1] if best is None else run.checkpoint(best)
     try:
-        verify(saved[-1])
+        verify(meant)
     except DamagedFolder as damage:
         hint = "name another checkpoint of the run"
-        return saved[-1], UserError(f"the checkpoint is damaged: {damage}", str(saved[-1]), hint)
-    return saved[-1], None
+        return meant, UserError(f"the checkpoint is damaged: {damage}", str(meant), hint)
+    return meant, None
 
 
 def _moved_base(adapter: Path, config: Config) -> UserError | None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from dpo_cli.config.explain import contradictions, explain, unfounded
+from dpo_cli.config.evaluations import unfounded
+from dpo_cli.config.explain import contradictions, explain
 from dpo_cli.config.places import Places
 from dpo_cli.config.schema import Config, without_needless_reference
 from dpo_cli.config.start_adapter import other_than_start, with_settings_of_start

@@ -12,6 +12,7 @@ from dpo_cli.data.pairs.renaming import ColumnNames
 from dpo_cli.data.pairs.shapes import FORMATS, RankedRule
 from dpo_cli.data.pairs.sources import Sources
 from dpo_cli.data.records import BadRowRule, LengthRule, TurnRule
+from dpo_cli.evaluation.best import BEST_BY
 from dpo_cli.modeling.adapters.settings import Adapter, Lora
 from dpo_cli.modeling.attention.kernels import KERNELS
 from dpo_cli.modeling.folders.model_files import Trust
@@ -228,6 +229,10 @@ class EvaluationSettings(Settings):
 
     every_steps: int | None = Field(None, ge=1)
     """Optimizer steps between evaluations; null: once, at the end."""
+    best_by: Annotated[str, OneOf(*BEST_BY)] | None = None
+    """The held-out figure by which `final/` is the best evaluated step, the earlier of equals; null: the last step."""
+    patience: int | None = Field(None, ge=1)
+    """Evaluations in a row without a better one than before, after which the run stops; null: it takes all steps."""
 
 
 class CheckpointSettings(Settings):
@@ -239,6 +244,8 @@ class CheckpointSettings(Settings):
     """Whether the last step saves one, from which a finished run can be extended."""
     keep: int = Field(2, ge=1)
     """The number of newest checkpoints that are kept."""
+    keep_best: int = Field(0, ge=0)
+    """The number of best evaluated ones that are kept beside them; with `evaluation.best_by` the best one always is."""
     background: bool = False
     """Whether a copy in memory is written while training continues, instead of waiting for the disk."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from dpo_cli.evaluation.best import BEST_BY
 from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.settings import types
@@ -147,7 +148,11 @@ _TABLE: tuple[tuple[str, str], ...] = (
     ("eval_steps eval_interval evals_per_epoch", "set `evaluation.every_steps`"),
     ("eval_strategy evaluation_strategy eval_on_start eval_delay",
      "leave it out: held-out pairs are scored before step 1, at the end, and every `evaluation.every_steps` steps"),
-    ("load_best_model_at_end metric_for_best_model early_stopping_patience", "leave it out: it is not supported"),
+    ("load_best_model_at_end metric_for_best_model greater_is_better save_best_model",
+     f"set `evaluation.best_by` to {_either(BEST_BY)}: `final/` is then the best evaluated step"),
+    ("early_stopping_patience early_stopping_steps early_stop_interval early_stopping",
+     "set `evaluation.patience`, in evaluations, and `evaluation.best_by`"),
+    ("early_stopping_threshold", _FIXED),
     ("logging_steps log_steps log_interval logging_interval",
      "set `logging.every_steps`; `metrics.jsonl` has every step in any case"),
     ("logging_strategy logging_first_step disable_tqdm", "leave it out: every step is written to `metrics.jsonl`"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -192,7 +193,7 @@ class DiskNeed:
     Attributes:
         model: The trained model, or the adapter alone.
         checkpoint: One checkpoint.
-        num_checkpoints: As many as there are at once: one more than are kept, while the newest is written.
+        num_checkpoints: As many as there are at once: one more than are kept, the best included, while one is written.
         free: What is free where the run is written, an older run in its folder counted as free.
     """
 
@@ -216,21 +217,32 @@ class DiskNeed:
 
 def disk_need(config: Config, folder: RunFolder, plan: Plan, policy: Policy) -> DiskNeed:
     """Count what a run writes, and look at what is free for it; the policy's weights may be missing."""
-    saving, weights = config.checkpoints, policy.sizes().saved
+    weights = policy.sizes().saved
     checkpoint = weights + config.training.optimizer.state_bytes(policy.trained())
     if config.reference.type == "synced":
         checkpoint += weights
-    saved, behind = divmod(plan.num_steps, saving.every_steps)
-    num_saved = saved + (behind > 0 and saving.at_end)
     above = next(path for path in (folder.path, *folder.path.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(above).free + sum(map(_bytes_below, (folder.checkpoints, folder.final)))
-    return DiskNeed(weights, checkpoint, min(num_saved, saving.keep + 1), free)
+    return DiskNeed(weights, checkpoint, _num_checkpoints(config, plan.num_steps), free)
+
+
+def _num_checkpoints(config: Config, num_steps: int) -> int:
+    """Return how many checkpoints there are at once, at most."""
+    saving, chooses = config.checkpoints, config.evaluation.best_by is not None
+    kept = saving.keep + max(saving.keep_best, 1) * chooses
+    # Any evaluation may be the best so far, and then saves one.
+    every = [saving.every_steps, *([config.evaluation.every_steps or num_steps] if chooses else [])]
+    saved = sum(num_steps // one for one in every) - num_steps // math.lcm(*every) * chooses
+    saved += (saving.at_end or chooses) and all(num_steps % one for one in every)
+    return min(saved, kept + 1)
 
 
 def warn_of_disk(need: DiskNeed, folder: RunFolder, console: Console) -> None:
     """Say so where the disk is too small for a run."""
     if need.total > need.free:
-        hint = "lower `checkpoints.keep`, raise `checkpoints.every_steps`, or choose another `output_dir`"
+        hint = (
+            "lower `checkpoints.keep` or `keep_best`, raise `checkpoints.every_steps`, or choose another `output_dir`"
+        )
         console.warning(f"the disk under {folder.path} is too small: {need}; {hint}")
 
 

@@ -22,7 +22,7 @@ from dpo_cli.pipeline.alike import check_pairs
 from dpo_cli.pipeline.memory import check_memory
 from dpo_cli.pipeline.models import reference_sketch, trained_policy
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data, shown_counts
-from dpo_cli.pipeline.resume import check_length
+from dpo_cli.pipeline.resume import check_length, ended_early
 from dpo_cli.pipeline.session import Session
 from dpo_cli.settings import Settings
 from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_tokens
@@ -93,6 +93,8 @@ def planned(session: Session, folder: RunFolder, *, resume: bool, extend: bool) 
         session.console.notice(longer)
     elif finished:
         session.console.notices(folder.nothing_left(extend=extend))
+        if early := ended_early(config, folder, steps.num_steps):
+            session.console.notice(early)
         return None
     return PlannedRun(session, folder, day, sketch, other, tokenizer, data, steps, resident_bytes())
 
@@ -188,7 +190,8 @@ def header(run: PlannedRun) -> dict[str, str]:
         **_held(session),
         "pairs": f"{len(run.data.train):,} to train on, {len(run.data.held_out):,} held out",
         **_left_out(run.data),
-        "steps": _steps(run.steps),
+        "steps": f"{'at most ' * (config.evaluation.patience is not None)}{_steps(run.steps)}",
+        **_best(config),
         "loss": described_loss(config),
         "reference": _reference(config),
         "optimizer": ", ".join([_optimizer(training.optimizer), *_changed(training, "weight_decay", "max_grad_norm")]),
@@ -243,6 +246,18 @@ def _steps(plan: Plan) -> str:
     """Say how many steps there are, of how many pairs, and how often they go through the data."""
     num_pairs, num_epochs = min(plan.pairs_per_step, len(plan.indices)), plan.epochs_after(plan.num_steps)
     return f"{plan.num_steps:,} of {num_pairs} pairs, {num_epochs:.4g} epoch{'s' * (num_epochs != 1)}"
+
+
+def _best(config: Config) -> dict[str, str]:
+    """Say which step the trained model is of, and when the run stops early, where that is not the last step."""
+    evaluation, keep = config.evaluation, config.checkpoints.keep_best
+    if evaluation.best_by is None:
+        return {}
+    parts = [f"the best evaluation by {evaluation.best_by}, every {evaluation.every_steps} steps"]
+    if evaluation.patience is not None:
+        parts.append(f"stopping after {evaluation.patience} without a better one")
+    parts += [f"the best {keep} checkpoints are kept"] if keep > 1 else []
+    return {"final": "; ".join(parts)}
 
 
 def _schedule(config: Config, plan: Plan) -> str:
@@ -318,6 +333,10 @@ def out_of_reach(config: Config, data: RunData, plan: Plan) -> dict[str, list[st
     if checkpoints.every_steps > steps:
         what = f"`checkpoints.every_steps` {checkpoints.every_steps:,} {never}"
         note(checkpoints, "every_steps", f"{what}; a crash before the last step would lose all steps")
+    num_evaluations = -(-steps // (evaluation.every_steps or steps))
+    if evaluation.patience and evaluation.patience >= num_evaluations:
+        what = f"`evaluation.patience` {evaluation.patience:,} is never exhausted"
+        note(evaluation, "patience", f"{what}: the run has {num_evaluations:,} evaluations after step 1")
     if training.pairs_per_step > pairs:
         what = f"`training.pairs_per_step` {training.pairs_per_step:,} is above the {pairs:,} training pairs"
         note(training, "pairs_per_step", f"{what}; every step uses all of them")

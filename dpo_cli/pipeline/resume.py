@@ -7,13 +7,16 @@ import json
 from collections.abc import Callable, Mapping
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from dpo_cli.config import Config, resolved_yaml
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.evaluation.best import best_step, exhausted
 from dpo_cli.modeling.adapters.adapted import START_ADAPTER
 from dpo_cli.pipeline.session import Session
 from dpo_cli.reporting.environment import environment
+from dpo_cli.reporting.row_log import rows_in
 from dpo_cli.reporting.trackers import TrackedRun, start_trackers
 from dpo_cli.system.storage import discard, make_folder, remove_strays, write_text
 from dpo_cli.training.checkpoints import newest_step, newest_whole
@@ -106,7 +109,7 @@ def check_length(config: Config, folder: RunFolder, plan: Plan, *, extend: bool)
         extend: Whether it may go on where the learning rate of steps that were taken would have been another.
 
     Returns:
-        What is to be said where the run is extended, or None.
+        What is to be said where the run is extended, or goes on although its patience had ended it; or None.
 
     Raises:
         UserError: It would have fewer steps; or it has no checkpoint to be extended from; or `extend` is needed.
@@ -117,6 +120,8 @@ def check_length(config: Config, folder: RunFolder, plan: Plan, *, extend: bool)
         return None
     before, now = dataclasses.replace(plan, epochs=length[0], max_steps=length[1]).num_steps, plan.num_steps
     if now == before:
+        return _goes_on(config, folder, now) if finished else None
+    if finished and ended_early(config, folder, before):
         return None
     if now < before:
         what = f"a run cannot be resumed with fewer steps: it was started with {before:,}, and {now:,} are asked for"
@@ -136,6 +141,38 @@ def check_length(config: Config, folder: RunFolder, plan: Plan, *, extend: bool)
     what = f"the learning rate of the first {done:,} steps would have been different in a run of {now:,} steps"
     hint = f"`--extend` continues anyway: {course}; for {now:,} steps of one schedule, start again with `--overwrite`"
     raise UserError(what, str(folder.config), hint)
+
+
+def ended_early(config: Config, folder: RunFolder, num_steps: int) -> str | None:
+    """Say how a finished run can be continued that its patience has ended, by the settings of now; None: it has not.
+
+    Args:
+        config: The settings.
+        folder: The run.
+        num_steps: How many steps it would have had.
+    """
+    rows, by, patience = rows_in(folder.metrics), config.evaluation.best_by, config.evaluation.patience
+    last = _last_step(rows)
+    if last >= num_steps or by is None or not exhausted(rows, by, patience):
+        return None
+    best = best_step(rows, by)
+    stopped = (
+        f"it stopped after step {last} of {num_steps}: {patience} evaluations were no better by {by} than step {best}"
+    )
+    return f"{stopped}; to continue it, raise `evaluation.patience`"
+
+
+def _goes_on(config: Config, folder: RunFolder, num_steps: int) -> str | None:
+    """Say that a finished run goes on that its patience had ended and now does not; None: it is finished."""
+    had_patience = folder.recorded_count("evaluation.patience") is not None
+    last, done = _last_step(rows_in(folder.metrics)), newest_step(folder.checkpoints)
+    if not (had_patience and done and 0 < last < num_steps) or ended_early(config, folder, num_steps):
+        return None
+    return f"the run had stopped after step {last}: with the `evaluation.patience` of now it takes more steps"
+
+
+def _last_step(rows: list[dict[str, Any]]) -> int:
+    return max((row["step"] for row in rows), default=0)
 
 
 def _course(old: Callable[[int], float], new: Callable[[int], float], rate: float, done: int, steps: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data.pairs.sources import as_sources, describe
+from dpo_cli.evaluation.best import Outcome, best_steps
 from dpo_cli.evaluation.figures import figures
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.saving import saved_folder
@@ -28,9 +29,9 @@ from dpo_cli.reporting.environment import versions
 from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.row_log import RowLog
 from dpo_cli.reporting.tables import figures_table
-from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, CheckpointWriter
+from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, CheckpointWriter, prune
 from dpo_cli.training.learner import Learner, NotFinite
-from dpo_cli.training.run_folder import METRICS, RunFolder, checkpoints_in, step_of
+from dpo_cli.training.run_folder import METRICS, RunFolder
 from dpo_cli.training.state import RunNotes
 from dpo_cli.training.together import Together
 
@@ -146,6 +147,18 @@ class Records:
             numbers = {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
             self.run.session.accelerator.log(numbers, step=step)
 
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows of all evaluations; none in other processes than the main one."""
+        return self.log.evaluations if self.log else []
+
+    @property
+    def best(self) -> list[int]:
+        """The steps of the best evaluations, whose checkpoints are kept: the main process knows them, if any."""
+        config = self.run.session.config
+        by, keep = config.evaluation.best_by, max(config.checkpoints.keep_best, 1)
+        return best_steps(self.evaluations, by)[:keep] if by else []
+
     def diagnose(self) -> None:
         """Warn of what the rows show that are there now: to be called when a step has all of its own."""
         if self.diagnosis:
@@ -158,12 +171,23 @@ class Records:
             log.sync()
             digests[name] = log.digest
         metrics = digests.pop(METRICS, "")
-        return self.writer.save(self.run.learner, RunNotes(self.run.fingerprints, metrics, self.run.before, digests))
+        notes = RunNotes(self.run.fingerprints, metrics, self.run.before, digests)
+        return self.writer.save(self.run.learner, notes, self.best)
 
     def forget(self, step: int) -> None:
         """Remove what was measured at a step, which is measured again."""
         for name, log in self.logs.items():
             log.forget(step, "eval" if name == METRICS else None)
+
+    def finish(self) -> None:
+        """Wait until what was saved is on the disk, without what an interrupted run had no time to remove.
+
+        Raises:
+            UserError: The disk refused it.
+        """
+        self.writer.finish()
+        if self.log:
+            prune(self.writer.folder, self.writer.keep, self.writer.newest, self.best)
 
 
 @contextlib.contextmanager
@@ -198,12 +222,12 @@ def recorded(run: Run) -> Iterator[Records]:
             log.close()
 
 
-def save_final(run: Run, after: dict[str, Any] | None) -> None:
+def save_final(run: Run, outcome: Outcome) -> None:
     """Write the trained model as a complete Hugging Face folder, whole or not at all; every process calls it.
 
     Args:
-        run: The run.
-        after: The held-out figures after the last step, if there are any.
+        run: The run, whose policy has the weights that are written.
+        outcome: What is said of them.
     """
     config, folder, policy = run.session.config, run.plan.folder, run.learner.policy
     is_main, largest = run.session.accelerator.is_main_process, policy.largest()
@@ -218,13 +242,14 @@ def save_final(run: Run, after: dict[str, Any] | None) -> None:
     rounded = types is not None and types.rounds
     facts = {
         "training pairs": len(run.plan.data.train),
-        "optimizer steps": run.plan.steps.num_steps,
+        "optimizer steps": outcome.step,
+        **({"chosen": outcome.described} if outcome.by else {}),
         "data": describe(as_sources(config.data.train)),
         "loss": str(config.objective),
         **({"weights": f"{types}, rounded from float32 after the figures were measured"} if rounded else {}),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    card = model_card(folder.path.name, config.model_dump(mode="json"), facts, _before_and_after(run, after))
+    card = model_card(folder.path.name, config.model_dump(mode="json"), facts, outcome.columns(run.before))
     # An adapter means nothing without its base.
     details = {FINGERPRINTS: run.fingerprints, HELD: policy.held_as} if config.adapter else {}
     with saved_folder(folder.final, "saving the trained model", details, waits=bool(policy.sharded)) as temporary:
@@ -232,7 +257,7 @@ def save_final(run: Run, after: dict[str, Any] | None) -> None:
         (temporary / "README.md").write_text(card, encoding="utf-8")
         policy.check_written(temporary, types, state)
     if rounded:
-        run.session.console.notice(_rounded(folder, types, run.plan.steps.num_steps))
+        run.session.console.notice(_rounded(folder, types, outcome.step))
 
 
 def _final_types(run: Run, largest: float) -> WeightTypes | None:
@@ -245,32 +270,26 @@ def _final_types(run: Run, largest: float) -> WeightTypes | None:
     return None
 
 
-def _rounded(folder: RunFolder, types: WeightTypes | None, last: int) -> str:
+def _rounded(folder: RunFolder, types: WeightTypes | None, step: int) -> str:
     """Say that the trained model was rounded, and where it is in float32."""
     said = f"`{folder.final}` has the weights in {types}, as the base's files do; the figures are those before rounding"
-    saved = checkpoints_in(folder.checkpoints)
-    if not saved or step_of(saved[-1]) != last:
+    saved = folder.checkpoint(step)
+    if not saved.is_dir():
         return said
     export = f"dpo export {shlex.quote(str(folder.path))} --dtype float32 --to FOLDER"
-    return f"{said}. `{saved[-1]}` has them in float32: `{export}` writes a model folder of it"
+    return f"{said}. `{saved}` has them in float32: `{export}` writes a model folder of it"
 
 
-def summarize(run: Run, after: dict[str, Any] | None, diagnosis: Diagnosis, seconds: float) -> None:
+def summarize(run: Run, outcome: Outcome, diagnosis: Diagnosis, seconds: float) -> None:
     """Print what has become of the held-out figures, what was found on the way, and where everything is."""
     console, folder = run.session.console, run.plan.folder
     console.block()
     console.notice(f"done in {clock(seconds)}")
-    if after:
-        console.result(figures_table(_before_and_after(run, after)))
+    if outcome.figures:
+        console.result(figures_table(outcome.columns(run.before)))
     for name, line in zip(itertools.chain(["found"], itertools.repeat("")), diagnosis.summary(), strict=False):
         console.result(f"{name:<8} {line}")
-    console.result(f"model    {folder.final}")
+    console.result(f"model    {folder.final}{f' ({outcome.described})' if outcome.by else ''}")
     console.result(f"metrics  {folder.metrics}")
     if page := report_at_end(folder, console):
         console.result(f"report   {page}")
-
-
-def _before_and_after(run: Run, after: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """Return the columns of the closing table: the held-out figures before step 1, where they are known, and now."""
-    columns = {"before": run.before, "after": after}
-    return {name: column for name, column in columns.items() if column} if after else {}

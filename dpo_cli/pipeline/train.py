@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.placement import Sharded
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.alike import check_job, named_models
+from dpo_cli.pipeline.best import check_evaluations, conclude, is_over, judge
 from dpo_cli.pipeline.compilation import compile_layers_of
 from dpo_cli.pipeline.forecast import disk_need, show_forecast, warn_of_disk
 from dpo_cli.pipeline.memory import without_gradient
@@ -96,9 +98,9 @@ def _check_disk(session: Session, folder: RunFolder, *, resume: bool, dry_run: b
     if resume:
         check_shared(folder.path, num_ranks, "resuming needs", "start anew without `--resume`")
     elif isinstance(session.placement, Sharded):
-        # The first that split weights among themselves write all of them.
-        num_writers = session.placement.mesh.shape[-1]
-        check_shared(folder.path, num_writers, "checkpoints in shards need", "`training.sharding: none`")
+        # The first that split weights among themselves write all of them; all read the best checkpoint in the end.
+        sharing = session.placement.mesh.shape[-1] if session.config.evaluation.best_by is None else num_ranks
+        check_shared(folder.path, sharing, "checkpoints in shards need", "`training.sharding: none`")
 
 
 def _announce(plan: PlannedRun) -> None:
@@ -207,23 +209,24 @@ def _take(run: Run, digests: Mapping[str, str]) -> Iterator[StepResult]:
         for name in damaged:
             what = f"rows of {run.plan.folder.row_files[name]} are missing or changed that were there at step {done}"
             session.console.warning(what + "; measuring the held-out figures again" * only_evaluates)
+        check_evaluations(run, records, damaged=METRICS in damaged)
         started_at = time.monotonic()
         if not done and run.holds_out:
             run.before.update(run.measure_before())
             records.add("eval", 0, {"epoch": 0.0, **run.before})
         records.diagnose()
         with session.signals.deferred():
-            yield from _steps(run, records)
+            if not is_over(run, records):
+                yield from _steps(run, records)
             saving = session.progress.during("while the trained model was saved")
             with session.signals.during("the trained model is saved"), saving:
                 if only_evaluates and any(session.of_all(bool(damaged))):
                     _measure_again(run, records)
-                records.writer.finish()
-                # Rows of a run without held-out pairs that speak of some are not its own.
-                figures = records.log.last("eval") if records.log and run.holds_out else None
-                save_final(run, figures)
+                records.finish()
+                outcome = conclude(run, records)
+                save_final(run, outcome)
         if records.diagnosis:
-            summarize(run, figures, records.diagnosis, time.monotonic() - started_at)
+            summarize(run, outcome, records.diagnosis, time.monotonic() - started_at)
     session.accelerator.wait_for_everyone()
 
 
@@ -242,8 +245,9 @@ def _steps(run: Run, records: Records) -> Iterator[StepResult]:
 
     session.signals.unsaved = unsaved
     try:
-        with session.console.steps(taken, run.plan.steps.num_steps, None if every == "auto" else every) as record:
-            steps = run.learner.steps(run.plan.steps, run.batches)
+        shown = session.console.steps(taken, run.plan.steps.num_steps, None if every == "auto" else every)
+        taking = contextlib.closing(run.learner.steps(run.plan.steps, run.batches))
+        with shown as record, taking as steps:
             following = session.progress.following(steps, taken)
             for result in _noted(following, run.learner):
                 taken = result.number
@@ -255,8 +259,10 @@ def _steps(run: Run, records: Records) -> Iterator[StepResult]:
                     metrics["skipped"] = run.learner.skips.count
                 records.add("train", result.number, metrics)
                 record.step(result.number, metrics)
-                _after_step(run, records, result, record)
+                ends = _after_step(run, records, result, record)
                 yield result
+                if ends:
+                    break
                 before = time.monotonic()
     except NotFinite as broken:
         hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is intact"
@@ -275,30 +281,35 @@ def _noted(results: Iterator[StepResult], learner: Learner) -> Iterator[StepResu
         yield result
 
 
-def _after_step(run: Run, records: Records, result: StepResult, record: Record) -> None:
-    """Evaluate and save when due, which depends on the step alone, and stop where any process was asked to."""
+def _after_step(run: Run, records: Records, result: StepResult, record: Record) -> bool:
+    """Evaluate and save when due, which depends on step and evaluations, and stop where any process was asked to.
+
+    Returns:
+        Whether the run ends here.
+    """
     session, config, step = run.session, run.session.config, result.number
-    last, stop = step == run.plan.steps.num_steps, result.stop
-    save = _due(step, config.checkpoints.every_steps) or (last and config.checkpoints.at_end)
-    evaluates = run.holds_out and (last or _due(step, config.evaluation.every_steps))
-    if last or stop or save or evaluates:
+    ends, stop, save = step == run.plan.steps.num_steps, result.stop, _due(step, config.checkpoints.every_steps)
+    evaluates = run.holds_out and (ends or _due(step, config.evaluation.every_steps))
+    if ends or stop or save or evaluates:
         check_finite(step, result.pairs, run.learner.policy)
     if evaluates:
         with session.signals.during("this evaluation"):
             figures = run.measure()
         records.add("eval", step, {"epoch": result.epoch, **figures})
         record.evaluated(step, figures)
+        is_best, is_last = judge(run, records, step)
+        save, ends = save or is_best, ends or is_last
         # An evaluation may be long; who was asked to stop meanwhile does not take another step.
         stop = any(session.of_all(session.signals.received is not None)) or stop
     # Before a checkpoint is saved: what rows showed up to there is not said again after it.
     records.diagnose()
-    if not stop and not save:
-        return
+    if not (stop or save or (ends and config.checkpoints.at_end)):
+        return ends
     with session.progress.during("while a checkpoint was saved"):
         path = records.save()
     if not stop:
         record.saved(step, path, background=config.checkpoints.background)
-        return
+        return ends
     with session.progress.during("while a checkpoint was saved"):
         records.writer.finish()
     session.console.answer(f"stopped after step {step}; saved {path}; `--resume` continues from there")

@@ -23,6 +23,9 @@ class RowLog:
         last_step: Rows of later steps, and an incomplete last line, were left by a crash; they are removed,
             since those steps run again. 0: nothing is done yet, and no row is kept.
         first: The row that the file begins with, even if it was lost; None: the one in the file.
+
+    Attributes:
+        evaluations: The rows of all evaluations so far, in their order.
     """
 
     def __init__(self, path: Path, last_step: int, first: dict[str, Any] | None = None) -> None:
@@ -33,11 +36,6 @@ class RowLog:
     def digest(self) -> str:
         """A digest of all rows so far, without speed, by which a resumed run checks that it still has them."""
         return self._digest.hexdigest()
-
-    def last(self, split: str) -> dict[str, Any] | None:
-        """Return the last row of a split."""
-        rows = [row for row in rows_in(self._path) if row.get("split") == split]
-        return rows[-1] if rows else None
 
     def forget(self, step: int, split: str | None = None) -> None:
         """Remove the rows of a step, those of a split alone if one is named: they are written again.
@@ -70,6 +68,7 @@ class RowLog:
     def _keep(self, wanted: Callable[[dict[str, Any]], bool], first: dict[str, Any] | None = None) -> None:
         """Keep the rows that are wanted, after `first` if there is one, and append to them from now on."""
         self._digest = hashlib.sha256()
+        self.evaluations: list[dict[str, Any]] = []
         try:
             kept = [(_line(first).rstrip(), first)] if first else []
             kept += [(text, row) for text, row in _whole_lines(self._path) if wanted(row)]
@@ -84,8 +83,10 @@ class RowLog:
         return from_os_error(error, f"writing {self._path.name}", str(self._path))
 
     def _remember(self, row: dict[str, Any]) -> None:
-        """Add a row to the digest, without speed, which differs from run to run."""
+        """Add a row to the digest, without speed, which differs between runs, and to the evaluations if it is one."""
         self._digest.update(_digested(row))
+        if row.get("split") == "eval":
+            self.evaluations.append(row)
 
     def sync(self) -> None:
         """Flush the rows to the disk; called before a checkpoint that relies on them.

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,7 @@ from dpo_cli.system.storage import (
     verify,
 )
 from dpo_cli.training.learner import Learner, NotFinite
-from dpo_cli.training.run_folder import checkpoints_in, step_of
+from dpo_cli.training.run_folder import checkpoint_name, checkpoints_in, step_of
 from dpo_cli.training.sharded_state import ShardedSnapshot
 from dpo_cli.training.state import RunNotes, Snapshot, random_states, read_state
 from dpo_cli.training.together import Together
@@ -72,7 +72,7 @@ _log = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, of which the newest stay.
+    """Writes a run's checkpoints, of which the newest and the best stay.
 
     Args:
         folder: The folder of checkpoints.
@@ -102,29 +102,30 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
 
-    def save(self, learner: Learner, notes: RunNotes) -> Path:
+    def save(self, learner: Learner, notes: RunNotes, best: Collection[int] = ()) -> Path:
         """Save the state after the learner's last step; every rank calls it, the main process or all of them write.
 
         Args:
             learner: What is saved.
             notes: What is said of the run.
+            best: The steps of checkpoints that stay beside the newest; the main process has to know them.
 
         Raises:
             UserError: The disk refuses this checkpoint, or refused the one before. The older ones are untouched.
         """
         accelerator = learner.accelerator
         states = gather_object([random_states(accelerator.process_index)])
-        target = self.folder / f"step-{learner.done:06d}"
+        target = self.folder / checkpoint_name(learner.done)
         if self._together or accelerator.is_main_process:
             self.finish()
             kind = ShardedSnapshot if self._together else Snapshot
             snapshot = kind.of(learner, self._tokenizer, states, notes)
             if self._background:
                 written = snapshot.copied()
-                self._thread = threading.Thread(target=self._try_to_write, args=(target, written), daemon=True)
+                self._thread = threading.Thread(target=self._try_to_write, args=(target, written, best), daemon=True)
                 self._thread.start()
             else:
-                self._write(target, snapshot)
+                self._write(target, snapshot, best)
         if not self._background:
             accelerator.wait_for_everyone()
         return target
@@ -142,13 +143,13 @@ class CheckpointWriter:
             failed, self._failed = self._failed, None
             raise failed
 
-    def _try_to_write(self, target: Path, snapshot: Snapshot | ShardedSnapshot) -> None:
+    def _try_to_write(self, target: Path, snapshot: Snapshot | ShardedSnapshot, best: Collection[int]) -> None:
         try:
-            self._write(target, snapshot)
+            self._write(target, snapshot, best)
         except BaseException as error:
             self._failed = error
 
-    def _write(self, target: Path, snapshot: Snapshot | ShardedSnapshot) -> None:
+    def _write(self, target: Path, snapshot: Snapshot | ShardedSnapshot, best: Collection[int]) -> None:
         doing = "saving a checkpoint"
         if isinstance(snapshot, ShardedSnapshot):
             assert self._together is not None
@@ -160,7 +161,7 @@ class CheckpointWriter:
                 snapshot.write(temporary)
         self.newest = snapshot.record.step
         if self._together is None or self._together.is_main:
-            prune(self.folder, self.keep, snapshot.record.step)
+            prune(self.folder, self.keep, self.newest, best)
 
     def _write_together(self, target: Path, snapshot: ShardedSnapshot, together: Together, doing: str) -> None:
         """Write what each process has into one folder, which the main process seals and renames."""
@@ -189,10 +190,22 @@ class CheckpointWriter:
         remove_strays(self.folder)
 
 
-def prune(folder: Path, keep: int, step: int) -> None:
-    """Remove all but the newest checkpoints up to a step: later ones were passed over."""
+def prune(folder: Path, keep: int, step: int, best: Collection[int] = ()) -> None:
+    """Remove all but the newest checkpoints up to a step, and those of the best steps: later ones were passed over."""
     for path in [path for path in checkpoints_in(folder) if step_of(path) <= step][:-keep]:
-        discard(path)
+        if step_of(path) not in best:
+            discard(path)
+
+
+def check_whole(path: Path, fingerprints: Mapping[str, str]) -> None:
+    """Check a checkpoint whose weights are going to be read.
+
+    Raises:
+        DamagedFolder: It is missing, not as it was saved, or of another run.
+    """
+    verify(path)
+    if other := _difference(read_state(path).fingerprints, fingerprints):
+        raise DamagedFolder(f"the {other} is not this run's")
 
 
 def newest_whole(

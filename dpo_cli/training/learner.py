@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +132,7 @@ class Learner:
         """How many steps were taken or skipped."""
         return self.rates.last_epoch
 
-    def steps(self, plan: Plan, batches: Batches) -> Iterator[StepResult]:
+    def steps(self, plan: Plan, batches: Batches) -> Generator[StepResult, None, None]:
         """Take the steps of a plan that are not done yet, yielding a result after each.
 
         Args:

@@ -101,6 +101,10 @@ class RunFolder:
         """The folder of checkpoints."""
         return self.path / "checkpoints"
 
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of a step, whether it is there or not."""
+        return self.checkpoints / checkpoint_name(step)
+
     @property
     def final(self) -> Path:
         """The trained model."""
@@ -344,6 +348,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
     """Return the checkpoints in a run's folder of them, by their names, the oldest first."""
     found = [path for path in folder.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
     return sorted(found, key=step_of)
+
+
+def checkpoint_name(step: int) -> str:
+    """Return what the checkpoint of a step is called."""
+    return f"step-{step:06d}"
 
 
 def step_of(checkpoint: Path) -> int:

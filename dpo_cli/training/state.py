@@ -28,6 +28,7 @@ from dpo_cli.modeling.split import whole_value
 from dpo_cli.modeling.stepping import OneByOne
 from dpo_cli.system.storage import DamagedFolder
 from dpo_cli.training.resharding import OPTIMIZER, REFERENCE, kept_tensors
+from dpo_cli.training.run_folder import checkpoint_name
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -274,7 +275,7 @@ def read_state(path: Path) -> TrainingState:
         raise DamagedFolder(f"{_STATE} is not a checkpoint's: {place}: {first['msg'].lower()}") from None
     if state.schedule.last_epoch != state.step:
         raise DamagedFolder(f"{_STATE} is not a checkpoint's: its schedule is at step {state.schedule.last_epoch}")
-    if path.name != f"step-{state.step:06d}":
+    if path.name != checkpoint_name(state.step):
         raise DamagedFolder(f"it is the checkpoint of step {state.step}")
     return state
 

@@ -41,8 +41,9 @@ WATCHES = {
     "training.micro_batch_tokens", "training.layout", "training.gradient_checkpointing", "training.rank_timeout",
     "training.offload", "training.sharding", "training.attention", "training.compile", "training.deterministic",
     "training.on_nonfinite", "training.max_skipped",
-    "evaluation.every_steps", "logging.every_steps",
-    "checkpoints.every_steps", "checkpoints.at_end", "checkpoints.keep", "checkpoints.background",
+    "evaluation.every_steps", "evaluation.best_by", "evaluation.patience", "logging.every_steps",
+    "checkpoints.every_steps", "checkpoints.at_end", "checkpoints.keep", "checkpoints.keep_best",
+    "checkpoints.background",
     "tracking", "output_dir",
 }  # fmt: skip
 """What decides memory and speed, what is kept and who is told."""
@@ -175,10 +176,13 @@ OTHERS = {
     "training.on_nonfinite": "skip",
     "training.max_skipped": 3,
     "evaluation.every_steps": 1,
+    "evaluation.best_by": "rewards/margins",
+    "evaluation.patience": 5,
     "logging.every_steps": 2,
     "checkpoints.every_steps": 3,
     "checkpoints.at_end": "false",
     "checkpoints.keep": 1,
+    "checkpoints.keep_best": 2,
     "checkpoints.background": "true",
     "tracking": "[tensorboard]",
 }

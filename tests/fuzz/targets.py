@@ -277,6 +277,7 @@ def read_run_folder(damage: Damage, folder: Path) -> None:
 def take_up(folder: Path) -> None:
     """Read what a run left in a folder beside its checkpoints, as it is read before the run goes on."""
     from dpo_cli.config import changeable
+    from dpo_cli.evaluation.best import best_steps
     from dpo_cli.reporting.row_log import RowLog
     from dpo_cli.training.run_folder import RunFolder
 
@@ -287,7 +288,7 @@ def take_up(folder: Path) -> None:
     run.recorded_count("training.micro_batch_tokens")
     with contextlib.closing(RowLog(run.metrics, 3)) as log:
         log.append({"split": "train", "step": 4, "loss": 0.5})
-        log.last("eval")
+        best_steps(log.evaluations, "loss")
     found = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     assert all(row["step"] <= 4 for row in found)
 

@@ -33,8 +33,9 @@ def test_on_resume_later_steps_and_torn_lines_are_removed_and_evaluations_kept(t
     log = RowLog(path, 2)
     log.append(row(3, loss=1.0))
     assert read(path) == [row(1), row(2), row(2, "eval"), row(3, loss=1.0)]
-    assert log.last("eval") == row(2, "eval")
-    assert log.last("other") is None
+    assert log.evaluations == [row(2, "eval")]
+    log.append(row(3, "eval", loss=0.25))
+    assert log.evaluations == [row(2, "eval"), row(3, "eval", loss=0.25)]
     log.close()
 
 
