@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from torch.nn.attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.modeling import ahead
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
+from dpo_cli.modeling.attention import flex
+from dpo_cli.modeling.attention.kernels import KERNELS
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.loading import load_policy
-from dpo_cli.modeling.layouts import LAYOUTS
+from dpo_cli.modeling.layouts import PACKED, PADDED
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.preference.losses import AOT, DPO, LDDPO, RDPO, SFT, SimPO
 from dpo_cli.preference.losses.pairwise import AdaptiveBeta
@@ -28,6 +31,7 @@ from dpo_cli.training.learner import Learner
 from dpo_cli.training.optimizer import AdamW, schedule
 from tests.builders import prepare_pairs, silent
 from tests.conftest import write_rows
+from tests.marks import slow_unless
 from tests.modeling.fake_cuda import CUDA, HostStops, fake_cuda
 
 
@@ -56,6 +60,9 @@ def learner_on_cuda(monkeypatch, model, pairs, layout, *, loss=None, reference=N
         work = ReferenceWork(policy, policy, accelerator, indices, Batches(pairs, LAYOUTS[layout], 700, here), silent)
         opened = reference.open(work)
     monkeypatch.setattr(Accelerator, "device", property(lambda accelerator: CUDA))
+    # There is nothing to compile for: the operation that FlexAttention compiles to is called as it is.
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(flex, "compiled_flex", lambda dtype: flex_attention.flex_attention)
     # Whether a thread is in a mode of torch is up to each thread.
     monkeypatch.setattr(ahead, "IN_TURN", {"cuda"})
     with fake_cuda():
@@ -73,6 +80,8 @@ def learner_on_cuda(monkeypatch, model, pairs, layout, *, loss=None, reference=N
         prepared = accelerator.prepare_optimizer(optimizer)
         yield Learner(policy, objective, opened, prepared, rates, accelerator, max_grad_norm=1.0), plan, batches
 
+
+LAYOUTS = {one.described: one for one in (PADDED, PACKED, *PACKED.with_kernels([KERNELS["flex"]], (None,)))}
 
 WAYS = {
     "dpo": {},
@@ -92,10 +101,10 @@ WAYS = {
 
 
 QUICK = ("dpo", "a cache and ranks")
+CASES = [(layout, how) for layout in LAYOUTS for how in WAYS]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("how", [how if how in QUICK else pytest.param(how, marks=pytest.mark.slow) for how in WAYS])
+@pytest.mark.parametrize("layout, how", slow_unless(lambda case: case[1] in QUICK and "flex" not in case[0], CASES))
 def test_a_step_asks_the_device_once_and_a_micro_batch_never(tiny_llama, pairs, monkeypatch, layout, how):
     """Forward, loss and backward pass, clipping, the optimizer: 2 steps of several micro-batches."""
     with learner_on_cuda(monkeypatch, tiny_llama, pairs, layout, **WAYS[how]) as (learner, plan, batches):
