@@ -187,14 +187,22 @@ def train(
 
 @app.command(
     "eval",
-    **_configured("dpo eval my.yaml", "dpo eval my.yaml --model runs/my/checkpoints/step-000100 --data others.jsonl"),
+    **_configured(
+        "dpo eval my.yaml",
+        "dpo eval my.yaml --model runs/my/checkpoints/step-000100 --data others.jsonl",
+        "dpo eval my.yaml --model runs/my/final --model runs/other/final",
+    ),
 )
 def evaluate(
     arguments: Arguments = None,
     config: ConfigFile = None,
     model: Annotated[
-        str | None,
-        typer.Option(parser=expanded, metavar="PATH", help="The model to score; by default the run's own."),
+        list[str] | None,
+        typer.Option(
+            parser=expanded,
+            metavar="PATH",
+            help="The model to score; by default the run's own. Given again: another one, compared with the first.",
+        ),
     ] = None,
     data: Annotated[
         str | None,

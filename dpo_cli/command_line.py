@@ -37,7 +37,8 @@ class Command(TyperCommand):
             error.ctx = error.ctx or ctx
             raise
         for option in given:
-            if values.get(option.name) == "":
+            value = values.get(option.name)
+            if value == "" or (isinstance(value, list) and "" in value):
                 raise UserError(
                     f"the value of `{option.opts[0]}` is empty", _WHERE, "give one, or leave the option out"
                 )

@@ -20,7 +20,7 @@ from dpo_cli.config.inputs import (
     check_training,
     json_file_errors,
     look_up_on_hub,
-    scored_model,
+    scored_models,
 )
 from dpo_cli.config.launched import sharding_errors, taken_over
 from dpo_cli.config.reporting import check_report
@@ -198,16 +198,17 @@ def _train(
 def evaluate(
     config: Configuration,
     *,
-    model: str | None = None,
+    model: str | Sequence[str] | None = None,
     data: str | None = None,
     json_file: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Score a model on held-out pairs against the reference; return the figures.
+    """Score a model on held-out pairs against the reference, or several; return the figures.
 
     Args:
         config: The run's configuration; it names the reference, the loss and the held-out pairs.
-        model: What to score: a folder, a .gguf file or a Hub id; None: the run's trained model.
+        model: What to score: a folder, a .gguf file or a Hub id; or several of them, the others of which are compared
+            with the first; None: the run's trained model.
         data: Pairs to score, all of them; None: what the configuration holds out.
         json_file: Where to write the figures; `-`: standard output, in place of the table; or None.
         console: What a person sees, or None.
@@ -217,12 +218,13 @@ def evaluate(
     """
     console = _heard(console)
     settings = _launched(as_config(config), console)
-    check_evaluation(settings, model, data, json_file)
+    named = [model] if isinstance(model, str) else list(model or ())
+    check_evaluation(settings, named, data, json_file)
     console.notice("loading …")
-    look_up_on_hub(settings, model=model, data=data)
+    look_up_on_hub(settings, models=named, data=data)
     from dpo_cli.pipeline.evaluate import evaluate
 
-    return evaluate(settings, console, model=scored_model(settings, model), data=data, json_file=json_file)
+    return evaluate(settings, console, models=scored_models(settings, named), data=data, json_file=json_file)
 
 
 def export(

@@ -102,13 +102,19 @@ def _check_alone(config: Config) -> Iterator[UserError]:
         yield UserError(f"`{name}` is an adapter itself, beside which no other is trained", "`model.name`", hint)
 
 
-def check_evaluation(config: Config, model: str | None, data: str | None, json_file: Path | None) -> None:
-    """Check what is read, the model that is scored, and the file of the figures.
+def check_evaluation(config: Config, models: Sequence[str], data: str | None, json_file: Path | None) -> None:
+    """Check what is read, the models that are scored, and the file of the figures.
+
+    Args:
+        config: Names the reference and the held-out pairs.
+        models: The models that are named; none: what the run has trained is scored.
+        data: Pairs that are named in place of the held-out ones, or None.
+        json_file: Where figures are written, or None.
 
     Raises:
         UserError: Something is wrong; an `ExceptionGroup` where several things are.
     """
-    problems = [*check_inputs(config, needs_train=data is None), *_check_scored(config, model)]
+    problems = [*check_inputs(config, needs_train=data is None), *_check_scored(config, models)]
     problems += [problem for source in as_sources(data) if (problem := check_source(source, "--data"))]
     if data is None and config.data.eval is None:
         hint = "set `data.eval`, or name pairs with --data"
@@ -127,26 +133,35 @@ def json_file_errors(file: Path | None) -> Iterator[UserError]:
         yield UserError(f"there is no folder {located(file.parent)} for the JSON file", where, "create it")
 
 
-def scored_model(config: Config, model: str | None) -> str:
-    """Return the model that is scored: the one that is named, or what the run has trained."""
-    return model or str(RunFolder(Path(config.output_dir)).final)
+def scored_models(config: Config, models: Sequence[str]) -> list[str]:
+    """Return the models that are scored: those that are named, or what the run has trained."""
+    return list(models) or [str(RunFolder(Path(config.output_dir)).final)]
 
 
-def _check_scored(config: Config, model: str | None) -> list[UserError]:
-    """Say what is wrong with the model that is scored."""
-    scored = scored_model(config, model)
-    if model is None and not Path(scored).is_dir():
+def _check_scored(config: Config, models: Sequence[str]) -> Iterator[UserError]:
+    """Yield what is wrong with the models that are scored."""
+    for number, scored in enumerate(scored_models(config, models)):
+        if problem := _check_model_to_score(config, scored, is_named=bool(models)):
+            yield problem
+        elif again := next((other for other in models[:number] if same_model(scored, other)), None):
+            also = "" if again == scored else f", also as `{again}`"
+            hint = "name each model once; what is compared are different models"
+            yield UserError(f"the model `{scored}` is named twice{also}", "--model", hint)
+
+
+def _check_model_to_score(config: Config, scored: str, *, is_named: bool) -> UserError | None:
+    """Say what is wrong with a model that is scored."""
+    if not is_named and not Path(scored).is_dir():
         what = f"the run has no trained model yet: there is no folder {located(scored)}"
-        return [UserError(what, "`output_dir`", "train first, or name a model with --model")]
+        return UserError(what, "`output_dir`", "train first, or name a model with --model")
     if problem := _check_adapter_to_score(scored, config):
-        return [problem]
-    if model is None or (Path(scored) / MANIFEST).is_file():
+        return problem
+    if not is_named or (Path(scored) / MANIFEST).is_file():
         try:
             verify(Path(scored))
         except DamagedFolder as damage:
-            hint = "score another checkpoint, or train again"
-            return [UserError(f"the model is damaged: {damage}", scored, hint)]
-    return []
+            return UserError(f"the model is damaged: {damage}", scored, "score another checkpoint, or train again")
+    return None
 
 
 def _check_adapter_to_score(name: str, config: Config) -> UserError | None:
@@ -215,26 +230,26 @@ def _check_start(name: str | None) -> UserError | None:
     return None
 
 
-def look_up_on_hub(config: Config, *, model: str | None = None, data: str | None = None) -> None:
+def look_up_on_hub(config: Config, *, models: Sequence[str] = (), data: str | None = None) -> None:
     """Ask the Hub for every model and dataset that is named and is not on this disk, before any work is done.
 
     Args:
         config: What the configuration names was checked before.
-        model: A model that `--model` names, or None.
+        models: The models that `--model` names.
         data: Pairs that `--data` names in place of the configuration's, or None.
 
     Raises:
         UserError: The Hub has something not, or cannot be reached and it was not downloaded before.
     """
-    models = {"`model.name`": config.model.name, "`reference.model`": config.reference.model, "--model": model}
-    asked = {where: name for where, name in models.items() if name}
-    problems = [look_up_model(name, where) for where, name in asked.items() if is_hub_id(name)]
-    if not any(problems) and any(is_hub_id(name) and holds_adapter(name) for name in asked.values()):
+    settings = [("`model.name`", config.model.name), ("`reference.model`", config.reference.model)]
+    asked = [(where, name) for where, name in settings if name] + [("--model", name) for name in models]
+    problems = [look_up_model(name, where) for where, name in asked if is_hub_id(name)]
+    if not any(problems) and any(is_hub_id(name) and holds_adapter(name) for _, name in asked):
         # What is there of these could not be checked before.
         problems += [*check_inputs(config, needs_train=False), *_check_alone(config)]
-        problems += [_check_adapter_to_score(model, config)] if model else []
-    bases = {where: whole_model(name) for where, name in asked.items() if holds_adapter(name)}
-    problems += [look_up_model(name, where) for where, name in bases.items() if is_hub_id(name)]
+        problems += [_check_adapter_to_score(name, config) for name in models]
+    bases = [(where, whole_model(name)) for where, name in asked if holds_adapter(name)]
+    problems += [look_up_model(name, where) for where, name in bases if is_hub_id(name)]
     sources = {"`data.train`": as_sources(config.data.train), "`data.eval`": held_out_sources(config)}
     if data is not None:
         sources = {"--data": as_sources(data)}

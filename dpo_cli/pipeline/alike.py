@@ -93,7 +93,7 @@ def _differences(everywhere: Sequence[Job]) -> Iterator[UserError]:
     asked = differing([one.asked for one in everywhere], hosts, "other options")
     yield from errors_of(asked, "the command line", "start every process with the same command")
     models = [one.models for one in everywhere]
-    named = ", ".join(where for where in models[0] if any(one[where] != models[0][where] for one in models))
+    named = ", ".join(where for where in models[0] if any(one.get(where) != models[0][where] for one in models))
     hint = "copy the same model to every machine, or share a disk"
     yield from _unlike([str(one) for one in models], hosts, "another model", named, hint)
 

@@ -1,4 +1,4 @@
-"""`dpo eval`: score held-out pairs with a model, against the reference that the run had."""
+"""`dpo eval`: score held-out pairs with a model or several, against the reference that the run had."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ from dpo_cli.evaluation.details import figures_and_details
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.evaluate import evaluate as score
 from dpo_cli.evaluation.figures import figures_by
+from dpo_cli.evaluation.held_out import held_out_rows
 from dpo_cli.modeling.adapters.files import base_of, holds_adapter
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.folders.model_names import same_model
+from dpo_cli.modeling.folders.model_names import same_model, whole_model
 from dpo_cli.modeling.folders.tokenizers import check_same_tokens, end_at
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline.alike import check_job, check_pairs, named_models
 from dpo_cli.pipeline.beginning import Beginning, noted_by
+from dpo_cli.pipeline.comparing import Measured, as_json, compared, letters
 from dpo_cli.pipeline.memory import settling_scores
 from dpo_cli.pipeline.models import known_reference, open_reference, opened, reference_sketch, scored_and_reference
 from dpo_cli.pipeline.pairs import load_tokenizer, named_pairs, num_trained_on, prepared_pairs, run_data
@@ -49,63 +52,94 @@ from dpo_cli.training.run_folder import RunFolder
 
 
 def evaluate(
-    config: Config, console: Console, *, model: str, data: str | None, json_file: Path | None
+    config: Config, console: Console, *, models: Sequence[str], data: str | None, json_file: Path | None
 ) -> dict[str, Any]:
-    """Score a model on held-out pairs, print the figures and return them.
+    """Score models on held-out pairs, print the figures and return them.
 
     Args:
         config: The run's configuration; it names the reference, the loss and the held-out pairs.
-        console: Where the table goes.
-        model: What to score: a folder, a .gguf file or a Hub id.
+        console: Where the tables go.
+        models: What to score, each a folder, a .gguf file or a Hub id; of several, the others are compared with the
+            first.
         data: Pairs to score, all of them; None: what the configuration holds out.
-        json_file: Where to write the figures; `-`: standard output, in place of the table; or None.
+        json_file: Where to write the figures; `-`: standard output, in place of the tables; or None.
 
     Raises:
         UserError: Something is wrong that the user can fix.
     """
     with started(config, console) as session:
-        check_job(session, {"--model": model, "--data": data}, {"--model": model, **named_models(config)})
-        found = _measure(session, model, data)
+        named = {f"--model {number}": model for number, model in enumerate(models, 1)}
+        check_job(session, {"--model": list(models), "--data": data}, {**named, **named_models(config)})
+        asked = _asked(session, models, data)
+        measured = [_measure(session, asked, model) for model in models]
+    comparisons = compared(measured)
+    found = as_json(measured, comparisons)
     if json_file == STANDARD_OUTPUT:
         console.result(json.dumps(found, indent=1))
         return found
-    _show(config, found, console)
+    _show(config, [one.figures for one in measured], console)
+    for comparison in comparisons:
+        comparison.show(console)
     if json_file and is_main_process():
         write_json(json_file, found, "writing the figures")
         console.notice(f"figures written: {json_file}")
     return found
 
 
-def _measure(session: Session, model: str, data: str | None) -> dict[str, Any]:
-    """Score the pairs with model and reference, and sum up."""
+@dataclass(frozen=True)
+class _Asked:
+    """What is scored, whichever model does it.
+
+    Attributes:
+        pairs: All pairs.
+        held_out: Indices of those that are scored.
+        end: The token that ends a response.
+        about: What the figures of every model say of the pairs.
+    """
+
+    pairs: PreparedPairs
+    held_out: NDArray[np.int64]
+    end: int
+    about: dict[str, Any]
+
+
+def _asked(session: Session, models: Sequence[str], data: str | None) -> _Asked:
+    """Prepare or find the pairs, and check that the models read the same tokens."""
     config = session.config
     with session.accelerator.main_process_first():
         # Where there is a run, its prompts are as they were on its first day.
         day = RunFolder(Path(config.output_dir)).first_day()
         tokenizer, tokenize = load_tokenizer(config, session.console, day)
-        base = base_of(model) if holds_adapter(model) else None
-        check_same_tokens(tokenizer, base or model, "the model that is scored", config.model.trust)
+        for model in models:
+            check_same_tokens(tokenizer, whole_model(model), "the model that is scored", config.model.trust)
         pairs, held_out, source = _held_out(config, data, tokenize, session.console)
         trained_on = {"trained_on": num_trained_on(config, pairs, held_out, tokenize)} if data is not None else {}
     read = hashlib.sha256(pairs.key_numbers("key")[held_out].tobytes()).hexdigest()
     check_pairs(session, read, "`data`" if data is None else "--data")
     check_columns(pairs, config.objective)
-    policy, reference, batches = _open_both(session, model, pairs, held_out, tokenizer.eos_token_id)
+    return _Asked(pairs, held_out, tokenizer.eos_token_id, {"data": source, **trained_on})
+
+
+def _measure(session: Session, asked: _Asked, model: str) -> Measured:
+    """Score the pairs with model and reference, and sum up."""
+    config, pairs = session.config, asked.pairs
+    policy, reference, batches = _open_both(session, model, pairs, asked.held_out, asked.end)
     policy.place(session.accelerator, trained=False, collisions=config.objective.wpo)
-    results = scored(session, policy.scorer, reference, batches, held_out, model)
+    results = scored(session, policy.scorer, reference, batches, asked.held_out, model)
+    base = base_of(model) if holds_adapter(model) else None
     told = figures_and_details(results, config.objective)
     told["baselines"] |= _unscored_base(config, model)
-    return {
+    found = {
         **told,
         **_by_label(results, pairs, config.objective),
         "model": model,
         **({"base": base} if base else {}),
         **({"quantize": config.model.quantize} if base and config.model.quantize else {}),
         "reference": _named_reference(config),
-        "data": source,
-        **trained_on,
+        **asked.about,
         "objective": config.model_dump(mode="json")["loss"],
     }
+    return Measured(found, held_out_rows(0, results, pairs))
 
 
 def _open_both(
@@ -209,30 +243,47 @@ def _unscored_base(config: Config, model: str) -> dict[str, Any]:
     return {"base": {"missing": f"`dpo eval --model {shlex.quote(base)}` scores it"}}
 
 
-def _show(config: Config, found: dict[str, Any], console: Console) -> None:
-    """Print what was measured, and the figures of all pairs and of groups of them."""
-    bits, chosen = f" ({found['quantize']})" if "quantize" in found else "", "trained_on" in found
+def _show(config: Config, found: Sequence[dict[str, Any]], console: Console) -> None:
+    """Print what was measured, and the figures of all pairs; of one model also those of groups of them."""
+    first, chosen = found[0], "trained_on" in found[0]
+    names = (
+        {one["model"]: one for one in found} if len(found) == 1 else dict(zip(letters(len(found)), found, strict=True))
+    )
     measured = {
+        **({name: _named(one) for name, one in names.items()} if len(found) > 1 else {}),
         "loss": described_loss(config),
-        **({"base": f"{found['base']}{bits}"} if "base" in found else {}),
-        "reference": found["reference"] or "none (not needed)",
-        "pairs of": found["data"],
-        **({"trained on": _trained_on(found)} if chosen else {}),
+        **({"base": _base(first)} if len(found) == 1 and "base" in first else {}),
+        "reference": first["reference"] or "none (not needed)",
+        "pairs of": first["data"],
+        **({"trained on": _trained_on(first)} if chosen else {}),
     }
     console.block()
     width = max(map(len, measured))
     for name, value in measured.items():
         console.result(f"{name:<{width}}  {value}")
     console.result("")
-    console.result(figures_table({found["model"]: found}, "scored pairs" if chosen else HELD_OUT))
-    for block in detail_blocks(found):
+    console.result(figures_table(names, "scored pairs" if chosen else HELD_OUT))
+    if len(found) > 1:
+        # What else is told of each is in the JSON: beside each other it would be pages.
+        return
+    for block in detail_blocks(first):
         console.result("")
         console.result(block)
     for label in LABELS:
-        if groups := found.get(f"by_{label}"):
+        if groups := first.get(f"by_{label}"):
             for table in (groups_table(label, groups), groups_table(label, groups, GROUP_CELLS)):
                 console.result("")
                 console.result(table)
+
+
+def _named(found: Mapping[str, Any]) -> str:
+    """Name a model, and of an adapter the base."""
+    return f"{found['model']} on {_base(found)}" if "base" in found else str(found["model"])
+
+
+def _base(found: Mapping[str, Any]) -> str:
+    """Name the base of an adapter, and the bits that it was held in, if few."""
+    return f"{found['base']} ({found['quantize']})" if "quantize" in found else str(found["base"])
 
 
 def _trained_on(found: Mapping[str, Any]) -> str:

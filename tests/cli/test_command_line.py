@@ -59,6 +59,7 @@ def test_a_configuration_is_named_once(config, arguments, what):
         ("train a.yaml --resum", "`--resum` is not an option of `dpo train`", "did you mean `--resume`?"),
         ("doctor --json=", "the value of `--json` is empty", "leave the option out"),
         ("eval a.yaml --model= --json -", "the value of `--model` is empty", "leave the option out"),
+        ("eval a.yaml --model m --model=", "the value of `--model` is empty", "leave the option out"),
         ("prepare-data a.yaml --show x", "invalid value for `--show`", "dpo prepare-data --help"),
         ("eval a.yaml --data $NOWHERE/x", "the environment variable `NOWHERE` is not defined", "export NOWHERE="),
         ("eval a.yaml --data ${}/x", "`${}` names no environment variable", "`$$` is a dollar sign"),
