@@ -357,8 +357,21 @@ def forked_dpo(
 
 
 def read_metrics(run: Path, split: str = "train") -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["split"] == split]
+    return [row for row in read_rows(run / "metrics.jsonl") if row["split"] == split]
+
+
+def differing_rows(run: Path, other: Path) -> list[str]:
+    """Return the names of the files in which two runs have other rows, but for the clock."""
+    ours, theirs = ({file.name: read_rows(file) for file in folder.glob("*.jsonl")} for folder in (run, other))
+    return [name for name in sorted(ours | theirs) if _timeless(ours.get(name)) != _timeless(theirs.get(name))]
+
+
+def _timeless(rows: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+    return rows and without_clock(rows)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    return list(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
 
 
 def without_clock(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from dpo_cli.data.prepared.folder import PreparedPairs
-from dpo_cli.data.records import Gaps, TokenizedPair, Tokens
+from dpo_cli.data.records import TokenizedPair
 from dpo_cli.evaluation.evaluate import PairResult
+from dpo_cli.preference.metrics import LENGTHS, PAIR_METRICS
 
 NUM_TEXTS = 10
 """How many pairs of an evaluation have their text beside them, those of the lowest margin."""
@@ -37,33 +38,20 @@ def held_out_rows(
     prompt_keys = pairs.key_numbers("prompt_key")
     rows = []
     for result in results:
-        pair = pairs[result.index]
-        row = {**_described(step, result.index, pair), **result.metrics, "prompt_key": _hex(prompt_keys[result.index])}
+        pair, values = pairs[result.index], result.metrics
+        row = {
+            "step": step,
+            "pair": result.index,
+            "where": pair.origin,
+            "source": pair.source or None,
+            "category": pair.category or None,
+            **{name: int(values[name]) for name in LENGTHS},
+            **{name: values[name] for name in PAIR_METRICS},
+            # In hex: readers of JSON whose numbers have fewer bits keep them all.
+            "prompt_key": f"{int(prompt_keys[result.index]):016x}",
+        }
         rows.append({**row, "text": dict(_texts(pair, decode))} if decode and result.index in shown else row)
     return rows
-
-
-def _described(step: int, index: int, pair: TokenizedPair) -> dict[str, Any]:
-    """Return what a row says of a pair, whichever model is scored."""
-    return {
-        "step": step,
-        "pair": index,
-        "where": pair.origin,
-        "source": pair.source or None,
-        "category": pair.category or None,
-        "chosen_tokens": _num_scored(pair.chosen, pair.chosen_gaps),
-        "rejected_tokens": _num_scored(pair.rejected, pair.rejected_gaps),
-    }
-
-
-def _num_scored(response: Tokens, gaps: Gaps | None) -> int:
-    """Count the scored tokens of a response."""
-    return len(response) - (0 if gaps is None else int((gaps[1::2] - gaps[::2]).sum()))
-
-
-def _hex(key: Any) -> str:
-    """Write 64 bits so that readers of JSON whose numbers have fewer keep them all."""
-    return f"{int(key):016x}"
 
 
 def _texts(pair: TokenizedPair, decode: Callable[[list[int]], str]) -> Iterator[tuple[str, str]]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.data.pairs.sources import as_sources, describe
 from dpo_cli.evaluation.best import Outcome, best_steps
+from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.figures import figures
+from dpo_cli.evaluation.held_out import held_out_rows
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.modeling.folders.weight_types import WeightTypes
@@ -31,7 +34,7 @@ from dpo_cli.reporting.row_log import RowLog
 from dpo_cli.reporting.tables import figures_table
 from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, CheckpointWriter, prune
 from dpo_cli.training.learner import Learner, NotFinite
-from dpo_cli.training.run_folder import METRICS, RunFolder
+from dpo_cli.training.run_folder import HELD_OUT, METRICS, RunFolder
 from dpo_cli.training.state import RunNotes
 from dpo_cli.training.together import Together
 
@@ -64,10 +67,10 @@ class Run:
     @property
     def writes(self) -> frozenset[str]:
         """The files to which it adds rows; of others it has those of an earlier start alone."""
-        return frozenset({METRICS})
+        return frozenset({METRICS, HELD_OUT} if self.holds_out else {METRICS})
 
-    def measure(self, scorer: BatchScorer | None = None, what: str = "evaluating") -> dict[str, Any]:
-        """Score the held-out pairs with the policy, or with what answers for it; return the figures.
+    def measure(self, scorer: BatchScorer | None = None, what: str = "evaluating") -> list[PairResult]:
+        """Score the held-out pairs with the policy, or with what answers for it; return what is found of each.
 
         Raises:
             UserError: A pair's loss is not finite.
@@ -75,19 +78,17 @@ class Run:
         # They are compared with the reference, or with what it was before it moved.
         reference = self.learner.reference.beginning or self.learner.reference
         where, batches = str(self.plan.folder.checkpoints), without_gradient(self.batches)
-        return figures(
-            scored(
-                self.session,
-                scorer or self.learner.policy.scorer,
-                reference,
-                batches,
-                self.plan.data.held_out,
-                where,
-                what,
-            )
+        return scored(
+            self.session,
+            scorer or self.learner.policy.scorer,
+            reference,
+            batches,
+            self.plan.data.held_out,
+            where,
+            what,
         )
 
-    def measure_before(self) -> dict[str, Any]:
+    def measure_before(self) -> list[PairResult]:
         """Score the held-out pairs before step 1.
 
         A reference that is the policy before step 1 answers for it: where its answers are cached, no model is asked.
@@ -146,6 +147,21 @@ class Records:
         if self.run.session.config.trackers:
             numbers = {f"{split}/{k}": v for k, v in metrics.items() if isinstance(v, (int, float))}
             self.run.session.accelerator.log(numbers, step=step)
+
+    def evaluated(self, step: int, epoch: float, results: Sequence[PairResult]) -> dict[str, Any]:
+        """Write what an evaluation says of each held-out pair, then the row of its figures; return these.
+
+        Args:
+            step: The step after which it was made.
+            epoch: The epochs up to there.
+            results: What it says.
+        """
+        found, plan = figures(results), self.run.plan
+        if HELD_OUT in self.logs:
+            decode = functools.partial(plan.tokenizer.decode, skip_special_tokens=True)
+            self.logs[HELD_OUT].append(*held_out_rows(step, results, plan.data.pairs, decode))
+        self.add("eval", step, {"epoch": epoch, **found})
+        return found
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:

@@ -212,8 +212,7 @@ def _take(run: Run, digests: Mapping[str, str]) -> Iterator[StepResult]:
         check_evaluations(run, records, damaged=METRICS in damaged)
         started_at = time.monotonic()
         if not done and run.holds_out:
-            run.before.update(run.measure_before())
-            records.add("eval", 0, {"epoch": 0.0, **run.before})
+            run.before.update(records.evaluated(0, 0.0, run.measure_before()))
         records.diagnose()
         with session.signals.deferred():
             if not is_over(run, records):
@@ -294,8 +293,8 @@ def _after_step(run: Run, records: Records, result: StepResult, record: Record) 
         check_finite(step, result.pairs, run.learner.policy)
     if evaluates:
         with session.signals.during("this evaluation"):
-            figures = run.measure()
-        records.add("eval", step, {"epoch": result.epoch, **figures})
+            results = run.measure()
+        figures = records.evaluated(step, result.epoch, results)
         record.evaluated(step, figures)
         is_best, is_last = judge(run, records, step)
         save, ends = save or is_best, ends or is_last
@@ -325,7 +324,6 @@ def _measure_again(run: Run, records: Records) -> None:
 
     Otherwise the trained model's card would have those of another step, or what somebody made up.
     """
-    step = run.plan.steps.num_steps
-    figures = {"epoch": run.plan.steps.epochs_after(step), **run.measure()}
+    step, results = run.plan.steps.num_steps, run.measure()
     records.forget(step)
-    records.add("eval", step, figures)
+    records.evaluated(step, run.plan.steps.epochs_after(step), results)

@@ -31,7 +31,8 @@ def finished(tmp_path_factory, tiny_llama, demo_rows):
 def test_a_run_leaves_what_the_contract_says(finished, demo_rows):
     file, run, result = finished
     assert sorted(path.name for path in run.iterdir()) == [
-        "checkpoints", "config.yaml", "environment.json", "facts.json", "final", "metrics.jsonl", "report.html",
+        "checkpoints", "config.yaml", "environment.json", "facts.json", "final", "held_out.jsonl", "metrics.jsonl",
+        "report.html",
     ]  # fmt: skip
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000006", "step-000008"]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from dpo_cli.system.storage import DamagedFolder, verify
 from tests.builders import save_adapter
-from tests.conftest import make_config, without_clock, write_rows
+from tests.conftest import differing_rows, make_config, read_rows, without_clock, write_rows
 from tests.faults.launching import free_port
 from tests.faults.ledger import Ledger, Outcome
 from tests.faults.zygote import Ended, Running, Zygote
@@ -208,7 +208,7 @@ class Case:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the rows of `metrics.jsonl`, but for the speed."""
-        return without_clock(list(map(json.loads, (self.output / "metrics.jsonl").read_text().splitlines())))
+        return without_clock(read_rows(self.output / "metrics.jsonl"))
 
     def _judge(self, ended: Ended, saved: int) -> tuple[Outcome, str]:
         """Compare a resumed run with what was promised, before which the checkpoint of a step was saved."""
@@ -222,8 +222,8 @@ class Case:
         for name in ("final", f"checkpoints/{_newest(whole.output)}"):
             if differing := _differing(self.output / name, whole.output / name):
                 return Outcome.WRONG, f"other bytes in {name}: {', '.join(differing)}"
-        if self.metrics() != whole.metrics():
-            return Outcome.WRONG, "other rows in metrics.jsonl"
+        if differing := differing_rows(self.output, whole.output):
+            return Outcome.WRONG, f"other rows in {', '.join(differing)}"
         if left := self._left_behind():
             return Outcome.WRONG, f"left behind: {', '.join(left)}"
         return Outcome.SURVIVED, ""

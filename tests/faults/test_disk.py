@@ -76,6 +76,7 @@ PLACES = {
     "configuration": Place("/run/.config.yaml", "preparing the output folder"),
     "environment": Place("/run/.environment.json", "preparing the output folder"),
     "metrics": Place("metrics.jsonl", "writing metrics.jsonl"),
+    "held-out rows": Place("held_out.jsonl", "writing held_out.jsonl"),
     "checkpoint": Place("/run/checkpoints/", "saving a checkpoint"),
     "final model": Place("/run/.final", "saving the trained model"),
 }
@@ -136,11 +137,15 @@ def test_a_full_disk_stops_the_run_until_there_is_space(small_disk, whole, ledge
         require_same(trial, whole)
 
 
-@pytest.mark.parametrize("step", range(1, 7) if FULL else [3])
-def test_metrics_that_cannot_be_written_stop_the_run(tmp_path, whole, ledger, step):
+ROWS = [*(("metrics.jsonl", step) for step in range(1, 7)), ("held_out.jsonl", 3), ("held_out.jsonl", 6)]
+"""Files of rows, and steps after which some are added."""
+
+
+@pytest.mark.parametrize(("name", "step"), ROWS if FULL else ROWS[2:3] + ROWS[-2:-1])
+def test_rows_that_cannot_be_written_stop_the_run(tmp_path, whole, ledger, name, step):
     trial = whole.with_cache_only(tmp_path / "t")
     with judged(ledger, "disk: metrics refused"):
-        require_stopped(trial, whole, "metrics", ("full_file", {"name": "metrics.jsonl", "step": step}))
+        require_stopped(trial, whole, name, ("full_file", {"name": name, "step": step}))
 
 
 def test_a_new_run_in_a_read_only_folder_is_refused(small_disk, whole, ledger):

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.system.storage import DamagedFolder, verify
-from tests.conftest import make_config, read_metrics, without_clock, write_rows
+from tests.conftest import differing_rows, make_config, write_rows
 from tests.faults.disk_faults import OPEN, REACHED
 from tests.faults.ledger import Ledger, Outcome
 from tests.faults.zygote import Ended, Running, Zygote
@@ -288,16 +288,8 @@ def require_result(trial: Trial, whole: Trial) -> None:
     differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if differing:
         raise Broken(Outcome.WRONG, f"other bytes in {differing}")
-    if not same_metrics(trial, whole):
-        raise Broken(Outcome.WRONG, "other rows in metrics.jsonl")
-
-
-def same_metrics(trial: Trial, whole: Trial) -> bool:
-    """Tell whether two runs have the same rows, but for the clock."""
-    return all(without_clock(read_metrics(trial.run, s)) == without_clock(read_metrics(whole.run, s)) for s in SPLITS)
-
-
-SPLITS = ("train", "eval")
+    if differing := differing_rows(trial.run, whole.run):
+        raise Broken(Outcome.WRONG, f"other rows in {differing}")
 
 
 def content(folder: Path) -> dict[str, bytes]:
