@@ -79,7 +79,7 @@ def _category_reversed(history: History) -> str:
     rows, before = history.held_out.get(history.step, []), history.held_out.get(0, [])
     if not history.step or (mean_of(rows, _ACCURACY) or 0) < 0.5:
         return ""
-    groups = [(label, name, rows) for label in LABELS for name, rows in _groups(rows, label)]
+    groups = [(label, name, group) for label in LABELS for name, group in _groups(rows, label)]
     bound = NormalDist().inv_cdf(1 - _FALSE_ALARMS / max(1, len(groups)))
     for label, name, group in groups:
         accuracy, margin = mean_of(group, _ACCURACY), mean_of(group, _MARGIN)
