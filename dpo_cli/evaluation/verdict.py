@@ -27,12 +27,18 @@ class Verdict:
     reasons: Sequence[str]
 
 
-def verdict(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, harms: Sequence[str] = ()) -> Verdict:
+def verdict(
+    before: Mapping[str, Any] | None,
+    after: Mapping[str, Any] | None,
+    lowest: Mapping[str, Any] | None = None,
+    harms: Sequence[str] = (),
+) -> Verdict:
     """Compare the held-out figures at the end with those before step 1.
 
     Args:
         before: The figures before step 1, where they are known.
         after: The figures at the end, or so far.
+        lowest: The figures of the evaluation with the lowest loss, and its step.
         harms: What else the run did to the model, a sentence each.
     """
     if not before or not after:
@@ -41,8 +47,11 @@ def verdict(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None, h
         return Verdict("unknown", "Cannot be told: nothing was compared on held-out pairs", [what])
     low, high = after["accuracy_interval"]
     began, change = before["rewards/accuracies"], _change(before, after)
-    if harms or high < began or after["loss"] > before["loss"] + CHANCE * abs(before["loss"]):
-        return Verdict("worse", "Worse on the held-out pairs", [change, *harms])
+    if after["loss"] > before["loss"] + CHANCE * abs(before["loss"]):
+        where = f"; it was lowest, {lowest['loss']:.4f}, at step {lowest['step']:,}" if lowest else ""
+        harms = [f"The held-out loss rose above that before training{where}.", *harms]
+    if harms or high < began:
+        return Verdict("worse", "Worse on the held-out pairs", [*harms, change])
     if low > began:
         return Verdict("better", "Better on the held-out pairs", [change])
     why = f"{100 * began:.1f} %, the accuracy before training, is within the interval: the difference may be chance."

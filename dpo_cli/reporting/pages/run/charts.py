@@ -116,6 +116,7 @@ def chart(
     marks: Sequence[Mark] = (),
     last_step: int = 0,
     zero: bool = False,
+    logarithmic: bool = False,
 ) -> Chart:
     """Lay out a chart of at least one series with a point.
 
@@ -127,13 +128,14 @@ def chart(
         marks: What happened.
         last_step: Up to which step all charts of a page go.
         zero: Whether 0 is always seen.
+        logarithmic: Whether the axis is, where values are of very different sizes.
     """
     kept = [Series(one.name, one.style, thinned(one.points), one.band, one.dotted, one.kind) for one in series]
     values = [value for one in kept for _, value in one.points]
     values += [bound for one in kept for _, *bounds in one.band for bound in bounds]
     first = min(step for one in kept for step, _ in one.points)
     last = max(last_step, max(step for one in kept for step, _ in one.points), first + 1)
-    logarithmic = min(values) > 0 and max(values) > _LOG_RANGE * min(values) and not zero
+    logarithmic = logarithmic and min(values) > 0 and max(values) > _LOG_RANGE * min(values)
     scale = _Scale.over([*values, *([0.0] if zero else [])], unit, logarithmic=logarithmic)
 
     def at(step: int) -> float:

@@ -22,7 +22,7 @@ from dpo_cli.reporting.pages.run.answers import MOST_ANSWERS, answered, hardest,
 from dpo_cli.reporting.pages.run.charts import Mark
 from dpo_cli.reporting.pages.run.curves import charts_of
 from dpo_cli.reporting.pages.run.facts import facts_of, hardware_of, settings_text
-from dpo_cli.reporting.pages.run.series import RAW
+from dpo_cli.reporting.pages.run.series import window_of
 from dpo_cli.reporting.run_record import RunRecord
 
 _MOST_PAIRS = 10
@@ -73,7 +73,7 @@ def run_page(run: RunRecord, known: Known) -> str:
         notes=notes_of(run),
         findings=findings,
         charts=charts,
-        smoothed=any(curve.series.kind == RAW for chart in charts for curve in chart.curves),
+        smoothed=window_of(run.steps),
         marks={kind: name for kind, name in _MARK_NAMES.items() if any(mark.kind == kind for mark in marks)},
         answers=answers[:MOST_ANSWERS],
         more_answers=max(0, len(answers) - MOST_ANSWERS),
@@ -99,7 +99,8 @@ def judge(run: RunRecord, findings: Sequence[Finding]) -> Verdict:
     before, after = ends_of(run)
     # What held-out figures say is said by the last of them.
     harms = [one for one in findings if one.severity == "error" and one.check not in HELD_OUT_CHECKS]
-    return verdict(before, after, [f"{one.title[:1].upper()}{one.title[1:]}: {one.evidence}." for one in harms])
+    lowest = min(filter(_is_whole, run.evaluations), key=lambda row: row["loss"], default=None)
+    return verdict(before, after, lowest, [f"{one.title[:1].upper()}{one.title[1:]}: {one.evidence}." for one in harms])
 
 
 def ends_of(run: RunRecord) -> tuple[Row | None, Row | None]:

@@ -66,12 +66,19 @@ def smoothed(points: Sequence[Point]) -> tuple[list[Point], int]:
 
     At both ends a mean is over those of them that there are.
     """
-    half, last = len(points) // _SMOOTHED // 2, len(points) - 1
-    if not half:
+    size, last = window_of(points), len(points) - 1
+    if not size:
         return list(points), 1
+    half = size // 2
     centres = sorted({round(last * place / _CENTRES) for place in range(_CENTRES + 1)})
     means = [_mean(points[max(0, centre - half) : centre + half + 1]) for centre in centres]
-    return [(points[centre][0], mean) for centre, mean in zip(centres, means, strict=True)], 2 * half + 1
+    return [(points[centre][0], mean) for centre, mean in zip(centres, means, strict=True)], size
+
+
+def window_of(points: Sequence[object]) -> int:
+    """Return how many steps a mean is over, an odd number; 0: nothing is smoothed."""
+    half = len(points) // _SMOOTHED // 2
+    return 2 * half + 1 if half else 0
 
 
 def _mean(window: Sequence[Point]) -> float:
