@@ -375,5 +375,6 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 
 
 def without_clock(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out what differs from run to run: the speed."""
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    """Leave out what differs from run to run: speed, time, memory."""
+    clock = ("tokens_per_second", "seconds", "memory_bytes")
+    return [{name: value for name, value in row.items() if name not in clock} for row in rows]

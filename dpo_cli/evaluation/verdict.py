@@ -51,7 +51,8 @@ def verdict(
         where = f"; it was lowest, {lowest['loss']:.4f}, at step {lowest['step']:,}" if lowest else ""
         harms = [f"The held-out loss rose above that before training{where}.", *harms]
     if harms or high < began:
-        return Verdict("worse", "Worse on the held-out pairs", [*harms, change])
+        rose = "Worse, although the held-out reward accuracy rose"
+        return Verdict("worse", rose if low > began else "Worse on the held-out pairs", [*harms, change])
     if low > began:
         return Verdict("better", "Better on the held-out pairs", [change])
     why = f"{100 * began:.1f} %, the accuracy before training, is within the interval: the difference may be chance."

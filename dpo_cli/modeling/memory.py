@@ -196,6 +196,11 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def used_bytes(device: torch.device) -> int:
+    """Return how much memory this process uses: on a GPU the most that its tensors took at once so far."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()
+
+
 def free_bytes(device: torch.device) -> int:
     """Return what may still be taken on a device: on the CPU the limits of container and job count as well."""
     if device.type == "cuda":

@@ -24,10 +24,11 @@ from dpo_cli.pipeline.models import reference_sketch, trained_policy
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data, shown_counts
 from dpo_cli.pipeline.resume import check_length, ended_early
 from dpo_cli.pipeline.session import Session
+from dpo_cli.reporting.secrets import covered
 from dpo_cli.settings import Settings
 from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_tokens
 from dpo_cli.training.optimizer import Optimizer, warmup_steps
-from dpo_cli.training.run_folder import RunFolder, RunState
+from dpo_cli.training.run_folder import FIRST_DAY, PLAN, RunFolder, RunState
 
 _LEAST_OF_AN_ADAPTER, _MOST_OF_ALL_WEIGHTS = 2e-6, 5e-5
 """Learning rates below and above which a run is warned of: what many publish is well within."""
@@ -199,6 +200,11 @@ def header(run: PlannedRun) -> dict[str, str]:
         "device": _device(session),
         "output": str(run.folder.path),
     }
+
+
+def noted(run: PlannedRun) -> dict[str, Any]:
+    """Return what environment.json has of a run beside what runs it."""
+    return {FIRST_DAY: run.day.isoformat(), PLAN: {name: covered(fact) for name, fact in header(run).items()}}
 
 
 def _device(session: Session) -> str:

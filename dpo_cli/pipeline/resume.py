@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dpo_cli.system.storage import discard, make_folder, remove_strays, write_te
 from dpo_cli.training.checkpoints import newest_step, newest_whole
 from dpo_cli.training.learner import Learner
 from dpo_cli.training.optimizer import rate_factor
-from dpo_cli.training.run_folder import FIRST_DAY, RESOLVED, RunFolder, RunState
+from dpo_cli.training.run_folder import RESOLVED, STARTS, RunFolder, RunState
 from dpo_cli.training.state import TrainingState, restore_checkpoint
 
 
@@ -31,7 +31,7 @@ def begin(
     folder: RunFolder,
     learner: Learner,
     fingerprints: Mapping[str, str],
-    day: date,
+    noted: Mapping[str, Any],
     *,
     resume: bool,
     overwrite: bool,
@@ -43,7 +43,7 @@ def begin(
         folder: Where.
         learner: What is restored.
         fingerprints: Digests of what a checkpoint has to have been started from.
-        day: The day on which the run began.
+        noted: What is noted of the run beside its environment.
         resume: Whether it goes on from what is there.
         overwrite: Whether what is there is removed.
 
@@ -62,7 +62,8 @@ def begin(
     # What is there is kept until it is known that the run can go on from it.
     restored = restore_checkpoint(checkpoint, learner) if checkpoint else None
     if session.accelerator.is_main_process:
-        _write_down(session, folder, day, resume=resume, overwrite=overwrite)
+        starts = _starts(folder, learner.done) if resume else [_start(0)]
+        _write_down(session, folder, {**noted, STARTS: starts}, resume=resume, overwrite=overwrite)
         if not learner.recuts.allowed:
             # Passes have the size that was asked for, from here on.
             folder.recuts.unlink(missing_ok=True)
@@ -75,13 +76,32 @@ def begin(
     return restored
 
 
-def _write_down(session: Session, folder: RunFolder, day: date, *, resume: bool, overwrite: bool) -> None:
+def _starts(folder: RunFolder, done: int) -> list[dict[str, Any]]:
+    """Return after which step, and when, the run was started or resumed, this time included.
+
+    What was resumed later than this time is forgotten, as its rows are.
+    """
+    try:
+        known = json.loads(folder.environment.read_bytes())[STARTS]
+        earlier = [{"after_step": one["after_step"], "at": one["at"]} for one in known if one["after_step"] < done]
+    except (OSError, ValueError, LookupError, TypeError):
+        earlier = []
+    return [*earlier, _start(done)]
+
+
+def _start(done: int) -> dict[str, Any]:
+    return {"after_step": done, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
+def _write_down(
+    session: Session, folder: RunFolder, noted: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> None:
     """Clear the run's folder if that was asked for, and write down what runs and where.
 
     Raises:
         UserError: The disk refuses, or another run began in the folder meanwhile.
     """
-    described = json.dumps({**environment(session.accelerator), FIRST_DAY: day.isoformat()}, indent=1)
+    described = json.dumps({**environment(session.accelerator), **noted}, indent=1)
     try:
         if meanwhile := folder.check(resume=resume, overwrite=overwrite):
             raise meanwhile

@@ -16,7 +16,7 @@ from dpo_cli.modeling.adapters.files import adapter_folder
 from dpo_cli.modeling.allocator import hand_back_freed_memory
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.tokenizers import end_at
-from dpo_cli.modeling.memory import MemoryEstimate
+from dpo_cli.modeling.memory import MemoryEstimate, used_bytes
 from dpo_cli.modeling.placement import Sharded
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.alike import check_job, named_models
@@ -26,7 +26,7 @@ from dpo_cli.pipeline.forecast import disk_need, show_forecast, warn_of_disk
 from dpo_cli.pipeline.memory import without_gradient
 from dpo_cli.pipeline.models import open_reference, opened, shortest_pair, trained_policy
 from dpo_cli.pipeline.out_of_memory import during, reported
-from dpo_cli.pipeline.plan import PlannedRun, check_data, header, planned
+from dpo_cli.pipeline.plan import PlannedRun, check_data, header, noted, planned
 from dpo_cli.pipeline.report import report_if_broken_off
 from dpo_cli.pipeline.resume import begin
 from dpo_cli.pipeline.run import Records, Run, recorded, save_final, summarize
@@ -81,7 +81,7 @@ def train(
             with reported(config, settled[1]):
                 run = _ready(plan, settled, resume=resume)
                 how = {"resume": resume, "overwrite": overwrite}
-                restored = begin(run.session, plan.folder, run.learner, run.fingerprints, plan.day, **how)
+                restored = begin(run.session, plan.folder, run.learner, run.fingerprints, noted(plan), **how)
                 run.before.update(restored.before if restored else {})
                 yield from _take(run, {METRICS: restored.metrics, **restored.rows} if restored else {})
 
@@ -237,7 +237,8 @@ def _steps(run: Run, records: Records) -> Iterator[StepResult]:
         Interrupted: A signal came; what was done is saved.
     """
     session, every = run.session, run.session.config.logging.every_steps
-    before, taken = time.monotonic(), run.learner.done
+    begun = before = time.monotonic()
+    taken, device = run.learner.done, session.accelerator.device
 
     def unsaved() -> int:
         return taken - records.writer.newest
@@ -252,8 +253,14 @@ def _steps(run: Run, records: Records) -> Iterator[StepResult]:
                 taken = result.number
                 if result.broken:
                     run.tell_skipped(result.broken)
-                speed = result.num_tokens / (time.monotonic() - before)
-                metrics: dict[str, Any] = {"epoch": result.epoch, **result.metrics, "tokens_per_second": speed}
+                now = time.monotonic()
+                metrics: dict[str, Any] = {
+                    "epoch": result.epoch,
+                    **result.metrics,
+                    "tokens_per_second": result.num_tokens / (now - before),
+                    "seconds": now - begun,
+                    "memory_bytes": used_bytes(device),
+                }
                 if result.broken:
                     metrics["skipped"] = run.learner.skips.count
                 records.add("train", result.number, metrics)

@@ -14,6 +14,9 @@ from typing import Any
 from dpo_cli.errors import FAILED, UserError, from_os_error
 from dpo_cli.system.storage import is_open_at, write_text
 
+OF_THE_MACHINE = ("tokens_per_second", "seconds", "memory_bytes")
+"""What a row says of the machine: of the same steps taken again it says something else."""
+
 
 class RowLog:
     """A file of rows, in which those of each step are once, also after crashes.
@@ -139,8 +142,9 @@ def _digest_of(rows: Iterable[dict[str, Any]]) -> str:
 
 
 def _digested(row: dict[str, Any]) -> bytes:
-    """Return what a digest of rows knows of one: all but its speed."""
-    return json.dumps({**row, "tokens_per_second": None}, sort_keys=True).encode()
+    """Return what a digest of rows knows of one: all but what differs between runs of the same steps."""
+    known = {name: value for name, value in row.items() if name not in OF_THE_MACHINE}
+    return json.dumps({**known, "tokens_per_second": None}, sort_keys=True).encode()
 
 
 def _line(row: Mapping[str, Any]) -> str:

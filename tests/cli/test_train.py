@@ -41,6 +41,7 @@ def test_a_run_leaves_what_the_contract_says(finished, demo_rows):
     assert [row["step"] for row in held_out] == [0, 4, 8]
     assert set(train[0]) == {
         "split", "step", "epoch", *PAIR_METRICS, "grad_norm", "learning_rate", "tokens_per_second",
+        "seconds", "memory_bytes",
     }  # fmt: skip
     assert train[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert train[-1]["epoch"] == 1.0

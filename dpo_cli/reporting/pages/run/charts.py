@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_cli.reporting.pages.run.series import MAIN, RAW, Point, Series, thinned
@@ -130,7 +130,7 @@ def chart(
         zero: Whether 0 is always seen.
         logarithmic: Whether the axis is, where values are of very different sizes.
     """
-    kept = [Series(one.name, one.style, thinned(one.points), one.band, one.dotted, one.kind) for one in series]
+    kept = [replace(one, points=thinned(one.points)) for one in series]
     values = [value for one in kept for _, value in one.points]
     values += [bound for one in kept for _, *bounds in one.band for bound in bounds]
     first = min(step for one in kept for step, _ in one.points)

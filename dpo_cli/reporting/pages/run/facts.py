@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from dpo_cli.evaluation.findings.history import number
 from dpo_cli.reporting.card import covered_within
+from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.run_record import RunRecord
 from dpo_cli.reporting.secrets import covered
 from dpo_cli.system import plain_yaml
+from dpo_cli.training.run_folder import FIRST_DAY, PLAN, STARTS
 
 
 def facts_of(run: RunRecord) -> dict[str, str]:
-    """Return the model, the adapter, the data and the loss of a run, by its settings."""
-    settings = run.settings
+    """Return what the run set out to do, as it said when it began; of an older run what its settings say."""
+    settings, plan = run.settings, run.environment.get(PLAN)
+    if isinstance(plan, Mapping):
+        data = {"data": _named(_group(settings, "data").get("train"), "path")}
+        said = {name: str(fact) for name, fact in plan.items() if name != "output"}
+        return {name: covered(fact) for name, fact in ({"model": "", **data} | said).items() if fact}
     facts = {
         "model": _named(settings.get("model"), "name"),
         "adapter": _named(settings.get("adapter"), "type") or "none: all weights were trained",
@@ -40,6 +49,27 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     return covered(plain_yaml.dump(covered_within(settings))) if settings else "config.yaml cannot be read"
 
 
+def resumed_after(run: RunRecord) -> list[int]:
+    """Return the steps after which the run was resumed."""
+    return [step for step, _ in _starts(run) if step]
+
+
+def _starts(run: RunRecord) -> list[tuple[int, str]]:
+    """Return after which step, and when, each process of the run began."""
+    starts = run.environment.get(STARTS)
+    known = [one for one in starts if isinstance(one, Mapping)] if isinstance(starts, list) else []
+    return [(one["after_step"], str(one.get("at", ""))) for one in known if type(one.get("after_step")) is int]
+
+
+def _seconds(run: RunRecord) -> float:
+    """Return how long all steps took, evaluations and checkpoints included: each process counts from its own start."""
+    bounds = [step for step, _ in _starts(run)] or [0]
+    newest: dict[int, float] = {}
+    for row in run.steps:
+        newest[bisect.bisect_left(bounds, row["step"])] = number(row, "seconds") or 0.0
+    return math.fsum(newest.values())
+
+
 def hardware_of(run: RunRecord) -> list[tuple[str, str]]:
     """Return versions, hardware and the command of a run."""
     found = run.environment
@@ -52,7 +82,9 @@ def hardware_of(run: RunRecord) -> list[tuple[str, str]]:
         "device": _joined(found.get("device"), found.get("device_type")),
         "processes": found.get("processes"),
         "threads": found.get("threads"),
-        "begun on": found.get("first_day"),
+        "begun": next((at for _, at in _starts(run)), None) or found.get(FIRST_DAY),
+        "resumed": ", ".join(f"after step {step:,} at {at}" for step, at in _starts(run) if step),
+        "time for the steps": clock(seconds) if (seconds := _seconds(run)) else None,
         "command": _command(found.get("command_line")),
         "git commit": found.get("git_commit"),
     }

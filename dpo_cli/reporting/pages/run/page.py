@@ -11,6 +11,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from dpo_cli.evaluation.best import BEST_BY, best_step
 from dpo_cli.evaluation.figures import FIGURES, Figure
 from dpo_cli.evaluation.findings.finding import Finding
 from dpo_cli.evaluation.findings.held_out_checks import HELD_OUT_CHECKS
@@ -21,7 +22,7 @@ from dpo_cli.reporting.pages.rendering import render, several
 from dpo_cli.reporting.pages.run.answers import MOST_ANSWERS, answered, hardest, shortened
 from dpo_cli.reporting.pages.run.charts import Mark
 from dpo_cli.reporting.pages.run.curves import charts_of
-from dpo_cli.reporting.pages.run.facts import facts_of, hardware_of, settings_text
+from dpo_cli.reporting.pages.run.facts import facts_of, hardware_of, resumed_after, settings_text
 from dpo_cli.reporting.pages.run.series import window_of
 from dpo_cli.reporting.run_record import RunRecord
 
@@ -57,7 +58,7 @@ def run_page(run: RunRecord, known: Known) -> str:
         run: What the run has recorded so far.
         known: What is known of its configuration.
     """
-    before, after = ends_of(run)
+    after = ends_of(run)[1]
     findings = findings_of(run)
     judged = judge(run, findings)
     marks = [*marks_of(run), *(Mark("finding", one.step, f"{one.when}: {one.title}") for one in findings)]
@@ -77,7 +78,7 @@ def run_page(run: RunRecord, known: Known) -> str:
         marks={kind: name for kind, name in _MARK_NAMES.items() if any(mark.kind == kind for mark in marks)},
         answers=answers[:MOST_ANSWERS],
         more_answers=max(0, len(answers) - MOST_ANSWERS),
-        figures=figures_table(before, after),
+        figures=figures_table(run),
         groups={},
         hardest=[_excerpt(row) for row in hardest(run.pairs_at(last), _MOST_PAIRS)],
         hardest_step=last,
@@ -104,11 +105,19 @@ def judge(run: RunRecord, findings: Sequence[Finding]) -> Verdict:
 
 
 def ends_of(run: RunRecord) -> tuple[Row | None, Row | None]:
-    """Return the evaluations before step 1 and after the last step that has one, where there are such."""
+    """Return the evaluations before step 1 and of the model that the run ends with, where there are such."""
     whole = [row for row in run.evaluations if _is_whole(row)]
     before = next((row for row in whole if row["step"] == 0), None)
-    after = next((row for row in reversed(whole) if row["step"] > 0), None)
-    return before, after
+    last = next((row for row in reversed(whole) if row["step"] > 0), None)
+    best = best_of(run)
+    return before, next((row for row in whole if row["step"] == best), last)
+
+
+def best_of(run: RunRecord) -> int | None:
+    """Return the step whose model is in `final/`, or is the best so far; None: it is the last one."""
+    group = run.settings.get("evaluation")
+    by = group.get("best_by") if isinstance(group, Mapping) else None
+    return best_step(filter(_is_whole, run.evaluations), by) if isinstance(by, str) and by in BEST_BY else None
 
 
 def _is_whole(row: Row) -> bool:
@@ -162,21 +171,25 @@ def notes_of(run: RunRecord) -> list[str]:
 def marks_of(run: RunRecord) -> list[Mark]:
     """Return what happened, by step."""
     marks = [Mark("checkpoint", step, f"checkpoint of step {step:,}") for step in run.checkpoints]
+    marks += [Mark("resume", step, f"resumed after step {step:,}") for step in resumed_after(run)]
+    best = best_of(run)
+    marks += [Mark("best", best, f"step {best:,} is the best, and in `final/`")] if best is not None else []
     skipped = [row["step"] for row in run.steps if "skipped" in row][:_MOST_MARKS]
     marks += [Mark("skipped", step, f"step {step:,} was skipped") for step in skipped]
     return marks
 
 
-def figures_table(before: Row | None, after: Row | None) -> list[list[str]]:
-    """Return the held-out figures: a heading, and a row for each."""
+def figures_table(run: RunRecord) -> list[list[str]]:
+    """Return the held-out figures before and after, and of the last step where another is the best."""
+    before, after = ends_of(run)
     columns = {"before training": before, f"after step {after['step']:,}" if after else "": after}
+    if run.evaluations and after and run.evaluations[-1]["step"] != after["step"]:
+        columns = {**columns, f"after the last, {run.evaluations[-1]['step']:,}": run.evaluations[-1]}
     known = {name: row for name, row in columns.items() if row}
     if not known:
         return []
-    return [
-        ["", *known],
-        *([figure.title.strip(), *(cell(figure, row) for row in known.values())] for figure in FIGURES),
-    ]
+    cells = [[figure.title.strip(), *(cell(figure, row) for row in known.values())] for figure in FIGURES]
+    return [["", *known], *cells]
 
 
 def cell(figure: Figure, row: Row) -> str:
