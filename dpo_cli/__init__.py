@@ -5,9 +5,9 @@
     for step in dpo_cli.train("my.yaml"):
         print(step.number, step.metrics["loss"])
 
-`prepare`, `train`, `evaluate`, `export` and `report` do what the commands do. A configuration is a YAML file, a mapping
-with the same settings, or a `Config`. What a person could see goes to a `Console`; without one, warnings alone are
-logged.
+`prepare`, `train`, `evaluate`, `sample`, `report` and `export` do what the commands do. A configuration is a YAML file,
+a mapping with the same settings, or a `Config`. What a person could see goes to a `Console`; without one, warnings
+alone are logged.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dpo_cli.errors import UserError
-    from dpo_cli.jobs import evaluate, export, prepare, report, train
+    from dpo_cli.jobs import evaluate, export, prepare, report, sample, train
 
 __version__ = "0.1.0"
-__all__ = ["UserError", "evaluate", "export", "prepare", "report", "train"]
+__all__ = ["UserError", "evaluate", "export", "prepare", "report", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -63,6 +63,7 @@ app = typer.Typer(
         "dpo train my.yaml --dry-run     check everything, print the plan, stop",
         "dpo train my.yaml               train",
         "dpo eval my.yaml                score the trained model",
+        "dpo sample my.yaml              let it answer, beside the one before training",
         "dpo report runs/my              show what came of it as a page",
         "dpo export runs/my --merge --to models/my",
         "dpo doctor                      check this machine",
@@ -222,6 +223,64 @@ def evaluate(
     with _job(quiet=quiet, meets=True) as (console, _):
         settings = load_config(*split_arguments(config, arguments or ()))
         dpo_cli.evaluate(settings, model=model, data=data, json_file=json_file, console=console)
+
+
+@app.command(
+    **_configured(
+        "dpo sample my.yaml                  the model before training and `final/`",
+        "dpo sample my.yaml --model runs/one/final --model runs/two/final --count 8",
+        "dpo sample my.yaml --prompts prompts.txt --page answers.html",
+    )
+)
+def sample(
+    arguments: Arguments = None,
+    config: ConfigFile = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model",
+            parser=expanded,
+            metavar="PATH",
+            help="A model to ask, several times for several; by default the one before training and `final/`.",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            parser=expanded, metavar="FILE", help="Prompts: lines of .txt, or rows; by default held-out ones."
+        ),
+    ] = None,
+    count: Annotated[int | None, typer.Option(metavar="N", help="How many prompts.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="The most tokens of an answer.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            parser=expanded_path,
+            metavar="FILE",
+            help="Write JSON lines, one an answer; `-`: to standard output.",
+        ),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(parser=expanded_path, metavar="FILE", help="Write the answers as an HTML page.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Answer prompts with several models, side by side."""
+    from dpo_cli.config import load_config
+
+    with _job(quiet=quiet, meets=True) as (console, _):
+        settings = load_config(*split_arguments(config, arguments or ()))
+        dpo_cli.sample(
+            settings,
+            models=models or (),
+            prompts=prompts,
+            count=count,
+            max_new_tokens=max_new_tokens,
+            json_file=json_file,
+            page=page,
+            console=console,
+        )
 
 
 @app.command(

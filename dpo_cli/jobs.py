@@ -24,7 +24,9 @@ from dpo_cli.config.inputs import (
 )
 from dpo_cli.config.launched import sharding_errors, taken_over
 from dpo_cli.config.reporting import check_report
+from dpo_cli.config.sampling import check_sampling
 from dpo_cli.config.starting import starting_text
+from dpo_cli.data.pairs.prompts import is_text, read_prompts
 from dpo_cli.doctor.findings import anything_wrong, chosen
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.reporting.console import STANDARD_OUTPUT, Console, Unattended
@@ -221,10 +223,58 @@ def evaluate(
     named = [model] if isinstance(model, str) else list(model or ())
     check_evaluation(settings, named, data, json_file)
     console.notice("loading …")
-    look_up_on_hub(settings, models=named, data=data)
+    look_up_on_hub(settings, models=named, data=None if data is None else {"--data": data})
     from dpo_cli.pipeline.evaluate import evaluate
 
     return evaluate(settings, console, models=scored_models(settings, named), data=data, json_file=json_file)
+
+
+def sample(
+    config: Configuration,
+    *,
+    models: Sequence[str] = (),
+    prompts: str | None = None,
+    count: int | None = None,
+    max_new_tokens: int | None = None,
+    json_file: Path | None = None,
+    page: Path | None = None,
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Let models answer the same prompts greedily; return a row an answer, those to a prompt one after the other.
+
+    Args:
+        config: The run's configuration.
+        models: Folders, checkpoints, adapters, .gguf files or Hub ids; none: the model before training and the run's.
+        prompts: A .txt file with a prompt a line, or a source of rows that have prompts; None: held-out pairs'.
+        count: How many prompts; None: all of the file, or as many held-out ones as the run samples.
+        max_new_tokens: The most tokens of an answer; None: as the configuration says.
+        json_file: Where to write the rows as JSON lines; `-`: standard output, in place of the answers; or None.
+        page: Where to write the answers as a page, or None.
+        console: What a person sees, or None.
+
+    Raises:
+        UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
+    """
+    console = _heard(console)
+    settings = _launched(as_config(config), console)
+    counts = {"--count": count, "--max-new-tokens": max_new_tokens}
+    check_sampling(settings, models, prompts, counts=counts, json_file=json_file, page=page)
+    console.notice("loading …")
+    from_rows = {} if prompts is None or is_text(prompts) else {"--prompts": prompts}
+    look_up_on_hub(settings, models=models, data=None if prompts is None else from_rows)
+    asked = None if prompts is None else read_prompts(prompts, count, settings.data.system or "")
+    from dpo_cli.pipeline.sample import sample
+
+    return sample(
+        settings,
+        console,
+        models=models,
+        prompts=asked,
+        count=count,
+        max_new_tokens=max_new_tokens,
+        json_file=json_file,
+        page=page,
+    )
 
 
 def export(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dpo_cli.config.launched import launch_errors
@@ -114,7 +114,7 @@ def check_evaluation(config: Config, models: Sequence[str], data: str | None, js
     Raises:
         UserError: Something is wrong; an `ExceptionGroup` where several things are.
     """
-    problems = [*check_inputs(config, needs_train=data is None), *_check_scored(config, models)]
+    problems = [*check_inputs(config, needs_train=data is None), *check_scored(config, models)]
     problems += [problem for source in as_sources(data) if (problem := check_source(source, "--data"))]
     if data is None and config.data.eval is None:
         hint = "set `data.eval`, or name pairs with --data"
@@ -124,13 +124,19 @@ def check_evaluation(config: Config, models: Sequence[str], data: str | None, js
 
 def json_file_errors(file: Path | None) -> Iterator[UserError]:
     """Say why results cannot be written to what `--json` names, if so."""
-    if file is None or file == STANDARD_OUTPUT:
+    if file != STANDARD_OUTPUT:
+        yield from file_errors(file, "--json", "JSON file")
+
+
+def file_errors(file: Path | None, option: str, kind: str) -> Iterator[UserError]:
+    """Say why a file of some kind cannot be written to where an option names it, if so."""
+    if file is None:
         return
-    where = f"--json {file}"
+    where = f"{option} {file}"
     if file.is_dir():
-        yield UserError("the JSON file is a folder", where, "name a file in it")
+        yield UserError(f"the {kind} is a folder", where, "name a file in it")
     elif not file.parent.is_dir():
-        yield UserError(f"there is no folder {located(file.parent)} for the JSON file", where, "create it")
+        yield UserError(f"there is no folder {located(file.parent)} for the {kind}", where, "create it")
 
 
 def scored_models(config: Config, models: Sequence[str]) -> list[str]:
@@ -138,7 +144,7 @@ def scored_models(config: Config, models: Sequence[str]) -> list[str]:
     return list(models) or [str(RunFolder(Path(config.output_dir)).final)]
 
 
-def _check_scored(config: Config, models: Sequence[str]) -> Iterator[UserError]:
+def check_scored(config: Config, models: Sequence[str]) -> Iterator[UserError]:
     """Yield what is wrong with the models that are scored."""
     for number, scored in enumerate(scored_models(config, models)):
         if problem := _check_model_to_score(config, scored, is_named=bool(models)):
@@ -160,7 +166,7 @@ def _check_model_to_score(config: Config, scored: str, *, is_named: bool) -> Use
         try:
             verify(Path(scored))
         except DamagedFolder as damage:
-            return UserError(f"the model is damaged: {damage}", scored, "score another checkpoint, or train again")
+            return UserError(f"the model is damaged: {damage}", scored, "take another checkpoint, or train again")
     return None
 
 
@@ -230,13 +236,13 @@ def _check_start(name: str | None) -> UserError | None:
     return None
 
 
-def look_up_on_hub(config: Config, *, models: Sequence[str] = (), data: str | None = None) -> None:
+def look_up_on_hub(config: Config, *, models: Sequence[str] = (), data: Mapping[str, str] | None = None) -> None:
     """Ask the Hub for every model and dataset that is named and is not on this disk, before any work is done.
 
     Args:
         config: What the configuration names was checked before.
-        models: The models that `--model` names.
-        data: Pairs that `--data` names in place of the configuration's, or None.
+        models: What `--model` names.
+        data: What options name in place of the configuration's data, by option; None: nothing does.
 
     Raises:
         UserError: The Hub has something not, or cannot be reached and it was not downloaded before.
@@ -252,7 +258,7 @@ def look_up_on_hub(config: Config, *, models: Sequence[str] = (), data: str | No
     problems += [look_up_model(name, where) for where, name in bases if is_hub_id(name)]
     sources = {"`data.train`": as_sources(config.data.train), "`data.eval`": held_out_sources(config)}
     if data is not None:
-        sources = {"--data": as_sources(data)}
+        sources = {where: as_sources(named) for where, named in data.items()}
     problems += [look_up_source(source, where) for where, named in sources.items() for source in named]
     raise_all(problem for problem in problems if problem)
 

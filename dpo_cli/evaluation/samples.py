@@ -103,7 +103,12 @@ class Sampling:
 
     @classmethod
     def of(
-        cls, pairs: PreparedPairs, indices: Sequence[int], tokenizer: Any, generation_config: Any, limits: Limits
+        cls,
+        pairs: PreparedPairs | Sequence[TokenizedPair],
+        indices: Sequence[int],
+        tokenizer: Any,
+        generation_config: Any,
+        limits: Limits,
     ) -> Self:
         """Read the prompts of some pairs and what was chosen; the other arguments are those of `stop_tokens`."""
         stops = stop_tokens(tokenizer, generation_config, [pairs[index].chosen.tolist() for index in indices])

@@ -88,7 +88,7 @@ def loaded(session: Session, name: str) -> Policy:
     if holds_adapter(name):
         named = base_of(name)
         base = Policy.load(named, trust, device, held=session.held, placement=session.placement)
-        return _beside(session, base, name, named)
+        return beside(session, base, name, named)
     return Policy.load(name, trust, device, held=held_of(session, name), placement=session.placement)
 
 
@@ -125,10 +125,10 @@ def scored_and_reference(session: Session, scored: str) -> tuple[str | Policy, P
     reference = base.with_adapter(session.trained) if _goes_on(config) else base
     if not holds_adapter(scored) or not same_model(base_of(scored), name):
         return scored, reference
-    return _beside(session, base, scored, name), reference
+    return beside(session, base, scored, name), reference
 
 
-def _beside(session: Session, base: Policy, adapter: str, name: str) -> Policy:
+def beside(session: Session, base: Policy, adapter: str, name: str) -> Policy:
     """Return a base with the adapter in a folder beside it.
 
     Raises:

@@ -91,7 +91,7 @@ def prepared_pairs(
         console: Says what is done.
         folder: Where to keep them, or None for the cache.
     """
-    names, reading = describe(sources), _reading(config)
+    names, reading = describe(sources), reading_of(config)
     if any(prepared.is_prepared(source.path) for source in sources):
         if len(sources) > 1:
             hint = "name only one prepared folder, or the raw sources"
@@ -124,7 +124,7 @@ def prepared_pairs(
     return found
 
 
-def _reading(config: Config) -> prepared.Reading:
+def reading_of(config: Config) -> prepared.Reading:
     """Return how rows are read."""
     data = config.data
     return prepared.Reading(data.format, data.on_bad_row, data.ranked, data.columns or {}, data.system or "")
@@ -163,11 +163,11 @@ def _known_pairs(config: Config, sources: Sequence[Source], tokenize: PairTokeni
         UserError: A source is not there any more, or is a prepared folder that was made otherwise.
     """
     if len(sources) == 1 and prepared.is_prepared(sources[0].path):
-        return prepared.open_for(Path(sources[0].path), _reading(config), tokenize)
+        return prepared.open_for(Path(sources[0].path), reading_of(config), tokenize)
     # Behind a source that is on the Hub there are no files.
     if not sources or not all(paths_of(source)[1:] for source in sources):
         return None
-    digest = prepared.fingerprint(sources, _reading(config), tokenize)
+    digest = prepared.fingerprint(sources, reading_of(config), tokenize)
     return prepared.find(prepared.default_folder(digest), digest)[0]
 
 

@@ -21,6 +21,9 @@ Row = Mapping[str, Any]
 _NARROWEST_COLUMN, _PIPE_WIDTH = 34, 1000
 """Cells of a column below which answers are below each other, and a width that no terminal has."""
 
+_SIGNS = "\n<["
+"""What a template may begin with behind a prompt."""
+
 _INDENT, _PROMPT_LINES = 2, 8
 _STYLES, _MARKS = ("red", "green"), (("[-", "-]"), ("{+", "+}"))
 """How a difference looks in the first answer and in others: with colours, and without."""
@@ -50,7 +53,6 @@ class AnswersBeside:
             yield self._columns(texts)
         else:
             yield Group(*self._below_each_other(texts))
-        yield Text()
 
     def _columns(self, texts: Sequence[Text]) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), expand=True)
@@ -78,6 +80,31 @@ class AnswersBeside:
             before, after = _MARKS[other] if part.differs and not self._colour and bare else ("", "")
             text.append(f"{before}{bare}{after}", _STYLES[other] if part.differs and self._colour else "")
         return text if text.plain.strip() else Text("(nothing)", "dim")
+
+
+def with_bare_prompts(prompts: Sequence[Sequence[Row]]) -> list[list[Row]]:
+    """Return the rows of each prompt with the prompt as a person reads it, as `bare_prompts` does."""
+    bare = bare_prompts([rows[0]["prompt"] for rows in prompts])
+    return [[{**row, "prompt": text} for row in rows] for rows, text in zip(prompts, bare, strict=True)]
+
+
+def bare_prompts(texts: Sequence[str]) -> list[str]:
+    """Leave out of prompts the lines that all of them begin with, and what the template writes at the end of all."""
+    if len(set(texts)) < 2:
+        return list(texts)
+    start = _common_start(texts).rfind("\n") + 1
+    rest = [text[start:] for text in texts]
+    tail = _common_start([text[::-1] for text in rest])[::-1]
+    places = [tail.index(sign) for sign in _SIGNS if sign in tail]
+    end = len(tail) - min(places) if places else 0
+    return [f"{'…' * bool(start)}{text[: len(text) - end]}" for text in rest]
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    """Return what texts begin with in common."""
+    first, last = min(texts), max(texts)
+    differs = (place for place, (one, other) in enumerate(zip(first, last, strict=False)) if one != other)
+    return first[: next(differs, len(first))]
 
 
 def compared(answers: Sequence[str]) -> Iterator[list[Part]]:

@@ -1,9 +1,9 @@
-"""Results as JSON in a file of the user's choice."""
+"""Results in a file of the user's choice, as JSON or other text."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,16 @@ def write_json(file: Path, found: Mapping[str, Any], doing: str) -> None:
     Raises:
         UserError: The disk refuses.
     """
-    text = json.dumps(found, indent=1) + "\n"
+    write_results(file, json.dumps(found, indent=1) + "\n", doing)
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return rows as JSON, a line each."""
+    return "".join(f"{json.dumps(row)}\n" for row in rows)
+
+
+def write_results(file: Path, text: str, doing: str) -> None:
+    """Write text into a file of the user's choice; as `write_json`."""
     try:
         if file.exists() and not file.is_file():
             # A pipe or a device is written into; a rename would put a file in its place.

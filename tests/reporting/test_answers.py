@@ -37,7 +37,6 @@ def test_without_colours_differences_are_between_marks():
         "    [-Well,-] Paris is the capital.",
         "  new  1 token",
         "    Paris is the capital.",
-        "",
     ]
     assert "{+Well,+} Paris" in shown([NEW, OLD])
 

@@ -10,7 +10,8 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,6 +79,31 @@ def prepare(sources: Sequence[Source], reading: Reading, tokenize: PairTokenizer
     except OSError as error:
         raise refused(error, "preparing the data", folder) from error
     return PreparedPairs.open(folder)
+
+
+def read_again(sources: Sequence[Source], reading: Reading, origins: Collection[str]) -> dict[str, Pair]:
+    """Return pairs as they are before they become tokens, by where they were read.
+
+    Args:
+        sources: Where their rows come from.
+        reading: How rows become pairs.
+        origins: Where the pairs that are wanted were read.
+
+    Raises:
+        UserError: A source cannot be read.
+    """
+    found: dict[str, Pair] = {}
+    shapes: list[dict[str, Any]] = [{} for _ in sources]
+    with tempfile.TemporaryDirectory() as scratch:
+        for some in _runs(sources, reading, shapes, Path(scratch)):
+            for pair, _ in itertools.chain.from_iterable(
+                _checked(some, start, reading, Tally()) for start in range(0, len(some.rows), _RUN_ROWS)
+            ):
+                if pair.origin in origins:
+                    found.setdefault(pair.origin, pair)
+            if len(found) == len(origins):
+                break
+    return found
 
 
 class _Rows(NamedTuple):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dpo_cli.data.pairs.calls import has_broken_arguments, what_is_called
 from dpo_cli.data.records import BadRow, Message, Pair, TurnRule
@@ -74,21 +73,6 @@ class Renderer:
         written = iter(self._write_all(together))
         return [next(written) if not pair.arguments else self._write_all([pair])[0] for pair in pairs]
 
-    def prompt(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> str:
-        """Write a prompt by itself, as inference sends it.
-
-        Raises:
-            BadRow: The template fails, or cannot write it.
-        """
-        try:
-            asked = self.texts.with_calls(Pair(tuple(messages), (), (), "", arguments=arguments))
-            text = self.texts.write(asked.prompt, arguments, add_generation_prompt=True)
-        except TEMPLATE_ERRORS as error:
-            raise BadRow("template error", f"the chat template fails: {reason(error)}") from None
-        if LITERAL_START in text and (part := self.encode.spell.unspeakable(text)):
-            raise _unspeakable(part)
-        return text
-
     def _write_all(self, pairs: Sequence[Pair]) -> list[Rendered | BadRow]:
         """Write pairs that have the same arguments."""
         if not pairs:
@@ -122,7 +106,9 @@ class Renderer:
         """Find the end of the prompt in both conversations, and the turns behind it."""
         literals = self.texts.num_literals(pair) if LITERAL_START in chosen or LITERAL_START in rejected else 0
         if literals and (part := self.encode.spell.unspeakable(chosen, rejected)):
-            raise _unspeakable(part)
+            raise BadRow(
+                "control token", f"the tokenizer has no tokens for the characters of `{part}`, which a text uses"
+            )
         whole = chosen.startswith(prompt) and rejected.startswith(prompt)
         boundary = len(prompt) if whole else self._boundary(pair, prompt, chosen, rejected)
         for name, text in (("chosen", chosen), ("rejected", rejected)):
@@ -202,8 +188,3 @@ class Renderer:
         if chosen[:boundary] != rejected[:boundary]:
             raise unknown_end("the prompt")
         return boundary
-
-
-def _unspeakable(part: str) -> BadRow:
-    """Say that the tokenizer cannot spell a control token that is meant as text."""
-    return BadRow("control token", f"the tokenizer has no tokens for the characters of `{part}`, which a text uses")

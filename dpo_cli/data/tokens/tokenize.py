@@ -17,18 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_cli.data.records import (
-    BadRow,
-    Gaps,
-    LengthRule,
-    Lengths,
-    Message,
-    Pair,
-    TokenizedPair,
-    Tokens,
-    TurnRule,
-    total_tokens,
-)
+from dpo_cli.data.records import BadRow, Gaps, LengthRule, Lengths, Pair, TokenizedPair, Tokens, TurnRule, total_tokens
 from dpo_cli.data.tokens.chat_template import DEFAULT, asks_for_the_day, named_templates
 from dpo_cli.data.tokens.conversation_text import PLAIN, ConversationText
 from dpo_cli.data.tokens.cutting import Cutter, later_beginnings
@@ -132,18 +121,6 @@ class PairTokenizer:
         return [
             item if isinstance(item, BadRow) else self._fit(pair, item) for pair, item in zip(pairs, found, strict=True)
         ]
-
-    def prompt(self, messages: Sequence[Message], arguments: Mapping[str, Any]) -> Tokens:
-        """Return the tokens of a prompt by itself, as inference sends it, however long it is.
-
-        Args:
-            messages: The conversation up to where the assistant answers.
-            arguments: What the chat template is given beside them.
-
-        Raises:
-            BadRow: The template fails, or cannot write it.
-        """
-        return self._encode([self._render.prompt(messages, arguments)])[0]
 
     def _tokenize(self, pairs: Sequence[Pair]) -> list[Tokenized | BadRow]:
         """Tokenize pairs, however long they are."""

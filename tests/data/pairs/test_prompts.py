@@ -7,11 +7,9 @@ import json
 import pytest
 
 from dpo_cli.data.pairs.prompts import check_prompts, read_prompts
-from dpo_cli.data.pairs.shapes import FORMATS, read_pairs
-from dpo_cli.data.records import Message, Row
-from dpo_cli.data.tokens.tokenize import PairTokenizer, Tokenized
+from dpo_cli.data.records import Message
 from dpo_cli.errors import UserError
-from tests.conftest import ROW_OF, write_rows
+from tests.conftest import write_rows
 
 USER = Message("user", "Add 1 and 2.")
 SYSTEM = Message("system", "Be brief.")
@@ -118,22 +116,3 @@ def test_a_file_that_is_not_there_is_refused_before_anything_is_read(tmp_path, n
     assert problem.where == "--prompts"
     (tmp_path / "there.txt").touch()
     assert check_prompts(str(tmp_path / "there.txt"), "--prompts") is None
-
-
-@pytest.mark.parametrize("template", [None, "plain"])
-@pytest.mark.parametrize("shape", ROW_OF.keys() - {"unpaired"})
-def test_a_prompt_by_itself_has_the_tokens_that_it_has_in_a_pair(tokenizer, shape, template):
-    tokenize = PairTokenizer(tokenizer, template=template, max_length=1000, on_too_long="error")
-    (pair,) = read_pairs(FORMATS[shape], Row("f:1", ROW_OF[shape]))
-    (tokenized,) = tokenize([pair])
-    assert isinstance(tokenized, Tokenized)
-    assert tokenize.prompt(pair.prompt, pair.arguments).tolist() == tokenized.pair.prompt.tolist()
-
-
-def test_a_control_token_that_a_prompt_spells_out_is_text(tokenizer):
-    tokenize = PairTokenizer(tokenizer, template=None, max_length=1000, on_too_long="error")
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    plain, spelled = (
-        tokenize.prompt([Message("user", text)], {}).tolist().count(end) for text in ("Hi", "Hi <|im_end|>")
-    )
-    assert spelled == plain
