@@ -1,4 +1,4 @@
-"""`dpo sample`: answers of several models to the same prompts, by every kind of model and of prompt; what is refused."""
+"""`dpo sample`: answers of several models to the same prompts, each kind of model and of prompt; what is refused."""
 
 from __future__ import annotations
 
@@ -99,6 +99,7 @@ def test_prompts_of_every_form_have_the_answers_of_transformers(here, capsys, na
     assert len(asked(capsys, f"--model runs/run/final --prompts {name} --count 1")) == 1
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_checkpoints_adapters_and_models_in_parts_are_asked_each_by_its_own_weights(here, capsys, tiny_llama):
     save_adapter(tiny_llama, here / "adapter")
     AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(here / "parts", max_shard_size="30KB")
@@ -118,22 +119,25 @@ def test_checkpoints_adapters_and_models_in_parts_are_asked_each_by_its_own_weig
     assert by_model[names[2]] == [own_answer(names[2], text) for text in TEXTS]
 
 
-def test_a_run_with_a_start_adapter_is_compared_with_that_adapter(here, capsys, tiny_llama):
-    save_adapter(tiny_llama, here / "start")
-    make_config(here, tiny_llama, here / "pairs.jsonl", "started", adapter={"start": "start"})
-    shutil.copytree(here / "start", here / "runs" / "started" / "final", dirs_exist_ok=True)
+def test_a_run_with_a_start_adapter_is_compared_with_that_adapter(here, capsys, tiny_llama, forked_dpo):
+    save_adapter(tiny_llama, here / "start", rank=16)
+    few = {"max_steps": 1, "learning_rate": 0.05}
+    make_config(here, tiny_llama, here / "pairs.jsonl", "started", adapter={"start": "start"}, training=few)
+    ended = forked_dpo("train", "--config", "started.yaml", cwd=here)
+    assert ended.returncode == 0, ended.stderr
     capsys.readouterr()
     assert call(f"sample --config started.yaml {CUT_OFF} --json - --prompts p.txt") == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["model"] for row in rows[:2]] == [f"{tiny_llama} with start", str(here / "runs" / "started" / "final")]
-    assert rows[0]["answer"] == rows[1]["answer"]
-    assert rows[0]["answer"] != asked(capsys, f"--prompts p.txt --model {tiny_llama}")[0]["answer"]
+    base, start = (asked(capsys, f"--prompts p.txt --model {name}") for name in (tiny_llama, "start"))
+    assert [row["answer"] for row in rows[::2]] == [row["answer"] for row in start]
+    assert [row["answer"] for row in start] != [row["answer"] for row in base]
 
 
 @pytest.fixture(scope="module")
 def stranger(run):
     """A model with another tokenizer and another template."""
-    return build_llama(run / "stranger", tokenizer_of("llama3"), 5)
+    return build_llama(run / "stranger", tokenizer_of("Llama 3"), 5)
 
 
 def test_a_model_with_another_tokenizer_reads_the_same_prompts_by_its_own(here, capsys, stranger, demo_rows):
@@ -192,8 +196,8 @@ def test_json_on_standard_output_is_all_that_is_there(here, forked_dpo):
 @pytest.mark.parametrize("sharding", ["none", "full"])
 def test_two_processes_answer_as_one_does(here, capsys, zygote, sharding):
     one = asked(capsys, f"training.sharding={sharding} --count 3")
-    arguments = ["sample", "--config", "run.yaml", f"training.sharding={sharding}", "--count", "3", *CUT_OFF.split()]
-    ended = run_ranks(zygote, 2, *arguments, "--json", "two.jsonl", cwd=here)
+    arguments = [here / "run.yaml", f"training.sharding={sharding}", "--count", 3, *CUT_OFF.split()]
+    ended = run_ranks(zygote, 2, "sample", *arguments, "--json", here / "two.jsonl")
     assert ended.status == 0, ended.said
     assert rows_of("two.jsonl") == one
 
@@ -221,7 +225,8 @@ def faults(here):
 
 
 BAD = [
-    ("--model missing/model", "there is no model folder `missing/model`", "--model"),
+    ("--model ./missing", "there is no model folder `./missing`", "--model"),
+    ("--model missing/model", "the model `missing/model` cannot be loaded", "--model"),
     ("--model missing.gguf", "there is no GGUF file", "--model"),
     ("--model nothing", "`nothing` is not a model folder", "--model"),
     ("--model p.txt", "neither a model folder nor a .gguf file", "--model"),
@@ -243,7 +248,7 @@ BAD = [
     ("--json missing/rows.jsonl", "there is no folder `missing`", "--json missing/rows.jsonl"),
     ("--model=", "the value of `--model` is empty", "the command line"),
     ("data.eval=null", "the configuration has no held-out pairs", "`data.eval`"),
-    ("model.name=missing/model --prompts p.txt", "there is no model folder", "`model.name`"),
+    ("model.name=./missing --prompts p.txt", "there is no model folder", "`model.name`"),
 ]
 
 
@@ -259,5 +264,5 @@ def test_what_is_wrong_is_a_plain_error(faults, capsys, arguments, what, where):
 
 
 def test_several_things_that_are_wrong_are_told_together(faults, capsys):
-    assert call("sample --config run.yaml --model missing/a --model missing/b --count 0 --prompts missing.txt") == 2
+    assert call("sample --config run.yaml --model ./missing --model ./lost --count 0 --prompts missing.txt") == 2
     assert capsys.readouterr().err.count("error: ") == 4
