@@ -52,6 +52,7 @@ def _overfitting(history: History) -> str:
     if began is None or history.best is None or len(losses) < 2 or training is None:
         return ""
     best, training_then = history.best
+    training_then = training_then if best["step"] else history.first_loss
     rise = max(_TURNED * (began - best["loss"]), CHANCE * abs(began))
     if min(losses) <= best["loss"] + rise or training_then is None:
         return ""

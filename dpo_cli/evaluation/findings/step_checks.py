@@ -110,14 +110,16 @@ def _rate_too_high(history: History) -> str:
 def _rate_too_low(history: History) -> str:
     """Find a policy that at its pace will hardly have moved at the end of the run."""
     moved = history.moved() if _has_waited(history) and history.facts.from_reference else None
-    loss, began = history.mean("loss"), history.first_loss
-    if moved is None or loss is None or not began:
+    losses, began = _known(history.recent, "loss"), history.first_loss
+    if moved is None or not losses or not began:
         return ""
     pace = history.facts.num_steps / history.step
-    change, distance = abs(loss - began) / abs(began) * pace, max(map(abs, moved)) * pace
-    if change > _UNMOVED or distance > _UNMOVED:
+    # The mean of losses that go up and down, as with random labels, is where it began too.
+    farthest = max(losses, key=lambda loss: abs(loss - began))
+    distance = max(map(abs, moved))
+    if max(abs(farthest / began - 1), distance) * pace > _UNMOVED:
         return ""
-    return f"loss {loss:.5g} after {began:.5g} at step 1; responses moved by {distance / pace:.1g} nats per token"
+    return f"loss {farthest:.5g} after {began:.5g} at step 1; responses moved by {distance:.1g} nats per token"
 
 
 def _stuck_at_ln2(history: History) -> str:
@@ -208,8 +210,8 @@ STEP_CHECKS = (
         meaning="At this pace the run ends about where it began.",
         remedies=(RAISE_RATE, plain("train more steps (`training.epochs`)")),
         when=(
-            "four windows after the warm-up and a quarter into the run: at this pace the loss will have changed by "
-            "less than 1 % at the end, and responses by less than 0.01 nats per token, which nobody notices"
+            "four windows after the warm-up and a quarter into the run: at this pace the loss of no step will have "
+            "changed by 1 % at the end, and no responses by 0.01 nats per token, which nobody notices"
         ),
         look=_rate_too_low,
     ),
