@@ -300,6 +300,8 @@ def make_config(folder: Path, tiny: Path, pairs: Path, name: str = "run", /, **g
         "data": {"train": str(pairs), "eval": 0.2},
         "training": {"pairs_per_step": 4, "learning_rate": 1e-3},
         "checkpoints": {"every_steps": 2},
+        # As many passes as an answer has tokens would be most of such a run.
+        "evaluation": {"samples": 2, "max_new_tokens": 4},
         "output_dir": str(folder / "runs" / name),
     }
     for group, settings in groups.items():
@@ -372,6 +374,10 @@ def _timeless(rows: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
     return list(map(json.loads, file.read_text(encoding="utf-8").splitlines()))
+
+
+def read_samples(run: Path) -> list[dict[str, Any]]:
+    return read_rows(run / "samples.jsonl")
 
 
 def without_clock(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -233,6 +233,10 @@ class EvaluationSettings(Settings):
     """The held-out figure by which `final/` is the best evaluated step, the earlier of equals; null: the last step."""
     patience: int | None = Field(None, ge=1)
     """Evaluations in a row without a better one than before, after which the run stops; null: it takes all steps."""
+    samples: int = Field(4, ge=0)
+    """Held-out prompts that are answered before step 1 and at each evaluation, into samples.jsonl; 0: none."""
+    max_new_tokens: int = Field(128, ge=1)
+    """The most tokens of such an answer; the model's context limits it as well."""
 
 
 class CheckpointSettings(Settings):

@@ -16,6 +16,7 @@ from dpo_cli.evaluation.best import Outcome, best_steps
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.figures import figures
 from dpo_cli.evaluation.held_out import held_out_rows
+from dpo_cli.evaluation.samples import Sampling
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.modeling.folders.weight_types import WeightTypes
@@ -30,11 +31,13 @@ from dpo_cli.pipeline.session import Session
 from dpo_cli.reporting.card import model_card
 from dpo_cli.reporting.environment import versions
 from dpo_cli.reporting.progress import clock
-from dpo_cli.reporting.row_log import RowLog
+from dpo_cli.reporting.row_log import RowLog, rows_in
+from dpo_cli.reporting.samples import before_and_after
 from dpo_cli.reporting.tables import figures_table
+from dpo_cli.reporting.trackers import show_samples
 from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, CheckpointWriter, prune
 from dpo_cli.training.learner import Learner, NotFinite
-from dpo_cli.training.run_folder import HELD_OUT, METRICS, RunFolder
+from dpo_cli.training.run_folder import HELD_OUT, METRICS, SAMPLES, RunFolder
 from dpo_cli.training.state import RunNotes
 from dpo_cli.training.together import Together
 
@@ -49,6 +52,7 @@ class Run:
         batches: How pairs go through the model.
         learner: What changes from step to step.
         fingerprints: Digests of what a resumed run needs to find unchanged: the model before step 1, data, settings.
+        sampling: The held-out prompts that are answered; None: there are none.
         before: The held-out figures before step 1; filled in place, empty where nothing is held out.
     """
 
@@ -57,6 +61,7 @@ class Run:
     batches: Batches
     learner: Learner
     fingerprints: dict[str, str]
+    sampling: Sampling | None = None
     before: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,7 +72,7 @@ class Run:
     @property
     def writes(self) -> frozenset[str]:
         """The files to which it adds rows; of others it has those of an earlier start alone."""
-        return frozenset({METRICS, HELD_OUT} if self.holds_out else {METRICS})
+        return frozenset({METRICS, *([HELD_OUT] if self.holds_out else []), *([SAMPLES] if self.sampling else [])})
 
     def measure(self, scorer: BatchScorer | None = None, what: str = "evaluating") -> list[PairResult]:
         """Score the held-out pairs with the policy, or with what answers for it; return what is found of each.
@@ -162,6 +167,12 @@ class Records:
             self.logs[HELD_OUT].append(*held_out_rows(step, results, plan.data.pairs, decode))
         self.add("eval", step, {"epoch": epoch, **found})
         return found
+
+    def answered(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the answers after a step, and hand them to the trackers."""
+        if SAMPLES in self.logs:
+            self.logs[SAMPLES].append(*rows)
+        show_samples(self.run.session.accelerator, self.run.session.config.trackers, rows)
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
@@ -303,9 +314,13 @@ def summarize(run: Run, outcome: Outcome, diagnosis: Diagnosis, seconds: float) 
     console.notice(f"done in {clock(seconds)}")
     if outcome.figures:
         console.result(figures_table(outcome.columns(run.before)))
+    for line in before_and_after(rows_in(folder.samples), outcome.step) if run.sampling else []:
+        console.result(line)
     for name, line in zip(itertools.chain(["found"], itertools.repeat("")), diagnosis.summary(), strict=False):
         console.result(f"{name:<8} {line}")
     console.result(f"model    {folder.final}{f' ({outcome.described})' if outcome.by else ''}")
     console.result(f"metrics  {folder.metrics}")
+    if run.sampling:
+        console.result(f"samples  {folder.samples}")
     if page := report_at_end(folder, console):
         console.result(f"report   {page}")

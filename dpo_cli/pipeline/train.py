@@ -30,6 +30,7 @@ from dpo_cli.pipeline.plan import PlannedRun, check_data, header, noted, planned
 from dpo_cli.pipeline.report import report_if_broken_off
 from dpo_cli.pipeline.resume import begin
 from dpo_cli.pipeline.run import Records, Run, recorded, save_final, summarize
+from dpo_cli.pipeline.samples import answer_samples, sampling_of
 from dpo_cli.pipeline.session import Session, started
 from dpo_cli.pipeline.settling import measured, recuts_of, settled_on_paper, settling
 from dpo_cli.reporting.console import Console, Record
@@ -166,7 +167,7 @@ def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume:
         recuts=recuts_of(plan, resume=resume),
         asked_to_stop=lambda: session.signals.received is not None,
     )
-    run = Run(session, plan, batches, learner, fingerprints)
+    run = Run(session, plan, batches, learner, fingerprints, sampling_of(plan, policy, batches))
     with session.during("while what the reference answers was proved"):
         _prove(run)
     if config.adapter is not None and accelerator.device.type == "cpu":
@@ -213,6 +214,7 @@ def _take(run: Run, digests: Mapping[str, str]) -> Iterator[StepResult]:
         started_at = time.monotonic()
         if not done and run.holds_out:
             run.before.update(records.evaluated(0, 0.0, run.measure_before()))
+            answer_samples(run, records, 0)
         records.diagnose()
         with session.signals.deferred():
             if not is_over(run, records):
@@ -300,8 +302,8 @@ def _after_step(run: Run, records: Records, result: StepResult, record: Record) 
         check_finite(step, result.pairs, run.learner.policy)
     if evaluates:
         with session.signals.during("this evaluation"):
-            results = run.measure()
-        figures = records.evaluated(step, result.epoch, results)
+            figures = records.evaluated(step, result.epoch, run.measure())
+            answer_samples(run, records, step)
         record.evaluated(step, figures)
         is_best, is_last = judge(run, records, step)
         save, ends = save or is_best, ends or is_last
@@ -334,3 +336,4 @@ def _measure_again(run: Run, records: Records) -> None:
     step, results = run.plan.steps.num_steps, run.measure()
     records.forget(step)
     records.evaluated(step, run.plan.steps.epochs_after(step), results)
+    answer_samples(run, records, step)

@@ -5,7 +5,9 @@ Accelerate talks to them; this module decides what each of them gets.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +17,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
+from dpo_cli.reporting.safe_text import markdown_fence
 from dpo_cli.settings import Settings
 from dpo_cli.system.storage import make_folder, write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from accelerate.tracking import GeneralTracker
+
+_TEXTS = "prompt", "answer", "chosen"
+"""What a row of `samples.jsonl` has to be read."""
 
 _SHOWN = ("eval/loss", "eval/rewards/accuracies")
 """The metrics by which TensorBoard compares the settings of runs."""
@@ -71,6 +77,9 @@ class TrackerSettings(Settings):
         """Pass the run's settings, as flat values, to a tracker that was started."""
         tracker.store_init_configuration(settings)
 
+    def show_samples(self, tracker: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Pass answers to held-out prompts, rows of `samples.jsonl` of one step, to a tracker that takes text."""
+
 
 class TensorBoard(TrackerSettings):
     """TensorBoard, with its files in the run's folder; it has no projects."""
@@ -93,6 +102,14 @@ class TensorBoard(TrackerSettings):
         for summary in hparams(dict(settings), dict.fromkeys(_SHOWN, 0.0)):
             tracker.writer.file_writer.add_summary(summary, 0)
         tracker.writer.flush()
+
+    def show_samples(self, tracker: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show each prompt's answers by step, as the text that they are: TensorBoard reads Markdown."""
+        for row in rows:
+            texts = {name: str(row[name]) for name in _TEXTS}
+            fence = markdown_fence("".join(texts.values()), 3)
+            shown = "\n\n".join(f"{name}\n\n{fence}\n{text}\n{fence}" for name, text in texts.items())
+            tracker.log({f"samples/{row['where']}": shown}, step=row["step"])
 
 
 class InProject(TrackerSettings):
@@ -119,6 +136,11 @@ class WandB(InProject):
             self.project, name=self.name or run.name, id=known, resume="allow", dir=str(run.folder.absolute())
         )
 
+    def show_samples(self, tracker: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show a table for each evaluation."""
+        columns = list(rows[0])
+        tracker.log_table("samples", columns, [list(row.values()) for row in rows], step=rows[0]["step"])
+
 
 class MLflow(InProject):
     """MLflow, whose experiment is the project. A resumed run continues as the same run there."""
@@ -137,6 +159,11 @@ class MLflow(InProject):
         if not run.kept("mlflow-id"):
             run.keep("mlflow-id", tracker.tracker.info.run_id)
             tracker.store_init_configuration(settings)
+
+    def show_samples(self, tracker: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep a text for each evaluation."""
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+        importlib.import_module("mlflow").log_text(text, f"samples/step-{rows[0]['step']:06d}.jsonl")
 
 
 class Other(InProject):
@@ -261,6 +288,13 @@ def start_trackers(
         hint = "log in or configure it, or leave it out; `--resume` continues the run"
         what = f"a tracker did not start ({names}): {type(error).__name__}: {error}"
         raise UserError(what, "`tracking`", hint, status=FAILED) from error
+
+
+def show_samples(accelerator: Accelerator, trackers: Sequence[Tracker], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Pass answers to held-out prompts, rows of `samples.jsonl` of one step, to trackers that take text."""
+    for tracker, started in zip(trackers, accelerator.trackers, strict=False):
+        if accelerator.is_main_process:
+            tracker.show_samples(started, rows)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

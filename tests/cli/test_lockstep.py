@@ -7,7 +7,7 @@ import re
 import pytest
 from tiny_models import build
 
-from tests.conftest import read_metrics
+from tests.conftest import read_metrics, read_samples
 from tests.faults.launching import run_ranks
 from tests.marks import slow_unless
 
@@ -74,6 +74,10 @@ def test_ranks_make_the_same_passes_and_the_run_of_one_process(
             assert [row[name] for row in ours] == pytest.approx(
                 [row[name] for row in theirs], rel=exactness, abs=exactness
             )
+    ours, theirs = (read_samples(run) for run in (tmp_path / "runs" / "run", one))
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [0, 0, 2, 2, 3, 3]
+    if "bfloat16" not in case:
+        assert ours == theirs
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])

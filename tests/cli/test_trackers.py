@@ -10,7 +10,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from dpo_cli.reporting.trackers import Tracker
 from dpo_cli.settings import types
-from tests.conftest import read_metrics, run_dpo
+from tests.conftest import read_metrics, read_samples, run_dpo
 
 WANDB = """
 import json, os
@@ -21,6 +21,9 @@ def told(**what):
 
 class config:
     update = staticmethod(lambda values, **how: told(config=values, **how))
+
+def Table(columns, data, dataframe=None):
+    return {"columns": columns, "data": data}
 
 class Run:
     log = staticmethod(lambda values, step=None: told(log=values, step=step))
@@ -72,6 +75,13 @@ def test_tensorboard_shows_one_run_by_its_name_with_all_metrics_also_after_a_cra
                 shown = board.Scalars("run", f"{split}/{name}")
                 assert [event.step for event in shown] == steps
                 assert [event.value for event in shown] == pytest.approx([row[name] for row in rows], rel=1e-6)
+        for where in {row["where"] for row in read_samples(run)}:
+            texts = board.Tensors("run", f"samples/{where}/text_summary")
+            answers = [row["answer"] for row in read_samples(run) if row["where"] == where]
+            # Of texts TensorBoard drops none that come twice.
+            assert [event.step for event in texts] == [0, 8, *[8] * again]
+            for event, answer in zip(texts, [*answers, answers[-1]], strict=False):
+                assert answer in event.tensor_proto.string_val[0].decode()
     assert len(list((run / "trackers").rglob("*tfevents*"))) == 2
     assert board_of(tmp_path / "runs").Runs().keys() == {"run/trackers/run"}
 
@@ -91,7 +101,11 @@ def test_wandb_is_told_project_and_name_and_a_resumed_run_is_the_same_run(write_
     settings = next(entry["config"] for entry in told() if "config" in entry)
     assert settings["training.pairs_per_step"] == 4
     logged = [(entry["step"], entry["log"]) for entry in told() if "log" in entry]
-    assert [step for step, _ in logged] == [0, *range(1, 9), 8, 7, 8, 8]
+    assert [step for step, _ in logged] == [0, 0, *range(1, 9), 8, 8, 7, 8, 8, 8]
+    tables = [(step, values["samples"]) for step, values in logged if "samples" in values]
+    assert [step for step, _ in tables] == [0, 8, 8]
+    rows = [row for row in read_samples(run) if row["step"] == 8]
+    assert tables[-1][1] == {"columns": [*rows[0]], "data": [[*row.values()] for row in rows]}
     assert logged[0][1]["eval/loss"] == read_metrics(run, "eval")[0]["loss"]
     assert told()[-1] == {"finish": True}
 

@@ -32,7 +32,7 @@ def test_a_run_leaves_what_the_contract_says(finished, demo_rows):
     file, run, result = finished
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints", "config.yaml", "environment.json", "facts.json", "final", "held_out.jsonl", "metrics.jsonl",
-        "report.html",
+        "report.html", "samples.jsonl",
     ]  # fmt: skip
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000006", "step-000008"]
 

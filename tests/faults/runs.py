@@ -116,6 +116,7 @@ class Bench:
         assert ended.status == 0, ended.said
         steps = [row["step"] for row in case.metrics() if row["split"] == "train"]
         assert steps == list(range(1, len(steps) + 1))
+        assert {row["step"] for row in read_rows(case.output / "samples.jsonl")} == {0, 3, 6, 8}
         return case
 
     @property

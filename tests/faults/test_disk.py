@@ -77,6 +77,7 @@ PLACES = {
     "environment": Place("/run/.environment.json", "preparing the output folder"),
     "metrics": Place("metrics.jsonl", "writing metrics.jsonl"),
     "held-out rows": Place("held_out.jsonl", "writing held_out.jsonl"),
+    "samples": Place("samples.jsonl", "writing samples.jsonl"),
     "checkpoint": Place("/run/checkpoints/", "saving a checkpoint"),
     "final model": Place("/run/.final", "saving the trained model"),
 }
@@ -137,7 +138,12 @@ def test_a_full_disk_stops_the_run_until_there_is_space(small_disk, whole, ledge
         require_same(trial, whole)
 
 
-ROWS = [*(("metrics.jsonl", step) for step in range(1, 7)), ("held_out.jsonl", 3), ("held_out.jsonl", 6)]
+ROWS = [
+    *(("metrics.jsonl", step) for step in range(1, 7)),
+    ("held_out.jsonl", 3),
+    ("held_out.jsonl", 6),
+    ("samples.jsonl", 6),
+]
 """Files of rows, and steps after which some are added."""
 
 
