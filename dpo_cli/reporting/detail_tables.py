@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.console import ConsoleRenderable, Group
 from rich.table import Table
+from rich.text import Text
 
 from dpo_cli.evaluation.figures import shown_interval
 from dpo_cli.reporting.tables import Cells, percent
@@ -23,15 +25,14 @@ _DISTANCES = {"log_ratio": "log-ratio", "forward_k3": "forward k3", "reverse_k3"
 """The columns of the distance from the reference by their keys."""
 
 
-def detail_blocks(found: Mapping[str, Any]) -> Iterator[str | Table]:
+def detail_blocks(found: Mapping[str, Any]) -> Iterator[ConsoleRenderable]:
     """Yield what is shown of the `details` of all pairs, one block after the other."""
     yield _accuracies(found)
+    rest: list[ConsoleRenderable] = []
     if "missing" not in found["from_reference"]:
-        yield _distances(found["from_reference"])
-    if "missing" not in found["calibration"]:
-        yield _calibration(found["calibration"])
-    if remarks := list(_remarks(found)):
-        yield "\n".join(remarks)
+        rest.append(_distances(found["from_reference"]))
+    lines = [] if "missing" in found["calibration"] else _calibration(found["calibration"])
+    yield Group(*rest, *map(Text, [*lines, *_remarks(found)]))
 
 
 def _accuracies(found: Mapping[str, Any]) -> Table:
@@ -92,13 +93,13 @@ def _distances(from_reference: Mapping[str, Any]) -> Table:
     return table
 
 
-def _calibration(found: Mapping[str, Any]) -> str:
-    """Write in two lines how sure σ(βΔ) is and how often it is right."""
+def _calibration(found: Mapping[str, Any]) -> list[str]:
+    """Write in two lines how sure σ(βΔ) is, and how far that is from how often it is right."""
     shares = (percent(found[name]) for name in ("confidence", "error", "error_by_chance"))
-    return (
-        "σ(βΔ) is {} sure on average; calibration error {} (by chance {})\n".format(*shares)
-        + f"Brier score {found['brier_score']:.4f} (of a coin 0.2500), log score {found['log_score']:.4f} (0.6931)"
-    )
+    return [
+        "σ(βΔ) is {} sure on average; calibration error {} (by chance {})".format(*shares),
+        f"Brier score {found['brier_score']:.4f} (of a coin 0.2500), log score {found['log_score']:.4f} (0.6931)",
+    ]
 
 
 def _remarks(found: Mapping[str, Any]) -> Iterator[str]:

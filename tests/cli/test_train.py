@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from dpo_cli.evaluation.details import DETAILS
 from dpo_cli.preference.metrics import PAIR_METRICS
 from dpo_cli.system.storage import verify
 from tests.conftest import build_llama, make_config, read_metrics, run_dpo, without_clock, write_rows
@@ -112,7 +113,8 @@ def test_dpo_eval_gives_the_figures_that_the_run_logged(forked_dpo, finished, tm
         for name in set(row) - {"split", "step", "epoch"}:
             assert found[name] == pytest.approx(row[name], abs=1e-5), name
         assert found["model"] == str(model)
-        assert set(found) == (set(row) - {"split", "step", "epoch"}) | {"model", "reference", "data", "objective"}
+        named = {"model", "reference", "data", "objective"}
+        assert set(found) == (set(row) - {"split", "step", "epoch"}) | named | {detail.key for detail in DETAILS}
 
 
 def test_dpo_eval_says_what_it_measures(forked_dpo, finished, pairs_file, tiny_llama):
