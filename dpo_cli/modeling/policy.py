@@ -31,7 +31,7 @@ from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.placement import Placement, Sharded, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.modeling.sharded_sizes import Sharding, present_share, sizes_of_rank, whole_weights
-from dpo_cli.modeling.shards import local, unspread
+from dpo_cli.modeling.shards import local, share_rows, unspread
 from dpo_cli.modeling.sizes import NOTHING_GATHERED, Sizes
 from dpo_cli.modeling.split import drop_low_bits
 from dpo_cli.modeling.trained import Trained, Whole
@@ -313,8 +313,6 @@ class Policy:
     def with_adapter(self, trained: Trained) -> Policy:
         """Return a policy with the weights of this one, in the same memory, and an adapter beside them.
 
-        Of weights that are sharded over processes each has a copy of its part: what is sharded cannot be shared.
-
         Args:
             trained: Puts the adapter into the model. This one goes on without it, and none of its weights trains.
 
@@ -333,16 +331,23 @@ class Policy:
         return other
 
     def _take_rows_of(self, other: Policy, own_name: Callable[[str], str | None] = str) -> None:
-        """Copy what this process has of another policy's weights, which are sharded alike.
+        """Take over what this process has of another policy's weights, which are sharded alike.
+
+        Those that train in neither are then in the same memory.
 
         Args:
             other: The other policy.
             own_name: Returns the name that one of our weights has there; None: it was added here.
         """
-        theirs = dict(other.model.named_parameters())
+        theirs, shared = dict(other.model.named_parameters()), {}
         for name, parameter in self.model.named_parameters():
-            if (own := own_name(name)) is not None:
+            if (own := own_name(name)) is None:
+                continue
+            if parameter.requires_grad or theirs[own].requires_grad:
                 local(parameter).copy_(local(theirs[own]))
+            else:
+                shared[id(parameter)] = theirs[own]
+        share_rows(self.model, shared)
 
     def _beside(self, model: PreTrainedModel) -> Policy:
         """Return a policy over a copy of this one's model, in which what trains was chosen already."""

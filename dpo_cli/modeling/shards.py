@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +64,11 @@ def is_placeholder(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and not any(tensor.stride())
 
 
+def placeholder(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor of a shape, on the CPU, that takes the memory of one number."""
+    return torch.zeros((), dtype=dtype).expand(*shape)
+
+
 def set_local(parameter: Tensor, value: Tensor) -> None:
     """Give a parameter that is sharded other values.
 
@@ -83,9 +88,21 @@ def placeholders(model: PreTrainedModel) -> None:
     made: dict[int, Parameter] = {}
     for module, name, parameter in _weights(model):
         if id(parameter) not in made:
-            empty = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            empty = placeholder(parameter.shape, parameter.dtype)
             made[id(parameter)] = Parameter(empty, requires_grad=parameter.requires_grad)
         module._parameters[name] = made[id(parameter)]
+
+
+def share_rows(model: nn.Module, others: Mapping[int, Tensor]) -> None:
+    """Let weights of a model that is sharded, and has not answered yet, be in the memory of others that do not train.
+
+    Args:
+        model: The model; what FSDP gathers, it looks up before the first answer.
+        others: Those of another model, sharded alike, by the identity of this one's.
+    """
+    made = {ours: Parameter(theirs.detach(), requires_grad=False) for ours, theirs in others.items()}
+    for module, name, parameter in _weights(model):
+        module._parameters[name] = made.get(id(parameter), parameter)
 
 
 def unspread(model: PreTrainedModel) -> PreTrainedModel:
