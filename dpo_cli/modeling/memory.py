@@ -130,7 +130,7 @@ def activation_bytes(
         batch: Pairs, on the CPU.
         dtype: What is computed in.
         recomputed: Whether layers keep their inputs alone and compute the rest again (gradient checkpointing).
-        gathered: Whether weights are gathered in that dtype, as those are that are sharded.
+        gathered: Whether weights are gathered in that dtype, as split ones are that are sharded.
     """
     states = 0
 

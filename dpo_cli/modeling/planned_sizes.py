@@ -95,7 +95,7 @@ def sizes_under_lora(
     ]
     moved = [one.values for one in added]
     numbers = sum(one.values.numel() for one in (*base, *added))
-    return sizes_of_rank([*base, *added], moved, FLOAT32, shards or Sharding(1, dtype), numbers, beginning=False)
+    return sizes_of_rank([*base, *added], moved, FLOAT32, shards or Sharding(1), numbers, beginning=False)
 
 
 def _quantizable(model: PreTrainedModel) -> dict[int, int]:

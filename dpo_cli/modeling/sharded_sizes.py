@@ -37,11 +37,9 @@ class Sharding:
 
     Attributes:
         count: Over how many processes.
-        dtype: What they are gathered and computed in.
     """
 
     count: int
-    dtype: torch.dtype
 
     def part(self, weights: Tensor) -> Tensor:
         """Return what the first process holds of a weight, without content."""
@@ -62,12 +60,14 @@ class Weight:
         layer: The decoder layer that it is in, counted from 0; below 0: none.
         trains: Whether it does.
         bits: Of one that is held in few bits, the bytes of these, and those of their scales, which are not sharded.
+        rounded_to: What it is rounded to where it is gathered; None: it is gathered as it is held.
     """
 
     values: Tensor
     layer: int
     trains: bool
     bits: tuple[int, int] | None = None
+    rounded_to: torch.dtype | None = None
 
     def held(self, shards: Sharding) -> int:
         """Return the bytes that a process holds of it."""
@@ -78,7 +78,12 @@ class Weight:
 
     def gathered(self, shards: Sharding) -> int:
         """Return the bytes that it takes while it is whole."""
-        return shards.padded(self.values) * shards.dtype.itemsize if self.bits is None else self.bits[0]
+        return shards.padded(self.values) * self.gathered_as.itemsize if self.bits is None else self.bits[0]
+
+    @property
+    def gathered_as(self) -> torch.dtype:
+        """The dtype of it, and of its gradient, while it is whole."""
+        return self.rounded_to or self.values.dtype
 
 
 def layer_of(model: nn.Module) -> dict[int, int]:
@@ -89,15 +94,15 @@ def layer_of(model: nn.Module) -> dict[int, int]:
 
 def whole_weights(model: PreTrainedModel, held: Held) -> list[Weight]:
     """Return the weights of a model as processes share them, which may have no content."""
-    layers, bits, rounded = layer_of(model), held.bits_of(model), held.gathered_as() is not None
+    layers, bits, rounded_to = layer_of(model), held.bits_of(model), held.gathered_as()
 
     def shared(values: Tensor) -> Tensor:
         # What is rounded where it is made whole has more bits where it is not.
-        return torch.empty_like(values, dtype=held.on_shards().torch_dtype, device="meta") if rounded else values
+        return torch.empty_like(values, dtype=held.on_shards().torch_dtype, device="meta") if rounded_to else values
 
     return [
-        Weight(shared(values), layers.get(id(values), _OUTSIDE), values.requires_grad, bits.get(id(values)))
-        for values in model.parameters()
+        Weight(shared(one), layers.get(id(one), _OUTSIDE), one.requires_grad, bits.get(id(one)), rounded_to)
+        for one in model.parameters()
     ]
 
 
@@ -131,23 +136,23 @@ def sizes_of_rank(
 def gathered(weights: Sequence[Weight], shards: Sharding) -> Gathered:
     """Return what a process gathers for a time.
 
-    A layer's backward pass has its weights, the next layer's on their way, its gradients in the dtype that is computed
-    in, and those of the layer before in the buffer that they are exchanged in, until they have arrived.
+    A layer's backward pass has its weights, the next layer's on their way, its gradients in the dtype of these, and
+    those of the layer before in the buffer that they are exchanged in, until they have arrived.
     """
     if shards.count == 1:
         return NOTHING_GATHERED
-    itemsize, numbers = shards.dtype.itemsize, max((one.layer for one in weights), default=_OUTSIDE) + 1
-    whole, trained = [0] * (numbers + 1), [0] * (numbers + 1)
+    numbers = max((one.layer for one in weights), default=_OUTSIDE) + 1
+    whole, gradients, exchanged = ([0] * (numbers + 1) for _ in range(3))
     for one in weights:
         # The last place is that of what is in no layer.
         whole[one.layer] += one.gathered(shards)
-        trained[one.layer] += shards.padded(one.values) * one.trains
+        trained = shards.padded(one.values) * one.trains
+        gradients[one.layer] += trained * one.gathered_as.itemsize
+        exchanged[one.layer] += trained * math.ceil(_REDUCED * (1 + 1 / shards.count))
     *layers, root = whole
-    *of_layers, of_root = trained
-    exchanged = math.ceil(_REDUCED * (1 + 1 / shards.count))
+    *both, ending = map(sum, zip(gradients, exchanged, strict=True))
     two = max((first + second for first, second in itertools.pairwise([*layers, 0])), default=0)
-    gradients = max(of_layers, default=0) * (itemsize + exchanged)
-    return Gathered(root, two + gradients + of_root * itemsize, of_root * (itemsize + exchanged))
+    return Gathered(root, two + max(both, default=0) + gradients[-1], ending)
 
 
 def present_share(model: nn.Module) -> float:

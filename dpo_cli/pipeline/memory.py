@@ -308,7 +308,7 @@ def _estimate(run: PlannedRun, policy: Policy, batches: Batches, passes: PassByt
         return dataclasses.replace(memory, activations=passes.of(max(sizes)), counted=True)
     on_paper = dataclasses.replace(batches, device=torch.device("cpu"))
     laid_out = [on_paper(cut) for cut in candidates]
-    dtype, gathered = session.precision.dtype, session.shards is not None
+    dtype, gathered = session.precision.dtype, session.shards is not None and session.held.gathered_as() is not None
     how = {"recomputed": session.config.training.gradient_checkpointing, "gathered": gathered}
     try:
         activations = max(activation_bytes(policy, batches.layout, batch, dtype, **how) for batch in laid_out)

@@ -71,7 +71,7 @@ class Session:
         sharding = self.config.training.sharding
         if sharding == "none" or self._num_processes == 1:
             return None
-        return Sharding(self._on_this_machine if sharding == "hybrid" else self._num_processes, self.precision.dtype)
+        return Sharding(self._on_this_machine if sharding == "hybrid" else self._num_processes)
 
     @property
     def _num_processes(self) -> int:
