@@ -59,11 +59,6 @@ def sharding_errors(config: Config, size: int, here: int | None) -> Iterator[Use
         return
     if config.training.sharding == "hybrid":
         yield from _hybrid_errors(config.where("training.sharding"), size, here)
-    if config.model.quantize is not None:
-        what = f"`model.quantize: {config.model.quantize}` cannot be sharded: quantized weights have no parts"
-        where = config.where("model.quantize", "training.sharding")
-        hint = "set `training.sharding: none`, which holds them on every GPU; or leave `model.quantize` out"
-        yield UserError(what, where, hint)
     optimizer = config.training.optimizer.type
     if not config.training.optimizer.on_shards:
         what = f"`training.optimizer: {optimizer}` cannot step on shards of a weight"

@@ -77,6 +77,9 @@ class HeldSettings(Settings):
             UserError: It has none for which there are such.
         """
 
+    def lay_out_shards(self, model: PreTrainedModel) -> None:
+        """Give a model of placeholders the layers that it has where its weights are sharded."""
+
     def settle(self, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
         """Return a model that was loaded, as it computes, on its device."""
         moved: PreTrainedModel = model.to(device)
@@ -225,6 +228,12 @@ class QuantizedSettings(HeldSettings):
 
         quantized_layers.lay_out(model, self.layers())
         self.settle(model, "meta")
+
+    def lay_out_shards(self, model: PreTrainedModel) -> None:
+        """Let the quantized layers of a model of placeholders have bits that can be sharded."""
+        from dpo_cli.modeling import quantized_shards
+
+        quantized_shards.lay_out(model, self.layers())
 
     def settle(self, model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
         """Return a model that computes as it should, without the marks that quantizing leaves in its settings."""

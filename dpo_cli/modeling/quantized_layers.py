@@ -18,6 +18,7 @@ from torch.nn import functional
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.planned_sizes import kept_in_dtype, nf4_bytes
+from dpo_cli.modeling.shards import is_sharded
 
 import_bitsandbytes()
 from bitsandbytes.nn import Linear4bit, Linear8bitLt  # noqa: E402
@@ -57,12 +58,19 @@ class Linear8bitRows(Linear8bitLt):  # type: ignore[misc]
     """
 
     compute_dtype: torch.dtype
+    source_cls: type[nn.Module]
+
+    @property
+    def scales(self) -> Tensor:
+        """The largest absolute value of each row."""
+        found: Tensor = self.weight.SCB
+        return found
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply in the run's precision; return what came in."""
         inputs = x.to(self.compute_dtype)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        result: Tensor = _Product.apply(inputs, self.weight.data, self.weight.SCB, bias)  # type: ignore[no-untyped-call]
+        result: Tensor = _Product.apply(inputs, self.weight.data, self.scales, bias)  # type: ignore[no-untyped-call]
         return result.to(x.dtype)
 
 
@@ -105,6 +113,7 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
         elif not isinstance(layer, Linear8bitRows):
             rows = Linear8bitRows(layer.in_features, layer.out_features, False, has_fp16_weights=False, device="meta")
             rows.weight, rows.bias, rows.compute_dtype = layer.weight, layer.bias, dtype
+            rows.source_cls = layer.source_cls
             rows.eval()
             model.set_submodule(name, rows)
 
@@ -127,7 +136,7 @@ def held_bytes(model: nn.Module) -> int:
     layers = list(quantized_layers(model).values())
     few = {id(layer.weight) for layer in layers}
     others = sum(weights.nbytes for weights in model.parameters() if id(weights) not in few)
-    if any(layer.weight.is_meta for layer in layers):
+    if any(layer.weight.is_meta or is_sharded(layer.weight) for layer in layers):
         return others + sum(sum(planned_bits(layer)) for layer in layers)
     return others + _storage_bytes(tensor for layer in layers for tensor in _tensors(layer))
 

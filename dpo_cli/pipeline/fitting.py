@@ -146,7 +146,7 @@ def _peak(needed: Needed, session: Session) -> int | None:
 
 
 def _can_be_sharded(config: Config) -> bool:
-    return config.training.optimizer.on_shards and config.model.quantize is None
+    return config.training.optimizer.on_shards
 
 
 def _sharded(config: Config, *, on_gpu: bool) -> Iterator[tuple[_Settings, Config]]:

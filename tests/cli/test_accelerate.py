@@ -232,11 +232,6 @@ def test_what_only_the_configuration_asks_for_is_no_contradiction(launched, writ
             ["training.sharding=full", "training.optimizer=adafactor"],
             "`training.optimizer: adafactor` cannot step",
         ),
-        (
-            TWO,
-            ["training.sharding=full", "adapter=lora", "model.quantize=nf4"],
-            "`model.quantize: nf4` cannot be sharded",
-        ),
     ],
 )
 def test_shards_that_these_processes_cannot_have_are_an_error(monkeypatch, write_config, variables, overrides, what):

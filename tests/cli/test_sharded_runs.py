@@ -25,6 +25,7 @@ CASES = {
     "tied": {},
     "untied": {"reference": {"type": "synced", "every_steps": 1, "alpha": 0.5}, "checkpoints": {"background": True}},
     "adapter": {"adapter": {"rank": 3}},
+    "nf4": {"adapter": {"rank": 3}, "model": {"quantize": "nf4"}},
 }
 
 

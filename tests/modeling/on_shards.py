@@ -18,7 +18,7 @@ from torch import distributed
 
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
-from dpo_cli.modeling.held import Bfloat16, Float32, Split
+from dpo_cli.modeling.held import Bfloat16, Float32, Int8, Nf4, Split
 from dpo_cli.modeling.layouts import PACKED
 from dpo_cli.modeling.placement import placement_for
 from dpo_cli.modeling.policy import Policy
@@ -33,6 +33,12 @@ CASES: dict[str, dict[str, Any]] = {
     "split": {"held": Split(), "precision": "bf16"},
     "lora": {"trained": Adapted(Lora(rank=3), seed=7)},
     "lora on bfloat16": {"trained": Adapted(Lora(rank=3), seed=7), "held": Bfloat16(), "precision": "bf16"},
+    "nf4": {"trained": Adapted(Lora(rank=3), seed=7), "held": Nf4()},
+    "nf4 in bfloat16": {"trained": Adapted(Lora(rank=3), seed=7), "held": Nf4(dtype="bfloat16"), "precision": "bf16"},
+    "nf4 recomputed": {"trained": Adapted(Lora(rank=3), seed=7), "held": Nf4(), "recomputed": True},
+    "int8": {"trained": Adapted(Lora(rank=3), seed=7), "held": Int8()},
+    "dora on nf4": {"trained": Adapted(Lora(rank=3, dora=True), seed=7), "held": Nf4()},
+    "dora on int8": {"trained": Adapted(Lora(rank=3, dora=True), seed=7), "held": Int8()},
     "dora": {"trained": Adapted(Lora(rank=3, dora=True), seed=7)},
 }
 
@@ -73,7 +79,7 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def share(tensor: torch.Tensor, ranks: int) -> int:
     """Return the bytes of the rows that the first process has of a tensor."""
-    return math.ceil(tensor.shape[0] / ranks) * tensor[:1].numel() * (2 if tensor.dtype == torch.bfloat16 else 4)
+    return math.ceil(tensor.shape[0] / ranks) * tensor[:1].numel() * tensor.element_size()
 
 
 def main(model: str, name: str) -> None:
@@ -102,6 +108,16 @@ def main(model: str, name: str) -> None:
         "gradients": sum(local(one.grad).nbytes for one in split.trained()),
         "share of gradients": sum(share(theirs, ranks) for _, theirs in gradients),
     }
+    copy = split.frozen_copy()
+    copy.place(accelerator, trained=False)
+    found["copy"] = difference(answers(copy, rank, ranks), before)
+    found["apart from a copy"] = sorted(
+        {
+            ours.requires_grad
+            for ours, theirs in zip(split.model.parameters(), copy.model.parameters(), strict=True)
+            if local(ours).data_ptr() != local(theirs).data_ptr()
+        }
+    )
     norms = [float(policy.clip(0.5)) for policy in (plain, split)]
     found["norm"] = abs(norms[1] / norms[0] - 1)
     optimizers = [AdamW().over(policy.trained(), 1e-3, 0.1) for policy in (plain, split)]

@@ -20,19 +20,22 @@ from tiny_models import build
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from dpo_cli.data.records import TokenizedPair
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.batch import PairBatch
-from dpo_cli.modeling.held import Split, held_as
+from dpo_cli.modeling.folders.loading import load_onto_shards
+from dpo_cli.modeling.folders.model_files import NO_TRUST
+from dpo_cli.modeling.held import QUANTIZED, Held, Split, held_as
 from dpo_cli.modeling.layouts import LAYOUTS
 from dpo_cli.modeling.memory import MemoryEstimate, activation_bytes, logits_bytes
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
 from dpo_cli.modeling.sharded_sizes import Sharding
 from dpo_cli.modeling.shards import spread
-from dpo_cli.modeling.trained import Whole
+from dpo_cli.modeling.trained import Trained, Whole
 from dpo_cli.training.optimizer import AdamW
 
 SIZES = {"hidden_size": 128, "intermediate_size": 341, "num_hidden_layers": 6, "head_dim": 32, "vocab_size": 1001}
@@ -50,12 +53,46 @@ def pairs_of_rank(rank: int) -> PairBatch:
     return PACKED.batch(range(4), [TokenizedPair(*each, origin=f"f:{i}") for i, each in enumerate(tokens)])
 
 
+def held_in(case: dict[str, Any]) -> Held:
+    """Return how a case holds its weights."""
+    if case["held"] == "split":
+        return HALVES
+    return held_as(case["held"], case["computed"] if case["held"] in QUANTIZED else case["held"])
+
+
 def policy_of(case: dict[str, Any], *, on_shards: bool = False) -> Policy:
     """Build a policy with random weights, held as they are asked for or as the processes share them."""
-    held = HALVES if case["held"] == "split" else held_as(*([case["held"]] * 2))
-    held = held.on_shards() if on_shards else held
+    held = held_in(case).on_shards() if on_shards else held_in(case)
     model = build("llama", **SIZES, **HEADS, tie_word_embeddings=case["tied"])
-    return Policy(model.to(held.torch_dtype), Adapted(Lora(rank=5)) if case["adapter"] else Whole(), held)
+    if held.quantized:
+        model = Policy(model, held=held).sketched(model.config).model
+        held.lay_out(model)
+    else:
+        model.to(held.torch_dtype)
+    return Policy(model, trained_in(case), held)
+
+
+def trained_in(case: dict[str, Any]) -> Trained:
+    """Return what trains in a case."""
+    return Adapted(Lora(rank=5)) if case["adapter"] else Whole()
+
+
+def spread_policy(case: dict[str, Any], mesh: DeviceMesh, folder: Path) -> tuple[Policy, Scorer]:
+    """Return a policy that is sharded, and what answers for it, loaded from a folder."""
+    held, made = held_in(case), []
+
+    def lay_out(model: PreTrainedModel) -> Callable[[str], str | None]:
+        policy = Policy(model, trained_in(case), held.on_shards())
+        made.append((policy, Scorer(model)))
+        spread(made[0][1], mesh, torch.device("cpu"), held.gathered_as())
+        return policy._trained.own_names(model)
+
+    if distributed.get_rank() == 0:
+        build("llama", **SIZES, **HEADS, tie_word_embeddings=case["tied"]).save_pretrained(folder)
+    distributed.barrier()
+    load_onto_shards(str(folder), NO_TRUST, held.on_shards(), lay_out)
+    distributed.barrier()
+    return made[0]
 
 
 def largest(work: Callable[[], None]) -> int:
@@ -80,12 +117,23 @@ def storages(tensors: list[torch.Tensor]) -> int:
     return sum(found.values())
 
 
-def counted(case: dict[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
+def scales_of(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Return what sharded layers of few bits keep beside these."""
+    states = [layer.kept.state for layer in model.modules() if hasattr(layer, "kept")]
+    return [
+        tensor
+        for state in states
+        for tensor in (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    ]
+
+
+def counted(case: dict[str, Any], mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
     """Take steps of a sharded model; return what was estimated and what was there."""
-    dtype, shards = getattr(torch, case["computed"]), Sharding(mesh.size(), getattr(torch, case["computed"]))
+    dtype, shards = getattr(torch, case["computed"]), Sharding(mesh.size())
     policy, batch, recomputed = policy_of(case), pairs_of_rank(distributed.get_rank()), case["recomputed"]
+    gathered = policy._held.gathered_as() is not None
     sizes, parts = policy.sizes(shards), [shards.part(weights) for weights in policy.trained()]
-    how = {"gathered": True, "recomputed": recomputed}
+    how = {"gathered": gathered, "recomputed": recomputed}
     estimate = MemoryEstimate(
         program=0,
         weights=sizes.held,
@@ -93,28 +141,28 @@ def counted(case: dict[str, Any], mesh: DeviceMesh) -> dict[str, Any]:
         optimizer=AdamW().state_bytes(parts),
         gradients=sizes.trained,
         activations=activation_bytes(policy, PACKED, batch, dtype, **how),
-        logits=logits_bytes(policy.model, batch, dtype, "cpu", gathered=True),
+        logits=logits_bytes(policy.model, batch, dtype, "cpu", gathered=gathered),
         gathered=sizes.gathered,
         copy=0,
         counted=True,
         several=True,
     )
-    policy = policy_of(case, on_shards=True)
+    policy, scorer = spread_policy(case, mesh, folder)
     policy.read(PACKED)
     if recomputed:
         recompute_activations(policy.model)
-    scorer = Scorer(policy.model)
-    spread(scorer, mesh, torch.device("cpu"), None if dtype == torch.float32 else dtype)
     trained = policy.trained()
     optimizer = AdamW().over(trained, 1e-4, 0.0)
 
     def add_gradients() -> None:
         with policy.training_pass():
-            scorer(batch).float().sum().backward()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logps = scorer(batch)
+            logps.float().sum().backward()
 
     add_gradients()
     optimizer.step()
-    weights = storages([weights.to_local() for weights in policy.model.parameters()])
+    weights = storages([weights.to_local() for weights in policy.model.parameters()] + scales_of(policy.model))
     gradients = storages([weights.grad.to_local() for weights in trained])
     moments = [moment.to_local() for state in optimizer.state.values() for moment in state.values() if moment.ndim]
     held = {"weights": weights, "gradients": gradients, "optimizer": storages(moments)}
@@ -144,9 +192,10 @@ def count_on(rank: int, folder: Path, cases: list[dict[str, Any]]) -> None:
     store = distributed.FileStore(str(folder / "store"), RANKS)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     found = []
-    for case in cases:
+    for number, case in enumerate(cases):
         shape = (RANKS // case["shards"], case["shards"])
-        found.append(counted(case, init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))["shard"]))
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))["shard"]
+        found.append(counted(case, mesh, folder / f"model {number}"))
     (folder / f"{rank}.json").write_text(json.dumps(found))
     distributed.destroy_process_group()
 

@@ -20,10 +20,19 @@ CASES = [
     (2, "tied", "recomputed"),
     (2, "tied", "lora"),
     (2, "untied", "dora"),
+    (2, "untied", "nf4 in bfloat16"),
+    (2, "tied", "nf4 recomputed"),
+    (2, "untied", "dora on nf4"),
+    (2, "untied", "int8"),
+    (2, "tied", "dora on int8"),
+    (3, "tied", "nf4"),
     (3, "tied", "split"),
     (3, "untied", "lora"),
     (4, "tied", "whole"),
 ]
+
+
+NF4 = (2, "untied", "nf4 in bfloat16")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,7 @@ def on_shards(ranks, *arguments):
 
 
 @pytest.mark.program
-@pytest.mark.parametrize(("ranks", "model", "case"), slow_unless(lambda case: case in CASES[:3], CASES))
+@pytest.mark.parametrize(("ranks", "model", "case"), slow_unless(lambda case: case in (*CASES[:3], NF4), CASES))
 def test_a_step_on_shards_is_that_on_whole_weights(models, ranks, model, case):
     """Gradients are those of DDP: to the bit between two processes, whose sums have one order.
 
@@ -62,6 +71,8 @@ def test_a_step_on_shards_is_that_on_whole_weights(models, ranks, model, case):
     assert found["same identity"]
     assert found["answers"] <= 5e-3 * rounded
     assert found["same gradients"] or found["gradients"] < (0.02 if rounded else 1e-6 * (ranks > 2))
+    assert found["copy"] == 0
+    assert found["apart from a copy"] == [True], "a copy has rows of its own that do not train"
     assert found["norm"] < (5e-3 if rounded else 2e-6)
     assert found["moved"] > 0.01
     # In bfloat16 a weight that moved by a little less may be rounded to its neighbour.

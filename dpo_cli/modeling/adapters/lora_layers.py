@@ -129,6 +129,8 @@ def _measure_norms(layer: Any) -> None:
 def settle_norms(layer: Any) -> None:
     """Set the norms that DoRA trains to those of the base's rows, in float32, where B is 0."""
     for norms in layer.lora_magnitude_vector.values():
-        whole = gathered(layer.get_base_layer().weight)
+        base = layer.get_base_layer()
+        whole = gathered(base.weight)
+        whole = base.standing_for(whole) if hasattr(base, "standing_for") else whole
         rows = whole.T if getattr(layer, "fan_in_fan_out", False) else whole
         set_whole_value(norms.weight, torch.linalg.vector_norm(rows.float(), dim=1))

@@ -142,6 +142,7 @@ def load_onto_shards(
         model.origin = replace(model.origin, read_from=source, stamp=stamp)
         model.config._name_or_path = model.name_or_path = folder
         placeholders(model)
+        held.lay_out_shards(model)
         own_name = lay_out(model)
         check_complete(model, read_over(model, Path(folder), own_name), folder)
         _warn_of_another_name(model, name)

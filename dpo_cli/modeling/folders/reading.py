@@ -98,17 +98,24 @@ def _read_shards_over(
     model: PreTrainedModel, folder: Path, own_name: Callable[[str], str | None]
 ) -> dict[str, set[Any]]:
     """Do what `read_over` does with a folder in which several processes have written the weights."""
-    ours = {own: one for name, one in saved_state(model).items() if (own := own_name(name)) is not None}
+    state = saved_state(model)
+    ours = {own: (name, tensor) for name, tensor in state.items() if (own := own_name(name)) is not None}
+    few = {own: layer for own, (name, _) in ours.items() if (layer := _quantizing(model, name))}
     shards = Shards.in_folder(folder)
     theirs = shards.shapes(WEIGHTS)
-    differing = {(name, shape, tuple(ours[name].shape)) for name, shape in theirs.items() if name in ours}
+    asked = {own: few[own].matrix.shape if own in few else tensor.shape for own, (_, tensor) in ours.items()}
+    differing = {(name, shape, tuple(asked[name])) for name, shape in theirs.items() if name in asked}
     report: dict[str, set[Any]] = {
         "missing_keys": set(ours.keys() - theirs.keys()),
         "unexpected_keys": set(theirs.keys() - ours.keys()),
         "mismatched_keys": {one for one in differing if one[1] != one[2]},
     }
     if not any(report.values()):
-        for name, tensor in ours.items():
+        for name, layer in few.items():
+            layer.take_matrix(shards.whole(WEIGHTS, name))
+        for name, (_, tensor) in ours.items():
+            if name in few:
+                continue
             rows = shards.rows(WEIGHTS, name, *rows_of(tensor))
             set_whole_value(tensor, sharded_like(tensor, rows.to(tensor.device)))
     return report
@@ -156,11 +163,16 @@ class _Overwritten:
         self.__dict__.update(_module=module, _own_name=own_name)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        layer = _quantizing(self._module, name)
+        return layer.matrix if layer else getattr(self._module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # What else is set says how the weights were read, which the module knows of its own.
-        if isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor):
+            return
+        if layer := _quantizing(self._module, name):
+            layer.take_matrix(value)
+        else:
             set_whole_value(getattr(self._module, name), value)
 
     def get_submodule(self, target: str) -> _Overwritten:
@@ -170,9 +182,25 @@ class _Overwritten:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Return what there is, by name; of a weight that is sharded, what its whole value looks like."""
         return {
-            own: tensor
-            if whole_dtype(tensor) == tensor.dtype
-            else torch.empty_like(tensor, dtype=whole_dtype(tensor), device="meta")
+            own: self._as_read(name, tensor)
             for name, tensor in state_of(self._module).items()
             if (own := self._own_name(name)) is not None
         }
+
+    def _as_read(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if layer := _quantizing(self._module, name):
+            matrix: torch.Tensor = layer.matrix
+            return matrix
+        if whole_dtype(tensor) == tensor.dtype:
+            return tensor
+        return torch.empty_like(tensor, dtype=whole_dtype(tensor), device="meta")
+
+
+def _quantizing(module: nn.Module, name: str) -> Any:
+    """Return the layer within a module that quantizes what is read under a name itself; None: what is read is kept."""
+    path, _, last = name.rpartition(".")
+    if last != "weight":
+        return None
+    layer = module.get_submodule(path)
+    layer = getattr(layer, "base_layer", layer)
+    return layer if hasattr(layer, "take_matrix") else None
