@@ -7,23 +7,28 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft.utils.integrations import dequantize_bnb_weight
-from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel
+from safetensors.torch import load_file
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.digests import weights_digest
-from dpo_cli.modeling.folders.loading import empty_policy, load_policy
+from dpo_cli.modeling.folders.loading import empty_policy, load_onto_shards, load_policy
+from dpo_cli.modeling.folders.model_files import NO_TRUST, WEIGHTS
+from dpo_cli.modeling.folders.shard_files import Piece, write_list, write_part
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from dpo_cli.modeling.held import FLOAT32, QUANTIZED, Held, held_as
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.quantized_layers import quantized_layers
+from dpo_cli.modeling.shards import _materialize
 from tests.modeling.test_gguf_files import llama, tensors_of, write
 
 TRIES_KERNELS = """
@@ -164,6 +169,51 @@ def test_what_was_built_is_quantized_as_what_is_loaded(kind: str, dtype: str, ti
     held = held_as(kind, dtype)
     built = held.take_over(load_policy(str(tiny_llama), held=held_as(dtype, dtype)), "cpu")
     assert weights_digest(built) == weights_digest(load_policy(str(tiny_llama), held=held))
+
+
+def llama_folder(tmp_path: Path, tiny_llama: Path) -> Path:
+    return tiny_llama
+
+
+def gpt2_folder(tmp_path: Path, tiny_llama: Path) -> Path:
+    """A model whose files have matrices transposed."""
+    config = GPT2Config(n_embd=32, n_head=4, n_layer=2, n_positions=64, vocab_size=300, bos_token_id=0, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def folder_of_shards(tmp_path: Path, tiny_llama: Path) -> Path:
+    """A checkpoint of two processes."""
+    shutil.copy(tiny_llama / "config.json", tmp_path)
+    pieces: list[dict[str, Piece]] = [{}, {}]
+    for name, whole in load_file(tiny_llama / "model.safetensors").items():
+        half = len(whole) // 2
+        for number, (first, end) in enumerate(((0, half), (half, len(whole)))):
+            pieces[number][name] = Piece(whole[first:end], first, whole.shape, (end - first, *whole.shape[1:]), True)
+    parts = [write_part(tmp_path, WEIGHTS, one, number, 2) for number, one in enumerate(pieces)]
+    write_list(tmp_path, [part for part in parts if part], 2)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("folder", [llama_folder, gpt2_folder, folder_of_shards])
+def test_what_is_read_onto_shards_has_the_bits_and_scales_that_it_has_as_a_whole(
+    folder: Callable[[Path, Path], Path], kind: str, tmp_path: Path, tiny_llama: Path
+) -> None:
+    name, held, read = str(folder(tmp_path, tiny_llama)), held_as(kind, "bfloat16"), []
+
+    def lay_out(model: PreTrainedModel) -> Callable[[str], str | None]:
+        # One process has all rows.
+        _materialize(model, torch.device("cpu"))
+        read.append(model)
+        return str
+
+    load_onto_shards(name, NO_TRUST, held, lay_out)
+    whole = load_policy(name, held=held)
+    assert weights_digest(read[0]) == weights_digest(whole)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(read[0](ids).logits, whole(ids).logits)
 
 
 @pytest.mark.parametrize("dora", [False, True])
