@@ -16,12 +16,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "diagnosis.md"
 HEAD = """\
 # The diagnosis of a run
 
-While a run trains, and in its report, its figures are compared with what a healthy run shows. A finding is a warning
-with the step, the evidence in figures and what to do, the settings with their present values:
+While a run trains, its figures are compared with what a healthy run shows. A finding is a warning with the step, the
+evidence in figures, and the first thing to try, settings with their present values:
 
-    warning: step 64: chosen and rejected responses both become less likely: chosen -1.23 nats per token, rejected
-    -1.90, since before step 1. Try: lower `training.learning_rate` (0.0001; usual is about 1e-6 where all weights
-    train); raise `beta` of the loss (0.1); add the loss `sft`
+    warning: step 64: both responses become less likely (chosen -1.23 nats per token, rejected -1.90). Try: lower
+    `training.learning_rate` (0.0001; usual: about 1e-6)
 
 Each is reported once, at the first step that shows it, and again in a line at the end of the run, where
 `found    nothing` says that there is none. The exit status stays 0, and training goes on: you decide whether it should.

@@ -10,6 +10,7 @@ from dpo_cli.config import Config
 from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import UserError
+from dpo_cli.evaluation.findings.remedies import USUAL_RATES
 from dpo_cli.modeling.adapters.adapted import above_full_rank
 from dpo_cli.modeling.adapters.files import holds_adapter
 from dpo_cli.modeling.folders.model_names import whole_model
@@ -149,7 +150,8 @@ def unusual_rate(config: Config) -> str:
     if not (rate < _LEAST_OF_AN_ADAPTER if low else rate > _MOST_OF_ALL_WEIGHTS):
         return ""
     what = "low for an adapter" if low else "high where all weights train"
-    usual = "5e-6 to 5e-5 are usual with an adapter, about 1e-6 where all weights train"
+    with_adapter, whole = USUAL_RATES["an adapter"], USUAL_RATES["all weights"]
+    usual = f"{with_adapter} are usual with an adapter, {whole} where all weights train"
     return f"`training.learning_rate` {rate:g} is {what}: {usual}"
 
 

@@ -55,13 +55,13 @@ class Finding:
         check: What was looked for.
         step: After which step it was found; 0: before step 1.
         evidence: The figures.
-        advice: What to do, in the imperative, with the present values of the settings.
+        remedies: What to do, in the imperative, with the present values of settings; the first one first.
     """
 
     check: RunCheck
     step: int
     evidence: str
-    advice: str
+    remedies: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -84,13 +84,18 @@ class Finding:
         return self.check.meaning
 
     @property
+    def advice(self) -> str:
+        """All that may help, in a line."""
+        return "; ".join(self.remedies)
+
+    @property
     def when(self) -> str:
         """The step in words."""
         return f"step {self.step:,}" if self.step else "before step 1"
 
     def __str__(self) -> str:
-        """Say it in a line: when, title, evidence and what to do."""
-        return f"{self.when}: {self.title}: {self.evidence}. Try: {self.advice}"
+        """Say it in a line or two of a terminal: when, what, the evidence, and what to try first."""
+        return f"{self.when}: {self.title} ({self.evidence}). Try: {self.remedies[0]}"
 
 
 def finding(check: RunCheck, history: History) -> Finding | None:
@@ -98,5 +103,5 @@ def finding(check: RunCheck, history: History) -> Finding | None:
     evidence = check.look(history)
     if not evidence:
         return None
-    advice = "; ".join(filter(None, (remedy.of(history.facts) for remedy in check.remedies)))
-    return Finding(check, history.step, evidence, advice)
+    remedies = filter(None, (remedy.of(history.facts) for remedy in check.remedies))
+    return Finding(check, history.step, evidence, tuple(remedies))

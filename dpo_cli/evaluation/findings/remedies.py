@@ -5,12 +5,12 @@ from __future__ import annotations
 from dpo_cli.evaluation.findings.facts import RunFacts
 from dpo_cli.evaluation.findings.finding import Remedy
 
-USUAL_RATES = {"all weights": "about 1e-6 where all weights train", "an adapter": "5e-6 to 5e-5 with an adapter"}
+USUAL_RATES = {"all weights": "about 1e-6", "an adapter": "5e-6 to 5e-5"}
 """Learning rates that are usual, by what is trained."""
 
 
 def _usual(facts: RunFacts) -> str:
-    return f"`training.learning_rate` ({facts.learning_rate:g}; usual is {USUAL_RATES[facts.trained]})"
+    return f"`training.learning_rate` ({facts.learning_rate:g}; usual: {USUAL_RATES[facts.trained]})"
 
 
 def _beta(facts: RunFacts) -> str:

@@ -82,7 +82,7 @@ def _falling(history: History) -> tuple[float, float] | None:
 
 
 def _nats(chosen: float, rejected: float) -> str:
-    return f"chosen {chosen:+.2f} nats per token, rejected {rejected:+.2f}, since before step 1"
+    return f"chosen {chosen:+.2f} nats per token, rejected {rejected:+.2f}"
 
 
 def _gradient_spike(history: History) -> str:
@@ -176,7 +176,7 @@ STEP_CHECKS = (
     RunCheck(
         name="both_fall",
         severity="error",
-        title="chosen and rejected responses both become less likely",
+        title="both responses become less likely",
         meaning=(
             "The loss sees the difference of both responses alone. The policy lowers both, the rejected one faster, "
             "and what it says instead is neither of them."

@@ -97,6 +97,11 @@ ILL: dict[str, tuple[Callable[[Sequence[Row]], list[Row]], dict[str, Any], set[s
         },
         {"chosen_falls"},
     ),
+    "a category of swapped labels": (
+        lambda rows: odd_category(rows[:320]),
+        {"data": {"eval": 0.25}, "training": {**LARGE_STEPS, "learning_rate": 1e-3, "max_steps": 12}},
+        {"category_reversed"},
+    ),
     "sources one after the other": (
         one_after_the_other,
         {"training": {**LARGE_STEPS, "learning_rate": 1e-4, "shuffle": False, "epochs": 1}},
