@@ -74,6 +74,13 @@ def groups_table(label: str, groups: Mapping[str, Mapping[str, Any]], cells: Cel
     return table
 
 
+def plain_rows(table: Table) -> list[list[str]]:
+    """Return a table's headings and cells as text, for pages."""
+    headings = [str(column.header) for column in table.columns]
+    cells = zip(*(list(column.cells) for column in table.columns), strict=True)
+    return [headings, *([cell.plain if isinstance(cell, Text) else str(cell) for cell in row] for row in cells)]
+
+
 @dataclass(frozen=True, slots=True)
 class MarkedPair:
     """A pair token by token.

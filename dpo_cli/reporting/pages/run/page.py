@@ -23,6 +23,7 @@ from dpo_cli.reporting.pages.run.answers import MOST_ANSWERS, answered, hardest,
 from dpo_cli.reporting.pages.run.charts import Mark
 from dpo_cli.reporting.pages.run.curves import charts_of
 from dpo_cli.reporting.pages.run.facts import facts_of, hardware_of, resumed_after, settings_text
+from dpo_cli.reporting.pages.run.held_out import held_out_blocks
 from dpo_cli.reporting.pages.run.series import window_of
 from dpo_cli.reporting.run_record import RunRecord
 
@@ -64,6 +65,7 @@ def run_page(run: RunRecord, known: Known) -> str:
     marks = [*marks_of(run), *(Mark("finding", one.step, f"{one.when}: {one.title}") for one in findings)]
     answers, charts = answered(run.samples), charts_of(run, marks)
     last = after["step"] if after else 0
+    scored = run.pairs_at(last)
     return with_script(
         "run/run.html",
         run=run,
@@ -79,9 +81,11 @@ def run_page(run: RunRecord, known: Known) -> str:
         answers=answers[:MOST_ANSWERS],
         more_answers=max(0, len(answers) - MOST_ANSWERS),
         figures=figures_table(run),
-        groups={},
-        hardest=[_excerpt(row) for row in hardest(run.pairs_at(last), _MOST_PAIRS)],
+        blocks=held_out_blocks(run, last),
+        hardest=[_excerpt(row) for row in hardest(scored, _MOST_PAIRS)],
         hardest_step=last,
+        scored=len(scored),
+        wrong=sum((number(row, "rewards/margins") or 0) < 0 for row in scored),
         changed=known.changed,
         settings=settings_text(run.settings),
         environment=hardware_of(run),
