@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dpo_cli.evaluation.comparison import compare
 from dpo_cli.evaluation.figures import FIGURES
+from dpo_cli.evaluation.findings.history import Row
 from dpo_cli.reporting.card import covered_within
+from dpo_cli.reporting.comparison import comparison_table
+from dpo_cli.reporting.pages.rendering import several
 from dpo_cli.reporting.pages.run.curves import RUN_COLOURS, charts_of_several
+from dpo_cli.reporting.pages.run.held_out import Block, usable
 from dpo_cli.reporting.pages.run.page import Known, cell, ends_of, findings_of, judge, notes_of, state_of, with_script
 from dpo_cli.reporting.run_record import RunRecord
+from dpo_cli.reporting.tables import plain_rows
 from dpo_cli.system import plain_yaml
 
 
@@ -31,6 +37,7 @@ def runs_page(runs: Sequence[RunRecord], known: Sequence[Known]) -> str:
         notes=[f"{name}: {note}" for name, run in zip(names, runs, strict=True) for note in notes_of(run)],
         charts=charts_of_several(runs, names),
         figures=_figures(runs, names),
+        comparisons=list(_comparisons(runs, names)),
         settings=_differing(runs, names),
     )
 
@@ -53,6 +60,29 @@ def _figures(runs: Sequence[RunRecord], names: Sequence[str]) -> list[list[str]]
         return []
     rows = [[figure.title.strip(), *(cell(figure, row) for row in last.values())] for figure in FIGURES]
     return [["", *last], ["after step", *(f"{row['step']:,}" for row in last.values())], *rows]
+
+
+def _comparisons(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
+    """Yield how each other run differs from the first one on the held-out pairs that both have, pair by pair."""
+    first, *others = [_last_pairs(run) for run in runs]
+    for name, rows in zip(names[1:], others, strict=True):
+        title = f"{name} beside {names[0]}"
+        if found := compare(first, rows):
+            statement = found.statement(names[0], name)
+            unmatched = sum(found.unmatched)
+            more = [f"{several(unmatched, 'pair')} of one run alone left out."] if unmatched else []
+            table = plain_rows(comparison_table(found, names[0], name))
+            yield Block(title, table, [f"{statement[:1].upper()}{statement[1:]}.", *more])
+        elif first and rows:
+            yield Block(title, remarks=["They have no held-out pair in common: their figures are of different pairs."])
+        else:
+            yield Block(title, remarks=["One of them has no held_out.jsonl, so that no pair can be compared."])
+
+
+def _last_pairs(run: RunRecord) -> list[Row]:
+    """Return the held-out pairs as the model found them that the run ends with."""
+    after = ends_of(run)[1]
+    return usable(run.pairs_at(after["step"])) if after else []
 
 
 def _differing(runs: Sequence[RunRecord], names: Sequence[str]) -> list[list[str]]:
