@@ -209,13 +209,19 @@ def other_weights(project: Project) -> None:
     build_llama(project.folder / "model", project.tokenizer, seed=1)
 
 
-def weights_of_nan(project: Project) -> None:
-    from transformers import AutoModelForCausalLM
+def weights_of_nan(name: str) -> Callable[[Project], None]:
+    """Save the project's model with a row of NaN."""
 
-    model = AutoModelForCausalLM.from_pretrained(project.folder / "model")
-    with torch.no_grad():
-        model.lm_head.weight[7] = float("nan")
-    model.save_pretrained(project.folder / "model")
+    def save(project: Project) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(project.folder / "model")
+        with torch.no_grad():
+            model.lm_head.weight[7] = float("nan")
+        model.save_pretrained(project.folder / name)
+        project.tokenizer.save_pretrained(project.folder / name)
+
+    return save
 
 
 def scales_its_logits(name: str) -> Callable[[Project], None]:
@@ -657,7 +663,7 @@ MODEL_CASES = {
     "not a causal language model": Case(
         file("model/config.json", '{"model_type": "t5", "vocab_size": 400}'), TRAIN, 2, r"T5 is not a causal", r"text"
     ),
-    "weights that are not finite": Case(weights_of_nan, TRAIN, 2, r"nan|NaN|not finite", r"weights"),
+    "weights that are not finite": Case(weights_of_nan("model"), TRAIN, 2, r"nan|NaN|not finite", r"weights"),
     "pickled weights": Case(pickled_weights, TRAIN, 2, r"weights of `model` are pickled", r"model.allow_pickle"),
     "code in pickled weights": Case(
         pickled_weights, f"{TRAIN} model.allow_pickle=true", 2, r"hold more than tensors|damaged", r"safetensors"
@@ -1113,6 +1119,18 @@ EVAL_CASES = {
     "no such model to score": Case(nothing, f"{EVAL} --model ./no", 2, r"no model folder `./no`", r"name a folder"),
     "scored model of another vocabulary": Case(
         gpt2("other", vocabulary=300), f"{EVAL} --model other", 2, r"vocabulary", r"tokenizer"
+    ),
+    "no such model to compare": Case(
+        nothing, f"{EVAL} --model model --model ./no", 2, r"no model folder `./no`", r"name a folder"
+    ),
+    "model named twice": Case(
+        nothing, f"{EVAL} --model model --model ./model", 2, r"`./model` is named twice, also as `model`", r"once"
+    ),
+    "model of another vocabulary to compare": Case(
+        gpt2("other", vocabulary=300), f"{EVAL} --model model --model other", 2, r"vocabulary", r"tokenizer"
+    ),
+    "model to compare that is not finite": Case(
+        weights_of_nan("other"), f"{EVAL} --model model --model other", 2, r"nan|NaN|not finite", r"weights"
     ),
     "no such pairs to score": Case(
         nothing, f"{EVAL} --model model --data no.jsonl", 2, r"no file or folder", r"mean|name"
