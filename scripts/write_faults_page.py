@@ -39,13 +39,15 @@ one that the run gives as if all were well. A **traceback** is one that the user
 - **Crash at a file operation.** A run with a cache of its own prepares its data, scores the reference, takes eight
   steps, evaluates, saves four checkpoints and drops the older two. The process is ended at every file operation: before
   it opens, writes, syncs, renames or removes a file or makes a folder, and when half of the bytes of a write are
-  written. Five kinds of run: `dpo`; `bco`, which remembers something and has a reference that moves; `lora`, an adapter
-  with dropout that goes on from another and has such a reference; `nf4`, an adapter beside a base of 4 bits; and one
-  that saves in the background. Where two processes train, the other one is killed, as a launcher does, and every eighth
-  operation is tried. Of one process, every twelfth is followed by two more crashes while resuming. Where two processes
-  each have a part of all weights (`training.sharding: full`), one or the other is ended at every second of its own
-  operations, of three kinds of run: `dpo`, `lora`, and one that saves in the background. In half of the cases the other
-  one is killed, in half it is left to find out and to end by itself.
+  written. The kinds of run: `dpo`; `bco`, which remembers something and has a reference that moves; `lora`, an adapter
+  with dropout that goes on from another and has such a reference; `nf4`, an adapter beside a base of 4 bits; `split`,
+  weights held as halves; one that saves in the background; and `best`, which stops when it gets no better and whose
+  trained model is the best evaluated step, saving at once and in the background. Where two processes train, the other
+  one is killed, as a launcher does, and every eighth operation is tried. Of one process, every twelfth is followed by
+  two more crashes while resuming. Where two processes each have a part of all weights (`training.sharding: full`), one
+  or the other is ended at every second of its own operations, of four kinds of run: `dpo`, `lora`, one that saves in
+  the background, and `best`. In half of the cases the other one is killed, in half it is left to find out and to end by
+  itself.
 - **Power cut at a file operation**, every tenth. What was not synced is lost by the rules of POSIX, which promise less
   than any one file system: bytes are kept when their file was synced, names when their folder was. Of the rest nothing
   remains; or all names, and files are short; or all names, and files hold zeros; or a part of it, by chance. With

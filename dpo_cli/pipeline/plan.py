@@ -261,11 +261,11 @@ def _best(config: Config) -> dict[str, str]:
     evaluation, keep = config.evaluation, config.checkpoints.keep_best
     if evaluation.best_by is None:
         return {}
-    parts = [f"the best evaluation by {evaluation.best_by}, every {evaluation.every_steps} steps"]
+    parts = [f"the best of all evaluations by {evaluation.best_by}"]
     if evaluation.patience is not None:
         parts.append(f"stopping after {evaluation.patience} without a better one")
-    parts += [f"the best {keep} checkpoints are kept"] if keep > 1 else []
-    return {"final": "; ".join(parts)}
+    parts += [f"keeping the best {keep}"] if keep > 1 else []
+    return {"final": ", ".join(parts)}
 
 
 def _schedule(config: Config, plan: Plan) -> str:

@@ -10,10 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 
-from dpo_cli.config import load_config
+from dpo_cli.config import as_config, load_config
 from dpo_cli.modeling.batch import PairBatch
 from dpo_cli.modeling.folders.loading import empty_policy, load_policy
 from dpo_cli.modeling.layouts import LAYOUTS
@@ -226,6 +228,58 @@ def test_the_disk_holds_what_was_counted(write_config, forked_dpo, tmp_path, tin
     for checkpoint in kept:
         files = [path for path in checkpoint.glob("*.safetensors") if "random" not in path.name]
         assert need.checkpoint == pytest.approx(sum(path.stat().st_size for path in files), rel=0.1)
+
+
+def at_once(losses: list[float], every: int, between: int, keep: int, keep_best: int, *, at_end: bool) -> int:
+    """Go through the steps of a run with such held-out losses; return how many checkpoints there were at most."""
+    saved, known, most = set(), {}, 0
+    for step, loss in enumerate(losses, 1):
+        ends = step == len(losses)
+        if step % between == 0 or ends:
+            known[step] = loss
+        best = sorted(known, key=lambda one: (known[one], one))[: max(keep_best, 1)]
+        if step % every == 0 or step in best or (ends and at_end):
+            saved.add(step)
+            most = max(most, len(saved))
+            saved = {*sorted(saved)[-keep:], *(saved & set(best))}
+    return most
+
+
+@hypothesis.settings(max_examples=60, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.given(
+    losses=st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4]), min_size=1, max_size=12),
+    every=st.integers(1, 13),
+    between=st.integers(1, 5),
+    keep=st.integers(1, 3),
+    keep_best=st.integers(0, 3),
+    at_end=st.booleans(),
+)
+def test_with_the_best_ones_the_disk_holds_no_more_than_was_counted(
+    tiny_llama, tmp_path, losses, every, between, keep, keep_best, at_end
+):
+    class Steps:
+        num_steps = len(losses)
+
+    saving = {"every_steps": every, "keep": keep, "keep_best": keep_best, "at_end": at_end}
+    evaluation = {"every_steps": between, "best_by": "loss"}
+    config = as_config({"model": str(tiny_llama), "checkpoints": saving, "evaluation": evaluation})
+    need = disk_need(config, RunFolder(tmp_path / "run"), Steps(), Policy.empty(str(tiny_llama)))
+    assert at_once(losses, every, between, keep, keep_best, at_end=at_end) <= need.num_checkpoints
+    assert need.num_checkpoints <= keep + max(keep_best, 1) + 1
+
+
+def test_the_plan_says_that_its_steps_are_the_most_and_what_is_chosen_of_them(dry):
+    """Of 8 steps: two newest ones, two best ones, and the one that is being written."""
+    evaluation = {"every_steps": 1, "best_by": "rewards/margins", "patience": 3}
+    result = dry(evaluation=evaluation, checkpoints={"keep_best": 2})
+    assert result.returncode == 0, result.stderr
+    plan = rows(result.stdout)
+    assert plan["steps"].startswith("at most 8 of 4 pairs")
+    chosen = "the best of all evaluations by rewards/margins, stopping after 3 without a better one"
+    assert plan["final"] == f"{chosen}, keeping the best 2"
+    assert " and 5 × " in plan["disk"]
+    result = dry(evaluation={**evaluation, "patience": 9})
+    assert "`evaluation.patience` 9 is never exhausted: the run has 8 evaluations after step 1" in result.stderr
 
 
 def test_few_layers_are_measured_whole(tiny_llama, tmp_path, tokenizer):

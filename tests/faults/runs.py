@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dpo_cli.system.storage import DamagedFolder, verify
+from dpo_cli.training.run_folder import checkpoints_in
 from tests.builders import save_adapter
 from tests.conftest import differing_rows, make_config, read_rows, without_clock, write_rows
 from tests.faults.launching import free_port
@@ -30,6 +33,14 @@ _SETTINGS: dict[str, Any] = {
     "evaluation": {"every_steps": 3},
     # Every case has the same name for it, since the model card holds it.
     "output_dir": "run",
+}
+
+# Its held-out loss is lowest after step 2, so that patience ends it after step 5.
+_BEST: dict[str, Any] = {
+    "loss": {"type": "dpo", "label_smoothing": 0.3},
+    "training": {**_TRAINING, "learning_rate": 1e-2},
+    "evaluation": {"every_steps": 1, "best_by": "loss", "patience": 3},
+    "checkpoints": {**_CHECKPOINTS, "keep": 1},
 }
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -51,6 +62,12 @@ RUNS: dict[str, dict[str, Any]] = {
         "checkpoints": {**_CHECKPOINTS, "background": True},
         "training": {**_TRAINING, "layout": "padded"},
     },
+    "best": {**_BEST, "checkpoints": {**_BEST["checkpoints"], "keep_best": 2}},
+    "best, saved in the background": {
+        **_BEST,
+        "checkpoints": {**_BEST["checkpoints"], "background": True},
+        "training": {**_BEST["training"], "layout": "padded"},
+    },
 }
 """The kinds of run that are broken."""
 
@@ -66,6 +83,7 @@ SHARDED_RUNS: dict[str, dict[str, Any]] = {
         "checkpoints": {**_CHECKPOINTS, "background": True},
         "training": {**_SHARDED, "layout": "padded"},
     },
+    "shards, the best": {**_BEST, "training": {**_SHARDED, "learning_rate": 1e-2}},
 }
 """Those of several processes that each have a part of all weights."""
 
@@ -220,11 +238,14 @@ class Case:
         if (resumed := _resumed(ended.said)) < saved:
             return Outcome.LOST, f"step {saved} was saved; the run went on after step {resumed}"
         whole = self.bench.whole
-        for name in ("final", f"checkpoints/{_newest(whole.output)}"):
+        for name in ("final", *_to_compare(whole.output)):
             if differing := _differing(self.output / name, whole.output / name):
                 return Outcome.WRONG, f"other bytes in {name}: {', '.join(differing)}"
         if differing := differing_rows(self.output, whole.output):
             return Outcome.WRONG, f"other rows in {', '.join(differing)}"
+        kept, expected = (len(checkpoints_in(run.output / "checkpoints")) for run in (self, whole))
+        if kept != expected:
+            return Outcome.WRONG, f"{kept} checkpoints in place of {expected}"
         if left := self._left_behind():
             return Outcome.WRONG, f"left behind: {', '.join(left)}"
         return Outcome.SURVIVED, ""
@@ -233,7 +254,6 @@ class Case:
         """Return what should be gone: hidden files and folders, and what is left of checkpoints."""
         # The lock of a process that ended does no harm, and stays where nobody has needed it since.
         hidden = [path for path in self.folder.rglob(".*") if not path.name.endswith(".lock")]
-        # One that the run had no time to drop may stay, if it is whole.
         damaged = [path for path in (self.output / "checkpoints").iterdir() if not _is_whole(path)]
         return [str(path.relative_to(self.folder)) for path in hidden + damaged]
 
@@ -287,8 +307,16 @@ def _resumed(said: str) -> int:
     return int(found[1]) if found else 10**9 if "is finished: " in said else 0
 
 
-def _newest(output: Path) -> str:
-    return max(path.name for path in (output / "checkpoints").iterdir())
+def _to_compare(output: Path) -> list[str]:
+    """Return the newest checkpoint and those of the best steps; where a signal stopped a run, it saved others."""
+    *_, newest = checkpoints_in(output / "checkpoints")
+    settings = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
+    losses = {}
+    if settings["evaluation"]["best_by"]:
+        rows = map(json.loads, (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        losses = {row["step"]: row["loss"] for row in rows if row["split"] == "eval" and row["step"]}
+    kept = sorted(losses, key=losses.__getitem__)[: max(settings["checkpoints"]["keep_best"], 1)]
+    return [f"checkpoints/{name}" for name in {newest.name, *(f"step-{step:06d}" for step in kept)}]
 
 
 def _is_whole(folder: Path) -> bool:

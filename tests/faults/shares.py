@@ -11,7 +11,7 @@ from tests.faults.runs import RUNS, SHARDED_RUNS
 SHARES = range(8 if FULL else 1)
 """A test takes one share of the cases."""
 
-MOST = [name for name in RUNS if FULL or name not in ("nf4", "split")]
+MOST = [name for name in RUNS if FULL or name not in ("nf4", "split", "best, saved in the background")]
 """The kinds of run but for those that `make test` need not see beside others of the kind."""
 
 SOME = list(RUNS) if FULL else ["bco"]

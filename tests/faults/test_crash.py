@@ -16,7 +16,7 @@ from tests.faults.runs import Bench, Case, Point
 from tests.faults.shares import MOST, SHARDED, SHARES, SOME, chosen, report
 from tests.faults.shim import CRASHED
 
-KINDS = [*((name, 1) for name in MOST), ("dpo", 2), ("bco", 2)]
+KINDS = [*((name, 1) for name in MOST), ("dpo", 2), ("bco", 2), *([("best", 2)] if FULL else [])]
 NAMES = {1: "one process", 2: "two processes"}
 
 

@@ -27,6 +27,12 @@ LOSSES = {kind().type: kind() for kind in members(Loss)}
 REFERENCES = types(Reference)
 NO_EVALUATION: dict[str, Any] = {"data": {"eval": None}, "evaluation": {"every_steps": None}}
 """All pairs are trained on, so that an epoch has four steps."""
+BEST: dict[str, Any] = {
+    "loss": {"type": "dpo", "label_smoothing": 0.3},
+    "training": {"learning_rate": 1e-2},
+    "evaluation": {"every_steps": 1, "best_by": "loss"},
+}
+"""The held-out loss is lowest after step 2, whose weights are the trained model's."""
 MOVES = {"type": "synced", "every_steps": 2, "alpha": 0.5}
 START = {"type": "lora", "rank": 4, "start": "start"}
 """An adapter that goes on from the one in a folder beside the configuration."""
@@ -103,6 +109,9 @@ OPTIONS = [
     Case("split-8bit-two-ranks", {"model": {"weights": "split"}, "training": {"optimizer": "adamw_8bit"}}, 2),
     Case("split-adafactor", {"model": {"weights": "split"}, "training": {"optimizer": "adafactor"}}),
     *ADAPTERS,
+    Case("best", BEST),
+    Case("best-two-ranks", BEST, 2),
+    Case("best-lora-in-the-background", {**BEST, "adapter": "lora", "checkpoints": {"background": True}}),
     Case("without-evaluation", {**NO_EVALUATION, "training": {"epochs": 1.25}}),
     Case("in-the-background", {"checkpoints": {"background": True}}),
     training("checkpointing", gradient_checkpointing=True),
@@ -140,7 +149,14 @@ def few() -> Iterator[Case]:
     for place, option in enumerate(options):
         case = of_losses(list(LOSSES)[place :: len(options)], references[place % len(references)])
         yield Case(case.name, {**case.settings, "training": option})
-    names = ("wpo-list", "two-ranks-synced", "split-synced-in-the-background", "split-8bit-two-ranks", *ADAPTED)
+    names = (
+        "wpo-list",
+        "best-two-ranks",
+        "two-ranks-synced",
+        "split-synced-in-the-background",
+        "split-8bit-two-ranks",
+        *ADAPTED,
+    )
     yield from (case for case in OPTIONS if case.name in names)
 
 
