@@ -78,6 +78,7 @@ def show_forecast(run: PlannedRun, *, resume: bool) -> None:
     session.console.block()
     session.console.result(table)
     warn_of_disk(disk, run.folder, session.console)
+    session.console.result("")
     show_check(check(session.config, run.data, run.tokenizer), session.console)
 
 

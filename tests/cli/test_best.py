@@ -27,7 +27,7 @@ CARD = ("README.md", "manifest.json")
 NUM_STEPS = 16
 SETTINGS: dict[str, Any] = {
     "training": {"epochs": 2, "pairs_per_step": 4, "learning_rate": 2e-3, "micro_batch_tokens": 600},
-    "evaluation": {"every_steps": 1, "best_by": "loss"},
+    "evaluation": {"every_steps": 1, "best_by": "loss", "samples": 0},
     "checkpoints": {"every_steps": 100, "keep": 1},
 }
 

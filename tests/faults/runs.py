@@ -23,6 +23,7 @@ from tests.faults.ledger import Ledger, Outcome
 from tests.faults.zygote import Ended, Running, Zygote
 
 SAVED_EVERY = 2
+SPLITS = ("train", "eval")
 
 # Cut by a number of its own: a run with another cache would measure one anew, and round otherwise.
 _TRAINING = {"epochs": 2, "pairs_per_step": 5, "micro_batch_tokens": 600}
@@ -39,7 +40,7 @@ _SETTINGS: dict[str, Any] = {
 _BEST: dict[str, Any] = {
     "loss": {"type": "dpo", "label_smoothing": 0.3},
     "training": {**_TRAINING, "learning_rate": 1e-2},
-    "evaluation": {"every_steps": 1, "best_by": "loss", "patience": 3},
+    "evaluation": {"every_steps": 1, "best_by": "loss", "patience": 3, "samples": 1},
     "checkpoints": {**_CHECKPOINTS, "keep": 1},
 }
 
@@ -132,9 +133,9 @@ class Bench:
         }
         ended = case.wait(case.start(faults=faults))
         assert ended.status == 0, ended.said
-        steps = [row["step"] for row in case.metrics() if row["split"] == "train"]
+        steps, evaluated = ([row["step"] for row in case.metrics() if row["split"] == split] for split in SPLITS)
         assert steps == list(range(1, len(steps) + 1))
-        assert {row["step"] for row in read_rows(case.output / "samples.jsonl")} == {0, 3, 6, 8}
+        assert {row["step"] for row in read_rows(case.output / "samples.jsonl")} == set(evaluated)
         return case
 
     @property

@@ -30,7 +30,7 @@ NO_EVALUATION: dict[str, Any] = {"data": {"eval": None}, "evaluation": {"every_s
 BEST: dict[str, Any] = {
     "loss": {"type": "dpo", "label_smoothing": 0.3},
     "training": {"learning_rate": 1e-2},
-    "evaluation": {"every_steps": 1, "best_by": "loss"},
+    "evaluation": {"every_steps": 1, "best_by": "loss", "samples": 0},
 }
 """The held-out loss is lowest after step 2, whose weights are the trained model's."""
 MOVES = {"type": "synced", "every_steps": 2, "alpha": 0.5}
