@@ -27,10 +27,12 @@ class Unit:
     Attributes:
         kind: Its name in `page.js`, which writes values at the pointer the same way.
         write: Writes a value.
+        size: What is 1 on an axis of round values.
     """
 
     kind: str
     write: Callable[[float], str]
+    size: float = 1.0
 
 
 def _plain(value: float) -> str:
@@ -40,7 +42,7 @@ def _plain(value: float) -> str:
 PLAIN = Unit("plain", _plain)
 PERCENT = Unit("percent", lambda value: f"{100 * value:.1f} %")
 GROUPED = Unit("grouped", lambda value: f"{value:,.0f}")
-GIB = Unit("gib", lambda value: f"{value / 2**30:.2f} GiB")
+GIB = Unit("gib", lambda value: f"{value / 2**30:.2f} GiB", 2.0**30)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,7 @@ class _Scale:
         if high - low <= 1e-12 * max(abs(low), abs(high)):
             spread = abs(low) * 0.1 or 1.0
             low, high = low - spread, high + spread
-        step = _round_step((high - low) / _Y_TICKS)
+        step = _round_step((high - low) / _Y_TICKS / unit.size) * unit.size
         low, high = math.floor(low / step) * step, math.ceil(high / step) * step
         ticks = [low + index * step for index in range(round((high - low) / step) + 1)]
         return cls(low, high, False, [(tick, _tick_label(tick, step, unit)) for tick in ticks])
@@ -251,7 +253,8 @@ def _curve(series: Series, at: Callable[[int], float], scale: _Scale) -> Curve:
 def _told(series: Series, unit: Unit) -> str:
     """Say of a curve where it begins, where it ends, and its extremes."""
     (first, begin), (last, end) = series.points[0], series.points[-1]
-    name = f"{series.name[0].upper()}{series.name[1:]}"
+    # A run's name is written as it is.
+    name = series.name if series.style.startswith("run") else f"{series.name[0].upper()}{series.name[1:]}"
     if first == last:
         return f"{name}: {unit.write(end)} at step {last:,}."
     low, high = (function(series.points, key=lambda point: point[1]) for function in (min, max))
