@@ -44,7 +44,7 @@ def test_all_figures_of_the_page_are_those_of_metrics_jsonl_and_dpo_eval(forked_
     tables = {table[0][0] or "figures": table for table in page.tables if table[0][:1] != ["step"]}
     assert [cells[2] for cells in tables["figures"][1:]] == [figure.cell(found) for figure in FIGURES]
     accuracies = plain_rows(next(iter(detail_blocks(found))))
-    assert tables["on the same pairs"] == [[cell.strip() for cell in cells] for cells in accuracies]
+    assert tables["on the same pairs"] == accuracies
     by_category = {cells[0]: cells[1:] for cells in tables["category"][1:]}
     assert {name: [str(one["pairs"]), FIGURES[1].cell(one)] for name, one in found["by_category"].items()} == {
         name: cells[:2] for name, cells in by_category.items()

@@ -15,7 +15,7 @@ WIDTH, HEIGHT = 1000, 300
 _TABLE_ROWS = 12
 """About how many steps the table of a chart has."""
 
-_Y_TICKS, _X_TICKS = 4, 5
+_Y_TICKS, _X_TICKS = 5, 5
 _LOG_RANGE = 100.0
 """Where the largest value is so many times the smallest, a logarithmic axis shows both."""
 
