@@ -9,8 +9,8 @@ import pytest
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.digests import SCHEME
-from dpo_cli.system.storage import sealed_folder
-from dpo_cli.training.checkpoints import PRECISION, beginning_of, newest_whole, prune
+from dpo_cli.system.storage import DamagedFolder, sealed_folder
+from dpo_cli.training.checkpoints import PRECISION, beginning_of, check_whole, newest_whole, prune
 
 STANDS_ON = {"model": "m", "data": "d", "settings": "s"}
 FACTS = {
@@ -90,6 +90,29 @@ def test_what_was_passed_over_takes_no_place_of_those_that_stay(tmp_path):
     make(tmp_path, 5, 8, 11, 14)
     prune(tmp_path, keep=1, step=8)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000008", "step-000011", "step-000014"]
+
+
+def test_the_best_ones_stay_beside_the_newest_and_take_no_place_of_these(tmp_path):
+    make(tmp_path, 2, 4, 5, 8, 11)
+    prune(tmp_path, keep=2, step=11, best=[4, 11, 99])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000004", "step-000008", "step-000011"]
+
+
+@pytest.mark.parametrize("damage", ["a byte", "missing", "another run's"])
+def test_a_checkpoint_that_is_not_what_this_run_saved_is_not_read(tmp_path, damage):
+    make(tmp_path, 3, stands_on=STANDS_ON | ({"settings": "other"} if damage == "another run's" else {}))
+    path = tmp_path / "step-000003"
+    if damage == "a byte":
+        (path / "model.safetensors").write_bytes(b"xxz")
+    if damage == "missing":
+        shutil.rmtree(path)
+    with pytest.raises(DamagedFolder):
+        check_whole(path, STANDS_ON)
+
+
+def test_a_checkpoint_that_is_whole_is_read(tmp_path):
+    make(tmp_path, 3)
+    check_whole(tmp_path / "step-000003", STANDS_ON)
 
 
 def test_one_of_a_version_that_digested_weights_in_another_way_is_named_as_that(tmp_path, caplog):

@@ -76,9 +76,9 @@ def test_in_the_background_the_state_of_its_moment_is_written_whatever_changes_m
     at_once.save(learner, NOTES)
     gate, write = threading.Event(), CheckpointWriter._write
 
-    def late(writer, target, snapshot):
+    def late(writer, *saved):
         gate.wait(30)
-        write(writer, target, snapshot)
+        write(writer, *saved)
 
     monkeypatch.setattr(CheckpointWriter, "_write", late)
     path = background.save(learner, NOTES)
@@ -115,6 +115,18 @@ def test_what_fails_in_the_background_is_said_by_the_next_call(learner, tokenize
     with pytest.raises((UserError, OSError)):
         writer.save(learner, NOTES)
     writer.finish()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_best_one_stays_until_another_is(learner, tokenizer, tmp_path, background):
+    writer = CheckpointWriter(tmp_path, tokenizer, 1, background=background)
+    left = []
+    for best in ([1], [1], [3], [3]):
+        writer.save(learner, NOTES, best)
+        writer.finish()
+        left.append([int(path.name[5:]) for path in sorted(tmp_path.iterdir())])
+        step(learner)
+    assert left == [[1], [1, 2], [3], [3, 4]]
 
 
 def test_what_was_saved_comes_back(learner, tokenizer, tmp_path):
