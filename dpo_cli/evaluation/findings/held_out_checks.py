@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from statistics import NormalDist
 
 from dpo_cli.data.records import LABELS
@@ -27,28 +27,27 @@ _FALSE_ALARMS = 0.01
 def _loss_rose(history: History) -> str:
     """Find a held-out loss above that before step 1, at two evaluations in a row or at the last step."""
     began = number(history.before, "loss") if history.before else None
-    losses = _last_losses(history)
+    losses = _values(_agreeing(history), "loss")
     if began is None or not losses or min(losses) <= began + CHANCE * abs(began):
         return ""
     return f"from {began:.4f} to {losses[-1]:.4f}"
 
 
 def _accuracy_fell(history: History) -> str:
-    """Find a held-out accuracy below that before step 1 by more than chance, at the last step."""
-    before, after = history.before, history.evaluated
-    if not before or not after or history.step < history.facts.num_steps:
-        return ""
-    began, now, interval = number(before, _ACCURACY), number(after, _ACCURACY), after.get("accuracy_interval")
+    """Find a held-out accuracy below that before step 1 by more than chance, as long as a loss has to have risen."""
+    began = number(history.before, _ACCURACY) if history.before else None
+    rows = _agreeing(history)
+    accuracies, intervals = _values(rows, _ACCURACY), [row.get("accuracy_interval") for row in rows]
     # A fall within the interval may be chance.
-    if began is None or now is None or not interval or interval[1] >= began:
+    if began is None or not accuracies or not all(interval and interval[1] < began for interval in intervals):
         return ""
-    return f"from {100 * began:.1f} % to {100 * now:.1f} % (95 % interval to {100 * interval[1]:.1f} %)"
+    return f"from {100 * began:.1f} % to {100 * accuracies[-1]:.1f} %, 95 % interval to {100 * intervals[-1][1]:.1f} %"
 
 
 def _overfitting(history: History) -> str:
     """Find a held-out loss that rises again from its lowest, at two evaluations in a row, while training falls."""
     began = number(history.before, "loss") if history.before else None
-    losses, training = _last_losses(history), history.mean("loss")
+    losses, training = _values(_agreeing(history), "loss"), history.mean("loss")
     if began is None or history.best is None or len(losses) < 2 or training is None:
         return ""
     best, training_then = history.best
@@ -64,15 +63,18 @@ def _overfitting(history: History) -> str:
     )
 
 
-def _last_losses(history: History) -> list[float]:
-    """Return the losses that have to agree: those of two evaluations after step 0, or that of the last step."""
+def _agreeing(history: History) -> list[Row]:
+    """Return the evaluations that have to agree: the last two after step 0, or the one of the last step."""
     if not history.evaluated or not history.step:
         return []
     newest = [row for row in history.evaluations if row["step"]][-2:]
-    if len(newest) < 2 and history.step < history.facts.num_steps:
-        return []
-    losses = [number(row, "loss") for row in newest]
-    return [loss for loss in losses if loss is not None] if None not in losses else []
+    return newest if len(newest) == 2 or history.step == history.facts.num_steps else []
+
+
+def _values(rows: Iterable[Row], name: str) -> list[float]:
+    """Return a value of all rows; nothing where one is missing."""
+    values = [number(row, name) for row in rows]
+    return [value for value in values if value is not None] if None not in values else []
 
 
 def _category_reversed(history: History) -> str:
@@ -122,7 +124,10 @@ HELD_OUT_CHECKS = (
         title="the held-out reward accuracy is lower than before step 1",
         meaning="On pairs that it was not trained on, the model prefers the rejected response more often than before.",
         remedies=(CHECK_DATA, LOWER_RATE, FEWER_STEPS),
-        when="at the last step its 95 % interval ends below the accuracy before step 1: chance seldom makes that",
+        when=(
+            "its 95 % interval ends below the accuracy before step 1, at two evaluations in a row or at the last step: "
+            "chance seldom makes that"
+        ),
         look=_accuracy_fell,
     ),
     RunCheck(

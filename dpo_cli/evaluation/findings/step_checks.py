@@ -34,7 +34,7 @@ _SPIKE = 10.0
 """How many times the usual norm a gradient has to have: those of healthy runs stay within 6 times."""
 
 _EARLY_WINDOWS = 2
-"""Windows within which no healthy run moves responses by 1 nat per token; this program's examples move a third."""
+"""Windows within which no response loses 1 nat per token in a healthy run; in this program's examples it is a third."""
 
 _OVERSHOT = 0.2
 """The share of the first loss by which a mean over a window may be above it; chance makes less than a tenth."""
@@ -104,7 +104,7 @@ def _rate_too_high(history: History) -> str:
     if loss > began + _OVERSHOT * abs(began):
         return f"the training loss rose from {began:.4f} to {loss:.4f} (mean over {history.facts.window} steps)"
     moved = history.moved() if history.step <= _EARLY_WINDOWS * history.facts.window else None
-    return _nats(*moved) if moved and max(map(abs, moved)) > _COLLAPSE else ""
+    return _nats(*moved) if moved and min(moved) < -_COLLAPSE else ""
 
 
 def _rate_too_low(history: History) -> str:
@@ -198,8 +198,8 @@ STEP_CHECKS = (
         when=(
             "the mean training loss of a window is 20 % above that of step 1 (without a reference: of the first "
             "window), which falls in a healthy run and varies by less than a tenth with the pairs; or chosen or "
-            "rejected responses moved by more than 1 nat per token in the first two windows, about 128 pairs. In "
-            "this program's examples, whose learning rates are high, they move by a third of that"
+            "rejected responses lost more than 1 nat per token in the first two windows, about 128 pairs. In this "
+            "program's examples, whose learning rates are high, they lose a third of that"
         ),
         look=_rate_too_high,
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -102,6 +104,28 @@ ILL: dict[str, tuple[Callable[[Sequence[Row]], list[Row]], dict[str, Any], set[s
         {"data": {"eval": 0.25}, "training": {**LARGE_STEPS, "learning_rate": 1e-3, "max_steps": 12}},
         {"category_reversed"},
     ),
+    "chosen responses that repeat a phrase": (
+        lambda rows: [{**row, "chosen": "very good, " * 20} for row in rows[:200]],
+        {
+            "data": {"eval": 0.1},
+            "loss": "sft",
+            "reference": "none",
+            "training": {**LARGE_STEPS, "learning_rate": 1e-2, "max_steps": 12},
+            "evaluation": {"every_steps": 6, "max_new_tokens": 100},
+        },
+        {"repetition"},
+    ),
+    "answers that become one word": (
+        lambda rows: [{**row, "chosen": "Yes.", "rejected": row["chosen"]} for row in rows[:200]],
+        {
+            "data": {"eval": "swapped.jsonl"},
+            "loss": "sft",
+            "reference": "none",
+            "training": {**LARGE_STEPS, "learning_rate": 1e-2, "max_steps": 12},
+            "evaluation": {"samples": 8, "max_new_tokens": 100},
+        },
+        {"lengths_drift"},
+    ),
     "sources one after the other": (
         one_after_the_other,
         {"training": {**LARGE_STEPS, "learning_rate": 1e-4, "shuffle": False, "epochs": 1}},
@@ -113,25 +137,30 @@ ILL: dict[str, tuple[Callable[[Sequence[Row]], list[Row]], dict[str, Any], set[s
 
 def trained(folder: Path, model: Path, rows: Sequence[Row], **groups: Any) -> tuple[Path, list[str]]:
     """Train; return the run's folder and what it warned of."""
+    return folder / "runs" / "run", warned(configured(folder, model, rows, **groups))
+
+
+def configured(folder: Path, model: Path, rows: Sequence[Row], **groups: Any) -> Path:
+    """Write the rows and a configuration; return its file."""
     pairs = write_rows(folder / "pairs.jsonl", rows)
     if groups.get("data", {}).get("eval") == "swapped.jsonl":
         held_out = write_rows(folder / "swapped.jsonl", [swapped(row) for row in rows[:40]])
         groups = {**groups, "data": {"eval": str(held_out)}}
     quiet = {"data": {"eval": None}, "checkpoints": {"every_steps": 1000, "at_end": False}}
-    config = make_config(folder, model, pairs, **{**quiet, **groups})
-    return folder / "runs" / "run", warned(config)
+    return make_config(folder, model, pairs, **{**quiet, **groups})
 
 
-def warned(config: Path, **how: Any) -> list[str]:
-    """Train by a configuration; return what it warned of."""
+def warned(config: Path, until: int | None = None, **how: Any) -> list[str]:
+    """Train by a configuration, until a step is taken; return what it warned of."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("dpo_cli")
     logger.addHandler(handler)
     try:
-        for _ in dpo_cli.train(config, **how):
-            pass
+        with contextlib.closing(dpo_cli.train(config, **how)) as results:  # type: ignore[type-var]
+            for _ in itertools.islice(results, until):
+                pass
     finally:
         logger.removeHandler(handler)
     return said

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from dpo_cli.evaluation.findings.facts import RunFacts
-from dpo_cli.evaluation.findings.watch import found
+from dpo_cli.evaluation.findings.watch import RUN_CHECKS, found
 from dpo_cli.reporting.row_log import rows_in
 from dpo_cli.training.run_folder import RunFolder
-from tests.evaluation.findings.ill_runs import ILL, trained
+from tests.evaluation.findings.ill_runs import ILL, configured, trained, warned
 
 
 def found_in(run):
@@ -31,3 +31,19 @@ def test_an_ill_run_is_told_what_it_has(tmp_path, tiny_llama, demo_rows, name):
     assert {one.name for one in findings} >= expected
     # Afterwards the files say what the run said, each once and in that order.
     assert [line for line in said if "Try: " in line] == [str(one) for one in findings]
+
+
+def test_every_finding_has_a_run_that_is_ill_in_that_way():
+    assert {name for _, _, expected in ILL.values() for name in expected} == {check.name for check in RUN_CHECKS}
+
+
+@pytest.mark.slow
+def test_a_resumed_run_does_not_say_again_what_was_said_before_its_checkpoint(tmp_path, tiny_llama, demo_rows):
+    rows, groups, _ = ILL[QUICK]
+    config = configured(tmp_path, tiny_llama, rows(demo_rows), **groups, checkpoints={"every_steps": 5})
+    first = warned(config, until=7)
+    second = warned(config, resume=True)
+    told = [line for line in [*first, *second] if "Try: " in line]
+    assert told == [str(one) for one in found_in(tmp_path / "runs" / "run")]
+    assert [line for line in first if "Try: " in line]
+    assert [line for line in second if "Try: " in line]
