@@ -37,11 +37,12 @@ def _accuracy_fell(history: History) -> str:
     """Find a held-out accuracy below that before step 1 by more than chance, as long as a loss has to have risen."""
     began = number(history.before, _ACCURACY) if history.before else None
     rows = _agreeing(history)
-    accuracies, intervals = _values(rows, _ACCURACY), [row.get("accuracy_interval") for row in rows]
+    accuracies = _values(rows, _ACCURACY)
+    highs = [interval[1] for row in rows if (interval := row.get("accuracy_interval"))]
     # A fall within the interval may be chance.
-    if began is None or not accuracies or not all(interval and interval[1] < began for interval in intervals):
+    if began is None or not accuracies or len(highs) < len(rows) or max(highs) >= began:
         return ""
-    return f"from {100 * began:.1f} % to {100 * accuracies[-1]:.1f} %, 95 % interval to {100 * intervals[-1][1]:.1f} %"
+    return f"from {100 * began:.1f} % to {100 * accuracies[-1]:.1f} %, 95 % interval to {100 * highs[-1]:.1f} %"
 
 
 def _overfitting(history: History) -> str:
