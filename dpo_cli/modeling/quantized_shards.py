@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from dpo_cli.modeling.quantized_layers import Linear8bitRows, quantized_layers
 from dpo_cli.modeling.shards import placeholder, set_local
 
-from bitsandbytes import matmul_4bit  # isort: skip  (the module above says how it is imported)
+from bitsandbytes import matmul_4bit  # isort: skip  (the module above imports it first)
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant  # isort: skip
 from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit  # isort: skip
 
