@@ -31,7 +31,6 @@ from dpo_cli.training.run_folder import RunFolder
 _BATCH_TOKENS = 8192
 """The most tokens of prompts and answers that are generated at once."""
 
-_MAX = 256
 _FEW = 4
 """How many held-out prompts are asked where a run samples none."""
 
@@ -62,7 +61,7 @@ def sample(
     Raises:
         UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
     """
-    limits = Limits(max_new_tokens or _MAX, _BATCH_TOKENS)
+    limits = Limits(max_new_tokens or config.evaluation.max_new_tokens, _BATCH_TOKENS)
     named = {name: (whole_model(name), name if holds_adapter(name) else None) for name in models} or _own(config)
     with started(config, console) as session:
         asked = {"--model": models, "--count": count, "--max-new-tokens": max_new_tokens}
@@ -70,7 +69,7 @@ def sample(
         own = {**named_models(config), "`output_dir`": None if models else str(final)}
         check_job(session, asked, {**own, **{f"--model {name}": name for name in models}})
         with session.accelerator.main_process_first():
-            questions = Questions.of(config, console, limits, prompts, count or _FEW)
+            questions = Questions.of(config, console, limits, prompts, count or config.evaluation.samples or _FEW)
         answers = _answers(session, named, questions)
     if prompts is not None:
         # There are no responses in the data.
@@ -120,8 +119,10 @@ def _answered(session: Session, name: str, policy: Policy, sampling: Sampling) -
     """Return the rows of a model's answers.
 
     Raises:
-        UserError: The model has no positions for an answer to a prompt.
+        UserError: The model cannot generate, or has no positions for an answer to a prompt.
     """
+    if not policy.model.can_generate():
+        raise UserError(f"`{name}` cannot generate: it is a {policy}", "--model", "leave it out")
     raise_all(
         UserError(
             f"the prompt has {len(one.tokens):,} tokens, and `{name}` has no positions for an answer behind them",
