@@ -270,7 +270,7 @@ def save_final(run: Run, outcome: Outcome) -> None:
     facts = {
         "training pairs": len(run.plan.data.train),
         "optimizer steps": outcome.step,
-        **({"chosen": outcome.described} if outcome.by else {}),
+        **({"selected": outcome.described} if outcome.by else {}),
         "data": describe(as_sources(config.data.train)),
         "loss": str(config.objective),
         **({"weights": f"{types}, rounded from float32 after the figures were measured"} if rounded else {}),

@@ -125,7 +125,7 @@ def test_the_card_names_the_step_and_shows_its_figures_beside_those_of_the_last(
     card = (run / "final" / "README.md").read_text()
     described = f"step {best}, the best evaluation by loss (training went on to step {best + 3})"
     assert f"| optimizer steps | {best} |" in card
-    assert f"| chosen | {described} |" in card
+    assert f"| selected | {described} |" in card
     assert f"|  | before | best (step {best}) | last (step {best + 3}) |" in card
     assert f"| loss | {losses[0]} | {losses[best]} | {losses[best + 3]} |" in card
 
