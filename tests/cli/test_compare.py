@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -51,17 +53,23 @@ def test_each_models_figures_are_those_that_it_has_alone(project, tiny_llama):
         assert comparison["pairs"] == alone[0]["pairs"]
 
 
-def test_the_reference_is_loaded_once_and_so_is_each_model(project, tiny_llama, monkeypatch, tmp_path):
+def test_the_reference_is_loaded_once_and_no_two_models_are_held_at_once(project, tiny_llama, monkeypatch, tmp_path):
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path))
-    loads, load = [], policies.load_policy
-    monkeypatch.setattr(policies, "load_policy", lambda name, *rest: (loads.append(str(name)), load(name, *rest))[1])
-    other, copy = project / "other", project / "copy"
-    copy.symlink_to(tiny_llama)
-    try:
-        evaluated(project, other, copy)
-    finally:
-        copy.unlink()
+    loads, alive, held, load = [], [], [], policies.load_policy
+
+    def noted(name, *how):
+        alive.append(sum(model() is not None for model in held))
+        loads.append(str(name))
+        model = load(name, *how)
+        held.append(weakref.ref(model.lm_head.weight))
+        return model
+
+    monkeypatch.setattr(policies, "load_policy", noted)
+    other, copy = project / "other", tmp_path / "copy"
+    shutil.copytree(tiny_llama, copy)
+    evaluated(project, other, copy)
     assert loads == [str(tiny_llama), str(other), str(copy)]
+    assert alive == [0, 0, 0]
 
 
 def test_what_is_printed_names_the_models_by_letters_and_says_in_words_what_was_found(project, tiny_llama, capfd):

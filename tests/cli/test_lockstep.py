@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
 from tiny_models import build
 
-from tests.conftest import read_metrics, read_samples
+import dpo_cli
+from tests.conftest import build_llama, read_metrics, read_samples
 from tests.faults.launching import run_ranks
 from tests.marks import slow_unless
 
@@ -82,10 +84,17 @@ def test_ranks_make_the_same_passes_and_the_run_of_one_process(
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
 @pytest.mark.parametrize("reference", slow_unless(lambda name: name == "cached", ["cached", "frozen"]))
-def test_ranks_that_evaluate_make_the_same_passes(write_config, passes_of, tiny_llama, reference, sharding):
-    """Eight held-out pairs do not divide among three ranks."""
+def test_ranks_that_evaluate_make_the_same_passes(
+    write_config, passes_of, tiny_llama, tokenizer, tmp_path, reference, sharding
+):
+    """Eight held-out pairs do not divide among three ranks; two models are compared."""
+    other = build_llama(tmp_path / "other", tokenizer, seed=1)
     training = {**UNEVEN, "layout": "padded", "sharding": sharding}
     file = write_config(training=training, reference=reference)
-    passes, said = passes_of(3, "eval", "--config", file, "--model", tiny_llama)
+    models = ("--model", tiny_llama, "--model", other)
+    passes, said = passes_of(3, "eval", "--config", file, *models, "--json", tmp_path / "figures.json")
     assert passes == passes[:1] * 3
-    assert "8/8" in said
+    assert said.count("evaluating: 8/8") == 2
+    found, alone = json.loads((tmp_path / "figures.json").read_text()), dpo_cli.evaluate(file, model=str(other))
+    assert found["models"][1]["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+    assert found["comparisons"][0]["pairs"] == 8
