@@ -181,6 +181,15 @@ def _check_out(folder: Path) -> UserError | None:
     return None
 
 
+def report_folder(config: Config, pairs: PreparedPairs, out: Path | None = None) -> Path:
+    """Return the folder beside the prepared training pairs in which the report of their check is kept."""
+    first = as_sources(config.data.train)[0].path
+    beside = (
+        Path(first) if prepared.is_prepared(first) else out or prepared.default_folder(pairs.manifest["fingerprint"])
+    )
+    return beside.resolve().with_name(f"{beside.resolve().name}.report")
+
+
 @dataclass(frozen=True)
 class RunData:
     """The pairs of a run, and which are trained on and which are held out.

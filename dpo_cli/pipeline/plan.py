@@ -22,14 +22,14 @@ from dpo_cli.modeling.routing import check_routers, experts_without_adapter
 from dpo_cli.pipeline.alike import check_pairs
 from dpo_cli.pipeline.memory import check_memory
 from dpo_cli.pipeline.models import reference_sketch, trained_policy
-from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data, shown_counts
+from dpo_cli.pipeline.pairs import RunData, load_tokenizer, report_folder, run_data, shown_counts
 from dpo_cli.pipeline.resume import check_length, ended_early
 from dpo_cli.pipeline.session import Session
 from dpo_cli.reporting.secrets import covered
 from dpo_cli.settings import Settings
 from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_tokens
 from dpo_cli.training.optimizer import Optimizer, warmup_steps
-from dpo_cli.training.run_folder import FIRST_DAY, PLAN, RunFolder, RunState
+from dpo_cli.training.run_folder import DATA_CHECK, FIRST_DAY, PLAN, RunFolder, RunState
 
 _LEAST_OF_AN_ADAPTER, _MOST_OF_ALL_WEIGHTS = 2e-6, 5e-5
 """Learning rates below and above which a run is warned of: what many publish is well within."""
@@ -206,7 +206,11 @@ def header(run: PlannedRun) -> dict[str, str]:
 
 def noted(run: PlannedRun) -> dict[str, Any]:
     """Return what environment.json has of a run beside what runs it."""
-    return {FIRST_DAY: run.day.isoformat(), PLAN: {name: covered(fact) for name, fact in header(run).items()}}
+    return {
+        FIRST_DAY: run.day.isoformat(),
+        PLAN: {name: covered(fact) for name, fact in header(run).items()},
+        DATA_CHECK: str(report_folder(run.session.config, run.data.pairs)),
+    }
 
 
 def _device(session: Session) -> str:

@@ -12,19 +12,20 @@ from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.data.checkup.examine import examine
 from dpo_cli.data.checkup.report import Report
 from dpo_cli.data.pairs.sources import as_sources
-from dpo_cli.data.prepared.folder import PreparedPairs, default_folder, is_prepared
+from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.records import Gaps
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.folders.tokenizers import generation_config
-from dpo_cli.pipeline.pairs import RunData, load_tokenizer, prepared_pairs, shown_counts, split
+from dpo_cli.pipeline.pairs import RunData, load_tokenizer, prepared_pairs, report_folder, shown_counts, split
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.data_check import PathLine, Wrapped, findings, screen
 from dpo_cli.reporting.pages.data import data_page
+from dpo_cli.reporting.run_record import DATA_CHECK_FILE
 from dpo_cli.reporting.safe_text import as_json
 from dpo_cli.reporting.tables import MarkedPair, marked_pair
 from dpo_cli.system.storage import write_text
 
-JSON, PAGE = "report.json", "report.html"
+JSON, PAGE = DATA_CHECK_FILE, "report.html"
 
 
 def prepare(
@@ -52,7 +53,7 @@ def prepare(
     for pair in marked:
         console.block()
         console.result(Wrapped(marked_pair(pair, colour=console.has_colour)))
-    folder = report or _report_folder(config, pairs, out)
+    folder = report or report_folder(config, pairs, out)
     _write(found, marked, folder)
     console.block()
     console.result(screen(found))
@@ -108,14 +109,6 @@ def _marked(pairs: PreparedPairs, tokenizer: Any, count: int) -> list[MarkedPair
 def _positions(gaps: Gaps) -> set[int]:
     """Return every position within some gaps."""
     return {position for start, stop in gaps.reshape(-1, 2).tolist() for position in range(start, stop)}
-
-
-def _report_folder(config: Config, pairs: PreparedPairs, out: Path | None) -> Path:
-    """Return the folder beside the prepared training pairs in which their report is kept."""
-    first = as_sources(config.data.train)[0].path
-    prepared = Path(first) if is_prepared(first) else out or default_folder(pairs.manifest["fingerprint"])
-    prepared = prepared.resolve()
-    return prepared.with_name(f"{prepared.name}.report")
 
 
 def _write(report: Report, pairs: Sequence[MarkedPair], folder: Path) -> None:

@@ -6,6 +6,7 @@ counted, and the rest is used.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,10 @@ from dpo_cli.evaluation.findings.facts import RunFacts
 from dpo_cli.evaluation.findings.history import Row
 from dpo_cli.system import plain_yaml
 from dpo_cli.system.plain_yaml import NotPlain
-from dpo_cli.training.run_folder import RunFolder, RunState, checkpoints_in, step_of
+from dpo_cli.training.run_folder import DATA_CHECK, RunFolder, RunState, checkpoints_in, step_of
+
+DATA_CHECK_FILE = "report.json"
+"""What `dpo prepare-data` calls the file of its findings."""
 
 _LONGEST_LINE = 1 << 24
 """A longer line is none that a run writes."""
@@ -34,6 +38,7 @@ class RunRecord:
         evaluations: Its rows of evaluations, in their order.
         samples: Its answers to held-out prompts.
         pairs: Held-out pairs, once for each evaluation.
+        data_check: What `dpo prepare-data` found in the data, where it was asked and its report is still there.
         checkpoints: The steps of the checkpoints that are in the folder.
         facts: What the diagnosis knows of it beside its rows, where that is written down.
         finished: Whether it has taken all of its steps and saved the model.
@@ -47,6 +52,7 @@ class RunRecord:
     evaluations: Sequence[Row]
     samples: Sequence[Row] = ()
     pairs: Sequence[Row] = ()
+    data_check: Mapping[str, Any] = field(default_factory=dict)
     checkpoints: Sequence[int] = ()
     facts: RunFacts | None = None
     finished: bool = False
@@ -75,15 +81,17 @@ def read_run(folder: RunFolder) -> RunRecord:
     """
     unreadable: dict[str, int] = {}
     rows = list(_rows(folder.metrics, unreadable))
+    environment = _json(folder.environment)
     evaluations = _once(row for row in rows if row.get("split") == "eval")
     return RunRecord(
         folder=folder,
         settings=_settings(folder.config),
-        environment=_json(folder.environment),
+        environment=environment,
         steps=_once(row for row in rows if row.get("split") == "train"),
         evaluations=evaluations,
         samples=sorted(_rows(folder.samples, unreadable), key=_step),
         pairs=sorted(_rows(folder.held_out, unreadable), key=_step),
+        data_check=_data_check(environment.get(DATA_CHECK)),
         checkpoints=[step_of(path) for path in checkpoints_in(folder.checkpoints)],
         facts=RunFacts.read(folder.facts),
         finished=folder.state() is RunState.FINISHED,
@@ -135,6 +143,15 @@ def _settings(path: Path) -> Mapping[str, Any]:
     except (NotPlain, UnicodeDecodeError, FileNotFoundError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _data_check(folder: Any) -> Mapping[str, Any]:
+    if not isinstance(folder, str):
+        return {}
+    # It is beside the prepared pairs, which may be gone, or another user's.
+    with contextlib.suppress(OSError, ValueError):
+        return _json(Path(folder) / DATA_CHECK_FILE)
+    return {}
 
 
 def _json(path: Path) -> Mapping[str, Any]:

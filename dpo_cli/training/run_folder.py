@@ -29,8 +29,9 @@ METRICS, SAMPLES, HELD_OUT = "metrics", "samples", "held_out"
 ROW_FILES = (METRICS, SAMPLES, HELD_OUT)
 """The files to which a run adds rows, without their ending, each row with the step that it is of."""
 
-PLAN, STARTS = "plan", "starts"
-"""Under which names it has what the run set out to do, and after which step, and when, it was started or resumed."""
+PLAN, STARTS, DATA_CHECK = "plan", "starts", "data_check"
+"""Under which names it has what the run set out to do; after which step, and when, it was started or resumed; and the
+folder in which `dpo prepare-data` keeps the check of its data."""
 
 _LOCK = ".lock"
 

@@ -14,7 +14,7 @@ from dpo_cli.pipeline.report import write_report
 from dpo_cli.reporting.pages.run.curves import CHARTS
 from dpo_cli.training.run_folder import RunFolder
 from tests.reporting.runs import SETTINGS, eval_row, healthy, step_row, write_run
-from tests.reporting.test_data_page import HOSTILE
+from tests.reporting.test_data_page import HOSTILE, report
 
 MOST_BYTES = 1_500_000
 
@@ -61,7 +61,7 @@ class Page(HTMLParser):
             self.charts.append(json.loads(data))
         elif self._open and self._open[-1] not in ("script", "style"):
             self.text += data
-            if self._open[-1] in ("td", "th", "code") and self.tables and self.tables[-1]:
+            if {"td", "th"} & set(self._open):
                 self.tables[-1][-1][-1] += data
 
 
@@ -212,7 +212,7 @@ def test_only_the_pages_own_script_may_run(tmp_path):
     [
         ({}, "Better on the held-out pairs"),
         ({"rewards/accuracies": 0.55, "accuracy_interval": [0.45, 0.64]}, "Cannot be told from these held-out pairs"),
-        ({"loss": 0.9}, "Worse on the held-out pairs"),
+        ({"loss": 0.9}, "Worse, although the held-out reward accuracy rose"),
         ({"rewards/accuracies": 0.3, "accuracy_interval": [0.22, 0.39]}, "Worse on the held-out pairs"),
     ],
 )
@@ -236,3 +236,30 @@ def test_runs_over_each_other_name_what_differs(tmp_path):
     names = [str(first), str(second)]
     assert list(drawn(page)[0]) == names
     assert max(drawn(page)[0][names[1]]) == 60
+
+
+def test_what_the_check_of_the_data_found_is_in_short_on_the_page(tmp_path):
+    run = write_run(tmp_path / "run", healthy())
+    (tmp_path / "p.report").mkdir()
+    (run / "environment.json").write_text(json.dumps({"data_check": str(tmp_path / "p.report")}))
+    assert "The check of the data" not in page_of(run).text
+    found = report("plain").as_json()
+    (tmp_path / "p.report/report.json").write_text(json.dumps(found))
+    page = page_of(run)
+    assert ["error", "leakage", "3", "0.1 %"] in [cells for table in page.tables for cells in table]
+    assert "The longer response is the chosen one in 70.0 % of the pairs." in page.text
+
+
+def test_settings_that_are_not_the_defaults_are_named_with_them(tmp_path):
+    settings = SETTINGS + "loss: {type: ipo, beta: 0.2}\nadapter: {type: lora, rank: 4}\n"
+    tables = page_of(write_run(tmp_path / "run", healthy(), settings=settings)).tables
+    (table,) = [table for table in tables if table[0] == ["setting", "value", "default"]]
+    assert {cells[0]: cells[1:] for cells in table[1:]} == {
+        "model.name": ["some/model", ""],
+        "adapter": ["lora", "null"],
+        "adapter.rank": ["4", "16"],
+        "data.train": ["pairs.jsonl", "null"],
+        "loss": ["ipo", "dpo"],
+        "loss.beta": ["0.2", "0.1"],
+        "training.learning_rate": ["1.0e-05", "1.0e-06"],
+    }

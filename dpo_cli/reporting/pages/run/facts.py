@@ -12,6 +12,7 @@ from dpo_cli.reporting.card import covered_within
 from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.run_record import RunRecord
 from dpo_cli.reporting.secrets import covered
+from dpo_cli.reporting.tables import percent
 from dpo_cli.system import plain_yaml
 from dpo_cli.training.run_folder import FIRST_DAY, PLAN, STARTS
 
@@ -97,3 +98,20 @@ def _command(arguments: Any) -> str | None:
 
 def _joined(*parts: Any) -> str:
     return ", ".join(str(part) for part in parts if part)
+
+
+def data_found(run: RunRecord) -> tuple[list[list[str]], list[str]]:
+    """Return what the check of the data found: a heading and a row for each finding; and what else it says.
+
+    Both are empty where the data was not checked, or its report is gone.
+    """
+    findings, bias = run.data_check.get("findings"), run.data_check.get("length_bias")
+    known = [one for one in findings if isinstance(one, Mapping)] if isinstance(findings, list) else []
+    rows = [
+        [str(one.get("severity", "")), str(one.get("name", "")), f"{count:,.0f}", percent(share)]
+        for one in known
+        if (count := number(one, "count")) is not None and (share := number(one, "share")) is not None
+    ]
+    accuracy = number(bias, "accuracy") if isinstance(bias, Mapping) else None
+    longer = [] if accuracy is None else [f"The longer response is the chosen one in {percent(accuracy)} of the pairs."]
+    return [["", "finding", "pairs", "share"], *rows] if rows else [], longer

@@ -22,7 +22,7 @@ from dpo_cli.reporting.pages.rendering import render, several
 from dpo_cli.reporting.pages.run.answers import MOST_ANSWERS, answered, hardest, shortened
 from dpo_cli.reporting.pages.run.charts import Mark
 from dpo_cli.reporting.pages.run.curves import charts_of
-from dpo_cli.reporting.pages.run.facts import facts_of, hardware_of, resumed_after, settings_text
+from dpo_cli.reporting.pages.run.facts import data_found, facts_of, hardware_of, resumed_after, settings_text
 from dpo_cli.reporting.pages.run.held_out import held_out_blocks
 from dpo_cli.reporting.pages.run.series import window_of
 from dpo_cli.reporting.run_record import RunRecord
@@ -86,6 +86,7 @@ def run_page(run: RunRecord, known: Known) -> str:
         hardest_step=last,
         scored=len(scored),
         wrong=sum((number(row, "rewards/margins") or 0) < 0 for row in scored),
+        data=data_found(run),
         changed=known.changed,
         settings=settings_text(run.settings),
         environment=hardware_of(run),
