@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from dpo_cli import __version__
 from dpo_cli.modeling.digests import SCHEME
-from dpo_cli.system.storage import cache_root, make_folder, text_digest, write_text
+from dpo_cli.system.storage import cache_root, make_folder, remove_strays_of, text_digest, write_text
 
 if TYPE_CHECKING:
     from dpo_cli.modeling.folders.model_files import Trust
@@ -71,6 +71,8 @@ def remember_identity(path: Path, stamp: Stamp, held: Held, trust: Trust, identi
     with contextlib.suppress(OSError):
         record = _record(path, held, trust)
         make_folder(record.parent)
+        # Whoever else may be writing it now writes the same, and can do without.
+        remove_strays_of(record)
         write_text(record, json.dumps({"files": stamp, "identity": identity}, indent=1) + "\n")
 
 
