@@ -35,9 +35,12 @@ class Diagnosis:
         self._take()
 
     def warn(self) -> None:
-        """Warn of what is found in the rows that were added, which are all of their step's."""
+        """Warn of what is found in the rows that were added, which are all of their step's; note what does no harm."""
         for found in self._take():
-            self._console.warning(str(found))
+            if found.severity == "info":
+                self._console.notice(f"note: {found}")
+            else:
+                self._console.warning(str(found))
 
     def summary(self) -> list[str]:
         """Say in a line for each finding what was found, the gravest first."""

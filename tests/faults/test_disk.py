@@ -75,6 +75,7 @@ PLACES = {
     "reference cache": Place("/cache/reference/", "(locking|writing) the reference cache", first=True),
     "configuration": Place("/run/.config.yaml", "preparing the output folder"),
     "environment": Place("/run/.environment.json", "preparing the output folder"),
+    "facts": Place("/run/.facts.json", "writing the run's facts"),
     "metrics": Place("metrics.jsonl", "writing metrics.jsonl"),
     "held-out rows": Place("held_out.jsonl", "writing held_out.jsonl"),
     "samples": Place("samples.jsonl", "writing samples.jsonl"),

@@ -99,6 +99,16 @@ def test_a_bad_weight_or_margin_is_named_with_its_line(tmp_path, tokenizer):
     assert statistics["examples"]["number out of range"][0] == f"{source}:2: `weight` is negative"
 
 
+def test_the_source_of_a_pair_is_its_label_or_else_its_file(tmp_path, tokenizer):
+    files = [tmp_path / "a: first.jsonl", tmp_path / "b.jsonl"]
+    write(files[0], [row(), row("Add 2.", source="forum")])
+    write(files[1], [row("Add 3.", source="forum"), row("Add 4.")])
+    sources = [Source(path=str(file)) for file in files]
+    pairs = preparing.prepare(sources, Reading(), tokenizing(tokenizer), tmp_path / "prepared")
+    codes, names = pairs.sources()
+    assert [names[code] for code in codes] == [str(files[0]), "forum", "forum", str(files[1])]
+
+
 def test_a_folder_of_an_older_version_is_prepared_again_or_refused(tmp_path, pairs_file, tokenizer):
     folder = tmp_path / "p"
     pairs = prepare(pairs_file, tokenizer, folder)
