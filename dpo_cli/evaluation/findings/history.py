@@ -23,6 +23,7 @@ class History:
     Attributes:
         step: The step that was added last.
         opening: The rows of the first window of steps.
+        largest_first_gradient: The largest norm of the opening.
         recent: Those of the last window.
         before: The held-out figures before step 1.
         evaluations: The newest held-out figures, the last three.
@@ -35,6 +36,7 @@ class History:
         self.facts = facts
         self.step = 0
         self.opening: list[Row] = []
+        self.largest_first_gradient = 0.0
         self.recent: deque[Row] = deque(maxlen=facts.window)
         self.before: Row | None = None
         self.evaluations: deque[Row] = deque(maxlen=3)
@@ -55,6 +57,7 @@ class History:
         self.recent.append(row)
         if len(self.opening) < self.facts.window:
             self.opening.append(row)
+            self.largest_first_gradient = max(self.largest_first_gradient, number(row, "grad_norm") or 0.0)
         accuracy = number(row, "rewards/accuracies")
         if accuracy is not None and self.step > self.facts.warmup_steps:
             self._learning_steps += 1

@@ -88,10 +88,11 @@ def _nats(chosen: float, rejected: float) -> str:
 def _gradient_spike(history: History) -> str:
     """Find a gradient above 10 times those of the steps before it, and above all of the run's first ones."""
     norm = number(history.recent[-1], "grad_norm") if history.stepped else None
-    if norm is None or len(history.recent) < history.facts.window:
+    # Most steps end here, before any median is computed.
+    if norm is None or norm <= history.largest_first_gradient or len(history.recent) < history.facts.window:
         return ""
     usual = statistics.median(_known(list(history.recent)[:-1], "grad_norm") or [math.inf])
-    if norm <= _SPIKE * usual or norm <= max(_known(history.opening, "grad_norm"), default=math.inf):
+    if norm <= _SPIKE * usual:
         return ""
     return f"norm {norm:.3g}, {norm / usual:.0f} times the usual {usual:.3g}" if usual else f"norm {norm:.3g} after 0"
 
@@ -149,8 +150,8 @@ def _saturated(history: History) -> str:
     accuracy = history.mean("rewards/accuracies") if history.ends_window else None
     if accuracy is None or accuracy < 1 or left < facts.num_steps / 10:
         return ""
-    norms = [_known(rows, "grad_norm") for rows in (history.recent, history.opening)]
-    if not all(norms) or (now := statistics.median(norms[0])) > _VANISHED * (began := max(norms[1])):
+    norms, began = _known(history.recent, "grad_norm"), history.largest_first_gradient
+    if not norms or (now := statistics.median(norms)) > _VANISHED * began:
         return ""
     margin = history.mean("rewards/margins") or 0.0
     return f"accuracy 100 %, margin {margin:+.2f}, gradient norm {now:.2g} after {began:.2g}; {left:,} steps to go"
