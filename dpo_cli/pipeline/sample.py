@@ -74,8 +74,21 @@ def sample(
     if prompts is not None:
         # There are no responses in the data.
         answers = [[row | {"chosen": None, "chosen_tokens": None} for row in rows] for rows in answers]
-    _report(list(zip(*answers, strict=True)), limits, console, json_file, page)
-    return [row for rows in zip(*answers, strict=True) for row in rows]
+    by_prompt = list(zip(*answers, strict=True))
+    shown = with_bare_prompts(by_prompt, None if prompts is None else list(map(_as_read, prompts)))
+    if json_file == STANDARD_OUTPUT:
+        console.result(_lines(by_prompt).rstrip("\n"))
+    else:
+        _show(shown, console)
+    if is_main_process():
+        _write(by_prompt, shown, limits, console, json_file, page)
+    return [row for rows in by_prompt for row in rows]
+
+
+def _as_read(prompt: Prompt) -> str:
+    """Return a prompt as a person reads it: the user's turn, and others with whose turn they are."""
+    turns = prompt.messages
+    return "\n".join(turn.text if turn.role == "user" else f"{turn.role}: {turn.text}" for turn in turns)
 
 
 def _own(config: Config) -> dict[str, tuple[str, str | None]]:
@@ -134,29 +147,39 @@ def _answered(session: Session, name: str, policy: Policy, sampling: Sampling) -
     )
     policy.place(session.accelerator, trained=False)
     said = f"answers of {name}"
-    with session.console.progress(said, len(sampling.samples)) as told, session.during("while prompts were answered"):
+    with (
+        session.console.progress(said, len(sampling.samples), "prompts") as told,
+        session.during("while prompts were answered"),
+    ):
         rows = sampling.rows(0, policy, session.accelerator, told)
     return [{"model": name, **{key: value for key, value in row.items() if key != "step"}} for row in rows]
 
 
-def _report(
-    prompts: Sequence[Sequence[Row]], limits: Limits, console: Console, json_file: Path | None, page: Path | None
+def _show(prompts: Sequence[Sequence[Row]], console: Console) -> None:
+    """Show the answers to each prompt."""
+    console.block()
+    for number, rows in enumerate(prompts, 1):
+        if number > 1:
+            console.result("")
+        console.result(AnswersBeside(number, rows, colour=console.has_colour))
+
+
+def _lines(prompts: Sequence[Sequence[Row]]) -> str:
+    return json_lines(itertools.chain.from_iterable(prompts))
+
+
+def _write(
+    prompts: Sequence[Sequence[Row]],
+    shown: Sequence[Sequence[Row]],
+    limits: Limits,
+    console: Console,
+    json_file: Path | None,
+    page: Path | None,
 ) -> None:
-    """Show the answers to each prompt, and write them where they are wanted."""
-    lines = json_lines(itertools.chain.from_iterable(prompts))
-    if json_file == STANDARD_OUTPUT:
-        console.result(lines.rstrip("\n"))
-    else:
-        console.block()
-        for number, rows in enumerate(with_bare_prompts(prompts), 1):
-            if number > 1:
-                console.result("")
-            console.result(AnswersBeside(number, rows, colour=console.has_colour))
-    if not is_main_process():
-        return
+    """Write the answers where they are wanted."""
     if json_file and json_file != STANDARD_OUTPUT:
-        write_results(json_file, lines, "writing the answers")
+        write_results(json_file, _lines(prompts), "writing the answers")
         console.notice(f"answers written: {json_file}")
     if page:
-        write_results(page, answers_page(with_bare_prompts(prompts), limits.max_new_tokens), "writing the page")
+        write_results(page, answers_page(shown, limits.max_new_tokens), "writing the page")
         console.notice(f"page written: {page}")

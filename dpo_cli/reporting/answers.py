@@ -82,9 +82,9 @@ class AnswersBeside:
         return text if text.plain.strip() else Text("(nothing)", "dim")
 
 
-def with_bare_prompts(prompts: Sequence[Sequence[Row]]) -> list[list[Row]]:
-    """Return the rows of each prompt with the prompt as a person reads it, as `bare_prompts` does."""
-    bare = bare_prompts([rows[0]["prompt"] for rows in prompts])
+def with_bare_prompts(prompts: Sequence[Sequence[Row]], known: Sequence[str] | None = None) -> list[list[Row]]:
+    """Return the rows of each prompt with the prompt as a person reads it: as it is known, else by `bare_prompts`."""
+    bare = known or bare_prompts([rows[0]["prompt"] for rows in prompts])
     return [[{**row, "prompt": text} for row in rows] for rows, text in zip(prompts, bare, strict=True)]
 
 

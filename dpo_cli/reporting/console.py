@@ -117,16 +117,17 @@ class Console:
         return self._out.color_system is not None and not self._out.no_color
 
     @contextlib.contextmanager
-    def progress(self, what: str, num_pairs: int) -> Iterator[Advance]:
-        """Show the progress of a long job on pairs: a line with the time left, or on a pipe a line at intervals.
+    def progress(self, what: str, num_pairs: int, things: str = "pairs") -> Iterator[Advance]:
+        """Show the progress of a long job: a line with the time left, or on a pipe a line at intervals.
 
-        The function that it yields is called with the pairs of all processes. For no pairs nothing is printed.
+        The function that it yields is called with the pairs, or other things, of all processes. For none nothing is
+        printed.
         """
         if not num_pairs:
             yield lambda done, total: None
             return
         if not self._has_status_line:
-            self.notice(f"{what}: {num_pairs} pairs")
+            self.notice(f"{what}: {num_pairs} {things}")
         line = StatusLine(f"{what}:", 0, num_pairs)
         printed = line.seconds
         with self._live(line):

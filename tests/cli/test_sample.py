@@ -178,7 +178,8 @@ def test_the_installed_program_shows_answers_with_their_differences_marked(here,
     ended = forked_dpo(*arguments, cwd=here, env={"FORCE_COLOR": "1"} if colour else {})
     assert ended.returncode == 0, ended.stderr
     assert re.search(r"^(\x1b\[1m)?1\. ", ended.stdout)
-    assert all(text in ended.stdout for text in TEXTS)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", ended.stdout).splitlines()
+    assert [f"  {text}" in lines for text in TEXTS] == [True, True]
     assert ("\x1b[31m" in ended.stdout) == colour
     assert ("[-" in ended.stdout and "{+" in ended.stdout) != colour
     page = (here / "answers.html").read_text(encoding="utf-8")

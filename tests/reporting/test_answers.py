@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from dpo_cli.reporting.answers import AnswersBeside
+from dpo_cli.reporting.answers import AnswersBeside, bare_prompts
 from dpo_cli.reporting.pages.answers import answers_page
 from tests.reporting.test_data_page import HOSTILE, Page
 
@@ -105,3 +105,15 @@ def test_of_several_models_each_is_compared_with_the_first():
     written = answers_page([[row("a", "one two three"), row("b", "one two four"), row("c", "zero two three")]], 64)
     assert written.count("<mark>") == 2
     assert "<mark> four</mark>" in written and "<mark>zero</mark>" in written
+
+
+CHATML, PLAIN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "### Instruction:\n{}\n\n### Response:\n"
+
+
+@pytest.mark.parametrize("template", [CHATML, PLAIN])
+@pytest.mark.parametrize("asked", [["What is 1?", "What is 2?"], ["Why?", "Why not?", "a\nb?"], ["One.", "One."]])
+def test_of_prompts_what_the_template_writes_around_all_of_them_is_left_out(template, asked):
+    """One prompt, or the same twice, tells nothing of the template and is shown whole."""
+    texts = [template.format(text) for text in asked]
+    assert bare_prompts(texts) == ([f"…{text}" for text in asked] if len(set(asked)) > 1 else texts)
+    assert bare_prompts(texts[:1]) == texts[:1]
