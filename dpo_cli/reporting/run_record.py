@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.data.records import LABELS
 from dpo_cli.evaluation.findings.facts import RunFacts
-from dpo_cli.evaluation.findings.history import Row
+from dpo_cli.evaluation.findings.history import Row, number
 from dpo_cli.system import plain_yaml
 from dpo_cli.system.plain_yaml import NotPlain
 from dpo_cli.training.run_folder import DATA_CHECK, RunFolder, RunState, checkpoints_in, step_of
 
 DATA_CHECK_FILE = "report.json"
 """What `dpo prepare-data` calls the file of its findings."""
+
+_MOST_STEPS = 1 << 53
+"""No run has as many."""
 
 _LONGEST_LINE = 1 << 24
 """A longer line is none that a run writes."""
@@ -80,7 +84,7 @@ def read_run(folder: RunFolder) -> RunRecord:
         OSError: A file cannot be read.
     """
     unreadable: dict[str, int] = {}
-    rows = list(_rows(folder.metrics, unreadable))
+    rows = list(_rows(folder.metrics, unreadable, _is_metrics))
     environment = _json(folder.environment)
     evaluations = _once(row for row in rows if row.get("split") == "eval")
     return RunRecord(
@@ -89,8 +93,8 @@ def read_run(folder: RunFolder) -> RunRecord:
         environment=environment,
         steps=_once(row for row in rows if row.get("split") == "train"),
         evaluations=evaluations,
-        samples=sorted(_rows(folder.samples, unreadable), key=_step),
-        pairs=sorted(_rows(folder.held_out, unreadable), key=_step),
+        samples=sorted(_rows(folder.samples, unreadable, _is_answer), key=_step),
+        pairs=sorted(_rows(folder.held_out, unreadable, _is_pair), key=_step),
         data_check=_data_check(environment.get(DATA_CHECK)),
         checkpoints=[step_of(path) for path in checkpoints_in(folder.checkpoints)],
         facts=RunFacts.read(folder.facts),
@@ -99,8 +103,14 @@ def read_run(folder: RunFolder) -> RunRecord:
     )
 
 
-def _rows(path: Path, unreadable: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file of JSON lines; count those that cannot be read, but for one that is being written."""
+def _rows(path: Path, unreadable: dict[str, int], is_one: Callable[[Row], bool]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a file of JSON lines; count those that cannot be read, but for one that is being written.
+
+    Args:
+        path: The file.
+        unreadable: Takes the count, by the name of the file.
+        is_one: Whether what is read as a row has the types of one.
+    """
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -111,7 +121,7 @@ def _rows(path: Path, unreadable: dict[str, int]) -> Iterator[dict[str, Any]]:
                 # The end of the file: its last line is being written, or a crash cut it off.
                 return
             row = _row(line)
-            if row is None:
+            if row is None or not is_one(row):
                 unreadable[path.name] = unreadable.get(path.name, 0) + 1
             else:
                 yield row
@@ -123,7 +133,28 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     step = row.get("step") if isinstance(row, dict) else None
-    return row if type(step) is int and step >= 0 else None
+    return row if type(step) is int and 0 <= step < _MOST_STEPS else None
+
+
+def _is_metrics(row: Row) -> bool:
+    bounds = row.get("accuracy_interval", [0, 1])
+    return isinstance(bounds, list) and len(bounds) == 2 and None not in [_number(bound) for bound in bounds]
+
+
+def _is_answer(row: Row) -> bool:
+    texts = all(isinstance(row.get(name), str) for name in ("where", "prompt", "answer", "chosen"))
+    tokens, chosen = _number(row.get("tokens")), _number(row.get("chosen_tokens"))
+    counted = tokens is not None and tokens >= 0 and chosen is not None and chosen > 0
+    return texts and counted and isinstance(row.get("ended"), bool)
+
+
+def _is_pair(row: Row) -> bool:
+    labelled = all(isinstance(row.get(name), str | None) for name in LABELS)
+    return labelled and type(row.get("pair")) is int and isinstance(row.get("where"), str)
+
+
+def _number(value: Any) -> float | None:
+    return number({"": value}, "") if not isinstance(value, bool) else None
 
 
 def _step(row: Row) -> int:

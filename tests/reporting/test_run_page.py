@@ -133,7 +133,16 @@ def test_a_hundred_thousand_steps_make_a_small_page_in_seconds_with_every_extrem
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_what_comes_from_data_settings_and_answers_is_text(tmp_path, text):
-    sample = {"step": 0, "where": text, "prompt": text, "answer": text, "tokens": 3, "ended": True, "chosen": text}
+    sample = {
+        "step": 0,
+        "where": text,
+        "prompt": text,
+        "answer": text,
+        "tokens": 3,
+        "ended": True,
+        "chosen": text,
+        "chosen_tokens": 4,
+    }
     pair = {"step": 120, "pair": 1, "where": text, "chosen_tokens": 5, "rewards/margins": -1.5}
     hostile = write_run(
         tmp_path / "run",
@@ -158,7 +167,16 @@ def test_what_comes_from_data_settings_and_answers_is_text(tmp_path, text):
 
 def test_a_text_of_a_megabyte_is_shortened(tmp_path):
     long = "word " * 200_000
-    sample = {"step": 0, "where": "a:1", "prompt": long, "answer": long, "tokens": 3, "ended": False, "chosen": long}
+    sample = {
+        "step": 0,
+        "where": "a:1",
+        "prompt": long,
+        "answer": long,
+        "tokens": 3,
+        "ended": False,
+        "chosen": long,
+        "chosen_tokens": 4,
+    }
     run = write_run(tmp_path / "run", healthy(), samples=[sample, {**sample, "step": 120}])
     page = page_of(run)
     assert (run / "report.html").stat().st_size < MOST_BYTES
@@ -196,6 +214,7 @@ def test_damaged_lines_are_counted_and_the_rest_is_shown(tmp_path):
     ]
     (run / "metrics.jsonl").write_text("\n".join([*lines, *broken, *strange]) + "\n", encoding="utf-8")
     page = page_of(run)
+    broken.append(strange.pop())
     assert f"{len(broken)} lines of metrics.jsonl cannot be read" in page.text
     assert sorted(drawn(page)[0]["training"]) == list(range(1, 11))
 
@@ -263,3 +282,18 @@ def test_settings_that_are_not_the_defaults_are_named_with_them(tmp_path):
         "loss.beta": ["0.2", "0.1"],
         "training.learning_rate": ["1.0e-05", "1.0e-06"],
     }
+
+
+def test_answers_and_pairs_of_other_types_are_counted_and_left_out(tmp_path):
+    sample = {"step": 0, "where": "a:1", "prompt": "p", "answer": "a", "tokens": 1, "ended": True, "chosen": "c"}
+    sample |= {"chosen_tokens": 1}
+    wrong = {"where": 1, "answer": None, "tokens": -1, "ended": "yes", "chosen_tokens": 0}
+    run = write_run(
+        tmp_path / "run",
+        healthy(),
+        samples=[sample, *({**sample, name: value} for name, value in wrong.items())],
+        pairs=[{"step": 120, "pair": [1], "where": "a:1"}, {"step": 120, "pair": 1, "where": "a:1", "category": 3}],
+    )
+    text = page_of(run).text
+    assert "5 lines of samples.jsonl cannot be read" in text
+    assert "2 lines of held_out.jsonl cannot be read" in text

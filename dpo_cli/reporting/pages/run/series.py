@@ -14,6 +14,9 @@ Point = tuple[int, float]
 RAW, MAIN = "raw", "main"
 """The kinds of curves: each step, behind its means; and what is told in words."""
 
+_LARGEST = 1e300
+"""Beyond it the difference of two values is not finite."""
+
 MOST_BUCKETS = 240
 """Of a curve with more points than twice as many, each of so many stretches keeps its smallest and its largest."""
 
@@ -46,7 +49,7 @@ class Series:
 
 def points_of(rows: Sequence[Row], name: str) -> list[Point]:
     """Return the steps and values of a metric, where it is a finite number."""
-    return [(row["step"], value) for row in rows if (value := number(row, name)) is not None]
+    return [(row["step"], value) for row in rows if (value := number(row, name)) is not None and abs(value) < _LARGEST]
 
 
 def thinned(points: Sequence[Point]) -> Sequence[Point]:
