@@ -37,7 +37,8 @@ def trained(tmp_path_factory, tiny_llama, rows):
     """The configuration of a run of six steps that has ended, and the file of its pairs."""
     folder = tmp_path_factory.mktemp("trained")
     file = write_rows(folder / "pairs.jsonl", rows)
-    config = make_config(folder, tiny_llama, file, training={"max_steps": 6}, checkpoints={"every_steps": 100})
+    settings = {"training": {"max_steps": 6}, "evaluation": {"samples": 0}}
+    config = make_config(folder, tiny_llama, file, **settings)
     list(dpo_cli.train(config))
     return config, file
 
@@ -201,6 +202,18 @@ def test_the_base_is_named_where_it_is_neither_scored_nor_the_reference(
     assert list(simpo["baselines"]) == ["longer", "shorter", "chance", "base"]
     assert ("nats a token" in text, "for the reference" in text) == (False, False)
     assert "no calibration: the loss `simpo`, as it is set, does not fit" in text
+
+
+@pytest.mark.parametrize("loss", [{"type": "aot"}, {"type": "dpo", "wpo": True}], ids=["compares pairs", "wpo"])
+def test_it_is_the_same_whatever_else_the_loss_asks_of_a_model(trained, found, write_config, loss):
+    """Losses that see all pairs at once, or how sure the model is at each token."""
+    config, file = trained
+    other = write_config("other", loss=loss)
+    again = dpo_cli.evaluate(other, model=f"{load_config(config).output_dir}/final", data=str(file))
+    assert again["baselines"] == found["baselines"]
+    for side in SIDES:
+        assert again["from_reference"][side] == pytest.approx(found["from_reference"][side], abs=1e-5)
+    assert ("missing" in again["calibration"]) is (loss["type"] == "aot")
 
 
 @pytest.mark.parametrize("number", [1, 2])
