@@ -31,8 +31,8 @@ HEAD = """# Faults
 `make test` tries a few cases of every kind. [Runs](runs.md) says what is promised.
 
 A case has **survived** if everything went as promised. Where the run can go on, `dpo train --resume` finishes it: it
-goes on from what it had saved, `final/` is that of a run that nothing happened to, byte for byte, `metrics.jsonl` has
-each step once with the same numbers, and nothing is left behind. Where it cannot go on, an error says what happened,
+goes on from what it had saved, `final/` is that of a run that nothing happened to, byte for byte, `metrics.jsonl`,
+`held_out.jsonl` and `samples.jsonl` have each step once with the same values, and nothing is left behind. Where it cannot go on, an error says what happened,
 and the last checkpoint is whole. Something is **lost** if it was promised to be kept and is gone. A **wrong result** is
 one that the run gives as if all were well. A **traceback** is one that the user is shown.
 
