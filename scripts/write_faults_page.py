@@ -33,8 +33,9 @@ HEAD = """# Faults
 A case has **survived** if everything went as promised. Where the run can go on, `dpo train --resume` finishes it: it
 goes on from what it had saved, `final/` is that of a run that nothing happened to, byte for byte, `metrics.jsonl`,
 `held_out.jsonl` and `samples.jsonl` have each step once with the same values, and nothing is left behind.
-Where it cannot go on, an error says what happened, and the last checkpoint is whole. Something is **lost** if it was promised to be kept and is gone. A **wrong result** is
-one that the run gives as if all were well. A **traceback** is one that the user is shown.
+Where it cannot go on, an error says what happened, and the last checkpoint is whole. Something is **lost** if it was
+promised to be kept and is gone. A **wrong result** is one that the run gives as if all were well. A **traceback** is
+one that the user is shown.
 
 - **Crash at a file operation.** A run with a cache of its own prepares its data, scores the reference, takes eight
   steps, evaluates, saves four checkpoints and drops the older two. The process is ended at every file operation: before
