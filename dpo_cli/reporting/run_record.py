@@ -23,8 +23,8 @@ from dpo_cli.training.run_folder import DATA_CHECK, RunFolder, RunState, checkpo
 DATA_CHECK_FILE = "report.json"
 """What `dpo prepare-data` calls the file of its findings."""
 
-_MOST_STEPS = 1 << 53
-"""No run has as many."""
+_MOST_STEPS, _LARGEST = 1 << 53, 1e300
+"""No run has as many, and no value is as large: a sum of such would not be finite."""
 
 _LONGEST_LINE = 1 << 24
 """A longer line is none that a run writes."""
@@ -133,7 +133,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     step = row.get("step") if isinstance(row, dict) else None
-    return row if type(step) is int and 0 <= step < _MOST_STEPS else None
+    if type(step) is not int or not 0 <= step < _MOST_STEPS:
+        return None
+    return None if any(isinstance(v, (int, float)) and abs(v) > _LARGEST for v in row.values()) else row
 
 
 def _is_metrics(row: Row) -> bool:

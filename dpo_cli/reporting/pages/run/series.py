@@ -14,9 +14,6 @@ Point = tuple[int, float]
 RAW, MAIN = "raw", "main"
 """The kinds of curves: each step, behind its means; and what is told in words."""
 
-_LARGEST = 1e300
-"""Beyond it the difference of two values is not finite."""
-
 MOST_BUCKETS = 240
 """Of a curve with more points than twice as many, each of so many stretches keeps its smallest and its largest."""
 
@@ -49,7 +46,7 @@ class Series:
 
 def points_of(rows: Sequence[Row], name: str) -> list[Point]:
     """Return the steps and values of a metric, where it is a finite number."""
-    return [(row["step"], value) for row in rows if (value := number(row, name)) is not None and abs(value) < _LARGEST]
+    return [(row["step"], value) for row in rows if (value := number(row, name)) is not None]
 
 
 def thinned(points: Sequence[Point]) -> Sequence[Point]:
