@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.data.records import LABELS
+from dpo_cli.evaluation.best import BEST_BY, best_step
 from dpo_cli.evaluation.findings.facts import RunFacts
 from dpo_cli.evaluation.findings.history import Row, number
 from dpo_cli.system import plain_yaml
@@ -25,6 +26,9 @@ DATA_CHECK_FILE = "report.json"
 
 _MOST_STEPS, _LARGEST = 1 << 53, 1e300
 """No run has as many, and no value is as large: a sum of such would not be finite."""
+
+_MOST_PAIRS_BYTES = 1 << 26
+"""Up to this size all held-out pairs are read, of all evaluations."""
 
 _LONGEST_LINE = 1 << 24
 """A longer line is none that a run writes."""
@@ -41,7 +45,7 @@ class RunRecord:
         steps: Its rows of training steps, in their order.
         evaluations: Its rows of evaluations, in their order.
         samples: Its answers to held-out prompts.
-        pairs: Held-out pairs, once for each evaluation.
+        pairs: Held-out pairs, once for each evaluation; of very many only of the evaluations that a page shows.
         data_check: What `dpo prepare-data` found in the data, where it was asked and its report is still there.
         checkpoints: The steps of the checkpoints that are in the folder.
         facts: What the diagnosis knows of it beside its rows, where that is written down.
@@ -94,7 +98,9 @@ def read_run(folder: RunFolder) -> RunRecord:
         steps=_once(row for row in rows if row.get("split") == "train"),
         evaluations=evaluations,
         samples=sorted(_rows(folder.samples, unreadable, _is_answer), key=_step),
-        pairs=sorted(_rows(folder.held_out, unreadable, _is_pair), key=_step),
+        pairs=sorted(
+            _rows(folder.held_out, unreadable, _is_pair, _kept_lines(folder.held_out, evaluations)), key=_step
+        ),
         data_check=_data_check(environment.get(DATA_CHECK)),
         checkpoints=[step_of(path) for path in checkpoints_in(folder.checkpoints)],
         facts=RunFacts.read(folder.facts),
@@ -103,13 +109,27 @@ def read_run(folder: RunFolder) -> RunRecord:
     )
 
 
-def _rows(path: Path, unreadable: dict[str, int], is_one: Callable[[Row], bool]) -> Iterator[dict[str, Any]]:
+def _kept_lines(path: Path, evaluations: Sequence[Row]) -> tuple[bytes, ...]:
+    """Return how the lines of a large file of held-out pairs begin that are read; none: all of them are.
+
+    They are those before step 1, of the last evaluation, and of each that may be the best.
+    """
+    if not evaluations or not path.exists() or path.stat().st_size <= _MOST_PAIRS_BYTES:
+        return ()
+    best = {best_step(evaluations, by) for by in BEST_BY}
+    return tuple(f'{{"step": {step},'.encode() for step in best | {0, evaluations[-1]["step"]})
+
+
+def _rows(
+    path: Path, unreadable: dict[str, int], is_one: Callable[[Row], bool], beginnings: tuple[bytes, ...] = ()
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file of JSON lines; count those that cannot be read, but for one that is being written.
 
     Args:
         path: The file.
         unreadable: Takes the count, by the name of the file.
         is_one: Whether what is read as a row has the types of one.
+        beginnings: With which the lines begin that are read; none: all are.
     """
     try:
         file = path.open("rb")
@@ -120,6 +140,8 @@ def _rows(path: Path, unreadable: dict[str, int], is_one: Callable[[Row], bool])
             if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
                 # The end of the file: its last line is being written, or a crash cut it off.
                 return
+            if beginnings and not line.startswith(beginnings):
+                continue
             row = _row(line)
             if row is None or not is_one(row):
                 unreadable[path.name] = unreadable.get(path.name, 0) + 1

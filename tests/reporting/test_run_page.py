@@ -11,7 +11,9 @@ import pytest
 
 from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.pipeline.report import write_report
+from dpo_cli.reporting import run_record
 from dpo_cli.reporting.pages.run.curves import CHARTS
+from dpo_cli.reporting.run_record import read_run
 from dpo_cli.training.run_folder import RunFolder
 from tests.reporting.runs import SETTINGS, eval_row, healthy, step_row, write_run
 from tests.reporting.test_data_page import HOSTILE, report
@@ -294,3 +296,12 @@ def test_answers_and_pairs_of_other_types_are_counted_and_left_out(tmp_path):
     text = page_of(run).text
     assert "5 lines of samples.jsonl cannot be read" in text
     assert "2 lines of held_out.jsonl cannot be read" in text
+
+
+def test_of_very_many_held_out_pairs_those_are_read_that_the_page_shows(tmp_path, monkeypatch):
+    pairs = [{"step": step, "pair": 1, "where": "a:1", "rewards/margins": 0.1} for step in range(0, 121, 20)]
+    folder = RunFolder(write_run(tmp_path / "run", healthy(), pairs=pairs))
+    assert [row["step"] for row in read_run(folder).pairs] == list(range(0, 121, 20))
+    monkeypatch.setattr(run_record, "_MOST_PAIRS_BYTES", 100)
+    lowest = min((row for row in healthy() if row["split"] == "eval" and row["step"]), key=lambda row: row["loss"])
+    assert {row["step"] for row in read_run(folder).pairs} == {0, lowest["step"], 120}
