@@ -30,7 +30,6 @@ CASES = [
     {**PLAIN, "shards": 4, "tied": True, "computed": "bfloat16", "recomputed": True},
     {**PLAIN, "shards": 4, "adapter": True, "held": "bfloat16", "computed": "bfloat16"},
     {**PLAIN, "shards": 4, "held": "split", "computed": "bfloat16"},
-    {**PLAIN, "computed": "bfloat16"},
     {**PLAIN, "adapter": True, "held": "nf4", "computed": "bfloat16"},
 ]
 
