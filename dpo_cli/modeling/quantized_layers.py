@@ -105,6 +105,9 @@ def settle(model: PreTrainedModel, dtype: torch.dtype) -> None:
     otherwise from then on, and no gradient goes through them any more.
     """
     for name, layer in quantized_layers(model).items():
+        if layer.bias is not None and layer.bias.is_meta:
+            # Without weights bitsandbytes makes it in float32, and loading in the dtype.
+            layer.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
         if isinstance(layer, Linear4bit):
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
             layer.support_avx512bf16_for_cpu = False

@@ -171,6 +171,3 @@ def lay_out(model: PreTrainedModel, config: BitsAndBytesConfig) -> None:
             layer.__class__ = Linear8bitSharded
         layer.kept = Scales()
         layer.begin()
-        if layer.bias is not None:
-            # bitsandbytes makes it in float32, and loading in the dtype.
-            layer.bias = Parameter(placeholder(layer.bias.shape, layer.compute_dtype), requires_grad=False)
