@@ -27,7 +27,8 @@ def run(tmp_path_factory, tiny_llama, forked_dpo, demo_rows):
     """A run of four steps, and the prompts in every form."""
     folder = tmp_path_factory.mktemp("sampled")
     pairs = write_rows(folder / "pairs.jsonl", demo_rows[:20])
-    config = make_config(folder, tiny_llama, pairs, training={"max_steps": 4, "learning_rate": 0.01})
+    few = {"max_steps": 4, "learning_rate": 0.01}
+    config = make_config(folder, tiny_llama, pairs, training=few, evaluation={"max_new_tokens": LIMIT})
     ended = forked_dpo("train", "--config", config)
     assert ended.returncode == 0, ended.stderr
     (folder / "p.txt").write_text("\n".join(TEXTS), encoding="utf-8")
@@ -88,6 +89,16 @@ def test_by_default_the_model_before_training_and_the_trained_one_answer_held_ou
         assert [before["answer"], after["answer"]] == [own_answer(model, asked) for model in models]
         assert before["tokens"] <= LIMIT
     assert any(before["answer"] != after["answer"] for before, after in zip(rows[::2], rows[1::2], strict=True))
+
+
+def test_without_options_the_answers_are_those_that_the_run_has_kept(here, capsys):
+    kept = rows_of("runs/run/samples.jsonl")
+    capsys.readouterr()
+    assert call("sample run.yaml --json -") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for step, answers in ((0, rows[::2]), (4, rows[1::2])):
+        expected = [{name: row[name] for name in row if name != "step"} for row in kept if row["step"] == step]
+        assert [{name: row[name] for name in row if name != "model"} for row in answers] == expected
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.json", "prompts.jsonl", "messages.jsonl"])
