@@ -17,7 +17,7 @@ from dpo_cli.settings import is_within
 from dpo_cli.system import plain_yaml
 from dpo_cli.system.locks import Locked, locked
 from dpo_cli.system.plain_yaml import NotPlain
-from dpo_cli.system.storage import MANIFEST, DamagedFolder, strays, text_digest, verify, why_no_folder
+from dpo_cli.system.storage import MANIFEST, DamagedFolder, remove_strays_of, strays, text_digest, verify, why_no_folder
 
 RESOLVED = "# The configuration as resolved: `dpo train --config` runs it again.\n"
 """The first line of a run's config.yaml, by which it is told from a configuration of the user's own."""
@@ -224,6 +224,8 @@ class RunFolder:
     def nothing_left(self, *, extend: bool) -> list[str]:
         """Check that the trained model of a finished run is as it was saved; say that nothing is left to do.
 
+        What was left of a page that was being written when the run ended is removed.
+
         Args:
             extend: Whether the run was to be extended.
 
@@ -235,6 +237,7 @@ class RunFolder:
         except DamagedFolder as damage:
             hint = f"remove {self.final} and `--resume` writes it again, or start again with `--overwrite`"
             raise UserError(f"the trained model is damaged: {damage}", str(self.final), hint) from None
+        remove_strays_of(self.report)
         more = ["to extend it, raise `training.epochs` or `training.max_steps`"] if extend else []
         return [f"the run in {self.path} is finished: {self.final}", *more]
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from dpo_cli.errors import UserError
+from dpo_cli.system.storage import sealed_folder
 from dpo_cli.training import run_folder
 from dpo_cli.training.run_folder import RunFolder
 
@@ -77,3 +78,14 @@ def test_a_rank_that_looks_while_another_makes_the_folder_finds_nothing_wrong(tm
     with subprocess.Popen([sys.executable, "-c", MAKES_AND_REMOVES, run]) as other:
         while other.poll() is None:
             assert RunFolder(run).check(resume=False, overwrite=False) is None
+
+
+def test_of_a_finished_run_what_a_crash_left_of_its_page_is_removed(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with sealed_folder(run.final, {}) as final:
+        (final / "model.safetensors").write_bytes(b"weights")
+    stray = run.report.with_name(f".{run.report.name}.tmp-0a1b2c3d")
+    for file in (run.report, stray):
+        file.write_text("a page")
+    assert "is finished" in run.nothing_left(extend=False)[0]
+    assert run.report.exists() and not stray.exists()
