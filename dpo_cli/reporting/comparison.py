@@ -52,7 +52,7 @@ def disagreement_table(pairs: Sequence[Disagreement], ahead: str, names: tuple[s
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for pair in pairs:
-        table.add_row(Text(visible(pair.where)), *(f"{margin:+.4f}" for margin in pair.margins))
+        table.add_row(Text(visible(pair.where)), *(_signed("rewards/margins", margin) for margin in pair.margins))
     return table
 
 

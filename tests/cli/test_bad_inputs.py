@@ -1156,7 +1156,7 @@ EVAL_CASES = {
     ),
 }
 
-RUN_FILES = ("runs/run/metrics.jsonl", "runs/run/environment.json")
+RUN_FILES = ("runs/run/metrics.jsonl", "runs/run/environment.json", "runs/run/report.html")
 FULL_CASES = {
     "disk full while preparing": Case(
         limit(6000), f"{PREPARE} --out prepared", 1, r"prepar\w+.* failed: .*file too large", r"file is larger"

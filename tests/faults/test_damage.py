@@ -51,7 +51,8 @@ SAME_FILES = ("generation_config.json", *TOKENIZER_FILES)
 CHECKPOINT_FILES = (*MODEL_FILES, *STATE_FILES, "manifest.json", *TOKENIZER_FILES)
 FINAL_FILES = (*MODEL_FILES, "README.md", "manifest.json", *TOKENIZER_FILES)
 PREPARED_FILES = ("pairs.arrow", "manifest.json")
-RUN_FILES = ("config.yaml", "metrics.jsonl", "held_out.jsonl", "samples.jsonl", "environment.json", "facts.json")
+ROW_FILES = ("metrics.jsonl", "held_out.jsonl", "samples.jsonl")
+RUN_FILES = ("config.yaml", *ROW_FILES, "environment.json", "facts.json", "report.html")
 
 
 @pytest.fixture(scope="module")
