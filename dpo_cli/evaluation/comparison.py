@@ -100,7 +100,7 @@ class Comparison:
         if self.pairs == 1:
             return "there is only one"
         if not num_first and not num_second:
-            return f"both models are right, and wrong, on the same ones of {self.pairs:,}"
+            return f"neither is ahead on any of {self.pairs:,}"
         if self.needed is None:
             return f"{found}, each model is ahead of the other on {num_first:,} of {self.pairs:,}"
         return f"{second} − {first} is {found}, n = {self.pairs:,} would need about {_rounded_up(self.needed):,}"

@@ -81,9 +81,7 @@ def test_models_that_are_right_on_the_same_pairs_differ_by_their_margins_alone()
     assert (found.ahead, found.p, found.better) == ((0, 0), 1.0, None)
     assert found.differences["rewards/accuracies"].interval is None
     said = found.statement()
-    assert said.startswith(
-        "these pairs cannot tell them apart: both models are right, and wrong, on the same ones of 4"
-    )
+    assert said.startswith("these pairs cannot tell them apart: neither is ahead on any of 4")
     assert "; the reward margin of B is larger by 1.0000 (" in said
 
 
