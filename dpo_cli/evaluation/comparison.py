@@ -19,6 +19,8 @@ MEASURES = (ACCURACY, MARGIN, "loss", LIKELIER, "logps/accuracies_mean", "logps/
 _NUM_NAMED = 5
 """How many of the pairs on which two models disagree most are named, each way."""
 
+_SIZES = "chosen_tokens", "rejected_tokens"
+
 Row = Mapping[str, Any]
 """A row of `held_out.jsonl`."""
 
@@ -49,6 +51,7 @@ class Comparison:
             those of the reference are.
         ahead: On how many pairs the first model is ahead by that, and on how many the second.
         p: The p-value of McNemar's exact test of these.
+        p_of_prompts: The same of prompts, each once: a model is ahead on those of which it is ahead on more pairs.
         needed: How many pairs would tell such a difference apart; None: no number.
         first_ahead: The pairs whose margin is larger under the first model, those of the largest difference.
         second_ahead: The same of the second model.
@@ -61,6 +64,7 @@ class Comparison:
     compared_by: str
     ahead: tuple[int, int]
     p: float
+    p_of_prompts: float
     needed: int | None
     first_ahead: Sequence[Disagreement]
     second_ahead: Sequence[Disagreement]
@@ -69,13 +73,13 @@ class Comparison:
     def better(self) -> int | None:
         """Which model is better, 0 or 1; None: the pairs cannot tell them apart.
 
-        It takes both, the interval and the test: of few pairs that differ an interval says too much, and the test does
-        not know of prompts that repeat.
+        It takes all, the interval and both tests: of few pairs or prompts that differ an interval says too much, and
+        the test of pairs does not know of prompts that repeat.
         """
         found = self.differences[self.compared_by]
         alike = found.interval is not None and not found.excludes_zero
         first, second = self.ahead
-        if self.p >= LEVEL or alike or found.value * (second - first) <= 0:
+        if max(self.p, self.p_of_prompts) >= LEVEL or alike or found.value * (second - first) <= 0:
             return None
         return int(second > first)
 
@@ -103,6 +107,10 @@ class Comparison:
             return f"neither is ahead on any of {self.pairs:,}"
         if self.needed is None:
             return f"{found}, each model is ahead of the other on {num_first:,} of {self.pairs:,}"
+        if self.needed <= self.pairs:
+            few = f"but the pairs have only {self.prompts:,} prompt{'s' * (self.prompts > 1)}"
+            ahead = f"{second} is ahead on {num_second:,} and {first} on {num_first:,} of {self.pairs:,}"
+            return f"{second} − {first} is {found}, {few if self.prompts < self.pairs else ahead}"
         return f"{second} − {first} is {found}, n = {self.pairs:,} would need about {_rounded_up(self.needed):,}"
 
     def _margin(self, first: str, second: str) -> str:
@@ -124,20 +132,24 @@ class Comparison:
             "compared_by": self.compared_by,
             "ahead": list(self.ahead),
             "p": self.p,
+            "p_of_prompts": self.p_of_prompts,
             "pairs_needed": self.needed,
             "better": self.better,
             **{way: [{"where": one.where, "margins": list(one.margins)} for one in ones] for way, ones in ways.items()},
         }
 
 
-def compare(first: Sequence[Row], second: Sequence[Row]) -> Comparison | None:
+def compare(first: Sequence[Row], second: Sequence[Row], *, same_loss: bool = True) -> Comparison | None:
     """Compare two models by the rows of one evaluation of each.
 
-    Pairs are the same that were read at the same place and have the same prompt; others are left out and counted.
+    Pairs are the same that were read at the same place and have the same prompt and responses of the same lengths:
+    those whose responses were exchanged in between are not. Others are left out and counted.
 
     Args:
         first: The rows of the first model: of `held_out.jsonl` those of one step.
         second: The rows of the second model.
+        same_loss: Whether both were scored with the same loss. Otherwise losses and reward margins are on different
+            scales, and are left out.
 
     Returns:
         None where no pair is among both.
@@ -147,12 +159,14 @@ def compare(first: Sequence[Row], second: Sequence[Row]) -> Comparison | None:
     if not both:
         return None
     columns = {name: _values([ours[key] for key in both], [theirs[key] for key in both], name) for name in MEASURES}
-    finite = {name: values for name, values in columns.items() if np.isfinite(values).all()}
+    scaled = () if same_loss else ("loss", MARGIN)
+    finite = {name: values for name, values in columns.items() if np.isfinite(values).all() and name not in scaled}
     prompts = np.unique([key[1] for key in both], return_inverse=True)[1].reshape(-1)
     apart = np.stack([values[1] - values[0] for values in finite.values()], axis=1)
     by = LIKELIER if any((side == 0.5).all() for side in columns[ACCURACY]) else ACCURACY
     signs = np.sign(columns[by][1] - columns[by][0])
     ahead = int((signs < 0).sum()), int((signs > 0).sum())
+    votes = np.sign(np.bincount(prompts, signs))
     first_ahead, second_ahead = _disagreements([key[0] for key in both], columns[MARGIN])
     return Comparison(
         pairs=len(both),
@@ -162,18 +176,19 @@ def compare(first: Sequence[Row], second: Sequence[Row]) -> Comparison | None:
         compared_by=by,
         ahead=ahead,
         p=mcnemar(*ahead),
+        p_of_prompts=mcnemar(int((votes < 0).sum()), int((votes > 0).sum())),
         needed=pairs_needed(*ahead, len(both), design_effect(signs, prompts)),
         first_ahead=first_ahead,
         second_ahead=second_ahead,
     )
 
 
-def _by_pair(rows: Sequence[Row]) -> dict[tuple[str, str, int], Row]:
-    """Return rows by what says that a pair is the same: its place, its prompt, and which pair of these it is."""
-    seen: Counter[tuple[str, str]] = Counter()
+def _by_pair(rows: Sequence[Row]) -> dict[tuple[Any, ...], Row]:
+    """Return rows by what says that a pair is the same: place, prompt and lengths, and which pair of these it is."""
+    seen: Counter[tuple[Any, ...]] = Counter()
     found = {}
     for row in rows:
-        at = row["where"], row["prompt_key"]
+        at = row["where"], row["prompt_key"], *map(row.get, _SIZES)
         found[(*at, seen[at])] = row
         seen[at] += 1
     return found

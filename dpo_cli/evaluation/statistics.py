@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -19,8 +20,13 @@ Numbers = NDArray[np.float64]
 LEVEL, POWER = 0.05, 0.8
 """What a test takes for chance, and how often one with enough pairs finds a difference that is there."""
 
+_Z = NormalDist().inv_cdf(1 - LEVEL / 2)
+
 _RESAMPLES, _SEED = 10_000, 0
 """At 10,000 an end of an interval is known to 0.2 % of its share; with one seed it is the same every time."""
+
+_MOST_RESAMPLED = 5_000
+"""Up to how many prompts samples are drawn; of more, a mean is normal, and 100,000 would take a minute and a half."""
 
 _MOST_EXACT = 100
 """Up to how many pairs that differ the power of the exact test is computed; beyond, its approximation is as good."""
@@ -52,7 +58,7 @@ class Estimate:
 
 
 def bootstrapped(differences: Numbers, prompts: NDArray[np.int64]) -> list[Estimate]:
-    """Return the mean of each column and its 95 % bootstrap interval, by percentiles.
+    """Return the mean of each column and its 95 % bootstrap interval, by percentiles; of many prompts the normal one.
 
     Pairs of one prompt are not independent: prompts are drawn, and with each all of its pairs.
 
@@ -64,8 +70,7 @@ def bootstrapped(differences: Numbers, prompts: NDArray[np.int64]) -> list[Estim
     """
     sums, sizes = _by_prompt(differences, prompts)
     means = differences.mean(axis=0)
-    drawn = np.concatenate(list(_resampled(sums, sizes)))
-    ends = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2], axis=0)
+    ends = _percentiles(sums, sizes) if len(sizes) <= _MOST_RESAMPLED else _normal(sums, sizes)
     spreads = np.ptp(sums / sizes[:, None], axis=0)
     return [
         Estimate(float(mean), (float(low), float(high)) if spread > 0 else None)
@@ -79,7 +84,25 @@ def _by_prompt(values: Numbers, prompts: NDArray[np.int64]) -> tuple[Numbers, ND
     return sums, np.bincount(prompts).astype(np.int64)
 
 
-def _resampled(sums: Numbers, sizes: NDArray[np.int64]) -> Any:
+def _percentiles(sums: Numbers, sizes: NDArray[np.int64]) -> Numbers:
+    """Return the lower and the upper end of each column's interval, `[2, columns]`, from means of samples."""
+    drawn = np.concatenate(list(_resampled(sums, sizes)))
+    ends: Numbers = np.quantile(drawn, [LEVEL / 2, 1 - LEVEL / 2], axis=0)
+    return ends
+
+
+def _normal(sums: Numbers, sizes: NDArray[np.int64]) -> Numbers:
+    """Return them from the spread of the prompts around the mean of all pairs.
+
+    Source: Kish 1965, Survey Sampling, section 6.3: a mean over clusters of unequal size as a ratio of sums.
+    """
+    means = sums.sum(axis=0) / sizes.sum()
+    apart = sums - means * sizes[:, None]
+    errors = np.sqrt((apart**2).sum(axis=0)) / sizes.sum()
+    return np.stack([means - _Z * errors, means + _Z * errors])
+
+
+def _resampled(sums: Numbers, sizes: NDArray[np.int64]) -> Iterator[Numbers]:
     """Yield the means of samples of prompts, drawn with replacement, `[samples, columns]` at a time."""
     generator, num_prompts = np.random.default_rng(_SEED), len(sizes)
     at_once = max(1, _DRAWN_AT_ONCE // num_prompts)
@@ -126,9 +149,8 @@ def pairs_needed(wins: int, losses: int, pairs: int, design: float = 1.0) -> int
     if wins == losses:
         return None
     differing, difference = (wins + losses) / pairs, abs(wins - losses) / pairs
-    normal = NormalDist().inv_cdf
     # √n solves n·difference − 1 = √n · (z of the level · √differing + z of the power · √variance).
-    slope = normal(1 - LEVEL / 2) * math.sqrt(differing) + normal(POWER) * math.sqrt(differing - difference**2)
+    slope = _Z * math.sqrt(differing) + NormalDist().inv_cdf(POWER) * math.sqrt(differing - difference**2)
     needed = math.ceil(((slope + math.sqrt(slope**2 + 4 * difference)) / (2 * difference)) ** 2)
     if needed * differing <= _MOST_EXACT:
         needed = _exactly_needed(differing, wins / (wins + losses), 2 * needed)

@@ -35,7 +35,7 @@ def comparison_table(found: Comparison, first: str, second: str) -> Table:
     table.add_row(f"ahead ({titles[found.compared_by]})", f"{second} on {num_second:,}", f"{first} on {num_first:,}")
     table.add_row("McNemar's exact test", "", f"p = {found.p:.2g}")
     if found.prompts < found.pairs:
-        table.add_row("prompts of these pairs", "", f"{found.prompts:,}")
+        table.add_row(f"  of their {found.prompts:,} prompts, each once", "", f"p = {found.p_of_prompts:.2g}")
     return table
 
 

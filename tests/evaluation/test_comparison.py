@@ -153,6 +153,44 @@ def test_prompts_that_repeat_count_once_in_intervals_and_in_the_number_needed():
     assert many.better is once.better is None, "a test that takes copies for pairs does not decide alone"
 
 
+@pytest.mark.parametrize("num_prompts", [1, 2, 3, 5])
+@pytest.mark.parametrize("wobble", [0, 1], ids=["all alike", "not all"])
+def test_a_few_prompts_tell_nothing_however_many_pairs_they_have(num_prompts, wobble):
+    """Of five prompts all go one way with two random models in one of 16 cases."""
+    at = [(n, f"{n % num_prompts:016x}") for n in range(60)]
+    first = [row(n, -1.0, prompt=prompt) for n, prompt in at]
+    second = [row(n, 1.0 if n >= wobble else -1.0, prompt=prompt) for n, prompt in at]
+    for found in (compare(first, second), compare(second, first)):
+        assert found is not None
+        assert found.p < 1e-9
+        assert found.p_of_prompts == pytest.approx(2 * 0.5**num_prompts)
+        assert found.better is None
+        assert f", but the pairs have only {num_prompts} prompt{'s' * (num_prompts > 1)}" in found.statement()
+
+
+def test_twenty_prompts_that_all_go_one_way_tell():
+    at = [(n, f"{n % 20:016x}") for n in range(60)]
+    found = compare([row(n, -1.0, prompt=p) for n, p in at], [row(n, 1.0, prompt=p) for n, p in at])
+    assert (found.better, found.differences["rewards/accuracies"].interval) == (1, None)
+
+
+def test_no_number_of_pairs_is_named_that_is_there_already():
+    """Ties: the second is ahead on more pairs, the first is ahead by more."""
+    found = compared([0.0] * 120 + [1.0] * 60, [1.0] * 120 + [-1.0] * 60)
+    assert (found.better, found.ahead) == (None, (60, 120))
+    assert found.needed < found.pairs
+    assert found.statement().endswith("), B is ahead on 120 and A on 60 of 180")
+
+
+def test_pairs_whose_responses_were_exchanged_are_not_the_same():
+    """Of one line of two versions of a file, as where wrong labels were corrected for the second run."""
+    sizes = {"chosen_tokens": 12, "rejected_tokens": 30}
+    first, second = [row(1, 1.0, **sizes), row(2, 1.0, **sizes)], [row(1, -1.0, **sizes), row(2, 1.0, **sizes)]
+    second[1] |= {"chosen_tokens": 30, "rejected_tokens": 12}
+    found = compare(first, second)
+    assert (found.pairs, found.unmatched) == (1, (1, 1))
+
+
 margins = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0])
 
 

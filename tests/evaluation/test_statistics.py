@@ -178,3 +178,26 @@ def test_the_design_effect_is_that_of_equal_prompts():
     generator, prompts = np.random.default_rng(3), np.repeat(np.arange(20_000), 4)
     values = generator.normal(size=20_000)[prompts] + generator.normal(scale=math.sqrt(3), size=80_000)
     assert design_effect(values, prompts) == pytest.approx(1 + 3 * 0.25, rel=0.03)
+
+
+def test_of_many_prompts_the_normal_interval_is_that_of_samples(monkeypatch):
+    """Where prompts repeat, too, and with columns of very different spread."""
+    generator = np.random.default_rng(2)
+    prompts = np.repeat(np.arange(3000), generator.integers(1, 5, 3000))
+    columns = [generator.exponential(size=3000)[prompts], generator.choice([-1.0, 0.0, 1.0], len(prompts))]
+    values = np.stack([columns[0] + generator.normal(size=len(prompts)), columns[1]], axis=1)
+    drawn = bootstrapped(values, prompts)
+    monkeypatch.setattr(statistics, "_MOST_RESAMPLED", 2999)
+    for one, other in zip(drawn, bootstrapped(values, prompts), strict=True):
+        low, high = one.interval
+        assert other.value == one.value
+        assert other.interval == pytest.approx((low, high), abs=0.02 * (high - low))
+
+
+def test_the_intervals_of_a_hundred_thousand_prompts_draw_no_samples(monkeypatch):
+    """Drawing them takes a minute and a half."""
+    monkeypatch.setattr(statistics, "_resampled", None)
+    values = np.random.default_rng(0).normal(size=(100_000, 7))
+    for found in bootstrapped(values, np.arange(100_000)):
+        low, high = found.interval
+        assert (high - low) / 2 == pytest.approx(1.96 / math.sqrt(100_000), rel=0.02)
