@@ -10,11 +10,14 @@ from html.parser import HTMLParser
 import pytest
 
 from dpo_cli.evaluation.figures import FIGURES
+from dpo_cli.evaluation.findings.watch import found, gravest_first
 from dpo_cli.pipeline.report import write_report
 from dpo_cli.reporting import run_record
 from dpo_cli.reporting.pages.run.curves import CHARTS
+from dpo_cli.reporting.pages.run.page import findings_of
 from dpo_cli.reporting.run_record import read_run
 from dpo_cli.training.run_folder import RunFolder
+from tests.evaluation.test_comparison import row as pair
 from tests.reporting.runs import SETTINGS, eval_row, healthy, step_row, write_run
 from tests.reporting.test_data_page import HOSTILE, report
 
@@ -243,6 +246,72 @@ def test_the_verdict_is_in_words(tmp_path, after, words):
         f"{100 * rows[-1]['rewards/accuracies']:.1f} % after (95 % interval {100 * low:.1f} – {100 * high:.1f} %"
         in page.text
     )
+
+
+FACTS = {
+    "losses": [{"type": "dpo"}], "trained": "all weights", "learning_rate": 1e-5, "warmup_steps": 0, "num_steps": 120,
+    "steps_per_epoch": 120, "pairs_per_step": 16, "from_reference": True, "chosen_tokens": 20.0,
+    "rejected_tokens": 40.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("best", "words"), [("loss", "Better on"), (None, "Worse, although")])
+def test_what_happened_after_the_best_step_says_nothing_of_its_model(tmp_path, best, words):
+    """Both responses fall after step 60, the model of which is in `final/`."""
+    rows = healthy()
+    fallen = {"loss": 0.6, "logps/chosen": -200.0, "logps/rejected": -300.0}
+    for row in rows:
+        if row["split"] == "eval" and row["step"] > 60:
+            row |= fallen
+    settings = SETTINGS + (f"evaluation: {{best_by: {best}}}\n" if best else "")
+    run = write_run(tmp_path / "run", rows, settings=settings)
+    (run / "facts.json").write_text(json.dumps(FACTS))
+    text = page_of(run).text
+    assert "both responses become less likely" in text, "it is a finding of the run all the same"
+    assert words in text
+
+
+def test_findings_are_those_of_the_rows_in_the_order_of_the_file(tmp_path):
+    """The step of an evaluation comes before it, and belongs to the training loss that it is compared with."""
+    rows = healthy()
+    for row in rows:
+        if row["split"] == "train" and row["step"] in (20, 40, 60):
+            row["loss"] -= 0.2
+        elif row["split"] == "eval" and row["step"] > 60:
+            row["loss"] += 0.1
+    folder = RunFolder(write_run(tmp_path / "run", rows))
+    folder.facts.write_text(json.dumps(FACTS))
+    told = found(read_run(folder).facts, rows)
+    assert "overfitting" in [one.name for one in told]
+    assert findings_of(read_run(folder)) == gravest_first(told)
+
+
+def test_before_step_1_no_pair_is_the_hardest(tmp_path):
+    text = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    pairs = [{"step": step, "pair": 1, "where": "a:1", "rewards/margins": 0.0, "text": text} for step in (0, 20)]
+    for steps, shown in ((0, False), (20, True)):
+        run = write_run(tmp_path / f"{steps}", healthy(steps), pairs=[row for row in pairs if row["step"] <= steps])
+        assert ("The hardest held-out pairs" in page_of(run).text) is shown
+
+
+def test_losses_and_margins_of_runs_with_other_losses_are_not_compared(tmp_path):
+    margins = [(-1.0) ** (number % 3) for number in range(40)]
+    pairs = [{**pair(n, margin), "step": 120} for n, margin in enumerate(margins)]
+    other = [{**pair(n, 5.0), "step": 120} for n in range(40)]
+    first = write_run(tmp_path / "one", healthy(), settings=SETTINGS + "loss: {type: dpo, beta: 0.1}\n", pairs=pairs)
+    for beta, comparable in ((0.1, True), (0.5, False)):
+        settings = SETTINGS + f"loss: {{type: dpo, beta: {beta}}}\n"
+        second = write_run(tmp_path / f"two{beta}", healthy(), settings=settings, pairs=other)
+        page = page_of_both(first, second, tmp_path / "both.html")
+        (table,) = [table for table in page.tables if table[0][0] == f"two{beta} − one"]
+        assert ({"loss", "reward margin"} <= {cells[0] for cells in table}) is comparable
+        assert ("The losses differ" in page.text) is not comparable
+        assert "is better on these pairs: +32.5 points" in page.text
+        assert ("the reward margin of" in page.text) is comparable
+
+
+def page_of_both(first, second, out):
+    return Page(write_report([RunFolder(first), RunFolder(second)], out).read_text(encoding="utf-8"))
 
 
 def test_runs_over_each_other_name_what_differs(tmp_path):

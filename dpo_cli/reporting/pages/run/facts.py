@@ -21,19 +21,20 @@ def facts_of(run: RunRecord) -> dict[str, str]:
     """Return what the run set out to do, as it said when it began; of an older run what its settings say."""
     settings, plan = run.settings, run.environment.get(PLAN)
     if isinstance(plan, Mapping):
-        data = {"data": _named(_group(settings, "data").get("train"), "path")}
+        data = {"data": _named(group_of(settings, "data").get("train"), "path")}
         said = {name: str(fact) for name, fact in plan.items() if name != "output"}
         return {name: covered(fact) for name, fact in ({"model": "", **data} | said).items() if fact}
     facts = {
         "model": _named(settings.get("model"), "name"),
         "adapter": _named(settings.get("adapter"), "type") or "none: all weights were trained",
-        "data": _named(_group(settings, "data").get("train"), "path"),
+        "data": _named(group_of(settings, "data").get("train"), "path"),
         "loss": _named(settings.get("loss"), "type"),
     }
     return {name: covered(fact) for name, fact in facts.items() if fact} if settings else {}
 
 
-def _group(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def group_of(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return a group of settings; an empty one where there is none that can be read."""
     found = settings.get(name)
     return found if isinstance(found, Mapping) else {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -22,7 +23,7 @@ from dpo_cli.reporting.pages.rendering import render, several
 from dpo_cli.reporting.pages.run.answers import MOST_ANSWERS, answered, hardest, shortened
 from dpo_cli.reporting.pages.run.charts import Mark
 from dpo_cli.reporting.pages.run.curves import charts_of
-from dpo_cli.reporting.pages.run.facts import data_found, facts_of, hardware_of, resumed_after, settings_text
+from dpo_cli.reporting.pages.run.facts import data_found, facts_of, group_of, hardware_of, resumed_after, settings_text
 from dpo_cli.reporting.pages.run.held_out import held_out_blocks
 from dpo_cli.reporting.pages.run.series import window_of
 from dpo_cli.reporting.run_record import RunRecord
@@ -65,7 +66,8 @@ def run_page(run: RunRecord, known: Known) -> str:
     marks = [*marks_of(run), *(Mark("finding", one.step, f"{one.when}: {one.title}") for one in findings)]
     answers, charts = answered(run.samples), charts_of(run, marks)
     last = after["step"] if after else 0
-    scored = run.pairs_at(last)
+    # Before step 1 no pair is harder than another.
+    scored = run.pairs_at(last) if last else []
     return with_script(
         "run/run.html",
         run=run,
@@ -103,8 +105,9 @@ def with_script(template: str, **values: Any) -> str:
 def judge(run: RunRecord, findings: Sequence[Finding]) -> Verdict:
     """Say whether a run helped, by what it has recorded so far and what was found in it."""
     before, after = ends_of(run)
-    # What held-out figures say is said by the last of them.
-    harms = [one for one in findings if one.severity == "error" and one.check not in HELD_OUT_CHECKS]
+    errors = [one for one in findings if one.severity == "error" and after and one.step <= after["step"]]
+    # What held-out figures say is said by the last of them; what came after the best step did no harm to its model.
+    harms = [one for one in errors if one.check not in HELD_OUT_CHECKS]
     lowest = min(filter(_is_whole, run.evaluations), key=lambda row: row["loss"], default=None)
     return verdict(before, after, lowest, [f"{one.title[:1].upper()}{one.title[1:]}: {one.evidence}." for one in harms])
 
@@ -120,8 +123,7 @@ def ends_of(run: RunRecord) -> tuple[Row | None, Row | None]:
 
 def best_of(run: RunRecord) -> int | None:
     """Return the step whose model is in `final/`, or is the best so far; None: it is the last one."""
-    group = run.settings.get("evaluation")
-    by = group.get("best_by") if isinstance(group, Mapping) else None
+    by = group_of(run.settings, "evaluation").get("best_by")
     return best_step(filter(_is_whole, run.evaluations), by) if isinstance(by, str) and by in BEST_BY else None
 
 
@@ -134,7 +136,8 @@ def _is_whole(row: Row) -> bool:
 
 def findings_of(run: RunRecord) -> list[Finding]:
     """Return what the diagnosis finds in the rows of a run, the gravest first: what the run told while it went on."""
-    rows = sorted([*run.evaluations, *run.steps], key=lambda row: row["step"])
+    # Of one step the training comes first, as in the file.
+    rows = sorted([*run.steps, *run.evaluations], key=lambda row: row["step"])
     return gravest_first(found(run.facts, rows, run.samples, run.pairs)) if run.facts else []
 
 
@@ -149,10 +152,9 @@ def state_of(run: RunRecord) -> str:
 def _next(run: RunRecord, judged: Verdict, findings: Sequence[Finding]) -> list[str]:
     """Say what to do next: what the gravest finding advises where the run did not help."""
     grave = next((one for one in findings if one.severity != "info" and one.advice), None)
+    config = shlex.quote(str(run.folder.config))
     if not run.finished:
-        return [
-            f"wait until it ends, or continue it with `dpo train {run.folder.config} --resume` if it was interrupted."
-        ]
+        return [f"wait until it ends, or continue it with `dpo train {config} --resume` if it was interrupted."]
     if grave and judged.outcome != "better":
         return [f"{grave.advice}."]
     return {
@@ -161,7 +163,11 @@ def _next(run: RunRecord, judged: Verdict, findings: Sequence[Finding]) -> list[
         "unclear": [
             "hold out more pairs, train more steps or raise `training.learning_rate`, and compare the answers."
         ],
-        "unknown": ["set `data.eval`, so that the next run is measured on pairs that it does not learn from."],
+        "unknown": [
+            f"score the model with `dpo eval {config}`."
+            if group_of(run.settings, "data").get("eval") is not None
+            else "set `data.eval`, so that the next run is measured on pairs that it does not learn from."
+        ],
     }[judged.outcome]
 
 

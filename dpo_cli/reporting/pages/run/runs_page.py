@@ -65,16 +65,17 @@ def _figures(runs: Sequence[RunRecord], names: Sequence[str]) -> list[list[str]]
 def _comparisons(runs: Sequence[RunRecord], names: Sequence[str]) -> Iterator[Block]:
     """Yield how each other run differs from the first one on the held-out pairs that both have, pair by pair."""
     first, *others = [_last_pairs(run) for run in runs]
-    for name, rows in zip(names[1:], others, strict=True):
-        title = f"{name} beside {names[0]}"
-        if found := compare(first, rows):
+    for name, run, rows in zip(names[1:], runs[1:], others, strict=True):
+        title, same_loss = f"{name} beside {names[0]}", run.settings.get("loss") == runs[0].settings.get("loss")
+        if found := compare(first, rows, same_loss=same_loss):
             statement = found.statement(names[0], name)
             unmatched = sum(found.unmatched)
             more = [f"{several(unmatched, 'pair')} of one run alone left out."] if unmatched else []
+            more += [] if same_loss else ["The losses differ, so that neither losses nor rewards can be compared."]
             table = plain_rows(comparison_table(found, names[0], name))
             yield Block(title, table, [f"{statement[:1].upper()}{statement[1:]}.", *more])
         elif first and rows:
-            yield Block(title, remarks=["They have no held-out pair in common: their figures are of different pairs."])
+            yield Block(title, remarks=["They have no held-out pair in common, by file, line, prompt and lengths."])
         else:
             yield Block(title, remarks=["One of them has no held_out.jsonl, so that no pair can be compared."])
 
