@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from dpo_cli.errors import from_os_error
@@ -89,16 +90,20 @@ class Tail:
     def __init__(self, path: Path) -> None:
         self._path, self._read_bytes = path, 0
 
-    def rows(self) -> list[Row]:
-        """Return the rows that were added since the last call."""
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows that were added since those that were yielded last."""
         try:
-            with self._path.open("rb") as file:
-                file.seek(self._read_bytes)
-                whole = file.read().rpartition(b"\n")
+            file = self._path.open("rb")
         except FileNotFoundError:
-            return []
-        self._read_bytes += len(whole[0]) + len(whole[1])
-        return [row for line in whole[0].splitlines() if (row := _parsed(line)) is not None]
+            return
+        with file:
+            file.seek(self._read_bytes)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._read_bytes += len(line)
+                if (row := _parsed(line)) is not None:
+                    yield row
 
 
 def _parsed(line: bytes) -> Row | None:

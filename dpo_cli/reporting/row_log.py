@@ -7,12 +7,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dpo_cli.errors import FAILED, UserError, from_os_error
-from dpo_cli.system.storage import is_open_at, write_text
+from dpo_cli.system.storage import is_open_at, rewritten
 
 OF_THE_MACHINE = ("tokens_per_second", "seconds", "memory_bytes")
 """What a row says of the machine: of the same steps taken again it says something else."""
@@ -73,14 +73,20 @@ class RowLog:
         self._digest = hashlib.sha256()
         self.evaluations: list[dict[str, Any]] = []
         try:
-            kept = [(_line(first).rstrip(), first)] if first else []
-            kept += [(text, row) for text, row in _whole_lines(self._path) if wanted(row)]
-            write_text(self._path, "".join(f"{text}\n" for text, _ in kept))
+            # One row at a time: of many held-out pairs there are many.
+            with rewritten(self._path) as file:
+                if first:
+                    self._keep_one(file, _line(first), first)
+                for line, row in _whole_lines(self._path):
+                    if wanted(row):
+                        self._keep_one(file, line, row)
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise self._refused(error) from error
-        for _, row in kept:
-            self._remember(row)
+
+    def _keep_one(self, file: BinaryIO, line: str, row: dict[str, Any]) -> None:
+        file.write(line.encode())
+        self._remember(row)
 
     def _refused(self, error: OSError) -> UserError:
         return from_os_error(error, f"writing {self._path.name}", str(self._path))
@@ -129,7 +135,7 @@ def figures_at(path: Path, step: int, digest: str) -> dict[str, dict[str, Any]]:
 
 def digest_in(path: Path) -> str:
     """Return the digest of all rows of a file, as that of a `RowLog`."""
-    return _digest_of(rows_in(path))
+    return _digest_of(row for _, row in _whole_lines(path))
 
 
 def rows_in(path: Path) -> list[dict[str, Any]]:
@@ -138,7 +144,10 @@ def rows_in(path: Path) -> list[dict[str, Any]]:
 
 
 def _digest_of(rows: Iterable[dict[str, Any]]) -> str:
-    return hashlib.sha256(b"".join(map(_digested, rows))).hexdigest()
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(_digested(row))
+    return digest.hexdigest()
 
 
 def _digested(row: dict[str, Any]) -> bytes:
@@ -153,16 +162,15 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(known, allow_nan=False) + "\n"
 
 
-def _whole_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def _whole_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Read the rows that are complete, each with its line."""
     if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append((line, row))
-    return rows
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield line.rstrip("\n") + "\n", row

@@ -118,10 +118,17 @@ def temporary_for(path: Path) -> Path:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that a reader finds the old bytes or the new, never a part of them."""
+    with rewritten(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def rewritten(path: Path) -> Iterator[BinaryIO]:
+    """Write a file part by part; a reader finds the old bytes until the context ends, and all of the new ones then."""
     temporary = temporary_for(path)
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

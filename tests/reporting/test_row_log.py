@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pytest
 
 from dpo_cli.errors import UserError
+from dpo_cli.pipeline.diagnosis import Tail
 from dpo_cli.reporting.row_log import RowLog, digest_in, rows_in
 
 
@@ -87,6 +89,34 @@ def test_of_a_step_the_rows_of_one_split_alone_are_removed(tmp_path):
     log.forget(1, "eval")
     assert read(tmp_path / "m.jsonl") == [row(1), row(2)]
     log.close()
+
+
+def test_a_file_of_very_many_rows_is_taken_up_one_row_at_a_time(tmp_path):
+    """A run on many held-out pairs has gigabytes of them, and needs its memory for other things."""
+    path = tmp_path / "held_out.jsonl"
+    path.write_text("".join(json.dumps({"step": number, "text": "…" * 100}) + "\n" for number in range(1, 4001)))
+    size = path.stat().st_size
+    tracemalloc.start()
+    try:
+        log = RowLog(path, 3990)
+        assert sum(1 for _ in Tail(path).rows()) == 3990
+        assert tracemalloc.get_traced_memory()[1] < size / 4
+    finally:
+        tracemalloc.stop()
+    assert log.digest == digest_in(path)
+    log.close()
+
+
+def test_a_tail_yields_each_whole_row_once(tmp_path):
+    path = tmp_path / "m.jsonl"
+    tail = Tail(path)
+    assert list(tail.rows()) == []
+    path.write_text('{"step": 1}\nnone\n{"step": 2}\n{"st')
+    assert list(tail.rows()) == [{"step": 1}, {"step": 2}]
+    with path.open("a") as file:
+        file.write('ep": 3}\n')
+    assert list(tail.rows()) == [{"step": 3}]
+    assert list(tail.rows()) == []
 
 
 def test_a_file_that_was_replaced_gets_no_more_rows(tmp_path):
