@@ -154,13 +154,21 @@ def check_length(config: Config, folder: RunFolder, plan: Plan, *, extend: bool)
     old, new = (rate_factor(training.schedule, training.warmup_ratio, steps) for steps in (before, now))
     longer = f"extending the run from {before:,} to {now:,} steps"
     if all(old(step) == new(step) for step in range(done)):
-        return f"{longer}: the same as a run that was started with {now:,}"
+        return f"{longer}: the same as a run that was started with {now:,}{_also_evaluated(config, before, done)}"
     course = _course(old, new, training.learning_rate, done, now)
     if extend:
         return f"{longer}; {course}"
     what = f"the learning rate of the first {done:,} steps would have been different in a run of {now:,} steps"
     hint = f"`--extend` continues anyway: {course}; for {now:,} steps of one schedule, start again with `--overwrite`"
     raise UserError(what, str(folder.config), hint)
+
+
+def _also_evaluated(config: Config, before: int, done: int) -> str:
+    """Name the evaluation of a run's old end, if a longer run would not have had it, and the best one is asked for."""
+    every = config.evaluation.every_steps
+    if config.evaluation.best_by is None or done < before or (every and before % every == 0):
+        return ""
+    return f", but that the evaluation after step {before:,} counts for `evaluation.best_by` too"
 
 
 def ended_early(config: Config, folder: RunFolder, num_steps: int) -> str | None:

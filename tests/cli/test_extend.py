@@ -86,6 +86,23 @@ def test_an_extended_run_is_byte_for_byte_one_that_was_started_longer(train, tmp
     assert "is finished" in done(train("extended", "--resume", **long))
 
 
+@pytest.mark.parametrize(("every", "named_too"), [(3, True), (4, False)])
+def test_where_the_best_is_asked_for_an_evaluation_that_a_longer_run_would_not_have_is_named(
+    write_config, zygote, tmp_path, every, named_too
+):
+    best = {"evaluation": {"every_steps": every, "best_by": "loss", "samples": 0}}
+    file = write_config("run", training={**CONSTANT, "epochs": 2, "max_steps": 8}, **AT_END, **best)
+    done(zygote.run("train", "--config", file))
+    said = done(zygote.run("train", "--config", file, "--resume", "training.max_steps=10"))
+    known = "the same as a run that was started with 10"
+    named = f"{known}, but that the evaluation after step 8 counts for `evaluation.best_by` too\n"
+    assert (named in said, f"{known}\n" in said) == (named_too, not named_too)
+    # It counts.
+    assert "final (step 10, the best" in said
+    evaluated = [row["step"] for row in read_metrics(tmp_path / "runs" / "run", "eval")]
+    assert evaluated == ([0, 3, 6, 8, 9, 10] if named_too else [0, 4, 8, 10])
+
+
 @pytest.mark.parametrize(
     "training",
     [{"schedule": "linear"}, {"schedule": "cosine"}, {"warmup_ratio": 0.3}],
