@@ -27,11 +27,19 @@ LAUNCHERS = {
     "accelerate": ["accelerate.commands.accelerate_cli", "launch", "--cpu", "--main_process_port", "0"],
 }
 COMMANDS = sorted(
-    set(re.findall(rf"^    ({LAUNCHER} (?:prepare-data|train|eval|config)[^#\n]*?) *(?:#.*)?$", BY_THEMSELVES, re.M))
+    set(
+        re.findall(
+            rf"^    ({LAUNCHER} (?:prepare-data|train|eval|sample|report|config)[^#\n]*?) *(?:#.*)?$",
+            BY_THEMSELVES,
+            re.M,
+        )
+    )
 )
 
 SHIPPED = ("quickstart", "lora")
 """Configurations that commands train and score."""
+AFTER_A_RUN = ("eval", "sample", "report")
+"""Commands that take what a run has left."""
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +55,7 @@ def project(tmp_path_factory, tiny_llama, demo_rows) -> Path:
         file.write_text(yaml.safe_dump(settings), encoding="utf-8")
     write_rows(folder / "pairs.jsonl", demo_rows[:20])
     (folder / "my.yaml").write_text(f"model: {tiny_llama}\ndata:\n  train: pairs.jsonl\n", encoding="utf-8")
+    (folder / "prompts.txt").write_text("Name the capital of France.\nName a prime.\n", encoding="utf-8")
     return folder
 
 
@@ -55,8 +64,12 @@ def test_there_are_commands_to_run():
     assert len(COMMANDS) >= 8
 
 
+def _takes_a_run(command: str) -> bool:
+    return any(f" {name} " in command for name in AFTER_A_RUN)
+
+
 # Under torchrun, tests/cli/test_two_processes.py trains as well.
-IN_ORDER = slow_unless(lambda c: not c.startswith("torchrun"), sorted(COMMANDS, key=lambda c: (" eval " in c, c)))
+IN_ORDER = slow_unless(lambda c: not c.startswith("torchrun"), sorted(COMMANDS, key=lambda c: (_takes_a_run(c), c)))
 
 
 @pytest.mark.parametrize("command", IN_ORDER)
@@ -64,9 +77,9 @@ def test_a_command_runs(project, forked_dpo, command):
     program, *words = command.split()
     if "train" in words and "--resume" not in words:
         shutil.rmtree(project / "runs", ignore_errors=True)
-    for name in SHIPPED:
-        if "eval" in words and name in command and not (project / "runs" / name).exists():
-            forked_dpo("train", "--config", f"configs/{name}.yaml", cwd=project)
+    if _takes_a_run(command):
+        for run, configuration in re.findall(r"runs/(\w+)|(\w+)\.yaml", command):
+            _leave_a_run(project, forked_dpo, run or configuration)
     if program == "dpo":
         done = forked_dpo(*words, cwd=project)
     else:
@@ -74,6 +87,19 @@ def test_a_command_runs(project, forked_dpo, command):
         launch = [sys.executable, "-m", *LAUNCHERS[program], *words]
         done = subprocess.run(launch, cwd=project, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def _leave_a_run(project: Path, forked_dpo, name: str) -> None:
+    """Train a configuration that has no run yet; a run that only its folder names is a copy of another one."""
+    run = project / "runs" / name
+    file = next((f for f in (f"configs/{name}.yaml", f"{name}.yaml") if (project / f).exists()), None)
+    if run.exists():
+        return
+    if file is not None:
+        assert forked_dpo("train", "--config", file, cwd=project).returncode == 0
+        return
+    _leave_a_run(project, forked_dpo, "my")
+    shutil.copytree(project / "runs" / "my", run)
 
 
 def test_every_make_target_that_is_named_exists():
