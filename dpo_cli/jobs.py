@@ -18,11 +18,11 @@ from dpo_cli.config.inputs import (
     check_new_file,
     check_preparation,
     check_training,
-    json_file_errors,
     look_up_on_hub,
     scored_models,
 )
 from dpo_cli.config.launched import sharding_errors, taken_over
+from dpo_cli.config.outputs import json_file_errors
 from dpo_cli.config.reporting import check_report
 from dpo_cli.config.sampling import check_sampling
 from dpo_cli.config.starting import starting_text

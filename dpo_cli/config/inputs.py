@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dpo_cli.config.launched import launch_errors
+from dpo_cli.config.outputs import json_file_errors
 from dpo_cli.config.schema import Config, changeable
 from dpo_cli.config.start_adapter import changed_start
 from dpo_cli.data.pairs.sources import Source, as_sources, check_source, look_up_source, paths_of
@@ -120,23 +121,6 @@ def check_evaluation(config: Config, models: Sequence[str], data: str | None, js
         hint = "set `data.eval`, or name pairs with --data"
         problems.append(UserError("the configuration has no held-out pairs", "`data.eval`", hint))
     raise_all([*problems, *launch_errors(config), *json_file_errors(json_file)])
-
-
-def json_file_errors(file: Path | None) -> Iterator[UserError]:
-    """Say why results cannot be written to what `--json` names, if so."""
-    if file != STANDARD_OUTPUT:
-        yield from file_errors(file, "--json", "JSON file")
-
-
-def file_errors(file: Path | None, option: str, kind: str) -> Iterator[UserError]:
-    """Say why a file of some kind cannot be written to where an option names it, if so."""
-    if file is None:
-        return
-    where = f"{option} {file}"
-    if file.is_dir():
-        yield UserError(f"the {kind} is a folder", where, "name a file in it")
-    elif not file.parent.is_dir():
-        yield UserError(f"there is no folder {located(file.parent)} for the {kind}", where, "create it")
 
 
 def scored_models(config: Config, models: Sequence[str]) -> list[str]:

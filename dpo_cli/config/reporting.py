@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dpo_cli.config.outputs import page_errors
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.settings import located, nearest_file
 from dpo_cli.training.run_folder import RunFolder, RunState
@@ -69,11 +70,7 @@ def _given_twice(named: Sequence[Path]) -> Iterator[UserError]:
 
 def _check_out(out: Path | None, *, several: bool) -> Iterator[UserError]:
     """Say why the page cannot be written there, if so."""
-    if out is None:
-        if several:
-            what = "several runs have no folder of their own for their page"
-            yield UserError(what, _WHERE, "name its file, as in `--out comparison.html`")
-    elif out.is_dir():
-        yield UserError("the file to write is a folder", f"--out {out}", "name a file in it")
-    elif not out.parent.is_dir():
-        yield UserError(f"there is no folder {located(out.parent)} for the report", f"--out {out}", "create it")
+    if out is None and several:
+        what = "several runs have no folder of their own for their page"
+        yield UserError(what, _WHERE, "name its file, as in `--out comparison.html`")
+    yield from page_errors(out, "--out")

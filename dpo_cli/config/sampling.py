@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dpo_cli.config.inputs import check_inputs, check_scored, file_errors, json_file_errors
+from dpo_cli.config.inputs import check_inputs, check_scored
 from dpo_cli.config.launched import launch_errors
+from dpo_cli.config.outputs import json_file_errors, page_errors
 from dpo_cli.config.schema import Config
 from dpo_cli.data.pairs.prompts import check_prompts
 from dpo_cli.errors import UserError, raise_all
@@ -41,7 +42,7 @@ def check_sampling(
         for option, count in counts.items()
         if count is not None and count < 1
     ]
-    problems += [*json_file_errors(json_file), *file_errors(page, "--page", "page")]
+    problems += [*json_file_errors(json_file), *page_errors(page, "--page")]
     raise_all([*problems, *launch_errors(config)])
 
 

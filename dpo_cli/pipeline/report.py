@@ -10,11 +10,11 @@ from dpo_cli.config.changed import changed_settings
 from dpo_cli.config.loading import load_config
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.reporting.console import Console
+from dpo_cli.reporting.json_file import write_results
 from dpo_cli.reporting.pages.run.page import Known, run_page
 from dpo_cli.reporting.pages.run.runs_page import runs_page
 from dpo_cli.reporting.run_record import RunRecord, read_run
 from dpo_cli.system.signals import Interrupted
-from dpo_cli.system.storage import write_text
 from dpo_cli.training.run_folder import RunFolder
 
 
@@ -30,7 +30,9 @@ def write_report(folders: Sequence[RunFolder], out: Path | None = None) -> Path:
     """
     runs = [_read(folder) for folder in folders]
     page = run_page(runs[0], known_of(runs[0])) if len(runs) == 1 else runs_page(runs, [known_of(run) for run in runs])
-    return _write(out.resolve() if out else folders[0].report, page)
+    file = out or folders[0].report
+    write_results(file, page, "writing the report")
+    return file
 
 
 def _read(folder: RunFolder) -> RunRecord:
@@ -44,23 +46,12 @@ def _read(folder: RunFolder) -> RunRecord:
     except OSError as error:
         raise from_os_error(error, "reading the run", str(error.filename or folder.path)) from error
     if not run.steps and not run.evaluations:
-        unreadable = run.unreadable.get(folder.metrics.name)
-        what = f"none of its {unreadable:,} lines can be read" if unreadable else "no step and no evaluation"
-        raise UserError(f"the run has recorded nothing yet: {what}", str(folder.metrics), "wait for its first step")
+        if unreadable := run.unreadable.get(folder.metrics.name):
+            what = f"none of the {unreadable:,} lines of {folder.metrics.name} can be read"
+            raise UserError(what, str(folder.metrics), "put the run's own file back in place")
+        what = "the run has recorded nothing yet: no step and no evaluation"
+        raise UserError(what, str(folder.metrics), "wait for its first step")
     return run
-
-
-def _write(file: Path, page: str) -> Path:
-    """Write a page and return its file.
-
-    Raises:
-        UserError: The disk refuses.
-    """
-    try:
-        write_text(file, page)
-    except OSError as error:
-        raise from_os_error(error, "writing the report", str(file)) from error
-    return file
 
 
 def known_of(run: RunRecord) -> Known:

@@ -1148,6 +1148,9 @@ EVAL_CASES = {
     "JSON onto a folder": Case(
         folder("a.json"), f"{EVAL} --model model --json a.json", 2, r"folder|directory", r"file"
     ),
+    "JSON onto the configuration": Case(
+        nothing, f"{EVAL} --model model --json run.yaml", 2, r"`run.yaml` exists already", r"another file"
+    ),
     "JSON where nothing can be made": Case(
         nothing, f"{EVAL} --model model --json /proc/a.json", 1, r"writing the figures failed", r"exist"
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dpo_cli
+from dpo_cli.config.outputs import json_file_errors
 from dpo_cli.evaluation.comparison import compare
 from dpo_cli.modeling import policy as policies
 from dpo_cli.reporting.console import Console
@@ -119,6 +120,7 @@ def test_the_program_writes_all_of_it_to_a_file(project, forked_dpo):
     models = ("--model", project / "adapter", "--model", project / "other")
     done = forked_dpo("eval", project / "run.yaml", *models, "--json", project / "figures.json")
     assert done.returncode == 0, done.stderr
+    assert not list(json_file_errors(project / "figures.json")), "the next evaluation may not replace them"
     found = json.loads((project / "figures.json").read_text())
     assert found == evaluated(project, project / "adapter", project / "other")
     assert " − A" in done.stdout

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -97,13 +99,16 @@ def _page_is_a_folder(run):
         (_a_link_to_nothing, "runs/gone", 2, "there is no run", "output_dir"),
         (_no_metrics, "runs/my", 2, "the run has recorded nothing yet", "wait"),
         (_no_rows, "runs/my", 2, "the run has recorded nothing yet", "wait"),
-        (_damaged, "runs/my", 2, "none of its 3 lines can be read", "wait"),
+        (_damaged, "runs/my", 2, "none of the 3 lines of metrics.jsonl can be read", "back in place"),
         (_metrics_are_a_folder, "runs/my", 1, "reading the run failed: is a directory", "a file was expected"),
         (_nothing, "runs/my runs/my --out a.html", 2, "the run `runs/my` is given twice", "once"),
         (_a_second_name, "runs/my runs/same --out a.html", 2, "as `runs/my` and as `runs/same`", "once"),
         (_a_second_name, "runs/my runs", 2, "several runs have no folder of their own", "--out comparison.html"),
         (_nothing, "runs/my --out nowhere/a.html", 2, "there is no folder `nowhere`", "create it"),
-        (_nothing, "runs/my --out runs", 2, "the file to write is a folder", "name a file"),
+        (_nothing, "runs/my --out runs", 2, "the page is a folder", "name a file"),
+        (_nothing, "runs/my --out runs/my/metrics.jsonl", 2, "exists already, and is no page", "another file"),
+        (_nothing, "runs/my --out runs/my/config.yaml", 2, "exists already, and is no page", "another file"),
+        (_nothing, "runs/my --out -", 2, "a page is not written to standard output", "name a file"),
         (_page_is_a_folder, "runs/my", 1, "writing the report failed: is a directory", "a file was expected"),
         (_nothing, "runs/my --out", 2, "requires an argument", "--help"),
         (_nothing, "runs/my --outt a.html", 2, "is not an option", "`--out`"),
@@ -116,6 +121,22 @@ def test_a_bad_input_gives_one_plain_error(run, capsys, breaks, arguments, statu
     assert what in " ".join(errors.split())
     assert hint in " ".join(errors.split("hint:")[-1].split())
     assert "Traceback" not in errors
+
+
+def test_a_page_replaces_an_older_one_under_the_name_that_was_given(run, capsys):
+    Path("new.html").write_text("")
+    for _ in range(2):
+        assert call("report runs/my --out new.html") == 0
+        assert capsys.readouterr().out.split() == ["report", "new.html"]
+
+
+def test_a_page_is_written_into_a_pipe_and_not_in_place_of_it(run):
+    os.mkfifo("pipe")
+    with ThreadPoolExecutor(1) as readers:
+        read = readers.submit(Path("pipe").read_text, encoding="utf-8")
+        assert call("report runs/my --out pipe") == 0
+        assert "</html>" in read.result()
+    assert Path("pipe").is_fifo()
 
 
 def test_a_run_that_may_not_be_read_is_named(run, capsys):

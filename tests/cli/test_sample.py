@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_cli.config.outputs import json_file_errors
 from tests.builders import save_adapter
 from tests.cli.in_process import call
 from tests.conftest import build_llama, make_config, write_rows
@@ -78,6 +79,7 @@ def own_answer(folder, text, tokenizer=None) -> str:
 def test_by_default_the_model_before_training_and_the_trained_one_answer_held_out_prompts(here, tiny_llama, demo_rows):
     assert call(f"sample --config run.yaml {CUT_OFF} --json rows.jsonl --count 3") == 0
     rows = rows_of("rows.jsonl")
+    assert not list(json_file_errors(Path("rows.jsonl"))), "the next call may not replace them"
     models = [str(tiny_llama), str(here / "runs" / "run" / "final")]
     assert [row["model"] for row in rows] == models * 3
     for before, after in zip(rows[::2], rows[1::2], strict=True):
@@ -257,6 +259,9 @@ BAD = [
     ("--count many", "invalid value for `--count`", "the command line"),
     ("--page missing/page.html", "there is no folder `missing`", "--page missing/page.html"),
     ("--page nothing", "the page is a folder", "--page nothing"),
+    ("--page -", "a page is not written to standard output", "--page -"),
+    ("--page pairs.jsonl", "`pairs.jsonl` exists already, and is no page", "--page pairs.jsonl"),
+    ("--json pairs.jsonl", "`pairs.jsonl` exists already, and is no JSON file that", "--json pairs.jsonl"),
     ("--json missing/rows.jsonl", "there is no folder `missing`", "--json missing/rows.jsonl"),
     ("--model=", "the value of `--model` is empty", "the command line"),
     ("data.eval=null", "the configuration has no held-out pairs", "`data.eval`"),

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from dpo_cli.config.outputs import json_file_errors
 from dpo_cli.doctor import exactness, machine
 from dpo_cli.doctor.findings import CHECKS
 from dpo_cli.doctor.machine import check_device, check_libraries
@@ -33,6 +34,7 @@ def findings_of(arguments, tmp_path, status=0):
     """Return what the doctor writes, by check and name."""
     file = tmp_path / "doctor.json"
     assert call(f"doctor {arguments} --json {file} --quiet") == status
+    assert not list(json_file_errors(file)), "the next check may not replace it"
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["ok"] is (status == 0)
     return {(finding["check"], finding["name"]): finding for finding in found["findings"]}
