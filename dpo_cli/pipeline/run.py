@@ -172,7 +172,9 @@ class Records:
         """Write the answers after a step, and hand them to the trackers."""
         if SAMPLES in self.logs:
             self.logs[SAMPLES].append(*rows)
-        show_samples(self.run.session.accelerator, self.run.session.config.trackers, rows)
+        session = self.run.session
+        for refused in show_samples(session.accelerator, session.config.trackers, rows):
+            session.console.warning(f"{refused}; `{self.run.plan.folder.samples}` has them")
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:

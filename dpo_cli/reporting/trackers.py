@@ -290,11 +290,19 @@ def start_trackers(
         raise UserError(what, "`tracking`", hint, status=FAILED) from error
 
 
-def show_samples(accelerator: Accelerator, trackers: Sequence[Tracker], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Pass answers to held-out prompts, rows of `samples.jsonl` of one step, to trackers that take text."""
-    for tracker, started in zip(trackers, accelerator.trackers, strict=False):
-        if accelerator.is_main_process:
+def show_samples(accelerator: Accelerator, trackers: Sequence[Tracker], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Pass answers to held-out prompts, rows of `samples.jsonl` of one step, to trackers that take text.
+
+    Returns:
+        What trackers did not take and why: who may log numbers may yet not keep files there.
+    """
+    refused = []
+    for tracker, started in zip(trackers, accelerator.trackers if accelerator.is_main_process else [], strict=False):
+        try:
             tracker.show_samples(started, rows)
+        except Exception as error:
+            refused.append(f"the tracker `{tracker.type}` did not take answers: {type(error).__name__}: {error}")
+    return refused
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -23,6 +23,8 @@ class config:
     update = staticmethod(lambda values, **how: told(config=values, **how))
 
 def Table(columns, data, dataframe=None):
+    if os.environ.get("REFUSES_TABLES"):
+        raise PermissionError("files may not be kept")
     return {"columns": columns, "data": data}
 
 class Run:
@@ -119,6 +121,18 @@ def test_a_tracker_that_does_not_start_is_an_error(write_config, wandb):
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "a tracker did not start (wandb): RuntimeError: api_key not configured" in result.stderr
+
+
+def test_a_tracker_that_takes_numbers_and_no_answers_does_not_end_the_run(write_config, tmp_path, wandb):
+    environment, told = wandb
+    file = write_config(tracking="wandb", training={"max_steps": 2})
+    result = run_dpo("train", "--config", file, env={**environment, "REFUSES_TABLES": "1"})
+    assert result.returncode == 0, result.stderr
+    samples = tmp_path / "runs" / "run" / "samples.jsonl"
+    what = "the tracker `wandb` did not take answers: PermissionError: files may not be kept"
+    assert result.stderr.count(f"warning: {what}; `{samples}` has them") == 2
+    assert {row["step"] for row in read_samples(samples.parent)} == {0, 2}
+    assert [entry["step"] for entry in told() if "log" in entry] == [0, 1, 2, 2]
 
 
 def test_every_tracker_of_accelerate_is_known():
