@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dpo_cli.errors import from_os_error
@@ -13,6 +13,7 @@ from dpo_cli.evaluation.findings.history import Row
 from dpo_cli.evaluation.findings.plan_checks import dominated
 from dpo_cli.evaluation.findings.watch import Watch, gravest_first
 from dpo_cli.pipeline.plan import PlannedRun
+from dpo_cli.reporting.run_record import is_answer, is_metrics, is_pair, row_in
 from dpo_cli.system.storage import write_text
 from dpo_cli.training.optimizer import warmup_steps
 
@@ -32,7 +33,8 @@ class Diagnosis:
         facts = facts_of(plan)
         _write(facts, folder.facts)
         self._watch = Watch(facts)
-        self._files = [Tail(file) for file in (folder.metrics, folder.samples, folder.held_out)]
+        files = (folder.metrics, is_metrics), (folder.samples, is_answer), (folder.held_out, is_pair)
+        self._files = [Tail(*file) for file in files]
         self._take()
 
     def warn(self) -> None:
@@ -85,10 +87,11 @@ class Tail:
 
     Args:
         path: The file, which need not be there yet.
+        is_one: Whether what is read as a row has the types of one: somebody may have written something else.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._read_bytes = path, 0
+    def __init__(self, path: Path, is_one: Callable[[Row], bool]) -> None:
+        self._path, self._is_one, self._read_bytes = path, is_one, 0
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows that were added since those that were yielded last."""
@@ -102,14 +105,5 @@ class Tail:
                 if not line.endswith(b"\n"):
                     return
                 self._read_bytes += len(line)
-                if (row := _parsed(line)) is not None:
+                if (row := row_in(line, self._is_one)) is not None:
                     yield row
-
-
-def _parsed(line: bytes) -> Row | None:
-    """Parse a row; None where somebody has written something else."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

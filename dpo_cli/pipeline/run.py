@@ -31,7 +31,8 @@ from dpo_cli.pipeline.session import Session
 from dpo_cli.reporting.card import model_card
 from dpo_cli.reporting.environment import versions
 from dpo_cli.reporting.progress import clock
-from dpo_cli.reporting.row_log import RowLog, rows_in
+from dpo_cli.reporting.row_log import RowLog
+from dpo_cli.reporting.run_record import answers_in
 from dpo_cli.reporting.samples import before_and_after
 from dpo_cli.reporting.tables import figures_table
 from dpo_cli.reporting.trackers import show_samples
@@ -316,7 +317,7 @@ def summarize(run: Run, outcome: Outcome, diagnosis: Diagnosis, seconds: float) 
     console.notice(f"done in {clock(seconds)}")
     if outcome.figures:
         console.result(figures_table(outcome.columns(run.before)))
-    for line in before_and_after(rows_in(folder.samples), outcome.step) if run.sampling else []:
+    for line in before_and_after(answers_in(folder), outcome.step) if run.sampling else []:
         console.result(line)
     for name, line in zip(itertools.chain(["found"], itertools.repeat("")), diagnosis.summary(), strict=False):
         console.result(f"{name:<8} {line}")

@@ -88,7 +88,7 @@ def read_run(folder: RunFolder) -> RunRecord:
         OSError: A file cannot be read.
     """
     unreadable: dict[str, int] = {}
-    rows = list(_rows(folder.metrics, unreadable, _is_metrics))
+    rows = list(_rows(folder.metrics, unreadable, is_metrics))
     environment = _json(folder.environment)
     evaluations = _once(row for row in rows if row.get("split") == "eval")
     return RunRecord(
@@ -97,10 +97,8 @@ def read_run(folder: RunFolder) -> RunRecord:
         environment=environment,
         steps=_once(row for row in rows if row.get("split") == "train"),
         evaluations=evaluations,
-        samples=sorted(_rows(folder.samples, unreadable, _is_answer), key=_step),
-        pairs=sorted(
-            _rows(folder.held_out, unreadable, _is_pair, _kept_lines(folder.held_out, evaluations)), key=_step
-        ),
+        samples=sorted(_rows(folder.samples, unreadable, is_answer), key=_step),
+        pairs=sorted(_rows(folder.held_out, unreadable, is_pair, _kept_lines(folder.held_out, evaluations)), key=_step),
         data_check=_data_check(environment.get(DATA_CHECK)),
         checkpoints=[step_of(path) for path in checkpoints_in(folder.checkpoints)],
         facts=RunFacts.read(folder.facts),
@@ -142,14 +140,25 @@ def _rows(
                 return
             if beginnings and not line.startswith(beginnings):
                 continue
-            row = _row(line)
-            if row is None or not is_one(row):
+            row = row_in(line, is_one)
+            if row is None:
                 unreadable[path.name] = unreadable.get(path.name, 0) + 1
             else:
                 yield row
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def answers_in(folder: RunFolder) -> list[Row]:
+    """Return the answers to held-out prompts of a run, in their order; what is not one is left out."""
+    return list(_rows(folder.samples, {}, is_answer))
+
+
+def row_in(line: bytes, is_one: Callable[[Row], bool]) -> dict[str, Any] | None:
+    """Read a line; None where it is no row of its file.
+
+    Args:
+        line: The line.
+        is_one: Whether what is read as a row has the types of one.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -157,22 +166,26 @@ def _row(line: bytes) -> dict[str, Any] | None:
     step = row.get("step") if isinstance(row, dict) else None
     if type(step) is not int or not 0 <= step < _MOST_STEPS:
         return None
-    return None if any(isinstance(v, (int, float)) and abs(v) > _LARGEST for v in row.values()) else row
+    too_large = any(isinstance(value, (int, float)) and abs(value) > _LARGEST for value in row.values())
+    return None if too_large or not is_one(row) else row
 
 
-def _is_metrics(row: Row) -> bool:
+def is_metrics(row: Row) -> bool:
+    """Tell whether what was read is a row of metrics.jsonl."""
     bounds = row.get("accuracy_interval", [0, 1])
     return isinstance(bounds, list) and len(bounds) == 2 and None not in [_number(bound) for bound in bounds]
 
 
-def _is_answer(row: Row) -> bool:
+def is_answer(row: Row) -> bool:
+    """Tell whether what was read is one of samples.jsonl."""
     texts = all(isinstance(row.get(name), str) for name in ("where", "prompt", "answer", "chosen"))
     tokens, chosen = _number(row.get("tokens")), _number(row.get("chosen_tokens"))
     counted = tokens is not None and tokens >= 0 and chosen is not None and chosen > 0
     return texts and counted and isinstance(row.get("ended"), bool)
 
 
-def _is_pair(row: Row) -> bool:
+def is_pair(row: Row) -> bool:
+    """Tell whether what was read is one of held_out.jsonl."""
     labelled = all(isinstance(row.get(name), str | None) for name in LABELS)
     return labelled and type(row.get("pair")) is int and isinstance(row.get("where"), str)
 

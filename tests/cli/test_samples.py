@@ -10,7 +10,7 @@ import pytest
 from peft import PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import make_config, read_metrics, read_samples, write_rows
+from tests.conftest import make_config, read_metrics, read_rows, read_samples, write_rows
 
 EVALUATION = {"every_steps": 3, "samples": 3, "max_new_tokens": 6}
 STEPS = [0, 3, 6, 8]
@@ -115,6 +115,29 @@ def test_rows_that_are_gone_are_missed_and_those_of_the_last_step_written_again(
     assert re.search(r"^warning: rows of .*samples.jsonl are missing or changed", result.stderr, re.M)
     assert read_samples(kept) == read_samples(run)
     assert [row["step"] for row in read_metrics(kept, "eval")] == STEPS
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "damage"),
+    [
+        ("samples", None, {"tokens": None}),
+        ("samples", None, {"prompt": 3}),
+        ("metrics", "eval", {"accuracy_interval": [0.5]}),
+    ],
+    ids=["an answer without length", "a number as a prompt", "an interval without end"],
+)
+def test_rows_that_somebody_changed_are_missed_and_end_no_run(finished, forked_dpo, tmp_path, name, split, damage):
+    """What a run is diagnosed by may be anything, once somebody has written into its files."""
+    file, run, _ = finished
+    kept = shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(kept / "final")
+    shutil.rmtree(kept / "checkpoints" / "step-000008")
+    rows = [row | damage if row.get("split") == split else row for row in read_rows(kept / f"{name}.jsonl")]
+    write_rows(kept / f"{name}.jsonl", rows)
+    result = forked_dpo("train", "--config", file, "--resume", f"output_dir={kept}")
+    assert result.returncode == 0, result.stderr
+    assert re.search(rf"^warning: rows of .*{name}.jsonl are missing or changed", result.stderr, re.M)
+    assert (kept / "final" / "model.safetensors").read_bytes() == (run / "final" / "model.safetensors").read_bytes()
 
 
 def test_how_many_are_answered_and_how_long_may_change_on_resume(finished, forked_dpo, tmp_path):

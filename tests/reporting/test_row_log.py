@@ -99,7 +99,7 @@ def test_a_file_of_very_many_rows_is_taken_up_one_row_at_a_time(tmp_path):
     tracemalloc.start()
     try:
         log = RowLog(path, 3990)
-        assert sum(1 for _ in Tail(path).rows()) == 3990
+        assert sum(1 for _ in Tail(path, bool).rows()) == 3990
         assert tracemalloc.get_traced_memory()[1] < size / 4
     finally:
         tracemalloc.stop()
@@ -109,7 +109,7 @@ def test_a_file_of_very_many_rows_is_taken_up_one_row_at_a_time(tmp_path):
 
 def test_a_tail_yields_each_whole_row_once(tmp_path):
     path = tmp_path / "m.jsonl"
-    tail = Tail(path)
+    tail = Tail(path, bool)
     assert list(tail.rows()) == []
     path.write_text('{"step": 1}\nnone\n{"step": 2}\n{"st')
     assert list(tail.rows()) == [{"step": 1}, {"step": 2}]
