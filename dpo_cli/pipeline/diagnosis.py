@@ -69,6 +69,9 @@ def facts_of(plan: PlannedRun) -> RunFacts:
         from_reference=reference.type in ("cached", "frozen") and reference.model is None,
         chosen_tokens=float(sizes.chosen_scored[steps.indices].mean()),
         rejected_tokens=float(sizes.rejected[steps.indices].mean()),
+        max_steps=training.max_steps,
+        max_grad_norm=training.max_grad_norm,
+        best_by=config.evaluation.best_by,
     )
     sources, names = pairs.sources()
     found = dominated(sources[steps.in_order(0)], names, facts.pairs_per_step, facts.window, facts.num_steps)

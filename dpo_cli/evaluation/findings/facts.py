@@ -54,6 +54,12 @@ class RunFacts(Settings):
     """Scored tokens of a chosen response, as a mean over the training pairs."""
     rejected_tokens: float
     """Tokens of a rejected response, likewise."""
+    max_steps: int | None = None
+    """Where the configuration stops training earlier; null: after the last epoch."""
+    max_grad_norm: float | None = None
+    """To which larger gradients are scaled down; null: they are not."""
+    best_by: str | None = None
+    """By which held-out figure the trained model is chosen; null: it is that of the last step."""
     dominated: Domination | None = None
     """Steps that have pairs of one source alone, by the step plan."""
 

@@ -9,7 +9,15 @@ from statistics import NormalDist
 from dpo_cli.data.records import LABELS
 from dpo_cli.evaluation.findings.finding import RunCheck
 from dpo_cli.evaluation.findings.history import History, Row, mean_of, number
-from dpo_cli.evaluation.findings.remedies import CHECK_DATA, FEWER_STEPS, LOWER_RATE, RAISE_BETA, TRAIN_ADAPTER, plain
+from dpo_cli.evaluation.findings.remedies import (
+    CHECK_DATA,
+    FEWER_STEPS,
+    KEEP_BEST,
+    LOWER_RATE,
+    RAISE_BETA,
+    TRAIN_ADAPTER,
+    plain,
+)
 
 CHANCE = 0.01
 """The share of the loss by which it may rise: less comes from rounding, and from a run too short to learn anything."""
@@ -84,13 +92,13 @@ def _category_reversed(history: History) -> str:
     if not history.step or (mean_of(rows, _ACCURACY) or 0) < 0.5:
         return ""
     groups = [(label, name, group) for label in LABELS for name, group in _groups(rows, label)]
+    margins = {(label, name): mean_of(group, _MARGIN) for label in LABELS for name, group in _groups(before, label)}
     bound = NormalDist().inv_cdf(1 - _FALSE_ALARMS / max(1, len(groups)))
     for label, name, group in groups:
         accuracy, margin = mean_of(group, _ACCURACY), mean_of(group, _MARGIN)
-        began = mean_of((row for row in before if row.get(label) == name), _MARGIN)
         if accuracy is None or margin is None or len(group) < _LEAST_PAIRS:
             continue
-        if (0.5 - accuracy) * 2 * math.sqrt(len(group)) > bound and margin < min(0, began or 0):
+        if (0.5 - accuracy) * 2 * math.sqrt(len(group)) > bound and margin < min(0, margins.get((label, name)) or 0):
             return f"{label} `{name}`: accuracy {100 * accuracy:.0f} %, margin {margin:+.3f}, {len(group)} pairs"
     return ""
 
@@ -138,7 +146,7 @@ HELD_OUT_CHECKS = (
         meaning="The policy learns its training pairs by heart; what it learns does not hold for other pairs any more.",
         remedies=(
             FEWER_STEPS,
-            plain("keep the best checkpoint (`evaluation.best_by: loss`)"),
+            KEEP_BEST,
             LOWER_RATE,
             RAISE_BETA,
             CHECK_DATA,

@@ -8,7 +8,7 @@ import zlib
 
 from dpo_cli.evaluation.findings.finding import RunCheck
 from dpo_cli.evaluation.findings.history import History, Row, changes, mean_of
-from dpo_cli.evaluation.findings.remedies import FEWER_STEPS, LOWER_RATE, RAISE_BETA, plain
+from dpo_cli.evaluation.findings.remedies import FEWER_STEPS, LENGTH_LOSS, LOWER_RATE, RAISE_BETA, plain
 
 _REPEATED = 2.4
 """How much shorter zlib may make an answer: Whisper takes what shrinks more for a model that repeats itself.
@@ -85,7 +85,7 @@ SAMPLE_CHECKS = (
         title="answers drift away from the length of the chosen responses",
         meaning="Length is what is learned first: a sum over tokens rewards it, whatever the answer says.",
         remedies=(
-            plain("use `r_dpo`, `ld_dpo`, `simpo`, or `dpo` with `logps: mean`"),
+            LENGTH_LOSS,
             RAISE_BETA,
             plain("balance the lengths of both responses"),
         ),

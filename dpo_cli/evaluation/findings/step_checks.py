@@ -11,8 +11,10 @@ from dpo_cli.evaluation.findings.history import History, Row, number
 from dpo_cli.evaluation.findings.remedies import (
     ADD_SFT,
     CHECK_DATA,
+    CLIP,
     FEWER_STEPS,
     LOWER_RATE,
+    MORE_STEPS,
     RAISE_BETA,
     RAISE_RATE,
     TRAIN_ADAPTER,
@@ -209,7 +211,7 @@ STEP_CHECKS = (
         severity="warning",
         title="the policy hardly moves: the learning rate is too low",
         meaning="At this pace the run ends about where it began.",
-        remedies=(RAISE_RATE, plain("train more steps (`training.epochs`)")),
+        remedies=(RAISE_RATE, MORE_STEPS),
         when=(
             "four windows after the warm-up and a quarter into the run: at this pace the loss of no step will have "
             "changed by 1 % at the end, and no responses by 0.01 nats per token, which nobody notices"
@@ -237,7 +239,7 @@ STEP_CHECKS = (
         severity="warning",
         title="a gradient is far larger than those before",
         meaning="A few pairs pull harder than all others together, or the policy has become unstable.",
-        remedies=(CHECK_DATA, LOWER_RATE, plain("set `training.max_grad_norm`")),
+        remedies=(CHECK_DATA, LOWER_RATE, CLIP),
         when=(
             "the norm, before it is clipped, is above 10 times the median of the window before it, and above all of "
             "the first window, so that a hard pair late in a run, when gradients are small, is none. Steps of healthy "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 
 import pytest
 
 from dpo_cli.evaluation.findings.facts import Domination, RunFacts
 from dpo_cli.evaluation.findings.watch import RUN_CHECKS, Watch, found, gravest_first
-from dpo_cli.preference.losses import DPO, SFT, APODown, SimPO
+from dpo_cli.preference.losses import DPO, RDPO, SFT, APODown, SimPO
 
 LONG_ENOUGH = 400
 """Steps after which everything had its chance."""
@@ -34,6 +35,25 @@ def step(number, **changes):
 
 def evaluation(number, loss, **changes):
     return {"split": "eval", "step": number, "loss": loss, "logps/chosen": -40.0, "logps/rejected": -80.0, **changes}
+
+
+def advice(name, **changes):
+    """What a finding advises in a run."""
+    (check,) = [check for check in RUN_CHECKS if check.name == name]
+    return "; ".join(remedy.of(facts(**changes)) for remedy in check.remedies)
+
+
+def test_nothing_is_advised_that_is_set_already():
+    assert "`evaluation.best_by: loss`" in advice("overfitting")
+    assert "best_by" not in advice("overfitting", best_by="rewards/margins")
+    assert "set `training.max_grad_norm`" in advice("gradient_spike")
+    assert "lower `training.max_grad_norm` (0.5)" in advice("gradient_spike", max_grad_norm=0.5)
+    assert "`training.epochs`" in advice("rate_too_low")
+    assert "`training.epochs`" in advice("rate_too_low", max_steps=1001), "training ends before"
+    assert "`training.max_steps`, 1,000" in advice("rate_too_low", max_steps=1000)
+    assert "use `r_dpo`" in advice("lengths_drift")
+    for loss in (DPO(logps="mean", beta=2.0), SimPO(), RDPO()):
+        assert "use " not in advice("lengths_drift", losses=(loss,))
 
 
 def names(findings):
@@ -229,6 +249,25 @@ def test_what_is_known_before_step_1_is_told_then():
     assert str(one).startswith(
         "before step 1: steps have pairs of one source alone (100 % of the pairs of steps 1 to 4"
     )
+
+
+def test_thousands_of_sources_are_looked_at_once_each():
+    """Looking for each of them in all pairs takes half a minute."""
+    pairs = [
+        {
+            "step": n,
+            "source": f"{k // 10}" if k >= 100 else "z",
+            "rewards/accuracies": float(k >= 100),
+            "rewards/margins": -0.5 * n,
+        }
+        for n in (0, 1)
+        for k in range(60_000)
+    ]
+    rows = evaluation(0, 0.69), evaluation(1, 0.6)
+    began = time.perf_counter()
+    (one,) = [one for one in found(facts(), rows, held_out=pairs) if one.name == "category_reversed"]
+    assert "source `z`: accuracy 0 %, margin -0.500, 100 pairs" in one.evidence
+    assert time.perf_counter() - began < 10
 
 
 def test_the_gravest_are_first():
