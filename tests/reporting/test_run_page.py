@@ -8,13 +8,17 @@ import time
 from html.parser import HTMLParser
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.evaluation.findings.watch import found, gravest_first
 from dpo_cli.pipeline.report import write_report
 from dpo_cli.reporting import run_record
+from dpo_cli.reporting.pages.run.charts import PLAIN, chart
 from dpo_cli.reporting.pages.run.curves import CHARTS
 from dpo_cli.reporting.pages.run.page import findings_of
+from dpo_cli.reporting.pages.run.series import Series
 from dpo_cli.reporting.run_record import read_run
 from dpo_cli.training.run_folder import RunFolder
 from tests.evaluation.test_comparison import row as pair
@@ -87,13 +91,13 @@ def test_every_value_of_the_curves_is_that_of_metrics_jsonl(tmp_path):
     charts = drawn(page_of(write_run(tmp_path / "run", rows)))
     known = [subject for subject in CHARTS if subject.metrics[0][0] in rows[1]]
     assert len(charts) == len(known) == 8
-    for subject, chart in zip(known, charts, strict=True):
+    for subject, curves in zip(known, charts, strict=True):
         for name, _, called in subject.metrics:
             for split, title in (("train", "training" if subject.held_out else "each step"), ("eval", "held out")):
                 if split == "eval" and not subject.held_out:
                     continue
                 expected = {row["step"]: row[name] for row in rows if row["split"] == split}
-                assert chart[f"{called}, {title}" if called else title] == pytest.approx(expected, rel=1e-5, abs=1e-12)
+                assert curves[f"{called}, {title}" if called else title] == pytest.approx(expected, rel=1e-5, abs=1e-12)
 
 
 def test_a_mean_of_steps_is_their_mean(tmp_path):
@@ -118,6 +122,22 @@ def test_the_table_of_figures_is_that_of_dpo_eval_before_and_after(tmp_path):
     before, after = rows[0], rows[-1]
     assert table[0][1:] == ["before training", "after step 120"]
     assert [cells[1:] for cells in table[1:]] == [[figure.cell(before), figure.cell(after)] for figure in FIGURES]
+
+
+@given(st.sampled_from([0.6931, -123.4, 0.0, 5e-6, 40_000.0]), st.sampled_from([1e-7, 3e-6, 2e-4, 0.04, 7.0, 900.0]))
+def test_no_two_values_of_an_axis_are_written_alike(low, spread):
+    """As where the loss of a run stays at ln 2."""
+    series = [Series("loss", "held", [(0, low), (1, low + spread)])]
+    labels = [tick.label for tick in chart("Loss", "", series, PLAIN).y_ticks]
+    assert len(labels) > 2
+    assert len(set(labels)) == len(labels)
+    values = [float(label.replace(",", "")) for label in labels]
+    assert values[0] <= low + spread / 1000
+    assert values[-1] >= low + spread - spread / 1000
+
+
+def test_values_of_five_digits_are_written_without_an_exponent():
+    assert [PLAIN.write(value) for value in (-12345.6, 1234.56, 0.693147, 0.0)] == ["-12350", "1235", "0.6931", "0"]
 
 
 @pytest.mark.slow

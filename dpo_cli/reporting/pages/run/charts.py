@@ -16,8 +16,6 @@ _TABLE_ROWS = 12
 """About how many steps the table of a chart has."""
 
 _Y_TICKS, _X_TICKS = 5, 5
-_LOG_RANGE = 100.0
-"""Where the largest value is so many times the smallest, a logarithmic axis shows both."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ class Unit:
 
 
 def _plain(value: float) -> str:
-    return f"{value:.4g}" if value else "0"
+    return f"{float(f'{value:.4g}'):g}" if value else "0"
 
 
 PLAIN = Unit("plain", _plain)
@@ -92,7 +90,6 @@ class Chart:
         marks: What happened, with the place in percent from the left.
         table: A heading and rows of some steps.
         data: What the pointer shows, for `page.js`.
-        logarithmic: Whether its axis is.
         legend: The names of its colours, each with its style; none where the title says it.
     """
 
@@ -106,7 +103,6 @@ class Chart:
     marks: Sequence[tuple[float, Mark]]
     table: Sequence[Sequence[str]]
     data: Mapping[str, Any]
-    logarithmic: bool
 
 
 def chart(
@@ -118,7 +114,6 @@ def chart(
     marks: Sequence[Mark] = (),
     last_step: int = 0,
     zero: bool = False,
-    logarithmic: bool = False,
 ) -> Chart:
     """Lay out a chart of at least one series with a point.
 
@@ -130,15 +125,13 @@ def chart(
         marks: What happened.
         last_step: Up to which step all charts of a page go.
         zero: Whether 0 is always seen.
-        logarithmic: Whether the axis is, where values are of very different sizes.
     """
     kept = [replace(one, points=thinned(one.points)) for one in series]
     values = [value for one in kept for _, value in one.points]
     values += [bound for one in kept for _, *bounds in one.band for bound in bounds]
     first = min(step for one in kept for step, _ in one.points)
     last = max(last_step, max(step for one in kept for step, _ in one.points), first + 1)
-    logarithmic = logarithmic and min(values) > 0 and max(values) > _LOG_RANGE * min(values)
-    scale = _Scale.over([*values, *([0.0] if zero else [])], unit, logarithmic=logarithmic)
+    scale = _Scale.over([*values, *([0.0] if zero else [])], unit)
 
     def at(step: int) -> float:
         return (step - first) / (last - first)
@@ -162,7 +155,6 @@ def chart(
                 for one in kept
             ],
         },
-        logarithmic=logarithmic,
     )
 
 
@@ -171,43 +163,30 @@ class _Scale:
     """From values to heights.
 
     Attributes:
-        low: The value at the bottom, or its logarithm.
-        high: The value at the top, or its logarithm.
-        logarithmic: Whether it is of logarithms.
+        low: The value at the bottom.
+        high: The value at the top.
         ticks: Round values within it, and their labels.
     """
 
     low: float
     high: float
-    logarithmic: bool
     ticks: Sequence[tuple[float, str]]
 
     @classmethod
-    def over(cls, values: Sequence[float], unit: Unit, *, logarithmic: bool) -> _Scale:
+    def over(cls, values: Sequence[float], unit: Unit) -> _Scale:
         """Return a scale that all values are within."""
         low, high = min(values), max(values)
-        if logarithmic:
-            low, high = math.log10(low), math.log10(high)
-            # A curve of one decade has only the values at its ends to be read by.
-            powers = range(math.floor(low), math.ceil(high) + 1, max(1, round((high - low) / _Y_TICKS)))
-            return cls(
-                min(low, powers[0]),
-                max(high, powers[-1]),
-                True,
-                [(10.0**power, f"{10.0**power:g}") for power in powers],
-            )
         if high - low <= 1e-12 * max(abs(low), abs(high)):
             spread = abs(low) * 0.1 or 1.0
             low, high = low - spread, high + spread
         step = _round_step((high - low) / _Y_TICKS / unit.size) * unit.size
         low, high = math.floor(low / step) * step, math.ceil(high / step) * step
         ticks = [low + index * step for index in range(round((high - low) / step) + 1)]
-        return cls(low, high, False, [(tick, _tick_label(tick, step, unit)) for tick in ticks])
+        return cls(low, high, [(tick, _tick_label(tick, step, unit)) for tick in ticks])
 
     def down(self, value: float) -> float:
         """Return how far below the top a value is: 0 at the top, 1 at the bottom."""
-        height = math.log10(value) if self.logarithmic else value
-        return (self.high - height) / (self.high - self.low)
+        return (self.high - value) / (self.high - self.low)
 
 
 def _round_step(least: float) -> float:
@@ -224,7 +203,8 @@ def _tick_label(tick: float, step: float, unit: Unit) -> str:
         return f"{tick / 2**30:.3g} GiB"
     digits = max(0, -math.floor(math.log10(step) + 1e-9))
     if digits > 4:
-        return f"{tick:.2g}"
+        # Of a curve that hardly moves, labels have as many digits as it takes to be different ones.
+        return f"{tick:.{max(2, digits + 1 + math.floor(math.log10(abs(tick))))}g}" if round(tick, digits) else "0"
     return f"{tick:,.{digits}f}" if round(tick, digits) else "0"
 
 

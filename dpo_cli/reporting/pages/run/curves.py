@@ -28,7 +28,6 @@ class Subject:
         unit: How values are written.
         held_out: Whether evaluations have it too.
         zero: Whether 0 is always seen.
-        logarithmic: Whether the axis is, where values are of very different sizes.
     """
 
     title: str
@@ -37,7 +36,6 @@ class Subject:
     unit: Unit = PLAIN
     held_out: bool = True
     zero: bool = False
-    logarithmic: bool = False
 
 
 def _sides(name: str) -> Sequence[tuple[str, str, str]]:
@@ -86,8 +84,7 @@ def charts_of(run: RunRecord, marks: Sequence[Mark]) -> list[Chart]:
         series = [one for metric in subject.metrics for one in _training(run, subject, *metric, main=not held_out)]
         if series or held_out:
             make = partial(chart, subject.title, subject.about, [*series, *held_out], subject.unit)
-            how = {"zero": subject.zero, "logarithmic": subject.logarithmic}
-            drawn.append(make(marks=marks, last_step=run.last_step, **how))
+            drawn.append(make(marks=marks, last_step=run.last_step, zero=subject.zero))
     return drawn
 
 
@@ -155,16 +152,7 @@ def charts_of_several(runs: Sequence[RunRecord], names: Sequence[str]) -> list[C
                 ]
                 if series:
                     title = f"{what}, {split}" if subject.held_out else what
-                    drawn.append(
-                        chart(
-                            title,
-                            subject.about,
-                            series,
-                            subject.unit,
-                            zero=subject.zero,
-                            logarithmic=subject.logarithmic,
-                        )
-                    )
+                    drawn.append(chart(title, subject.about, series, subject.unit, zero=subject.zero))
     return drawn
 
 
