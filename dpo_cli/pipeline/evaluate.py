@@ -240,7 +240,7 @@ def _unscored_base(config: Config, model: str) -> dict[str, Any]:
     base, reference = config.model.name, _named_reference(config)
     if same_model(base, model) or (reference and same_model(base, reference)):
         return {}
-    return {"base": {"missing": f"`dpo eval --model {shlex.quote(base)}` scores it"}}
+    return {"base": {"missing": f"`--model {shlex.quote(base)}` scores it"}}
 
 
 def _show(config: Config, found: Sequence[dict[str, Any]], console: Console) -> None:

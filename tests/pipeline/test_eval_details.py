@@ -194,8 +194,8 @@ def test_the_base_is_named_where_it_is_neither_scored_nor_the_reference(
     file = write_config(reference={"type": "frozen", "model": str(other)})
     final = f"{load_config(trained[0]).output_dir}/final"
     found = dpo_cli.evaluate(file, model=final, console=Console())
-    assert found["baselines"]["base"] == {"missing": f"`dpo eval --model {tiny_llama}` scores it"}
-    assert f"the base model: `dpo eval --model {tiny_llama}` scores it" in " ".join(capfd.readouterr().out.split())
+    assert found["baselines"]["base"] == {"missing": f"`--model {tiny_llama}` scores it"}
+    assert f"the base model: `--model {tiny_llama}` scores it" in " ".join(capfd.readouterr().out.split())
     assert "base" not in dpo_cli.evaluate(file, model=str(tiny_llama))["baselines"]
     simpo = dpo_cli.evaluate(write_config("free", loss="simpo"), model=final, console=Console())
     text = " ".join(capfd.readouterr().out.split())

@@ -190,6 +190,19 @@ def test_what_comes_from_data_settings_and_answers_is_text(tmp_path, text):
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufeff]", shown)
 
 
+def test_prompts_are_shown_without_their_template_as_everywhere(tmp_path):
+    rest = {"answer": "A.", "tokens": 2, "ended": True, "chosen": "C.", "chosen_tokens": 2}
+    asked = "Name the capital.", "Count to three."
+    samples = [
+        {"step": step, "where": f"a:{n}", "prompt": f"<|user|>\n{text}<|end|>\n<|assistant|>\n", **rest}
+        for step in (0, 120)
+        for n, text in enumerate(asked)
+    ]
+    text = page_of(write_run(tmp_path / "run", healthy(), samples=samples)).text
+    assert all(one in text for one in asked)
+    assert "<|" not in text
+
+
 def test_a_text_of_a_megabyte_is_shortened(tmp_path):
     long = "word " * 200_000
     sample = {

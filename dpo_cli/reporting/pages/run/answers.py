@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpo_cli.evaluation.findings.history import Row, number
+from dpo_cli.reporting.answers import bare_prompts
 from dpo_cli.reporting.differences import Part, differences
 
 MOST_ANSWERS = 12
@@ -38,7 +39,7 @@ class Answered:
 
     Attributes:
         where: Where the prompt was read.
-        prompt: The prompt.
+        prompt: The prompt, without the template that all of them have.
         chosen: The response that the data prefers.
         answers: The answers.
     """
@@ -61,7 +62,8 @@ def answered(samples: Sequence[Row]) -> list[Answered]:
         if isinstance(row.get("prompt"), str) and isinstance(row.get("answer"), str):
             by_prompt.setdefault((str(row.get("where", "")), row["prompt"]), []).append(row)
     found = []
-    for (where, prompt), rows in by_prompt.items():
+    asked = bare_prompts([prompt for _, prompt in by_prompt])
+    for ((where, _), rows), prompt in zip(by_prompt.items(), asked, strict=True):
         ordered = sorted(rows, key=lambda row: row["step"])
         first, last = ordered[0], ordered[-1]
         parts = differences(shortened(first["answer"]), shortened(last["answer"]))
