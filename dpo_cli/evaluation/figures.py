@@ -112,7 +112,7 @@ def figures_by(
     Args:
         results: At least one.
         labels: The name of each result's group; empty where it is in none.
-        told: Returns what is told of a group.
+        told: Returns the figures of a group.
 
     Returns:
         Nothing where the results are of one group, which says no more than all of them together.

@@ -264,7 +264,7 @@ def _show(config: Config, found: Sequence[dict[str, Any]], console: Console) -> 
     console.result("")
     console.result(figures_table(names, "scored pairs" if chosen else HELD_OUT))
     if len(found) > 1:
-        # What else is told of each is in the JSON: beside each other it would be pages.
+        # The details of each are in the JSON: beside each other they would be pages.
         return
     for block in detail_blocks(first):
         console.result("")
@@ -308,7 +308,7 @@ def _held_out(config: Config, data: str | None, tokenize: Any, console: Console)
 
 
 def _by_label(results: Sequence[PairResult], pairs: PreparedPairs, objective: Objective) -> dict[str, Any]:
-    """Return what is told of the pairs of each source and of each category, where the data names several."""
+    """Return figures and details of each source and of each category, where the data names several."""
     told = functools.partial(figures_and_details, objective=objective)
     found = {
         f"by_{name}": figures_by(results, [pairs.label(name, result.index) for result in results], told)

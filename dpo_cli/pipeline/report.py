@@ -85,7 +85,7 @@ def report_if_broken_off(folder: RunFolder, *, writes: bool) -> Iterator[None]:
         yield
     except (Interrupted, UserError, ExceptionGroup):
         if writes:
-            # What ended the run, such as a full disk, is reported; it may be in the way of the page, too.
+            # What ended the run, such as a full disk, is reported; it may keep the page from being written, too.
             with contextlib.suppress(Exception):
                 write_report([folder])
         raise

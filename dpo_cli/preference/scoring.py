@@ -174,14 +174,8 @@ def score_step(
     )
     logps, responses = logps.requires_grad_(), sent(responses, logps.device)
     weights, margins = (torch.cat([getattr(part, name) for part in scored]) for name in ("weights", "margins"))
-    pairs, values = _apply(
-        objective,
-        SequenceLogps.of(logps, responses),
-        SequenceLogps(of_reference, responses),
-        dataclasses.replace(step, margins=margins),
-        weights,
-        further,
-    )
+    both = SequenceLogps.of(logps, responses), SequenceLogps(of_reference, responses)
+    pairs, values = _apply(objective, *both, dataclasses.replace(step, margins=margins), weights, further)
     (slopes,) = torch.autograd.grad(pairs.losses.sum(), logps)
     shares = zip(
         _parted(slopes, scored),
