@@ -27,14 +27,14 @@ Each is reported once, at the first step that shows it, and again in a line at t
 
 Set `evaluation.every_steps`: by default there is one evaluation, at the end, and many findings need several.
 
-- Findings are computed from the run's folder alone: `metrics.jsonl`, `held_out.jsonl`, `samples.jsonl`, and `facts.json`
+- Findings come from the run's folder alone: `metrics.jsonl`, `held_out.jsonl`, `samples.jsonl`, and `facts.json`
   with a few settings and sizes. So the [report](report.md) lists the same findings as the run did, and a resumed run
   does not repeat those that were reported before its checkpoint.
 - A *window* is as many steps as have 64 pairs, at least 4: a single step varies too much. Of 64 pairs a share is known
   to ±12 points, and a mean to an eighth of the spread of its values. Each window is looked at once, at its end; a run
   shorter than that only where it is evaluated.
 - Nats per token say how much likelier or less likely a response became. At evaluations they are those of the held-out
-  pairs; between them they are computed from rewards (reward / β / tokens), if the reference is the policy before step 1.
+  pairs; between them they come from rewards (reward / β / tokens), if the reference is the policy before step 1.
 - A finding that says nothing under a loss is left out: `stuck_at_ln2` for losses that do not begin there,
   `chosen_falls` and `both_fall` for `apo_down`, which lowers chosen responses on purpose, `easy_pairs` for `sft`, which
   makes no use of rejected ones.
