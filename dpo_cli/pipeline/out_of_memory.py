@@ -11,6 +11,9 @@ from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.modeling.out_of_memory import asked_for, is_out_of_memory
 from dpo_cli.reporting.console import gib
 
+ANSWERING = "while prompts of held-out pairs were answered"
+"""What a run does beside training and evaluating, which other settings decide."""
+
 _SHOWN = 3
 
 
@@ -55,7 +58,8 @@ def _told(error: BaseException, config: Config, memory: MemoryEstimate | None) -
     parts = sorted(memory.parts().items(), key=lambda part: -part[1])[:_SHOWN]
     what += f"; the largest parts are {', '.join(f'{name} ({gib(size)})' for name, size in parts if size)}"
     whole = "the last checkpoint is whole, and `--resume` continues from it"
-    return UserError(what, None, f"try {', '.join(advice(config))}; {whole}", status=FAILED)
+    of_answers = ["fewer `evaluation.samples`"] if notes[:1] == [ANSWERING] else []
+    return UserError(what, None, f"try {', '.join([*of_answers, *advice(config)])}; {whole}", status=FAILED)
 
 
 def advice(config: Config) -> Iterator[str]:

@@ -26,6 +26,7 @@ STAGES = {
     "the reference": ("dpo_cli.preference.cache:ReferenceCache._compute", 1, "while the reference was asked"),
     "a step": ("dpo_cli.training.learner:Learner._add_up_gradients", 4, "in step 4"),
     "an update": ("dpo_cli.modeling.policy:Policy.clip", 4, "in step 4"),
+    "answers": ("dpo_cli.modeling.generation:greedy_answers", 2, "while prompts of held-out pairs were answered"),
     "an evaluation": ("dpo_cli.pipeline.evaluate:score", 2, "while held-out pairs were scored"),
 }
 
@@ -74,10 +75,8 @@ def test_it_is_one_error_that_says_what_was_largest_and_what_to_change(
     (error,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert error.startswith(f"error: memory ran out {when}: 2.00 GiB more did not fit; the largest parts are ")
     assert re.search(r"largest parts are ([a-z ]+ \([\d.]+ GiB\)(, )?){2,3}$", error)
-    assert (
-        "hint: try `training.gradient_checkpointing: true`, fewer `training.micro_batch_tokens`, `adapter: lora`"
-        in said
-    )
+    advice = "`training.gradient_checkpointing: true`, fewer `training.micro_batch_tokens`, `adapter: lora`"
+    assert f"hint: try {'fewer `evaluation.samples`, ' * (stage == 'answers')}{advice}" in said
     for checkpoint in (tmp_path / "runs/run/checkpoints").glob("step-*"):
         verify(checkpoint)
     assert call(f"train {file} --resume") == 0

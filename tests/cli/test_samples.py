@@ -10,6 +10,7 @@ import pytest
 from peft import PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.cli.in_process import call
 from tests.conftest import make_config, read_metrics, read_rows, read_samples, write_rows
 
 EVALUATION = {"every_steps": 3, "samples": 3, "max_new_tokens": 6}
@@ -138,6 +139,23 @@ def test_rows_that_somebody_changed_are_missed_and_end_no_run(finished, forked_d
     assert result.returncode == 0, result.stderr
     assert re.search(rf"^warning: rows of .*{name}.jsonl are missing or changed", result.stderr, re.M)
     assert (kept / "final" / "model.safetensors").read_bytes() == (run / "final" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_batch_of_answers_has_twice_the_tokens_of_a_micro_batch_at_most(write_config, monkeypatch, recomputed):
+    """And as many where a step keeps so little that the cache of as many tokens would be larger."""
+    from dpo_cli.evaluation import samples
+
+    sizes, answer = [], samples.greedy_answers
+
+    def noted(policy, prompts, stops, max_new_tokens):
+        sizes.append(len(prompts) * (max(map(len, prompts)) + max_new_tokens))
+        return answer(policy, prompts, stops, max_new_tokens)
+
+    monkeypatch.setattr(samples, "greedy_answers", noted)
+    training = {"micro_batch_tokens": 150, "gradient_checkpointing": recomputed, "max_steps": 1}
+    assert call(f"train {write_config(training=training, evaluation={'samples': 8, 'max_new_tokens': 4})}") == 0
+    assert 75 * (2 - recomputed) < max(sizes) <= 150 * (2 - recomputed)
 
 
 def test_how_many_are_answered_and_how_long_may_change_on_resume(finished, forked_dpo, tmp_path):
