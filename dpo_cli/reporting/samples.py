@@ -30,7 +30,8 @@ def before_and_after(rows: Sequence[Mapping[str, Any]], last: int) -> list[str]:
 
 def _answer(row: Mapping[str, Any]) -> str:
     """Write an answer on one line, with its length where the limit ended it."""
-    return _short(row["answer"]) + ("" if row["ended"] else f" (not ended after {row['tokens']} tokens)")
+    cut = "" if row["ended"] else f" (not ended after {row['tokens']} tokens)"
+    return (_short(row["answer"]) or "(nothing)") + cut
 
 
 def _short(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -17,9 +18,10 @@ from dpo_cli.pipeline.report import write_report
 from dpo_cli.reporting import run_record
 from dpo_cli.reporting.pages.run.charts import PLAIN, chart
 from dpo_cli.reporting.pages.run.curves import CHARTS
-from dpo_cli.reporting.pages.run.page import findings_of
+from dpo_cli.reporting.pages.run.page import findings_of, marks_of
 from dpo_cli.reporting.pages.run.series import Series
 from dpo_cli.reporting.run_record import read_run
+from dpo_cli.reporting.samples import before_and_after
 from dpo_cli.training.run_folder import RunFolder
 from tests.evaluation.test_comparison import row as pair
 from tests.reporting.runs import SETTINGS, eval_row, healthy, step_row, write_run
@@ -219,6 +221,22 @@ def test_a_text_of_a_megabyte_is_shortened(tmp_path):
     page = page_of(run)
     assert (run / "report.html").stat().st_size < MOST_BYTES
     assert "more characters" in page.text
+
+
+def test_an_answer_that_ends_at_once_is_shown_as_nothing(tmp_path):
+    sample = {"where": "a:1", "prompt": "Why?", "ended": True, "chosen": "So.", "chosen_tokens": 2}
+    samples = [{**sample, "step": 0, "answer": "So", "tokens": 2}, {**sample, "step": 120, "answer": "", "tokens": 1}]
+    text = " ".join(page_of(write_run(tmp_path / "run", healthy(), samples=samples)).text.split())
+    assert "after step 120, 1 token (nothing)" in text
+    assert before_and_after(samples, 120)[1:3] == ["before  So", "after   (nothing)"]
+
+
+def test_the_best_step_has_one_mark(tmp_path):
+    settings = SETTINGS + "evaluation: {best_by: loss}\n"
+    run = read_run(RunFolder(write_run(tmp_path / "run", healthy(), settings=settings)))
+    marks = marks_of(replace(run, checkpoints=[100, 120]))
+    assert [(mark.kind, mark.step) for mark in marks] == [("checkpoint", 120), ("best", 100)]
+    assert not any("`" in mark.text for mark in marks)
 
 
 def test_the_page_of_a_run_at_work_takes_the_whole_lines_alone(tmp_path):

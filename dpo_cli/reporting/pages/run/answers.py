@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from dpo_cli.evaluation.findings.history import Row, number
 from dpo_cli.reporting.answers import bare_prompts
 from dpo_cli.reporting.differences import Part, differences
+from dpo_cli.reporting.pages.rendering import several
 
 MOST_ANSWERS = 12
 """So many prompts are on the page; all are in samples.jsonl."""
@@ -82,7 +83,7 @@ def shortened(text: str) -> str:
 def _answer(row: Row, parts: Sequence[Part]) -> Answer:
     tokens = row.get("tokens")
     return Answer(
-        row["step"], parts, f"{tokens:,} tokens" if isinstance(tokens, int) else "", row.get("ended") is False
+        row["step"], parts, several(tokens, "token") if isinstance(tokens, int) else "", row.get("ended") is False
     )
 
 

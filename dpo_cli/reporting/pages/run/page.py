@@ -36,7 +36,7 @@ _MARK_NAMES = {
     "resume": "resumed from here",
     "skipped": "step skipped: loss or gradient was not finite",
     "finding": "finding",
-    "best": "the step of `final/`",
+    "best": "the step of final/",
 }
 
 
@@ -181,10 +181,11 @@ def notes_of(run: RunRecord) -> list[str]:
 
 def marks_of(run: RunRecord) -> list[Mark]:
     """Return what happened, by step."""
-    marks = [Mark("checkpoint", step, f"checkpoint of step {step:,}") for step in run.checkpoints]
-    marks += [Mark("resume", step, f"resumed after step {step:,}") for step in resumed_after(run)]
     best = best_of(run)
-    marks += [Mark("best", best, f"step {best:,} is the best, and in `final/`")] if best is not None else []
+    # The best step has a checkpoint always, whose mark would lie on its own.
+    marks = [Mark("checkpoint", step, f"checkpoint of step {step:,}") for step in run.checkpoints if step != best]
+    marks += [Mark("resume", step, f"resumed after step {step:,}") for step in resumed_after(run)]
+    marks += [Mark("best", best, f"step {best:,} is the best, and in final/")] if best is not None else []
     skipped = [row["step"] for row in run.steps if "skipped" in row][:_MOST_MARKS]
     marks += [Mark("skipped", step, f"step {step:,} was skipped") for step in skipped]
     return marks
