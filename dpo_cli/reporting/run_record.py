@@ -34,6 +34,9 @@ _LONGEST_LINE = 1 << 24
 """A longer line is none that a run writes."""
 
 
+_SHARES = "rewards/accuracies", "logps/accuracies", "logps/accuracies_mean"
+
+
 @dataclass(frozen=True, slots=True)
 class RunRecord:
     """A run as its folder has it.
@@ -173,7 +176,8 @@ def row_in(line: bytes, is_one: Callable[[Row], bool]) -> dict[str, Any] | None:
 def is_metrics(row: Row) -> bool:
     """Tell whether what was read is a row of metrics.jsonl."""
     bounds = row.get("accuracy_interval", [0, 1])
-    return isinstance(bounds, list) and len(bounds) == 2 and None not in [_number(bound) for bound in bounds]
+    bounded = isinstance(bounds, list) and len(bounds) == 2 and None not in [_number(bound) for bound in bounds]
+    return bounded and _has_shares(row)
 
 
 def is_answer(row: Row) -> bool:
@@ -187,7 +191,13 @@ def is_answer(row: Row) -> bool:
 def is_pair(row: Row) -> bool:
     """Tell whether what was read is one of held_out.jsonl."""
     labelled = all(isinstance(row.get(name), str | None) for name in LABELS)
-    return labelled and type(row.get("pair")) is int and isinstance(row.get("where"), str)
+    return labelled and type(row.get("pair")) is int and isinstance(row.get("where"), str) and _has_shares(row)
+
+
+def _has_shares(row: Row) -> bool:
+    """Tell whether all accuracies of a row are between 0 and 1, as far as it has any."""
+    known = [value for name in _SHARES if (value := number(row, name)) is not None]
+    return all(0 <= value <= 1 for value in known)
 
 
 def _number(value: Any) -> float | None:

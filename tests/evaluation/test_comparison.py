@@ -18,7 +18,7 @@ def row(number, margin, *, prompt=None, **values):
     right = 0.5 if margin == 0 else float(margin > 0)
     metrics = dict.fromkeys(PAIR_METRICS, -1.0) | {"rewards/margins": margin, "rewards/accuracies": right}
     at = {"step": 0, "pair": number, "where": f"pairs.jsonl:{number}", "prompt_key": prompt or f"{number:016x}"}
-    return at | metrics | {"logps/accuracies": right} | values
+    return at | metrics | {"logps/accuracies": right, "logps/accuracies_mean": right} | values
 
 
 def rows(margins):

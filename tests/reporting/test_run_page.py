@@ -418,6 +418,26 @@ def test_answers_and_pairs_of_other_types_are_counted_and_left_out(tmp_path):
     assert "2 lines of held_out.jsonl cannot be read" in text
 
 
+def test_accuracies_that_are_no_shares_are_counted_and_left_out(tmp_path):
+    """A digit of a file was damaged: the interval of such an accuracy is no number."""
+    rows = [*healthy(), eval_row(130, **{"rewards/accuracies": 9.0}), step_row(131, **{"logps/accuracies": -1})]
+    pairs = [{**pair(n, (-1.0) ** n), "step": 120} for n in range(30)]
+    pairs = [{**one, "logps/accuracies_mean": 0.5 if n else 5} for n, one in enumerate(pairs)]
+    run = write_run(tmp_path / "run", rows, pairs=pairs)
+    (run / "facts.json").write_text(json.dumps(FACTS))
+    text = page_of(run).text
+    assert "2 lines of metrics.jsonl cannot be read" in text
+    assert "1 line of held_out.jsonl cannot be read" in text
+    assert "after step 120" in text
+
+
+@pytest.mark.parametrize("name", ["pairs_per_step", "steps_per_epoch", "num_steps", "chosen_tokens"])
+def test_facts_that_cannot_be_are_as_good_as_none(tmp_path, name):
+    run = write_run(tmp_path / "run", healthy())
+    (run / "facts.json").write_text(json.dumps({**FACTS, name: 0}))
+    assert "Better on the held-out pairs" in page_of(run).text
+
+
 def test_of_very_many_held_out_pairs_those_are_read_that_the_page_shows(tmp_path, monkeypatch):
     pairs = [{"step": step, "pair": 1, "where": "a:1", "rewards/margins": 0.1} for step in range(0, 121, 20)]
     folder = RunFolder(write_run(tmp_path / "run", healthy(), pairs=pairs))

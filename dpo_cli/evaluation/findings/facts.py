@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.objective import Objective
@@ -42,11 +42,11 @@ class RunFacts(Settings):
     """The highest learning rate."""
     warmup_steps: int
     """Steps until the learning rate is there."""
-    num_steps: int
+    num_steps: int = Field(ge=1)
     """Planned steps."""
-    steps_per_epoch: int
+    steps_per_epoch: int = Field(ge=1)
     """Steps of a pass over the data."""
-    pairs_per_step: int
+    pairs_per_step: int = Field(ge=1)
     """Pairs of a step, over all processes; at most those of an epoch."""
     from_reference: bool
     """Whether training starts from its reference, and that stays as it is: rewards say how far the policy moved."""

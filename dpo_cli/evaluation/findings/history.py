@@ -132,7 +132,8 @@ class History:
 
     def _per_token(self, chosen: float | None, rejected: float | None) -> tuple[float, float] | None:
         both = _both(chosen, rejected)
-        return both and (both[0] / self.facts.chosen_tokens, both[1] / self.facts.rejected_tokens)
+        lengths = self.facts.chosen_tokens, self.facts.rejected_tokens
+        return (both[0] / lengths[0], both[1] / lengths[1]) if both and all(lengths) else None
 
 
 _SIDES = "chosen", "rejected"
