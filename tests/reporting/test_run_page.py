@@ -418,6 +418,15 @@ def test_answers_and_pairs_of_other_types_are_counted_and_left_out(tmp_path):
     assert "2 lines of held_out.jsonl cannot be read" in text
 
 
+@pytest.mark.parametrize("margin", [0.0, -0.5])
+def test_a_page_says_why_before_and_after_are_compared_by_likelihood(tmp_path, margin):
+    """The headline, which is about rewards, may be another one."""
+    pairs = [{**pair(n, now), "step": step} for step, now in ((0, margin), (120, 1.0)) for n in range(30)]
+    text = page_of(write_run(tmp_path / "run", healthy(), pairs=pairs)).text
+    assert "Before and after, pair by pair" in text
+    assert ("All rewards were ties before training" in text) is (margin == 0)
+
+
 def test_accuracies_that_are_no_shares_are_counted_and_left_out(tmp_path):
     """A digit of a file was damaged: the interval of such an accuracy is no number."""
     rows = [*healthy(), eval_row(130, **{"rewards/accuracies": 9.0}), step_row(131, **{"logps/accuracies": -1})]

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.data.records import LABELS
-from dpo_cli.evaluation.comparison import compare
+from dpo_cli.evaluation.comparison import LIKELIER, compare
 from dpo_cli.evaluation.details import DETAILS
 from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.evaluation.findings.history import Row, number
@@ -68,7 +68,10 @@ def _changes(before: Sequence[Row], after: Sequence[Row]) -> Iterator[Block]:
     if found := compare(before, after):
         statement = found.statement("before", "after")
         table = comparison_table(found, "before", "after")
-        yield Block("Before and after, pair by pair", plain_rows(table), [f"{statement[:1].upper()}{statement[1:]}."])
+        remarks = [f"{statement[:1].upper()}{statement[1:]}."]
+        if found.compared_by == LIKELIER:
+            remarks.append("All rewards were ties before training, so that it is asked which response is likelier.")
+        yield Block("Before and after, pair by pair", plain_rows(table), remarks)
 
 
 def _details(run: RunRecord, before: Sequence[Row], after: Sequence[Row]) -> Iterator[Block]:
