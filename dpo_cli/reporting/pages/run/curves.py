@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from dpo_cli.evaluation.findings.history import Row, number
+from dpo_cli.evaluation.findings.history import Row
 from dpo_cli.reporting.pages.run.charts import GIB, GROUPED, PERCENT, PLAIN, Chart, Mark, Unit, chart
 from dpo_cli.reporting.pages.run.series import MAIN, RAW, Series, points_of, smoothed, thinned
 from dpo_cli.reporting.run_record import RunRecord
@@ -121,16 +121,7 @@ def _joined(called: str, rest: str) -> str:
 def thinned_band(rows: Sequence[Row]) -> list[tuple[int, float, float]]:
     """Return the interval of the accuracy by step, of as many rows as the accuracy's curve has."""
     kept = {step for step, _ in thinned(points_of(rows, "rewards/accuracies"))}
-    return [(row["step"], *bounds) for row in rows if row["step"] in kept and (bounds := interval_of(row))]
-
-
-def interval_of(row: Row) -> tuple[float, float] | None:
-    """Return the interval of the accuracy of an evaluation, where there is one."""
-    bounds = row.get(INTERVAL)
-    if not isinstance(bounds, list) or len(bounds) != 2:
-        return None
-    low, high = (number({"bound": bound}, "bound") for bound in bounds)
-    return (low, high) if low is not None and high is not None else None
+    return [(row["step"], *row[INTERVAL]) for row in rows if row["step"] in kept and INTERVAL in row]
 
 
 def charts_of_several(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Chart]:
@@ -156,6 +147,11 @@ def charts_of_several(runs: Sequence[RunRecord], names: Sequence[str]) -> list[C
     return drawn
 
 
+def style_of(index: int) -> str:
+    """Return the names of a run's colour and line in `run.css`."""
+    return f"run{index % RUN_COLOURS}{' dashed' * (index >= RUN_COLOURS)}"
+
+
 def _of_run(run: RunRecord, called: str, index: int, name: str, split: str) -> Iterator[Series]:
     """Yield the curve of one run of several."""
     held_out = split == "held out"
@@ -163,11 +159,10 @@ def _of_run(run: RunRecord, called: str, index: int, name: str, split: str) -> I
     if not points:
         return
     means, size = (points, 1) if held_out or name in _STEADY else smoothed(points)
-    style = f"run{index % RUN_COLOURS}{' dashed' * (index >= RUN_COLOURS)}"
     band = thinned_band(run.evaluations) if held_out and name == "rewards/accuracies" else ()
     yield Series(
         f"{called}{f' (mean of {size} steps)' if size > 1 else ''}",
-        style,
+        style_of(index),
         means,
         band,
         dotted=held_out and len(points) <= _MOST_DOTS,

@@ -11,7 +11,7 @@ from dpo_cli.evaluation.findings.history import Row
 from dpo_cli.reporting.card import covered_within
 from dpo_cli.reporting.comparison import comparison_table
 from dpo_cli.reporting.pages.rendering import several
-from dpo_cli.reporting.pages.run.curves import RUN_COLOURS, charts_of_several
+from dpo_cli.reporting.pages.run.curves import charts_of_several, style_of
 from dpo_cli.reporting.pages.run.held_out import Block, usable
 from dpo_cli.reporting.pages.run.page import Known, cell, ends_of, findings_of, judge, notes_of, state_of, with_script
 from dpo_cli.reporting.run_record import RunRecord
@@ -46,11 +46,6 @@ def names_of(runs: Sequence[RunRecord]) -> list[str]:
     """Name runs by their folders; by the whole path where several folders have the same name."""
     names = [run.name for run in runs]
     return [name if names.count(name) == 1 else str(run.folder.path) for name, run in zip(names, runs, strict=True)]
-
-
-def style_of(index: int) -> str:
-    """Return the names of a run's colour and line in `run.css`."""
-    return f"run{index % RUN_COLOURS}{' dashed' * (index >= RUN_COLOURS)}"
 
 
 def _figures(runs: Sequence[RunRecord], names: Sequence[str]) -> list[list[str]]:
