@@ -41,6 +41,16 @@ def test_on_resume_later_steps_and_torn_lines_are_removed_and_evaluations_kept(t
     log.close()
 
 
+def test_a_whole_row_at_the_end_whose_line_was_not_ended_is_kept_and_the_next_has_a_line_of_its_own(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text(f"{json.dumps(row(1))}\r\n{json.dumps(row(2))}")
+    log = RowLog(path, 2)
+    log.append(row(3))
+    assert read(path) == [row(1), row(2), row(3)]
+    assert log.digest == digest_in(path)
+    log.close()
+
+
 @pytest.mark.parametrize("there", [[], [row(0, "eval", loss=0.7)], [row(0, "eval", loss=9.9)], [row(0), row(0)]])
 def test_the_row_that_a_checkpoint_keeps_is_the_first_whatever_became_of_the_file(tmp_path, there):
     path, before, step = tmp_path / "m.jsonl", row(0, "eval", loss=0.7), row(1, loss=0.5)
