@@ -24,7 +24,7 @@ def comparison_table(found: Comparison, first: str, second: str) -> Table:
         second: What the second one is called.
     """
     table = Table(box=None, pad_edge=False)
-    table.add_column(f"{second} − {first}", no_wrap=True)
+    table.add_column(f"{second} − {first}", overflow="fold")
     for name in ("difference", "95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
     titles = {figure.key: figure.title for figure in FIGURES}
@@ -48,7 +48,7 @@ def disagreement_table(pairs: Sequence[Disagreement], ahead: str, names: tuple[s
         names: What both models are called.
     """
     table = Table(box=None, pad_edge=False)
-    table.add_column(f"margin much larger under {ahead}", no_wrap=True)
+    table.add_column(f"margin much larger under {ahead}", overflow="fold")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for pair in pairs:

@@ -38,7 +38,7 @@ def detail_blocks(found: Mapping[str, Any]) -> Iterator[ConsoleRenderable]:
 def _accuracies(found: Mapping[str, Any]) -> Table:
     """Show every share of the pairs whose chosen response is ahead: of baselines, and the model's on parts of them."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("on the same pairs", no_wrap=True)
+    table.add_column("on the same pairs", overflow="fold")
     for name in ("pairs", "accuracy", "95 % interval"):
         table.add_column(name, justify="right", no_wrap=True)
     for title, one in _shares(found):
@@ -85,7 +85,7 @@ def _range(shown: str, least: float, largest: float) -> str:
 def _distances(from_reference: Mapping[str, Any]) -> Table:
     """Show how far the model is from the reference."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("from the reference, nats a token", no_wrap=True)
+    table.add_column("from the reference, nats a token", overflow="fold")
     for title in _DISTANCES.values():
         table.add_column(title, justify="right", no_wrap=True)
     for side, numbers in from_reference.items():

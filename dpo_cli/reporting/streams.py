@@ -9,15 +9,21 @@ import sys
 from collections.abc import Iterator
 from typing import IO, Any, cast
 
+from rich.cells import cell_len
 from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, ConsoleRenderable, RenderHook
+from rich.measure import Measurement
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.reporting.safe_text import as_text
 
 _FEWEST_CELLS = 20
 """Text is wrapped to no fewer, however narrow the terminal is."""
+
+_WIDEST = 10_000
+"""A width into which every table fits."""
 
 # The name of a model or a folder may contain brackets or colons; neither is markup.
 _LITERAL: dict[str, Any] = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}
@@ -33,7 +39,7 @@ def output_stream(*, prints: bool) -> RichConsole:
     stream = _hardened(RichConsole(quiet=not prints, **_LITERAL))
     if not stream.is_terminal:
         # A pipe has no width that a table would have to fit into.
-        stream.width = 10_000
+        stream.width = _WIDEST
     return stream
 
 
@@ -55,14 +61,30 @@ def wrapped(stream: RichConsole, text: str, indent: int = 0) -> Text:
 
 
 def unpadded(stream: RichConsole, table: ConsoleRenderable) -> ConsoleRenderable:
-    """Take from a table on a pipe the spaces at the ends of its lines, which may be thousands."""
+    """Return a table without the spaces at the ends of its lines, which may be thousands on a pipe.
+
+    Where a terminal is too narrow for its figures, lines are longer, and wrapped by the terminal: no figure is cut.
+    """
+    options = stream.options
     if on_screen(stream):
-        return table
-    rows = stream.render_lines(table, pad=False)
+        if stream.width >= (least := _least_width(stream, table)):
+            return table
+        options = options.update(width=least)
+    rows = stream.render_lines(table, options, pad=False)
     lines = [Text.assemble(*((part.text, part.style or "") for part in row)) for row in rows]
     for line in lines:
         line.rstrip()
     return Text("\n").join(lines)
+
+
+def _least_width(stream: RichConsole, table: ConsoleRenderable) -> int:
+    """Return the width at which a table has all its figures, and its first column is wrapped."""
+    if not isinstance(table, Table):
+        return 0
+    natural = Measurement.get(stream, stream.options.update(max_width=_WIDEST), table).maximum
+    first = table.columns[0]
+    titles = max(cell_len(str(cell)) for cell in (first.header, *first.cells))
+    return natural - max(0, titles - _FEWEST_CELLS)
 
 
 def _hardened(stream: RichConsole) -> RichConsole:

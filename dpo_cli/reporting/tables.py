@@ -21,7 +21,7 @@ def tokens_table(statistics: Mapping[str, Any]) -> Table:
     """Show the token lengths of prompt, chosen and rejected."""
     table = Table(box=None, pad_edge=False)
     names = list(statistics["tokens"]["prompt"])
-    table.add_column("tokens", no_wrap=True)
+    table.add_column("tokens", overflow="fold")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for part, quantiles in statistics["tokens"].items():
@@ -44,7 +44,7 @@ def percent(share: float) -> str:
 def figures_table(columns: Mapping[str, Mapping[str, Any]], scored: str = HELD_OUT) -> Table:
     """Show figures of the pairs that were scored, a column for each model."""
     table = Table(box=None, pad_edge=False)
-    table.add_column(scored, no_wrap=True)
+    table.add_column(scored, overflow="fold")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for figure in FIGURES:
@@ -61,7 +61,7 @@ _CELLS: Cells = {figure.title.strip(): figure.cell for figure in FIGURES if figu
 def groups_table(label: str, groups: Mapping[str, Mapping[str, Any]], cells: Cells = _CELLS) -> Table:
     """Show held-out figures of groups of pairs, a row for each of the largest, in the order given."""
     table = Table(box=None, pad_edge=False)
-    table.add_column(label, no_wrap=True)
+    table.add_column(label, overflow="fold")
     for name in ("pairs", *cells):
         table.add_column(name, justify="right", no_wrap=True)
     largest = sorted(groups, key=lambda group: (-groups[group]["pairs"], group))[:_GROUPS]

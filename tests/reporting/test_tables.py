@@ -9,6 +9,7 @@ from rich.console import Console
 
 from dpo_cli.preference.metrics import PAIR_METRICS
 from dpo_cli.reporting.progress import clock
+from dpo_cli.reporting.streams import output_stream, unpadded
 from dpo_cli.reporting.tables import MarkedPair, figures_table, groups_table, marked_pair, percent
 
 
@@ -16,6 +17,27 @@ def text(renderable) -> str:
     console = Console(file=io.StringIO(), width=100, no_color=True)
     console.print(renderable)
     return console.file.getvalue()
+
+
+class Terminal(io.StringIO):
+    """A file that takes itself for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
+def test_no_figure_is_cut_on_a_narrow_terminal(width):
+    values = {"pairs": 56, "ties": 0, "accuracy_interval": [0.936, 1.0], **dict.fromkeys(PAIR_METRICS, 0.123456)}
+    table = figures_table(dict.fromkeys(("before", "best (step 15)", "last (step 20)"), values))
+    stream = output_stream(prints=True)
+    stream.file, stream.width, stream.is_interactive = Terminal(), width, True
+    stream.print(unpadded(stream, table))
+    said = stream.file.getvalue()
+    assert "…" not in said
+    assert (said.count("93.6 – 100.0 %"), said.count("+0.1235")) == (3, 9)
+    assert "best (step 15)" in said
+    assert said.count("log-probability") == 2
 
 
 def test_the_largest_groups_are_shown_in_their_order_and_the_others_counted():
