@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpo_cli.evaluation.baselines import baselines
 from dpo_cli.evaluation.findings.held_out_checks import CHANCE
+from dpo_cli.evaluation.shares import Columns, Values
 from dpo_cli.evaluation.statistics import pairs_needed
 
-Outcome = Literal["better", "worse", "unclear", "unknown"]
+Outcome = Literal["better", "doubtful", "worse", "unclear", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +20,8 @@ class Verdict:
     """Whether training helped.
 
     Attributes:
-        outcome: better, worse, unclear (the held-out pairs cannot tell), or unknown (there are no figures to compare).
+        outcome: better, doubtful (better by figures that something else speaks against), worse, unclear (the held-out
+            pairs cannot tell), or unknown (there are no figures to compare).
         headline: The same as a sentence.
         reasons: What it is based on, a sentence each.
     """
@@ -32,6 +36,7 @@ def verdict(
     after: Mapping[str, Any] | None,
     lowest: Mapping[str, Any] | None = None,
     harms: Sequence[str] = (),
+    doubts: Sequence[str] = (),
 ) -> Verdict:
     """Compare the held-out figures at the end with those before step 1.
 
@@ -40,6 +45,7 @@ def verdict(
         after: The figures at the end, or so far.
         lowest: The figures of the evaluation with the lowest loss, and its step.
         harms: What else the run did to the model, a sentence each.
+        doubts: What makes one doubt better figures, a sentence each.
     """
     if not before or not after:
         missing = "before training" if after else "after training"
@@ -53,10 +59,32 @@ def verdict(
     if harms or high < began:
         rose = "Worse, although the held-out reward accuracy rose"
         return Verdict("worse", rose if low > began else "Worse on the held-out pairs", [*harms, change])
+    if low > began and doubts:
+        return Verdict("doubtful", "Better by the figures, which may not mean a better model", [*doubts, change])
     if low > began:
         return Verdict("better", "Better on the held-out pairs", [change])
     why = f"{100 * began:.1f} %, the accuracy before training, is within the interval: the difference may be chance."
     return Verdict("unclear", "Cannot be told from these held-out pairs", [change, why, *_needed(began, after)])
+
+
+def no_better_than_length(columns: Columns) -> list[str]:
+    """Say so where the longer response, or the shorter one, is right about the held-out pairs as often as the model.
+
+    Args:
+        columns: The values of the pairs, `rewards/accuracies`, `chosen_tokens` and `rejected_tokens` among them.
+    """
+    sides = {name: found["accuracy"] for name, found in baselines(columns).items() if name in ("longer", "shorter")}
+    name = max(sides, key=lambda side: sides[side])
+    if sides[name] < _mean(columns["rewards/accuracies"]):
+        return []
+    return [
+        f"The {name} response is right on {100 * sides[name]:.1f} % of these pairs, no less often than the model: they "
+        "cannot show that it learned more than length."
+    ]
+
+
+def _mean(values: Values) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _needed(began: float, after: Mapping[str, Any]) -> list[str]:

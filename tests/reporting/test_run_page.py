@@ -306,6 +306,34 @@ FACTS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(("shorter", "words"), [(20, "The shorter response is right on 100.0 %"), (12, "")])
+def test_better_figures_are_doubted_where_length_alone_is_right_as_often(tmp_path, shorter, words):
+    """All rewards are right; of the pairs, the chosen response is the shorter one in all or in some."""
+    pairs = [
+        {**pair(n, now), "step": step, "chosen_tokens": 10, "rejected_tokens": 20 if n < shorter else 5}
+        for step, now in ((0, 0.0), (120, 1.0))
+        for n in range(20)
+    ]
+    text = page_of(write_run(tmp_path / "run", healthy(), pairs=pairs)).text
+    assert words in text
+    assert ("Better by the figures, which may not mean a better model" in text) is bool(words)
+    assert ("Better on the held-out pairs" in text) is not bool(words)
+
+
+def test_better_figures_are_doubted_where_the_diagnosis_warned(tmp_path):
+    samples = [
+        {"step": step, "where": "a:1", "prompt": f"{n}?", "answer": "word " * tokens, "tokens": tokens, "ended": True,
+         "chosen": "word", "chosen_tokens": 20}
+        for step, tokens in ((0, 20), (120, 1))
+        for n in range(4)
+    ]  # fmt: skip
+    run = write_run(tmp_path / "run", healthy(), samples=samples)
+    (run / "facts.json").write_text(json.dumps(FACTS))
+    text = page_of(run).text
+    assert "Better by the figures, which may not mean a better model" in text
+    assert "Answers drift away from the length of the chosen responses (step 120)" in text
+
+
 @pytest.mark.parametrize(("best", "words"), [("loss", "Better on"), (None, "Worse, although")])
 def test_what_happened_after_the_best_step_says_nothing_of_its_model(tmp_path, best, words):
     """Both responses fall after step 60, the model of which is in `final/`."""

@@ -120,7 +120,7 @@ HELD_OUT_CHECKS = (
         severity="error",
         title="the held-out loss is higher than before step 1",
         meaning="On pairs that it was not trained on, the model is worse than the one that the run began with.",
-        remedies=(LOWER_RATE, FEWER_STEPS, RAISE_BETA, TRAIN_ADAPTER, CHECK_DATA),
+        remedies=(LOWER_RATE, FEWER_STEPS, KEEP_BEST, RAISE_BETA, TRAIN_ADAPTER, CHECK_DATA),
         when=(
             "it is above that before step 1 by more than 1 %, which rounding does not reach, at two evaluations in a "
             "row or at the last step"

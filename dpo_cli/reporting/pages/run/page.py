@@ -24,7 +24,7 @@ from dpo_cli.reporting.pages.run.answers import MOST_ANSWERS, answered, hardest,
 from dpo_cli.reporting.pages.run.charts import Mark
 from dpo_cli.reporting.pages.run.curves import charts_of
 from dpo_cli.reporting.pages.run.facts import data_found, facts_of, group_of, hardware_of, resumed_after, settings_text
-from dpo_cli.reporting.pages.run.held_out import held_out_blocks
+from dpo_cli.reporting.pages.run.held_out import held_out_blocks, length_doubts
 from dpo_cli.reporting.pages.run.series import window_of
 from dpo_cli.reporting.run_record import RunRecord
 
@@ -105,11 +105,16 @@ def with_script(template: str, **values: Any) -> str:
 def judge(run: RunRecord, findings: Sequence[Finding]) -> Verdict:
     """Say whether a run helped, by what it has recorded so far and what was found in it."""
     before, after = ends_of(run)
-    errors = [one for one in findings if one.severity == "error" and after and one.step <= after["step"]]
     # What held-out figures say is said by the last of them; what came after the best step did no harm to its model.
-    harms = [one for one in errors if one.check not in HELD_OUT_CHECKS]
+    until = [one for one in findings if after and one.step <= after["step"] and one.check not in HELD_OUT_CHECKS]
+    harms, doubts = ([_told(one) for one in until if one.severity == severity] for severity in ("error", "warning"))
     lowest = min(filter(_is_whole, run.evaluations), key=lambda row: row["loss"], default=None)
-    return verdict(before, after, lowest, [f"{one.title[:1].upper()}{one.title[1:]}: {one.evidence}." for one in harms])
+    return verdict(before, after, lowest, harms, doubts + length_doubts(run, after["step"] if after else 0))
+
+
+def _told(finding: Finding) -> str:
+    """Say what was found as a sentence."""
+    return f"{finding.title[:1].upper()}{finding.title[1:]} (step {finding.step:,}): {finding.evidence}."
 
 
 def ends_of(run: RunRecord) -> tuple[Row | None, Row | None]:
@@ -159,6 +164,7 @@ def _next(run: RunRecord, judged: Verdict, findings: Sequence[Finding]) -> list[
         return [f"{grave.advice}."]
     return {
         "better": ["read the answers below, and use the model in `final/` if they are better, too."],
+        "doubtful": ["read the answers below; use the model in `final/` only if they are better, too."],
         "worse": ["lower `training.learning_rate` or train fewer steps; look at the pairs that are most wrong, below."],
         "unclear": [
             "hold out more pairs, train more steps or raise `training.learning_rate`, and compare the answers."
