@@ -77,7 +77,7 @@ def read_prompts(path: str, count: int | None = None, system: str = "") -> list[
     except OSError as error:
         raise from_os_error(error, "reading the prompts", path, status=2) from error
     if len(problems) > _PROBLEMS:
-        rest = UserError(f"{len(problems) - _PROBLEMS:,} more rows are no prompts", path)
+        rest = UserError(f"{len(problems) - _PROBLEMS:,} more rows are no prompts", path, _FORMS)
         raise_all([*problems[:_PROBLEMS], rest])
     raise_all(problems)
     if not found:
