@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dpo_cli.evaluation.baselines import baselines
 from dpo_cli.evaluation.findings.held_out_checks import CHANCE
-from dpo_cli.evaluation.shares import Columns, Values
+from dpo_cli.evaluation.shares import Columns, share
 from dpo_cli.evaluation.statistics import pairs_needed
 
 Outcome = Literal["better", "doubtful", "worse", "unclear", "unknown"]
@@ -75,16 +74,12 @@ def no_better_than_length(columns: Columns) -> list[str]:
     """
     sides = {name: found["accuracy"] for name, found in baselines(columns).items() if name in ("longer", "shorter")}
     name = max(sides, key=lambda side: sides[side])
-    if sides[name] < _mean(columns["rewards/accuracies"]):
+    if sides[name] < share(columns["rewards/accuracies"])["accuracy"]:
         return []
     return [
         f"The {name} response is right on {100 * sides[name]:.1f} % of these pairs, no less often than the model: they "
         "cannot show that it learned more than length."
     ]
-
-
-def _mean(values: Values) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _needed(began: float, after: Mapping[str, Any]) -> list[str]:

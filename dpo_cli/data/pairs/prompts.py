@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dpo_cli.data.pairs.messages import Messages, read_messages, read_prompt, re
 from dpo_cli.data.pairs.sources import as_sources, check_source, read_rows
 from dpo_cli.data.records import BadRow, Row
 from dpo_cli.data.rows.fields import listed
-from dpo_cli.data.rows.streams import numbered_lines, open_bytes, too_long
+from dpo_cli.data.rows.text_files import rows_of_lines
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.settings import located
 from dpo_cli.system.storage import MANIFEST
@@ -68,7 +68,7 @@ def read_prompts(path: str, count: int | None = None, system: str = "") -> list[
     found: list[Prompt] = []
     problems: list[UserError] = []
     try:
-        rows = _lines(Path(path)) if is_text(path) else read_rows(as_sources(path)[0])
+        rows = rows_of_lines(Path(path), _of_line) if is_text(path) else read_rows(as_sources(path)[0])
         for row in itertools.islice(rows, count):
             try:
                 found.append(_prompt(row, system))
@@ -85,18 +85,12 @@ def read_prompts(path: str, count: int | None = None, system: str = "") -> list[
     return found
 
 
-def _lines(path: Path) -> Iterator[Row]:
-    """Yield the lines of a text, blank ones passed over."""
-    with open_bytes(path) as file:
-        for number, line in numbered_lines(file, path):
-            origin = f"{path}:{number}"
-            if line is None:
-                yield Row(origin, None, too_long())
-            elif text := line.strip():
-                try:
-                    yield Row(origin, {"prompt": text.decode("utf-8")})
-                except UnicodeDecodeError as error:
-                    yield Row(origin, None, f"the line is not UTF-8: byte {text[error.start]:#04x}")
+def _of_line(line: bytes, origin: str) -> Row:
+    """Take a line of a text for a prompt."""
+    try:
+        return Row(origin, {"prompt": line.decode("utf-8")})
+    except UnicodeDecodeError as error:
+        return Row(origin, None, f"the line is not UTF-8: byte {line[error.start]:#04x}")
 
 
 def _prompt(row: Row, system: str) -> Prompt:

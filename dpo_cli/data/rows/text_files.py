@@ -7,7 +7,7 @@ import csv
 import json
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,23 @@ from dpo_cli.errors import UserError
 
 def json_lines(path: Path) -> Iterator[Row]:
     """Read one JSON object per line; blank lines are passed over."""
+    return rows_of_lines(path, _decoded)
+
+
+def rows_of_lines(path: Path, decoded: Callable[[bytes, str], Row]) -> Iterator[Row]:
+    """Read one row per line; blank lines are passed over.
+
+    Args:
+        path: The file.
+        decoded: Makes a row of a line without the blanks around it, and of its place.
+    """
     with open_bytes(path) as file:
         for number, line in numbered_lines(file, path):
             origin = f"{path}:{number}"
             if line is None:
                 yield Row(origin, None, too_long())
             elif text := line.strip():
-                yield _decoded(text, origin)
+                yield decoded(text, origin)
 
 
 def _decoded(line: bytes, origin: str) -> Row:
