@@ -123,7 +123,7 @@ print(json.dumps(dict(zip(("took", "state", "part", "tensor"), resumed(folder, o
 _CONVERTED = (
     _PEAK
     + """
-import dpo_cli.modeling.folders.gguf_conversion as conversion
+import dpo_cli.modeling.gguf.conversion as conversion
 
 file = Path(sys.argv[1])
 conversion.settings_of(file)

@@ -29,7 +29,7 @@ from dpo_cli.modeling.held import FLOAT32, QUANTIZED, Held, held_as
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.quantized_layers import quantized_layers
 from dpo_cli.modeling.shards import _materialize
-from tests.modeling.test_gguf_files import llama, tensors_of, write
+from tests.modeling.gguf.test_reading import llama, tensors_of, write
 
 TRIES_KERNELS = """
 import sys

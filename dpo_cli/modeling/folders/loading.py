@@ -22,7 +22,6 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.files import read_adapter
 from dpo_cli.modeling.adapters.merging import merge
 from dpo_cli.modeling.folders.completeness import check_complete, load_complete, say_untied, untied
-from dpo_cli.modeling.folders.gguf_requantizing import load_requantized
 from dpo_cli.modeling.folders.hub import fetch_weights
 from dpo_cli.modeling.folders.identities import stamp_of
 from dpo_cli.modeling.folders.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
@@ -34,6 +33,7 @@ from dpo_cli.modeling.folders.resolving import is_gguf, load_named
 from dpo_cli.modeling.folders.saving import logits_alone, remember, remember_tokenizer
 from dpo_cli.modeling.folders.size_checks import check_model_elements, check_size
 from dpo_cli.modeling.folders.weight_types import WeightTypes
+from dpo_cli.modeling.gguf.requantizing import load_requantized
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.shards import placeholders
 

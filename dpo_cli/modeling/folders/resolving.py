@@ -42,6 +42,6 @@ def _folder_of(name: str, *, weights: bool) -> Path | str:
     if not is_gguf(name):
         return name
     # It loads models, which takes seconds to import: a tokenizer alone is there without.
-    from dpo_cli.modeling.folders.gguf_conversion import converted, settings_of
+    from dpo_cli.modeling.gguf.conversion import converted, settings_of
 
     return converted(Path(name)) if weights else settings_of(Path(name))

@@ -14,7 +14,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from dpo_cli.modeling.folders.completeness import load_complete
-from dpo_cli.modeling.folders.gguf_streaming import Streaming, read_as
+from dpo_cli.modeling.gguf.streaming import Streaming, read_as
 
 if TYPE_CHECKING:
     import torch

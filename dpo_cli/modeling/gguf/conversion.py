@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.folders.completeness import load_complete
-from dpo_cli.modeling.folders.gguf_files import GgufContent, check_all_read, settle_positions
-from dpo_cli.modeling.folders.gguf_streaming import Streaming, read_as
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.saving import saved_folder, saved_model, write_beside_weights
 from dpo_cli.modeling.folders.size_checks import check_room
+from dpo_cli.modeling.gguf.content import GgufContent, check_all_read, settle_positions
+from dpo_cli.modeling.gguf.streaming import Streaming, read_as
 from dpo_cli.modeling.held import FLOAT32
 from dpo_cli.system.storage import DamagedFolder, cache_root, file_digest, verify
 

@@ -1,0 +1,1 @@
+"""GGUF files: read as a model, and written of one."""
