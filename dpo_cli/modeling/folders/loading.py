@@ -205,8 +205,10 @@ def _empty(folder: str, trust: Trust, held: Held, *, with_buffers: bool = False)
     if model.config._attn_implementation == "flex_attention" and not torch.cuda.is_available():
         hint = "set `model.attention` to `eager` or `sdpa`"
         raise UserError("FlexAttention, which it asks for, computes no gradient without a GPU", None, hint)
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if window is not None and window < 1:
+    text = model.config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    # Where a model does not use its window, transformers may write 0.
+    if window is not None and window < 1 and getattr(text, "use_sliding_window", True):
         what = f"{CONFIG} says `sliding_window: {window}`: no token would attend to any"
         raise UserError(what, None, "set it to null in config.json if tokens attend to all earlier tokens")
     logits_alone(model)

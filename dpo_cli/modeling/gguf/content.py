@@ -27,6 +27,11 @@ _LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4
 _LLAMA_3_POSITIONS = 8192
 """What Llama 3.1 and later scale positions by, which such files hold as a table alone."""
 
+_SIZES_OF_EXPERTS = {
+    "moe_intermediate_size": ".ffn_up_exps.weight", "shared_expert_intermediate_size": ".ffn_up_shexp.weight",
+}  # fmt: skip
+"""By which tensor a setting of transformers is known."""
+
 _HINT = "train the model that the file was made of: a folder with config.json and .safetensors files"
 
 
@@ -64,11 +69,21 @@ def check_all_read(model: PreTrainedModel, content: GgufContent) -> None:
     """
     left_out = {*content.tables, *(["output.weight"] if model.all_tied_weights_keys else [])}
     held = sum(size for name, size in content.sizes.items() if name not in left_out)
-    used = sum(parameter.numel() for parameter in model.parameters())
+    # Buffers among them: by one, routers choose experts. What is tied is the same tensor twice.
+    used = sum({id(one): one.numel() for one in model.state_dict(keep_vars=True).values()}.values())
     if held > used:
         layers = model.config.get_text_config().num_hidden_layers
         what = f"the file has {held:,} weights, but {type(model).__name__} with {layers} layers uses {used:,}"
         raise UserError(what, None, _HINT)
+
+
+def settle_experts(config: PretrainedConfig, content: GgufContent) -> None:
+    """Let a model's settings give its experts the size that they have in the file, which transformers does not read."""
+    for setting, name in _SIZES_OF_EXPERTS.items():
+        found = [size for tensor, size in content.sizes.items() if tensor.endswith(name)]
+        if found and hasattr(config, setting):
+            together = config.num_experts if "_exps" in name else 1
+            setattr(config, setting, found[0] // together // config.hidden_size)
 
 
 def settle_positions(model: PreTrainedModel, content: GgufContent) -> None:

@@ -14,7 +14,7 @@ from dpo_cli.modeling.folders.completeness import load_complete
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.saving import saved_folder, saved_model, write_beside_weights
 from dpo_cli.modeling.folders.size_checks import check_room
-from dpo_cli.modeling.gguf.content import GgufContent, check_all_read, settle_positions
+from dpo_cli.modeling.gguf.content import GgufContent, check_all_read, settle_experts, settle_positions
 from dpo_cli.modeling.gguf.streaming import Streaming, read_as
 from dpo_cli.modeling.held import FLOAT32
 from dpo_cli.system.storage import DamagedFolder, cache_root, file_digest, verify
@@ -30,6 +30,7 @@ def settings_of(path: Path) -> Path:
 
     def write(folder: Path, content: GgufContent) -> None:
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        settle_experts(config, content)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
             model.tie_weights()

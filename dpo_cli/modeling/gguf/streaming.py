@@ -30,8 +30,13 @@ _ONE_BY_ONE = {
     legacy.NemotronTensorProcessor,
     legacy.Gemma2TensorProcessor,
     legacy.Lfm2TensorProcessor,
+    legacy.Qwen2MoeTensorProcessor,
+    legacy.MiniMaxM2TensorProcessor,
 }
-"""How tensors are changed where one of the file becomes one of the model; others put experts together."""
+"""How tensors are changed where each of the file is one of the model, or a part of one: gate and up of all experts."""
+
+_ROWS = 1
+"""The dimension of stacked experts that counts the rows of each."""
 
 
 @contextlib.contextmanager
@@ -68,26 +73,52 @@ class Streaming(GgufHfQuantizer):  # type: ignore[misc]
             return whole
         changed = processor(config=config)
         names = legacy.get_gguf_hf_weights_map(model, changed)
+        parts: dict[str, list[ReaderTensor]] = {}
+        # In the order of their names: of what is one tensor in the model, gate comes before up.
+        for one in sorted(tensors, key=lambda tensor: tensor.name):
+            # Stacked experts have no module of their own in transformers, so that nothing is called `weight` there.
+            if name := names.get(one.name) or names.get(one.name.removesuffix(".weight")):
+                parts.setdefault(name, []).append(one)
         file = Path(checkpoint_file)
-        return {names[one.name]: _Streamed(file, one, changed, self.dtype) for one in tensors if one.name in names}
+        return {name: _Streamed(file, of_it, changed, self.dtype) for name, of_it in parts.items()}
 
 
 class _Streamed(LazyGgufTensor):  # type: ignore[misc]
-    """A tensor that is read when it is asked for; of a mapped file, its pages would stay in memory beside it."""
+    """A tensor that is read when it is asked for; of a mapped file, its pages would stay in memory beside it.
 
-    def __init__(self, file: Path, tensor: ReaderTensor, processor: legacy.TensorProcessor, dtype: torch.dtype) -> None:
-        super().__init__(tensor.data, tensor.tensor_type, tuple(reversed(tensor.shape.tolist())))
-        self._file, self._tensor, self._processor, self._dtype = file, tensor, processor, dtype
+    Args:
+        file: The file.
+        parts: What it is made of: one tensor, or several that are joined along the rows of each expert.
+        processor: How a tensor is changed.
+        dtype: What it becomes.
+    """
+
+    def __init__(
+        self, file: Path, parts: list[ReaderTensor], processor: legacy.TensorProcessor, dtype: torch.dtype
+    ) -> None:
+        shape = list(reversed(parts[0].shape.tolist()))
+        if len(parts) > 1:
+            shape[_ROWS] *= len(parts)
+        super().__init__(parts[0].data, parts[0].tensor_type, tuple(shape))
+        self._file, self._parts, self._processor, self._dtype = file, parts, processor, dtype
 
     def is_floating_point(self) -> bool:
         """Tell that it is made of floats, whatever the file has."""
         return True
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        if len(self._parts) == 1:
+            return self._read(self._parts[0])
+        whole = torch.empty(self.shape, dtype=self._dtype)
+        for place, part in zip(whole.chunk(len(self._parts), _ROWS), self._parts, strict=True):
+            place.copy_(self._read(part))
+        return whole
+
+    def _read(self, tensor: ReaderTensor) -> torch.Tensor:
+        """Return a tensor of the file as the model has it."""
         from gguf import dequantize
 
-        held = self._tensor.data
-        blocks = np.fromfile(self._file, held.dtype, held.size, offset=self._tensor.data_offset).reshape(held.shape)
-        weights = dequantize(blocks, self._tensor.tensor_type)
-        changed = self._processor.process(weights=weights, name=self._tensor.name).weights
+        held = tensor.data
+        blocks = np.fromfile(self._file, held.dtype, held.size, offset=tensor.data_offset).reshape(held.shape)
+        changed = self._processor.process(weights=dequantize(blocks, tensor.tensor_type), name=tensor.name).weights
         return torch.from_numpy(np.ascontiguousarray(changed)).to(self._dtype)
