@@ -25,7 +25,7 @@ from dpo_cli.modeling.folders.identities import identity_of, known_identity, rem
 from dpo_cli.modeling.folders.loading import empty_policy, load_onto_shards, load_policy, weights_of
 from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.folders.model_names import whole_model
-from dpo_cli.modeling.folders.saving import origin_of
+from dpo_cli.modeling.folders.saving import origin_of, warn_of_ignored
 from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.placement import Placement, Sharded, placement_for
@@ -492,6 +492,7 @@ class Policy:
         Raises:
             UserError: Something fails.
         """
+        warn_of_ignored(self.model)
         return self._trained.prove_saving(self.model, tokenizer)
 
     @property

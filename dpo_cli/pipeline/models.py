@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from dpo_cli.config import Config
 from dpo_cli.data.prepared.folder import PreparedPairs
 from dpo_cli.data.prepared.step_plan import MicroBatch
 from dpo_cli.errors import UserError
+from dpo_cli.evaluation.samples import stop_tokens
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.files import adapter_folder, base_of, holds_adapter
 from dpo_cli.modeling.adapters.settings import Saved
@@ -19,12 +21,15 @@ from dpo_cli.modeling.attention.kernels import kernels_for
 from dpo_cli.modeling.attention.trees import CannotPack, windows_of
 from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.folders.model_names import same_model
+from dpo_cli.modeling.folders.saving import end_generation_at
+from dpo_cli.modeling.folders.tokenizers import end_at
 from dpo_cli.modeling.held import Held
 from dpo_cli.modeling.layouts import LAYOUTS, PACKED, PADDED, Layout
 from dpo_cli.modeling.memory import activation_bytes
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import REFUSALS, Proof, prove
 from dpo_cli.pipeline.out_of_memory import during
+from dpo_cli.pipeline.pairs import RunData
 from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.cache import ReferenceCache, reference_identity
 from dpo_cli.preference.reference import Cached, OpenReference
@@ -33,6 +38,9 @@ from dpo_cli.training.checks import check_base, check_fits, check_logps, own_log
 
 Settle = Callable[[Policy, Layout], tuple[Batches, Mapping[str, str]]]
 """Settles how pairs are cut for a model and a layout; returns the batches, and what is to be said of them."""
+
+_RESPONSES = 64
+"""In how many responses the tokens are looked for with which the template closes them."""
 
 
 def opened(
@@ -107,6 +115,15 @@ def trained_policy(session: Session, *, empty: bool = False) -> Policy:
     if empty:
         return Policy.empty(name, trust, *how)
     return Policy.load(name, trust, session.accelerator.device, *how, placement=session.placement)
+
+
+def end_as_trained(policy: Policy, config: Config, tokenizer: Any, data: RunData) -> None:
+    """Let generation end, by the settings that are saved with a policy, where responses of its training pairs end."""
+    if config.model.eos_token is not None:
+        end_at(policy.model, tokenizer.eos_token_id)
+    responses = [data.pairs[index].chosen.tolist() for index in data.train[:_RESPONSES].tolist()]
+    ends = stop_tokens(tokenizer, getattr(policy.model, "generation_config", None), responses)
+    end_generation_at(policy.model, sorted(ends))
 
 
 def scored_and_reference(session: Session, scored: str) -> tuple[str | Policy, Policy]:

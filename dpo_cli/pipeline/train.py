@@ -15,7 +15,6 @@ from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.adapters.files import adapter_folder
 from dpo_cli.modeling.allocator import hand_back_freed_memory
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.folders.tokenizers import end_at
 from dpo_cli.modeling.memory import MemoryEstimate, used_bytes
 from dpo_cli.modeling.placement import Sharded
 from dpo_cli.modeling.policy import Policy
@@ -24,7 +23,7 @@ from dpo_cli.pipeline.best import check_evaluations, conclude, is_over, judge
 from dpo_cli.pipeline.compilation import compile_layers_of
 from dpo_cli.pipeline.forecast import disk_need, show_forecast, warn_of_disk
 from dpo_cli.pipeline.memory import without_gradient
-from dpo_cli.pipeline.models import open_reference, opened, shortest_pair, trained_policy
+from dpo_cli.pipeline.models import end_as_trained, open_reference, opened, shortest_pair, trained_policy
 from dpo_cli.pipeline.out_of_memory import during, reported
 from dpo_cli.pipeline.plan import PlannedRun, check_data, header, noted, planned
 from dpo_cli.pipeline.report import report_if_broken_off
@@ -130,8 +129,7 @@ def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume:
     if config.adapter and config.adapter.start:
         for line in check_base(policy, adapter_folder(config.adapter.start), config.model.name):
             session.console.notice(line)
-    if config.model.eos_token is not None:
-        end_at(policy.model, plan.tokenizer.eos_token_id)
+    end_as_trained(policy, config, plan.tokenizer, data)
     fingerprints = {
         # Beside an adapter the base is held as it is computed, and another precision makes another base of it.
         **({PRECISION: session.precision.name} if config.adapter else {}),

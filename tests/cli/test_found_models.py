@@ -412,7 +412,7 @@ def test_a_model_that_fails_on_its_first_pairs_is_told_by_what_it_says(train, pu
 def test_what_a_model_says_of_generation_is_saved_with_what_no_library_knows(train, put, folder, tmp_path):
     put("llama")
     file = folder / "generation_config.json"
-    said = {**json.loads(file.read_text()), "chat_format": "chatml", "temperature": 0.3, "suppress_tokens": None}
+    said = {**json.loads(file.read_text()), "chat_format": "chatml", "repetition_penalty": 1.1, "suppress_tokens": None}
     file.write_text(json.dumps(said))
     result = train()
     assert result.returncode == 0, result.stderr

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dpo_cli.errors import UserError, from_os_error
-from dpo_cli.modeling.folders.model_files import CONFIG, WHOLE_WEIGHTS, check_fetched, check_texts
+from dpo_cli.modeling.folders.model_files import CONFIG, GENERATION, WHOLE_WEIGHTS, check_fetched, check_texts
 from dpo_cli.settings import located
 from dpo_cli.system.hub import cached_file, download_beside, is_hub_id, is_path
 from dpo_cli.system.storage import MANIFEST
@@ -26,7 +26,7 @@ PREFIX = "base_model.model."
 """What PEFT puts before the names of weights that it saves."""
 
 _PICKLED = "adapter_model.bin"
-_BESIDE = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "LICEN[CS]E*"]
+_BESIDE = ["tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "*.jinja", "LICEN[CS]E*", GENERATION]
 """What of an adapter on the Hub is brought beside its settings and weights."""
 
 _DAMAGED = "the adapter is damaged: save or download it again"

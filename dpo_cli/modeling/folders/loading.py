@@ -30,7 +30,7 @@ from dpo_cli.modeling.folders.quantization import check_pickles
 from dpo_cli.modeling.folders.reading import are_as_held, read_over
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.resolving import is_gguf, load_named
-from dpo_cli.modeling.folders.saving import logits_alone, remember, remember_tokenizer
+from dpo_cli.modeling.folders.saving import logits_alone, remember, remember_adapter
 from dpo_cli.modeling.folders.size_checks import check_model_elements, check_size
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.gguf.requantizing import load_requantized
@@ -102,7 +102,8 @@ def load_policy(
     if base != name:
         adapter = read_adapter(Path(name))
         merge(model, adapter)
-        remember_tokenizer(model, adapter.path)
+        with explained(name, "adapter"):
+            remember_adapter(model, adapter.path)
     return model
 
 

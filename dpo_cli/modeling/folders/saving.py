@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.folders.completeness import check_complete, configs
+from dpo_cli.modeling.folders.generation_settings import complete, take_over, with_ends
 from dpo_cli.modeling.folders.identities import Stamp
 from dpo_cli.modeling.folders.model_files import (
     CONFIG,
@@ -30,6 +32,8 @@ from dpo_cli.system.storage import refused, sealed_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 _LOGITS_ALONE = {
     "output_attentions": False,
@@ -64,6 +68,7 @@ class Origin:
         asked: What its settings asked for beside the logits, by the name of the model within; the whole is "".
         files: The files that belong to it, by name.
         generation: What it says of generation, what transformers does not know included.
+        ignored: What else it says of generation, which transformers ignores and refuses to save.
         types: The types of its weights.
         read_from: The folder or file that its weights were read from; None: it is not known.
         stamp: The stamp of that before they were read.
@@ -72,6 +77,7 @@ class Origin:
     asked: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
+    ignored: dict[str, Any] = field(default_factory=dict)
     types: WeightTypes = field(default_factory=lambda: WeightTypes({}, torch.float32))
     read_from: Path | None = None
     stamp: Stamp = field(default_factory=dict)
@@ -95,18 +101,30 @@ def remember(model: PreTrainedModel, folder: Path, trust: Trust, types: WeightTy
     files = _files(
         folder, lambda path: bool(_BELONGS.fullmatch(path.name)) or (trust.remote_code and path.suffix == ".py")
     )
-    said = folder / GENERATION
-    generation = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
-    model.origin = Origin(logits_alone(model), files, generation, types)
+    generation, ignored = take_over(model, folder / GENERATION)
+    model.origin = Origin(logits_alone(model), files, generation, ignored, types)
 
 
-def remember_tokenizer(model: PreTrainedModel, folder: Path) -> None:
-    """Keep with a model the tokenizer of another folder in place of that of its own, if there is one."""
+def remember_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Keep with a model the tokenizer and the generation settings of an adapter in place of its own, if it has them."""
+    origin: Origin = model.origin
     if holds_tokenizer(folder):
-        origin: Origin = model.origin
         others = {name: content for name, content in origin.files.items() if not _OF_TOKENIZERS.fullmatch(name)}
         files = _files(folder, lambda path: bool(_OF_TOKENIZERS.fullmatch(path.name)))
-        model.origin = replace(origin, files=others | files)
+        origin = replace(origin, files=others | files)
+    if (folder / GENERATION).is_file():
+        generation, ignored = take_over(model, folder / GENERATION)
+        origin = replace(origin, generation=generation, ignored=ignored)
+    model.origin = origin
+
+
+def end_generation_at(model: PreTrainedModel, tokens: Iterable[int]) -> None:
+    """Let generation end at some tokens too, now and by the settings that are saved with a model."""
+    if model.can_generate():
+        ends = with_ends(model.generation_config.eos_token_id, tokens)
+        model.generation_config.eos_token_id = ends
+        origin = origin_of(model)
+        model.origin = replace(origin, generation={**origin.generation, "eos_token_id": ends})
 
 
 def _files(folder: Path, belongs: Callable[[Path], bool]) -> dict[str, bytes]:
@@ -199,10 +217,19 @@ def write_model(
 
 
 def write_tokenizer(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a tokenizer, and the files that belong to the model, into a folder, so that other programs read them."""
+    """Write a tokenizer, and what belongs to the model beside its weights, so that other programs read them.
+
+    That is the files that training does not change, and where generation ends: also beside an adapter, which may have
+    learned to end texts with another token than its base.
+    """
     tokenizer.save_pretrained(folder)
-    for name, content in origin_of(model).files.items():
+    origin = origin_of(model)
+    for name, content in origin.files.items():
         (folder / name).write_bytes(content)
+    if model.can_generate():
+        # Not the model's own: another thread may be generating by other settings at this moment.
+        generation = origin.generation or model.generation_config.to_diff_dict()
+        write_json(folder / GENERATION, complete(generation, tokenizer))
     _name_tokenizer(folder / _TOKENIZER, tokenizer)
     for name in (_TOKENIZER, "special_tokens_map.json"):
         _name_end(folder / name, tokenizer)
@@ -218,9 +245,20 @@ def write_beside_weights(folder: Path, model: PreTrainedModel, tokenizer: PreTra
     """Complete a folder into which a model was saved: what opened the model before opens it as well."""
     origin = origin_of(model)
     _ask_again(folder / CONFIG, origin.asked)
-    if (generation := folder / GENERATION).is_file():
-        write_json(generation, {**origin.generation, **json.loads(generation.read_text(encoding="utf-8"))})
     write_tokenizer(folder, model, tokenizer)
+
+
+def warn_of_ignored(model: PreTrainedModel) -> None:
+    """Say which generation settings of a model are not saved with it, since transformers ignores and refuses them."""
+    if ignored := origin_of(model).ignored:
+        shown = ", ".join(f"`{name}: {value}`" for name, value in ignored.items())
+        _log.warning(
+            "%s of %s sets %s, which transformers ignores beside the other settings there and refuses to save: the "
+            "saved model is without; to keep what is for sampling, set `do_sample: true` there",
+            GENERATION,
+            model.name_or_path,
+            shown,
+        )
 
 
 def prove_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -10,9 +10,11 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.files import adapter_folder, base_name, holds_adapter, read_adapter
-from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust, holds_tokenizer
+from dpo_cli.modeling.folders.generation_settings import with_ends
+from dpo_cli.modeling.folders.model_files import GENERATION, NO_TRUST, Trust, holds_tokenizer
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.resolving import load_named
+from dpo_cli.modeling.folders.saving import end_generation_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,14 +101,17 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, name: str, where: str,
 
 
 def generation_config(name: str, trust: Trust = NO_TRUST) -> GenerationConfig:
-    """Load what a model says of generation: of it the end tokens are used.
+    """Load what a model says of generation, or an adapter in its place: of it the end tokens are used.
 
     Raises:
         UserError: The model cannot be found or read.
     """
+    if holds_adapter(name) and ((own := adapter_folder(name)) / GENERATION).is_file():
+        with explained(name, "adapter"):
+            return GenerationConfig.from_pretrained(str(own))
 
     def load(folder: str) -> GenerationConfig:
-        if (Path(folder) / "generation_config.json").is_file():
+        if (Path(folder) / GENERATION).is_file():
             return GenerationConfig.from_pretrained(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust.remote_code)
         return GenerationConfig.from_model_config(config)
@@ -115,9 +120,6 @@ def generation_config(name: str, trust: Trust = NO_TRUST) -> GenerationConfig:
 
 
 def end_at(model: PreTrainedModel, token: int) -> None:
-    """Let generation end at a token too, by the settings that are saved with a model; others that end it stay."""
-    for settings in (model.generation_config, model.config):
-        known = getattr(settings, "eos_token_id", None)
-        others = known if isinstance(known, list) else [known]
-        ids = [token, *(other for other in others if other not in (None, token))]
-        settings.eos_token_id = ids if len(ids) > 1 else token
+    """Let generation end at a token too, by all settings that are saved with a model; others that end it stay."""
+    end_generation_at(model, [token])
+    model.config.eos_token_id = with_ends(getattr(model.config, "eos_token_id", None), [token])
