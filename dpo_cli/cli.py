@@ -30,9 +30,9 @@ _ARGUMENTS = "[FILE] [KEY=VALUE ...] [OPTIONS]"
 _ABOUT_ARGUMENTS = """\b
 FILE is the configuration, as `--config FILE`. KEY=VALUE overrides a setting
 of it. Relative paths, in it too, start at the working directory."""
-_ABOUT_RUN = """\b
-RUN is the folder of a run, or in it `final` or a checkpoint; or an adapter
-of another program.
+_ABOUT_EXPORTED = """\b
+RUN is the folder of a run, or in it `final` or a checkpoint. FOLDER is an
+adapter of another program, or a model: a folder, a .gguf file or a Hub id.
 KEY=VALUE overrides a setting of the run, such as where its base is now."""
 _ABOUT_CHECKS = """\b
 CHECK is device, libraries, attention, logps, products or resume; by default
@@ -285,13 +285,14 @@ def sample(
 
 @app.command(
     cls=Command,
-    options_metavar="RUN --to DIR [--merge] [--dtype DTYPE] [KEY=VALUE ...] [OPTIONS]",
-    epilog=f"{_ABOUT_RUN}\n\n"
+    options_metavar="RUN|FOLDER --to DIR [KEY=VALUE ...] [OPTIONS]",
+    epilog=f"{_ABOUT_EXPORTED}\n\n"
     + _examples(
+        "dpo export runs/my --to models/my",
         "dpo export runs/my --merge --to models/my",
-        "dpo export runs/my/checkpoints/step-000100 --merge --to models/my-100",
+        "dpo export runs/my/checkpoints/step-000100 --to models/my-100",
         "dpo export runs/my --merge --to models/my model.name=/new/place/of/the/base",
-        "dpo export runs/my --dtype float32 --to models/my",
+        "dpo export runs/my --dtype float32 --max-shard-size 2GB --to models/my",
     ),
 )
 def export(
@@ -301,16 +302,27 @@ def export(
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Make the adapter part of its base.")] = False,
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16, in place of the base's own.")
+        str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16, in place of the weights' own.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="The largest file of weights, such as 500MB; by default 5GB.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a run's adapter and its base as one plain model, and prove it; or a checkpoint in another dtype."""
+    """Write a trained model, or an adapter with or without its base, for other programs, and prove it."""
     with _job(quiet=quiet) as (console, _):
         run, overrides = split_run(arguments or ())
         if to is None:
             raise UserError("no folder to write is given", "the command line", "give one, as in `--to models/my`")
-        dpo_cli.export(run, to, merge=merge, dtype=dtype, overrides=overrides, console=console)
+        dpo_cli.export(
+            run,
+            to,
+            merge=merge,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overrides=overrides,
+            console=console,
+        )
 
 
 @app.command(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config, as_config
-from dpo_cli.config.exporting import Merging, check_export, reserved
+from dpo_cli.config.exporting import Options, check_export, reserved
 from dpo_cli.config.inputs import (
     check_evaluation,
     check_new_file,
@@ -281,35 +281,38 @@ def export(
     run: str | PathLike[str],
     to: str | PathLike[str],
     *,
-    merge: bool = True,
+    merge: bool = False,
     dtype: str | None = None,
+    max_shard_size: str | None = None,
     overrides: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Merge a run's adapter into its base, write that as a plain model folder, and prove it; return how exact it is.
-
-    Of a run of all weights, which needs `merge=False` and a `dtype`, a checkpoint is written in that.
+    """Write a model, or an adapter, into a folder of its own, and prove it; return how exact it is.
 
     Args:
-        run: The run's folder, or that of an adapter in it: `final`, or a checkpoint; or an adapter of another program.
+        run: A run's folder, or in it `final` or a checkpoint; an adapter's folder; or a model: a folder, a .gguf file
+            or a Hub id.
         to: The folder to be written, which must not exist.
-        merge: Whether the adapter becomes part of the base.
-        dtype: The dtype of the weights that are written; None: that of the base's files.
+        merge: Whether an adapter becomes part of its base; otherwise it is written by itself.
+        dtype: The dtype of the weights that are written; None: as they are.
+        max_shard_size: The largest file of weights, as in `500MB`; None: 5 GB.
         overrides: `KEY=VALUE` each: settings of the run that are others now, such as where the base is.
         console: What a person sees, or None.
 
     Raises:
-        UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
+        UserError: Something is wrong that the user can fix, or what was written is not what was exported; an
+            `ExceptionGroup` of such where several things are.
     """
     console = _heard(console)
-    asked = check_export(Path(run), Path(to), overrides, merge=merge, dtype=dtype)
+    options = Options(merge, dtype, max_shard_size)
+    asked = check_export(Path(run), Path(to), overrides, options)
     console.notice("loading …")
-    if isinstance(asked, Merging):
-        look_up_on_hub(asked.config)
-    from dpo_cli.pipeline.export import export, rewrite
+    if asked.reads_inputs:
+        look_up_on_hub(asked.source.config)
+    from dpo_cli.pipeline.export import export
 
     with reserved(asked.to):
-        return export(asked, console) if isinstance(asked, Merging) else rewrite(asked, console)
+        return export(asked, console)
 
 
 def report(

@@ -1,13 +1,14 @@
-"""What `dpo export` is given, checked before anything slow is imported: the run, its weights, where the model goes."""
+"""What `dpo export` is given, checked before anything slow is imported: the source, the form, where it goes."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import ClassVar, cast, get_args
 
 from dpo_cli.config.inputs import check_inputs
 from dpo_cli.config.loading import as_config, load_config
@@ -16,116 +17,231 @@ from dpo_cli.errors import UserError, raise_all
 from dpo_cli.evaluation.best import best_step
 from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, base_of, holds_adapter
 from dpo_cli.modeling.extras import missing_package
-from dpo_cli.modeling.folders.model_names import check_model
+from dpo_cli.modeling.folders.model_files import CONFIG, stored_types
+from dpo_cli.modeling.folders.model_names import check_model, look_up_model, missing_weights
 from dpo_cli.modeling.held import Dtype
 from dpo_cli.reporting.row_log import rows_in
 from dpo_cli.settings import located, nearest_file
+from dpo_cli.system.hub import is_hub_id
 from dpo_cli.system.locks import Locked, lock_beside, locked
-from dpo_cli.system.storage import DamagedFolder, verify, why_no_folder
+from dpo_cli.system.storage import MANIFEST, DamagedFolder, verify, why_no_folder
 from dpo_cli.training.run_folder import RunFolder, RunState, checkpoints_in
 
-_RETYPED = "`--dtype float32`, without `--merge`, writes one in another dtype"
+_WHERE = "the command line"
 
 _PACKAGES = ("`adapter`", "`model.quantize`")
 """Settings that need packages, which are not named by a path."""
 
-
-@dataclass(frozen=True)
-class Merging:
-    """An adapter that is to be merged.
-
-    Attributes:
-        run: The run that it is of; None: another program has trained it.
-        config: What that run did; else all defaults, with the adapter's base.
-        adapter: The folder of the adapter.
-        to: The folder to be written.
-        dtype: The dtype of its weights; None: those of the base's files.
-    """
-
-    run: RunFolder | None
-    config: Config
-    adapter: Path
-    to: Path
-    dtype: Dtype | None = None
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Rewriting:
-    """A checkpoint of a run of all weights that is to be a model folder in a dtype.
+class TrainedModel:
+    """A model of a run that trained all weights.
 
     Attributes:
         run: The run.
         config: What it did.
-        checkpoint: The checkpoint.
-        to: The folder to be written.
-        dtype: The dtype of its weights.
+        folder: Its `final`, or one of its checkpoints.
+        unscored: Why the run's pairs cannot be scored; None: they can.
     """
 
     run: RunFolder
     config: Config
-    checkpoint: Path
+    folder: Path
+    unscored: str | None = None
+    is_adapter: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.run.path.resolve().name
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter that a run has trained.
+
+    Attributes:
+        run: The run.
+        config: What it did.
+        folder: Its `final`, or one of its checkpoints.
+    """
+
+    run: RunFolder
+    config: Config
+    folder: Path
+    is_adapter: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.run.path.resolve().name
+
+
+@dataclass(frozen=True)
+class ForeignAdapter:
+    """An adapter that is in no run: another program has trained it, or it was taken out of its run.
+
+    Attributes:
+        config: All defaults, with the base that it names.
+        folder: Its folder, or its id on the Hub.
+    """
+
+    config: Config
+    folder: Path
+    is_adapter: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.folder.resolve().name
+
+
+@dataclass(frozen=True)
+class PlainModel:
+    """A whole model that is in no run.
+
+    Attributes:
+        config: All defaults, with the model: a folder, a .gguf file or a Hub id.
+    """
+
+    config: Config
+    is_adapter: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        named = Path(self.config.model.name).resolve()
+        return named.stem if named.suffix.lower() == ".gguf" else named.name
+
+
+Source = TrainedModel | TrainedAdapter | ForeignAdapter | PlainModel
+"""The closed union of all that is exported."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that transformers reads.
+
+    Attributes:
+        dtype: The dtype of its weights; None: those of the source's own files, or of its base's.
+        largest_bytes: The most bytes of a file of its weights; None: as `final/` has.
+    """
+
+    dtype: Dtype | None = None
+    largest_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class PeftFolder:
+    """An adapter by itself, in a folder that PEFT reads."""
+
+
+Form = ModelFolder | PeftFolder
+"""The closed union of all that is written."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says of an export beside source and target, as it says it.
+
+    Attributes:
+        merge: Whether an adapter becomes part of its base.
+        dtype: The dtype of the weights that are written; None: as they are.
+        max_shard_size: The largest file of weights; None: 5 GB.
+        gguf: The type of the weights in a GGUF file; None: a folder is written.
+    """
+
+    merge: bool = False
+    dtype: str | None = None
+    max_shard_size: str | None = None
+    gguf: str | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported.
+
+    Attributes:
+        source: From what.
+        form: As what.
+        to: The folder to be written.
+    """
+
+    source: Source
+    form: Form
     to: Path
-    dtype: Dtype
+
+    @property
+    def merges(self) -> bool:
+        """Whether an adapter becomes part of its base."""
+        return self.source.is_adapter and not isinstance(self.form, PeftFolder)
+
+    @property
+    def reads_inputs(self) -> bool:
+        """Whether the models and data are read that a run's configuration names."""
+        unscored = isinstance(self.source, TrainedModel) and self.source.unscored is not None
+        return not unscored and not isinstance(self.source, PlainModel)
 
 
-def check_export(
-    named: Path, to: Path, overrides: Sequence[str], *, merge: bool, dtype: str | None = None
-) -> Merging | Rewriting:
-    """Check what is exported, and where to.
+def check_export(named: Path, to: Path, overrides: Sequence[str], options: Options) -> Export:
+    """Check what is exported, as what, and where to.
 
     Args:
-        named: A run's folder, or that of an adapter in it: `final`, or a checkpoint; or an adapter of another program.
+        named: A run's folder, or in it `final` or a checkpoint; an adapter's folder; or a model.
         to: The folder to be written.
         overrides: `KEY=VALUE` each: settings of the run that are others now, such as where the base is.
-        merge: Whether the adapter becomes part of the base.
-        dtype: The dtype of the weights that are written; None: that of the base's files.
+        options: The rest.
 
     Raises:
         UserError: Something is wrong; an `ExceptionGroup` where several things are.
     """
-    if dtype not in (None, *get_args(Dtype)):
-        hint = f"choose one of {', '.join(get_args(Dtype))}"
-        raise UserError(f"`{dtype}` is not a dtype that weights are written in", "--dtype", hint)
-    kind = cast(Dtype | None, dtype)
-    run, adapter = _found(named)
+    source, problems = _source(named, overrides, options)
+    form, wrong = _form(source, options)
+    raise_all([*_check_target(to, *_taken(named, source)), *wrong, *problems])
+    return Export(source, form, to)
+
+
+def _source(named: Path, overrides: Sequence[str], options: Options) -> tuple[Source, list[UserError]]:
+    """Return what is exported, and what is wrong with it.
+
+    Raises:
+        UserError: There is nothing to export; or a setting of the run is wrong, or several are.
+    """
+    run, folder = _found(named)
     if run is None:
-        return replace(_check_foreign(adapter, to, overrides, merge=merge), dtype=kind)
+        return _without_run(named, overrides)
     config = load_config(run.config, overrides)
-    if config.adapter is None and kind and not merge:
-        checkpoint, problem = _check_checkpoint(run, named, config)
-        raise_all(one for one in (problem, _check_target(to, named, run.path)) if one)
-        return Rewriting(run, config, checkpoint, to, kind)
-    problems = [_check_target(to, named, run.path), *_check_adapter(adapter, config)]
     if config.adapter is not None:
-        problems.append(_check_merges(adapter, merge=merge))
-        moved = _moved_base(adapter, config)
-        problems += [moved] if moved else [_of_run(problem, run, config) for problem in check_inputs(config)]
-    raise_all(problem for problem in problems if problem)
-    return Merging(run, config, adapter, to, kind)
+        adapter = TrainedAdapter(run, config, folder)
+        return adapter, _check_adapter(adapter)
+    return _trained_model(run, named, config, overrides, options)
 
 
 def _found(named: Path) -> tuple[RunFolder | None, Path]:
     """Return the run that is meant, if there is one, and the folder of what it has trained.
 
     Raises:
-        UserError: There is none, or it is not finished.
+        UserError: There is nothing of that name, or the run is not finished.
     """
     if not named.exists():
+        if is_hub_id(str(named)):
+            if problem := look_up_model(str(named), _WHERE):
+                raise problem
+            return None, named
         near = nearest_file(named)
         hint = f"did you mean `{near}`?" if near and near.is_dir() else "name a run's folder, or one of its checkpoints"
-        raise UserError(f"there is no run {located(named)}", "the command line", hint)
+        raise UserError(f"there is no run {located(named)}", _WHERE, hint)
     if not named.is_dir():
-        hint = "name the run's folder: the `output_dir` of its configuration"
-        raise UserError(f"`{named}` is a file, not a run", "the command line", hint)
+        return None, named
     if (run := RunFolder(named)).state() in (RunState.STARTED, RunState.FINISHED):
         return run, _trained(run)
     absolute = named.absolute()
     for above in (absolute.parent, absolute.parent.parent):
         if (run := RunFolder(above)).state() in (RunState.STARTED, RunState.FINISHED):
             return run, named
-    if holds_adapter(named):
-        return None, named
-    raise UserError(f"`{named}` is not a run's folder", "the command line", "name the `output_dir` of a run")
+    return None, named
 
 
 def _trained(run: RunFolder) -> Path:
@@ -142,32 +258,172 @@ def _trained(run: RunFolder) -> Path:
     raise UserError(f"the run is not finished: there is no folder {located(run.final)}", str(run.path), hint)
 
 
-def _check_foreign(adapter: Path, to: Path, overrides: Sequence[str], *, merge: bool) -> Merging:
-    """Check an adapter that has no run, and its base.
+def _without_run(named: Path, overrides: Sequence[str]) -> tuple[Source, list[UserError]]:
+    """Return an adapter or a model that has no run, and what is wrong with it or its base.
 
     Raises:
-        UserError: Something is wrong; an `ExceptionGroup` where several things are.
+        UserError: It is neither.
     """
-    base = base_of(adapter, "the command line")
-    problems = [_check_target(to, adapter, adapter), _check_merges(adapter, merge=merge)]
-    problems += [missing_package("peft", "adapters", "the command line"), check_model(base, str(adapter))]
+    problems: list[UserError | None] = []
+    if holds_adapter(named):
+        base = base_of(named, _WHERE)
+        problems += [missing_package("peft", "adapters", _WHERE), check_model(base, str(named))]
+        if is_hub_id(base):
+            problems.append(look_up_model(base, str(named)))
+        source: Source = ForeignAdapter(as_config({"model": base}), named)
+    else:
+        if not _is_model(named):
+            what = f"`{named}` is {'not a run' if named.is_dir() else 'a file, not a run'}'s folder"
+            hint = "name the `output_dir` of a run, an adapter's folder, or a model"
+            raise UserError(what, _WHERE, hint)
+        problems.append(check_model(str(named), _WHERE) or missing_weights(str(named), _WHERE))
+        if named.suffix.lower() == ".gguf":
+            problems.append(missing_package("gguf", "gguf", _WHERE))
+        source = PlainModel(as_config({"model": named}))
+    if (named / MANIFEST).is_file():
+        problems.append(_check_whole(named, "export it again, or copy it again"))
     if overrides:
-        what = f"`{overrides[0]}` overrides a setting of a run, but `{adapter}` is in none"
-        problems.append(UserError(what, "the command line", "leave it out"))
-    raise_all(problem for problem in problems if problem)
-    return Merging(None, as_config({"model": base}), adapter, to)
+        what = f"`{overrides[0]}` overrides a setting of a run, but `{named}` is in none"
+        problems.append(UserError(what, _WHERE, "leave it out"))
+    return source, [problem for problem in problems if problem]
 
 
-def _check_target(to: Path, *taken: Path) -> UserError | None:
+def _is_model(named: Path) -> bool:
+    """Tell whether a name is that of a model, right or wrong."""
+    return (named / CONFIG).is_file() or named.suffix.lower() == ".gguf" or not named.exists()
+
+
+def _trained_model(
+    run: RunFolder, named: Path, config: Config, overrides: Sequence[str], options: Options
+) -> tuple[TrainedModel, list[UserError]]:
+    """Return the model of a run of all weights, and what is wrong with it.
+
+    It is complete without the run's data and base. Where they are not there any more, its pairs are not scored, unless
+    settings say where they should be.
+    """
+    folder, problems = _trained_folder(run, named, config, options)
+    missing = [_of_run(problem, run, config) for problem in check_inputs(config)]
+    if overrides:
+        return TrainedModel(run, config, folder), [*problems, *missing]
+    return TrainedModel(run, config, folder, missing[0].what if missing else None), problems
+
+
+def _trained_folder(run: RunFolder, named: Path, config: Config, options: Options) -> tuple[Path, list[UserError]]:
+    """Return the folder of a run's model that is meant, and what is wrong with it.
+
+    Where the run is named it is `final`; or, where another dtype than that one's is asked for, the checkpoint of the
+    same step, whose weights were not rounded.
+    """
+    if named.resolve() != run.path.resolve():
+        rounded = named.resolve() == run.final.resolve() and _may_be_rounded(named, options)
+        checked = [_check_trained(named), _rounded_already(run, named) if rounded else None]
+        return named, [problem for problem in checked if problem]
+    if not _may_be_rounded(run.final, options):
+        return run.final, [problem for problem in [_check_trained(run.final)] if problem]
+    saved = checkpoints_in(run.checkpoints)
+    if not saved:
+        hint = "leave `--dtype` out; `checkpoints.at_end: true` keeps a checkpoint"
+        what = "the run has no checkpoint, which would have all weights in float32"
+        return run.final, [UserError(what, str(named), hint)]
+    by = config.evaluation.best_by
+    best = best_step(rows_in(run.metrics), by) if by else None
+    meant = saved[-1] if best is None else run.checkpoint(best)
+    return meant, [problem for problem in [_check_trained(meant)] if problem]
+
+
+def _may_be_rounded(folder: Path, options: Options) -> bool:
+    """Tell whether a dtype is asked for that the weights in a folder would have to be rounded to twice."""
+    if options.dtype not in get_args(Dtype):
+        return False
+    return not stored_types(folder) <= {"float32", options.dtype}
+
+
+def _rounded_already(run: RunFolder, named: Path) -> UserError:
+    hint = f"name the run's folder, `{run.path}`, or one of its checkpoints, which have all weights in float32"
+    kinds = ", ".join(sorted(stored_types(named)))
+    return UserError(f"the weights of `{named}` are rounded already, to {kinds}", _WHERE, hint)
+
+
+def _check_trained(folder: Path) -> UserError | None:
+    """Say why a folder of a run holds no whole model."""
+    if not (folder / CONFIG).is_file():
+        hint = "name the run's folder, its `final`, or one of its checkpoints"
+        return UserError(f"there is no model: `{folder}` has no {CONFIG}", _WHERE, hint)
+    is_checkpoint = folder.name.startswith("step-")
+    return _check_whole(folder, "name another checkpoint of the run" if is_checkpoint else "export a checkpoint")
+
+
+def _check_whole(folder: Path, hint: str) -> UserError | None:
+    """Say which file of a folder that this program has written is not as it was."""
+    try:
+        verify(folder)
+    except DamagedFolder as damage:
+        return UserError(f"`{folder}` is damaged: {damage}", str(folder), hint)
+    return None
+
+
+def _check_adapter(adapter: TrainedAdapter) -> list[UserError]:
+    """Say what is wrong with an adapter of a run, its base and its data."""
+    run, config, folder = adapter.run, adapter.config, adapter.folder
+    if not holds_adapter(folder):
+        hint = "name the run's folder, its `final`, or one of its checkpoints"
+        return [UserError(f"there is no adapter: `{folder}` has no {ADAPTER_CONFIG}", _WHERE, hint)]
+    damaged = _check_whole(folder, "export a checkpoint of the run, or train again")
+    if moved := _moved_base(folder, config):
+        missing = [moved]
+    else:
+        missing = [_of_run(problem, run, config) for problem in check_inputs(config)]
+    return [*([damaged] if damaged else []), *missing]
+
+
+def _form(source: Source, options: Options) -> tuple[Form, list[UserError]]:
+    """Return as what something is written, and which options are wrong or have no effect."""
+    problems = []
+    if options.dtype not in (None, *get_args(Dtype)):
+        hint = f"choose one of {', '.join(get_args(Dtype))}"
+        problems.append(UserError(f"`{options.dtype}` is not a dtype that weights are written in", "--dtype", hint))
+    if options.merge and not source.is_adapter:
+        what = f"`{source.name}` is a whole model: it has no adapter to merge"
+        problems.append(UserError(what, "--merge", "leave `--merge` out"))
+    largest, wrong = _largest_bytes(options.max_shard_size)
+    problems += wrong
+    if not source.is_adapter or options.merge:
+        return ModelFolder(cast(Dtype | None, options.dtype), largest), problems
+    for option, value in (("--dtype", options.dtype), ("--max-shard-size", options.max_shard_size)):
+        if value is not None:
+            what = f"`{option}` has no effect on an adapter, whose weights are written in float32, in a single file"
+            problems.append(UserError(what, option, "add `--merge`, or leave it out"))
+    return PeftFolder(), problems
+
+
+def _largest_bytes(size: str | None) -> tuple[int | None, list[UserError]]:
+    """Return the largest file of weights, and what is wrong with how it is written."""
+    if size is None:
+        return None, []
+    found = _SIZE.fullmatch(size.strip())
+    base = 1024 if found and found[3] else 1000
+    num_bytes = int(float(found[1]) * base ** (1 + "KMGT".index(found[2].upper()))) if found else 0
+    if num_bytes > 0:
+        return num_bytes, []
+    hint = "write a number and a unit, as in `500MB`, `5GB` or `2GiB`"
+    return None, [UserError(f"`{size}` is not a size of a file", "--max-shard-size", hint)]
+
+
+def _taken(named: Path, source: Source) -> list[Path]:
+    """Return the folders that nothing is written into: what is exported, and its run."""
+    run = [source.run.path] if isinstance(source, (TrainedModel, TrainedAdapter)) else []
+    return [*([named] if named.is_dir() else []), *run]
+
+
+def _check_target(to: Path, *taken: Path) -> Iterator[UserError]:
     """Say why the model cannot be written there, if so: what is there stays, and a run keeps its folder."""
     where = f"--to {to}"
     if to.exists() or to.is_symlink():
-        return _exists(to)
-    if any(to.resolve().is_relative_to(inside.resolve()) for inside in taken):
-        return UserError("the folder to write is inside what is exported", where, "choose a folder outside of it")
-    if obstacle := why_no_folder(to):
-        return UserError(f"the folder cannot be created: {obstacle}", where, "choose another folder")
-    return None
+        yield _exists(to)
+    elif any(to.resolve().is_relative_to(inside.resolve()) for inside in taken):
+        yield UserError("the folder to write is inside what is exported", where, "choose a folder outside of it")
+    elif obstacle := why_no_folder(to):
+        yield UserError(f"the folder cannot be created: {obstacle}", where, "choose another folder")
 
 
 def _exists(to: Path) -> UserError:
@@ -189,55 +445,6 @@ def reserved(to: Path) -> Iterator[None]:
     except Locked as holder:
         hint = "wait until it has ended, or choose another folder"
         raise UserError(f"another export is writing the same folder: {holder}", f"--to {to}", hint) from None
-
-
-def _check_merges(adapter: Path, *, merge: bool) -> UserError | None:
-    """Say that nothing else is done with an adapter, if so."""
-    hint = f"add `--merge`; without it, `{adapter}` is what there is: a folder that PEFT reads"
-    return None if merge else UserError("only merged models are exported", "the command line", hint)
-
-
-def _check_adapter(adapter: Path, config: Config) -> list[UserError]:
-    """Say why there is nothing to merge, if so."""
-    if config.adapter is None:
-        what = "the run trained all weights: it has no adapter to merge"
-        return [
-            UserError(what, str(adapter), f"use `{adapter}` as it is: it is a plain model folder already; {_RETYPED}")
-        ]
-    if not holds_adapter(adapter):
-        what = f"there is no adapter: `{adapter}` has no {ADAPTER_CONFIG}"
-        hint = "name the run's folder, its `final`, or one of its checkpoints"
-        return [UserError(what, "the command line", hint)]
-    try:
-        verify(adapter)
-    except DamagedFolder as damage:
-        hint = "export a checkpoint of the run, or train again"
-        return [UserError(f"the adapter is damaged: {damage}", str(adapter), hint)]
-    return []
-
-
-def _check_checkpoint(run: RunFolder, named: Path, config: Config) -> tuple[Path, UserError | None]:
-    """Return the checkpoint that is meant, and why it cannot be used, if so.
-
-    Where the run is named, it is the newest, or the best where `final/` is that.
-    """
-    if named.resolve() == run.final.resolve():
-        hint = f"name the run's folder, `{run.path}`, or one of its checkpoints, which have all weights in float32"
-        return named, UserError(f"`{named}` may be rounded already", "the command line", hint)
-    of_run = named.resolve() == run.path.resolve()
-    saved = checkpoints_in(run.checkpoints) if of_run else [named]
-    if not saved:
-        hint = f"use `{run.final}` as it is; `checkpoints.at_end: true` keeps one"
-        return named, UserError("the run has no checkpoint, which would have all weights in float32", str(named), hint)
-    by = config.evaluation.best_by
-    best = best_step(rows_in(run.metrics), by) if of_run and by else None
-    meant = saved[-1] if best is None else run.checkpoint(best)
-    try:
-        verify(meant)
-    except DamagedFolder as damage:
-        hint = "name another checkpoint of the run"
-        return meant, UserError(f"the checkpoint is damaged: {damage}", str(meant), hint)
-    return meant, None
 
 
 def _moved_base(adapter: Path, config: Config) -> UserError | None:

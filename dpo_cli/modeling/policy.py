@@ -466,6 +466,7 @@ class Policy:
         tokenizer: PreTrainedTokenizerBase,
         state: Mapping[str, Tensor] | None = None,
         types: WeightTypes | None = None,
+        largest_bytes: int | None = None,
     ) -> None:
         """Write the policy and its tokenizer as a Hugging Face folder.
 
@@ -474,8 +475,10 @@ class Policy:
             tokenizer: Written beside the weights.
             state: What `state` returned, where the weights may have changed since.
             types: What a whole model's weights are rounded to; None: they are written as they are.
+            largest_bytes: The most bytes of a file of a whole model's weights; None: as transformers has it.
         """
-        self._trained.write(self.model, folder, tokenizer, self.state() if state is None else state, types)
+        state = self.state() if state is None else state
+        self._trained.write(self.model, folder, tokenizer, state, types, largest_bytes)
 
     def merge(self) -> None:
         """Make the adapter part of the weights that it is beside; nothing is left of it, and nothing trains."""

@@ -114,9 +114,10 @@ class Whole(Settings):
         tokenizer: PreTrainedTokenizerBase,
         state: Mapping[str, Tensor],
         types: WeightTypes | None = None,
+        largest_bytes: int | None = None,
     ) -> None:
         """Write what `state` returned, and all that it takes to load it, into a folder; rounded to types, if any."""
-        write_model(folder, model, tokenizer, SavedWeights(model, state, types))
+        write_model(folder, model, tokenizer, SavedWeights(model, state, types, largest_bytes))
 
     def check_written(
         self, model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor], types: WeightTypes | None = None

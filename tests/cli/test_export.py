@@ -175,7 +175,7 @@ def test_a_run_of_any_reference_is_exported(project, settings):
 
 def test_a_run_that_went_on_from_an_adapter_is_exported_with_both(project):
     assert call("train run.yaml adapter.start=runs/run/final output_dir=runs/second --quiet") == 0
-    figures = dpo_cli.export("runs/second", "out")
+    figures = dpo_cli.export("runs/second", "out", merge=True)
     assert figures["difference"]["largest"] <= 1e-4
     # What both learned is in it: no base and no first adapter alone answers so.
     assert figures["adapter"]["rewards/margins"] > 0
@@ -206,21 +206,26 @@ def test_an_adapter_of_a_quantized_base_is_merged_into_the_unquantized_weights(p
 def test_two_models_are_never_in_memory_at_once(project, monkeypatch, settings):
     """Bytes of all parameters that are alive, at each look: those of a model, and less than half of one beside it."""
     from dpo_cli.modeling import policy
+    from dpo_cli.pipeline import export_forms
 
     assert call(f"train run.yaml {settings} output_dir=runs/other --quiet") == 0
-    load, seen = policy.load_policy, []
+    seen: list[int] = []
 
     def alive() -> int:
         gc.collect()
         found = {id(one): one.nbytes for one in gc.get_objects() if issubclass(type(one), torch.nn.Parameter)}
         return sum(found.values())
 
-    def looking(*arguments: Any) -> Any:
-        seen.append(alive())
-        return load(*arguments)
+    def looking(load: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*arguments: Any, **others: Any) -> Any:
+            seen.append(alive())
+            return load(*arguments, **others)
+
+        return look
 
     before = alive()
-    monkeypatch.setattr(policy, "load_policy", looking)
+    monkeypatch.setattr(policy, "load_policy", looking(policy.load_policy))
+    monkeypatch.setattr(export_forms, "load_complete", looking(export_forms.load_complete))
     assert call("export runs/other --merge --to out --quiet") == 0
     whole = sum(tensor.nbytes for tensor in weights("model").values())
     assert len(seen) == (2 if not settings else 3)
@@ -265,10 +270,10 @@ def test_two_exports_to_one_folder_do_not_meet(project, capfd):
 
 
 def test_exported_from_python(project):
-    found = dpo_cli.export(Path("runs/run"), Path("out"))
-    assert found["dtype"] == "float32"
+    found = dpo_cli.export(Path("runs/run"), Path("out"), merge=True)
+    assert found["weights"] == "float32"
     assert found["difference"]["largest"] <= 1e-4
-    assert found["adapter"].keys() == found["merged"].keys()
+    assert found["adapter"].keys() == found["exported"].keys()
 
 
 def delta_times(patch: pytest.MonkeyPatch, factor: float) -> None:
@@ -340,7 +345,8 @@ def test_a_wrong_merge_is_an_error_and_nothing_is_written(project, monkeypatch, 
     capfd.readouterr()
     assert call(EXPORT) == 1
     error = " ".join(capfd.readouterr().err.split())
-    assert re.search(r"error: the merged model is not the adapter's: its log-probabilities differ by", error)
+    said = "what was written, .*, is not what was exported" if fault is rounded_twice else "the merged model is not"
+    assert re.search(rf"error: {said}.*: its log-probabilities differ by", error)
     assert "hint: nothing was written" in error
     assert set(project.iterdir()) == before
 
@@ -407,11 +413,30 @@ BAD = {
     "an unknown option": Bad(nothing, f"{EXPORT} --merg", r"`--merg` is not an option", r"--merge"),
     "no such run": Bad(nothing, "export runs/rum --merge --to out", r"there is no run `runs/rum`", r"`runs/run`"),
     "a file": Bad(nothing, "export run.yaml --merge --to out", r"is a file, not a run", r"output_dir"),
-    "a model": Bad(nothing, "export model --merge --to out", r"`model` is not a run's folder", r"output_dir"),
-    "a run without an adapter": Bad(
-        whole_run, "export runs/whole --merge --to out", r"trained all weights", r"plain model folder already"
+    "a folder of something else": Bad(
+        lambda: Path("other").mkdir(), "export other --to out", r"`other` is not a run's folder", r"output_dir"
     ),
-    "without --merge": Bad(nothing, "export runs/run --to out", r"only merged models", r"add `--merge`"),
+    "a model, merged": Bad(nothing, "export model --merge --to out", r"no adapter to merge", r"leave `--merge` out"),
+    "a run without an adapter, merged": Bad(
+        whole_run, "export runs/whole --merge --to out", r"no adapter to merge", r"leave `--merge` out"
+    ),
+    "an adapter in a dtype": Bad(
+        nothing, "export runs/run --dtype bfloat16 --to out", r"`--dtype` has no effect on an adapter", r"add `--merge`"
+    ),
+    "an adapter in several files": Bad(
+        nothing, "export runs/run --max-shard-size 1MB --to out", r"`--max-shard-size` has no effect", r"add `--merge`"
+    ),
+    "a size without a unit": Bad(nothing, f"{EXPORT} --max-shard-size 5", r"`5` is not a size", r"`5GB`"),
+    "a size of nothing": Bad(nothing, f"{EXPORT} --max-shard-size 0GB", r"`0GB` is not a size", r"`5GB`"),
+    "a size in words": Bad(nothing, f"{EXPORT} --max-shard-size 'five GB'", r"`five GB` is not a size", r"`5GB`"),
+    "a dtype that is none": Bad(nothing, f"{EXPORT} --dtype int8", r"`int8` is not a dtype", r"float32, bfloat16"),
+    "a model with settings of a run": Bad(
+        nothing, "export model --to out data.eval=0.5", r"overrides a setting of a run", r"leave it out"
+    ),
+    "a model without its weights": Bad(
+        gone("model/model.safetensors"), "export model --to out", r"no model.safetensors", r"incomplete"
+    ),
+    "a model into itself": Bad(nothing, "export model --to model/out", r"inside what is exported", r"outside"),
     "a target that exists": Bad(lambda: Path("out").mkdir(), EXPORT, r"`out` .* exists already", r"another folder"),
     "a target that is a file": Bad(lambda: Path("out").touch(), EXPORT, r"`out` .* exists already", r"another"),
     "a target in the run": Bad(
@@ -427,7 +452,7 @@ BAD = {
         gone("runs/run/final"), EXPORT, r"the run is not finished", r"--resume`; or export .*step-000004"
     ),
     "a damaged adapter": Bad(
-        cut("runs/run/final/adapter_model.safetensors"), EXPORT, r"the adapter is damaged", r"checkpoint"
+        cut("runs/run/final/adapter_model.safetensors"), EXPORT, r"`runs/run/final` is damaged", r"checkpoint"
     ),
     "a checkpoint with a file missing": Bad(
         gone("runs/run/checkpoints/step-000004/adapter_config.json"),
@@ -464,12 +489,6 @@ BAD = {
     "an adapter of no run, into itself": Bad(
         foreign, "export foreign --merge --to foreign/out", r"inside what is exported", r"outside"
     ),
-    "an adapter of no run, without --merge": Bad(
-        foreign, "export foreign --to out", r"only merged models", r"add `--merge`"
-    ),
-    "a run without an adapter, and without --merge": Bad(
-        whole_run, "export runs/whole --to out", r"trained all weights", r"plain model folder already"
-    ),
     "without PEFT": Bad(without_peft, EXPORT, r"the package `peft` is not installed", r"dpo-cli\[adapters\]"),
 }  # fmt: skip
 
@@ -494,10 +513,12 @@ def test_a_bad_input_is_one_error_with_a_hint(project, capfd, name):
 
 def test_several_errors_are_said_at_once(project, capfd):
     Path("out").mkdir()
-    assert call("export runs/run --to out") == 2
+    Path("pairs.jsonl").unlink()
+    assert call("export runs/run --to out --dtype bfloat16 --max-shard-size 5") == 2
     said = capfd.readouterr().err
-    assert "exists already" in said
-    assert "add `--merge`" in said
+    assert said.count("error: ") == 5
+    for problem in ("exists already", "`--dtype` has no effect", "`5` is not a size", "pairs.jsonl"):
+        assert problem in said
 
 
 def test_a_crash_at_any_file_operation_leaves_the_target_whole_or_absent(project, tmp_path, zygote):

@@ -184,6 +184,7 @@ class Adapted:
         tokenizer: PreTrainedTokenizerBase,
         state: Mapping[str, Tensor],
         types: WeightTypes | None = None,
+        largest_bytes: int | None = None,
     ) -> None:
         """Write what `state` returned, in float32, as a folder that PEFT reads, with the tokenizer beside it."""
         save_tensors(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})

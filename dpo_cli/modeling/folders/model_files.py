@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from safetensors import safe_open
+
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.folders.quantization import check_headers, check_unquantized
 
@@ -51,6 +53,9 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that stands for a large one until Git fetches that."""
 
 _MOST_POINTER_BYTES = 1024
+
+_DTYPES = {"BF16": "bfloat16", "F16": "float16"}
+"""The dtypes that weights are written in beside float32, as safetensors files call them."""
 
 _DAMAGED = "the model is damaged: save or download it again"
 
@@ -172,6 +177,16 @@ def check_elements(num_elements: int, folder: Path) -> None:
         raise UserError(
             what, str(folder), "check that the folder is complete, and that its config.json belongs to this model"
         )
+
+
+def stored_types(folder: Path) -> set[str]:
+    """Return the dtypes that a folder of safetensors keeps its weights in; what float32 cannot hold is float32."""
+    found: set[str] = set()
+    for file in weights_files(folder):
+        with safe_open(file, framework="numpy") as opened:
+            kinds = {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+        found |= {_DTYPES.get(kind, "float32") for kind in kinds if "F" in kind}
+    return found
 
 
 def _inside(name: str, ending: str) -> str:

@@ -54,6 +54,7 @@ class SavedWeights:
         model: The model.
         weights: Its weights as `state_dict` names them; None: as they are now.
         types: What they are rounded to; None: they are saved as they are held.
+        largest_bytes: The most bytes of a file, unless it has a single weight; None: `LARGEST_BYTES`.
 
     Attributes:
         sketch: What is saved, by name, without content.
@@ -64,8 +65,10 @@ class SavedWeights:
         model: PreTrainedModel,
         weights: Mapping[str, Tensor] | None = None,
         types: WeightTypes | None = None,
+        largest_bytes: int | None = None,
     ) -> None:
         self._model, self._held = model, saved_state(model, weights)
+        self._largest_bytes = largest_bytes or LARGEST_BYTES
         sketch = {
             name: torch.empty(tensor.shape, dtype=whole_dtype(tensor), device="meta")
             for name, tensor in self._held.items()
@@ -134,7 +137,8 @@ class SavedWeights:
 
     def _split(self) -> StateDictSplit:
         """Part what is saved among files."""
-        return split_torch_state_dict_into_shards(self.sketch, filename_pattern=_FILE, max_shard_size=LARGEST_BYTES)
+        most = self._largest_bytes
+        return split_torch_state_dict_into_shards(self.sketch, filename_pattern=_FILE, max_shard_size=most)
 
     def _in_order(self) -> Iterator[str]:
         """Yield the names in the order in which they are written."""

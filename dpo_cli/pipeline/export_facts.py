@@ -1,0 +1,127 @@
+"""What a model's tokenizer and settings of generation say, as a reader has them: which tokens end, how turns look."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpo_cli.data.checkup.endings import end_tokens
+from dpo_cli.data.records import BadRow, Message
+from dpo_cli.data.tokens.chat_template import TEMPLATE_ERRORS, ChatTemplate, named_templates
+from dpo_cli.errors import UserError
+
+TEXTS = (
+    "The quick brown fox jumps over 13 lazy dogs; don't they're we'll I'd.",
+    "  two  spaces,\ttabs\tand\n\nempty lines \n at\r\nthe end   ",
+    "1234567890 3.14159 1,000,000 0x1F 2²",
+    "def f(x):\n    return {'a': x[0] ** 2}  # comment\n",
+    "Zürich, naïve café, Ångström, łódź, Ελληνικά, Привет, שלום, مرحبا, हिन्दी, ไทย",
+    "你好，世界。こんにちは世界。안녕하세요 세계.",
+    "😀👩‍👩‍👧‍👦🇨🇭 e\u0301 \u200b\ufeff",
+    "ALLCAPS CamelCase snake_case kebab-case https://example.org/a?b=c&d=%20",
+)
+"""Texts that tokenizers take apart in different ways."""
+
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three colours.",
+    "How many legs has a spider?",
+    "Write a sentence about the sea.",
+    "Translate `good morning` into German.",
+    "What comes after Tuesday?",
+    "Why is the sky blue?",
+    "List the first five prime numbers.",
+    "Give me a recipe for pancakes.",
+    "Who wrote Hamlet?",
+)
+"""What a model is asked that has no pairs."""
+
+_CONVERSATIONS = (
+    (Message("user", QUESTIONS[0]),),
+    (Message("system", "Be brief."), Message("user", QUESTIONS[1])),
+    (Message("user", QUESTIONS[2]), Message("assistant", "Eight."), Message("user", QUESTIONS[3])),
+)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is compared of two readings of the same model beside their weights.
+
+    Attributes:
+        stops: The tokens that end a text.
+        ids: Those with a meaning of their own, by what they are called.
+        templates: The chat templates by name.
+        renderings: What they make of conversations, by a name for each.
+        tokens: The tokens of texts.
+    """
+
+    stops: frozenset[int]
+    ids: Mapping[str, int | None]
+    templates: Mapping[str, str]
+    renderings: Mapping[str, str]
+    tokens: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, tokenizer: Any, generation_config: Any, texts: Sequence[str]) -> Facts:
+        """Ask a tokenizer and settings of generation."""
+        templates = named_templates(tokenizer)
+        encoded = {text: tokenizer(text, add_special_tokens=False).input_ids for text in (*TEXTS, *texts)}
+        encoded["the beginning of a text"] = tokenizer(TEXTS[0]).input_ids
+        return cls(
+            end_tokens(tokenizer, generation_config),
+            {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+            templates,
+            {name: text for one in templates for name, text in _renderings(tokenizer, one, templates[one])},
+            {text: tuple(tokens) for text, tokens in encoded.items()},
+        )
+
+    def differences(self, other: Facts) -> Iterator[str]:
+        """Yield what another reading says otherwise: first this one's, then that one's."""
+        if self.stops != other.stops:
+            yield f"texts end at the tokens {_listed(self.stops)}, and in what was written at {_listed(other.stops)}"
+        for name, number in self.ids.items():
+            if (another := other.ids[name]) != number:
+                yield f"the {name} token is {number}, and in what was written {another}"
+        for name in sorted(self.templates.keys() | other.templates.keys()):
+            if self.templates.get(name) != other.templates.get(name):
+                yield f"the chat template `{name}` is another in what was written"
+        for name, text in self.renderings.items():
+            if (made := other.renderings.get(name, "")) != text:
+                yield f"the chat template makes {text!r} of {name}, and in what was written {made!r}"
+        if differing := [text for text, tokens in self.tokens.items() if other.tokens[text] != tokens]:
+            first = differing[0]
+            both = " and in what was written ".join(_excerpt(one.tokens[first]) for one in (self, other))
+            yield f"the tokens of {len(differing)} texts are others, of {first[:40]!r} {both}"
+
+
+def _renderings(tokenizer: Any, name: str, template: str) -> Iterator[tuple[str, str]]:
+    """Yield what a template makes of each conversation, or why it fails."""
+    write = ChatTemplate(tokenizer, template)
+    for number, conversation in enumerate(_CONVERSATIONS, 1):
+        try:
+            text = write([conversation], {}, add_generation_prompt=True)[0]
+        except (BadRow, UserError, *TEMPLATE_ERRORS) as error:
+            text = f"an error: {error}"
+        yield f"conversation {number} (`{name}`)", text
+
+
+def question_tokens(tokenizer: Any) -> list[tuple[int, ...]]:
+    """Return the tokens of questions, with the tokenizer's own chat template where it has one."""
+    if templates := named_templates(tokenizer):
+        write = ChatTemplate(tokenizer, next(iter(templates.values())))
+        try:
+            texts = write([(Message("user", one),) for one in QUESTIONS], {}, add_generation_prompt=True)
+            return [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+        except (BadRow, UserError, *TEMPLATE_ERRORS):
+            pass
+    return [tuple(tokenizer(text).input_ids) for text in QUESTIONS]
+
+
+def _listed(tokens: frozenset[int]) -> str:
+    return ", ".join(map(str, sorted(tokens))) or "none"
+
+
+def _excerpt(tokens: Sequence[int]) -> str:
+    shown = ", ".join(map(str, tokens[:8]))
+    return f"[{shown}, …]" if len(tokens) > 8 else f"[{shown}]"

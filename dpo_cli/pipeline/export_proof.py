@@ -1,0 +1,258 @@
+"""The proof that what was written answers as what it was made of: on the pairs of its run, or on made-up tokens.
+
+What was written is read by the reader that it is for. It has to give the log-probabilities that the same weights give,
+rounded in memory as they were for writing, whatever rounding by itself does; and it ends texts at the same tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpo_cli.errors import FAILED, UserError
+from dpo_cli.evaluation.agreement import Difference, Listener
+from dpo_cli.evaluation.figures import figures
+from dpo_cli.evaluation.samples import Limits, answered
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.folders.model_files import most_tokens
+from dpo_cli.modeling.generation import Answer, room
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.pipeline.evaluate import scored
+from dpo_cli.pipeline.export_facts import Facts
+from dpo_cli.pipeline.session import Session
+from dpo_cli.preference.reference import OpenReference
+
+EXACT = 1e-4
+"""How far, in nats a token, sums in another order may take log-probabilities of a model in float32."""
+
+TIE = 1e-3
+"""How close, in nats, two tokens are between which sums in another order may decide."""
+
+ANSWERS = 10
+"""How many prompts are answered."""
+
+_ANSWER_TOKENS, _BATCH_TOKENS = 48, 8192
+_ROWS, _TOKENS = 8, 64
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model says.
+
+    Attributes:
+        figures: As `dpo eval` has them; empty where no pairs were scored.
+        logps: By pair, the log-probability of each scored token.
+        far: The log-probabilities of made-up tokens that are as far from each other as the model has positions.
+        answers: Greedy answers, one to each prompt.
+    """
+
+    figures: dict[str, Any]
+    logps: dict[int, Tensor]
+    far: Tensor
+    answers: Sequence[Answer] = ()
+
+
+@dataclass(frozen=True)
+class OnPairs:
+    """Compares models on the same pairs against the same reference.
+
+    Attributes:
+        session: Says by which objective.
+        batches: How pairs go through the models.
+        reference: That of the run.
+        pairs: Indices of the pairs.
+        scored: What they are called.
+        prompts: The tokens of prompts that are answered.
+    """
+
+    session: Session
+    batches: Batches
+    reference: OpenReference
+    pairs: NDArray[np.int64]
+    scored: str
+    prompts: Sequence[Sequence[int]]
+
+    def logps(self, policy: Policy, what: str) -> tuple[dict[str, Any], dict[int, Tensor]]:
+        """Score the pairs with a policy as it is now; return their figures, and log-probabilities by pair.
+
+        Raises:
+            UserError: A pair's loss is not finite.
+        """
+        policy.read(self.batches.layout)
+        policy.place(self.session.accelerator, trained=False, collisions=self.session.config.objective.wpo)
+        listener = Listener(policy.scorer)
+        results = scored(self.session, listener, self.reference, self.batches, self.pairs, what, f"scoring {what}")
+        return figures(results), listener.logps
+
+    def texts(self, tokenizer: Any) -> list[str]:
+        """Return the texts of some pairs."""
+        some = [self.batches.pairs[int(index)] for index in self.pairs[:ANSWERS]]
+        return [tokenizer.decode(pair.prompt.tolist() + pair.chosen.tolist()) for pair in some]
+
+
+@dataclass(frozen=True)
+class OnTokens:
+    """Compares models on the same made-up tokens, where there is no run that has pairs.
+
+    Attributes:
+        session: Is told what is done.
+        prompts: The tokens of prompts that are answered.
+    """
+
+    session: Session
+    prompts: Sequence[Sequence[int]]
+    scored: ClassVar[str] = "made-up tokens"
+
+    def logps(self, policy: Policy, what: str) -> tuple[dict[str, Any], dict[int, Tensor]]:
+        """Score each token by those before it."""
+        length = min(_TOKENS, most_tokens(policy.model.config) or _TOKENS)
+        self.session.console.notice(f"scoring {what}: {_ROWS * (length - 1)} made-up tokens")
+        policy.place(self.session.accelerator, trained=False)
+        return {}, {0: _token_logps(policy, _made_up(policy, _ROWS, length))}
+
+    def texts(self, tokenizer: Any) -> list[str]:
+        """Return the texts of the prompts."""
+        return [tokenizer.decode(list(prompt)) for prompt in self.prompts]
+
+
+Proof = OnPairs | OnTokens
+"""What models are compared on."""
+
+
+def asked(proof: Proof, policy: Policy, what: str, stops: Collection[int] | None) -> Said:
+    """Let a policy score and answer.
+
+    Args:
+        proof: What it scores.
+        policy: The policy.
+        what: What it is called.
+        stops: The tokens that end an answer; None: nothing is answered.
+    """
+    figures, logps = proof.logps(policy, what)
+    answers = () if stops is None else _answers(proof, policy, what, stops)
+    return Said(figures, logps, _far(policy), answers)
+
+
+def _answers(proof: Proof, policy: Policy, what: str, stops: Collection[int]) -> list[Answer]:
+    """Let a policy answer the prompts greedily, if it can generate."""
+    session, prompts = proof.session, [one for one in proof.prompts if room(policy, one, 1)]
+    if not policy.model.can_generate():
+        return []
+    with session.console.progress(f"answers of {what}", len(prompts), "prompts") as progress:
+        limits = Limits(_ANSWER_TOKENS, _BATCH_TOKENS)
+        return answered(policy, prompts, stops, limits, session.accelerator, progress)
+
+
+def _far(policy: Policy) -> Tensor:
+    """Score made-up tokens that are spread over all positions: scaled ones differ most where tokens are far apart."""
+    most = most_tokens(policy.model.config) or 0
+    length = min(_TOKENS, most)
+    if length < 2 or "position_ids" not in inspect.signature(policy.model.forward).parameters:
+        return torch.zeros(0)
+    places = torch.arange(length) * (most - 1) // (length - 1)
+    return _token_logps(policy, _made_up(policy, 1, length), places[None])
+
+
+def _made_up(policy: Policy, rows: int, length: int) -> Tensor:
+    return torch.randint(policy.vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def _token_logps(policy: Policy, tokens: Tensor, places: Tensor | None = None) -> Tensor:
+    """Return the log-probability of each token behind those before it in its row, at whatever positions they are."""
+    tokens = tokens.to(policy.model.device)
+    # Without a mask, positions that do not follow each other would be those of several texts.
+    at = {} if places is None else {"position_ids": places.to(tokens.device), "attention_mask": torch.ones_like(tokens)}
+    with policy.reading_plainly() as model:
+        logps: Tensor = model(input_ids=tokens, use_cache=False, **at).logits[:, :-1].float().log_softmax(-1)
+    return logps.gather(-1, tokens[:, 1:, None]).flatten().cpu()
+
+
+def check_alike(ours: Said, theirs: Said, what: str, where: str) -> Difference:
+    """Refuse a model that does not give the log-probabilities of another one of the same weights.
+
+    Args:
+        ours: What it should say.
+        theirs: What it says.
+        what: What is compared, in a sentence without its end.
+        where: The folder that is then not written.
+
+    Returns:
+        The difference.
+
+    Raises:
+        UserError: It says something else.
+    """
+    difference = Difference.between(ours.logps, theirs.logps)
+    far = Difference.between({0: ours.far}, {0: theirs.far}).largest if len(ours.far) else 0.0
+    apart, of = (difference.largest, "") if difference.largest > EXACT else (far, " where positions are far apart")
+    if not apart <= EXACT:
+        told = f"{what}: its log-probabilities differ by {apart:.1e} nats per token{of}, where {EXACT:.1e} is allowed"
+        raise UserError(told, where, _NOTHING, status=FAILED)
+    return difference
+
+
+def check_facts(ours: Facts, theirs: Facts, where: str) -> None:
+    """Refuse a model whose tokenizer or end tokens are not those of what it was made of.
+
+    Raises:
+        UserError: Something differs; it is named.
+    """
+    if differing := list(ours.differences(theirs)):
+        told = f"what was written is not what was exported: {'; '.join(differing)}"
+        raise UserError(told, where, _NOTHING, status=FAILED)
+
+
+_NOTHING = "nothing was written; update PEFT and transformers to versions that fit each other, or report this"
+
+
+def check_answers(ours: Said, theirs: Said, reader: Policy, proof: Proof, stops: Collection[int], where: str) -> None:
+    """Refuse a model that answers otherwise where no rounding decides.
+
+    Args:
+        ours: What the weights answer in memory, rounded as they are written.
+        theirs: What the model answers.
+        reader: The model.
+        proof: Has the prompts.
+        stops: The tokens that end its answers.
+        where: The folder that is then not written.
+
+    Raises:
+        UserError: At the first token where an answer is another, the model tells both clearly apart.
+    """
+    prompts = [one for one in proof.prompts if room(reader, one, 1)]
+    for number, (prompt, one, other) in enumerate(zip(prompts, ours.answers, theirs.answers, strict=False), 1):
+        if one != other and (gap := _gap(reader, prompt, one, other, stops)) > TIE:
+            same = _same(one, other)
+            told = f"answer {number} is another from token {same + 1} on, where {gap:.1e} nats are between both"
+            raise UserError(f"what was written is not what was exported: {told}", where, _NOTHING, status=FAILED)
+
+
+@torch.no_grad()
+def _gap(policy: Policy, prompt: Sequence[int], one: Answer, other: Answer, stops: Collection[int]) -> float:
+    """Return how far apart a policy has the two tokens at which answers part."""
+    same = _same(one, other)
+    tokens = torch.tensor([[*prompt, *one.tokens[:same]]], device=policy.model.device)
+    with policy.reading_plainly() as model:
+        logps = model(input_ids=tokens, use_cache=False).logits[0, -1].float().log_softmax(-1)
+    ends = logps[sorted(stops)].max() if stops else torch.tensor(-torch.inf)
+    candidates = [logps[answer.tokens[same]] if same < len(answer.tokens) else ends for answer in (one, other)]
+    return float((candidates[0] - candidates[1]).abs())
+
+
+def _same(one: Answer, other: Answer) -> int:
+    """Return how many tokens two answers begin with alike."""
+    parted = (place for place, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b)
+    return next(parted, min(len(one.tokens), len(other.tokens)))
+
+
+def num_alike(ours: Said, theirs: Said) -> int:
+    """Return how many answers are the same."""
+    return sum(one == other for one, other in zip(ours.answers, theirs.answers, strict=False))

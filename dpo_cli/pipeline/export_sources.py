@@ -1,0 +1,178 @@
+"""What is exported is opened: the policy in float32, its tokenizer, and what it is compared on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_cli.config import Config
+from dpo_cli.config.exporting import Export, ForeignAdapter, TrainedAdapter, TrainedModel
+from dpo_cli.errors import UserError
+from dpo_cli.evaluation.samples import sampled_pairs
+from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.settings import Saved
+from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.folders import tokenizers
+from dpo_cli.modeling.folders.tokenizers import end_at
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.pipeline.export_facts import question_tokens
+from dpo_cli.pipeline.export_proof import ANSWERS, OnPairs, OnTokens, Proof
+from dpo_cli.pipeline.memory import settling_scores
+from dpo_cli.pipeline.models import loaded, open_reference, opened, trained_policy
+from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data
+from dpo_cli.pipeline.session import Session
+from dpo_cli.preference.reference import Cached, NoReference, OpenReference
+from dpo_cli.reporting.tables import HELD_OUT
+from dpo_cli.settings import located
+from dpo_cli.training.checkpoints import beginning_of
+
+_TRAINING_PAIRS = 64
+"""How many training pairs are scored where none are held out."""
+
+
+def in_float32(config: Config) -> Config:
+    """Return a configuration in float32, by a process alone, with a reference that is no second model.
+
+    What is compared are weights, not the rounding of sums.
+    """
+    reference = config.reference
+    if not isinstance(reference, NoReference):
+        reference = Cached(model=reference.model)
+    model = config.model.model_copy(update={"dtype": "float32", "weights": "auto"})
+    training = config.training.model_copy(update={"sharding": "none", "offload": None})
+    return config.model_copy(update={"model": model, "reference": reference, "training": training})
+
+
+def alone(session: Session) -> Session:
+    """Let go of the models that nobody has any more: two are never in memory at once. Accelerate would keep them."""
+    session.accelerator.free_memory()
+    return session
+
+
+def open_source(session: Session, asked: Export) -> tuple[Policy, Any, Proof]:
+    """Return what is exported, its tokenizer, and what it is compared on.
+
+    Raises:
+        UserError: It cannot be loaded, or does not fit its base or its pairs.
+    """
+    source = asked.source
+    if isinstance(source, TrainedAdapter):
+        return _trained_adapter(session, source)
+    if isinstance(source, TrainedModel) and source.unscored is None:
+        return _trained_model(session, source)
+    if isinstance(source, TrainedModel):
+        what = "the pairs of the run are not scored, but made-up tokens, since not all of its inputs are here"
+        session.console.warning(f"{what}: {source.unscored}")
+        name = str(source.folder)
+    else:
+        session.console.notice("no run is here: no pairs are scored, but made-up tokens")
+        name = str(source.folder) if isinstance(source, ForeignAdapter) else source.config.model.name
+    tokenizer = tokenizers.load_tokenizer(name, session.config.model.trust)
+    policy = _beside_base(session, source) if isinstance(source, ForeignAdapter) else loaded(session, name)
+    return policy, tokenizer, OnTokens(session, question_tokens(tokenizer))
+
+
+def _beside_base(session: Session, source: ForeignAdapter) -> Policy:
+    """Return the base of an adapter with that beside it."""
+    base = session.config.model.name
+    trained = Adapted(Saved(start=str(source.folder)), base=base)
+    return Policy.load(base, session.config.model.trust, session.accelerator.device, trained, session.held)
+
+
+def _trained_model(session: Session, source: TrainedModel) -> tuple[Policy, Any, Proof]:
+    """Open a model that a run has trained, which is loaded after its reference is gone again."""
+    _, data, indices = _pairs(session, source)
+    name = session.config.reference.model
+    reference = NoReference().open()
+    if not isinstance(session.config.reference, NoReference):
+        reference = _reference_apart(session, source, data, indices, name)
+    folder = str(source.folder)
+    settle = settling_scores(session, data.pairs)
+    (policy,), batches = opened(session, {folder: folder}, data.pairs, indices, settle)
+    tokenizer = tokenizers.load_tokenizer(folder, session.config.model.trust)
+    return policy, tokenizer, _on_pairs(session, batches, reference, data, indices)
+
+
+def _trained_adapter(session: Session, source: TrainedAdapter) -> tuple[Policy, Any, Proof]:
+    """Open an adapter that a run has trained; the reference is asked before its base moves."""
+    tokenizer, data, indices = _pairs(session, source)
+    name, reference = session.config.reference.model, NoReference().open()
+    if name is not None:
+        reference = _reference_apart(session, source, data, indices, name)
+    settle = settling_scores(session, data.pairs)
+    (policy,), batches = opened(session, {"`model.name`": trained_policy(session)}, data.pairs, indices, settle)
+    _check_base(policy, source)
+    if name is None and not isinstance(session.config.reference, NoReference):
+        reference = open_reference(session, policy, batches, indices)
+    give_adapter(policy, source, tokenizer)
+    return policy, tokenizer, _on_pairs(session, batches, reference, data, indices)
+
+
+def _pairs(session: Session, source: TrainedModel | TrainedAdapter) -> tuple[Any, RunData, NDArray[np.int64]]:
+    """Return the tokenizer of a run, its pairs, and indices of those that are scored."""
+    tokenizer, tokenize = load_tokenizer(session.config, session.console, source.run.first_day())
+    data = run_data(session.config, tokenize, session.console)
+    if len(data.held_out):
+        return tokenizer, data, data.held_out
+    indices = data.train[:_TRAINING_PAIRS]
+    session.console.notice(f"no pairs are held out: {len(indices)} of the training pairs are scored")
+    return tokenizer, data, indices
+
+
+def _reference_apart(
+    session: Session,
+    source: TrainedModel | TrainedAdapter,
+    data: RunData,
+    indices: NDArray[np.int64],
+    name: str | None,
+) -> OpenReference:
+    """Ask a reference that is not in memory afterwards: a model of its own, or what the run began with."""
+    where, model = ("`model.name`", trained_policy(session)) if name is None else ("`reference.model`", name)
+    settle = settling_scores(session, data.pairs)
+    (policy,), batches = opened(session, {where: model}, data.pairs, indices, settle)
+    if name is None:
+        _check_base(policy, source)
+    reference = open_reference(session, policy, batches, indices)
+    del policy, model
+    alone(session)
+    return reference
+
+
+def _on_pairs(
+    session: Session, batches: Batches, reference: OpenReference, data: RunData, indices: NDArray[np.int64]
+) -> OnPairs:
+    """Return what is compared on pairs of a run."""
+    scored = HELD_OUT if len(data.held_out) else "training pairs"
+    prompts = [data.pairs[index].prompt.tolist() for index in sampled_pairs(data.pairs, indices, ANSWERS)]
+    return OnPairs(session, batches, reference, indices, scored, prompts)
+
+
+def give_adapter(policy: Policy, source: TrainedAdapter | ForeignAdapter, tokenizer: Any) -> None:
+    """Let a policy that is as it was before step 1 be what a run has trained."""
+    policy.restore(source.folder)
+    if source.config.model.eos_token is not None:
+        end_at(policy.model, tokenizer.eos_token_id)
+
+
+def _check_base(policy: Policy, source: TrainedModel | TrainedAdapter) -> None:
+    """Refuse a base that is not the one that a run began with.
+
+    Raises:
+        UserError: It is another.
+    """
+    if (known := beginning_of(source.folder)) and (other := policy.began_with(known)):
+        adapter = source.config.adapter
+        start = adapter.start if adapter else None
+        setting, name = ("model.name", source.config.model.name) if other == "model" else ("adapter.start", start)
+        named = f"the {'base' if other == 'model' else other}{f' {located(name)}' if name else ''}"
+        what = "the adapter was trained on" if adapter else "the run began with"
+        hint = f"restore it, or name it where it is now, as in `{setting}=PATH`"
+        raise UserError(f"{named} is not the one that {what}", f"`{setting}`", hint)
+
+
+def unquantized(session: Session) -> Session:
+    """Return the session with the base as it is in its files."""
+    config = session.config
+    return session.under(config.model_copy(update={"model": config.model.model_copy(update={"quantize": None})}))
