@@ -387,6 +387,7 @@ def whole_run() -> None:
 def foreign(**settings: Any) -> None:
     """Take the adapter out of its run, and change its settings."""
     shutil.copytree("runs/run/final", "foreign")
+    Path("foreign", MANIFEST).unlink()
     file = Path("foreign/adapter_config.json")
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **settings}), encoding="utf-8")
 
