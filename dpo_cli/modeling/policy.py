@@ -27,6 +27,9 @@ from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.folders.model_names import whole_model
 from dpo_cli.modeling.folders.saving import origin_of, warn_of_ignored
 from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
+from dpo_cli.modeling.gguf.tensors import round_as_in_file
+from dpo_cli.modeling.gguf.types import GgufType
+from dpo_cli.modeling.gguf.writing import GgufFile, write_gguf
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.placement import Placement, Sharded, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
@@ -38,6 +41,7 @@ from dpo_cli.modeling.trained import Trained, Whole
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from gguf import GGUFWriter
     from torch import Tensor, nn
     from torch.nn import Parameter
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -488,6 +492,30 @@ class Policy:
     def round_to(self, types: WeightTypes) -> None:
         """Round every weight as it would be if it were saved in its type, and hold it as before."""
         round_weights(self.model, types)
+
+    def write_gguf(
+        self, file: Path, add_vocabulary: Callable[[GGUFWriter], None], kind: GgufType, name: str = ""
+    ) -> GgufFile:
+        """Write the policy and its tokenizer as a GGUF file, which is on the disk when this returns.
+
+        Args:
+            file: Where to; its folder exists.
+            add_vocabulary: Adds the keys of the tokenizer.
+            kind: The type that weights are kept in.
+            name: What the file calls the model; empty: as the file is called.
+
+        Raises:
+            UserError: A weight has no place in the file or cannot be held in the type, or the disk refuses.
+        """
+        return write_gguf(self.model, file, kind, name or file.stem, add_vocabulary)
+
+    def round_as_gguf(self, kind: GgufType) -> None:
+        """Round every weight as it is read from a GGUF file that keeps it in a type, and hold it as before.
+
+        Raises:
+            UserError: The type cannot hold it.
+        """
+        round_as_in_file(self.model, kind)
 
     def prove_saving(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Prove, before hours go into it, that the policy can be saved and read again; return a line that says so.

@@ -1,38 +1,30 @@
-"""What a GGUF file holds that transformers passes over: how positions are scaled, and weights without a place."""
+"""What a GGUF file holds that transformers passes over: some of its settings, and weights without a place."""
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.gguf.architectures import ARCHITECTURES, Architecture
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PretrainedConfig, PreTrainedModel
 
-_FREQUENCIES = "rope_freqs.weight"
-"""By what each frequency of the positions is divided."""
-
 _TABLES = re.compile(r"rope_(freqs|factors_long|factors_short)\.weight")
 """Constants among the weights."""
-
-_LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA_3_POSITIONS = 8192
-"""What Llama 3.1 and later scale positions by, which such files hold as a table alone."""
 
 _SIZES_OF_EXPERTS = {
     "moe_intermediate_size": ".ffn_up_exps.weight", "shared_expert_intermediate_size": ".ffn_up_shexp.weight",
 }  # fmt: skip
 """By which tensor a setting of transformers is known."""
 
-_HINT = "train the model that the file was made of: a folder with config.json and .safetensors files"
+HINT = "train the model that the file was made of: a folder with config.json and .safetensors files"
 
 
 @dataclass(frozen=True)
@@ -40,25 +32,47 @@ class GgufContent:
     """What is asked of a GGUF file beside what transformers reads; its vocabulary takes far more memory.
 
     Attributes:
+        architecture: What it calls the kind of model.
         sizes: How many numbers each of its tensors has, by name.
         tables: Those of them that are constants.
-        scaling: What it says of how positions are scaled.
+        settings: What it says of the model, without the architecture in front.
     """
 
+    architecture: str
     sizes: Mapping[str, int]
     tables: Mapping[str, torch.Tensor]
-    scaling: Mapping[str, Any]
+    settings: Mapping[str, Any]
 
     @classmethod
     def of(cls, reader: GGUFReader) -> GgufContent:
         """Take it from a reader, of which nothing is kept."""
+        named = reader.fields["general.architecture"].contents()
         tables = [tensor for tensor in reader.tensors if _TABLES.fullmatch(tensor.name)]
         fields = reader.fields.items()
         return cls(
+            named,
             {tensor.name: int(tensor.n_elements) for tensor in reader.tensors},
             {tensor.name: torch.tensor(tensor.data) for tensor in tables},
-            {key.partition(".rope.")[2]: field.contents() for key, field in fields if ".rope.scal" in key},
+            {key.removeprefix(f"{named}."): field.contents() for key, field in fields if key.startswith(f"{named}.")},
         )
+
+
+def settle_settings(config: PretrainedConfig, content: GgufContent) -> None:
+    """Set in a model's configuration what its file says of it, which transformers reads a part of."""
+    described = _described(content.architecture, config.model_type)
+    if described is None:
+        return
+    for key, name in described.settings.items():
+        if key in content.settings:
+            setattr(config, name, content.settings[key])
+    for name, tensor in described.flags.items():
+        setattr(config, name, tensor in content.sizes)
+
+
+def _described(name: str, kind: str) -> Architecture | None:
+    """Return what is known of an architecture of files, read as a kind of model."""
+    known = ARCHITECTURES.get(kind)
+    return known if known and known.name == name else None
 
 
 def check_all_read(model: PreTrainedModel, content: GgufContent) -> None:
@@ -74,7 +88,7 @@ def check_all_read(model: PreTrainedModel, content: GgufContent) -> None:
     if held > used:
         layers = model.config.get_text_config().num_hidden_layers
         what = f"the file has {held:,} weights, but {type(model).__name__} with {layers} layers uses {used:,}"
-        raise UserError(what, None, _HINT)
+        raise UserError(what, None, HINT)
 
 
 def settle_experts(config: PretrainedConfig, content: GgufContent) -> None:
@@ -84,50 +98,3 @@ def settle_experts(config: PretrainedConfig, content: GgufContent) -> None:
         if found and hasattr(config, setting):
             together = config.num_experts if "_exps" in name else 1
             setattr(config, setting, found[0] // together // config.hidden_size)
-
-
-def settle_positions(model: PreTrainedModel, content: GgufContent) -> None:
-    """Let a model's settings scale its positions as the file says.
-
-    Raises:
-        UserError: It says it in a way that is not known here.
-    """
-    config = model.config.get_text_config()
-    known = getattr(config, "rope_parameters", None)
-    if known and known.get("rope_type", "default") != "default":
-        return  # transformers has read it.
-    kind, factor = _scaling(content)
-    tables = dict(content.tables)
-    divided = tables.pop(_FREQUENCIES, torch.ones(1))
-    if kind == "none" and not tables and bool((divided == 1).all()):
-        return
-    found: dict[str, Any] | None = None
-    if kind == "linear" and not tables:
-        found = {"rope_type": "linear", "factor": factor}
-    elif kind == "none" and not tables:
-        found = {**_LLAMA_3, "factor": float(divided.max()), "original_max_position_embeddings": _LLAMA_3_POSITIONS}
-    if found is None or not known or "rope_type" not in known or not _divides(config, found, divided):
-        what = (
-            f"the positions are scaled ({kind if kind != 'none' else 'by a table'}) in a way transformers does not know"
-        )
-        raise UserError(what, None, _HINT)
-    config.rope_parameters = {**known, **found}
-
-
-def _scaling(content: GgufContent) -> tuple[str, float]:
-    """Return how positions are scaled by the settings of a file, and by how much; "none": not at all."""
-    said = content.scaling
-    factor = float(said.get("scaling.factor", said.get("scale_linear", 1.0)))
-    kind = str(said.get("scaling.type", "linear"))
-    return ("none" if factor == 1 and kind == "linear" else kind), factor
-
-
-def _divides(config: PretrainedConfig, scaling: dict[str, Any], divided: torch.Tensor) -> bool:
-    """Tell whether settings divide the frequencies by what a file's table says; linear ones come without a table."""
-    if scaling["rope_type"] == "linear":
-        return bool((divided == 1).all())
-    scaled = copy.deepcopy(config)
-    scaled.rope_parameters = {**config.rope_parameters, **scaling}
-    plain = config.rope_parameters["rope_theta"] ** -(torch.arange(len(divided)) / len(divided))
-    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))
-    return frequencies.shape == plain.shape and torch.allclose(frequencies * divided, plain, rtol=1e-4)

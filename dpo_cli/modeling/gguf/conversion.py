@@ -7,19 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 
-from dpo_cli.errors import UserError, from_os_error
+from dpo_cli.errors import from_os_error
 from dpo_cli.modeling.folders.completeness import load_complete
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.saving import saved_folder, saved_model, write_beside_weights
 from dpo_cli.modeling.folders.size_checks import check_room
-from dpo_cli.modeling.gguf.content import GgufContent, check_all_read, settle_experts, settle_positions
+from dpo_cli.modeling.gguf.content import GgufContent, check_all_read, settle_experts, settle_settings
+from dpo_cli.modeling.gguf.package import gguf_package
+from dpo_cli.modeling.gguf.positions import settle_positions
 from dpo_cli.modeling.gguf.streaming import Streaming, read_as
 from dpo_cli.modeling.held import FLOAT32
 from dpo_cli.system.storage import DamagedFolder, cache_root, file_digest, verify
 
-_CONVERSION = 2
+_CONVERSION = 3
 """Counts up when GGUF files are converted otherwise than before."""
 
 _log = logging.getLogger(__name__)
@@ -29,19 +31,30 @@ def settings_of(path: Path) -> Path:
     """Write what a GGUF file holds beside its weights into a folder in the cache, once for each content."""
 
     def write(folder: Path, content: GgufContent) -> None:
-        config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-        settle_experts(config, content)
+        config = read_config(path, content)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
             model.tie_weights()
         check_all_read(model, content)
-        settle_positions(model, content)
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         with saved_folder(folder, "keeping the model's settings") as temporary:
             model.save_pretrained(temporary, state_dict={})
             write_beside_weights(temporary, model, tokenizer)
 
     return _kept(path, "-settings", write)
+
+
+def read_config(path: Path, content: GgufContent) -> PretrainedConfig:
+    """Return the configuration that a GGUF file says, also what of it transformers passes over.
+
+    Raises:
+        UserError: It says something that is not known here.
+    """
+    config: PretrainedConfig = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    settle_settings(config.get_text_config(), content)
+    settle_experts(config, content)
+    settle_positions(config.get_text_config(), content)
+    return config
 
 
 def converted(path: Path) -> Path:
@@ -87,11 +100,7 @@ def _kept(path: Path, part: str, write: Callable[[Path, GgufContent], None], sai
             return folder
         except DamagedFolder as damage:
             _log.warning("the converted model is damaged (%s); converting again", damage)
-    try:
-        import gguf  # transformers needs it as well, and explains its absence badly
-    except ImportError:
-        hint = "install it with `pip install 'dpo-cli[gguf]'`"
-        raise UserError("reading a GGUF file needs the package `gguf`", str(path), hint) from None
+    gguf = gguf_package("reading", str(path))
     if said:
         _log.warning(said)
     with explained(str(path), "model"):

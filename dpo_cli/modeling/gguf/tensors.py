@@ -1,0 +1,149 @@
+"""The tensors of a GGUF file that a model becomes: their names, shapes and types, and their content one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from dpo_cli.errors import FAILED, UserError
+from dpo_cli.modeling.folders.saved_weights import SavedWeights
+from dpo_cli.modeling.gguf.architectures import ARCHITECTURES, Architecture
+from dpo_cli.modeling.gguf.package import gguf_package
+from dpo_cli.modeling.gguf.positions import written_positions
+from dpo_cli.modeling.gguf.types import GgufType, check_range, rounded, type_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_SUFFIXES = (".weight", ".bias")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A tensor of a file.
+
+    Attributes:
+        name: What the file calls it.
+        shape: As the file holds it, rows last.
+        kind: Its type.
+        take: Returns its content, of which it keeps nothing.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GgufType
+    take: Callable[[], Tensor]
+
+
+class FileTensors:
+    """What a GGUF file holds of a model.
+
+    Args:
+        model: The model.
+        kind: The type of the file.
+
+    Raises:
+        UserError: A weight of the model has no place in the file.
+    """
+
+    def __init__(self, model: PreTrainedModel, kind: GgufType) -> None:
+        self._model, self._kind = model, kind
+        self._weights = SavedWeights(model)
+        self._names = _Names(model.config)
+        self.architecture = architecture_of(model)
+        self.tensors = list(self._planned())
+        self._check()
+
+    def _planned(self) -> Iterator[Written]:
+        """Yield the tensors in the order of the file."""
+        for name, sketch in self._weights.sketch.items():
+            file_name = self._names.of(name)
+            change = self._change(file_name)
+            shape = tuple(change(sketch).shape)
+            yield Written(file_name, shape, type_of(file_name, shape, self._kind), self._taker(name, change))
+        for name, table in written_positions(self._model.config)[1].items():
+            yield Written(name, tuple(table.shape), "f32", lambda table=table: table)  # type: ignore[misc]
+
+    def _change(self, file_name: str) -> Callable[[Tensor], Tensor]:
+        """Return what is done to a weight for the file."""
+        config = self._model.config
+        for end, change in self.architecture.transforms.items():
+            if file_name.endswith(end):
+                return lambda weight: change(weight, config)
+        return lambda weight: weight
+
+    def _taker(self, name: str, change: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        return lambda: change(self._weights.take(name).detach().cpu())
+
+    def _check(self) -> None:
+        """Check that each weight of the model is in the file, once."""
+        names = [tensor.name for tensor in self.tensors]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"two weights of the model are `{min(twice)}` in the file", self._model.name_or_path, None)
+
+
+class _Names:
+    """What a file calls the weights of a model."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        gguf = gguf_package("writing", config.name_or_path)
+        self._architecture, self._where = ARCHITECTURES[config.model_type].name, config.name_or_path
+        known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+        self._map = gguf.get_tensor_name_map(known[self._architecture], config.num_hidden_layers)
+
+    def of(self, name: str) -> str:
+        """Return the name in the file of a weight.
+
+        Raises:
+            UserError: The file has no place for it.
+        """
+        found = self.known(name)
+        if found is None:
+            hint = "write a model folder instead: leave out `--gguf`"
+            what = f"a GGUF file of the architecture `{self._architecture}` has no place for `{name}`"
+            raise UserError(what, self._where, hint, status=FAILED)
+        return found
+
+    def known(self, name: str) -> str | None:
+        """Return the name in the file of a weight, if it has one; some models' are known without their first part."""
+        found: str | None = self._map.get_name(name, try_suffixes=_SUFFIXES)
+        return found or self._map.get_name(name.partition(".")[2], try_suffixes=_SUFFIXES)
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """Return how a file holds a model, which `gguf_problem` finds nothing wrong with."""
+    return ARCHITECTURES[model.config.model_type]
+
+
+@torch.no_grad()
+def round_as_in_file(model: PreTrainedModel, kind: GgufType) -> None:
+    """Round every weight as a file of a type does, along the rows that it has there, and keep it in its dtype.
+
+    Raises:
+        UserError: The type cannot hold them.
+    """
+    names, turned = _Names(model.config), _turned(model)
+    seen: set[int] = set()
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if not weight.is_floating_point() or id(weight) in seen:
+            continue
+        seen.add(id(weight))
+        rows = weight.data.T if name in turned else weight.data
+        kept = type_of(names.known(name) or name, rows.shape, kind)
+        check_range(rows, kept, name)
+        weight.data = (rounded(rows, kept).T if name in turned else rounded(rows, kept)).contiguous()
+
+
+def _turned(model: nn.Module) -> set[str]:
+    """Return the names of weights that the model keeps with a column for each output."""
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def numbers_of(tensors: Mapping[str, Any]) -> int:
+    """Return how many numbers there are in tensors."""
+    return sum(int(tensor.numel()) for tensor in tensors.values())

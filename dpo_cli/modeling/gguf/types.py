@@ -1,0 +1,95 @@
+"""The types that a GGUF file keeps weights in: which of them a tensor gets, and what becomes of its numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from dpo_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
+"""What the weights of a file can be kept in: those that the package `gguf` makes of any numbers."""
+
+_FLOATS = ("f32", "f16", "bf16")
+_BLOCK = 32
+"""How many numbers of a row share a scale in the other types."""
+
+_MOST = {"f32": 3.4e38, "bf16": 3.38e38, "f16": 65504.0, "q8_0": 127 * 65504.0, "q5_1": 65504.0, "q5_0": 16 * 65504.0,
+         "q4_1": 65504.0, "q4_0": 8 * 65504.0}  # fmt: skip
+"""The largest magnitude that a type holds: scales are float16."""
+
+_FLOAT32 = re.compile(
+    r".*_norm\.weight|position_embd\.weight|token_types\.weight|rope_\w+\.weight"
+    r"|blk\.\d+\.(ffn_gate_inp(_shexp)?|ssm_\w+|shortconv\.conv|exp_probs_b)(\.\w+)?"
+)
+"""Tensors that llama.cpp reads in float32 alone, however many dimensions they have."""
+
+_IN_BLOCKS = re.compile(r"blk\.\d+\.(ssm_(in|out|x|alpha|beta))\.weight")
+"""Matrices whose names are like those of such tensors."""
+
+_CHUNK = 2**22
+"""How many numbers are quantized at a time: the package takes several times their memory."""
+
+
+def type_of(name: str, shape: Sequence[int], kind: GgufType) -> GgufType:
+    """Return the type that a tensor gets in a file of a type.
+
+    Args:
+        name: Its name in the file.
+        shape: Its shape, of which the last dimension is a row of the file.
+        kind: The type of the file.
+    """
+    if len(shape) < 2 or (_FLOAT32.fullmatch(name) and not _IN_BLOCKS.fullmatch(name)):
+        return "f32"
+    return kind if kind in _FLOATS or shape[-1] % _BLOCK == 0 else "f16"
+
+
+def check_range(tensor: Tensor, kind: GgufType, name: str) -> None:
+    """Refuse a tensor that a type cannot hold.
+
+    Raises:
+        UserError: A number of it is too large, or none.
+    """
+    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+    if not largest <= _MOST[kind]:
+        what = f"{kind} cannot hold `{name}`: its largest weight is {largest:.3g}"
+        raise UserError(what, None, "choose `--gguf bf16` or `--gguf f32`" if largest < _MOST["bf16"] else None)
+
+
+def encoded(tensor: Tensor, kind: GgufType) -> Iterator[NDArray[Any]]:
+    """Yield a tensor as a file holds it, some rows at a time.
+
+    Args:
+        tensor: On the host, of floats, with rows of the file along its last dimension.
+        kind: The type.
+    """
+    import gguf
+
+    ggml = gguf.GGMLQuantizationType[kind.upper()]
+    for rows in _chunks(tensor):
+        yield gguf.quantize(rows.float().numpy(), ggml)
+
+
+def rounded(tensor: Tensor, kind: GgufType) -> Tensor:
+    """Return a tensor as it is read from a file that holds it in a type, in its own dtype and on its own device."""
+    import gguf
+    import torch
+
+    if kind == "f32":
+        return tensor
+    ggml, parts = gguf.GGMLQuantizationType[kind.upper()], []
+    for blocks in encoded(tensor.detach().cpu(), kind):
+        parts.append(torch.from_numpy(gguf.dequantize(blocks, ggml)).to(tensor.dtype))
+    return torch.cat(parts).reshape(tensor.shape).to(tensor.device)
+
+
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor's rows, as many at a time as are quantized together."""
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
+    yield from rows.split(max(1, _CHUNK // rows.shape[-1]))
