@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PretrainedConfig
 
 from dpo_cli.errors import from_os_error
 from dpo_cli.modeling.folders.completeness import load_complete
@@ -18,10 +18,11 @@ from dpo_cli.modeling.gguf.content import GgufContent, check_all_read, settle_ex
 from dpo_cli.modeling.gguf.package import gguf_package
 from dpo_cli.modeling.gguf.positions import settle_positions
 from dpo_cli.modeling.gguf.streaming import Streaming, read_as
+from dpo_cli.modeling.gguf.tokenizers import tokenizer_of
 from dpo_cli.modeling.held import FLOAT32
 from dpo_cli.system.storage import DamagedFolder, cache_root, file_digest, verify
 
-_CONVERSION = 3
+_CONVERSION = 4
 """Counts up when GGUF files are converted otherwise than before."""
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def settings_of(path: Path) -> Path:
             model = AutoModelForCausalLM.from_config(config)
             model.tie_weights()
         check_all_read(model, content)
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = tokenizer_of(path)
         with saved_folder(folder, "keeping the model's settings") as temporary:
             model.save_pretrained(temporary, state_dict={})
             write_beside_weights(temporary, model, tokenizer)
@@ -64,7 +65,7 @@ def converted(path: Path) -> Path:
         check_room(4 * sum(content.sizes.values()), FLOAT32, torch.device("cpu"))
         # transformers would keep all that it read for the settings in memory while it loads the weights.
         config = AutoConfig.from_pretrained(settings_of(path))
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = tokenizer_of(path)
         told = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
         with read_as(Streaming):
             model = load_complete(AutoModelForCausalLM, str(path.parent), config=config, **told)

@@ -1,0 +1,359 @@
+"""A tokenizer as the vocabulary of a GGUF file, or why it cannot be one: nothing of it is guessed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import Tokenizer
+
+from dpo_cli.data.tokens.chat_template import DEFAULT, named_templates
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.gguf.conversations import probes
+from dpo_cli.modeling.gguf.pre_tokenizers import described, found_in, name_of
+from dpo_cli.modeling.gguf.tokenizers import (
+    BYTE,
+    BYTE_LEVEL,
+    CONTROL,
+    NORMAL,
+    SENTENCE_PIECE,
+    SPACE,
+    SPECIAL,
+    TEMPLATE,
+    TEMPLATES,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    is_phi_3,
+    pairs_of,
+    tokenizer_from,
+)
+from dpo_cli.modeling.gguf.vocabulary_texts import PLAIN_TEXTS, differing, encode
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from transformers import PreTrainedTokenizerBase
+
+HINT = "export a model folder instead, without `--gguf`: it keeps the tokenizer as it is"
+
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_METASPACE = ("Metaspace", SPACE, False)
+_PHI_3 = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
+"""What llama.cpp asks for in a vocabulary of Phi-3."""
+
+_KNOWN_ENDS = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>"),
+    *("<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>"),
+    "<｜end▁of▁sentence｜>",
+}
+"""Where llama.cpp ends an answer whatever a file says."""
+
+
+class Inexpressible(ValueError):
+    """What a tokenizer does and a GGUF file cannot say."""
+
+
+@dataclass(frozen=True)
+class _Words:
+    """A tokenizer's own description, taken apart.
+
+    Attributes:
+        whole: Its `tokenizer.json`.
+        tokens: The tokens by id; `None` where an id has none.
+        added: Tokens that are found in a text before anything else, by id.
+    """
+
+    whole: Mapping[str, Any]
+    tokens: Sequence[str | None]
+    added: Mapping[int, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, size: int | None = None) -> _Words:
+        engine = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(engine, Tokenizer):
+            raise Inexpressible(f"a tokenizer without a `tokenizer.json` ({type(tokenizer).__name__})")
+        whole = json.loads(engine.to_str())
+        known = engine.get_vocab(with_added_tokens=True)
+        most = max(known.values(), default=-1) + 1
+        if size is not None and most > size:
+            raise Inexpressible(f"{most:,} tokens of which the model has only {size:,}")
+        tokens: list[str | None] = [None] * (most if size is None else size)
+        for token, place in known.items():
+            tokens[place] = token
+        return cls(whole, tokens, {one["id"]: one for one in whole["added_tokens"]})
+
+    @property
+    def model(self) -> Mapping[str, Any]:
+        """What merges."""
+        found: Mapping[str, Any] = self.whole["model"]
+        return found
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Return the pairs that are merged, the first of them first."""
+        pairs = (one.split(" ", 1) if isinstance(one, str) else one for one in self.model["merges"])
+        return [(first, second) for first, second in pairs]
+
+
+def vocabulary_problem(tokenizer: PreTrainedTokenizerBase, stops: Collection[int] = ()) -> str | None:
+    """Return why a tokenizer cannot be the vocabulary of a GGUF file, if so.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        stops: The tokens that end an answer.
+    """
+    try:
+        vocabulary_of(tokenizer, None, stops)
+    except Inexpressible as problem:
+        return f"GGUF files and llama.cpp have nothing for {problem}"
+    return None
+
+
+def add_vocabulary(
+    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int, stops: Collection[int] = ()
+) -> None:
+    """Write a tokenizer into a GGUF file, with its chat templates.
+
+    Args:
+        writer: What writes the file.
+        tokenizer: A Hugging Face tokenizer.
+        size: How many tokens the model has embeddings for; those beyond the tokenizer are written as unused.
+        stops: The tokens that end an answer.
+
+    Raises:
+        UserError: A GGUF file cannot say what this tokenizer does.
+    """
+    try:
+        fields = vocabulary_of(tokenizer, size, stops)
+    except Inexpressible as problem:
+        raise UserError(f"GGUF files and llama.cpp have nothing for {problem}", None, HINT) from None
+    for name, value in fields.items():
+        key = f"tokenizer.{name}"
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif value:
+            writer.add_array(key, value)
+
+
+def name_for(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    """Return a model's name so that llama.cpp treats its special tokens as the tokenizer does.
+
+    llama.cpp lets special tokens swallow the white space behind them where a model's name has `phi-3` in it, and fails
+    there if its vocabulary is not that of Phi-3.
+    """
+    swallows = _swallows(_Words.of(tokenizer))
+    if swallows and not is_phi_3(name):
+        return f"{name} (Phi-3)"
+    if is_phi_3(name) and not swallows:
+        return name.lower().replace("phi-3", "phi 3").replace("phi3", "phi 3")
+    return name
+
+
+def vocabulary_of(
+    tokenizer: PreTrainedTokenizerBase, size: int | None = None, stops: Collection[int] = ()
+) -> dict[str, Any]:
+    """Return what a GGUF file has about a tokenizer, by names without `tokenizer.`.
+
+    Raises:
+        Inexpressible: It cannot say what this tokenizer does.
+    """
+    words = _Words.of(tokenizer, size)
+    _check_added(words)
+    kind = _sentence_piece if words.model.get("byte_fallback") else _byte_level
+    if words.model["type"] != "BPE":
+        raise Inexpressible(f"a vocabulary of the kind {words.model['type']}")
+    common = {**_marks(tokenizer), **_ends(tokenizer, stops), **_templates(tokenizer)}
+    return _settled(tokenizer, words, [{**fields, **common} for fields in kind(words)])
+
+
+def _settled(tokenizer: PreTrainedTokenizerBase, words: _Words, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the first of several vocabularies that gives conversations their tokens, or texts where none are had."""
+    name = "phi-3" if _swallows(words) else ""
+    texts = probes(tokenizer) or PLAIN_TEXTS
+    found: list[str] = []
+    for fields in choices:
+        found = differing(encode(tokenizer), encode(tokenizer_from(fields, name=name)), texts)
+        if not found:
+            return fields
+    raise Inexpressible(f"how the tokenizer treats spaces around special tokens: it would read {found[0]!r} otherwise")
+
+
+def _check_added(words: _Words) -> None:
+    """Refuse added tokens that are found in a text in ways of their own.
+
+    Raises:
+        Inexpressible: There are some.
+    """
+    strict = [one for one in words.added.values() if one["lstrip"] or one["single_word"]]
+    if any(one["rstrip"] for one in words.added.values()) and not _swallows(words):
+        strict += [one for one in words.added.values() if one["rstrip"]]
+    if strict:
+        named = ", ".join(f"`{one['content']}`" for one in strict[:3])
+        raise Inexpressible(f"added tokens that take white space around them or whole words alone ({named})")
+
+
+def _swallows(words: _Words) -> bool:
+    """Tell whether special tokens take the white space behind them as those of Phi-3 do."""
+    return any(one["rstrip"] for one in words.added.values()) and {*words.tokens} >= _PHI_3
+
+
+def _byte_level(words: _Words) -> list[dict[str, Any]]:
+    """Return the vocabulary of a byte-level tokenizer."""
+    found = found_in(words.whole)
+    if isinstance(found, str):
+        raise Inexpressible(found)
+    if any(words.model.get(part) for part in ("continuing_subword_prefix", "end_of_word_suffix")):
+        raise Inexpressible("a mark on tokens within or at the end of words")
+    name = name_of(found) or name_of(found, either=_reaches_all(words))
+    if name is None:
+        raise Inexpressible(f"the pre-tokenizer {described(found)}")
+    tokens, types = _listed(words, lambda token: NORMAL)
+    merges = [f"{first} {second}" for first, second in words.merges()]
+    fields = {"ggml.model": BYTE_LEVEL, "ggml.pre": name, "ggml.tokens": tokens, "ggml.token_type": types}
+    return [{**fields, "ggml.merges": merges}]
+
+
+def _reaches_all(words: _Words) -> bool:
+    """Tell whether merges make every token of its letters, so that taking words whole makes no difference."""
+    model = {**words.model, "ignore_merges": False, "dropout": None}
+    engine = Tokenizer.from_str(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    added = {one["content"] for one in words.added.values()}
+    return all(len(engine.model.tokenize(token)) == 1 for token in model["vocab"] if token not in added)
+
+
+def _sentence_piece(words: _Words) -> list[dict[str, Any]]:
+    """Return the vocabularies that one of characters and bytes may be: with a space before texts, and without."""
+    model = words.model
+    if any(model.get(part) for part in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")):
+        raise Inexpressible("words of a vocabulary with bytes that are taken whole or marked")
+    if missing := [byte for byte in _BYTES if byte not in model["vocab"]]:
+        raise Inexpressible(f"a vocabulary without the bytes {', '.join(missing[:3])}")
+    starts = _starts(words.whole)
+    scores = _scores(words)
+    tokens, types = _listed(words, lambda token: BYTE if token in _BYTES else NORMAL)
+    unknown = model.get("unk_token")
+    types = [UNKNOWN if token == unknown else kind for token, kind in zip(tokens, types, strict=True)]
+    fields = {
+        "ggml.model": SENTENCE_PIECE,
+        "ggml.pre": "default",
+        "ggml.tokens": tokens,
+        "ggml.scores": [scores.get(token, 0.0) for token in tokens],
+        "ggml.token_type": types,
+        # llama.cpp merges by the scores; transformers takes merges where there are some.
+        "ggml.merges": [f"{first} {second}" for first, second in words.merges()],
+        "ggml.remove_extra_whitespaces": False,
+    }
+    return [{**fields, "ggml.add_space_prefix": start} for start in starts]
+
+
+def _starts(whole: Mapping[str, Any]) -> list[bool]:
+    """Return whether a text may begin with a space, the likelier first.
+
+    Raises:
+        Inexpressible: Its characters are changed or parted otherwise.
+    """
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    start = {"type": "Prepend", "prepend": SPACE}
+    apart = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    normal, parted = whole.get("normalizer"), whole.get("pre_tokenizer")
+    steps = normal["normalizers"] if normal and normal["type"] == "Sequence" else [normal]
+    if parted in (None, apart) and steps == [start, spaces]:
+        return [True]
+    if parted in (None, apart) and steps == [spaces]:
+        # Behind the replacement there are no spaces to part at.
+        return [False]
+    if normal is None and parted and (parted["type"], parted.get("replacement"), parted.get("split")) == _METASPACE:
+        return [False] if parted["prepend_scheme"] == "never" else [True, False]
+    raise Inexpressible(f"the normalizer {_brief(normal)} with the pre-tokenizer {_brief(parted)}")
+
+
+def _brief(found: Any) -> str:
+    return json.dumps(found, ensure_ascii=False) if found else "none"
+
+
+def _scores(words: _Words) -> dict[str, float]:
+    """Return a score for each token so that merging the best one first is merging in the order of the merges.
+
+    Raises:
+        Inexpressible: No scores do that.
+    """
+    vocabulary, merges = words.model["vocab"], words.merges()
+    scores: dict[str, float] = {}
+    last = ""
+    for rank, (first, second) in enumerate(merges):
+        token = first + second
+        if token != last and token in scores:
+            raise Inexpressible(f"merges that make `{token}` sooner or later than others by its parts")
+        scores.setdefault(token, -float(rank))
+        last = token
+    listed = set(merges)
+    apart = {*_BYTES, *(one["content"] for one in words.added.values())}
+    plain = {token: place for token, place in vocabulary.items() if token not in apart}
+    for first, second in pairs_of(plain, plain):
+        if (first, second) not in listed:
+            raise Inexpressible(
+                f"merges that never join `{first}` and `{second}`, though `{first + second}` is a token"
+            )
+    return scores
+
+
+def _listed(words: _Words, kind: Callable[[str], int]) -> tuple[list[str], list[int]]:
+    """Return all tokens and their types; ids without a token get one that no text has."""
+    tokens, types = [], []
+    taken = {*words.tokens}
+    for place, token in enumerate(words.tokens):
+        if token is None:
+            filler = f"[PAD{place}]"
+            while filler in taken:
+                filler = f"[{filler}]"
+            tokens.append(filler)
+            types.append(UNUSED)
+            continue
+        added = words.added.get(place)
+        tokens.append(token)
+        types.append(kind(token) if added is None else CONTROL if added["special"] else USER_DEFINED)
+    return tokens, types
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return special tokens, and those that a text is put between, which a made-up one tells."""
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    bare, whole = (tokenizer("a", add_special_tokens=on)["input_ids"] for on in (False, True))
+    start = ids["bos"] is not None and whole[: len(whole) - len(bare)][:1] == [ids["bos"]]
+    end = ids["eos"] is not None and len(whole) > len(bare) + start and whole[-1] == ids["eos"]
+    named = {f"ggml.{SPECIAL[name]}_token_id": place for name, place in ids.items() if place is not None}
+    return {**named, "ggml.add_bos_token": start, "ggml.add_eos_token": end}
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, stops: Collection[int]) -> dict[str, int]:
+    """Return the tokens that end an answer: the eos token as trained with, and up to two others.
+
+    Raises:
+        Inexpressible: There are more of them, which llama.cpp does not know by name either.
+    """
+    eos = tokenizer.eos_token_id
+    ends = [
+        *([eos] if eos in stops or (eos is not None and not stops) else []),
+        *(s for s in sorted(stops) if s != eos),
+    ]
+    unknown = [end for end in ends[1:] if str(tokenizer.convert_ids_to_tokens(end)) not in _KNOWN_ENDS]
+    rest = [*unknown, *(end for end in ends[1:] if end not in unknown)]
+    if len(unknown) > 2:
+        named = ", ".join(f"`{tokenizer.convert_ids_to_tokens(end)}`" for end in ends)
+        raise Inexpressible(f"more than three tokens that end an answer ({named})")
+    names = ("eos", "eot", "eom")
+    return {f"ggml.{name}_token_id": int(end) for name, end in zip(names, [*ends[:1], *rest], strict=False)}
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the chat templates of a tokenizer."""
+    named = named_templates(tokenizer)
+    others = {name: text for name, text in named.items() if name != DEFAULT}
+    listed = {TEMPLATES: sorted(others)} if others else {}
+    texts = {f"{TEMPLATE}.{name}": text for name, text in others.items()}
+    return {**({TEMPLATE: named[DEFAULT]} if DEFAULT in named else {}), **listed, **texts}
