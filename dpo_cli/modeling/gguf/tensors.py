@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.errors import FAILED, UserError
-from dpo_cli.modeling.folders.saved_weights import SavedWeights
+from dpo_cli.modeling.folders.saved_weights import saved_state
+from dpo_cli.modeling.folders.shard_files import gathered
 from dpo_cli.modeling.gguf.architectures import ARCHITECTURES, Architecture
 from dpo_cli.modeling.gguf.package import gguf_package
 from dpo_cli.modeling.gguf.positions import written_positions
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 _SUFFIXES = (".weight", ".bias")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class FileTensors:
 
     def __init__(self, model: PreTrainedModel, kind: GgufType) -> None:
         self._model, self._kind = model, kind
-        self._weights = SavedWeights(model)
+        # As the model has them: experts that its own files keep apart are together in a GGUF file.
+        self._weights = saved_state(model)
         self._names = _Names(model.config)
         self.architecture = architecture_of(model)
         self.tensors = list(self._planned())
@@ -61,11 +65,12 @@ class FileTensors:
 
     def _planned(self) -> Iterator[Written]:
         """Yield the tensors in the order of the file."""
-        for name, sketch in self._weights.sketch.items():
-            file_name = self._names.of(name)
-            change = self._change(file_name)
-            shape = tuple(change(sketch).shape)
-            yield Written(file_name, shape, type_of(file_name, shape, self._kind), self._taker(name, change))
+        for name, weight in self._weights.items():
+            sketch = torch.empty(weight.shape, device="meta")
+            for file_name in self._names.of(name):
+                change = self._change(file_name)
+                shape = tuple(change(sketch).shape)
+                yield Written(file_name, shape, type_of(file_name, shape, self._kind), self._taker(name, change))
         for name, table in written_positions(self._model.config)[1].items():
             yield Written(name, tuple(table.shape), "f32", lambda table=table: table)  # type: ignore[misc]
 
@@ -78,7 +83,7 @@ class FileTensors:
         return lambda weight: weight
 
     def _taker(self, name: str, change: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-        return lambda: change(self._weights.take(name).detach().cpu())
+        return lambda: change(gathered(self._weights[name]).detach().cpu())
 
     def _check(self) -> None:
         """Check that each weight of the model is in the file, once."""
@@ -92,27 +97,30 @@ class _Names:
 
     def __init__(self, config: PretrainedConfig) -> None:
         gguf = gguf_package("writing", config.name_or_path)
-        self._architecture, self._where = ARCHITECTURES[config.model_type].name, config.name_or_path
+        self._architecture, self._where = ARCHITECTURES[config.model_type], config.name_or_path
         known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
-        self._map = gguf.get_tensor_name_map(known[self._architecture], config.num_hidden_layers)
+        self._map = gguf.get_tensor_name_map(known[self._architecture.name], config.num_hidden_layers)
 
-    def of(self, name: str) -> str:
-        """Return the name in the file of a weight.
+    def of(self, name: str) -> tuple[str, ...]:
+        """Return the names in the file of what a weight becomes.
 
         Raises:
             UserError: The file has no place for it.
         """
         found = self.known(name)
-        if found is None:
+        if not found:
             hint = "write a model folder instead: leave out `--gguf`"
-            what = f"a GGUF file of the architecture `{self._architecture}` has no place for `{name}`"
+            what = f"a GGUF file of the architecture `{self._architecture.name}` has no place for `{name}`"
             raise UserError(what, self._where, hint, status=FAILED)
         return found
 
-    def known(self, name: str) -> str | None:
-        """Return the name in the file of a weight, if it has one; some models' are known without their first part."""
-        found: str | None = self._map.get_name(name, try_suffixes=_SUFFIXES)
-        return found or self._map.get_name(name.partition(".")[2], try_suffixes=_SUFFIXES)
+    def known(self, name: str) -> tuple[str, ...]:
+        """Return the names in the file, if there are any; some models' are known without their first part."""
+        for end, called in self._architecture.names.items():
+            if name.endswith(end) and (layer := _LAYER.search(name)):
+                return tuple(f"blk.{layer[1]}.{one}" for one in called)
+        found = (self._map.get_name(one, try_suffixes=_SUFFIXES) for one in (name, name.partition(".")[2]))
+        return tuple(one for one in found if one)[:1]
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
@@ -134,7 +142,7 @@ def round_as_in_file(model: PreTrainedModel, kind: GgufType) -> None:
             continue
         seen.add(id(weight))
         rows = weight.data.T if name in turned else weight.data
-        kept = type_of(names.known(name) or name, rows.shape, kind)
+        kept = type_of(next(iter(names.known(name)), name), rows.shape, kind)
         check_range(rows, kept, name)
         weight.data = (rounded(rows, kept).T if name in turned else rounded(rows, kept)).contiguous()
 

@@ -10,7 +10,7 @@ import gguf
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.folders.loading import load_policy
@@ -34,14 +34,18 @@ KINDS = {
 
 
 def random(kind: str, words: int) -> PreTrainedModel:
-    """Build a model none of whose weights is 0, or 1 where it is of a norm."""
     config, settings = KINDS[kind]
     built = getattr(transformers, config)(**_SMALL, **settings, vocab_size=words)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(built, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
+    return random_model(built)
+
+
+@torch.no_grad()
+def random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a model none of whose weights is what it would be by itself: not even a norm is 1, or a buffer 0."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for tensor in model.state_dict().values():
+        tensor.add_(0.3 * torch.randn(tensor.shape))
     return model.eval()
 
 
@@ -65,6 +69,16 @@ def tensors_of(kind: str, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return found
 
 
+def add_words(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
+    """Add what a file says of a byte-level tokenizer."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    known = tokenizer.get_vocab()
+    writer.add_token_list(sorted(known, key=lambda word: known[word]))
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(merge) for merge in merges])
+
+
 def write(file: Path, kind: str, tensors: dict[str, torch.Tensor], tokenizer: Any) -> Path:
     """Write a GGUF file by the words of its format."""
     writer = gguf.GGUFWriter(file, kind)
@@ -77,12 +91,7 @@ def write(file: Path, kind: str, tensors: dict[str, torch.Tensor], tokenizer: An
         writer.add_uint32(f"{kind}.{name}", number)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_rope_freq_base(5e6 if kind == "minimax-m2" else 1e4)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    known = tokenizer.get_vocab()
-    writer.add_token_list(sorted(known, key=lambda word: known[word]))
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(merge) for merge in merges])
+    add_words(writer, tokenizer)
     for name, tensor in tensors.items():
         writer.add_tensor(name, tensor.contiguous().numpy())
     writer.write_header_to_file()
