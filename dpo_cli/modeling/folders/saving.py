@@ -162,7 +162,9 @@ def saved_folder(
     Raises:
         UserError: The disk refuses. `target` is as it was then.
     """
-    with disk_refusals(doing, target), sealed_folder(target, details or {}, waits=waits) as temporary:
+    # They may be filled until the folder is left.
+    details = {} if details is None else details
+    with disk_refusals(doing, target), sealed_folder(target, details, waits=waits) as temporary:
         yield temporary
 
 
