@@ -285,7 +285,7 @@ def sample(
 
 @app.command(
     cls=Command,
-    options_metavar="RUN|FOLDER --to DIR [KEY=VALUE ...] [OPTIONS]",
+    options_metavar="RUN|FOLDER [KEY=VALUE ...] [--to DIR] [--push ORG/NAME] [OPTIONS]",
     epilog=f"{_ABOUT_EXPORTED}\n\n"
     + _examples(
         "dpo export runs/my --to models/my",
@@ -293,6 +293,8 @@ def sample(
         "dpo export runs/my/checkpoints/step-000100 --to models/my-100",
         "dpo export runs/my --merge --to models/my model.name=/new/place/of/the/base",
         "dpo export runs/my --dtype float32 --max-shard-size 2GB --to models/my",
+        "dpo export models/my --push ORG/NAME --dry-run    list what would be sent",
+        "dpo export models/my --push ORG/NAME              publish it on the Hub",
     ),
 )
 def export(
@@ -307,13 +309,19 @@ def export(
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="The largest file of weights, such as 500MB; by default 5GB.")
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME", help="Publish it on the Hub; without `--to`, a folder that was exported before."
+        ),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody see a repository that is created.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be published, send nothing.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a trained model, or an adapter with or without its base, for other programs, and prove it."""
+    """Write a trained model, or an adapter with or without its base, for other programs, and prove it; publish it."""
     with _job(quiet=quiet) as (console, _):
         run, overrides = split_run(arguments or ())
-        if to is None:
-            raise UserError("no folder to write is given", "the command line", "give one, as in `--to models/my`")
         dpo_cli.export(
             run,
             to,
@@ -321,6 +329,9 @@ def export(
             dtype=dtype,
             max_shard_size=max_shard_size,
             overrides=overrides,
+            push=push,
+            public=public,
+            dry_run=dry_run,
             console=console,
         )
 

@@ -23,6 +23,7 @@ from dpo_cli.config.inputs import (
 )
 from dpo_cli.config.launched import sharding_errors, taken_over
 from dpo_cli.config.outputs import json_file_errors
+from dpo_cli.config.publishing import Publishing, as_publishing, check_exported
 from dpo_cli.config.reporting import check_report
 from dpo_cli.config.sampling import check_sampling
 from dpo_cli.config.starting import starting_text
@@ -279,24 +280,33 @@ def sample(
 
 def export(
     run: str | PathLike[str],
-    to: str | PathLike[str],
+    to: str | PathLike[str] | None = None,
     *,
     merge: bool = False,
     dtype: str | None = None,
     max_shard_size: str | None = None,
     overrides: Sequence[str] = (),
+    push: str | None = None,
+    public: bool = False,
+    dry_run: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Write a model, or an adapter, into a folder of its own, and prove it; return how exact it is.
 
+    With `push`, what was written is published on the Hub. Without `to`, that is a folder of an earlier call, and the
+    repository, whether it is private, and the commit are returned.
+
     Args:
         run: A run's folder, or in it `final` or a checkpoint; an adapter's folder; or a model: a folder, a .gguf file
             or a Hub id.
-        to: The folder to be written, which must not exist.
+        to: The folder to be written, which must not exist; None: the one that is published.
         merge: Whether an adapter becomes part of its base; otherwise it is written by itself.
         dtype: The dtype of the weights that are written; None: as they are.
         max_shard_size: The largest file of weights, as in `500MB`; None: 5 GB.
         overrides: `KEY=VALUE` each: settings of the run that are others now, such as where the base is.
+        push: The repository on the Hub, as `ORG/NAME`; None: nothing is published.
+        public: Whether everybody may see a repository that is created.
+        dry_run: Whether what would be published is listed, and nothing is sent.
         console: What a person sees, or None.
 
     Raises:
@@ -304,15 +314,35 @@ def export(
             `ExceptionGroup` of such where several things are.
     """
     console = _heard(console)
-    options = Options(merge, dtype, max_shard_size)
-    asked = check_export(Path(run), Path(to), overrides, options)
+    options, publishing = Options(merge, dtype, max_shard_size), as_publishing(push, public=public, dry_run=dry_run)
+    if to is None:
+        if publishing is None:
+            raise UserError("no folder to write is given", "the command line", "give one, as in `--to models/my`")
+        check_exported(Path(run), publishing, [*overrides, *options.given])
+        return _publish(Path(run), publishing, console)
+    asked = check_export(Path(run), Path(to), overrides, options, publishing)
+    if publishing:
+        console.notice("asking the Hub …")
+        from dpo_cli.pipeline.publishing import check_published
+
+        check_published(publishing, console)
     console.notice("loading …")
     if asked.reads_inputs:
         look_up_on_hub(asked.source.config)
     from dpo_cli.pipeline.export import export
 
     with reserved(asked.to):
-        return export(asked, console)
+        found = export(asked, console)
+    if publishing:
+        found["published"] = _publish(asked.to, publishing, console)
+    return found
+
+
+def _publish(folder: Path, asked: Publishing, console: Console) -> dict[str, Any]:
+    """Import what publishes, which needs no torch, and let it do so."""
+    from dpo_cli.pipeline.publishing import push
+
+    return push(folder, asked, console)
 
 
 def report(

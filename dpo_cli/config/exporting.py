@@ -12,6 +12,7 @@ from typing import ClassVar, cast, get_args
 
 from dpo_cli.config.inputs import check_inputs
 from dpo_cli.config.loading import as_config, load_config
+from dpo_cli.config.publishing import Publishing, publishing_errors
 from dpo_cli.config.schema import Config
 from dpo_cli.errors import UserError, raise_all
 from dpo_cli.evaluation.best import best_step
@@ -158,6 +159,17 @@ class Options:
     max_shard_size: str | None = None
     gguf: str | None = None
 
+    @property
+    def given(self) -> list[str]:
+        """The options that are given."""
+        values = {
+            "--merge": self.merge,
+            "--dtype": self.dtype,
+            "--max-shard-size": self.max_shard_size,
+            "--gguf": self.gguf,
+        }
+        return [option for option, value in values.items() if value]
+
 
 @dataclass(frozen=True)
 class Export:
@@ -185,7 +197,9 @@ class Export:
         return not unscored and not isinstance(self.source, PlainModel)
 
 
-def check_export(named: Path, to: Path, overrides: Sequence[str], options: Options) -> Export:
+def check_export(
+    named: Path, to: Path, overrides: Sequence[str], options: Options, publishing: Publishing | None = None
+) -> Export:
     """Check what is exported, as what, and where to.
 
     Args:
@@ -193,12 +207,16 @@ def check_export(named: Path, to: Path, overrides: Sequence[str], options: Optio
         to: The folder to be written.
         overrides: `KEY=VALUE` each: settings of the run that are others now, such as where the base is.
         options: The rest.
+        publishing: Where it is published then, or None.
 
     Raises:
         UserError: Something is wrong; an `ExceptionGroup` where several things are.
     """
     source, problems = _source(named, overrides, options)
     form, wrong = _form(source, options)
+    if publishing:
+        base = source.config.model.name if isinstance(form, PeftFolder) else None
+        wrong = [*wrong, *publishing_errors(publishing, to, base)]
     raise_all([*_check_target(to, *_taken(named, source)), *wrong, *problems])
     return Export(source, form, to)
 

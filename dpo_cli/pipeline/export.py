@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from dpo_cli.config.exporting import Export, ForeignAdapter, PlainModel, TrainedAdapter
+from dpo_cli.config.publishing import EXPORT
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
 from dpo_cli.modeling.folders.saving import saved_folder
@@ -31,9 +32,6 @@ from dpo_cli.reporting.tables import figures_table
 from dpo_cli.system.storage import remove_strays_of
 from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, beginning_of
 from dpo_cli.training.run_folder import step_of
-
-EXPORT = "export"
-"""What the manifest of a folder says of how it was exported and proved."""
 
 
 def export(wanted: Export, console: Console) -> dict[str, Any]:

@@ -112,6 +112,11 @@ class Console:
         logger.propagate = False
 
     @property
+    def has_status_line(self) -> bool:
+        """Whether progress is shown on a terminal."""
+        return self._has_status_line
+
+    @property
     def has_colour(self) -> bool:
         """Whether standard output shows colours."""
         return self._out.color_system is not None and not self._out.no_color

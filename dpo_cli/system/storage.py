@@ -17,7 +17,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -290,8 +290,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path, edited: Collection[str] = ()) -> dict[str, Any]:
     """Check every file of a sealed folder against its manifest and return the manifest.
+
+    Args:
+        folder: The folder.
+        edited: Names of files that may have other bytes.
 
     Raises:
         DamagedFolder: A file is missing, too short, too long, or has other bytes.
@@ -303,6 +307,8 @@ def verify(folder: Path) -> dict[str, Any]:
             raise DamagedFolder(f"{MANIFEST} names a file outside the folder: {name}")
         try:
             size = path.stat().st_size
+            if name in edited and path.is_file():
+                continue
             if not path.is_file() or size != expected["bytes"]:
                 raise DamagedFolder(f"{name} has {size} bytes instead of {expected['bytes']}")
             if file_digest(path) != expected["sha256"]:
@@ -392,8 +398,12 @@ def _seal(folder: Path, details: dict[str, Any], known: Mapping[str, tuple[int, 
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
         for path, digest in zip(files, digests.result(), strict=True)
     } | {name: {"bytes": size, "sha256": digest} for name, (size, digest) in known.items()}
-    text = json.dumps({**details, "files": sealed}, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(folder / MANIFEST, text + "\n")
+    write_bytes(folder / MANIFEST, manifest_bytes({**details, "files": sealed}))
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """Return a manifest as it is written."""
+    return (json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
 
 
 def _started(work: Callable[[], _T]) -> Future[_T]:

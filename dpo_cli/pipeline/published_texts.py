@@ -1,0 +1,66 @@
+"""What is published contains nothing that is of this machine alone: no paths, no secrets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from dpo_cli.errors import UserError
+from dpo_cli.reporting.secrets import holds_secret
+
+_TEXTS = re.compile(
+    r"README\.md|manifest\.json|Modelfile|(?:generation_|adapter_|tokenizer_)?config\.json", re.IGNORECASE
+)
+"""Files that a program writes about a model; others came with it, or are too large to be about it."""
+
+_PATH = re.compile(r"(?<![\w/.:~-])/[\w.@+-]+(?:/[\w.@+-]+)+")
+
+_ANYWHERE = {"bin", "dev", "etc", "lib", "lib64", "proc", "sbin", "sys", "usr"}
+"""Folders that every machine has."""
+
+
+def local_texts(folder: Path, files: Mapping[str, Path | bytes]) -> Iterator[UserError]:
+    """Yield which texts of a folder name a path of this machine, or contain a secret.
+
+    Args:
+        folder: The folder, for the errors.
+        files: The files that are published, by name.
+    """
+    for name, content in files.items():
+        if not _TEXTS.fullmatch(name):
+            continue
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        hint = (
+            f"edit `{folder / name}`" if name == "README.md" else "export it again, from a base with a name on the Hub"
+        )
+        for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
+            where = f"{folder / name}, line {number}"
+            if holds_secret(line):
+                yield UserError("what is published contains a secret", where, hint)
+            elif path := _local_path(line):
+                yield UserError(f"what is published names a path of this machine, `{path}`", where, hint)
+
+
+def _local_path(line: str) -> str | None:
+    """Return a path in a line that is one of this machine: of something that is there, or in the user's own folder."""
+    for path in _PATH.findall(line):
+        first = path.split("/")[1]
+        if first not in _ANYWHERE and (_exists(path) or _is_home(path)):
+            return str(path)
+    return None
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:
+        return False
+
+
+def _is_home(path: str) -> bool:
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return False
+    return len(home.parts) > 1 and Path(path).is_relative_to(home)
