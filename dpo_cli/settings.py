@@ -14,9 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainSerializer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    SerializationInfo,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
+
+from dpo_cli.system.hub import public_name
 
 UNDEFINED = "undefined_variable"
 """What pydantic calls the error of a path that names a variable which the environment lacks."""
@@ -217,5 +227,13 @@ def _expand(text: str) -> str:
         raise PydanticCustomError(UNDEFINED, "{reason}", {"reason": str(error), "hint": error.hint}) from None
 
 
-PathText = Annotated[str, AfterValidator(_expand), PlainSerializer(escape_path, when_used="json")]
+PUBLISHED = {"published": True}
+"""With this context, settings are written for others to read: of paths, their last part alone."""
+
+
+def _path_written(text: str, info: SerializationInfo) -> str:
+    return public_name(text) if info.context == PUBLISHED else escape_path(text)
+
+
+PathText = Annotated[str, AfterValidator(_expand), PlainSerializer(_path_written, when_used="json")]
 """A setting that may name a file or folder: `~` and variables are expanded, and Hub ids stay as they are."""

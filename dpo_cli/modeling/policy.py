@@ -25,6 +25,7 @@ from dpo_cli.modeling.folders.identities import identity_of, known_identity, rem
 from dpo_cli.modeling.folders.loading import empty_policy, load_onto_shards, load_policy, weights_of
 from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.folders.model_names import whole_model
+from dpo_cli.modeling.folders.provenance import Provenance
 from dpo_cli.modeling.folders.saving import origin_of, warn_of_ignored
 from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
 from dpo_cli.modeling.gguf.tensors import round_as_in_file
@@ -525,6 +526,11 @@ class Policy:
         """
         warn_of_ignored(self.model)
         return self._trained.prove_saving(self.model, tokenizer)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the model comes from, as the folder tells that it was read from."""
+        return origin_of(self.model).provenance
 
     @property
     def came_in(self) -> WeightTypes:

@@ -12,26 +12,42 @@ from typing import Any
 
 import torch
 
-from dpo_cli.config.exporting import Export, ForeignAdapter, PlainModel, TrainedAdapter
+from dpo_cli.config.exporting import (
+    Export,
+    ForeignAdapter,
+    PeftFolder,
+    PlainModel,
+    Source,
+    TrainedAdapter,
+    TrainedModel,
+)
 from dpo_cli.config.publishing import EXPORT
+from dpo_cli.data.tokens.chat_template import named_templates
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
-from dpo_cli.modeling.folders.saving import saved_folder
+from dpo_cli.modeling.folders.provenance import CARD, Provenance
+from dpo_cli.modeling.folders.saving import saved_folder, warn_of_ignored
 from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import Facts
 from dpo_cli.pipeline.export_forms import Written, written_as
 from dpo_cli.pipeline.export_proof import Proof, Said, asked, check_alike, check_answers, check_facts, num_alike
 from dpo_cli.pipeline.export_sources import alone, give_adapter, in_float32, open_source, unquantized
+from dpo_cli.pipeline.model_cards import (
+    card_of_run,
+    changes_of,
+    measured,
+    provenance_of_run,
+    shown_versions,
+    step_of_model,
+)
 from dpo_cli.pipeline.models import trained_policy
 from dpo_cli.pipeline.session import Session, started
-from dpo_cli.reporting.card import model_card
+from dpo_cli.reporting.card import ADAPTER, MERGED, MODEL, Card, model_card
 from dpo_cli.reporting.console import Console
-from dpo_cli.reporting.environment import versions
-from dpo_cli.reporting.tables import figures_table
+from dpo_cli.reporting.tables import HELD_OUT, figures_table
 from dpo_cli.system.storage import remove_strays_of
 from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, beginning_of
-from dpo_cli.training.run_folder import step_of
 
 
 def export(wanted: Export, console: Console) -> dict[str, Any]:
@@ -58,6 +74,7 @@ def export(wanted: Export, console: Console) -> dict[str, Any]:
 def _exported(session: Session, wanted: Export) -> dict[str, Any]:
     """Open the source, merge it, write it, read it again, and compare."""
     policy, tokenizer, proof = open_source(session, wanted)
+    warn_of_ignored(policy.model)
     facts = Facts.of(tokenizer, policy.model.generation_config, texts := proof.texts(tokenizer))
     called, where = "the adapter" if wanted.source.is_adapter else "the model", f"--to {wanted.to}"
     trained = source = asked(proof, policy, called, facts.stops)
@@ -70,6 +87,7 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
     form = written_as(wanted.form, policy, session.config.model.name)
     rounded, rounding = _ready(policy, proof, form, wanted, source, facts)
     details: dict[str, Any] = _beginning(wanted, policy)
+    provenance = _provenance(wanted.source, policy)
     with saved_folder(wanted.to, f"writing the {'merged ' if wanted.merges else ''}model", details) as folder:
         form.write(policy, tokenizer, folder)
         del policy
@@ -92,8 +110,8 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         if wanted.merges and quantize:
             found[quantize] = Difference.between(trained.logps, written.logps).as_dict()
         details[EXPORT] = found
-        if card := _card(wanted, found):
-            (folder / "README.md").write_text(card, encoding="utf-8")
+        card = _card(wanted, found, provenance, tokenizer)
+        (folder / CARD).write_text(model_card(card), encoding="utf-8")
     return found
 
 
@@ -160,23 +178,47 @@ def _columns(found: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name.startswith(names)}
 
 
-def _card(wanted: Export, found: Mapping[str, Any]) -> str | None:
-    """Write the model card; None: nothing is known of how the model was trained."""
-    source = wanted.source
-    if isinstance(source, (ForeignAdapter, PlainModel)):
-        return None
-    config = source.config.model_dump(mode="json")
-    merged = {"adapter": f"{config['adapter']['type']}, merged in float32"} if wanted.merges else {}
-    is_checkpoint = source.folder.name.startswith("step-")
-    facts = {
-        **({"optimizer steps": step_of(source.folder)} if is_checkpoint else {}),
-        **merged,
-        "weights": found["weights"],
-        **_differences(found),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-    }
+def _card(wanted: Export, found: Mapping[str, Any], provenance: Provenance, tokenizer: Any) -> Card:
+    """Gather what the model card is written from."""
+    source, config = wanted.source, wanted.source.config
     columns = _columns(found) if found["exported"] else {}
-    return model_card(source.name, config, facts, columns, merged=wanted.merges, scored=found["scored"])
+    kept = {"provenance": provenance, "form": _form(wanted), "scored": found["scored"], "checked": _checked(found)}
+    if isinstance(source, (ForeignAdapter, PlainModel)):
+        facts = {"weights": found["weights"], "versions": shown_versions()}
+        chats = bool(named_templates(tokenizer))
+        return Card(source.name, base=config.model.name, facts=facts, chats=chats, **kept)
+    step = step_of_model(config, source.run, source.folder)
+    facts = {
+        **({"optimizer steps": step} if step else {}),
+        **({"adapter": f"{config.adapter.type}, merged in float32"} if wanted.merges and config.adapter else {}),
+        "weights": found["weights"],
+    }
+    own = measured(source.run, step)
+    if not columns:
+        columns, kept["scored"] = own, HELD_OUT
+    elif found["scored"] == HELD_OUT and "before" in own:
+        columns = {"before": own["before"], **columns}
+    changes = changes_of(source.run, step) if "before" in columns else {}
+    return card_of_run(config, source.run, facts, tokenizer, columns=columns, changes=changes, **kept)
+
+
+def _provenance(source: Source, policy: Policy) -> Provenance:
+    """Return where the base comes from; a model that a run has trained was read from the run's own folder."""
+    if isinstance(source, TrainedModel):
+        return provenance_of_run(source.config, source.run, complete=source.unscored is None)
+    return policy.provenance
+
+
+def _form(wanted: Export) -> str:
+    """Name what the folder holds, as the card does."""
+    return ADAPTER if isinstance(wanted.form, PeftFolder) else MERGED if wanted.merges else MODEL
+
+
+def _checked(found: Mapping[str, Any]) -> dict[str, str]:
+    """Say what was compared of what was written, and how far apart it was."""
+    answers = found["answers"]
+    said = {"answers": f"{answers['alike']} of {answers['compared']} greedy answers are the same"}
+    return {"on": found["scored"], **_differences(found), **(said if answers["compared"] else {})}
 
 
 def _show(found: Mapping[str, Any], to: Path, console: Console) -> None:

@@ -145,7 +145,7 @@ class AsAdapter:
             warnings.simplefilter("ignore", FutureWarning)
             PeftModel.from_pretrained(policy.model, str(folder))
         tokenizer = tokenizers.load_tokenizer(str(folder), trust)
-        return Read(policy, tokenizer, policy.model.generation_config)
+        return Read(policy, tokenizer, tokenizers.generation_config(str(folder), trust))
 
 
 Written = AsModel | AsAdapter

@@ -12,9 +12,11 @@ from dpo_cli.config.exporting import Export, ForeignAdapter, TrainedAdapter, Tra
 from dpo_cli.errors import UserError
 from dpo_cli.evaluation.samples import sampled_pairs
 from dpo_cli.modeling.adapters.adapted import Adapted
+from dpo_cli.modeling.adapters.files import adapter_folder
 from dpo_cli.modeling.adapters.settings import Saved
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders import tokenizers
+from dpo_cli.modeling.folders.saving import remember_adapter
 from dpo_cli.modeling.folders.tokenizers import end_at
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import question_tokens
@@ -78,7 +80,9 @@ def _beside_base(session: Session, source: ForeignAdapter) -> Policy:
     """Return the base of an adapter with that beside it."""
     base = session.config.model.name
     trained = Adapted(Saved(start=str(source.folder)), base=base)
-    return Policy.load(base, session.config.model.trust, session.accelerator.device, trained, session.held)
+    policy = Policy.load(base, session.config.model.trust, session.accelerator.device, trained, session.held)
+    remember_adapter(policy.model, adapter_folder(source.folder))
+    return policy
 
 
 def _trained_model(session: Session, source: TrainedModel) -> tuple[Policy, Any, Proof]:
@@ -152,6 +156,7 @@ def _on_pairs(
 def give_adapter(policy: Policy, source: TrainedAdapter | ForeignAdapter, tokenizer: Any) -> None:
     """Let a policy that is as it was before step 1 be what a run has trained."""
     policy.restore(source.folder)
+    remember_adapter(policy.model, source.folder)
     if source.config.model.eos_token is not None:
         end_at(policy.model, tokenizer.eos_token_id)
 

@@ -11,25 +11,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data.pairs.sources import as_sources, describe
 from dpo_cli.evaluation.best import Outcome, best_steps
 from dpo_cli.evaluation.evaluate import PairResult
 from dpo_cli.evaluation.figures import figures
 from dpo_cli.evaluation.held_out import held_out_rows
 from dpo_cli.evaluation.samples import Sampling
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.folders.provenance import CARD
 from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline.diagnosis import Diagnosis
 from dpo_cli.pipeline.evaluate import scored
 from dpo_cli.pipeline.memory import without_gradient
+from dpo_cli.pipeline.model_cards import card_of_run, changes_of
 from dpo_cli.pipeline.pairs import named_pairs
 from dpo_cli.pipeline.plan import PlannedRun
 from dpo_cli.pipeline.report import report_at_end
 from dpo_cli.pipeline.session import Session
-from dpo_cli.reporting.card import model_card
-from dpo_cli.reporting.environment import versions
+from dpo_cli.reporting.card import ADAPTER, MODEL, model_card
 from dpo_cli.reporting.progress import clock
 from dpo_cli.reporting.row_log import RowLog
 from dpo_cli.reporting.run_record import answers_in
@@ -271,20 +271,25 @@ def save_final(run: Run, outcome: Outcome) -> None:
         return
     rounded = types is not None and types.rounds
     facts = {
-        "training pairs": len(run.plan.data.train),
         "optimizer steps": outcome.step,
         **({"selected": outcome.described} if outcome.by else {}),
-        "data": describe(as_sources(config.data.train)),
-        "loss": str(config.objective),
         **({"weights": f"{types}, rounded from float32 after the figures were measured"} if rounded else {}),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
-    card = model_card(folder.path.name, config.model_dump(mode="json"), facts, outcome.columns(run.before))
+    card = card_of_run(
+        config,
+        folder,
+        facts,
+        run.plan.tokenizer,
+        form=ADAPTER if config.adapter else MODEL,
+        provenance=policy.provenance,
+        columns=outcome.columns(run.before),
+        changes=changes_of(folder, outcome.step) if run.before else {},
+    )
     # An adapter means nothing without its base.
     details = {FINGERPRINTS: run.fingerprints, HELD: policy.held_as} if config.adapter else {}
     with saved_folder(folder.final, "saving the trained model", details, waits=bool(policy.sharded)) as temporary:
         policy.write(temporary, run.plan.tokenizer, state, types)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / CARD).write_text(model_card(card), encoding="utf-8")
         policy.check_written(temporary, types, state)
     if rounded:
         run.session.console.notice(_rounded(folder, types, outcome.step))

@@ -114,25 +114,6 @@ class RowLog:
             self._file.close()
 
 
-def figures_at(path: Path, step: int, digest: str) -> dict[str, dict[str, Any]]:
-    """Return the held-out figures before step 1, where they are known, and after a step.
-
-    Args:
-        path: The `metrics.jsonl` of a run.
-        step: The step.
-        digest: That of the rows up to it.
-
-    Returns:
-        The figures by the time of their measurement; empty where none were measured then, or rows have changed since.
-    """
-    rows = [row for row in rows_in(path) if row["step"] <= step]
-    if _digest_of(rows) != digest:
-        return {}
-    measured = {row["step"]: row for row in rows if row.get("split") == "eval"}
-    columns = {"before": measured.get(0, {}), "after": measured.get(step, {})}
-    return {name: column for name, column in columns.items() if column} if step in measured else {}
-
-
 def digest_in(path: Path) -> str:
     """Return the digest of all rows of a file, as that of a `RowLog`."""
     return _digest_of(row for _, row in _whole_lines(path))

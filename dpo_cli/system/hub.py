@@ -34,8 +34,18 @@ def is_path(name: str) -> bool:
 
 def is_hub_id(name: str) -> bool:
     """Tell whether a name is a Hub id: it looks like one, and is nothing on this disk."""
+    return is_hub_name(name) and not is_path(name) and not Path(name).exists()
+
+
+def is_hub_name(name: str) -> bool:
+    """Tell whether a name looks like a Hub id, whatever is on this disk."""
     # The Hub's own limit; a longer name may be none that a disk knows.
-    return len(name) <= 96 and not is_path(name) and bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+    return len(name) <= 96 and bool(_HUB_ID.fullmatch(name))
+
+
+def public_name(name: str) -> str:
+    """Return how a model or data is named to others: a Hub id as it is, of a path its last part alone."""
+    return name if is_hub_id(name) else Path(name).name or name
 
 
 def name_hint(name: str, hint: str) -> str:

@@ -76,13 +76,36 @@ def test_the_model_card_states_base_data_loss_settings_and_held_out_figures(fini
     card = (run / "final" / "README.md").read_text(encoding="utf-8")
     before, _, last = read_metrics(run, "eval")
     for part in (
-        str(tiny_llama),
-        str(file.parent / "pairs.jsonl"),
+        f"Fine-tuned from `{tiny_llama.name}` on preference pairs",
+        "| data | pairs.jsonl |",
+        "| pairs | 32 to train on, 8 held out |",
+        "trained on 32 preference pairs",
         "learning_rate: 0.001",
-        f"| loss | {before['loss']:.4f} | {last['loss']:.4f} |",
+        f"| loss | {before['loss']:.4f} | {last['loss']:.4f} | {last['loss'] - before['loss']:+.4f} (",
     ):
         assert part in card
-    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    for folder in (tiny_llama, file):
+        assert str(folder.parent) not in card, "a card is published: nobody's paths are in it"
+    fields = yaml.safe_load(card.split("---")[1])
+    assert fields["library_name"] == "transformers"
+    assert fields["model-index"][0]["results"][0]["metrics"][0]["value"] == last["rewards/accuracies"]
+
+
+def test_the_lines_of_the_card_load_the_model_and_let_it_answer(finished, capsys):
+    _, run, _ = finished
+    run_lines(run / "final")
+    assert capsys.readouterr().out.strip()
+
+
+def run_lines(folder, **where):
+    """Run the Python lines of a folder's card; return what they name."""
+    lines = re.search(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
+    for name, place in {"path/to/this/folder": folder, "max_new_tokens=256": "max_new_tokens=8", **where}.items():
+        assert name in lines
+        lines = lines.replace(name, str(place))
+    names = {}
+    exec(lines, names)
+    return names
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it.
@@ -93,10 +116,7 @@ def test_the_card_of_an_adapter_names_its_base_and_its_own_lines_load_both(
     done = forked_dpo("train", "--config", write_config(adapter="lora", training={"max_steps": 2}))
     assert done.returncode == 0, done.stderr
     final = tmp_path / "runs/run/final"
-    card = (final / "README.md").read_text(encoding="utf-8")
-    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
-    names = {}
-    exec(re.search(r"^```python\n(.*?)^```$", card, re.M | re.S)[1].replace("path/to/this/folder", str(final)), names)
+    names = run_lines(final, **{f"path/to/{tiny_llama.name}": tiny_llama})
     tokens = names["tokenizer"]("Name three primes.", return_tensors="pt")["input_ids"]
     base = names["AutoModelForCausalLM"].from_pretrained(tiny_llama)
     with torch.no_grad():

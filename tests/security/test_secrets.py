@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dpo_cli.reporting.card import model_card
+from dpo_cli.reporting.card import Card, model_card
 from dpo_cli.reporting.secrets import covered, covered_command
 from tests.cli.test_bad_inputs import PREPARE, TRAIN
 
@@ -75,7 +75,7 @@ def test_no_form_of_yaml_hides_a_secret_in_the_card(monkeypatch):
     monkeypatch.setenv("DB_PASSWORD", "it's-a-planted-value")
     monkeypatch.setenv("X_TOKEN", "a planted pass phrase")
     folder = f"/{'long/' * 12}a planted pass phrase/it's-a-planted-value"
-    card = model_card("run", {"model": {"name": "m"}, "output_dir": folder, "tracking": [folder]}, {}, {})
+    card = model_card(Card("run", settings={"model": {"name": "m"}, "output_dir": folder, "tracking": [folder]}))
     assert "planted" not in card
     assert card.count("[secret]") == 4
 

@@ -20,6 +20,7 @@ _BESIDE_WEIGHTS = [
     "*.py",
     "LICEN[CS]E*",
     "NOTICE*",
+    "README.md",
     "USE_POLICY*",
 ]
 

@@ -25,6 +25,7 @@ from dpo_cli.modeling.folders.model_files import (
     Trust,
     holds_tokenizer,
 )
+from dpo_cli.modeling.folders.provenance import Provenance, provenance_of
 from dpo_cli.modeling.folders.refusals import reason_and_hint
 from dpo_cli.modeling.folders.saved_weights import SavedWeights
 from dpo_cli.modeling.folders.weight_types import WeightTypes
@@ -70,6 +71,7 @@ class Origin:
         generation: What it says of generation, what transformers does not know included.
         ignored: What else it says of generation, which transformers ignores and refuses to save.
         types: The types of its weights.
+        provenance: Where it comes from.
         read_from: The folder or file that its weights were read from; None: it is not known.
         stamp: The stamp of that before they were read.
     """
@@ -79,6 +81,7 @@ class Origin:
     generation: dict[str, Any] = field(default_factory=dict)
     ignored: dict[str, Any] = field(default_factory=dict)
     types: WeightTypes = field(default_factory=lambda: WeightTypes({}, torch.float32))
+    provenance: Provenance = field(default_factory=Provenance)
     read_from: Path | None = None
     stamp: Stamp = field(default_factory=dict)
 
@@ -102,7 +105,7 @@ def remember(model: PreTrainedModel, folder: Path, trust: Trust, types: WeightTy
         folder, lambda path: bool(_BELONGS.fullmatch(path.name)) or (trust.remote_code and path.suffix == ".py")
     )
     generation, ignored = take_over(model, folder / GENERATION)
-    model.origin = Origin(logits_alone(model), files, generation, ignored, types)
+    model.origin = Origin(logits_alone(model), files, generation, ignored, types, provenance_of(folder))
 
 
 def remember_adapter(model: PreTrainedModel, folder: Path) -> None:
