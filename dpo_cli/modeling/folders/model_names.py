@@ -64,7 +64,9 @@ def whole_model(name: str) -> str:
 def _model_inside(folder: Path) -> str | None:
     """Suggest what people mean who name a run's folder, or one that GGUF files lie in."""
     inside = [folder / "final"] if (folder / "final" / CONFIG).is_file() else sorted(folder.glob("*.gguf"))
-    return f"did you mean `{inside[0]}`?" if len(inside) == 1 else None
+    if len(inside) > 1:
+        return f"name one of its {len(inside)} GGUF files, such as `{inside[0]}`"
+    return f"did you mean `{inside[0]}`?" if inside else None
 
 
 def missing_weights(name: str, where: str) -> UserError | None:

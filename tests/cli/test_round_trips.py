@@ -1,0 +1,164 @@
+"""What a run and `dpo export` write is a model again: it is trained, scored and asked by the name of its folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.cli.in_process import call
+from tests.conftest import build_llama, make_config, read_samples, write_rows
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ':' + message['content'] + '<|im_end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}"
+)
+"""Another template than the model's own."""
+
+FORMS = {
+    "final of an adapter": "runs/adapter/final",
+    "final of all weights": "runs/whole/final",
+    "a checkpoint": "runs/whole/checkpoints/step-000002",
+    "an exported adapter": "adapter",
+    "a merged model in several files": "merged",
+    "an exported model": "model-float16",
+}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, tokenizer, demo_rows) -> Path:
+    """A folder with a run of an adapter and one of all weights, and all that can be exported of them."""
+    folder = tmp_path_factory.mktemp("project")
+    build_llama(folder / "base", tokenizer, seed=0)
+    (folder / "base" / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: org/first\n---\n")
+    (folder / "base" / "NOTICE").write_text("Made by somebody.")
+    (folder / "other.jinja").write_text(TEMPLATE)
+    write_rows(folder / "pairs.jsonl", demo_rows[:24])
+    exports = [
+        "runs/adapter --to adapter",
+        "runs/adapter --merge --max-shard-size 30KB --to merged",
+        "runs/whole --dtype float16 --to model-float16",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, groups in (("whole", {}), ("adapter", {"adapter": {"type": "lora", "rank": 2}})):
+            train(name, model={"name": "base", "chat_template": "other.jinja"}, **groups)
+        for export in exports:
+            assert call(f"export {export} --quiet") == 0
+    return folder
+
+
+def train(name: str, **groups: Any) -> None:
+    """Train for two steps in the folder that the test is in."""
+    training = {"max_steps": 2, "learning_rate": 1e-2}
+    make_config(
+        Path(), Path(), Path("pairs.jsonl"), name, **{"training": training, "output_dir": f"runs/{name}", **groups}
+    )
+    assert call(f"train {name}.yaml --quiet") == 0
+
+
+@pytest.fixture
+def here(project, monkeypatch) -> Path:
+    monkeypatch.chdir(project)
+    return project
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_is_trained_scored_and_asked_as_any_model(here, forked_dpo, tmp_path, form):
+    folder = FORMS[form]
+    assert len(list(Path("merged").glob("model-*.safetensors"))) > 1
+    file = make_config(
+        tmp_path,
+        Path(folder),
+        Path("pairs.jsonl"),
+        model=folder,
+        training={"max_steps": 1},
+        output_dir=str(tmp_path / "run"),
+    )
+    Path(tmp_path / "prompts.txt").write_text("Name three colours.\n")
+    commands: list[tuple[Any, ...]] = [
+        ("train", "--config", file),
+        ("eval", "--config", file, "--model", folder, "--json", tmp_path / "figures.json"),
+        (
+            "sample",
+            "--config",
+            file,
+            "--model",
+            folder,
+            "--prompts",
+            tmp_path / "prompts.txt",
+            "--json",
+            tmp_path / "a",
+        ),
+    ]
+    for command in commands:
+        done = forked_dpo(*command, cwd=here)
+        assert done.returncode == 0, done.stderr
+    # It begins where the other run ended: the margin of a policy that is its own reference is 0.
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    card = (tmp_path / "run/final/README.md").read_text()
+    assert f"Fine-tuned from `{Path(folder).name}`" in card
+    if form != "a checkpoint":  # It has no card yet, but the licence files.
+        assert "license: apache-2.0" in card
+        assert "base_model: org/first" in card
+    assert (tmp_path / "run/final/NOTICE").read_text() == "Made by somebody."
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_its_template_writes_the_prompts_of_the_run(here, demo_rows, form):
+    """Of `samples.jsonl`, which has the tokens that the run was trained on, as text."""
+    folder = Path(FORMS[form])
+    prompts = {row["prompt"] for row in read_samples(Path("runs/adapter"))}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == TEMPLATE
+    assert (folder / "chat_template.jinja").read_text() == TEMPLATE
+    asked = ["\n".join(filter(None, (row["instruction"], row.get("input")))) for row in demo_rows[:24]]
+    written = {
+        tokenizer.apply_chat_template([{"role": "user", "content": one}], add_generation_prompt=True, tokenize=False)
+        for one in asked
+    }
+    assert prompts
+    assert prompts <= written
+    own = AutoTokenizer.from_pretrained("base")
+    for text in written:
+        assert tokenizer(text).input_ids == own(text).input_ids
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_keeps_every_token_with_its_number(here, form):
+    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in ("base", FORMS[form]))
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert {number: str(token) for number, token in ours.added_tokens_decoder.items()} == {
+        number: str(token) for number, token in theirs.added_tokens_decoder.items()
+    }
+
+
+def test_a_run_with_the_plain_template_saves_none(here, tmp_path):
+    train("plain", model={"name": "base", "chat_template": "plain"})
+    final = Path("runs/plain/final")
+    assert AutoTokenizer.from_pretrained(final).chat_template is None
+    assert not (final / "chat_template.jinja").exists()
+    prompt = read_samples(Path("runs/plain"))[0]["prompt"]
+    assert prompt.startswith("### Instruction:\n")
+    card = (final / "README.md").read_text()
+    assert r'prompt = "### Instruction:\nWhy is the sky blue?\n\n### Response:\n"' in card
+    shutil.rmtree("runs/plain")
+
+
+@pytest.mark.parametrize("names", [["one.gguf"], ["one.gguf", "two.gguf"]], ids=len)
+def test_a_folder_of_gguf_files_is_named_by_one_of_them(tmp_path, monkeypatch, capfd, pairs_file, names):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    for name in names:
+        Path("models", name).touch()
+    make_config(tmp_path, Path("models"), pairs_file)
+    assert call("train run.yaml") == 2
+    said = " ".join(capfd.readouterr().err.split())
+    assert "`models` is not a model folder" in said
+    assert "models/one.gguf`" in said
