@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 
 from dpo_cli.data.tokens.chat_template import DEFAULT, named_templates
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.gguf.conversations import probes
+from dpo_cli.modeling.gguf.conversations import conversations, probes, written
 from dpo_cli.modeling.gguf.pre_tokenizers import described, found_in, name_of
 from dpo_cli.modeling.gguf.tokenizers import (
     BYTE,
@@ -174,7 +174,8 @@ def vocabulary_of(
 def _settled(tokenizer: PreTrainedTokenizerBase, words: _Words, choices: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the first of several vocabularies that gives conversations their tokens, or texts where none are had."""
     name = "phi-3" if _swallows(words) else ""
-    texts = probes(tokenizer) or PLAIN_TEXTS
+    # Of tokenizers that begin a text with a space, some do so where there is one already.
+    texts = probes(tokenizer) or [text for text in PLAIN_TEXTS if not text.startswith(" ")]
     found: list[str] = []
     for fields in choices:
         found = differing(encode(tokenizer), encode(tokenizer_from(fields, name=name)), texts)
@@ -321,13 +322,27 @@ def _listed(words: _Words, kind: Callable[[str], int]) -> tuple[list[str], list[
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return special tokens, and those that a text is put between, which a made-up one tells."""
+    """Return special tokens, and those that a reader puts before and behind a text."""
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
-    bare, whole = (tokenizer("a", add_special_tokens=on)["input_ids"] for on in (False, True))
-    start = ids["bos"] is not None and whole[: len(whole) - len(bare)][:1] == [ids["bos"]]
-    end = ids["eos"] is not None and len(whole) > len(bare) + start and whole[-1] == ids["eos"]
     named = {f"ggml.{SPECIAL[name]}_token_id": place for name, place in ids.items() if place is not None}
-    return {**named, "ggml.add_bos_token": start, "ggml.add_eos_token": end}
+    return {**named, "ggml.add_bos_token": starts_with_bos(tokenizer), "ggml.add_eos_token": _added_to(tokenizer)[1]}
+
+
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether texts begin with the bos token: where the tokenizer puts it there and the chat template does too.
+
+    llama.cpp has one setting for both. Without a bos token in the template, conversations were trained on without it.
+    """
+    chat = written(tokenizer, conversations(system=False)[0])
+    return _added_to(tokenizer)[0] and (chat is None or chat.startswith(str(tokenizer.bos_token)))
+
+
+def _added_to(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
+    """Tell whether a tokenizer puts a bos token before a text, and an eos token behind it."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=on)["input_ids"]) for on in (False, True))
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = bos is not None and whole[:1] == [bos] and bare[:1] != [bos]
+    return start, eos is not None and whole[-1:] == [eos] and bare[-1:] != [eos]
 
 
 def _ends(tokenizer: PreTrainedTokenizerBase, stops: Collection[int]) -> dict[str, int]:
