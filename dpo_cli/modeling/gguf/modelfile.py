@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dpo_cli.data.records import Message
 from dpo_cli.data.tokens.chat_template import DEFAULT, asks_for_the_day, named_templates
@@ -26,11 +26,11 @@ _QUESTIONS, _ANSWERS, _SYSTEM = (
     "dpoSystem",
 )
 _LAST = "eq (len (slice $.Messages $i)) 1"
-_SAMPLING = {
-    "temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
-    "repetition_penalty": "repeat_penalty",
+_SAMPLING: dict[str, tuple[str, float | None]] = {
+    "temperature": ("temperature", 1), "top_k": ("top_k", 50), "top_p": ("top_p", 1), "min_p": ("min_p", None),
+    "repetition_penalty": ("repeat_penalty", 1),
 }  # fmt: skip
-"""Settings of generation, and what Ollama calls them."""
+"""Settings of generation, what Ollama calls them, and what transformers takes where nothing is set."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,8 @@ def _sampling(generation: GenerationConfig | None) -> dict[str, float]:
     """Return how answers are sampled, as Ollama calls it; a model that does not sample takes the likeliest token."""
     if generation is None:
         return {}
-    known: dict[str, Any] = {theirs: getattr(generation, ours, None) for ours, theirs in _SAMPLING.items()}
+    found = {theirs: (getattr(generation, ours, None), usual) for ours, (theirs, usual) in _SAMPLING.items()}
+    known = {name: usual if value is None else value for name, (value, usual) in found.items()}
     if not generation.do_sample:
         known = {"temperature": 0, "repeat_penalty": known["repeat_penalty"]}
     return {name: float(value) for name, value in known.items() if value is not None}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from dpo_cli.data.tokens.chat_template import DEFAULT, named_templates
 from dpo_cli.errors import UserError
@@ -30,7 +31,7 @@ from dpo_cli.modeling.gguf.tokenizers import (
     pairs_of,
     tokenizer_from,
 )
-from dpo_cli.modeling.gguf.vocabulary_texts import PLAIN_TEXTS, differing, encode
+from dpo_cli.modeling.gguf.vocabulary_texts import differing, encode, plain_texts
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -168,14 +169,20 @@ def vocabulary_of(
     if words.model["type"] != "BPE":
         raise Inexpressible(f"a vocabulary of the kind {words.model['type']}")
     common = {**_marks(tokenizer), **_ends(tokenizer, stops), **_templates(tokenizer)}
-    return _settled(tokenizer, words, [{**fields, **common} for fields in kind(words)])
+    return _settled(tokenizer, words, [{**_with_unknown(fields, tokenizer), **common} for fields in kind(words)])
+
+
+def _with_unknown(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return a vocabulary in which the token for what is not known is of that type, as in those of SentencePiece."""
+    if fields["ggml.model"] == SENTENCE_PIECE and tokenizer.unk_token_id is not None:
+        fields["ggml.token_type"][tokenizer.unk_token_id] = UNKNOWN
+    return fields
 
 
 def _settled(tokenizer: PreTrainedTokenizerBase, words: _Words, choices: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the first of several vocabularies that gives conversations their tokens, or texts where none are had."""
     name = "phi-3" if _swallows(words) else ""
-    # Of tokenizers that begin a text with a space, some do so where there is one already.
-    texts = probes(tokenizer) or [text for text in PLAIN_TEXTS if not text.startswith(" ")]
+    texts = probes(tokenizer) or plain_texts(tokenizer)
     found: list[str] = []
     for fields in choices:
         found = differing(encode(tokenizer), encode(tokenizer_from(fields, name=name)), texts)
@@ -210,6 +217,8 @@ def _byte_level(words: _Words) -> list[dict[str, Any]]:
         raise Inexpressible(found)
     if any(words.model.get(part) for part in ("continuing_subword_prefix", "end_of_word_suffix")):
         raise Inexpressible("a mark on tokens within or at the end of words")
+    if words.model.get("unk_token") and not {*ByteLevel.alphabet()} <= words.model["vocab"].keys():
+        raise Inexpressible("a vocabulary that has not all bytes and a token for those that it does not know")
     name = name_of(found) or name_of(found, either=_reaches_all(words))
     if name is None:
         raise Inexpressible(f"the pre-tokenizer {described(found)}")
@@ -237,8 +246,6 @@ def _sentence_piece(words: _Words) -> list[dict[str, Any]]:
     starts = _starts(words.whole)
     scores = _scores(words)
     tokens, types = _listed(words, lambda token: BYTE if token in _BYTES else NORMAL)
-    unknown = model.get("unk_token")
-    types = [UNKNOWN if token == unknown else kind for token, kind in zip(tokens, types, strict=True)]
     fields = {
         "ggml.model": SENTENCE_PIECE,
         "ggml.pre": "default",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from dpo_cli.data.records import Message
+from dpo_cli.data.tokens.chat_template import named_templates
 from dpo_cli.modeling.gguf.conversations import written
 
 Encode = Callable[[str], list[int]]
@@ -55,20 +56,41 @@ def differing(expected: Encode, found: Encode, texts: Iterable[str]) -> list[str
 def check_vocabulary_read(tokenizer: Any, found: Encode, texts: Iterable[str] = ()) -> list[str]:
     """Return the texts that a written vocabulary gives other tokens than the tokenizer that it was written of.
 
-    Texts of many kinds are tried as questions in the model's chat template, where there is one: how a text begins that
-    has nothing before it, no such file can say for all tokenizers. Tokenizers that compose characters get all texts
-    composed, since llama.cpp leaves characters as they are.
+    Tokenizers that compose characters get all texts composed, since llama.cpp leaves characters as they are.
 
     Args:
         tokenizer: The tokenizer of transformers that was written.
         found: How its reader gives a text its tokens.
-        texts: What has to have the same tokens too: whole prompts, with their responses or without.
+        texts: What has to have the same tokens beside texts of many kinds: whole prompts, with their responses or not.
     """
-    asked = (written(tokenizer, [Message("user", text)]) or text for text in PLAIN_TEXTS)
-    tried = [*texts, *asked, *with_special(tokenizer)]
+    tried = [*texts, *_kinds(tokenizer)]
     if composes(tokenizer):
         tried = [unicodedata.normalize("NFC", text) for text in tried]
     return differing(encode(tokenizer), found, tried)
+
+
+def plain_texts(tokenizer: Any) -> list[str]:
+    """Return texts of many kinds; of those that begin with a space, some tokenizers put no other one before them."""
+    return [text for text in PLAIN_TEXTS if not (begins_otherwise(tokenizer) and text.startswith(" "))]
+
+
+def begins_otherwise(tokenizer: Any) -> bool:
+    """Tell whether a tokenizer reads a word that nothing is before otherwise than one behind a special token."""
+    special = next((one for one in map(str, tokenizer.added_tokens_decoder.values())), None)
+    return special is not None and encode(tokenizer)(f"{special}word")[1:] != encode(tokenizer)("word")
+
+
+def _kinds(tokenizer: Any) -> list[str]:
+    """Return texts of many kinds, as questions in the chat template where there is one, and special tokens in texts.
+
+    Of a tokenizer that begins a text otherwise, a file can say what it does behind special tokens, which is how texts
+    of a chat template begin, or what it does elsewhere.
+    """
+    plain = plain_texts(tokenizer)
+    if not named_templates(tokenizer):
+        return plain if begins_otherwise(tokenizer) else [*plain, *with_special(tokenizer)]
+    asked = (written(tokenizer, [Message("user", text)]) or text for text in plain)
+    return [*asked, *with_special(tokenizer)]
 
 
 def composes(tokenizer: Any) -> bool:
