@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3MoeConfig
 
 from tests.conftest import GGUF, ROOT
 
@@ -134,6 +134,28 @@ print(json.dumps({"took": took, "weights": 4 * sum(sizes), "tensor": 4 * max(siz
 """
 )
 
+_EXPERTS = (
+    _PEAK
+    + """
+from dpo_cli.modeling.folders.tokenizers import load_tokenizer
+from dpo_cli.modeling.gguf.vocabulary import add_vocabulary
+from dpo_cli.modeling.policy import Policy
+
+warm, folder, kind, file = sys.argv[1:]
+
+def everything(folder, file):
+    tokenizer, policy = load_tokenizer(warm), Policy.load(folder)
+    words = lambda writer: add_vocabulary(writer, tokenizer, policy.model.config.vocab_size)
+    took = {"write": peak(lambda: policy.write_gguf(Path(file), words, kind))}
+    took["round"] = peak(lambda: policy.round_as_gguf(kind))
+    weights = [parameter.nbytes for parameter in policy.model.parameters()]
+    return {"took": took, "weights": sum(weights), "tensor": max(weights)}
+
+everything(warm, file + "-warm")
+print(json.dumps(everything(folder, file)))
+"""
+)
+
 
 def measured(code: str, *arguments: object, **surroundings: str) -> dict[str, Any]:
     """Run code in a process of its own and return what it found."""
@@ -197,3 +219,20 @@ def test_a_gguf_file_is_converted_in_the_memory_of_its_weights(tmp_path: Path) -
     """The file's vocabulary, its pages and its blocks are not there beside all of the weights."""
     found = measured(_CONVERTED, GGUF, DPO_CACHE_DIR=str(tmp_path))
     assert found["took"] < 1.1 * found["weights"] + found["tensor"], found
+
+
+def test_experts_are_written_and_read_one_layer_of_them_at_a_time(tmp_path: Path, tokenizer: Any) -> None:
+    """Gate and up are one tensor in the model, and all experts of a layer are: it is the largest that there is."""
+    small = {"hidden_size": 256, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    for name, layers, size in (("warm", 1, 32), ("model", 12, 384)):
+        settings = {**small, "num_hidden_layers": layers, "moe_intermediate_size": size, "vocab_size": len(tokenizer)}
+        model = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**settings), dtype=torch.float32)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    file = tmp_path / "model.gguf"
+    written = measured(_EXPERTS, tmp_path / "warm", tmp_path / "model", "q8_0", file)
+    weights, tensor, took = written["weights"], written["tensor"], written["took"]
+    assert weights > 100 * 2**20 and tensor < weights / 10
+    assert max(took.values()) < weights / 10 + tensor, written
+    read = measured(_CONVERTED, file, DPO_CACHE_DIR=str(tmp_path))
+    assert read["took"] < 1.1 * weights + tensor, read

@@ -83,10 +83,10 @@ def rounded(tensor: Tensor, kind: GgufType) -> Tensor:
 
     if kind == "f32":
         return tensor
-    ggml, parts = gguf.GGMLQuantizationType[kind.upper()], []
-    for blocks in encoded(tensor.detach().cpu(), kind):
-        parts.append(torch.from_numpy(gguf.dequantize(blocks, ggml)).to(tensor.dtype))
-    return torch.cat(parts).reshape(tensor.shape).to(tensor.device)
+    ggml, read = gguf.GGMLQuantizationType[kind.upper()], torch.empty(tensor.numel(), dtype=tensor.dtype)
+    for chunk, blocks in zip(_chunks(read.reshape(tensor.shape)), encoded(tensor.detach().cpu(), kind), strict=True):
+        chunk.copy_(torch.from_numpy(gguf.dequantize(blocks, ggml)))
+    return read.reshape(tensor.shape).to(tensor.device)
 
 
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
