@@ -11,6 +11,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -529,8 +530,12 @@ class Policy:
 
     @property
     def provenance(self) -> Provenance:
-        """Where the model comes from, as the folder tells that it was read from."""
+        """Where the model comes from: as the folder tells that it was read from, unless it was set since."""
         return origin_of(self.model).provenance
+
+    @provenance.setter
+    def provenance(self, known: Provenance) -> None:
+        self.model.origin = replace(origin_of(self.model), provenance=known)
 
     @property
     def came_in(self) -> WeightTypes:

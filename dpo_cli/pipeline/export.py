@@ -17,7 +17,6 @@ from dpo_cli.config.exporting import (
     ForeignAdapter,
     PeftFolder,
     PlainModel,
-    Source,
     TrainedAdapter,
     TrainedModel,
 )
@@ -87,7 +86,11 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
     form = written_as(wanted.form, policy, session.config.model.name)
     rounded, rounding = _ready(policy, proof, form, wanted, source, facts)
     details: dict[str, Any] = _beginning(wanted, policy)
-    provenance = _provenance(wanted.source, policy)
+    if isinstance(wanted.source, TrainedModel):
+        # It was read from the run's own folder, which tells less than the base.
+        complete = wanted.source.unscored is None
+        policy.provenance = provenance_of_run(wanted.source.config, wanted.source.run, complete=complete)
+    provenance = policy.provenance
     with saved_folder(wanted.to, f"writing the {'merged ' if wanted.merges else ''}model", details) as folder:
         form.write(policy, tokenizer, folder)
         del policy
@@ -200,13 +203,6 @@ def _card(wanted: Export, found: Mapping[str, Any], provenance: Provenance, toke
         columns = {"before": own["before"], **columns}
     changes = changes_of(source.run, step) if "before" in columns else {}
     return card_of_run(config, source.run, facts, tokenizer, columns=columns, changes=changes, **kept)
-
-
-def _provenance(source: Source, policy: Policy) -> Provenance:
-    """Return where the base comes from; a model that a run has trained was read from the run's own folder."""
-    if isinstance(source, TrainedModel):
-        return provenance_of_run(source.config, source.run, complete=source.unscored is None)
-    return policy.provenance
 
 
 def _form(wanted: Export) -> str:

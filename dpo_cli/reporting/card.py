@@ -312,7 +312,7 @@ def _limits(card: Card) -> Iterator[str]:
 
 
 def _licence(card: Card) -> str:
-    """Say what licence the base has, and how that is known."""
+    """Say what licence the base has, where that is known."""
     licence = card.provenance.licence
     if licence is None:
         return (
@@ -322,8 +322,8 @@ def _licence(card: Card) -> str:
     at = f" ({_shown(licence.link)})" if licence.link else ""
     named = f"{_shown(licence.name or licence.id)}{at}"
     return (
-        f"The base is under {named}, as its {_shown(licence.told_by)} says. What that asks of models made from it "
-        "applies to this one too."
+        f"The base is under {named}, as its own files say. What that asks of models made from it applies to this one "
+        "too."
     )
 
 

@@ -20,7 +20,7 @@ FIGURES = {
     "logps/rejected": -21.0, "logps/accuracies": 0.6, "logps/accuracies_mean": 0.6,
 }  # fmt: skip
 SETTINGS: dict[str, Any] = {"model": {"name": "tiny"}, "data": {"train": "pairs.jsonl"}}
-APACHE = Provenance(Licence("apache-2.0", "LICENSE"), hub_id="org/base", revision="0123abc")
+APACHE = Provenance(Licence("apache-2.0"), hub_id="org/base", revision="0123abc")
 
 
 def card_of(form: str = MODEL, **others: Any) -> Card:

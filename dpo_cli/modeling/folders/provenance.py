@@ -33,7 +33,10 @@ _TEXTS = {
 }
 """By the Hub's id of a licence, how its text is known, and the most characters of one to which nothing was added."""
 
-_HUB_ADDRESS = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)/?")
+HUB = "https://huggingface.co/"
+"""What comes before a model's id in its address."""
+
+_HUB_ADDRESS = re.compile(rf"{re.escape(HUB)}([^/]+/[^/]+)/?")
 _IN_CACHE = re.compile(r"models--(.+)")
 
 
@@ -43,13 +46,11 @@ class Licence:
 
     Attributes:
         id: Its id; `other` for one that has none.
-        told_by: The file that tells it.
         name: What one is called that has no id.
         link: Where that one is: an address, or a file beside the model.
     """
 
     id: str
-    told_by: str
     name: str = ""
     link: str = ""
 
@@ -119,7 +120,7 @@ def _in_card(front: Mapping[str, Any]) -> Licence | None:
         return None
     name = name if isinstance(name, str) and _NAME.fullmatch(name) else ""
     link = link if isinstance(link, str) and _LINK.fullmatch(link) else ""
-    return Licence(said.lower(), CARD, name, link) if said.lower() == "other" else Licence(said.lower(), CARD)
+    return Licence(said.lower(), name, link) if said.lower() == "other" else Licence(said.lower())
 
 
 def _in_licence_file(folder: Path) -> Licence | None:
@@ -128,10 +129,9 @@ def _in_licence_file(folder: Path) -> Licence | None:
         files = [path for path in folder.iterdir() if _LICENCE_FILE.fullmatch(path.name)]
     except OSError:
         return None
-    found = {path.name: _by_text(_text(path)) for path in files}
-    ids = set(found.values())
-    licence = ids.pop() if len(ids) == 1 else None
-    return Licence(licence, min(found)) if licence else None
+    found = {_by_text(_text(path)) for path in files}
+    licence = found.pop() if len(found) == 1 else None
+    return Licence(licence) if licence else None
 
 
 def _by_text(text: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,12 +36,14 @@ class GgufContent:
         sizes: How many numbers each of its tensors has, by name.
         tables: Those of them that are constants.
         settings: What it says of the model, without the architecture in front.
+        about: What it says of itself (`general.*`), without that in front.
     """
 
     architecture: str
     sizes: Mapping[str, int]
     tables: Mapping[str, torch.Tensor]
     settings: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, reader: GGUFReader) -> GgufContent:
@@ -53,7 +55,8 @@ class GgufContent:
             named,
             {tensor.name: int(tensor.n_elements) for tensor in reader.tensors},
             {tensor.name: torch.tensor(tensor.data) for tensor in tables},
-            {key.removeprefix(f"{named}."): field.contents() for key, field in fields if key.startswith(f"{named}.")},
+            {key.removeprefix(f"{named}."): said.contents() for key, said in fields if key.startswith(f"{named}.")},
+            {key.removeprefix("general."): said.contents() for key, said in fields if key.startswith("general.")},
         )
 
 

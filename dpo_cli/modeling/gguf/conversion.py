@@ -11,9 +11,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, Pretraine
 
 from dpo_cli.errors import from_os_error
 from dpo_cli.modeling.folders.completeness import load_complete
+from dpo_cli.modeling.folders.provenance import CARD
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.saving import saved_folder, saved_model, write_beside_weights
 from dpo_cli.modeling.folders.size_checks import check_room
+from dpo_cli.modeling.gguf.about import card_of_file
 from dpo_cli.modeling.gguf.content import GgufContent, check_all_read, settle_experts, settle_settings
 from dpo_cli.modeling.gguf.package import gguf_package
 from dpo_cli.modeling.gguf.positions import settle_positions
@@ -22,7 +24,7 @@ from dpo_cli.modeling.gguf.tokenizers import tokenizer_of
 from dpo_cli.modeling.held import FLOAT32
 from dpo_cli.system.storage import DamagedFolder, cache_root, file_digest, verify
 
-_CONVERSION = 4
+_CONVERSION = 5
 """Counts up when GGUF files are converted otherwise than before."""
 
 _log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ def settings_of(path: Path) -> Path:
         with saved_folder(folder, "keeping the model's settings") as temporary:
             model.save_pretrained(temporary, state_dict={})
             write_beside_weights(temporary, model, tokenizer)
+            _write_about(temporary, content)
 
     return _kept(path, "-settings", write)
 
@@ -72,11 +75,16 @@ def converted(path: Path) -> Path:
         # What is left are ordinary float32 weights; while these marks stay, transformers refuses to save them.
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
-        with saved_model(folder, model, tokenizer, "keeping the converted model"):
-            pass
+        with saved_model(folder, model, tokenizer, "keeping the converted model") as temporary:
+            _write_about(temporary, content)
 
     said = f"converting {path.name} to an ordinary model folder, once; this takes up to a minute"
     return _kept(path, "", write, said)
+
+
+def _write_about(folder: Path, content: GgufContent) -> None:
+    """Write down where the model comes from, as far as its file tells."""
+    (folder / CARD).write_text(card_of_file(content.about), encoding="utf-8")
 
 
 def _kept(path: Path, part: str, write: Callable[[Path, GgufContent], None], said: str = "") -> Path:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from dpo_cli.errors import FAILED, UserError
-from dpo_cli.modeling.folders.saving import disk_refusals
+from dpo_cli.modeling.folders.saving import disk_refusals, origin_of
+from dpo_cli.modeling.gguf.about import add_provenance
 from dpo_cli.modeling.gguf.architectures import Architecture
 from dpo_cli.modeling.gguf.package import gguf_package
 from dpo_cli.modeling.gguf.positions import written_positions
@@ -61,6 +62,7 @@ def write_gguf(
     planned = FileTensors(model, kind)
     writer = gguf.GGUFWriter(None, planned.architecture.name)
     _add_about(writer, name, kind)
+    add_provenance(writer, origin_of(model).provenance)
     for key, value in _settings(model.config, planned.architecture).items():
         _add(writer, f"{planned.architecture.name}.{key}", value)
     add_vocabulary(writer)
