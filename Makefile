@@ -5,18 +5,20 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 BENCH_INSTALLED := .venv/.installed-bench
 FUZZ_INSTALLED := .venv/.installed-fuzz
+LLAMA_INSTALLED := .venv/.installed-llama
 FUZZ_SECONDS ?= 60
 TESTS ?= tests
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --dist worksteal --untouched
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help install model quickstart test test-rest test-all check format generated faults plots plot-runs check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup check-gpu gpu-kit fuzz clean
+.PHONY: help install model quickstart test test-rest test-all test-llama check format generated faults plots plot-runs check-layouts check-losses compare-losses bench bench-prepare bench-scaling bench-saving bench-startup check-gpu gpu-kit fuzz clean
 
 help:
 	@echo "make quickstart     train a small real model on the demo pairs and show what changed"
 	@echo "make test           a test of every promise, in minutes (TESTS='tests/data tests/cli -x' for a part)"
 	@echo "make test-rest      the slow tests, which make test leaves out"
 	@echo "make test-all       every test"
+	@echo "make test-llama     build llama.cpp from its source, once, in five minutes or more, and let it read what is exported"
 	@echo "make faults         break runs in every way at every point and write docs/faults.md; goes on where it was broken off (an hour or more)"
 	@echo "make check          formatting, lint, types, floors, generated files"
 	@echo "make format         format the code"
@@ -51,13 +53,21 @@ quickstart: install model
 	$(BIN)/python scripts/quickstart.py
 
 test: install model
-	$(PYTEST) -m "not slow" $(TESTS)
+	$(PYTEST) -m "not slow and not llama_cpp" $(TESTS)
 
 test-rest: install model
-	$(PYTEST) -m slow $(TESTS)
+	$(PYTEST) -m "slow and not llama_cpp" $(TESTS)
 
 test-all: install model
 	$(PYTEST) $(TESTS)
+
+$(LLAMA_INSTALLED): $(INSTALLED)
+	@echo "building llama-cpp-python from its source: five minutes on two cores, with a C++ compiler"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[llama]'
+	touch $@
+
+test-llama: $(LLAMA_INSTALLED) model
+	$(PYTEST) -m llama_cpp $(TESTS)
 
 faults: fuzz
 	$(BIN)/python scripts/write_faults_page.py $(FAULTS)
