@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from dpo_cli.settings import escape_path
 from dpo_cli.system import plain_yaml
+from dpo_cli.system.text import several
 
 _PAIRS = 32
 """Pairs of a step, unless there are few."""
@@ -76,7 +77,7 @@ class DataFound:
     @property
     def looked_at(self) -> str:
         """Say how many rows were looked at, and what they are."""
-        counted = f"{self.rows:,} rows" if self.rows == self.num_rows else f"the first {self.rows:,} rows"
+        counted = f"{'the first ' * (self.rows != self.num_rows)}{several(self.rows, 'row')}"
         return f"{counted} looked at, of the shape {self.shape}"
 
     @property

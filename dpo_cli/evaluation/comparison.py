@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from dpo_cli.evaluation.statistics import LEVEL, Estimate, bootstrapped, design_effect, mcnemar, pairs_needed
+from dpo_cli.system.text import several
 
 ACCURACY, MARGIN, LIKELIER = "rewards/accuracies", "rewards/margins", "logps/accuracies"
 MEASURES = (ACCURACY, MARGIN, "loss", LIKELIER, "logps/accuracies_mean", "logps/chosen", "logps/rejected")
@@ -108,7 +109,7 @@ class Comparison:
         if self.needed is None:
             return f"{found}, each model is ahead of the other on {num_first:,} of {self.pairs:,}"
         if self.needed <= self.pairs:
-            few = f"but the pairs have only {self.prompts:,} prompt{'s' * (self.prompts > 1)}"
+            few = f"but the pairs have only {several(self.prompts, 'prompt')}"
             ahead = f"{second} is ahead on {num_second:,} and {first} on {num_first:,} of {self.pairs:,}"
             return f"{second} − {first} is {found}, {few if self.prompts < self.pairs else ahead}"
         return f"{second} − {first} is {found}, n = {self.pairs:,} would need about {_rounded_up(self.needed):,}"

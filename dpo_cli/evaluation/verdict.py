@@ -10,6 +10,7 @@ from dpo_cli.evaluation.baselines import baselines
 from dpo_cli.evaluation.findings.held_out_checks import CHANCE
 from dpo_cli.evaluation.shares import Columns, share
 from dpo_cli.evaluation.statistics import pairs_needed
+from dpo_cli.system.text import several
 
 Outcome = Literal["better", "doubtful", "worse", "unclear", "unknown"]
 
@@ -86,7 +87,7 @@ def _needed(began: float, after: Mapping[str, Any]) -> list[str]:
     """Say how many held-out pairs would tell, where rewards were all ties before training."""
     right, pairs = after["rewards/accuracies"], round(after["pairs"])
     needed = pairs_needed(round(pairs * (1 - right)), round(pairs * right), pairs, 1.0) if began == 0.5 else None
-    return [f"So small a difference would need about {needed:,} held-out pairs."] if needed else []
+    return [f"So small a difference would need about {several(needed, 'held-out pair')}."] if needed else []
 
 
 def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
@@ -95,5 +96,5 @@ def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     return (
         f"Reward accuracy {100 * before['rewards/accuracies']:.1f} % before and "
         f"{100 * after['rewards/accuracies']:.1f} % after (95 % interval {low:.1f} – {high:.1f} %, "
-        f"{after['pairs']:,} pairs); loss {before['loss']:.4f} → {after['loss']:.4f}."
+        f"{several(after['pairs'], 'pair')}); loss {before['loss']:.4f} → {after['loss']:.4f}."
     )

@@ -13,6 +13,7 @@ from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.proof import prove_compiled
 from dpo_cli.pipeline.models import shortest_pair
 from dpo_cli.pipeline.session import Session
+from dpo_cli.system.text import several
 
 _FEWEST_PASSES = 1000
 """The forward passes of training from which `auto` compiles. Compiling takes a minute or two, and a pass of some
@@ -44,7 +45,7 @@ def compile_layers_of(
     if not num_layers:
         _refuse(session, f"{policy} has no decoder layers that transformers tells apart")
         return
-    session.console.notice(f"compiling {num_layers} decoder layers …")
+    session.console.notice(f"compiling {several(num_layers, 'decoder layer')} …")
     batch = shortest_pair(batches, steps.trained_on())
     proof = prove_compiled(policy.bare, batch, session.precision, backend)
     failure = next(filter(None, session.of_all(proof.fails(session.precision))), "")
@@ -52,7 +53,7 @@ def compile_layers_of(
         leave_uncompiled(model)
         _refuse(session, failure)
         return
-    took = f"compiled {num_layers} decoder layers in {time.monotonic() - before:.0f} s"
+    took = f"compiled {several(num_layers, 'decoder layer')} in {time.monotonic() - before:.0f} s"
     moved = proof.rounding.logps if proof.rounding else proof.difference
     given = "they give the same as before" if not moved else f"up to {moved:.1g} nats per token"
     session.console.notice(f"checked: {took}; {given}")

@@ -47,6 +47,7 @@ from dpo_cli.reporting.detail_tables import GROUP_CELLS, detail_blocks
 from dpo_cli.reporting.json_file import write_json
 from dpo_cli.reporting.tables import HELD_OUT, figures_table, groups_table
 from dpo_cli.system.launchers import is_main_process
+from dpo_cli.system.text import several
 from dpo_cli.training.checks import check_columns, check_fits
 from dpo_cli.training.run_folder import RunFolder
 
@@ -290,7 +291,7 @@ def _trained_on(found: Mapping[str, Any]) -> str:
     """Say how many of the pairs that were chosen are training pairs of the configuration, which it may not be."""
     if (number := found["trained_on"]) is None:
         return "not known: the training pairs of the configuration are not prepared"
-    return f"{number:,} of these {found['pairs']:,} pairs, by their tokens"
+    return f"{number:,} of {several(found['pairs'], 'pair')}, by their tokens"
 
 
 def _held_out(config: Config, data: str | None, tokenize: Any, console: Console) -> tuple[Any, Any, str]:

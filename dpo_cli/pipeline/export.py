@@ -46,6 +46,7 @@ from dpo_cli.reporting.card import ADAPTER, MERGED, MODEL, Card, model_card
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import HELD_OUT, figures_table
 from dpo_cli.system.storage import remove_strays_of
+from dpo_cli.system.text import several
 from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, beginning_of
 
 
@@ -224,7 +225,7 @@ def _show(found: Mapping[str, Any], to: Path, console: Console) -> None:
         console.result(figures_table(_columns(found), found["scored"]))
         console.result("")
     answers = found["answers"]
-    said = f"{answers['alike']} of {answers['compared']} greedy answers are the same"
+    said = f"{answers['alike']} of {several(answers['compared'], 'greedy answer is', 'greedy answers are')} the same"
     lines = {
         **_differences(found),
         **({"answers": said} if answers["compared"] else {}),

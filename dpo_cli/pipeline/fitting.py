@@ -13,6 +13,7 @@ from dpo_cli.modeling.memory import MemoryEstimate
 from dpo_cli.preference.reference import Cached
 from dpo_cli.reporting.console import gib
 from dpo_cli.system.assumed_devices import AssumedDevices
+from dpo_cli.system.text import several
 from dpo_cli.training.optimizer import Adafactor, AdamW8bit
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _on_more_gpus(session: Session, needed: Needed, free: int, enough: Sequence[
         if count:
             counts = counts[: counts.index(count)]
             what = f"set {_listed(settings)} on" if settings else "start"
-            yield f"{what} {count} GPUs ({gib(peak)} on each)"
+            yield f"{what} {several(count, 'GPU')} ({gib(peak)} on each)"
 
 
 def _counts(present: int) -> list[int]:

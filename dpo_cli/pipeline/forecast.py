@@ -31,6 +31,7 @@ from dpo_cli.preference.reference_work import refuse_other_shapes
 from dpo_cli.reporting.console import Console, gib
 from dpo_cli.reporting.progress import clock
 from dpo_cli.system.assumed_devices import AssumedDevices
+from dpo_cli.system.text import several
 from dpo_cli.training.checkpoints import newest_step
 from dpo_cli.training.checks import check_base_by_name
 from dpo_cli.training.run_folder import RunFolder
@@ -134,7 +135,7 @@ def _time(run: PlannedRun, batches: Batches, done: int) -> Mapping[str, str]:
     speed = sum(_num_tokens(batches, cut) for cut in cuts) * rank.num_ranks / len(steps) / step
     return {
         "speed": f"about {speed:,.0f} tokens per second, by {layers} of "
-        f"{config.get_text_config().num_hidden_layers} layers measured with random weights",
+        f"{several(config.get_text_config().num_hidden_layers, 'layer')} measured with random weights",
         "time": f"about {clock(sum(seconds.values()))} ({parts}), without loading and saving",
     }
 

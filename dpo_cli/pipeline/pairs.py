@@ -27,6 +27,7 @@ from dpo_cli.modeling.folders import tokenizers
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.locks import lock_beside, locked
 from dpo_cli.system.storage import MANIFEST, text_digest, why_no_folder
+from dpo_cli.system.text import several
 
 
 def load_tokenizer(config: Config, console: Console, day: date | None = None) -> tuple[Any, PairTokenizer]:
@@ -222,7 +223,7 @@ def run_data(config: Config, tokenize: PairTokenizer, console: Console) -> RunDa
             _tell(f"data.{name}", part, console)
     data = split(config, pairs, others)
     if not len(data.train) or (config.data.eval is not None and not len(data.held_out)):
-        what = f"holding out {config.data.eval} of {len(pairs)} pairs leaves one side empty"
+        what = f"holding out {config.data.eval} of {several(len(pairs), 'pair')} leaves one side empty"
         hint = "change `data.eval`, name a source of held-out pairs, or set it to null"
         raise UserError(what, "`data.eval`", hint)
     return data
@@ -232,7 +233,8 @@ def _tell(name: str, pairs: PreparedPairs, console: Console) -> None:
     """Say in a line what was understood of some sources, and what was dropped."""
     statistics = pairs.manifest["statistics"]
     shapes = ", ".join(dict.fromkeys(source["shape"] for source in statistics["sources"]))
-    line = f"{name}: {statistics['rows_read']:,} rows of the shape {shapes}, {statistics['pairs_kept']:,} pairs"
+    rows, kept = several(statistics["rows_read"], "row"), several(statistics["pairs_kept"], "pair")
+    line = f"{name}: {rows} of the shape {shapes}, {kept}"
     if dropped := statistics["dropped"]:
         console.warning(f"{line}; dropped: {shown_counts(dropped)} (`dpo prepare-data` lists them)")
     else:

@@ -27,6 +27,7 @@ from dpo_cli.pipeline.resume import check_length, ended_early
 from dpo_cli.pipeline.session import Session
 from dpo_cli.reporting.secrets import covered
 from dpo_cli.settings import Settings
+from dpo_cli.system.text import several
 from dpo_cli.training.checks import check_columns, check_ends, check_fits, check_tokens
 from dpo_cli.training.optimizer import Optimizer, warmup_steps
 from dpo_cli.training.run_folder import DATA_CHECK, FIRST_DAY, PLAN, RunFolder, RunState
@@ -174,11 +175,13 @@ def make_plan(config: Config, data: RunData) -> Plan:
     )
     if training.max_steps and training.max_steps > plan.steps_by_epochs:
         what = f"`training.max_steps` {training.max_steps} is never reached"
-        where = f"{training.epochs:g} epochs of {len(data.train)} pairs are {plan.steps_by_epochs} steps"
+        pairs = several(len(data.train), "pair")
+        steps = several(plan.steps_by_epochs, "step")
+        where = f"{several(training.epochs, 'epoch')} of {pairs}: {steps}"
         raise UserError(what, where, "raise `training.epochs`, or leave `training.max_steps` out")
     reference = config.reference
     if reference.type == "synced" and reference.every_steps > plan.num_steps:
-        what = f"the reference never moves: the run has {plan.num_steps} steps"
+        what = f"the reference never moves: the run has {several(plan.num_steps, 'step')}"
         where = f"`reference.every_steps: {reference.every_steps}`"
         raise UserError(what, where, f"set it to {plan.num_steps} at most")
     return plan
@@ -218,7 +221,7 @@ def _device(session: Session) -> str:
     num_processes, shards = session.accelerator.num_processes, session.shards
     parts = [f"{session.assumed} (assumed)" if session.assumed else str(session.accelerator.device)]
     parts += [session.precision.name, *([f"{num_processes} processes"] if num_processes > 1 else [])]
-    return ", ".join(parts + ([f"weights in {shards.count} shards"] if shards else []))
+    return ", ".join(parts + ([f"weights in {several(shards.count, 'shard')}"] if shards else []))
 
 
 def _model(name: str, policy: Policy) -> str:
@@ -257,7 +260,7 @@ def _held(session: Session) -> dict[str, str]:
 def _steps(plan: Plan) -> str:
     """Say how many steps there are, of how many pairs, and how often they go through the data."""
     num_pairs, num_epochs = min(plan.pairs_per_step, len(plan.indices)), plan.epochs_after(plan.num_steps)
-    return f"{plan.num_steps:,} of {num_pairs} pairs, {num_epochs:.4g} epoch{'s' * (num_epochs != 1)}"
+    return f"{plan.num_steps:,} of {several(num_pairs, 'pair')}, {several(num_epochs, 'epoch')}"
 
 
 def _best(config: Config) -> dict[str, str]:
@@ -333,7 +336,7 @@ def out_of_reach(config: Config, data: RunData, plan: Plan) -> dict[str, list[st
     """
     evaluation, checkpoints, training = config.evaluation, config.checkpoints, config.training
     steps, pairs = plan.num_steps, len(data.train)
-    never = f"is never reached: the run has {steps:,} steps"
+    never = f"is never reached: the run has {several(steps, 'step')}"
     found: dict[str, list[str]] = {"set": [], "default": []}
 
     def note(group: Settings, name: str, line: str) -> None:
@@ -348,8 +351,8 @@ def out_of_reach(config: Config, data: RunData, plan: Plan) -> dict[str, list[st
     num_evaluations = -(-steps // (evaluation.every_steps or steps))
     if evaluation.patience and evaluation.patience >= num_evaluations:
         what = f"`evaluation.patience` {evaluation.patience:,} is never exhausted"
-        note(evaluation, "patience", f"{what}: the run has {num_evaluations:,} evaluations after step 1")
+        note(evaluation, "patience", f"{what}: the run has {several(num_evaluations, 'evaluation')} after step 1")
     if training.pairs_per_step > pairs:
-        what = f"`training.pairs_per_step` {training.pairs_per_step:,} is above the {pairs:,} training pairs"
+        what = f"`training.pairs_per_step` {training.pairs_per_step:,} is above the {several(pairs, 'training pair')}"
         note(training, "pairs_per_step", f"{what}; every step uses all of them")
     return found

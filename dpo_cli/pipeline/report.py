@@ -15,6 +15,7 @@ from dpo_cli.reporting.pages.run.page import Known, run_page
 from dpo_cli.reporting.pages.run.runs_page import runs_page
 from dpo_cli.reporting.run_record import RunRecord, read_run
 from dpo_cli.system.signals import Interrupted
+from dpo_cli.system.text import several
 from dpo_cli.training.run_folder import RunFolder
 
 
@@ -47,7 +48,7 @@ def _read(folder: RunFolder) -> RunRecord:
         raise from_os_error(error, "reading the run", str(error.filename or folder.path)) from error
     if not run.steps and not run.evaluations:
         if unreadable := run.unreadable.get(folder.metrics.name):
-            what = f"none of the {unreadable:,} lines of {folder.metrics.name} can be read"
+            what = f"none of {several(unreadable, 'line')} of {folder.metrics.name} can be read"
             raise UserError(what, str(folder.metrics), "put the run's own file back in place")
         what = "the run has recorded nothing yet: no step and no evaluation"
         raise UserError(what, str(folder.metrics), "wait for its first step")

@@ -19,6 +19,7 @@ from dpo_cli.reporting.environment import environment
 from dpo_cli.reporting.row_log import rows_in
 from dpo_cli.reporting.trackers import TrackedRun, start_trackers
 from dpo_cli.system.storage import discard, make_folder, remove_strays, write_text
+from dpo_cli.system.text import several
 from dpo_cli.training.checkpoints import newest_step, newest_whole
 from dpo_cli.training.learner import Learner
 from dpo_cli.training.optimizer import rate_factor
@@ -152,14 +153,15 @@ def check_length(config: Config, folder: RunFolder, plan: Plan, *, extend: bool)
         raise UserError("the run cannot be extended: it has no checkpoint", str(folder.checkpoints), hint)
     training = config.training
     old, new = (rate_factor(training.schedule, training.warmup_ratio, steps) for steps in (before, now))
-    longer = f"extending the run from {before:,} to {now:,} steps"
+    longer = f"extending the run from {before:,} to {several(now, 'step')}"
     if all(old(step) == new(step) for step in range(done)):
         return f"{longer}: the same as a run that was started with {now:,}{_also_evaluated(config, before, done)}"
     course = _course(old, new, training.learning_rate, done, now)
     if extend:
         return f"{longer}; {course}"
-    what = f"the learning rate of the first {done:,} steps would have been different in a run of {now:,} steps"
-    hint = f"`--extend` continues anyway: {course}; for {now:,} steps of one schedule, start again with `--overwrite`"
+    taken, steps = several(done, "step"), several(now, "step")
+    what = f"the learning rate of the first {taken} would have been different in a run of {steps}"
+    hint = f"`--extend` continues anyway: {course}; for {steps} of one schedule, start again with `--overwrite`"
     raise UserError(what, str(folder.config), hint)
 
 
@@ -184,9 +186,8 @@ def ended_early(config: Config, folder: RunFolder, num_steps: int) -> str | None
     if last >= num_steps or by is None or not exhausted(rows, by, patience):
         return None
     best = best_step(rows, by)
-    stopped = (
-        f"it stopped after step {last} of {num_steps}: {patience} evaluations were no better by {by} than step {best}"
-    )
+    evaluations = several(patience or 0, "evaluation was", "evaluations were")
+    stopped = f"it stopped after step {last} of {num_steps}: {evaluations} no better by {by} than step {best}"
     return f"{stopped}; to continue it, raise `evaluation.patience`"
 
 

@@ -148,7 +148,7 @@ def _answered(session: Session, name: str, policy: Policy, sampling: Sampling) -
     policy.place(session.accelerator, trained=False)
     said = f"answers of {name}"
     with (
-        session.console.progress(said, len(sampling.samples), "prompts") as told,
+        session.console.progress(said, len(sampling.samples), "prompt") as told,
         session.during("while prompts were answered"),
     ):
         rows = sampling.rows(0, policy, session.accelerator, told)

@@ -18,6 +18,7 @@ from dpo_cli.pipeline.out_of_memory import during
 from dpo_cli.pipeline.plan import PlannedRun
 from dpo_cli.pipeline.session import Session
 from dpo_cli.reporting.console import gib
+from dpo_cli.system.text import several
 from dpo_cli.training.recuts import Recuts, read_recuts, write_recuts
 
 
@@ -100,7 +101,7 @@ def recuts_of(plan: PlannedRun, *, resume: bool) -> Recuts:
         if plan.session.accelerator.is_main_process:
             write_recuts(folder.recuts, recuts.tokens)
         what = f"memory ran out in step {step}, which is taken again in smaller passes"
-        console.warning(f"{what}; from here on a forward pass has at most {num_tokens:,} tokens, or one pair")
+        console.warning(f"{what}; from here on a forward pass has at most {several(num_tokens, 'token')}, or one pair")
 
     recuts.changed = changed
     return recuts
@@ -117,6 +118,6 @@ def _described(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:
     if not memory.counted:
         activations = "and activations, which could not be estimated"
     return {
-        "micro-batch": f"at most {batches.micro_batch_tokens:,} tokens, or one pair; {batches.layout.name}",
+        "micro-batch": f"at most {several(batches.micro_batch_tokens, 'token')}, or one pair; {batches.layout.name}",
         "memory": f"about {gib(memory.peak)} at the peak, {activations}",
     }

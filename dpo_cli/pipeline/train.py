@@ -34,6 +34,7 @@ from dpo_cli.pipeline.session import Session, started
 from dpo_cli.pipeline.settling import measured, recuts_of, settled_on_paper, settling
 from dpo_cli.reporting.console import Console, Record
 from dpo_cli.system.signals import Interrupted, StopSignals
+from dpo_cli.system.text import several
 from dpo_cli.training.checkpoints import PRECISION, check_finite
 from dpo_cli.training.checks import check_base, check_reference
 from dpo_cli.training.learner import Learner, NotFinite, Skips, StepResult
@@ -273,7 +274,8 @@ def _steps(run: Run, records: Records) -> Iterator[StepResult]:
     except NotFinite as broken:
         hint = "look at those pairs; lower `training.learning_rate`; the last checkpoint is intact"
         skipped = min(run.learner.skips.count, run.learner.skips.allowed)
-        what = run.described(broken) + (f"; {skipped} steps were skipped before" if skipped else "")
+        already = f"; {several(skipped, 'step was', 'steps were')} skipped before" if skipped else ""
+        what = run.described(broken) + already
         raise UserError(what, str(run.plan.folder.checkpoints), hint, status=FAILED) from None
 
 

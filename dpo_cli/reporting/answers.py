@@ -15,6 +15,7 @@ from rich.text import Text
 from dpo_cli.reporting.data_check import Wrapped
 from dpo_cli.reporting.differences import Part, differences
 from dpo_cli.reporting.safe_text import as_text
+from dpo_cli.system.text import several
 
 Row = Mapping[str, Any]
 
@@ -117,5 +118,5 @@ def compared(answers: Sequence[str]) -> Iterator[list[Part]]:
 
 def length_line(row: Row) -> str:
     """Say how long an answer is, and whether it came to its end."""
-    tokens = f"{row['tokens']:,} token{'s' * (row['tokens'] != 1)}"
+    tokens = several(row["tokens"], "token")
     return tokens if row["ended"] else f"{tokens}, cut off"

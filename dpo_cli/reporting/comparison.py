@@ -10,6 +10,7 @@ from rich.text import Text
 from dpo_cli.evaluation.comparison import Comparison, Disagreement
 from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.reporting.safe_text import visible
+from dpo_cli.system.text import several
 
 _SHARES = ("rewards/accuracies", "logps/accuracies", "logps/accuracies_mean")
 """What is a share of the pairs, of which a difference is told in points."""
@@ -35,7 +36,7 @@ def comparison_table(found: Comparison, first: str, second: str) -> Table:
     table.add_row(f"ahead ({titles[found.compared_by]})", f"{second} on {num_second:,}", f"{first} on {num_first:,}")
     table.add_row("McNemar's exact test", "", f"p = {found.p:.2g}")
     if found.prompts < found.pairs:
-        table.add_row(f"  of their {found.prompts:,} prompts, each once", "", f"p = {found.p_of_prompts:.2g}")
+        table.add_row(f"  of their {several(found.prompts, 'prompt')}, each once", "", f"p = {found.p_of_prompts:.2g}")
     return table
 
 

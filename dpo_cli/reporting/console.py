@@ -19,6 +19,7 @@ from rich.text import Text
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.reporting.progress import StatusLine, clock, fitted, held_out_figures, lines_between, step_figures
 from dpo_cli.reporting.streams import error_stream, on_screen, output_stream, unpadded, wrapped
+from dpo_cli.system.text import several
 
 Advance = Callable[[int, int], None]
 """Called with how much is done, and the total."""
@@ -122,7 +123,7 @@ class Console:
         return self._out.color_system is not None and not self._out.no_color
 
     @contextlib.contextmanager
-    def progress(self, what: str, num_pairs: int, things: str = "pairs") -> Iterator[Advance]:
+    def progress(self, what: str, num_pairs: int, thing: str = "pair") -> Iterator[Advance]:
         """Show the progress of a long job: a line with the time left, or on a pipe a line at intervals.
 
         The function that it yields is called with the pairs, or other things, of all processes. For none nothing is
@@ -132,7 +133,7 @@ class Console:
             yield lambda done, total: None
             return
         if not self._has_status_line:
-            self.notice(f"{what}: {num_pairs} {things}")
+            self.notice(f"{what}: {several(num_pairs, thing)}")
         line = StatusLine(f"{what}:", 0, num_pairs)
         printed = line.seconds
         with self._live(line):

@@ -18,6 +18,7 @@ from dpo_cli.data.checkup.report import Example, Finding, LengthBias, Report
 from dpo_cli.data.findings import Severity
 from dpo_cli.reporting.safe_text import as_text, visible
 from dpo_cli.reporting.tables import PART_STYLES, percent, tokens_table
+from dpo_cli.system.text import several
 
 _SEVERITY_STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 _INDENT, _LABEL_WIDTH = 4, 10
@@ -62,7 +63,7 @@ class Wrapped:
 def screen(report: Report) -> ConsoleRenderable:
     """Show the findings, what was read for each setting, how long the training pairs are, and a summary."""
     read = [reading(setting, statistics) for setting, statistics in report.read.items()]
-    sides = Wrapped(Text(f"{report.num_train:,} pairs to train on, {report.num_held_out:,} held out"))
+    sides = Wrapped(Text(f"{several(report.num_train, 'pair')} to train on, {report.num_held_out:,} held out"))
     tokens = tokens_table(report.read["data.train"])
     return _AtMostPipe(Group(_Findings(report), *read, sides, tokens, *_summary(report)))
 
@@ -78,8 +79,8 @@ def reading(setting: str, statistics: Mapping[str, Any]) -> Wrapped:
     shapes = ", ".join(dict.fromkeys(visible(source["shape"]) for source in sources))
     from_where = f" from {len(sources):,} sources" if len(sources) > 1 else ""
     counts = [
-        f"{statistics['rows_read']:,} rows of the shape {shapes}{from_where}",
-        f"{statistics['pairs_kept']:,} pairs",
+        f"{several(statistics['rows_read'], 'row')} of the shape {shapes}{from_where}",
+        several(statistics["pairs_kept"], "pair"),
     ]
     for name, what in (
         ("truncated", "with a truncated prompt"),
@@ -137,8 +138,7 @@ class _Findings:
 def _headline(finding: Finding, report: Report, max_lines: int | None = None) -> Wrapped:
     """Say what was found and how often."""
     share = percent(finding.share)
-    pairs = "pair" if finding.count == 1 else "pairs"
-    shown = f"{finding.count:,} {pairs} ({share}): {finding.title}{' (heuristic)' * finding.heuristic}"
+    shown = f"{several(finding.count, 'pair')} ({share}): {finding.title}{' (heuristic)' * finding.heuristic}"
     style = ""
     if finding.name == "dropped_rows":
         advice = finding.advice[:1].lower() + finding.advice[1:].rstrip(".")
@@ -204,11 +204,11 @@ def _summary_lines(report: Report) -> Iterator[str]:
         yield length_bias_line(report.length_bias)
     if (margins := report.margins) and margins.used:
         yield (
-            f"margins that the loss uses: of {margins.pairs:,} pairs, {margins.smallest:g} to {margins.largest:g}, "
-            f"median {margins.median:g}"
+            f"margins that the loss uses: of {several(margins.pairs, 'pair')}, {margins.smallest:g} to "
+            f"{margins.largest:g}, median {margins.median:g}"
         )
     if report.num_copies:
-        yield f"repeated by the weight of a source, and counted once here: {report.num_copies:,} pairs"
+        yield f"repeated by the weight of a source, and counted once here: {several(report.num_copies, 'pair')}"
     if report.left_out:
         yield f"left out by `data.drop`: {', '.join(f'{count:,} {name}' for name, count in report.left_out.items())}"
     if report.not_found:

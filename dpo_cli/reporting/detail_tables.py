@@ -11,6 +11,7 @@ from rich.text import Text
 
 from dpo_cli.evaluation.figures import shown_interval
 from dpo_cli.reporting.tables import Cells, percent
+from dpo_cli.system.text import several
 
 _BASELINES = {
     "longer": "the longer response",
@@ -73,7 +74,7 @@ def _length_title(part: Mapping[str, Any]) -> str:
     if not far:
         return "chosen as long as rejected"
     which = "longer" if part["to"] > 0 else "shorter"
-    return f"chosen {which} by {_range('{:,}', near, far)} tokens"
+    return f"chosen {which} by {f'{near:,} to ' * (near != far)}{several(far, 'token')}"
 
 
 def _range(shown: str, least: float, largest: float) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo_cli.reporting.answers import bare_prompts
 from dpo_cli.reporting.safe_text import visible
+from dpo_cli.system.text import several
 
 _SHOWN, _CHARACTERS = 2, 240
 
@@ -30,7 +31,7 @@ def before_and_after(rows: Sequence[Mapping[str, Any]], last: int) -> list[str]:
 
 def _answer(row: Mapping[str, Any]) -> str:
     """Write an answer on one line, with its length where the limit ended it."""
-    cut = "" if row["ended"] else f" (not ended after {row['tokens']} tokens)"
+    cut = "" if row["ended"] else f" (not ended after {several(row['tokens'], 'token')})"
     return (_short(row["answer"]) or "(nothing)") + cut
 
 

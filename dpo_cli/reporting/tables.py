@@ -11,6 +11,7 @@ from rich.text import Text
 
 from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.reporting.safe_text import visible
+from dpo_cli.system.text import several
 
 PART_STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red"}
 _GROUPS = 20
@@ -107,7 +108,7 @@ def marked_pair(pair: MarkedPair, *, colour: bool) -> Text:
     for name, tokens in pair.parts.items():
         unscored = pair.context.get(name, ())
         about = f", {len(unscored)} of them context: in ⟨ ⟩" if unscored else ""
-        text.append(f"{name} ({len(tokens)} tokens{about})\n", style="dim" if colour else "")
+        text.append(f"{name} ({several(len(tokens), 'token')}{about})\n", style="dim" if colour else "")
         for index, token in enumerate(tokens):
             style = PART_STYLES["prompt" if index in unscored else name] if colour else ""
             if index in unscored and index - 1 not in unscored:

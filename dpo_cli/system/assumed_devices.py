@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from dpo_cli.errors import UserError
+from dpo_cli.system.text import several
 
 _UNITS = {"GB": 10**9, "GiB": 2**30}
 _PATTERN = re.compile(r"(?:(?:(\d+)x)?(\d+)x)?(\d+(?:\.\d+)?)(GB|GiB)")
@@ -33,7 +34,7 @@ class AssumedDevices:
 
     def __str__(self) -> str:
         """Say how many of them there are, where more than one machine has them."""
-        gpus = f"{self.count} GPU{'s' * (self.count > 1)}"
+        gpus = several(self.count, "GPU")
         return f"{gpus} on {self.machines} machines" if self.machines > 1 else gpus
 
 

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from dpo_cli.system.text import several
+
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 """The signals that ask to stop."""
 
@@ -152,7 +154,7 @@ class StopSignals:
         if number != signal.SIGINT:
             return f"{number.name} received: stopping after {self.at_hand}"
         num_steps = self.unsaved()
-        lost = f"{num_steps} step{'s' * (num_steps > 1)}" if num_steps else "this step"
+        lost = several(num_steps, "step") if num_steps else "this step"
         return f"stopping after {self.at_hand}; press Ctrl-C again to stop at once and lose {lost}"
 
 

@@ -28,6 +28,7 @@ from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.modeling.upcast import in_float32
 from dpo_cli.preference.losses.base import StepInfo
 from dpo_cli.system.storage import DamagedFolder, read_manifest
+from dpo_cli.system.text import several
 from dpo_cli.training.checkpoints import HELD, beginning_of
 
 if TYPE_CHECKING:
@@ -143,13 +144,14 @@ def check_columns(pairs: PreparedPairs, objective: Objective) -> str:
     """
     weighted, with_margin = int((pairs.weights != 1).sum()), int((pairs.margins != 0).sum())
     if weighted and objective.refuses_weights:
-        what = f"{weighted} pairs have a weight, but {objective.refuses_weights} compares responses of different pairs"
+        have = several(weighted, "pair has", "pairs have")
+        what = f"{have} a weight, but {objective.refuses_weights} compares responses of different pairs"
         raise UserError(what, "`loss`", "take the column `weight` out of the data, or choose another loss")
     if not (pairs.weights > 0).any():
-        what = f"all {len(pairs)} pairs have weight 0, so that there is nothing to learn"
+        what = f"every pair of {len(pairs):,} has weight 0, so that there is nothing to learn"
         raise UserError(what, "the column `weight`", "give weights above 0 (the smallest 32-bit number is about 1e-45)")
     if with_margin and not objective.uses_margins:
-        have = "1 pair has a margin" if with_margin == 1 else f"{with_margin:,} pairs have a margin"
+        have = several(with_margin, "pair has a margin", "pairs have a margin")
         return "; ".join(filter(None, (f"{have}, which the loss `{objective}` ignores", objective.use_of_margins)))
     if objective.uses_margins and not with_margin:
         return "no pair has a margin, so that `margin_scale` has no effect"
@@ -161,7 +163,7 @@ def check_ends(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int])
     lacking = without_end(pairs, end_tokens)
     if not lacking.any() or not (closing := closing_token(pairs, lacking, tokenizer)):
         return ""
-    what = f"{lacking.sum():,} pairs end with `{closing}`, which does not stop generation"
+    what = f"{several(int(lacking.sum()), 'pair ends', 'pairs end')} with `{closing}`, which does not stop generation"
     return f"{what}: {way_out(closing, tokenizer)}"
 
 
@@ -196,7 +198,8 @@ def check_tokens(pairs: PreparedPairs, tokenizer: Any, end_tokens: frozenset[int
         # Of several turns, each ends.
         once = (num_ends <= 1) & ((pairs.counts(name, end_tokens) <= 1) | pairs.has_gaps(name))
         _require(pairs, once, f"the {name} response ends twice", hint)
-    yield f"every response ends, once{f' ({cut.sum()} pairs were truncated and may not end)' if cut.any() else ''}"
+    truncated = several(int(cut.sum()), "pair was", "pairs were")
+    yield f"every response ends, once{f' ({truncated} truncated and may not end)' if cut.any() else ''}"
     joined = pairs.manifest["statistics"]["joined_at_boundary"]
     apart = f" ({joined} tokenized separately, where the tokenizer would have merged)" if joined else ""
     yield f"the prompt's tokens are a true prefix of both sequences in every pair{apart}"
@@ -304,7 +307,7 @@ def _require(pairs: PreparedPairs, holds: NDArray[np.bool_] | None, what: str, h
     if holds is None or holds.all():
         return
     first = int(np.argmin(holds))
-    raise UserError(f"{what} (in {int((~holds).sum())} of {len(pairs)} pairs)", pairs[first].origin, hint)
+    raise UserError(f"{what} (in {int((~holds).sum())} of {several(len(pairs), 'pair')})", pairs[first].origin, hint)
 
 
 def _ends(tails: NDArray[np.int32], tokenizer: Any, end_tokens: frozenset[int] | set[int]) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.modeling.eight_bits import BLOCK, IN_8_BITS, SCALE
 from dpo_cli.modeling.folders.shard_files import Piece, Shards, sharded_like
 from dpo_cli.modeling.stepping import OneByOne
+from dpo_cli.system.text import several
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,6 +112,6 @@ def _own_scales(shards: Shards, key: str, here: Piece) -> Tensor:
         return shards.rows(KEPT, key, *shards.parts(KEPT, key)[moments.index(mine)])
     if of_row % BLOCK and mine[0] < mine[1]:
         what = f"the moments of `{key.rpartition('.')[0]}` have 8 bits, in blocks that other processes would cut"
-        hint = f"resume on {shards.processes} processes, as the checkpoint was written"
+        hint = f"resume on {several(shards.processes, 'process', 'processes')}, as the checkpoint was written"
         raise UserError(what, "`training.optimizer: adamw_8bit`", hint)
     return shards.rows(KEPT, key, *(row * of_row // BLOCK for row in mine))

@@ -517,7 +517,7 @@ DATA_CASES = {
     ),
     "data in Latin-1 alone": Case(
         data('{"instruction": "é"}'.encode("latin-1")), f"{PREPARE} data.on_bad_row=drop", 2,
-        r"none of 1 rows is left", r"^save the file as UTF-8; the first",
+        r"none of 1 row is left", r"^save the file as UTF-8; the first",
     ),
     "a quote that nothing closes": Case(
         data('{"instruction": "x}'), PREPARE, 2, r"valid JSON: Unterminated string starting at column 17", r"fix the"
@@ -534,10 +534,10 @@ DATA_CASES = {
     ),
     "instruction empty": Case(data({**PAIR, "instruction": " "}), PREPARE, 2, r"`instruction` is empty", r"fix"),
     "broken rows dropped until none is left": Case(
-        data("null"), f"{PREPARE} data.on_bad_row=drop", 2, r"none of 1 rows is left: 1 undecodable", r"pairs.jsonl:1"
+        data("null"), f"{PREPARE} data.on_bad_row=drop", 2, r"none of 1 row is left: 1 undecodable", r"pairs.jsonl:1"
     ),
     "identical pairs only": Case(
-        data({**PAIR, "rejected": "Hi."}), PREPARE, 2, r"none of 1 rows is left: 1 identical", r"same text"
+        data({**PAIR, "rejected": "Hi."}), PREPARE, 2, r"none of 1 row is left: 1 identical", r"same text"
     ),
     "empty responses only": Case(data({**PAIR, "chosen": ""}), PREPARE, 2, r"left: 1 empty resp", r"`chosen` is empty"),
     "all too long": Case(nothing, f"{PREPARE} data.max_length=4", 2, r"none of 40 rows.*too long", r"max_length"),

@@ -364,7 +364,7 @@ def test_a_default_beyond_the_end_of_the_run_is_a_note(forked_dpo, tmp_path, tin
     file.write_text(json.dumps({"model": str(tiny_llama), "data": {"train": str(pairs_file), "eval": 0.5}}))
     result = forked_dpo("train", "--config", file, "--dry-run")
     assert result.returncode == 0, result.stderr
-    assert "note: `checkpoints.every_steps` 100 is never reached: the run has 1 steps" in result.stderr
+    assert "note: `checkpoints.every_steps` 100 is never reached: the run has 1 step" in result.stderr
     assert "note: `training.pairs_per_step` 32 is above the 20 training pairs" in result.stderr
     assert "warning" not in result.stderr
 

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from rich.live import Live
 
+from dpo_cli.reporting.console import Console as Program
 from dpo_cli.reporting.progress import StatusLine
 from tests.screen import Screen
 
@@ -26,3 +27,13 @@ def test_a_job_within_a_job_has_a_status_line_of_its_own(width):
     assert (above.split()[0], below.split()[0]) == ("step", "evaluating:")
     assert above.endswith("left")
     assert below.endswith("left")
+
+
+def test_the_progress_of_one_pair_is_not_that_of_pairs(capsys):
+    for number in (1, 2):
+        with Program().progress("evaluating", number) as advance:
+            advance(number, number)
+    with Program().progress("answers of a", 1, "prompt"):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert [lines[0], lines[2], lines[4]] == ["evaluating: 1 pair", "evaluating: 2 pairs", "answers of a: 1 prompt"]

@@ -87,7 +87,7 @@ def test_a_figure_that_an_earlier_version_did_not_write_is_a_dash():
 def test_without_colour_the_parts_are_told_apart_by_marks():
     parts = {"prompt": ["a", "b"], "chosen": ["c"], "rejected": ["d\n"]}
     shown = marked_pair(MarkedPair("f:1", parts, {}), colour=False).plain
-    assert shown == "f:1\nprompt (2 tokens)\na|b\nchosen (1 tokens)\nc\nrejected (1 tokens)\nd⏎\n"
+    assert shown == "f:1\nprompt (2 tokens)\na|b\nchosen (1 token)\nc\nrejected (1 token)\nd⏎\n"
 
 
 def test_what_is_not_scored_within_a_response_is_marked():

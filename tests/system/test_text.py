@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 
 from dpo_cli.reporting.safe_text import as_text
-from dpo_cli.system.text import escaped
+from dpo_cli.system.text import escaped, several
 
 OBEYED_OR_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Categories of control characters, of those that turn text around, of halves of pairs, and of separators of lines."""
@@ -33,3 +33,19 @@ def test_letters_signs_and_emoji_are_themselves_and_python_reads_back_the_others
     text = "é 漢 🙂 [red] <b>"
     assert escaped(text) == text
     assert escaped("\x1b[31m\u202e\ud800") == r"\x1b[31m\u202e\ud800"
+
+
+@pytest.mark.parametrize(
+    ("count", "pairs", "are"),
+    [
+        (0, "0 pairs", "0 pairs are"),
+        (1, "1 pair", "1 pair is"),
+        (1.0, "1 pair", "1 pair is"),
+        (1.5, "1.5 pairs", "1.5 pairs are"),
+        (2, "2 pairs", "2 pairs are"),
+        (1_234_567, "1,234,567 pairs", "1,234,567 pairs are"),
+    ],
+)
+def test_one_thing_is_not_counted_as_several(count, pairs, are):
+    assert several(count, "pair") == pairs
+    assert several(count, "pair is", "pairs are") == are

@@ -154,7 +154,7 @@ def test_weights_are_refused_where_a_loss_knows_no_pairs(tmp_path, demo_rows, to
 def test_weights_that_are_all_0_teach_nothing(tmp_path, demo_rows, tokenizer):
     rows = [{**row, "weight": weight} for row, weight in zip(demo_rows, [0, 1e-50, 0.0], strict=False)]
     pairs = prepare(write_rows(tmp_path / "pairs.jsonl", rows), tokenizer, tmp_path / "p")
-    with pytest.raises(UserError, match="all 3 pairs have weight 0"):
+    with pytest.raises(UserError, match="every pair of 3 has weight 0"):
         check_columns(pairs, Objective.of(DPO()))
 
 

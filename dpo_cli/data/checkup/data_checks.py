@@ -16,6 +16,7 @@ from dpo_cli.data.checkup.measures import Statistics
 from dpo_cli.data.checkup.report import EXAMPLES, Example, LengthBias
 from dpo_cli.data.findings import Check
 from dpo_cli.data.prepared.folder import PreparedPairs
+from dpo_cli.system.text import several
 
 _FAIR = 0.4, 0.6
 """How often the longer response may be the chosen one before the lengths are a finding."""
@@ -112,7 +113,7 @@ def _dropped_rows(check: DataCheck, data: Examined) -> Counted:
     why = f"as {named[0][0]}" if len(named) == 1 else f"({listed})"
     said = dataclasses.replace(
         check,
-        title=f"of {total:,} rows ({_percent(reasons.total() / total)}) were dropped {why}",
+        title=f"of {several(total, 'row')} ({_percent(reasons.total() / total)}) were dropped {why}",
         meaning=f"Rows did not become pairs: {listed}.",
         advice=" ".join(advice),
     )

@@ -17,6 +17,7 @@ from dpo_cli.data.rows.text_files import rows_of_lines
 from dpo_cli.errors import UserError, from_os_error, raise_all
 from dpo_cli.settings import located
 from dpo_cli.system.storage import MANIFEST
+from dpo_cli.system.text import several
 
 _FORMS = "a prompt is a line of a .txt file, or a row with `prompt`, `instruction` (and `input`) or `messages`"
 _PROBLEMS = 8
@@ -77,7 +78,8 @@ def read_prompts(path: str, count: int | None = None, system: str = "") -> list[
     except OSError as error:
         raise from_os_error(error, "reading the prompts", path, status=2) from error
     if len(problems) > _PROBLEMS:
-        rest = UserError(f"{len(problems) - _PROBLEMS:,} more rows are no prompts", path, _FORMS)
+        more = several(len(problems) - _PROBLEMS, "more row is no prompt", "more rows are no prompts")
+        rest = UserError(more, path, _FORMS)
         raise_all([*problems[:_PROBLEMS], rest])
     raise_all(problems)
     if not found:

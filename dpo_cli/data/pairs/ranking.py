@@ -11,6 +11,7 @@ from dpo_cli.data.pairs.conversations import after, preference
 from dpo_cli.data.pairs.messages import Messages, is_message, read_turns
 from dpo_cli.data.records import BadRow, Message, Pair
 from dpo_cli.data.rows import fields
+from dpo_cli.system.text import several
 
 RANKINGS = ("scores", "ranks")
 """The columns that say how good the answers are."""
@@ -34,7 +35,7 @@ def read_scores(row: Mapping[str, object], count: int) -> list[float]:
     name = next((name for name in RANKINGS if row.get(name) is not None), RANKINGS[0])
     listed = fields.items(fields.field(row, name), name, "numbers")
     if len(listed) != count:
-        raise BadRow("wrong length", f"`{name}` has {len(listed)} numbers for {count} responses")
+        raise BadRow("wrong length", f"`{name}` has {several(len(listed), 'number')} for {several(count, 'response')}")
     for number, value in enumerate(listed):
         fields.number(value, f"{name}[{number}]")
     sign = 1.0 if name == "scores" else -1.0

@@ -29,6 +29,7 @@ from dpo_cli.data.pairs.shape_matching import SHAREGPT_TURNS, begins_otherwise, 
 from dpo_cli.data.pairs.verdicts import as_chosen, better_and_worse
 from dpo_cli.data.records import BadRow, Message, Pair, Row
 from dpo_cli.data.rows import fields
+from dpo_cli.system.text import several
 
 RankedRule = Literal["extremes", "all"]
 """Which pairs a ranked list makes: the best against the worst, or every two whose scores differ."""
@@ -179,7 +180,9 @@ def ranked(row: Mapping[str, object], origin: str, rule: RankedRule = "extremes"
     scores = read_scores(row, len(listed))
     best_first = sorted(range(len(scores)), key=lambda number: -scores[number])
     if scores[best_first[0]] == scores[best_first[-1]]:
-        raise BadRow("no preference", f"none of {len(scores)} responses is better than another", structural=False)
+        raise BadRow(
+            "no preference", f"none of {several(len(scores), 'response')} is better than another", structural=False
+        )
     if rule == "extremes":
         best_first = [best_first[0], best_first[-1]]
     return ranked_pairs(answers, scores, best_first, origin)

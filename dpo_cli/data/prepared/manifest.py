@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dpo_cli.data.prepared.tally import COUNTED
 from dpo_cli.data.rows.fields import printable
+from dpo_cli.system.text import several
 
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Lengths = list[Annotated[list[_Count], Field(min_length=2, max_length=2)]]
@@ -78,4 +79,4 @@ def problem_of_manifest(manifest: dict[str, Any], num_pairs: int) -> str:
     except ValidationError as error:
         field = ".".join(map(str, error.errors(include_url=False, include_context=False)[0]["loc"]))
         return f"`{printable(field)}` is not what `prepare-data` writes"
-    return f"it counts {stated} pairs, and there are {num_pairs}" if stated != num_pairs else ""
+    return f"it counts {several(stated, 'pair')}, and the folder has {num_pairs:,}" if stated != num_pairs else ""

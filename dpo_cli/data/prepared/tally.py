@@ -16,6 +16,7 @@ from dpo_cli.data.records import BadRow, total_tokens
 from dpo_cli.data.tokens.token_checks import TOKEN_CHECKS
 from dpo_cli.data.tokens.tokenize import Tokenized
 from dpo_cli.errors import UserError, raise_all
+from dpo_cli.system.text import several
 
 _EXAMPLES = 3
 COUNTED: dict[str, Callable[[Tokenized], bool]] = {
@@ -122,7 +123,7 @@ class Tally:
         """Stop where the data is broken, or nothing is left of it."""
         if self.broken and on_bad_row == "error":
             counts = ", ".join(f"{count:,} {reason}" for reason, count in self.dropped.most_common())
-            summary = f"{self.broken:,} of {self.num_read:,} rows cannot be used (found: {counts})"
+            summary = f"{self.broken:,} of {several(self.num_read, 'row')} cannot be used (found: {counts})"
             first = f"the first {len(self.broken_examples)} are named above" if self.broken > _EXAMPLES else None
             raise_all([*self.broken_examples, UserError(summary, where, first)])
         if not self.num_kept:
@@ -130,7 +131,7 @@ class Tally:
             (reason, _), *_ = self.dropped.most_common(1)
             example = self.examples[reason][0]
             hint = f"{_UTF_8 if 'not UTF-8' in example else _ADVICE.get(reason, _FIX)}; the first: {example}"
-            raise UserError(f"none of {self.num_read:,} rows is left: {counts}", where, hint)
+            raise UserError(f"none of {several(self.num_read, 'row')} is left: {counts}", where, hint)
 
     def statistics(self) -> dict[str, Any]:
         """Return what the manifest says of the reading."""

@@ -9,6 +9,7 @@ import zlib
 from dpo_cli.evaluation.findings.finding import RunCheck
 from dpo_cli.evaluation.findings.history import History, Row, changes, mean_of
 from dpo_cli.evaluation.findings.remedies import FEWER_STEPS, LENGTH_LOSS, LOWER_RATE, RAISE_BETA, plain
+from dpo_cli.system.text import several
 
 _REPEATED = 2.4
 """How much shorter zlib may make an answer: Whisper takes what shrinks more for a model that repeats itself.
@@ -32,7 +33,7 @@ def _repetition(history: History) -> str:
     before, after = (sum(_repeats(row) for row in rows) for rows in zip(*pairs, strict=True)) if pairs else (0, 0)
     if not pairs or after - before < min(len(pairs), max(2, math.ceil(len(pairs) / 4))):
         return ""
-    return f"{after} of {len(pairs)} answers, {before} before step 1"
+    return f"{after} of {several(len(pairs), 'answer')}, {before} before step 1"
 
 
 def _repeats(row: Row) -> bool:
@@ -52,7 +53,8 @@ def _lengths_drift(history: History) -> str:
         return ""
     befores, afters = zip(*pairs, strict=True)
     before, after, chosen = mean_of(befores, "tokens"), mean_of(afters, "tokens"), mean_of(afters, "chosen_tokens")
-    return f"{after:.0f} tokens on average after {before:.0f} before step 1; chosen responses have {chosen:.0f}"
+    now = several(round(after or 0), "token")
+    return f"{now} on average after {before:.0f} before step 1; chosen responses have {chosen:.0f}"
 
 
 def _log_length(row: Row) -> float:

@@ -20,6 +20,7 @@ from dpo_cli.evaluation.findings.remedies import (
     TRAIN_ADAPTER,
     plain,
 )
+from dpo_cli.system.text import several
 
 _COLLAPSE = 1.0
 """Nats per token by which chosen responses may become less likely.
@@ -156,7 +157,8 @@ def _saturated(history: History) -> str:
     if not norms or (now := statistics.median(norms)) > _VANISHED * began:
         return ""
     margin = history.mean("rewards/margins") or 0.0
-    return f"accuracy 100 %, margin {margin:+.2f}, gradient norm {now:.2g} after {began:.2g}; {left:,} steps to go"
+    to_go = several(left, "step")
+    return f"accuracy 100 %, margin {margin:+.2f}, gradient norm {now:.2g} after {began:.2g}; {to_go} to go"
 
 
 def _easy_pairs(history: History) -> str:

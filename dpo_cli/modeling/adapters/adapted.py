@@ -29,6 +29,7 @@ from dpo_cli.modeling.folders.shard_files import gathered
 from dpo_cli.modeling.folders.streams import save_tensors
 from dpo_cli.modeling.shards import is_placeholder
 from dpo_cli.modeling.split import set_whole_value, whole_value
+from dpo_cli.system.text import several
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -90,7 +91,9 @@ class Adapted:
         """Say what trains, in a few words."""
         layers = list(adapter_layers(model))
         others = left_out(model, layers) if getattr(self.adapter, "targets", None) == ALL_LINEAR else []
-        return f"{self.adapter.title} on {len(layers)} layers" + (f", not on {', '.join(others)}" if others else "")
+        return f"{self.adapter.title} on {several(len(layers), 'layer')}" + (
+            f", not on {', '.join(others)}" if others else ""
+        )
 
     def fresh(self) -> Adapted:
         """Return the same where no weights are to go on from."""

@@ -15,6 +15,7 @@ from dpo_cli.modeling.folders.model_files import GENERATION
 from dpo_cli.modeling.folders.reading import one_at_a_time
 from dpo_cli.modeling.folders.shard_files import Shards, slices_of_weights
 from dpo_cli.modeling.held import FLOAT32
+from dpo_cli.system.text import several
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,7 +80,8 @@ def check_complete(model: PreTrainedModel, report: Mapping[str, Any], folder: st
     if missing := sorted(report["missing_keys"]):
         raise _missing(missing, sorted(report["unexpected_keys"]), folder)
     if unused := sorted(name for name in report["unexpected_keys"] if not _may_be_there(model, name)):
-        what = f"{len(unused)} weights in the files are not part of {_described(model)}: {_shown(unused)}"
+        are = several(len(unused), "weight in the files is", "weights in the files are")
+        what = f"{are} not part of {_described(model)}: {_shown(unused)}"
         hint = "correct config.json if it is wrong; or load the model in transformers and save it, which drops them"
         raise UserError(what, folder, hint)
 
@@ -116,9 +118,11 @@ def _may_be_there(model: PreTrainedModel, name: str) -> bool:
 
 def _missing(missing: list[str], unused: list[str], folder: str) -> UserError:
     """Say which weights are not there, and which are in their place, under the names that a wrapper left."""
-    what = f"the weights of {len(missing)} parameters are missing: {_shown(missing)}"
+    what = f"the weights of {several(len(missing), 'parameter')} are missing: {_shown(missing)}"
     if unused:
-        what += f"; {len(unused)} others in the files are not used: {_shown(unused)}"
+        what += (
+            f"; {several(len(unused), 'other in the files is', 'others in the files are')} not used: {_shown(unused)}"
+        )
     hint = "check that the folder is complete, and that its config.json belongs to this model"
     if left := sorted({part for name in unused for part in _WRAPPER.findall(name)}):
         parts = ", ".join(f"`{part}`" for part in left)
@@ -135,14 +139,14 @@ def _other_shape(
     if id(model.get_parameter(name)) in words and found[1:] == wanted[1:]:
         what = f"config.json says `vocab_size: {wanted[0]}`, but the weights have {found[0]} (`{name}`)"
     else:
-        more = f", and those of {number - 1} others differ as well" if number > 1 else ""
+        more = f", and those of {several(number - 1, 'other')} differ as well" if number > 1 else ""
         what = f"`{name}` has the shape {list(found)}, but config.json asks for {list(wanted)}{more}"
     return UserError(what, folder, "check that config.json and the weights belong to the same model")
 
 
 def _described(model: PreTrainedModel) -> str:
     """Name a model by its architecture and the number that is most often wrong."""
-    return f"{type(model).__name__} with {model.config.get_text_config().num_hidden_layers} layers"
+    return f"{type(model).__name__} with {several(model.config.get_text_config().num_hidden_layers, 'layer')}"
 
 
 def _shown(names: Collection[str]) -> str:

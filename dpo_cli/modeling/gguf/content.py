@@ -11,6 +11,7 @@ import torch
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.gguf.architectures import ARCHITECTURES, Architecture
+from dpo_cli.system.text import several
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -89,8 +90,8 @@ def check_all_read(model: PreTrainedModel, content: GgufContent) -> None:
     # Buffers among them: by one, routers choose experts. What is tied is the same tensor twice.
     used = sum({id(one): one.numel() for one in model.state_dict(keep_vars=True).values()}.values())
     if held > used:
-        layers = model.config.get_text_config().num_hidden_layers
-        what = f"the file has {held:,} weights, but {type(model).__name__} with {layers} layers uses {used:,}"
+        layers = several(model.config.get_text_config().num_hidden_layers, "layer")
+        what = f"the file has {held:,} weights, but {type(model).__name__} with {layers} uses {used:,}"
         raise UserError(what, None, HINT)
 
 

@@ -14,6 +14,7 @@ from markupsafe import Markup, escape
 from dpo_cli import __version__
 from dpo_cli.reporting.safe_text import visible
 from dpo_cli.reporting.tables import percent
+from dpo_cli.system.text import several
 
 
 def render(template: str, **values: Any) -> str:
@@ -30,11 +31,6 @@ def code_in_backticks(sentence: str) -> Markup:
     """Write a sentence of the program, with the words between its backticks as code."""
     parts = map(escape, map(visible, sentence.split("`")))
     return Markup().join(Markup(f"<code>{part}</code>") if index % 2 else part for index, part in enumerate(parts))
-
-
-def several(count: int, noun: str) -> str:
-    """Count things by their name in the singular."""
-    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
 def _seen(value: Any) -> Any:

@@ -105,7 +105,7 @@ def test_an_input_that_is_empty_leaves_no_trace(given):
         ("ranked", {"scores": [1, True, 2]}, "wrong type", "`scores[1]` is true or false", True),
         ("ranked", {"scores": [1, 10**400, 2]}, "number out of range", "`scores[1]` is not finite", True),
         ("ranked", {"scores": [1, 1, 1]}, "no preference", "none of 3 responses is better", False),
-        ("ranked", {"responses": ["3"], "scores": [1]}, "no preference", "none of 1 responses", False),
+        ("ranked", {"responses": ["3"], "scores": [1]}, "no preference", "none of 1 response", False),
         ("ranked", {"responses": [], "scores": []}, "empty field", "`responses` is an empty list", True),
         ("ranked", {"responses": ["4", {"value": 3}, "5"]}, "missing field", "`responses[1]` has no `text`", True),
         ("ranked", {"responses": ["4", "4", "4"]}, "identical responses", "`responses[1]` and `responses[2]`", False),

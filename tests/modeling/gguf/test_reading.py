@@ -143,7 +143,7 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path, tokenizer: Any
     tensors = tensors_of(folder)
     del tensors[left_out]
     file = write(tmp_path / "model.gguf", folder, tensors)
-    with pytest.raises(UserError, match="1 parameters are missing") as found:
+    with pytest.raises(UserError, match="1 parameter are missing") as found:
         load_policy(str(file))
     assert found.value.where == str(file)
 
@@ -161,7 +161,7 @@ def test_a_head_that_is_missing_is_the_embedding(tmp_path: Path, tokenizer: Any)
     [
         ({"cls.weight": np.ones((1, 32), np.float32)}, 2, "44,224 weights"),
         ({"blk.0.attn_q.bias": np.ones(32, np.float32)}, 2, "7 parameters are missing"),
-        ({}, 1, "with 1 layers"),
+        ({}, 1, "with 1 layer"),
     ],
 )
 def test_weights_without_a_place_are_not_passed_over(

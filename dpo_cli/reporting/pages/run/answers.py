@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dpo_cli.evaluation.findings.history import Row, number
 from dpo_cli.reporting.answers import bare_prompts
 from dpo_cli.reporting.differences import Part, differences
-from dpo_cli.reporting.pages.rendering import several
+from dpo_cli.system.text import several
 
 MOST_ANSWERS = 12
 """So many prompts are on the page; all are in samples.jsonl."""
@@ -77,7 +77,7 @@ def answered(samples: Sequence[Row]) -> list[Answered]:
 
 def shortened(text: str) -> str:
     """Return as much of a text as the page shows."""
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({len(text) - _LONGEST:,} more characters)"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} … ({several(len(text) - _LONGEST, 'more character')})"
 
 
 def _answer(row: Row, parts: Sequence[Part]) -> Answer:

@@ -19,7 +19,7 @@ from dpo_cli.evaluation.findings.held_out_checks import HELD_OUT_CHECKS
 from dpo_cli.evaluation.findings.history import Row, number
 from dpo_cli.evaluation.findings.watch import found, gravest_first
 from dpo_cli.evaluation.verdict import Verdict, verdict
-from dpo_cli.reporting.pages.rendering import render, several
+from dpo_cli.reporting.pages.rendering import render
 from dpo_cli.reporting.pages.run.answers import MOST_ANSWERS, answered, hardest, shortened
 from dpo_cli.reporting.pages.run.charts import Mark
 from dpo_cli.reporting.pages.run.curves import charts_of
@@ -27,6 +27,7 @@ from dpo_cli.reporting.pages.run.facts import data_found, facts_of, group_of, ha
 from dpo_cli.reporting.pages.run.held_out import held_out_blocks, length_doubts
 from dpo_cli.reporting.pages.run.series import window_of
 from dpo_cli.reporting.run_record import RunRecord
+from dpo_cli.system.text import several
 
 _MOST_PAIRS = 10
 _MOST_MARKS = 40

@@ -10,13 +10,13 @@ from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.evaluation.findings.history import Row
 from dpo_cli.reporting.card import covered_within
 from dpo_cli.reporting.comparison import comparison_table
-from dpo_cli.reporting.pages.rendering import several
 from dpo_cli.reporting.pages.run.curves import charts_of_several, style_of
 from dpo_cli.reporting.pages.run.held_out import Block, usable
 from dpo_cli.reporting.pages.run.page import Known, cell, ends_of, findings_of, judge, notes_of, state_of, with_script
 from dpo_cli.reporting.run_record import RunRecord
 from dpo_cli.reporting.tables import plain_rows
 from dpo_cli.system import plain_yaml
+from dpo_cli.system.text import several
 
 
 def runs_page(runs: Sequence[RunRecord], known: Sequence[Known]) -> str:
