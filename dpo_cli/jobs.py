@@ -186,7 +186,7 @@ def _train(
     # Whether one goes on that its patience has ended is known when its steps are.
     patient = config.evaluation.patience or folder.recorded_count("evaluation.patience") if resume else None
     if same_length and not patient and folder.state() is RunState.FINISHED:
-        console.notices(folder.nothing_left(extend=extend))
+        console.notices(folder.nothing_left(config.model_dump(mode="json"), extend=extend))
         return
     # Ranks of one run share its folder; a dry run writes nothing.
     with folder.locked() if is_main_process() and not dry_run else contextlib.nullcontext():
@@ -365,7 +365,7 @@ def report(
     folders = check_report([Path(run) for run in runs], file)
     from dpo_cli.pipeline.report import write_report
 
-    page = write_report(folders, file)
+    page = write_report(folders, file, console)
     console.result(f"report  {page}")
     return page
 

@@ -255,6 +255,8 @@ def _found(named: Path) -> tuple[RunFolder | None, Path]:
         return None, named
     if (run := RunFolder(named)).state() in (RunState.STARTED, RunState.FINISHED):
         return run, _trained(run)
+    if damage := run.damage():
+        raise damage
     absolute = named.absolute()
     for above in (absolute.parent, absolute.parent.parent):
         if (run := RunFolder(above)).state() in (RunState.STARTED, RunState.FINISHED):

@@ -41,6 +41,8 @@ def _not_a_run(path: Path) -> UserError | None:
             return UserError(f"`{path}` is a file, not a run", _WHERE, "name the run's folder: its `output_dir`")
         run = RunFolder(path)
         if run.state() not in (RunState.STARTED, RunState.FINISHED):
+            if damage := run.damage():
+                return damage
             above = next((one for one in (path.absolute().parent, path.absolute().parent.parent) if _is_run(one)), None)
             hint = f"did you mean `{above}`?" if above else "name the `output_dir` of a run"
             return UserError(f"`{path}` is not a run's folder", _WHERE, hint)

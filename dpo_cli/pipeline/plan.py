@@ -95,7 +95,7 @@ def planned(session: Session, folder: RunFolder, *, resume: bool, extend: bool) 
     if resume and (longer := check_length(config, folder, steps, extend=extend)):
         session.console.notice(longer)
     elif finished:
-        session.console.notices(folder.nothing_left(extend=extend))
+        session.console.notices(folder.nothing_left(config.model_dump(mode="json"), extend=extend))
         if early := ended_early(config, folder, steps.num_steps):
             session.console.notice(early)
         return None

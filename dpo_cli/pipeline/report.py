@@ -11,7 +11,7 @@ from dpo_cli.config.loading import load_config
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.json_file import write_results
-from dpo_cli.reporting.pages.run.page import Known, run_page
+from dpo_cli.reporting.pages.run.page import Known, notes_of, run_page
 from dpo_cli.reporting.pages.run.runs_page import runs_page
 from dpo_cli.reporting.run_record import RunRecord, read_run
 from dpo_cli.system.signals import Interrupted
@@ -19,17 +19,21 @@ from dpo_cli.system.text import several
 from dpo_cli.training.run_folder import RunFolder
 
 
-def write_report(folders: Sequence[RunFolder], out: Path | None = None) -> Path:
+def write_report(folders: Sequence[RunFolder], out: Path | None = None, console: Console | None = None) -> Path:
     """Write the page of a run, or of several; return its file.
 
     Args:
         folders: The runs, which may be at work.
         out: Where to write it; None: into the folder of the run, which is one.
+        console: Where to say what of the runs' files cannot be read; None: the page says it alone.
 
     Raises:
         UserError: A file cannot be read or written, or nothing is recorded.
     """
     runs = [_read(folder) for folder in folders]
+    if console:
+        for note in (note for run in runs for note in notes_of(run, inside=False)):
+            console.warning(note)
     page = run_page(runs[0], known_of(runs[0])) if len(runs) == 1 else runs_page(runs, [known_of(run) for run in runs])
     file = out or folders[0].report
     write_results(file, page, "writing the report")
@@ -48,7 +52,7 @@ def _read(folder: RunFolder) -> RunRecord:
         raise from_os_error(error, "reading the run", str(error.filename or folder.path)) from error
     if not run.steps and not run.evaluations:
         if unreadable := run.unreadable.get(folder.metrics.name):
-            what = f"none of {several(unreadable, 'line')} of {folder.metrics.name} can be read"
+            what = f"none of the {several(unreadable, 'line')} of {folder.metrics.name} can be read"
             raise UserError(what, str(folder.metrics), "put the run's own file back in place")
         what = "the run has recorded nothing yet: no step and no evaluation"
         raise UserError(what, str(folder.metrics), "wait for its first step")

@@ -54,6 +54,7 @@ class RunRecord:
         facts: What the diagnosis knows of it beside its rows, where that is written down.
         finished: Whether it has taken all of its steps and saved the model.
         unreadable: How many lines of each file could not be read.
+        damaged: Which other files could not be read, and why.
     """
 
     folder: RunFolder
@@ -68,6 +69,7 @@ class RunRecord:
     facts: RunFacts | None = None
     finished: bool = False
     unreadable: Mapping[str, int] = field(default_factory=dict)
+    damaged: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -91,12 +93,15 @@ def read_run(folder: RunFolder) -> RunRecord:
         OSError: A file cannot be read.
     """
     unreadable: dict[str, int] = {}
+    damaged: dict[str, str] = {}
     rows = list(_rows(folder.metrics, unreadable, is_metrics))
-    environment = _json(folder.environment)
+    environment, facts = _json(folder.environment, damaged), RunFacts.read(folder.facts)
+    if facts is None and folder.facts.exists():
+        damaged[folder.facts.name] = "it is not what this version of the program writes"
     evaluations = _once(row for row in rows if row.get("split") == "eval")
     return RunRecord(
         folder=folder,
-        settings=_settings(folder.config),
+        settings=_settings(folder.config, damaged),
         environment=environment,
         steps=_once(row for row in rows if row.get("split") == "train"),
         evaluations=evaluations,
@@ -104,9 +109,10 @@ def read_run(folder: RunFolder) -> RunRecord:
         pairs=sorted(_rows(folder.held_out, unreadable, is_pair, _kept_lines(folder.held_out, evaluations)), key=_step),
         data_check=_data_check(environment.get(DATA_CHECK)),
         checkpoints=[step_of(path) for path in checkpoints_in(folder.checkpoints)],
-        facts=RunFacts.read(folder.facts),
+        facts=facts,
         finished=folder.state() is RunState.FINISHED,
         unreadable=unreadable,
+        damaged=damaged,
     )
 
 
@@ -215,11 +221,20 @@ def _once(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _settings(path: Path) -> Mapping[str, Any]:
+def _settings(path: Path, damaged: dict[str, str]) -> Mapping[str, Any]:
+    """Read settings; note why they cannot be read."""
     try:
         found, _ = plain_yaml.parse(plain_yaml.read(path))
-    except (NotPlain, UnicodeDecodeError, FileNotFoundError):
+    except FileNotFoundError:
         return {}
+    except NotPlain as error:
+        damaged[path.name] = f"line {error.line}: {error.what}"
+        return {}
+    except UnicodeDecodeError:
+        damaged[path.name] = "it is not UTF-8"
+        return {}
+    if not isinstance(found, dict):
+        damaged[path.name] = "there are no settings in it"
     return found if isinstance(found, dict) else {}
 
 
@@ -228,13 +243,18 @@ def _data_check(folder: Any) -> Mapping[str, Any]:
         return {}
     # It is beside the prepared pairs, which may be gone, or another user's.
     with contextlib.suppress(OSError, ValueError):
-        return _json(Path(folder) / DATA_CHECK_FILE)
+        return _json(Path(folder) / DATA_CHECK_FILE, {})
     return {}
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def _json(path: Path, damaged: dict[str, str]) -> Mapping[str, Any]:
+    """Read a JSON object; note that it cannot be read."""
     try:
         found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, FileNotFoundError):
+    except FileNotFoundError:
         return {}
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        damaged[path.name] = "it is not a JSON object"
     return found if isinstance(found, dict) else {}

@@ -173,6 +173,8 @@ class RunFolder:
             hint = "choose another `output_dir`, or remove what is in the way"
             return UserError(f"the output folder cannot be created: {obstacle}", where, hint)
         if state is RunState.FOREIGN:
+            if damage := self.damage():
+                return damage
             what = "the output folder contains other files" if self.path.is_dir() else "the output folder is a file"
             return UserError(what, where, "choose another `output_dir`; a run never writes among other files")
         if resume and self.checkpoints.exists() and not self.checkpoints.is_dir():
@@ -187,6 +189,13 @@ class RunFolder:
             hint = "continue it with `--resume`, replace it with `--overwrite`, or choose another `output_dir`"
             return UserError("the output folder contains another run", where, hint)
         return None
+
+    def damage(self) -> UserError | None:
+        """Say so where the folder has the rows of a run, but not the settings as a run writes them."""
+        if self._is_a_run() or not (self.metrics.is_file() and self.environment.is_file()):
+            return None
+        what = "are damaged: the first line is not that of a run" if self.config.exists() else "are missing"
+        return UserError(f"the settings of the run {what}", str(self.config), _PUT_BACK)
 
     def _at_work(self) -> UserError | None:
         """Say which process is writing to the folder, if one is."""
@@ -221,16 +230,17 @@ class RunFolder:
                 return UserError(what, str(self.path), "choose another `output_dir`")
         return None
 
-    def nothing_left(self, *, extend: bool) -> list[str]:
+    def nothing_left(self, settings: dict[str, Any], *, extend: bool) -> list[str]:
         """Check that the trained model of a finished run is as it was saved; say that nothing is left to do.
 
         What was left of a page that was being written when the run ended is removed.
 
         Args:
+            settings: Those of now, which have no effect any more where they are others.
             extend: Whether the run was to be extended.
 
         Raises:
-            UserError: The model is damaged.
+            UserError: The model is damaged, or the run's settings cannot be read.
         """
         try:
             verify(self.final)
@@ -239,6 +249,9 @@ class RunFolder:
             raise UserError(f"the trained model is damaged: {damage}", str(self.final), hint) from None
         remove_strays_of(self.report)
         more = ["to extend it, raise `training.epochs` or `training.max_steps`"] if extend else []
+        if changed := self._changes(settings, ("output_dir", *_LENGTH)):
+            anew = "start again with `--overwrite`, or in another `output_dir`, to train with them"
+            more.append(f"settings of a finished run cannot change: {'; '.join(changed.values())}; {anew}")
         return [f"the run in {self.path} is finished: {self.final}", *more]
 
     def _is_a_run(self) -> bool:
@@ -344,8 +357,10 @@ class RunFolder:
 
     def _unreadable(self, reason: str) -> UserError:
         what = f"the settings that the run was started with cannot be read: {reason}"
-        return UserError(what, str(self.config), "start again with `--overwrite`")
+        return UserError(what, str(self.config), f"{_PUT_BACK}, or start again with `--overwrite`")
 
+
+_PUT_BACK = "put the file back from a copy; the models in `final/` and `checkpoints/` can be used without it"
 
 _LENGTH = ("training.epochs", "training.max_steps")
 """How many steps a run has."""

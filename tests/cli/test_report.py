@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_cli.training.run_folder import RESOLVED
 from tests.cli.in_process import call
 from tests.reporting.runs import SETTINGS, healthy, write_run
 
@@ -121,6 +122,47 @@ def test_a_bad_input_gives_one_plain_error(run, capsys, breaks, arguments, statu
     assert what in " ".join(errors.split())
     assert hint in " ".join(errors.split("hint:")[-1].split())
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        (b"", "are damaged: the first line is not that of a run"),
+        (b"\xff\xfe\x00 nonsense", "are damaged: the first line is not that of a run"),
+        (None, "are missing"),
+    ],
+)
+@pytest.mark.parametrize("command", ["report runs/my", "export runs/my --to out", "train own.yaml --resume"])
+def test_a_run_without_its_settings_is_told_from_a_folder_that_is_no_run(run, capsys, settings, what, command):
+    (run / "environment.json").write_text("{}")
+    Path("own.yaml").write_text("{model: nowhere, data: {train: nothing.jsonl}, output_dir: runs/my}")
+    (run / "config.yaml").unlink() if settings is None else (run / "config.yaml").write_bytes(settings)
+    assert call(command) == 2
+    errors = " ".join(capsys.readouterr().err.split())
+    assert f"the settings of the run {what} in " in errors
+    assert "runs/my/config.yaml" in errors
+    assert "put the file back from a copy" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "why"),
+    [
+        ("config.yaml", f"{RESOLVED}training: [\n", "line 3: not valid YAML"),
+        ("config.yaml", f"{RESOLVED}- a list\n", "there are no settings in it"),
+        ("environment.json", "[1, 2", "it is not a JSON object"),
+        ("facts.json", "{}", "it is not what this version of the program writes"),
+    ],
+)
+def test_a_file_of_a_run_that_cannot_be_read_is_named_by_command_and_page(run, capsys, file, text, why):
+    (run / file).write_text(text)
+    assert call("report runs/my") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"warning: `runs/my/{file}` cannot be read: {why}" in said
+    assert "put it back from a copy" in said
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert f"<code>{file}</code> cannot be read: {why}" in page
+    assert call("report runs/my --out other.html") == 0
 
 
 def test_a_page_replaces_an_older_one_under_the_name_that_was_given(run, capsys):

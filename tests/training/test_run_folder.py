@@ -87,5 +87,22 @@ def test_of_a_finished_run_what_a_crash_left_of_its_page_is_removed(tmp_path):
     stray = run.report.with_name(f".{run.report.name}.tmp-0a1b2c3d")
     for file in (run.report, stray):
         file.write_text("a page")
-    assert "is finished" in run.nothing_left(extend=False)[0]
+    assert "is finished" in run.nothing_left({}, extend=False)[0]
     assert run.report.exists() and not stray.exists()
+
+
+def test_settings_that_a_finished_run_was_not_trained_with_are_named_with_what_to_do(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with sealed_folder(run.final, {}) as final:
+        (final / "model.safetensors").write_bytes(b"weights")
+    run.config.write_text(
+        f"{run_folder.RESOLVED}evaluation: {{best_by: null, samples: 4}}\ntraining: {{epochs: 1.0}}\n"
+    )
+    now = {"evaluation": {"best_by": "loss", "samples": 4}, "training": {"epochs": 2.0}, "output_dir": "elsewhere"}
+    finished, changed = run.nothing_left(now, extend=False)
+    assert "is finished" in finished
+    assert "settings of a finished run cannot change: `evaluation.best_by` was null and is loss;" in changed
+    assert "`--overwrite`" in changed
+    assert not any(name in changed for name in ("`training.epochs`", "`evaluation.samples`", "elsewhere"))
+    same = {**now, "evaluation": {"best_by": None, "samples": 4}}
+    assert len(run.nothing_left(same, extend=False)) == 1

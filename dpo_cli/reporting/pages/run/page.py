@@ -178,11 +178,15 @@ def _next(run: RunRecord, judged: Verdict, findings: Sequence[Finding]) -> list[
     }[judged.outcome]
 
 
-def notes_of(run: RunRecord) -> list[str]:
-    """Say what of the run's files could not be read."""
+def notes_of(run: RunRecord, *, inside: bool = True) -> list[str]:
+    """Say what of the run's files could not be read, with the whole path where it is not said inside the run's page."""
+    names = {name: name if inside else str(run.folder.path / name) for name in (*run.damaged, *run.unreadable)}
     return [
-        f"{several(count, 'line')} of `{name}` cannot be read; the rest is shown."
-        for name, count in run.unreadable.items()
+        *(f"`{names[name]}` cannot be read: {why}; put it back from a copy." for name, why in run.damaged.items()),
+        *(
+            f"{several(count, 'line')} of `{names[name]}` cannot be read; the rest is shown."
+            for name, count in run.unreadable.items()
+        ),
     ]
 
 
