@@ -17,7 +17,7 @@ from dpo_cli.evaluation.findings.watch import found, gravest_first
 from dpo_cli.pipeline.report import write_report
 from dpo_cli.reporting import run_record
 from dpo_cli.reporting.pages.run.charts import PLAIN, chart
-from dpo_cli.reporting.pages.run.curves import CHARTS
+from dpo_cli.reporting.pages.run.curves import CHARTS, charts_of
 from dpo_cli.reporting.pages.run.page import findings_of, marks_of
 from dpo_cli.reporting.pages.run.series import Series
 from dpo_cli.reporting.run_record import read_run
@@ -331,7 +331,133 @@ def test_better_figures_are_doubted_where_the_diagnosis_warned(tmp_path):
     (run / "facts.json").write_text(json.dumps(FACTS))
     text = page_of(run).text
     assert "Better by the figures, which may not mean a better model" in text
-    assert "Answers drift away from the length of the chosen responses (step 120)" in text
+    assert "At step 120: answers drift away from the length of the chosen responses (1 token on average" in text
+
+
+NOTHING = {"where": "a:1", "answer": "", "tokens": 1, "ended": True, "chosen": "So.", "chosen_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    ("after", "headline"),
+    [
+        ({}, "Better by the figures, which may not mean a better model"),
+        ({"rewards/accuracies": 0.55, "accuracy_interval": [0.45, 0.64]}, "Cannot be told from these held-out pairs"),
+        ({"loss": 0.9}, "Worse, although the held-out reward accuracy rose"),
+    ],
+)
+def test_a_page_says_first_that_the_model_wrote_nonsense_before_training(tmp_path, after, headline):
+    samples = [{**NOTHING, "step": step, "prompt": f"{n}?"} for step in (0, 120) for n in range(2)]
+    run = write_run(tmp_path / "run", [*healthy()[:-1], eval_row(120, **after)], samples=samples)
+    (run / "facts.json").write_text(json.dumps(FACTS))
+    page = page_of(run)
+    first = "Before step 1: the model writes nonsense before training (of 2 answers, 2 empty)."
+    said = page.text.split(headline, 1)[1]
+    assert said.split()[: len(first.split())] == first.split()
+    assert page.text.count(first) == 1
+    assert "these answers say nothing about the training" in page.text
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        # Of 20 pairs the chosen response is shorter in 12; in all; as long in all.
+        ([(10, 20)] * 12 + [(10, 5)] * 8, "Baseline: 60.0 %, what length alone (always the shorter response) gets on"),
+        ([(20, 10)] * 20, "Baseline: 100.0 %, what length alone (always the longer response) gets on these pairs."),
+        (
+            [(10, 10)] * 20,
+            "Baseline: 50.0 %, the accuracy before training; length alone (always the longer response) gets",
+        ),
+        ([], "Baseline: 50.0 %, the accuracy before training; the lengths of these pairs are not recorded."),
+    ],
+)
+def test_the_verdict_says_which_baseline_it_used(tmp_path, lengths, words):
+    pairs = [
+        {**pair(n, now), "step": step, "chosen_tokens": chosen, "rejected_tokens": rejected}
+        for step, now in ((0, 0.0), (120, 1.0))
+        for n, (chosen, rejected) in enumerate(lengths)
+    ]
+    page = page_of(write_run(tmp_path / "run", healthy(), pairs=pairs))
+    assert words in page.text
+    lines = [line for chart in drawn(page) for line in chart if line.startswith("length alone")]
+    assert len(lines) == bool(lengths)
+
+
+@pytest.mark.parametrize(("low", "is_doubted"), [(0.61, False), (0.60, True), (0.55, True)])
+def test_better_figures_are_doubted_where_length_alone_is_within_their_interval(tmp_path, low, is_doubted):
+    """Twelve of 20 chosen responses are the shorter ones: 60 %."""
+    pairs = [
+        {**pair(n, now), "step": step, "chosen_tokens": 10, "rejected_tokens": 20 if n < 12 else 5}
+        for step, now in ((0, 0.0), (120, 1.0))
+        for n in range(20)
+    ]
+    last = eval_row(120, **{"rewards/accuracies": 0.7, "accuracy_interval": [low, 0.8]})
+    text = page_of(write_run(tmp_path / "run", [*healthy()[:-1], last], pairs=pairs)).text
+    assert ("The shorter response is right on 60.0 % of these pairs, within the interval" in text) is is_doubted
+    assert ("Better on the held-out pairs" in text) is not is_doubted
+
+
+def turning(**changed):
+    """Rows of a run whose held-out loss is the lowest at step 60."""
+    rows = healthy()
+    for row in rows:
+        if row["split"] == "eval":
+            row |= {"loss": 0.5 if row["step"] == 60 else 0.6, **changed}
+    return rows
+
+
+@pytest.mark.parametrize("adapter", ["", "adapter: {type: lora}\n"])
+def test_what_to_do_next_names_a_checkpoint_that_is_better_and_the_command_for_it(tmp_path, monkeypatch, adapter):
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "runs/my", turning(), settings=SETTINGS + adapter)
+    (run / "checkpoints/step-000060").mkdir(parents=True)
+    text = Page(write_report([RunFolder(run.relative_to(tmp_path))]).read_text(encoding="utf-8")).text
+    checkpoint = "runs/my/checkpoints/step-000060"
+    assert f"he held-out loss was lowest, 0.5000, at step 60, in {checkpoint}:" in text
+    assert f"dpo export {checkpoint} --to my-step-000060{' --merge' if adapter else ''} makes" in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "words"),
+    [
+        (turning(), "", "at step 60, of which there is no checkpoint; evaluation.best_by: loss keeps it"),
+        (turning(), "evaluation: {best_by: loss}\n", ""),
+        ([*healthy()[:-1], eval_row(120, loss=0.3)], "", ""),
+    ],
+    ids=["gone", "it is the trained model", "the last"],
+)
+def test_no_checkpoint_is_named_that_is_not_there_or_no_better(tmp_path, rows, settings, words):
+    text = page_of(write_run(tmp_path / "run", rows, settings=SETTINGS + settings)).text
+    assert words in text
+    assert ("held-out loss was lowest, 0.5000, at" in text) is bool(words)
+
+
+@pytest.mark.parametrize(
+    ("name", "heading"),
+    [("run", "Report of run"), ("Run-2", "Report of Run-2"), ("my", "Run my"), ("trunk", "Run trunk")],
+)
+def test_a_heading_does_not_say_run_twice(tmp_path, name, heading):
+    text = page_of(write_run(tmp_path / name, healthy(steps=4, every=2))).text
+    assert text.split("\n\n")[0].strip() == heading or f"\n{heading}\n" in text
+    assert "run run" not in text.casefold()
+
+
+def test_charts_that_matter_most_are_first_and_others_are_small(tmp_path):
+    """Rewards that never move are flat; the loss, the accuracy and the margin are large whatever they do."""
+    still = {"rewards/chosen": 0.1, "rewards/rejected": -0.1, "rewards/margins": 0.2, "rewards/accuracies": 0.5}
+    rows = [{**row, **still} for row in healthy(steps=20, every=5)]
+    for made, small in (
+        (healthy(steps=20, every=5), ["Gradient norm", "Learning rate", "Tokens per second"]),
+        (rows, ["Rewards", "Gradient norm", "Learning rate", "Tokens per second"]),
+    ):
+        run = read_run(RunFolder(write_run(tmp_path / "run", made)))
+        charts = charts_of(run, [])
+        assert [chart.title for chart in charts][:3] == ["Loss", "Reward accuracy", "Reward margin"]
+        assert [chart.title for chart in charts if chart.small] == small
+        text = (write_report([run.folder])).read_text(encoding="utf-8")
+        large, _, others = text.partition('<div class="charts small">')
+        assert large.count("<figure") == len(charts) - len(small)
+        assert others.count("<figure") == len(small)
+        assert text.count(">optimizer step<") == len(charts)
 
 
 @pytest.mark.parametrize(("best", "words"), [("loss", "Better on"), (None, "Worse, although")])

@@ -20,11 +20,33 @@ Source: Radford et al. 2022, arXiv 2212.04356, section 4.5, where it is gzip.
 _END_CHARACTERS = 1000
 """Characters at the end of an answer that are looked at: long texts shrink more, whatever they say."""
 
+_LOOP_CHARACTERS = 10
+"""Characters of the shortest stretch that is looked for three times in a row: of fewer, it is no text yet."""
+
 _DRIFT = math.log(1.5)
 """Log of the factor by which lengths may drift away from those of the chosen responses."""
 
 _SURE = 2.5
 """Standard errors by which the drift of several answers is not chance."""
+
+
+def _nonsense(history: History) -> str:
+    """Find half of the answers before step 1 empty, or repeating themselves."""
+    rows = history.samples.get(0, []) if not history.step else []
+    empty = sum(not str(row.get("answer", "")).strip() for row in rows)
+    repeating = sum(_repeats(row) or _loops(row) for row in rows)
+    if not rows or empty + repeating < len(rows) / 2:
+        return ""
+    kinds = {"empty": empty, "without an end, or repeating themselves": repeating}
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    return f"of {several(len(rows), 'answer')}, {counts}"
+
+
+def _loops(row: Row) -> bool:
+    """Tell whether an answer was cut at the limit while it said the same for the third time."""
+    end = str(row.get("answer", ""))[-_END_CHARACTERS:]
+    sizes = range(_LOOP_CHARACTERS, len(end) // 3 + 1) if row.get("ended") is False else ()
+    return any(end[-3 * size : -size] == end[-2 * size :] for size in sizes)
 
 
 def _repetition(history: History) -> str:
@@ -68,7 +90,30 @@ def _since_beginning(history: History) -> list[tuple[Row, Row]]:
     return changes(history.samples.get(0, []), history.samples.get(history.step, []), "where")
 
 
+NONSENSE = RunCheck(
+    name="nonsense_before",
+    severity="warning",
+    title="the model writes nonsense before training",
+    meaning=(
+        "Training begins with a model that does not answer such prompts, so that answers say nothing about the "
+        "training: preferences between answers that a model never gives teach it little."
+    ),
+    remedies=(
+        plain("begin with a model that was tuned to follow instructions"),
+        plain("train it on the chosen responses first (loss `sft`)"),
+        plain("check that `model.chat_template` is the template that the model was trained with"),
+    ),
+    when=(
+        "half of the answers before step 1 have no text, are made shorter by zlib as in `repetition`, or were cut at "
+        "the limit of tokens while they said the same for the third time in a row. An answer that is long alone is "
+        "not counted: it may make sense"
+    ),
+    look=_nonsense,
+)
+"""What is looked for before step 1: where it is found, answers say nothing about the training."""
+
 SAMPLE_CHECKS = (
+    NONSENSE,
     RunCheck(
         name="repetition",
         severity="error",

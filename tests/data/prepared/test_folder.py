@@ -20,6 +20,7 @@ from dpo_cli.data.tokens.tokenize import PairTokenizer, Tokenized
 from dpo_cli.errors import UserError
 from dpo_cli.system import workers
 from dpo_cli.system.storage import MANIFEST, sealed_folder
+from dpo_cli.system.text import several
 
 SHAPE = FORMATS["instruction"]
 NAMED = Reading(columns={"margin": "gap"}), Reading(columns={"weight": "gap"}), Reading(system="Be brief.")
@@ -388,6 +389,6 @@ def test_what_was_done_to_a_pair_is_kept_with_it(tmp_path, tokenizer):
 )
 def test_where_no_row_is_left_the_commonest_reason_says_what_to_set(tmp_path, tokenizer, rows, settings, hint):
     source = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match=f"none of {len(rows)} rows is left") as caught:
+    with pytest.raises(UserError, match=f"none of {several(len(rows), 'row')} is left") as caught:
         prepare(source, tokenizer, tmp_path / "p", **settings)
     assert re.search(hint, caught.value.hint), caught.value.hint

@@ -238,7 +238,7 @@ OF_SHAPE: dict[str, dict[tuple[str | int, ...], list[Change]]] = {
         ],
         ("scores",): [
             ("null", None, "missing field", "`scores` is null"),
-            ("one too few", [1], "wrong length", "`scores` has 1 numbers for 2 responses"),
+            ("one too few", [1], "wrong length", "`scores` has 1 number for 2 responses"),
             ("one too many", [1, 2, 3], "wrong length", "`scores` has 3 numbers for 2 responses"),
             ("all the same", [1, 1], "no preference", "none of 2 responses is better"),
         ],

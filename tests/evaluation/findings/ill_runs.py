@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import load_file, save_file
 
 import dpo_cli
 from tests.conftest import make_config, write_rows
@@ -50,6 +53,9 @@ def odd_category(rows: Sequence[Row]) -> list[Row]:
 def one_after_the_other(rows: Sequence[Row]) -> list[Row]:
     return [{**row, "source": "first" if number < 100 else "second"} for number, row in enumerate(rows[:200])]
 
+
+SPEECHLESS = "one whose layers do nothing"
+"""In place of a model: the tiny one, of which every token is followed by the same one, wherever it is."""
 
 LARGE_STEPS = {"pairs_per_step": 16, "warmup_ratio": 0, "schedule": "constant"}
 ONE_IN_FOUR = {"pairs_per_step": 4, "learning_rate": 3e-3, "schedule": "constant", "epochs": 8}
@@ -126,6 +132,16 @@ ILL: dict[str, tuple[Callable[[Sequence[Row]], list[Row]], dict[str, Any], set[s
         },
         {"lengths_drift"},
     ),
+    "a model without a word": (
+        lambda rows: list(rows[:60]),
+        {
+            "model": SPEECHLESS,
+            "data": {"eval": 0.2},
+            "training": {**LARGE_STEPS, "learning_rate": 1e-4, "max_steps": 2},
+            "evaluation": {"max_new_tokens": 100},
+        },
+        {"nonsense_before"},
+    ),
     "sources one after the other": (
         one_after_the_other,
         {"training": {**LARGE_STEPS, "learning_rate": 1e-4, "shuffle": False, "epochs": 1}},
@@ -135,17 +151,28 @@ ILL: dict[str, tuple[Callable[[Sequence[Row]], list[Row]], dict[str, Any], set[s
 """The rows, the settings, and what is to be found."""
 
 
-def trained(folder: Path, model: Path, rows: Sequence[Row], **groups: Any) -> tuple[Path, list[str]]:
+def without_layers(model: Path, folder: Path) -> Path:
+    """Copy a model into a folder, with layers that add nothing to what they are given."""
+    shutil.copytree(model, folder)
+    weights = load_file(model / "model.safetensors")
+    quiet = {name: one * ("o_proj" not in name and "down_proj" not in name) for name, one in weights.items()}
+    save_file(quiet, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def trained(folder: Path, model: Path, rows: Sequence[Row], /, **groups: Any) -> tuple[Path, list[str]]:
     """Train; return the run's folder and what it warned of."""
     return folder / "runs" / "run", warned(configured(folder, model, rows, **groups))
 
 
-def configured(folder: Path, model: Path, rows: Sequence[Row], **groups: Any) -> Path:
+def configured(folder: Path, model: Path, rows: Sequence[Row], /, **groups: Any) -> Path:
     """Write the rows and a configuration; return its file."""
     pairs = write_rows(folder / "pairs.jsonl", rows)
     if groups.get("data", {}).get("eval") == "swapped.jsonl":
         held_out = write_rows(folder / "swapped.jsonl", [swapped(row) for row in rows[:40]])
         groups = {**groups, "data": {"eval": str(held_out)}}
+    if groups.get("model") == SPEECHLESS:
+        model, groups = without_layers(model, folder / "speechless"), {**groups, "model": {}}
     quiet = {"data": {"eval": None}, "checkpoints": {"every_steps": 1000, "at_end": False}}
     return make_config(folder, model, pairs, **{**quiet, **groups})
 

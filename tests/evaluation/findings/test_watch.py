@@ -204,7 +204,39 @@ def test_answers_repeat_themselves_only_where_they_did_not_before(text):
     rows = [step(n) for n in range(1, 21)]
     assert names(found(facts(), rows, [*before, *after])) == ["repetition"]
     for samples in ([*before, *answers(20, loop, fine, fine, fine)], [*answers(0, loop, loop, fine, fine), *after]):
-        assert found(facts(), rows, samples) == []
+        assert "repetition" not in names(found(facts(), rows, samples))
+
+
+LOOPED = TEXT[:60] + " And so it is with all of them." * 3
+"""An answer of which the end is the same three times, which zlib does not make short."""
+
+
+@pytest.mark.parametrize(
+    ("texts", "changed", "is_found"),
+    [
+        (["", " \n"], {}, True),
+        ([LOOP, LOOP, TEXT, TEXT], {}, True),
+        ([LOOP, TEXT, TEXT], {}, False),
+        ([LOOPED, LOOPED], {"ended": False}, True),
+        (["分析数据的方法很多。首先是收集数据，" + "然后再仔细地看一遍所有数据，" * 3], {"ended": False}, True),
+        # What comes to an end is an answer; what is long alone may make sense; two of a kind are no loop.
+        ([LOOPED, LOOPED], {"ended": True}, False),
+        ([TEXT, TEXT], {"ended": False, "tokens": 4000}, False),
+        ([TEXT + " And so it is with all of them." * 2], {"ended": False}, False),
+        ([], {}, False),
+    ],
+)
+def test_a_model_that_writes_nonsense_before_training_is_told_then(texts, changed, is_found):
+    before = [{**row, **changed} for row in answers(0, *((text, 40) for text in texts))]
+    (told,) = found(facts(), [evaluation(0, 0.69)], before) or [None]
+    assert (told is not None) is is_found
+    if told:
+        assert (told.name, told.step) == ("nonsense_before", 0)
+        assert str(told).startswith("before step 1: the model writes nonsense before training (of ")
+        assert "Try: begin with a model that was tuned to follow instructions" in str(told)
+    # After step 1 it is another finding.
+    later = [{**row, "step": 20} for row in before]
+    assert "nonsense_before" not in names(found(facts(), [step(n) for n in range(1, 21)], later))
 
 
 @pytest.mark.parametrize(

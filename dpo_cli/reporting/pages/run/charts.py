@@ -91,6 +91,7 @@ class Chart:
         table: A heading and rows of some steps.
         data: What the pointer shows, for `page.js`.
         legend: The names of its colours, each with its style; none where the title says it.
+        small: Whether it takes less space than others.
     """
 
     title: str
@@ -103,6 +104,7 @@ class Chart:
     marks: Sequence[tuple[float, Mark]]
     table: Sequence[Sequence[str]]
     data: Mapping[str, Any]
+    small: bool = False
 
 
 def chart(
@@ -114,6 +116,7 @@ def chart(
     marks: Sequence[Mark] = (),
     last_step: int = 0,
     zero: bool = False,
+    small: bool = False,
 ) -> Chart:
     """Lay out a chart of at least one series with a point.
 
@@ -125,6 +128,7 @@ def chart(
         marks: What happened.
         last_step: Up to which step all charts of a page go.
         zero: Whether 0 is always seen.
+        small: Whether it takes less space than others.
     """
     kept = [replace(one, points=thinned(one.points)) for one in series]
     values = [value for one in kept for _, value in one.points]
@@ -155,6 +159,7 @@ def chart(
                 for one in kept
             ],
         },
+        small=small,
     )
 
 

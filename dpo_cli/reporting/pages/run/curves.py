@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 from dpo_cli.evaluation.findings.history import Row
+from dpo_cli.evaluation.verdict import LengthAlone
 from dpo_cli.reporting.pages.run.charts import GIB, GROUPED, PERCENT, PLAIN, Chart, Mark, Unit, chart
 from dpo_cli.reporting.pages.run.series import MAIN, RAW, Series, points_of, smoothed, thinned
 from dpo_cli.reporting.run_record import RunRecord
 from dpo_cli.reporting.safe_text import visible
 
-INTERVAL = "accuracy_interval"
+ACCURACY, INTERVAL = "rewards/accuracies", "accuracy_interval"
 RUN_COLOURS = 6
 """So many runs have a colour of their own."""
 
@@ -28,6 +30,7 @@ class Subject:
         unit: How values are written.
         held_out: Whether evaluations have it too.
         zero: Whether 0 is always seen.
+        small: Whether it takes less space than others: always, or where nothing changes in it.
     """
 
     title: str
@@ -36,56 +39,93 @@ class Subject:
     unit: Unit = PLAIN
     held_out: bool = True
     zero: bool = False
+    small: Literal["never", "where flat", "always"] = "where flat"
 
 
 def _sides(name: str) -> Sequence[tuple[str, str, str]]:
     return [(f"{name}/{side}", side, side) for side in ("chosen", "rejected")]
 
 
+def _of_steps(title: str, about: str, name: str, unit: Unit, *, zero: bool = True) -> Subject:
+    """Return a chart that says how training ran, not what it learned: a small one."""
+    return Subject(title, about, [(name, "", "")], unit, held_out=False, zero=zero, small="always")
+
+
 CHARTS = (
-    Subject("Loss", "ln 2 = 0.693 is the loss of DPO before anything is learned; lower is better.", [("loss", "", "")]),
+    Subject(
+        "Loss",
+        "ln 2 = 0.693 is the loss of DPO before anything is learned; lower is better.",
+        [("loss", "", "")],
+        small="never",
+    ),
     Subject(
         "Reward accuracy",
         "The share of pairs whose chosen response has the higher reward; the band is the 95 % interval.",
-        [("rewards/accuracies", "", "")],
+        [(ACCURACY, "", "")],
         PERCENT,
+        small="never",
     ),
-    Subject("Rewards", "β times how much likelier a response became than it was.", _sides("rewards"), zero=True),
     Subject(
         "Reward margin",
         "The reward of the chosen response minus that of the rejected one.",
         [("rewards/margins", "", "")],
         zero=True,
+        small="never",
     ),
+    Subject("Rewards", "β times how much likelier a response became than it was.", _sides("rewards"), zero=True),
     Subject(
         "Log-probabilities",
         "How likely the model is to write each response, in nats. Where both fall far, it forgets how to write.",
         _sides("logps"),
     ),
-    Subject("Gradient norm", "Before it is clipped; single peaks are usual.", [("grad_norm", "", "")], held_out=False),
-    Subject("Learning rate", "As the schedule set it.", [("learning_rate", "", "")], held_out=False, zero=True),
-    Subject("Tokens per second", "", [("tokens_per_second", "", "")], GROUPED, held_out=False, zero=True),
-    Subject("Memory", "", [("memory_bytes", "", "")], GIB, held_out=False, zero=True),
+    _of_steps("Gradient norm", "Before it is clipped; single peaks are usual.", "grad_norm", PLAIN, zero=False),
+    _of_steps("Learning rate", "As the schedule set it.", "learning_rate", PLAIN),
+    _of_steps("Tokens per second", "", "tokens_per_second", GROUPED),
+    _of_steps("Memory", "", "memory_bytes", GIB),
 )
 """All charts, in the order in which they are shown."""
 
 _MOST_DOTS = 60
 """Up to so many evaluations have a dot each."""
 
+_FLAT = 1e-3
+"""The share of its size by which a curve may change that is called flat."""
+
 _STEADY = {"learning_rate", "memory_bytes"}
 """Metrics that do not jump from step to step: there is nothing to smooth."""
 
 
-def charts_of(run: RunRecord, marks: Sequence[Mark]) -> list[Chart]:
-    """Draw what a run has recorded; charts without a point are left out."""
+def charts_of(run: RunRecord, marks: Sequence[Mark], length: LengthAlone | None = None) -> list[Chart]:
+    """Draw what a run has recorded; charts without a point are left out.
+
+    Args:
+        run: The run.
+        marks: What happened.
+        length: What length alone gets on the held-out pairs, a line in the chart of the accuracy.
+    """
     drawn = []
     for subject in CHARTS:
         held_out = [one for metric in subject.metrics for one in _held_out(run, *metric)] if subject.held_out else []
         series = [one for metric in subject.metrics for one in _training(run, subject, *metric, main=not held_out)]
         if series or held_out:
-            make = partial(chart, subject.title, subject.about, [*series, *held_out], subject.unit)
+            alone = _length_alone(run, length) if length and subject.metrics[0][0] == ACCURACY else []
+            curves = [*series, *alone, *held_out]
+            make = partial(chart, subject.title, subject.about, curves, subject.unit, small=_is_small(subject, curves))
             drawn.append(make(marks=marks, last_step=run.last_step, zero=subject.zero))
     return drawn
+
+
+def _length_alone(run: RunRecord, length: LengthAlone) -> list[Series]:
+    """Return the line of what length alone gets, at each evaluation."""
+    points = [(step, length.accuracy) for step, _ in points_of(run.evaluations, ACCURACY)]
+    return [Series(f"length alone: always the {length.which} response", "baseline dashed", points)] if points else []
+
+
+def _is_small(subject: Subject, series: Sequence[Series]) -> bool:
+    """Tell whether a chart takes little space: it is of little importance, or flat."""
+    ranges = [(min(values), max(values)) for one in series if (values := [value for _, value in one.points])]
+    flat = all(high - low <= _FLAT * max(abs(low), abs(high)) for low, high in ranges)
+    return subject.small == "always" or (subject.small == "where flat" and flat)
 
 
 def _training(run: RunRecord, subject: Subject, name: str, side: str, called: str, *, main: bool) -> Iterator[Series]:
@@ -109,7 +149,7 @@ def _held_out(run: RunRecord, name: str, side: str, called: str) -> Iterator[Ser
     """Yield the curve of the evaluations, with its interval where there is one."""
     points = points_of(run.evaluations, name)
     if points:
-        band = thinned_band(run.evaluations) if name == "rewards/accuracies" else ()
+        band = thinned_band(run.evaluations) if name == ACCURACY else ()
         style, title = f"{side or 'held'} eval", _joined(called, "held out")
         yield Series(title, style, points, band, dotted=len(points) <= _MOST_DOTS, kind=MAIN)
 
@@ -120,7 +160,7 @@ def _joined(called: str, rest: str) -> str:
 
 def thinned_band(rows: Sequence[Row]) -> list[tuple[int, float, float]]:
     """Return the interval of the accuracy by step, of as many rows as the accuracy's curve has."""
-    kept = {step for step, _ in thinned(points_of(rows, "rewards/accuracies"))}
+    kept = {step for step, _ in thinned(points_of(rows, ACCURACY))}
     return [(row["step"], *row[INTERVAL]) for row in rows if row["step"] in kept and INTERVAL in row]
 
 
@@ -143,7 +183,8 @@ def charts_of_several(runs: Sequence[RunRecord], names: Sequence[str]) -> list[C
                 ]
                 if series:
                     title = f"{what}, {split}" if subject.held_out else what
-                    drawn.append(chart(title, subject.about, series, subject.unit, zero=subject.zero))
+                    make = partial(chart, title, subject.about, series, subject.unit, zero=subject.zero)
+                    drawn.append(make(small=_is_small(subject, series)))
     return drawn
 
 
@@ -159,7 +200,7 @@ def _of_run(run: RunRecord, called: str, index: int, name: str, split: str) -> I
     if not points:
         return
     means, size = (points, 1) if held_out or name in _STEADY else smoothed(points)
-    band = thinned_band(run.evaluations) if held_out and name == "rewards/accuracies" else ()
+    band = thinned_band(run.evaluations) if held_out and name == ACCURACY else ()
     yield Series(
         f"{called}{f' (mean of {size} steps)' if size > 1 else ''}",
         style_of(index),

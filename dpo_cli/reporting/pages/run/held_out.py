@@ -19,7 +19,7 @@ from dpo_cli.evaluation.comparison import LIKELIER, compare
 from dpo_cli.evaluation.details import DETAILS
 from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.evaluation.findings.history import Row, number
-from dpo_cli.evaluation.verdict import no_better_than_length
+from dpo_cli.evaluation.verdict import LengthAlone
 from dpo_cli.preference.objective import Objective
 from dpo_cli.reporting.comparison import comparison_table
 from dpo_cli.reporting.detail_tables import detail_blocks
@@ -58,10 +58,10 @@ def held_out_blocks(run: RunRecord, step: int) -> list[Block]:
     return [*_changes(before, after), *_details(run, before, after), *_groups(after)]
 
 
-def length_doubts(run: RunRecord, step: int) -> list[str]:
-    """Say so where length alone is right about the pairs of an evaluation as often as the model."""
-    columns = _columns(usable(run.pairs_at(step))) if step else {}
-    return no_better_than_length(columns) if {"chosen_tokens", "rejected_tokens"} <= columns.keys() else []
+def length_alone(run: RunRecord, step: int) -> LengthAlone | None:
+    """Return what length alone gets on the pairs of an evaluation; None where their lengths are not known."""
+    columns = _columns(usable(run.pairs_at(step)))
+    return LengthAlone.on(columns) if {"chosen_tokens", "rejected_tokens"} <= columns.keys() else None
 
 
 def usable(rows: Sequence[Row]) -> list[Row]:

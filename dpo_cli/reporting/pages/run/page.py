@@ -6,7 +6,7 @@ import base64
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from typing import Any
 
@@ -17,6 +17,7 @@ from dpo_cli.evaluation.figures import FIGURES, Figure
 from dpo_cli.evaluation.findings.finding import Finding
 from dpo_cli.evaluation.findings.held_out_checks import HELD_OUT_CHECKS
 from dpo_cli.evaluation.findings.history import Row, number
+from dpo_cli.evaluation.findings.sample_checks import NONSENSE
 from dpo_cli.evaluation.findings.watch import found, gravest_first
 from dpo_cli.evaluation.verdict import Verdict, verdict
 from dpo_cli.reporting.pages.rendering import render
@@ -24,7 +25,7 @@ from dpo_cli.reporting.pages.run.answers import MOST_ANSWERS, answered, hardest,
 from dpo_cli.reporting.pages.run.charts import Mark
 from dpo_cli.reporting.pages.run.curves import charts_of
 from dpo_cli.reporting.pages.run.facts import data_found, facts_of, group_of, hardware_of, resumed_after, settings_text
-from dpo_cli.reporting.pages.run.held_out import held_out_blocks, length_doubts
+from dpo_cli.reporting.pages.run.held_out import held_out_blocks, length_alone
 from dpo_cli.reporting.pages.run.series import window_of
 from dpo_cli.reporting.run_record import RunRecord
 from dpo_cli.system.text import several
@@ -65,16 +66,18 @@ def run_page(run: RunRecord, known: Known) -> str:
     findings = findings_of(run)
     judged = judge(run, findings)
     marks = [*marks_of(run), *(Mark("finding", one.step, f"{one.when}: {one.title}") for one in findings)]
-    answers, charts = answered(run.samples), charts_of(run, marks)
     last = after["step"] if after else 0
+    answers, charts = answered(run.samples), charts_of(run, marks, length_alone(run, last))
     # Before step 1 no pair is harder than another.
     scored = run.pairs_at(last) if last else []
     return with_script(
         "run/run.html",
         run=run,
+        heading=heading_of(run),
         state=state_of(run),
         verdict=judged,
         next=_next(run, judged, findings),
+        nonsense=any(one.check is NONSENSE for one in findings),
         facts={**facts_of(run), **known.facts},
         notes=notes_of(run),
         findings=findings,
@@ -96,6 +99,11 @@ def run_page(run: RunRecord, known: Known) -> str:
     )
 
 
+def heading_of(run: RunRecord) -> str:
+    """Name a run in the heading of its page; a folder that is called `run` would make it say that twice."""
+    return f"{'Report of' if run.name.casefold().startswith('run') else 'Run'} {run.name}"
+
+
 def with_script(template: str, **values: Any) -> str:
     """Write a page with the script that shows values at the pointer, the only one that it lets run."""
     script = files("dpo_cli.reporting.pages.run").joinpath("page.js").read_text(encoding="utf-8")
@@ -110,12 +118,17 @@ def judge(run: RunRecord, findings: Sequence[Finding]) -> Verdict:
     until = [one for one in findings if after and one.step <= after["step"] and one.check not in HELD_OUT_CHECKS]
     harms, doubts = ([_told(one) for one in until if one.severity == severity] for severity in ("error", "warning"))
     lowest = min(filter(_is_whole, run.evaluations), key=lambda row: row["loss"], default=None)
-    return verdict(before, after, lowest, harms, doubts + length_doubts(run, after["step"] if after else 0))
+    length = length_alone(run, after["step"]) if after else None
+    found = verdict(before, after, lowest=lowest, length=length, harms=harms, doubts=doubts)
+    # Whoever reads on has to know it before the answers are seen.
+    first = [_told(one) for one in findings if one.check is NONSENSE]
+    return replace(found, reasons=[*first, *(reason for reason in found.reasons if reason not in first)])
 
 
 def _told(finding: Finding) -> str:
-    """Say what was found as a sentence."""
-    return f"{finding.title[:1].upper()}{finding.title[1:]} (step {finding.step:,}): {finding.evidence}."
+    """Say what was found as a sentence that begins with the step of its figures."""
+    when = f"At {finding.when}" if finding.step else "Before step 1"
+    return f"{when}: {finding.title} ({finding.evidence})."
 
 
 def ends_of(run: RunRecord) -> tuple[Row | None, Row | None]:
@@ -156,7 +169,31 @@ def state_of(run: RunRecord) -> str:
 
 
 def _next(run: RunRecord, judged: Verdict, findings: Sequence[Finding]) -> list[str]:
-    """Say what to do next: what the gravest finding advises where the run did not help."""
+    """Say what to do next; a checkpoint that is better comes first where the run made the model worse."""
+    best, rest = _best_checkpoint(run), _advice(run, judged, findings)
+    first, *others = [*best, *rest] if judged.outcome == "worse" else [*rest, *best]
+    return [first, *(f"{one[:1].upper()}{one[1:]}" for one in others)]
+
+
+def _best_checkpoint(run: RunRecord) -> list[str]:
+    """Name the checkpoint of the lowest held-out loss, where that is not the model that the run ends with."""
+    after = ends_of(run)[1]
+    trained = [row for row in run.evaluations if _is_whole(row) and row["step"]]
+    lowest = min(trained, key=lambda row: row["loss"], default=None)
+    if not after or not lowest or lowest["loss"] >= after["loss"]:
+        return []
+    told = f"the held-out loss was lowest, {lowest['loss']:.4f}, at step {lowest['step']:,}"
+    if lowest["step"] not in run.checkpoints:
+        return [f"{told}, of which there is no checkpoint; `evaluation.best_by: loss` keeps it in the next run."]
+    checkpoint = run.folder.checkpoint(lowest["step"])
+    merge = " --merge" if run.settings.get("adapter") else ""
+    to = shlex.quote(f"{run.name}-{checkpoint.name}")
+    command = f"dpo export {shlex.quote(str(checkpoint))} --to {to}{merge}"
+    return [f"{told}, in `{checkpoint}`: `{command}` makes a model folder of it, to be used in place of `final/`."]
+
+
+def _advice(run: RunRecord, judged: Verdict, findings: Sequence[Finding]) -> list[str]:
+    """Say what to do: what the gravest finding advises where the run did not help."""
     grave = next((one for one in findings if one.severity != "info" and one.advice), None)
     config = shlex.quote(str(run.folder.config))
     if not run.finished:
