@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,30 @@ def test_the_trained_model_is_rounded_once_and_the_checkpoint_is_not(project: Pa
     )
 
 
+@pytest.mark.parametrize("how", ["", "--dtype bfloat16"])
+def test_the_trained_model_is_written_as_it_is(project: Path, tmp_path: Path, how: str) -> None:
+    assert call(f"export runs/run/final --to {tmp_path}/out {how}") == 0
+    assert call(f"export runs/run --to {tmp_path}/again") == 0
+    final = Path("runs/run/final")
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (final / name).read_bytes(), name
+        assert (tmp_path / "again" / name).read_bytes() == (final / name).read_bytes(), name
+
+
+def test_a_run_without_its_data_is_exported_on_made_up_tokens(project: Path, tmp_path: Path, capsys: Any) -> None:
+    """A model of all weights is complete by itself; where settings say where its data is, that has to be there."""
+    Path("pairs.jsonl").rename("elsewhere")
+    try:
+        assert call(f"export runs/run --to {tmp_path}/out") == 0
+        assert call(f"export runs/run --to {tmp_path}/other data.train=nowhere.jsonl") == 2
+    finally:
+        Path("elsewhere").rename("pairs.jsonl")
+    said = capsys.readouterr()
+    assert re.search(r"warning: the pairs of the run are not scored, but made-up tokens.*pairs.jsonl", said.err)
+    assert "difference" not in said.out and "10 of 10 greedy answers" in said.out
+    assert "nowhere.jsonl" in said.err
+
+
 def test_a_run_says_that_it_rounded_and_how_to_have_what_was_not(project: Path, capsys: Any) -> None:
     assert call("train run.yaml output_dir=runs/told") == 0
     said = " ".join(capsys.readouterr().err.split())
@@ -89,10 +114,11 @@ def test_the_last_checkpoint_is_written_in_a_dtype(project: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("named", "how", "said", "hint"),
     [
-        ("runs/run/final", "--dtype float32", "may be rounded already", "name the run's folder"),
+        ("runs/run/final", "--dtype float32", "rounded already, to bfloat16", "name the run's folder"),
+        ("runs/run/final", "--dtype float16", "rounded already, to bfloat16", "name the run's folder"),
         ("runs/run", "--dtype float64", "`float64` is not a dtype", "float32, bfloat16, float16"),
-        ("runs/run", "", "trained all weights", "--dtype float32"),
-        ("runs/run", "--merge --dtype float32", "trained all weights", "without `--merge`"),
+        ("runs/run", "--merge --dtype float32", "no adapter to merge", "leave `--merge` out"),
+        ("runs/run/checkpoints", "", "has no config.json", "one of its checkpoints"),
     ],
 )
 def test_what_cannot_be_written_is_said(
