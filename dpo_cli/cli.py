@@ -292,6 +292,7 @@ def sample(
         "dpo export runs/my --merge --to models/my",
         "dpo export runs/my/checkpoints/step-000100 --to models/my-100",
         "dpo export runs/my --merge --to models/my model.name=/new/place/of/the/base",
+        "dpo export runs/my --gguf q8_0 --to models/my-gguf",
         "dpo export runs/my --dtype float32 --max-shard-size 2GB --to models/my",
         "dpo export models/my --push ORG/NAME --dry-run    list what would be sent",
         "dpo export models/my --push ORG/NAME              publish it on the Hub",
@@ -308,6 +309,9 @@ def export(
     ] = None,
     max_shard_size: Annotated[
         str | None, typer.Option(metavar="SIZE", help="The largest file of weights, such as 500MB; by default 5GB.")
+    ] = None,
+    gguf: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Write a GGUF file: f16, bf16, q8_0, q4_0 and others.")
     ] = None,
     push: Annotated[
         str | None,
@@ -328,6 +332,7 @@ def export(
             merge=merge,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            gguf=gguf,
             overrides=overrides,
             push=push,
             public=public,

@@ -285,6 +285,7 @@ def export(
     merge: bool = False,
     dtype: str | None = None,
     max_shard_size: str | None = None,
+    gguf: str | None = None,
     overrides: Sequence[str] = (),
     push: str | None = None,
     public: bool = False,
@@ -303,6 +304,7 @@ def export(
         merge: Whether an adapter becomes part of its base; otherwise it is written by itself.
         dtype: The dtype of the weights that are written; None: as they are.
         max_shard_size: The largest file of weights, as in `500MB`; None: 5 GB.
+        gguf: The type of the weights in a GGUF file, as in `q8_0`; None: a folder that transformers or PEFT reads.
         overrides: `KEY=VALUE` each: settings of the run that are others now, such as where the base is.
         push: The repository on the Hub, as `ORG/NAME`; None: nothing is published.
         public: Whether everybody may see a repository that is created.
@@ -314,7 +316,7 @@ def export(
             `ExceptionGroup` of such where several things are.
     """
     console = _heard(console)
-    options, publishing = Options(merge, dtype, max_shard_size), as_publishing(push, public=public, dry_run=dry_run)
+    options, publishing = Options(merge, dtype, max_shard_size, gguf), as_publishing(push, public=public, dry_run=dry_run)
     if to is None:
         if publishing is None:
             raise UserError("no folder to write is given", "the command line", "give one, as in `--to models/my`")

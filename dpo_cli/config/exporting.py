@@ -20,10 +20,12 @@ from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, base_of, holds_adapt
 from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.folders.model_files import CONFIG, stored_types
 from dpo_cli.modeling.folders.model_names import check_model, look_up_model, missing_weights
+from dpo_cli.modeling.gguf.architectures import gguf_problem
+from dpo_cli.modeling.gguf.types import GGUF_TYPES, GgufType
 from dpo_cli.modeling.held import Dtype
 from dpo_cli.reporting.row_log import rows_in
 from dpo_cli.settings import located, nearest_file
-from dpo_cli.system.hub import is_hub_id
+from dpo_cli.system.hub import cached_file, is_hub_id
 from dpo_cli.system.locks import Locked, lock_beside, locked
 from dpo_cli.system.storage import MANIFEST, DamagedFolder, verify, why_no_folder
 from dpo_cli.training.run_folder import RunFolder, RunState, checkpoints_in
@@ -139,7 +141,18 @@ class PeftFolder:
     """An adapter by itself, in a folder that PEFT reads."""
 
 
-Form = ModelFolder | PeftFolder
+@dataclass(frozen=True)
+class GgufFolder:
+    """A folder with a GGUF file, which llama.cpp and Ollama read.
+
+    Attributes:
+        kind: The type of its weights.
+    """
+
+    kind: GgufType
+
+
+Form = ModelFolder | PeftFolder | GgufFolder
 """The closed union of all that is written."""
 
 
@@ -407,13 +420,52 @@ def _form(source: Source, options: Options) -> tuple[Form, list[UserError]]:
         problems.append(UserError(what, "--merge", "leave `--merge` out"))
     largest, wrong = _largest_bytes(options.max_shard_size)
     problems += wrong
+    if options.gguf is not None:
+        problems += [*_without_effect(options, "a GGUF file, whose type `--gguf` names", "leave it out")]
+        return _gguf_form(source, options, problems)
     if not source.is_adapter or options.merge:
         return ModelFolder(cast(Dtype | None, options.dtype), largest), problems
+    on = "an adapter, whose weights are written in float32, in a single file"
+    return PeftFolder(), [*problems, *_without_effect(options, on, "add `--merge`, or leave it out")]
+
+
+def _without_effect(options: Options, on: str, hint: str) -> Iterator[UserError]:
+    """Yield the options that have no effect on a form."""
     for option, value in (("--dtype", options.dtype), ("--max-shard-size", options.max_shard_size)):
         if value is not None:
-            what = f"`{option}` has no effect on an adapter, whose weights are written in float32, in a single file"
-            problems.append(UserError(what, option, "add `--merge`, or leave it out"))
-    return PeftFolder(), problems
+            yield UserError(f"`{option}` has no effect on {on}", option, hint)
+
+
+def _gguf_form(source: Source, options: Options, problems: list[UserError]) -> tuple[Form, list[UserError]]:
+    """Return the form of a GGUF file, and what is wrong with it beside some problems that are known."""
+    kind = str(options.gguf).lower()
+    if kind not in GGUF_TYPES:
+        what = f"`{options.gguf}` is not a type that weights are written in as GGUF"
+        problems.append(UserError(what, "--gguf", f"choose one of {', '.join(GGUF_TYPES)}"))
+        kind = GGUF_TYPES[0]
+    if source.is_adapter and not options.merge:
+        what = "an adapter by itself is not written as GGUF"
+        problems.append(UserError(what, "--gguf", "add `--merge`, which makes one model of it and its base"))
+    if missing := missing_package("gguf", "gguf", "--gguf"):
+        problems.append(missing)
+    if problem := _gguf_problem(source):
+        hint = "export it as a model folder, without `--gguf`"
+        problems.append(UserError(problem, "--gguf", hint))
+    return GgufFolder(cast(GgufType, kind)), problems
+
+
+def _gguf_problem(source: Source) -> str | None:
+    """Say why there is no GGUF of an architecture, where its settings are here; the rest is left until it is loaded."""
+    if isinstance(source, TrainedModel):
+        file: Path | None = source.folder / CONFIG
+    else:
+        name = source.config.model.name
+        file = cached_file(name, CONFIG) if is_hub_id(name) else Path(name) / CONFIG
+    try:
+        said = json.loads(file.read_text(encoding="utf-8")) if file else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return gguf_problem(said) if isinstance(said, dict) else None
 
 
 def _largest_bytes(size: str | None) -> tuple[int | None, list[UserError]]:

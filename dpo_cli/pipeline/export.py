@@ -29,8 +29,17 @@ from dpo_cli.modeling.folders.saving import saved_folder, warn_of_ignored
 from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import Facts
-from dpo_cli.pipeline.export_forms import Written, written_as
-from dpo_cli.pipeline.export_proof import Proof, Said, asked, check_alike, check_answers, check_facts, num_alike
+from dpo_cli.pipeline.export_forms import Read, Written, check_form, written_as
+from dpo_cli.pipeline.export_proof import (
+    NOTHING_WRITTEN,
+    Proof,
+    Said,
+    asked,
+    check_alike,
+    check_answers,
+    check_facts,
+    num_alike,
+)
 from dpo_cli.pipeline.export_sources import alone, give_adapter, in_float32, open_source, unquantized
 from dpo_cli.pipeline.model_cards import (
     card_of_run,
@@ -75,16 +84,16 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
     """Open the source, merge it, write it, read it again, and compare."""
     policy, tokenizer, proof = open_source(session, wanted)
     warn_of_ignored(policy.model)
-    facts = Facts.of(tokenizer, policy.model.generation_config, texts := proof.texts(tokenizer))
-    called, where = "the adapter" if wanted.source.is_adapter else "the model", f"--to {wanted.to}"
+    facts = Facts.of(tokenizer, policy.model.generation_config, proof.texts(tokenizer))
+    check_form(wanted.form, policy, tokenizer, facts.stops)
+    called, quantize = "the adapter" if wanted.source.is_adapter else "the model", session.config.model.quantize
     trained = source = asked(proof, policy, called, facts.stops)
-    quantize = session.config.model.quantize
     if wanted.merges and quantize:
         del policy
         session = unquantized(alone(session))
         policy = _unquantized_policy(session, wanted, tokenizer)
         source = asked(proof, policy, "the adapter on the unquantized base", facts.stops)
-    form = written_as(wanted.form, policy, session.config.model.name)
+    form = written_as(wanted, policy, facts.stops)
     rounded, rounding = _ready(policy, proof, form, wanted, source, facts)
     details: dict[str, Any] = _beginning(wanted, policy)
     if isinstance(wanted.source, TrainedModel):
@@ -95,11 +104,8 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
     with saved_folder(wanted.to, f"writing the {'merged ' if wanted.merges else ''}model", details) as folder:
         form.write(policy, tokenizer, folder)
         del policy
-        read = form.read(alone(session), folder)
-        check_facts(facts, Facts.of(read.tokenizer, read.generation, texts), where)
-        written = asked(proof, read.policy, "what was written", facts.stops)
-        exactness = check_alike(rounded, written, _what_differs(wanted, form), where)
-        check_answers(rounded, written, read.policy, proof, facts.stops, where)
+        read = _read(alone(session), form, folder, wanted)
+        written, exactness = _proved(read, proof, facts, rounded, form, wanted)
         found = {
             **({f"adapter on {quantize}": trained.figures} if wanted.merges and quantize else {}),
             "scored": proof.scored,
@@ -117,6 +123,35 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         card = _card(wanted, found, provenance, tokenizer)
         (folder / CARD).write_text(model_card(card), encoding="utf-8")
     return found
+
+
+def _read(session: Session, form: Written, folder: Path, wanted: Export) -> Read:
+    """Read what was written.
+
+    Raises:
+        UserError: Its reader refuses it.
+    """
+    try:
+        return form.read(session, folder)
+    except UserError as error:
+        what = f"what was written is refused by {form.reader}: {error.what}"
+        raise UserError(what, f"--to {wanted.to}", NOTHING_WRITTEN, status=FAILED) from error
+
+
+def _proved(
+    read: Read, proof: Proof, facts: Facts, rounded: Said, form: Written, wanted: Export
+) -> tuple[Said, Difference]:
+    """Return what a model says that was written and read again, and how far that is from the weights in memory.
+
+    Raises:
+        UserError: It is not what was exported.
+    """
+    where = f"--to {wanted.to}"
+    check_facts(facts, Facts.of(read.tokenizer, read.generation, [*facts.tokens]), where)
+    written = asked(proof, read.policy, "what was written", facts.stops)
+    exactness = check_alike(rounded, written, _what_differs(wanted, form), where)
+    check_answers(rounded, written, read.policy, proof, facts.stops, where)
+    return written, exactness
 
 
 def _ready(

@@ -54,6 +54,7 @@ class Facts:
         templates: The chat templates by name.
         renderings: What they make of conversations, by a name for each.
         tokens: The tokens of texts.
+        whole: The tokens of a text with those that the tokenizer puts around it.
     """
 
     stops: frozenset[int]
@@ -61,19 +62,19 @@ class Facts:
     templates: Mapping[str, str]
     renderings: Mapping[str, str]
     tokens: Mapping[str, tuple[int, ...]]
+    whole: tuple[int, ...]
 
     @classmethod
     def of(cls, tokenizer: Any, generation_config: Any, texts: Sequence[str]) -> Facts:
         """Ask a tokenizer and settings of generation."""
         templates = named_templates(tokenizer)
-        encoded = {text: tokenizer(text, add_special_tokens=False).input_ids for text in (*TEXTS, *texts)}
-        encoded["the beginning of a text"] = tokenizer(TEXTS[0]).input_ids
         return cls(
             end_tokens(tokenizer, generation_config),
             {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
             templates,
             {name: text for one in templates for name, text in _renderings(tokenizer, one, templates[one])},
-            {text: tuple(tokens) for text, tokens in encoded.items()},
+            {text: tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in (*TEXTS, *texts)},
+            tuple(tokenizer(QUESTIONS[0]).input_ids),
         )
 
     def differences(self, other: Facts) -> Iterator[str]:
@@ -93,6 +94,9 @@ class Facts:
             first = differing[0]
             both = " and in what was written ".join(_excerpt(one.tokens[first]) for one in (self, other))
             yield f"the tokens of {len(differing)} texts are others, of {first[:40]!r} {both}"
+        elif self.whole != other.whole:
+            both = " and in what was written ".join(_excerpt(one.whole) for one in (self, other))
+            yield f"a text by itself begins or ends with other tokens: {both}"
 
 
 def _renderings(tokenizer: Any, name: str, template: str) -> Iterator[tuple[str, str]]:

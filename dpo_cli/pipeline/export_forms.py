@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoModelForCausalLM
 
-from dpo_cli.config.exporting import Form, PeftFolder
+from dpo_cli.config.exporting import Export, Form, GgufFolder, PeftFolder
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.folders import tokenizers
 from dpo_cli.modeling.folders.completeness import load_complete, untied
+from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.saving import logits_alone
 from dpo_cli.modeling.folders.weight_types import WeightTypes
+from dpo_cli.modeling.gguf.architectures import gguf_problem
+from dpo_cli.modeling.gguf.conversion import dequantized
+from dpo_cli.modeling.gguf.types import GgufType
+from dpo_cli.modeling.gguf.vocabulary import add_vocabulary, name_for, vocabulary_problem
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.pipeline.session import Session
@@ -89,7 +96,8 @@ class AsModel:
         """
         trust = session.config.model.trust
         how: dict[str, Any] = {"attn_implementation": trust.attention} if trust.attention else {}
-        model = load_complete(AutoModelForCausalLM, str(folder), trust_remote_code=trust.remote_code, **how)
+        with explained(str(folder), "model"):
+            model = load_complete(AutoModelForCausalLM, str(folder), trust_remote_code=trust.remote_code, **how)
         if others := untied(model):
             what = f"config.json ties {', '.join(others)} to other weights, but the values differ"
             raise UserError(what, str(folder), "report this as a bug of the program", status=FAILED)
@@ -148,19 +156,94 @@ class AsAdapter:
         return Read(policy, tokenizer, tokenizers.generation_config(str(folder), trust))
 
 
-Written = AsModel | AsAdapter
+@dataclass(frozen=True)
+class AsGguf:
+    """A folder with a GGUF file, and a Modelfile for Ollama beside it.
+
+    Attributes:
+        kind: The type of its weights.
+        name: What the model is called.
+        stops: The tokens that end a text.
+    """
+
+    kind: GgufType
+    name: str
+    stops: frozenset[int]
+    reader: ClassVar[str] = "dpo"
+
+    def __str__(self) -> str:
+        """Name what the weights are written in."""
+        return self.kind
+
+    @property
+    def rounds(self) -> bool:
+        """Whether weights may be others then."""
+        return self.kind != "f32"
+
+    def check(self, policy: Policy) -> None:
+        """Refuse nothing: a weight that is too large is refused where it is rounded."""
+
+    def round(self, policy: Policy) -> None:
+        """Round weights in memory as they are written."""
+        policy.round_as_gguf(self.kind)
+
+    def write(self, policy: Policy, tokenizer: Any, folder: Path) -> None:
+        """Write the policy into a folder that exists.
+
+        Raises:
+            UserError: The disk did not keep it.
+        """
+
+        def vocabulary(writer: Any) -> None:
+            add_vocabulary(writer, tokenizer, policy.vocabulary, self.stops)
+
+        policy.write_gguf(self._file(folder), vocabulary, self.kind, name_for(tokenizer, self.name))
+
+    def read(self, session: Session, folder: Path) -> Read:
+        """Read the file as a model that is named in a configuration is read.
+
+        Raises:
+            UserError: It cannot be read.
+        """
+        file = self._file(folder)
+        policy = Policy(dequantized(file).to(session.accelerator.device))
+        named = str(file)
+        return Read(policy, tokenizers.load_tokenizer(named), tokenizers.generation_config(named))
+
+    def _file(self, folder: Path) -> Path:
+        name = re.sub(r"[^\w.-]+", "-", self.name)
+        return folder / f"{name}-{self.kind.upper()}.gguf"
+
+
+Written = AsModel | AsAdapter | AsGguf
 """The closed union of all forms, as they are written and read."""
 
 
-def written_as(form: Form, policy: Policy, base: str) -> Written:
-    """Return how a form is written.
+def check_form(form: Form, policy: Policy, tokenizer: Any, stops: Collection[int]) -> None:
+    """Refuse a model that a form has no words for, before anything is scored.
+
+    Raises:
+        UserError: It has none.
+    """
+    if not isinstance(form, GgufFolder):
+        return
+    problem = gguf_problem(policy.model.config.to_dict()) or vocabulary_problem(tokenizer, stops)
+    if problem:
+        raise UserError(problem, "--gguf", "export it as a model folder, without `--gguf`")
+
+
+def written_as(wanted: Export, policy: Policy, stops: Collection[int]) -> Written:
+    """Return how something is written.
 
     Args:
-        form: What is asked for.
+        wanted: What is asked for.
         policy: What is exported.
-        base: The name of the model that it came from.
+        stops: The tokens that end its texts.
     """
+    form = wanted.form
     if isinstance(form, PeftFolder):
-        return AsAdapter(base)
+        return AsAdapter(wanted.source.config.model.name)
+    if isinstance(form, GgufFolder):
+        return AsGguf(form.kind, wanted.source.name, frozenset(stops))
     types = WeightTypes({}, PRECISIONS[form.dtype].dtype) if form.dtype else policy.came_in
     return AsModel(types, form.largest_bytes)

@@ -35,6 +35,9 @@ EXACT = 1e-4
 TIE = 1e-3
 """How close, in nats, two tokens are between which sums in another order may decide."""
 
+NOTHING_WRITTEN = "nothing was written; update PEFT and transformers to versions that fit each other, or report this"
+"""What to do where the proof fails."""
+
 ANSWERS = 10
 """How many prompts are answered."""
 
@@ -195,7 +198,7 @@ def check_alike(ours: Said, theirs: Said, what: str, where: str) -> Difference:
     apart, of = (difference.largest, "") if difference.largest > EXACT else (far, " where positions are far apart")
     if not apart <= EXACT:
         told = f"{what}: its log-probabilities differ by {apart:.1e} nats per token{of}, where {EXACT:.1e} is allowed"
-        raise UserError(told, where, _NOTHING, status=FAILED)
+        raise UserError(told, where, NOTHING_WRITTEN, status=FAILED)
     return difference
 
 
@@ -207,10 +210,7 @@ def check_facts(ours: Facts, theirs: Facts, where: str) -> None:
     """
     if differing := list(ours.differences(theirs)):
         told = f"what was written is not what was exported: {'; '.join(differing)}"
-        raise UserError(told, where, _NOTHING, status=FAILED)
-
-
-_NOTHING = "nothing was written; update PEFT and transformers to versions that fit each other, or report this"
+        raise UserError(told, where, NOTHING_WRITTEN, status=FAILED)
 
 
 def check_answers(ours: Said, theirs: Said, reader: Policy, proof: Proof, stops: Collection[int], where: str) -> None:
@@ -232,7 +232,7 @@ def check_answers(ours: Said, theirs: Said, reader: Policy, proof: Proof, stops:
         if one != other and (gap := _gap(reader, prompt, one, other, stops)) > TIE:
             same = _same(one, other)
             told = f"answer {number} is another from token {same + 1} on, where {gap:.1e} nats are between both"
-            raise UserError(f"what was written is not what was exported: {told}", where, _NOTHING, status=FAILED)
+            raise UserError(f"what was written is not what was exported: {told}", where, NOTHING_WRITTEN, status=FAILED)
 
 
 @torch.no_grad()

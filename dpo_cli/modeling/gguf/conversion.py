@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
 
 from dpo_cli.errors import from_os_error
 from dpo_cli.modeling.folders.completeness import load_complete
@@ -66,15 +66,8 @@ def converted(path: Path) -> Path:
 
     def write(folder: Path, content: GgufContent) -> None:
         check_room(4 * sum(content.sizes.values()), FLOAT32, torch.device("cpu"))
-        # transformers would keep all that it read for the settings in memory while it loads the weights.
-        config = AutoConfig.from_pretrained(settings_of(path))
         tokenizer = tokenizer_of(path)
-        told = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
-        with read_as(Streaming):
-            model = load_complete(AutoModelForCausalLM, str(path.parent), config=config, **told)
-        # What is left are ordinary float32 weights; while these marks stay, transformers refuses to save them.
-        model.hf_quantizer = None
-        vars(model.config).pop("quantization_config", None)
+        model = dequantized(path)
         with saved_model(folder, model, tokenizer, "keeping the converted model") as temporary:
             _write_about(temporary, content)
 
@@ -85,6 +78,19 @@ def converted(path: Path) -> Path:
 def _write_about(folder: Path, content: GgufContent) -> None:
     """Write down where the model comes from, as far as its file tells."""
     (folder / CARD).write_text(card_of_file(content.about), encoding="utf-8")
+
+
+def dequantized(path: Path) -> PreTrainedModel:
+    """Load the model in a GGUF file, in float32, of which nothing is kept on the disk but its settings."""
+    # transformers would keep all that it read for the settings in memory while it loads the weights.
+    config = AutoConfig.from_pretrained(settings_of(path))
+    told = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
+    with read_as(Streaming):
+        model = load_complete(AutoModelForCausalLM, str(path.parent), config=config, **told)
+    # What is left are ordinary float32 weights; while these marks stay, transformers refuses to save them.
+    model.hf_quantizer = None
+    vars(model.config).pop("quantization_config", None)
+    return model
 
 
 def _kept(path: Path, part: str, write: Callable[[Path, GgufContent], None], said: str = "") -> Path:

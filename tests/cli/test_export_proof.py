@@ -1,0 +1,160 @@
+"""What `dpo export` has written is refused where it is not what was exported, and the error says what differs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dpo_cli
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.system.storage import MANIFEST, read_manifest, verify
+from tests.builders import save_adapter
+from tests.cli.in_process import call
+from tests.conftest import build_llama
+
+LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+           "original_max_position_embeddings": 64, "rope_theta": 10000.0}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: Any, tokenizer: Any) -> Path:
+    """A folder with a model whose head is its embedding, one whose head is not, and an adapter of the latter."""
+    folder: Path = tmp_path_factory.mktemp("models")
+    scaled = {"rope_parameters": LLAMA_3, "max_position_embeddings": 512}
+    for name, tied in (("tied", True), ("untied", False)):
+        build_llama(folder / name, tokenizer, seed=0, tie_word_embeddings=tied, **scaled)
+        (folder / name / "LICENSE").write_text("Do what you like.\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        save_adapter(folder / "untied", folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def project(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return models
+
+
+def changed(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    said = json.loads(file.read_text(encoding="utf-8"))
+    change(said)
+    file.write_text(json.dumps(said), encoding="utf-8")
+
+
+def settings(**others: Any) -> Callable[[Path], None]:
+    return lambda folder: changed(folder / "config.json", lambda said: said.update(others))
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        change(found)
+        save_file({n: t.contiguous() for n, t in found.items()}, folder / "model.safetensors", {"format": "pt"})
+
+    return spoil
+
+
+LAYER = "model.layers.1"
+
+
+def transposed(found: dict[str, torch.Tensor]) -> None:
+    found[f"{LAYER}.self_attn.o_proj.weight"] = found[f"{LAYER}.self_attn.o_proj.weight"].T
+
+
+def swapped(found: dict[str, torch.Tensor]) -> None:
+    names = [f"{LAYER}.mlp.{name}_proj.weight" for name in ("gate", "up")]
+    found[names[0]], found[names[1]] = found[names[1]], found[names[0]]
+
+
+def without_norm(found: dict[str, torch.Tensor]) -> None:
+    del found[f"{LAYER}.input_layernorm.weight"]
+
+
+def norm_of_ones(found: dict[str, torch.Tensor]) -> None:
+    found["model.norm.weight"] = found["model.norm.weight"] + 0.01
+
+
+def with_head(found: dict[str, torch.Tensor]) -> None:
+    found["lm_head.weight"] = found["model.embed_tokens.weight"].flip(0)
+
+
+def tied(folder: Path) -> None:
+    settings(tie_word_embeddings=True)(folder)
+    weights(lambda found: found.pop("lm_head.weight"))(folder)
+
+
+def end_of_generation(folder: Path) -> None:
+    changed(folder / "generation_config.json", lambda said: said.update(eos_token_id=5))
+
+
+def no_end_of_generation(folder: Path) -> None:
+    changed(folder / "generation_config.json", lambda said: said.update(eos_token_id=[2, 9]))
+
+
+def other_end(folder: Path) -> None:
+    changed(folder / "tokenizer_config.json", lambda said: said.update(eos_token="a"))
+
+
+def other_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}")
+
+
+def no_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    changed(folder / "tokenizer_config.json", lambda said: said.pop("chat_template", None))
+
+
+def other_merges(folder: Path) -> None:
+    changed(folder / "tokenizer.json", lambda said: said["model"]["merges"].reverse())
+
+
+def lower_case(folder: Path) -> None:
+    changed(folder / "tokenizer.json", lambda said: said.update(normalizer={"type": "Lowercase"}))
+
+
+@pytest.mark.parametrize(
+    ("model", "spoil", "said"),
+    [
+        ("tied", weights(transposed), "log-probabilities differ by"),
+        ("tied", weights(swapped), "log-probabilities differ by"),
+        ("tied", weights(without_norm), "the weights of 1 parameters are missing"),
+        ("tied", weights(norm_of_ones), "log-probabilities differ by"),
+        ("tied", weights(with_head), "ties lm_head.weight to other weights"),
+        ("untied", tied, "log-probabilities differ by"),
+        ("tied", settings(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}), "differ by"),
+        ("tied", settings(rope_parameters={**LLAMA_3, "factor": 4.0}), "where positions are far apart"),
+        ("tied", settings(rms_norm_eps=1e-2), "log-probabilities differ by"),
+        ("tied", settings(num_hidden_layers=1), "are not part of"),
+        ("tied", end_of_generation, "texts end at the tokens .*, and in what was written at .*5"),
+        ("tied", no_end_of_generation, "texts end at the tokens"),
+        ("tied", other_end, "the eos token is"),
+        ("tied", other_template, "the chat template `default` is another"),
+        ("tied", no_template, "the chat template `default` is another"),
+        ("tied", other_merges, "the tokens of .* texts are others"),
+        ("tied", lower_case, "the tokens of .* texts are others"),
+    ],
+)
+def test_a_model_that_was_not_written_as_it_is_is_refused(
+    project: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch, model: str, spoil: Callable[[Path], None], said: str
+) -> None:
+    check = Policy.check_written
+
+    def spoilt(policy: Policy, folder: Path, *others: Any) -> None:
+        check(policy, folder, *others)
+        spoil(folder)
+
+    monkeypatch.setattr(Policy, "check_written", spoilt)
+    assert call(f"export {project}/{model} --to out --quiet") == 1
+    told = " ".join(capfd.readouterr().err.split())
+    assert re.search(rf"error: .*{said}.* hint: nothing was written", told), told
+    assert not list(Path.cwd().iterdir())
