@@ -451,7 +451,7 @@ def _gguf_form(source: Source, options: Options, problems: list[UserError]) -> t
     if problem := _gguf_problem(source):
         hint = "export it as a model folder, without `--gguf`"
         problems.append(UserError(problem, "--gguf", hint))
-    return GgufFolder(cast(GgufType, kind)), problems
+    return GgufFolder(kind), problems
 
 
 def _gguf_problem(source: Source) -> str | None:

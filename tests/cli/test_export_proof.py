@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import dpo_cli
 from dpo_cli.modeling.policy import Policy
@@ -22,20 +22,24 @@ from tests.cli.in_process import call
 from tests.conftest import build_llama
 
 LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 64, "rope_theta": 10000.0}  # fmt: skip
+           "original_max_position_embeddings": 8192, "rope_theta": 500000.0}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: Any, tokenizer: Any) -> Path:
     """A folder with a model whose head is its embedding, one whose head is not, and an adapter of the latter."""
     folder: Path = tmp_path_factory.mktemp("models")
-    scaled = {"rope_parameters": LLAMA_3, "max_position_embeddings": 512}
+    scaled = {"rope_parameters": LLAMA_3, "max_position_embeddings": 16384}
     for name, tied in (("tied", True), ("untied", False)):
         build_llama(folder / name, tokenizer, seed=0, tie_word_embeddings=tied, **scaled)
         (folder / name / "LICENSE").write_text("Do what you like.\n", encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        save_adapter(folder / "untied", folder / "adapter")
+    save_adapter(folder / "untied", folder / "adapter")
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.2}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)).save_pretrained(
+        folder / "gpt2"
+    )
+    tokenizer.save_pretrained(folder / "gpt2")
     return folder
 
 
@@ -82,6 +86,10 @@ def without_norm(found: dict[str, torch.Tensor]) -> None:
 
 def norm_of_ones(found: dict[str, torch.Tensor]) -> None:
     found["model.norm.weight"] = found["model.norm.weight"] + 0.01
+
+
+def far_positions(found: dict[str, torch.Tensor]) -> None:
+    found["transformer.wpe.weight"][300:] *= -1
 
 
 def with_head(found: dict[str, torch.Tensor]) -> None:
@@ -132,7 +140,8 @@ def lower_case(folder: Path) -> None:
         ("tied", weights(with_head), "ties lm_head.weight to other weights"),
         ("untied", tied, "log-probabilities differ by"),
         ("tied", settings(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}), "differ by"),
-        ("tied", settings(rope_parameters={**LLAMA_3, "factor": 4.0}), "where positions are far apart"),
+        ("tied", settings(rope_parameters={**LLAMA_3, "factor": 4.0}), "differ by"),
+        ("gpt2", weights(far_positions), "differ by .* where positions are far apart"),
         ("tied", settings(rms_norm_eps=1e-2), "log-probabilities differ by"),
         ("tied", settings(num_hidden_layers=1), "are not part of"),
         ("tied", end_of_generation, "texts end at the tokens .*, and in what was written at .*5"),
@@ -158,3 +167,18 @@ def test_a_model_that_was_not_written_as_it_is_is_refused(
     told = " ".join(capfd.readouterr().err.split())
     assert re.search(rf"error: .*{said}.* hint: nothing was written", told), told
     assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "f32"])
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_a_gguf_file_is_written_proved_and_read_again(project: Path, capfd: Any, model: str, kind: str) -> None:
+    found = dpo_cli.export(project / model, "out", gguf=kind)
+    assert found["weights"] == kind
+    assert found["exactness"]["largest"] <= 1e-4
+    assert (found["rounding"]["largest"] > 0) == (kind != "f32")
+    assert found["answers"]["compared"] == 10
+    (file,) = Path("out").glob("*.gguf")
+    assert file.name == f"{model}-{kind.upper()}.gguf"
+    # What was written is a model that is exported in turn, and nothing is lost on the way.
+    again = dpo_cli.export(file, "again")
+    assert again["rounding"]["largest"] == 0 == again["difference"]["largest"]
