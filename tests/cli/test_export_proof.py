@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import dpo_cli
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.system.storage import MANIFEST, read_manifest, verify
+from dpo_cli.system.storage import read_manifest
 from tests.builders import save_adapter
 from tests.cli.in_process import call
 from tests.conftest import build_llama
@@ -169,8 +169,7 @@ def test_a_model_that_was_not_written_as_it_is_is_refused(
     assert not list(Path.cwd().iterdir())
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "f32"])
-@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize(("model", "kind"), [("tied", "f16"), ("tied", "f32"), ("untied", "q8_0")])
 def test_a_gguf_file_is_written_proved_and_read_again(project: Path, capfd: Any, model: str, kind: str) -> None:
     found = dpo_cli.export(project / model, "out", gguf=kind)
     assert found["weights"] == kind
@@ -182,3 +181,74 @@ def test_a_gguf_file_is_written_proved_and_read_again(project: Path, capfd: Any,
     # What was written is a model that is exported in turn, and nothing is lost on the way.
     again = dpo_cli.export(file, "again")
     assert again["rounding"]["largest"] == 0 == again["difference"]["largest"]
+
+
+def other_alpha(folder: Path) -> None:
+    changed(folder / "adapter_config.json", lambda said: said.update(lora_alpha=64))
+
+
+def other_adapter(folder: Path) -> None:
+    found = load_file(folder / "adapter_model.safetensors")
+    name = next(name for name in found if "lora_B" in name)
+    save_file({**found, name: found[name] * 1.01}, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (other_alpha, "as PEFT reads it, is not what was exported: its log-probabilities differ"),
+        (other_adapter, "log-probabilities differ"),
+        (other_template, "the chat template `default` is another"),
+        (other_end, "the eos token is"),
+    ],
+)
+def test_an_adapter_that_was_not_written_as_it_is_is_refused(
+    project: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None], said: str
+) -> None:
+    check = Policy.check_written
+
+    def spoilt(policy: Policy, folder: Path, *others: Any) -> None:
+        check(policy, folder, *others)
+        spoil(folder)
+
+    monkeypatch.setattr(Policy, "check_written", spoilt)
+    assert call(f"export {project}/adapter --to out --quiet") == 1
+    told = " ".join(capfd.readouterr().err.split())
+    assert re.search(rf"error: .*{said}.* hint: nothing was written", told), told
+    assert not list(Path.cwd().iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapter_is_written_for_peft_with_tokenizer_template_and_licence(project: Path, tokenizer: Any) -> None:
+    assert call(f"export {project}/adapter --to out") == 0
+    ours, theirs = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(project / "untied"), folder)
+        for folder in ("out", project / "adapter")
+    )
+    tokens = torch.arange(40)[None]
+    assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+    read = AutoTokenizer.from_pretrained("out")
+    assert read.chat_template == tokenizer.chat_template and read.get_vocab() == tokenizer.get_vocab()
+    assert Path("out/LICENSE").read_text(encoding="utf-8") == "Do what you like.\n"
+    said = json.loads(Path("out/adapter_config.json").read_text(encoding="utf-8"))
+    assert said["base_model_name_or_path"] == str(project / "untied")
+    assert not Path("out/model.safetensors").exists()
+
+
+def test_the_manifest_says_how_exact_it_is(project: Path) -> None:
+    found = dpo_cli.export(project / "tied", "out", dtype="bfloat16")
+    assert read_manifest(Path("out"))["export"] == json.loads(json.dumps(found))
+    assert found["rounding"]["largest"] > 1e-4 > found["exactness"]["largest"]
+
+
+@pytest.mark.parametrize(("size", "files"), [("20KB", 6), ("20KiB", 6), ("1.5MB", 1)])
+def test_weights_are_split_among_files_with_an_index(project: Path, size: str, files: int) -> None:
+    assert call(f"export {project}/untied --max-shard-size {size} --to out") == 0
+    written = sorted(Path("out").glob("*.safetensors"))
+    limit = {"20KB": 20_000, "20KiB": 20_480, "1.5MB": 1_500_000}[size]
+    parts = [load_file(file) for file in written]
+    assert all(sum(t.nbytes for t in part.values()) <= limit or len(part) == 1 for part in parts)
+    assert (len(written) > 1) == Path("out/model.safetensors.index.json").exists() == (files > 1)
+    whole = load_file(project / "untied" / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained("out")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in whole.items())
