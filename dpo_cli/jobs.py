@@ -316,10 +316,8 @@ def export(
             `ExceptionGroup` of such where several things are.
     """
     console = _heard(console)
-    options, publishing = (
-        Options(merge, dtype, max_shard_size, gguf),
-        as_publishing(push, public=public, dry_run=dry_run),
-    )
+    options = Options(merge, dtype, max_shard_size, gguf)
+    publishing = as_publishing(push, public=public, dry_run=dry_run)
     if to is None:
         if publishing is None:
             raise UserError("no folder to write is given", "the command line", "give one, as in `--to models/my`")

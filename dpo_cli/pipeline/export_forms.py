@@ -21,6 +21,7 @@ from dpo_cli.modeling.folders.saving import logits_alone
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.gguf.architectures import gguf_problem
 from dpo_cli.modeling.gguf.conversion import dequantized
+from dpo_cli.modeling.gguf.modelfile import modelfile
 from dpo_cli.modeling.gguf.types import GgufType
 from dpo_cli.modeling.gguf.vocabulary import add_vocabulary, name_for, vocabulary_problem
 from dpo_cli.modeling.policy import Policy
@@ -197,7 +198,10 @@ class AsGguf:
         def vocabulary(writer: Any) -> None:
             add_vocabulary(writer, tokenizer, policy.vocabulary, self.stops)
 
-        policy.write_gguf(self._file(folder), vocabulary, self.kind, name_for(tokenizer, self.name))
+        file = self._file(folder)
+        policy.write_gguf(file, vocabulary, self.kind, name_for(tokenizer, self.name))
+        ollama = modelfile(file.name, tokenizer, self.stops, policy.model.generation_config)
+        (folder / "Modelfile").write_text(ollama, encoding="utf-8")
 
     def read(self, session: Session, folder: Path) -> Read:
         """Read the file as a model that is named in a configuration is read.

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import dpo_cli
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.system.storage import read_manifest
+from dpo_cli.system.storage import MANIFEST, read_manifest
 from tests.builders import save_adapter
 from tests.cli.in_process import call
 from tests.conftest import build_llama
@@ -178,6 +178,8 @@ def test_a_gguf_file_is_written_proved_and_read_again(project: Path, capfd: Any,
     assert found["answers"]["compared"] == 10
     (file,) = Path("out").glob("*.gguf")
     assert file.name == f"{model}-{kind.upper()}.gguf"
+    assert Path("out/Modelfile").read_text(encoding="utf-8").startswith(f"FROM ./{file.name}\n")
+    assert {path.name for path in Path("out").iterdir()} == {file.name, "Modelfile", "README.md", MANIFEST}
     # What was written is a model that is exported in turn, and nothing is lost on the way.
     again = dpo_cli.export(file, "again")
     assert again["rounding"]["largest"] == 0 == again["difference"]["largest"]
