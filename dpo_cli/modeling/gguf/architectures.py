@@ -156,7 +156,9 @@ def _gated_delta_problem(config: Config) -> str | None:
     every = _full_every(kinds)
     if kinds != [_FULL if layer % every == 0 else "linear_attention" for layer in range(1, len(kinds) + 1)]:
         return f"`layer_types: {kinds}`, where the file means one with full attention after every few others"
-    size = config.get("linear_value_head_dim", 128)
+    size, key_size = config.get("linear_value_head_dim", 128), config.get("linear_key_head_dim", 128)
+    if size != key_size:
+        return f"`linear_value_head_dim: {size}`, where llama.cpp takes the size of keys, {key_size}"
     return None if size % 32 == 0 else f"`linear_value_head_dim: {size}`, where the file means a multiple of 32"
 
 

@@ -29,7 +29,7 @@ _SMALL = {
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 _HYBRID = {
     "head_dim": 64, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
 }  # fmt: skip
 # The sizes that transformers takes experts to have, since it does not read them.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -135,7 +135,8 @@ def test_experts_are_in_the_type_of_the_file_and_what_chooses_among_them_in_floa
         ("mamba", {"use_bias": True}, "`use_bias: True`"),
         ("lfm2", {"conv_bias": True}, "`conv_bias: True`"),
         ("qwen3_5_text", {"layer_types": ["full_attention", "linear_attention"]}, "`layer_types: "),
-        ("qwen3_5_text", {"linear_value_head_dim": 24}, "a multiple of 32"),
+        ("qwen3_5_text", {"linear_key_head_dim": 24, "linear_value_head_dim": 24}, "a multiple of 32"),
+        ("qwen3_5_text", {"linear_key_head_dim": 16}, "takes the size of keys, 16"),
     ],
 )  # fmt: skip
 def test_what_a_file_cannot_say_is_refused(kind: str, changes: dict[str, Any], told: str) -> None:
