@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.gguf.architectures import ARCHITECTURES, Architecture
+from dpo_cli.modeling.gguf.architecture import Architecture
+from dpo_cli.modeling.gguf.architectures import ARCHITECTURES
 from dpo_cli.system.text import several
 
 if TYPE_CHECKING:
@@ -68,9 +69,17 @@ def settle_settings(config: PretrainedConfig, content: GgufContent) -> None:
         return
     for key, name in described.settings.items():
         if key in content.settings:
-            setattr(config, name, content.settings[key])
+            value = content.settings[key]
+            # No window, which an older llama.cpp would make up.
+            setattr(config, name, None if key == "attention.sliding_window" and value == 0 else value)
     for name, tensor in described.flags.items():
         setattr(config, name, tensor in content.sizes)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        # A default of transformers, where the file names no such token.
+        if isinstance(token := getattr(config, name, None), int) and token >= config.vocab_size:
+            setattr(config, name, None)
+    for name, value in described.derived.items():
+        setattr(config, name, value(config))
 
 
 def _described(name: str, kind: str) -> Architecture | None:

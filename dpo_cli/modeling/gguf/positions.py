@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 _FREQUENCIES = "rope_freqs.weight"
 """By what each frequency of the positions is divided."""
 
-_LLAMA_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA_3_POSITIONS = 8192
+_LLAMA_3 = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": _LLAMA_3_POSITIONS,
+}  # fmt: skip
 """What Llama 3.1 and later scale positions by, which such files hold as a table alone."""
 
 _YARN = {
@@ -51,35 +55,54 @@ def written_positions(config: PretrainedConfig) -> tuple[dict[str, Any], dict[st
 
 
 def settle_positions(config: PretrainedConfig, content: GgufContent) -> None:
-    """Let a model's settings scale its positions as its file says.
+    """Let a model's settings turn and scale its positions as its file says.
 
     Raises:
         UserError: The file says it in a way that is not known here.
     """
-    known = getattr(config, "rope_parameters", None)
-    if known and known.get("rope_type", "default") != "default":
+    known = getattr(config, "rope_parameters", None) or {}
+    layers = [inner for inner in known.values() if isinstance(inner, dict)] or [known]
+    if any(one.get("rope_type", "default") != "default" for one in layers):
         return  # transformers has read it.
-    kind, factor = _scaling(content)
-    tables = dict(content.tables)
-    divided = tables.pop(_FREQUENCIES, torch.ones(1))
-    if kind == "none" and not tables and bool((divided == 1).all()):
-        return
-    found: dict[str, Any] | None = None
-    if kind == "linear" and not tables:
-        found = {"rope_type": "linear", "factor": factor}
-    elif kind == "yarn" and not tables and "scaling.original_context_length" in _rope(content):
-        found = {
-            "rope_type": "yarn",
-            **{name: _rope(content)[key] for key, name in _YARN.items() if key in _rope(content)},
+    said, found = _rope(content), _found_scaling(config, content)
+    turned = {"rope_theta": said["freq_base"]} if "freq_base" in said else {}
+    if "partial_rotary_factor" in known and "dimension_count" in said:
+        turned["partial_rotary_factor"] = said["dimension_count"] / _head_size(config)
+    if "full_attention" in known:
+        local = {"rope_theta": said["freq_base_swa"]} if "freq_base_swa" in said else {}
+        config.rope_parameters = {
+            "sliding_attention": {**known["sliding_attention"], **local},
+            "full_attention": {**known["full_attention"], **turned, **found},
         }
-    elif kind == "none" and not tables:
-        found = {**_LLAMA_3, "factor": float(divided.max()), "original_max_position_embeddings": _LLAMA_3_POSITIONS}
-    if found is None or not known or "rope_type" not in known or not _divides(config, found, divided):
+    elif known:
+        config.rope_parameters = {**known, **turned, **found}
+
+
+def _found_scaling(config: PretrainedConfig, content: GgufContent) -> dict[str, Any]:
+    """Return how positions are scaled by a file; nothing if they are not.
+
+    Raises:
+        UserError: The file says it in a way that is not known here.
+    """
+    kind, factor = _scaling(content)
+    tables, said = dict(content.tables), _rope(content)
+    divided = tables.pop(_FREQUENCIES, torch.ones(1))
+    by_table = not bool((divided == 1).all())
+    if kind == "none" and not tables and not by_table:
+        return {}
+    found: dict[str, Any] = {}
+    if kind == "linear":
+        found = {"rope_type": "linear", "factor": factor}
+    elif kind == "yarn" and "scaling.original_context_length" in said:
+        found = {"rope_type": "yarn", **{name: said[key] for key, name in _YARN.items() if key in said}}
+    elif kind == "none" and (scaling := _llama_3(config, divided)):
+        found, by_table = scaling, False
+    if not found or tables or by_table or not getattr(config, "rope_parameters", None):
         what = (
             f"the positions are scaled ({kind if kind != 'none' else 'by a table'}) in a way transformers does not know"
         )
         raise UserError(what, None, HINT)
-    config.rope_parameters = {**known, **found}
+    return found
 
 
 def _rope(content: GgufContent) -> dict[str, Any]:
@@ -96,12 +119,19 @@ def _scaling(content: GgufContent) -> tuple[str, float]:
     return ("none" if factor == 1 and kind == "linear" else kind), factor
 
 
-def _divides(config: PretrainedConfig, scaling: dict[str, Any], divided: Tensor) -> bool:
-    """Tell whether settings divide the frequencies by what a file's table says; others come without a table."""
-    if scaling["rope_type"] != "llama3":
-        return bool((divided == 1).all())
-    expected = _divisors(config, scaling)
-    return expected.shape == divided.shape and torch.allclose(expected, divided, rtol=1e-4)
+def _llama_3(config: PretrainedConfig, divided: Tensor) -> dict[str, Any]:
+    """Return the settings of Llama 3 that divide the frequencies by what a file's table says; nothing if none do."""
+    theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    if theta is None or not len(divided):
+        return {}
+    # Of the longest wave, which is divided by all of the factor if it is longer than all positions, and by less if not.
+    turns = _LLAMA_3_POSITIONS / (2 * math.pi * theta ** (1 - 1 / len(divided)))
+    share, by = min(max((turns - 1) / 3, 0.0), 1.0), float(divided[-1])
+    if not 1 / by > share:
+        return {}
+    found = {**_LLAMA_3, "factor": float(f"{(1 - share) / (1 / by - share):.6g}")}
+    expected = _divisors(config, found)
+    return found if expected.shape == divided.shape and torch.allclose(expected, divided, rtol=1e-4) else {}
 
 
 def _divisors(config: PretrainedConfig, scaling: Mapping[str, Any]) -> Tensor:

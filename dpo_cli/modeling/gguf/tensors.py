@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.folders.saved_weights import saved_state
 from dpo_cli.modeling.folders.shard_files import gathered
-from dpo_cli.modeling.gguf.architectures import ARCHITECTURES, Architecture
+from dpo_cli.modeling.gguf.architecture import Architecture
+from dpo_cli.modeling.gguf.architectures import ARCHITECTURES
 from dpo_cli.modeling.gguf.package import gguf_package
 from dpo_cli.modeling.gguf.positions import written_positions
 from dpo_cli.modeling.gguf.types import GgufType, check_range, rounded, type_of

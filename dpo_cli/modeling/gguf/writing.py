@@ -6,24 +6,21 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.folders.saving import disk_refusals, origin_of
 from dpo_cli.modeling.gguf.about import add_provenance
-from dpo_cli.modeling.gguf.architectures import Architecture
+from dpo_cli.modeling.gguf.header import Header
 from dpo_cli.modeling.gguf.package import gguf_package
-from dpo_cli.modeling.gguf.positions import written_positions
+from dpo_cli.modeling.gguf.readback import read_back
 from dpo_cli.modeling.gguf.tensors import FileTensors, Written
 from dpo_cli.modeling.gguf.types import GgufType, check_range, encoded
 from dpo_cli.system.storage import write_flushing
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
-    from transformers import PretrainedConfig, PreTrainedModel
-
-_FLOATS = ("epsilon", "softcapping", "freq_base", "freq_base_swa", "scaling.factor", "beta_fast", "beta_slow", "scale")
-"""How keys end whose numbers are floats, also where they are whole."""
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -35,12 +32,14 @@ class GgufFile:
         kind: The type that its weights are kept in.
         num_tensors: How many tensors it has.
         others: Weights of more than one dimension that are kept in another type, by name.
+        passed_over: Settings in the file that transformers by itself does not read; llama.cpp and `model:` do.
     """
 
     path: Path
     kind: GgufType
     num_tensors: int
     others: dict[str, GgufType]
+    passed_over: list[str]
 
 
 def write_gguf(
@@ -58,13 +57,12 @@ def write_gguf(
     Raises:
         UserError: A weight has no place in the file or cannot be held in the type, or the disk refuses.
     """
-    gguf = gguf_package("writing", str(file))
+    gguf_package("writing", str(file))
     planned = FileTensors(model, kind)
-    writer = gguf.GGUFWriter(None, planned.architecture.name)
-    _add_about(writer, name, kind)
+    header = Header.of(model.config, planned.architecture, name, kind)
+    passed_over = read_back(model.config, header, planned.tensors)
+    writer = header.writer()
     add_provenance(writer, origin_of(model).provenance)
-    for key, value in _settings(model.config, planned.architecture).items():
-        _add(writer, f"{planned.architecture.name}.{key}", value)
     add_vocabulary(writer)
     for tensor in planned.tensors:
         _announce(writer, tensor)
@@ -72,40 +70,7 @@ def write_gguf(
         _write(writer, file, planned)
     _check(file, planned.tensors)
     others = {one.name: one.kind for one in planned.tensors if len(one.shape) > 1 and one.kind != kind}
-    return GgufFile(file, kind, len(planned.tensors), others)
-
-
-def _add_about(writer: GGUFWriter, name: str, kind: GgufType) -> None:
-    """Add what the file says of itself."""
-    import gguf
-
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-
-
-def _settings(config: PretrainedConfig, architecture: Architecture) -> dict[str, Any]:
-    """Return what the file says of the model, by key."""
-    said = {key: getattr(config, name, None) for key, name in architecture.settings.items()}
-    said |= {key: value(config) if callable(value) else value for key, value in architecture.constants.items()}
-    if architecture.rotary:
-        said |= {f"rope.{key}": value for key, value in written_positions(config)[0].items()}
-    return {key: value for key, value in said.items() if value is not None}
-
-
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    """Add a key of the kind of number that readers look for."""
-    if isinstance(value, str):
-        writer.add_string(key, value)
-    elif isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, list):
-        writer.add_array(key, value)
-    elif isinstance(value, float) or key.endswith(_FLOATS):
-        writer.add_float32(key, float(value))
-    else:
-        writer.add_uint32(key, value)
+    return GgufFile(file, kind, len(planned.tensors), others, passed_over)
 
 
 def _announce(writer: GGUFWriter, tensor: Written) -> None:
@@ -121,17 +86,15 @@ def _announce(writer: GGUFWriter, tensor: Written) -> None:
 
 def _write(writer: GGUFWriter, file: Path, planned: FileTensors) -> None:
     """Write all, and flush it to the disk."""
-    writer.write_header_to_file(file)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    try:
-        opened = cast("list[BinaryIO]", writer.fout)[0]
+    writer.open_output_file(file)
+    with cast("list[BinaryIO]", writer.fout)[0] as opened:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
         writer.write_padding(opened, opened.tell())
         write_flushing(opened, _content(planned.tensors, writer.data_alignment))
         opened.flush()
         os.fsync(opened.fileno())
-    finally:
-        writer.close()
 
 
 def _content(tensors: list[Written], alignment: int) -> Iterator[memoryview]:
