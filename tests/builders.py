@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,25 @@ def save_adapter(model: Path, folder: Path, *, rank: int = 4, seed: int = 1, **s
         warnings.simplefilter("ignore", FutureWarning)
         get_peft_model(base, LoraConfig(r=rank, init_lora_weights=False, **settings)).save_pretrained(folder)
     return folder
+
+
+def run_card(folder: Path, **where: object) -> dict[str, Any]:
+    """Run the Python lines of the model card in a folder; return what they name.
+
+    Args:
+        folder: Where the card is, and what it calls `path/to/this/folder`.
+        where: What else is replaced in the lines, and by what.
+    """
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    found = re.search(r"^```python\n(.*?)^```$", card, re.M | re.S)
+    assert found, card
+    lines = found[1]
+    for name, place in {"path/to/this/folder": folder, "max_new_tokens=256": "max_new_tokens=8", **where}.items():
+        assert name in lines
+        lines = lines.replace(name, str(place))
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    return names
 
 
 def silent(done: int, total: int) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer
 
+from tests.builders import run_card
 from tests.cli.in_process import call
 from tests.conftest import build_llama, make_config, read_samples, write_rows
 
@@ -107,6 +109,19 @@ def test_it_is_trained_scored_and_asked_as_any_model(here, forked_dpo, tmp_path,
         assert "license: apache-2.0" in card
         assert "base_model: org/first" in card
     assert (tmp_path / "run/final/NOTICE").read_text() == "Made by somebody."
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it.
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "a checkpoint"])
+def test_the_lines_of_its_card_load_it_and_let_it_answer(here, capsys, form):
+    folder = Path(FORMS[form])
+    names = run_card(folder, **({"path/to/base": "base"} if "adapter" in form else {}))
+    assert capsys.readouterr().out.strip()
+    assert names["prompt"] == "<|im_start|>user:Why is the sky blue?<|im_end|><|im_start|>assistant:"
+    fields = ModelCard((folder / "README.md").read_text()).data.to_dict()
+    assert fields["base_model"] == "org/first"
+    assert fields["base_model_relation"] == ("adapter" if "adapter" in form else "finetune")
+    assert str(here) not in (folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -14,6 +14,7 @@ import yaml
 from dpo_cli.evaluation.details import DETAILS
 from dpo_cli.preference.metrics import PAIR_METRICS
 from dpo_cli.system.storage import verify
+from tests.builders import run_card
 from tests.conftest import build_llama, make_config, read_metrics, run_dpo, without_clock, write_rows
 from tests.marks import slow_unless
 
@@ -93,19 +94,8 @@ def test_the_model_card_states_base_data_loss_settings_and_held_out_figures(fini
 
 def test_the_lines_of_the_card_load_the_model_and_let_it_answer(finished, capsys):
     _, run, _ = finished
-    run_lines(run / "final")
+    run_card(run / "final")
     assert capsys.readouterr().out.strip()
-
-
-def run_lines(folder, **where):
-    """Run the Python lines of a folder's card; return what they name."""
-    lines = re.search(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
-    for name, place in {"path/to/this/folder": folder, "max_new_tokens=256": "max_new_tokens=8", **where}.items():
-        assert name in lines
-        lines = lines.replace(name, str(place))
-    names = {}
-    exec(lines, names)
-    return names
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it.
@@ -116,7 +106,7 @@ def test_the_card_of_an_adapter_names_its_base_and_its_own_lines_load_both(
     done = forked_dpo("train", "--config", write_config(adapter="lora", training={"max_steps": 2}))
     assert done.returncode == 0, done.stderr
     final = tmp_path / "runs/run/final"
-    names = run_lines(final, **{f"path/to/{tiny_llama.name}": tiny_llama})
+    names = run_card(final, **{f"path/to/{tiny_llama.name}": tiny_llama})
     tokens = names["tokenizer"]("Name three primes.", return_tensors="pt")["input_ids"]
     base = names["AutoModelForCausalLM"].from_pretrained(tiny_llama)
     with torch.no_grad():

@@ -36,9 +36,10 @@ from tests.faults.trials import (
 
 NEWEST = f"step-{NUM_STEPS:06d}"
 ADAPTER = {"adapter": {"rank": 4, "dropout": 0.2}}
+SAME_FILES = ("generation_config.json", *TOKENIZER_FILES)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-CHECKPOINT_FILES = (*ADAPTER_FILES, *STATE_FILES, "manifest.json", *TOKENIZER_FILES)
-FINAL_FILES = (*ADAPTER_FILES, "README.md", "manifest.json", *TOKENIZER_FILES)
+CHECKPOINT_FILES = (*ADAPTER_FILES, *STATE_FILES, "manifest.json", *SAME_FILES)
+FINAL_FILES = (*ADAPTER_FILES, "README.md", "manifest.json", *SAME_FILES)
 PLACES = {"checkpoint": ("/run/checkpoints/", "saving a checkpoint"),
           "final model": ("/run/.final", "saving the trained model")}  # fmt: skip
 """What is written, by the part of its path and by what the error calls it."""
@@ -63,7 +64,7 @@ def test_every_file_is_among_those_that_are_damaged(whole):
         assert sorted(path.name for path in folder.iterdir()) == sorted(files)
 
 
-@pytest.mark.parametrize(("file", "damage"), cases(*CHECKPOINT_FILES, same_in_every_run=TOKENIZER_FILES, few=2))
+@pytest.mark.parametrize(("file", "damage"), cases(*CHECKPOINT_FILES, same_in_every_run=SAME_FILES, few=2))
 def test_a_damaged_checkpoint_is_passed_over_by_name(tmp_path, whole, stranger, ledger, file, damage):
     trial = whole.unfinished(tmp_path / "t")
     with judged(ledger, f"damage: a file of an adapter's checkpoint, {damage}"):
@@ -80,7 +81,7 @@ def test_a_checkpoint_of_an_adapter_of_another_base_is_passed_over(tmp_path, who
         require_same(trial, whole)
 
 
-@pytest.mark.parametrize(("file", "damage"), cases(*FINAL_FILES, same_in_every_run=TOKENIZER_FILES, few=2))
+@pytest.mark.parametrize(("file", "damage"), cases(*FINAL_FILES, same_in_every_run=SAME_FILES, few=2))
 def test_a_damaged_trained_adapter_is_an_error_or_saved_again(tmp_path, whole, stranger, ledger, file, damage):
     trial = whole.another(tmp_path / "t", "run", "cache")
     with judged(ledger, f"damage: the trained adapter's file, {damage}"):
