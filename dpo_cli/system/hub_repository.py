@@ -112,9 +112,11 @@ def silent_library(say: Callable[[str], None], *, bars: bool) -> Iterator[None]:
         say: Is told its warnings.
         bars: Whether its progress bars are shown.
     """
+    # It configures its logger when this is imported.
+    from huggingface_hub.utils.logging import get_logger
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    logger, handler = logging.getLogger("huggingface_hub"), _Handler(say)
+    logger, handler = get_logger("huggingface_hub"), _Handler(say)
     before, propagate = logger.handlers, logger.propagate
     logger.handlers, logger.propagate = [handler], False
     shown = not are_progress_bars_disabled()
@@ -281,16 +283,21 @@ def refusals(where: str, doing: str, hint: str | None = None) -> Iterator[None]:
 
 def _reason(error: BaseException) -> tuple[int | None, str]:
     """Return the status that the Hub answered with, if it did, and its own words, or the library's."""
-    seen: BaseException | None = error
-    while seen is not None:
-        response = getattr(seen, "response", None)
-        if response is not None:
-            status = int(response.status_code)
-            said = getattr(seen, "server_message", None) or response.reason_phrase
-            return status, f"status {status}, {unsigned(' '.join(str(said).split()))}"
-        error, seen = seen, seen.__cause__
-    words = " ".join(unsigned(str(error)).split())
-    return None, words or type(error).__name__
+    chain = list(_chain(error))
+    responses = [response for one in chain if (response := getattr(one, "response", None)) is not None]
+    if not responses:
+        words = " ".join(unsigned(str(error)).split())
+        return None, words or type(error).__name__
+    said = next(filter(None, (getattr(one, "server_message", None) for one in chain)), responses[0].reason_phrase)
+    status = int(responses[0].status_code)
+    return status, f"status {status}, {unsigned(' '.join(str(said).split()))}"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _advice(status: int | None) -> str:
@@ -298,7 +305,7 @@ def _advice(status: int | None) -> str:
     if status is None or status >= 500 or status == 408:
         return "check the network, and whether the Hub works"
     return {
-        401: "check the token: `hf auth login` gets another one, and HF_TOKEN, if it is set, is used before it",
+        401: "log in again with `hf auth login`, or correct HF_TOKEN, which is used first",
         403: "check that the token may write there, and that there is room for what is sent",
         404: "check the name of the repository, and that the token may see it",
         409: "check whether the repository is there already",
