@@ -7,6 +7,7 @@ and the proof of what was written. All of it is computed in float32, whatever th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from dpo_cli.config.exporting import (
     Export,
     ForeignAdapter,
+    GgufFolder,
     PeftFolder,
     PlainModel,
     TrainedAdapter,
@@ -51,7 +53,7 @@ from dpo_cli.pipeline.model_cards import (
 )
 from dpo_cli.pipeline.models import trained_policy
 from dpo_cli.pipeline.session import Session, started
-from dpo_cli.reporting.card import ADAPTER, MERGED, MODEL, Card, model_card
+from dpo_cli.reporting.card import ADAPTER, GGUF, MERGED, MODEL, Card, model_card
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import HELD_OUT, figures_table
 from dpo_cli.system.storage import remove_strays_of
@@ -121,6 +123,7 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
             found[quantize] = Difference.between(trained.logps, written.logps).as_dict()
         details[EXPORT] = found
         card = _card(wanted, found, provenance, tokenizer)
+        card = replace(card, gguf=next((file.name for file in folder.glob("*.gguf")), ""))
         (folder / CARD).write_text(model_card(card), encoding="utf-8")
     return found
 
@@ -243,6 +246,8 @@ def _card(wanted: Export, found: Mapping[str, Any], provenance: Provenance, toke
 
 def _form(wanted: Export) -> str:
     """Name what the folder holds, as the card does."""
+    if isinstance(wanted.form, GgufFolder):
+        return GGUF
     return ADAPTER if isinstance(wanted.form, PeftFolder) else MERGED if wanted.merges else MODEL
 
 

@@ -17,7 +17,7 @@ from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.folders import tokenizers
 from dpo_cli.modeling.folders.completeness import load_complete, untied
 from dpo_cli.modeling.folders.refusals import explained
-from dpo_cli.modeling.folders.saving import logits_alone
+from dpo_cli.modeling.folders.saving import logits_alone, write_licence
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.gguf.architectures import gguf_problem
 from dpo_cli.modeling.gguf.conversion import dequantized
@@ -202,6 +202,7 @@ class AsGguf:
         policy.write_gguf(file, vocabulary, self.kind, name_for(tokenizer, self.name))
         ollama = modelfile(file.name, tokenizer, self.stops, policy.model.generation_config)
         (folder / "Modelfile").write_text(ollama, encoding="utf-8")
+        write_licence(folder, policy.model)
 
     def read(self, session: Session, folder: Path) -> Read:
         """Read the file as a model that is named in a configuration is read.

@@ -216,7 +216,8 @@ def _use(card: Card) -> Iterator[str]:
     folder = _literal(FOLDER)
     if card.gguf:
         yield _fenced("sh", _OTHERS.format(file=_shell(card.gguf), name=_ollama_name(card.name)))
-        how, folder = f", gguf_file={_literal(card.gguf)}", _literal(FOLDER)
+        yield "In transformers, which dequantizes it, if that knows GGUF files of this architecture:"
+        how = f", gguf_file={_literal(card.gguf)}"
     if card.form == ADAPTER:
         loads = _ADAPTER.format(base=_base_argument(card), folder=folder, how=how)
     else:

@@ -51,10 +51,11 @@ _OF_TOKENIZERS = re.compile(
 )
 """Files of a tokenizer, which training does not change."""
 
+_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy|acceptable_use_policy)[\w.-]*", re.IGNORECASE)
+"""Files that say what may be done with a model."""
+
 _BELONGS = re.compile(
-    rf"{_OF_TOKENIZERS.pattern}|(\w+_)?(pre)?processor_config\.json"
-    r"|(licen[cs]e|notice|copying|use_policy|acceptable_use_policy)[\w.-]*",
-    re.IGNORECASE,
+    rf"{_OF_TOKENIZERS.pattern}|(\w+_)?(pre)?processor_config\.json|{_LICENCE.pattern}", re.IGNORECASE
 )
 """Files of a model that training does not change: of tokenizer and processors, and the licence."""
 
@@ -238,6 +239,13 @@ def write_tokenizer(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedT
     _name_tokenizer(folder / _TOKENIZER, tokenizer)
     for name in (_TOKENIZER, "special_tokens_map.json"):
         _name_end(folder / name, tokenizer)
+
+
+def write_licence(folder: Path, model: PreTrainedModel) -> None:
+    """Write the licence files of a model into a folder."""
+    for name, content in origin_of(model).files.items():
+        if _LICENCE.fullmatch(name):
+            (folder / name).write_bytes(content)
 
 
 def _os_error(error: Exception) -> OSError | None:

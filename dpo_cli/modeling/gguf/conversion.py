@@ -55,6 +55,8 @@ def read_config(path: Path, content: GgufContent) -> PretrainedConfig:
         UserError: It says something that is not known here.
     """
     config: PretrainedConfig = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+    # What the file calls the model is no setting of it.
+    vars(config).pop("_model_name_or_path", None)
     settle_settings(config.get_text_config(), content)
     settle_experts(config, content)
     settle_positions(config.get_text_config(), content)

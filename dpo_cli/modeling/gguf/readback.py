@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from dpo_cli.modeling.gguf.tensors import Written
 
 _ASIDE = re.compile(
-    r"architectures|auto_map|dtype|transformers_version|_name_or_path|model_type|use_cache|initializer_range|vocab_size"
-    r"|.*(dropout|pdrop|token_id)|id2label|label2id|return_dict|output_\w+|problem_type|chunk_size_feed_forward"
+    r"architectures|auto_map|dtype|transformers_version|_(model_)?name_or_path|model_type|use_cache|initializer_range"
+    r"|vocab_size|.*(dropout|pdrop|token_id)|id2label|label2id|return_dict|output_\w+|problem_type|chunk_size_feed_forward"
     r"|is_encoder_decoder|pretraining_tp|summary_\w+|max_window_layers|_?sliding_window_pattern"
 )
 """Settings that no forward pass depends on, or that others say again."""
