@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.gguf.architectures import REFUSED, gguf_problem
+from dpo_cli.modeling.gguf.llama_cpp import available, opened
 from dpo_cli.modeling.gguf.types import GgufType
 from dpo_cli.modeling.policy import Policy
 from tests.modeling.gguf.test_reading_experts import add_words, logits, random_model
@@ -157,3 +158,22 @@ def test_the_language_model_of_a_model_for_images_and_text_is_asked() -> None:
     inner = transformers.Qwen3_5TextConfig(**KINDS["qwen3_5_text"][1])
     assert gguf_problem({"model_type": "qwen3_5", "text_config": inner.to_dict()}) is None
     assert gguf_problem({"model_type": "qwen3_5", "text_config": {**inner.to_dict(), "attention_bias": True}})
+
+
+@pytest.mark.llama_cpp
+@pytest.mark.program
+@pytest.mark.skipif(not available(), reason="the package llama-cpp-python is not installed")
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_computes_what_the_model_does(
+    tmp_path: Path, tokenizer: Any, vocabulary: Callable[[GGUFWriter], None], kind: str
+) -> None:
+    """What program and transformers read alike might be wrong alike; llama.cpp shares no line with either."""
+    policy = Policy(build(kind, len(tokenizer)))
+    policy.write_gguf(file := tmp_path / "model.gguf", vocabulary, "f32")
+    tokens = list(range(3, 63))
+    with opened(file, 128) as reader:
+        found = reader.logps(tokens[:1], tokens[1:])
+    with torch.no_grad():
+        logps = policy.model(input_ids=torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+    apart = (logps.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0] - found).abs()
+    assert apart.max() < 1e-3, apart
