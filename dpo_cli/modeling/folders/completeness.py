@@ -81,7 +81,7 @@ def check_complete(model: PreTrainedModel, report: Mapping[str, Any], folder: st
         raise _missing(missing, sorted(report["unexpected_keys"]), folder)
     if unused := sorted(name for name in report["unexpected_keys"] if not _may_be_there(model, name)):
         are = several(len(unused), "weight in the files is", "weights in the files are")
-        what = f"{are} not part of {_described(model)}: {_shown(unused)}"
+        what = f"{are} not part of {_described(model)}: {shown(unused)}"
         hint = "correct config.json if it is wrong; or load the model in transformers and save it, which drops them"
         raise UserError(what, folder, hint)
 
@@ -118,10 +118,10 @@ def _may_be_there(model: PreTrainedModel, name: str) -> bool:
 
 def _missing(missing: list[str], unused: list[str], folder: str) -> UserError:
     """Say which weights are not there, and which are in their place, under the names that a wrapper left."""
-    what = f"the weights of {several(len(missing), 'parameter')} are missing: {_shown(missing)}"
+    what = f"the weights of {several(len(missing), 'parameter')} are missing: {shown(missing)}"
     if unused:
         what += (
-            f"; {several(len(unused), 'other in the files is', 'others in the files are')} not used: {_shown(unused)}"
+            f"; {several(len(unused), 'other in the files is', 'others in the files are')} not used: {shown(unused)}"
         )
     hint = "check that the folder is complete, and that its config.json belongs to this model"
     if left := sorted({part for name in unused for part in _WRAPPER.findall(name)}):
@@ -149,5 +149,6 @@ def _described(model: PreTrainedModel) -> str:
     return f"{type(model).__name__} with {several(model.config.get_text_config().num_hidden_layers, 'layer')}"
 
 
-def _shown(names: Collection[str]) -> str:
+def shown(names: Collection[str]) -> str:
+    """Name the first few of some weights."""
     return ", ".join(list(names)[:_SHOWN]) + (" …" if len(names) > _SHOWN else "")

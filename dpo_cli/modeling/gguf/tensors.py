@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.pytorch_utils import Conv1D
@@ -151,8 +151,3 @@ def round_as_in_file(model: PreTrainedModel, kind: GgufType) -> None:
 def _turned(model: nn.Module) -> set[str]:
     """Return the names of weights that the model keeps with a column for each output."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
-
-
-def numbers_of(tensors: Mapping[str, Any]) -> int:
-    """Return how many numbers there are in tensors."""
-    return sum(int(tensor.numel()) for tensor in tensors.values())

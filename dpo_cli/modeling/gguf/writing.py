@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from dpo_cli.errors import FAILED, UserError
+from dpo_cli.modeling.folders.completeness import shown
 from dpo_cli.modeling.folders.saving import disk_refusals, origin_of
 from dpo_cli.modeling.gguf.about import add_provenance
 from dpo_cli.modeling.gguf.header import Header
@@ -17,10 +19,14 @@ from dpo_cli.modeling.gguf.readback import read_back
 from dpo_cli.modeling.gguf.tensors import FileTensors, Written
 from dpo_cli.modeling.gguf.types import GgufType, check_range, encoded
 from dpo_cli.system.storage import write_flushing
+from dpo_cli.system.text import several
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PreTrainedModel
+
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,18 @@ def write_gguf(
         _write(writer, file, planned)
     _check(file, planned.tensors)
     others = {one.name: one.kind for one in planned.tensors if len(one.shape) > 1 and one.kind != kind}
+    _warn(others, passed_over)
     return GgufFile(file, kind, len(planned.tensors), others, passed_over)
+
+
+def _warn(others: Mapping[str, GgufType], passed_over: list[str]) -> None:
+    """Say what is otherwise in the file than was asked for, and what not all programs read of it."""
+    if wide := [name for name, kind in others.items() if kind == "f16"]:
+        rows = "whose rows are no multiple of 32 numbers long"
+        _log.warning("%s %s, kept in f16: %s", several(len(wide), "weight", "weights"), rows, shown(wide))
+    if passed_over:
+        names = ", ".join(passed_over)
+        _log.warning("`from_pretrained(gguf_file=…)` of transformers does not read %s; dpo and llama.cpp do", names)
 
 
 def _announce(writer: GGUFWriter, tensor: Written) -> None:
