@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer
@@ -290,24 +291,57 @@ def _scores(words: _Words) -> dict[str, float]:
     Raises:
         Inexpressible: No scores do that.
     """
-    vocabulary, merges = words.model["vocab"], words.merges()
-    scores: dict[str, float] = {}
-    last = ""
-    for rank, (first, second) in enumerate(merges):
-        token = first + second
-        if token != last and token in scores:
-            raise Inexpressible(f"merges that make `{token}` sooner or later than others by its parts")
-        scores.setdefault(token, -float(rank))
-        last = token
-    listed = set(merges)
+    merges = words.merges()
     apart = {*_BYTES, *(one["content"] for one in words.added.values())}
-    plain = {token: place for token, place in vocabulary.items() if token not in apart}
+    plain = {token: place for token, place in words.model["vocab"].items() if token not in apart}
+    listed = set(merges)
     for first, second in pairs_of(plain, plain):
         if (first, second) not in listed:
             raise Inexpressible(
                 f"merges that never join `{first}` and `{second}`, though `{first + second}` is a token"
             )
+    ranked = list(_together([first + second for first, second in merges]))
+    scores = {token: -float(rank) for rank, together in ranked for token in together}
+    for _, together in ranked:
+        if len(together) > 1 and not _same_runs(words, together, scores):
+            raise Inexpressible(f"merges that make `{min(together)}` before and after `{max(together)}`")
     return scores
+
+
+def _together(made: Sequence[str]) -> Iterator[tuple[int, set[str]]]:
+    """Yield what merges make, in their order: one token at a time, or several that are made in turns."""
+    last = {token: rank for rank, token in enumerate(made)}
+    start = 0
+    while start < len(made):
+        end, rank, together = last[made[start]], start, set()
+        while rank <= end:
+            together.add(made[rank])
+            end = max(end, last[made[rank]])
+            rank += 1
+        yield start, together
+        start = rank
+
+
+def _same_runs(words: _Words, tokens: Collection[str], scores: Mapping[str, float]) -> bool:
+    """Tell whether tokens are runs of one character, and scores make of every run what the merges make of it."""
+    letters = {*"".join(tokens)}
+    if len(letters) > 1:
+        return False
+    engine = Tokenizer.from_str(json.dumps({**words.whole, "post_processor": None}))
+    runs = ("".join(letters) * length for length in range(2, 4 * max(map(len, tokens))))
+    return all([one.value for one in engine.model.tokenize(run)] == _merged(run, scores) for run in runs)
+
+
+def _merged(text: str, scores: Mapping[str, float]) -> list[str]:
+    """Return the tokens of a text where the token with the best score is made first, of the leftmost parts."""
+    parts = list(text)
+    while True:
+        pairs = [(scores.get(first + second), -place) for place, (first, second) in enumerate(pairwise(parts))]
+        known = [(score, place) for score, place in pairs if score is not None]
+        if not known:
+            return parts
+        place = -max(known)[1]
+        parts[place : place + 2] = ["".join(parts[place : place + 2])]
 
 
 def _listed(words: _Words, kind: Callable[[str], int]) -> tuple[list[str], list[int]]:

@@ -92,7 +92,7 @@ BYTE_LEVEL: dict[str, tuple[Any, Any, bool]] = {
 }  # fmt: skip
 """By family: normalizer, pre-tokenizer, and whether words of the vocabulary are taken whole."""
 
-FAMILIES = (*BYTE_LEVEL, "Llama 2", "Mistral v0.3", "Gemma", "Phi-3")
+FAMILIES = (*BYTE_LEVEL, "Llama 2", "Mistral v0.1", "Mistral v0.3", "Gemma", "Phi-3")
 
 
 @functools.cache
@@ -100,7 +100,8 @@ def family(name: str) -> Any:
     """Return a tokenizer of a family, with its chat template."""
     if name in BYTE_LEVEL:
         return byte_level(*BYTE_LEVEL[name])
-    return {"Llama 2": llama_2, "Mistral v0.3": mistral, "Gemma": gemma, "Phi-3": phi_3}[name]()
+    made = {"Llama 2": llama_2, "Mistral v0.1": mistral_of_equals, "Mistral v0.3": mistral, "Gemma": gemma}
+    return {**made, "Phi-3": phi_3}[name]()
 
 
 def byte_level(normalizer: Any, pre_tokenizer: Any, whole_words: bool = False, size: int = 900) -> Any:
@@ -127,10 +128,18 @@ def llama_2(**settings: Any) -> Any:
     return tokenizer
 
 
-def mistral(chat_template: str | None = LLAMA_2, **settings: Any) -> Any:
+def mistral(chat_template: str | None = LLAMA_2, vocabulary: Any = None) -> Any:
     """A tokenizer that puts a space before the text as a whole, if it begins with a word."""
-    vocabulary, merges = pieces(("<unk>", "<s>", "</s>"))
-    return LlamaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True, chat_template=chat_template, **settings)
+    tokens, merges = vocabulary or pieces(("<unk>", "<s>", "</s>"))
+    return LlamaTokenizer(vocab=tokens, merges=merges, add_bos_token=True, chat_template=chat_template)
+
+
+def mistral_of_equals() -> Any:
+    """Llama 2's with runs of spaces that have the same score, the least of all: their merges are made in turns."""
+    vocabulary, _ = pieces(("<unk>", "<s>", "</s>"))
+    scores = {token: -1e9 if set(token) == {"▁"} else -float(place) for token, place in vocabulary.items()}
+    merges = generate_merges(vocabulary, scores, skip_tokens=[*vocabulary][: 3 + 256])
+    return llama_2(vocabulary=(vocabulary, merges))
 
 
 def gemma() -> Any:
