@@ -166,8 +166,8 @@ def _as_batch(
 ) -> PairBatch:
     """Name the response tokens; `places` says where each sequence's tokens are among the hidden states."""
     sequences = _sequences_of(pairs)
-    scored = [_scored(len(pair.chosen), pair.chosen_gaps) for pair in pairs]
-    scored += [_scored(len(pair.rejected), pair.rejected_gaps) for pair in pairs]
+    scored = [scored_tokens(len(pair.chosen), pair.chosen_gaps) for pair in pairs]
+    scored += [scored_tokens(len(pair.rejected), pair.rejected_gaps) for pair in pairs]
     positions, targets = [], []
     for (prompt, response), place, which in zip(sequences, places, scored, strict=True):
         # A hidden state predicts the token after it.
@@ -188,7 +188,7 @@ def _as_batch(
     )
 
 
-def _scored(length: int, gaps: Gaps | None) -> slice | np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def scored_tokens(length: int, gaps: Gaps | None) -> slice | np.ndarray[tuple[int], np.dtype[np.bool_]]:
     """Return which tokens of a response are scored: all, or those outside its gaps."""
     if gaps is None:
         return slice(None)

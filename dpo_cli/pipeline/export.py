@@ -28,10 +28,21 @@ from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
 from dpo_cli.modeling.folders.provenance import CARD, Provenance
 from dpo_cli.modeling.folders.saving import saved_folder, warn_of_ignored
+from dpo_cli.modeling.gguf.llama_cpp import available
 from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import Facts
-from dpo_cli.pipeline.export_forms import Read, Written, check_form, written_as
+from dpo_cli.pipeline.export_forms import AsGguf, Read, Written, check_form, written_as
+from dpo_cli.pipeline.export_llama_cpp import (
+    ACTIVATIONS,
+    ANSWERS_BESIDE,
+    LLAMA_CPP,
+    MISSING,
+    READERS,
+    ByLlamaCpp,
+    ByTransformers,
+    read_by_llama_cpp,
+)
 from dpo_cli.pipeline.export_proof import (
     NOTHING_WRITTEN,
     Proof,
@@ -108,6 +119,7 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         del policy
         read = _read(alone(session), form, folder, wanted)
         written, exactness = _proved(read, proof, facts, rounded, form, wanted)
+        by_llama_cpp = _by_llama_cpp(session, ByTransformers(read.policy, written, facts), proof, form, folder, wanted)
         found = {
             **({f"adapter on {quantize}": trained.figures} if wanted.merges and quantize else {}),
             "scored": proof.scored,
@@ -118,6 +130,7 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
             "rounding": rounding.as_dict(),
             "exactness": exactness.as_dict(),
             "answers": {"compared": len(written.answers), "alike": num_alike(source, written)},
+            **(by_llama_cpp.beside(source) if by_llama_cpp else {}),
         }
         if wanted.merges and quantize:
             found[quantize] = Difference.between(trained.logps, written.logps).as_dict()
@@ -155,6 +168,22 @@ def _proved(
     exactness = check_alike(rounded, written, _what_differs(wanted, form), where)
     check_answers(rounded, written, read.policy, proof, facts.stops, where)
     return written, exactness
+
+
+def _by_llama_cpp(
+    session: Session, by_transformers: ByTransformers, proof: Proof, form: Written, folder: Path, wanted: Export
+) -> ByLlamaCpp | None:
+    """Let llama.cpp read a GGUF file, where it is installed.
+
+    Raises:
+        UserError: It cannot read the file, or reads another model from it.
+    """
+    if not isinstance(form, AsGguf):
+        return None
+    if not available():
+        session.console.notice(MISSING)
+        return None
+    return read_by_llama_cpp(form.file(folder), form.kind, by_transformers, proof, session.console, f"--to {wanted.to}")
 
 
 def _ready(
@@ -208,6 +237,9 @@ def _differences(found: Mapping[str, Any]) -> dict[str, str]:
     names = {
         "difference": f"exported against {source}",
         "rounding": f"of the weights to {found['weights']}, alone",
+        LLAMA_CPP: f"exported, as llama.cpp reads it, against {source}",
+        READERS: "llama.cpp against transformers, of the same file",
+        ACTIVATIONS: "of activations that are rounded as llama.cpp does, alone",
         **{name: f"exported against the adapter on the {name} base" for name in QUANTIZED},
     }
     compared = {name: Difference(**found[name]) for name in names if name in found}
@@ -266,6 +298,8 @@ def _show(found: Mapping[str, Any], to: Path, console: Console) -> None:
         console.result("")
     answers = found["answers"]
     said = f"{answers['alike']} of {several(answers['compared'], 'greedy answer is', 'greedy answers are')} the same"
+    if beside := found.get(ANSWERS_BESIDE):
+        said += f"; of llama.cpp and transformers {beside['alike']} of {beside['compared']}"
     lines = {
         **_differences(found),
         **({"answers": said} if answers["compared"] else {}),

@@ -198,7 +198,7 @@ class AsGguf:
         def vocabulary(writer: Any) -> None:
             add_vocabulary(writer, tokenizer, policy.vocabulary, self.stops)
 
-        file = self._file(folder)
+        file = self.file(folder)
         policy.write_gguf(file, vocabulary, self.kind, name_for(tokenizer, self.name))
         ollama = modelfile(file.name, tokenizer, self.stops, policy.model.generation_config)
         (folder / "Modelfile").write_text(ollama, encoding="utf-8")
@@ -210,12 +210,13 @@ class AsGguf:
         Raises:
             UserError: It cannot be read.
         """
-        file = self._file(folder)
+        file = self.file(folder)
         policy = Policy(dequantized(file).to(session.accelerator.device))
         named = str(file)
         return Read(policy, tokenizers.load_tokenizer(named), tokenizers.generation_config(named))
 
-    def _file(self, folder: Path) -> Path:
+    def file(self, folder: Path) -> Path:
+        """Return the file in a folder."""
         name = re.sub(r"[^\w.-]+", "-", self.name)
         return folder / f"{name}-{self.kind.upper()}.gguf"
 

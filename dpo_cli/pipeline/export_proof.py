@@ -20,7 +20,7 @@ from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference, Listener
 from dpo_cli.evaluation.figures import figures
 from dpo_cli.evaluation.samples import Limits, answered
-from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.batch import Batches, scored_tokens
 from dpo_cli.modeling.folders.model_files import most_tokens
 from dpo_cli.modeling.generation import Answer, room
 from dpo_cli.modeling.policy import Policy
@@ -41,7 +41,10 @@ NOTHING_WRITTEN = "nothing was written; update PEFT and transformers to versions
 ANSWERS = 10
 """How many prompts are answered."""
 
-_ANSWER_TOKENS, _BATCH_TOKENS = 48, 8192
+ANSWER_TOKENS = 48
+"""The most tokens of an answer."""
+
+_BATCH_TOKENS = 8192
 _ROWS, _TOKENS = 8, 64
 
 
@@ -60,6 +63,21 @@ class Said:
     logps: dict[int, Tensor]
     far: Tensor
     answers: Sequence[Answer] = ()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A response behind a prompt.
+
+    Attributes:
+        prompt: The tokens of the prompt.
+        response: Those of the response.
+        tokens: Which of those are scored.
+    """
+
+    prompt: list[int]
+    response: list[int]
+    tokens: slice | NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,17 @@ class OnPairs:
         results = scored(self.session, listener, self.reference, self.batches, self.pairs, what, f"scoring {what}")
         return figures(results), listener.logps
 
+    def sequences(self, policy: Policy) -> dict[int, list[Scored]]:
+        """Return what is scored, by pair."""
+        found = {}
+        for index in map(int, self.pairs):
+            pair = self.batches.pairs[index]
+            sides = ((pair.chosen, pair.chosen_gaps), (pair.rejected, pair.rejected_gaps))
+            found[index] = [
+                Scored(pair.prompt.tolist(), side.tolist(), scored_tokens(len(side), gaps)) for side, gaps in sides
+            ]
+        return found
+
     def texts(self, tokenizer: Any) -> list[str]:
         """Return the texts of some pairs."""
         some = [self.batches.pairs[int(index)] for index in self.pairs[:ANSWERS]]
@@ -115,10 +144,17 @@ class OnTokens:
 
     def logps(self, policy: Policy, what: str) -> tuple[dict[str, Any], dict[int, Tensor]]:
         """Score each token by those before it."""
-        length = min(_TOKENS, most_tokens(policy.model.config) or _TOKENS)
-        self.session.console.notice(f"scoring {what}: {_ROWS * (length - 1)} made-up tokens")
+        tokens = self._tokens(policy)
+        self.session.console.notice(f"scoring {what}: {len(tokens) * (tokens.shape[1] - 1)} made-up tokens")
         policy.place(self.session.accelerator, trained=False)
-        return {}, {0: _token_logps(policy, _made_up(policy, _ROWS, length))}
+        return {}, {0: _token_logps(policy, tokens)}
+
+    def sequences(self, policy: Policy) -> dict[int, list[Scored]]:
+        """Return what is scored."""
+        return {0: [Scored(row[:1], row[1:], slice(None)) for row in self._tokens(policy).tolist()]}
+
+    def _tokens(self, policy: Policy) -> Tensor:
+        return _made_up(policy, _ROWS, min(_TOKENS, most_tokens(policy.model.config) or _TOKENS))
 
     def texts(self, tokenizer: Any) -> list[str]:
         """Return the texts of the prompts."""
@@ -148,8 +184,8 @@ def _answers(proof: Proof, policy: Policy, what: str, stops: Collection[int]) ->
     session, prompts = proof.session, [one for one in proof.prompts if room(policy, one, 1)]
     if not policy.model.can_generate():
         return []
-    with session.console.progress(f"answers of {what}", len(prompts), "prompts") as progress:
-        limits = Limits(_ANSWER_TOKENS, _BATCH_TOKENS)
+    with session.console.progress(f"answers of {what}", len(prompts), "prompt") as progress:
+        limits = Limits(ANSWER_TOKENS, _BATCH_TOKENS)
         return answered(policy, prompts, stops, limits, session.accelerator, progress)
 
 
@@ -229,14 +265,14 @@ def check_answers(ours: Said, theirs: Said, reader: Policy, proof: Proof, stops:
     """
     prompts = [one for one in proof.prompts if room(reader, one, 1)]
     for number, (prompt, one, other) in enumerate(zip(prompts, ours.answers, theirs.answers, strict=False), 1):
-        if one != other and (gap := _gap(reader, prompt, one, other, stops)) > TIE:
+        if one != other and (gap := first_gap(reader, prompt, one, other, stops)) > TIE:
             same = _same(one, other)
             told = f"answer {number} is another from token {same + 1} on, where {gap:.1e} nats are between both"
             raise UserError(f"what was written is not what was exported: {told}", where, NOTHING_WRITTEN, status=FAILED)
 
 
 @torch.no_grad()
-def _gap(policy: Policy, prompt: Sequence[int], one: Answer, other: Answer, stops: Collection[int]) -> float:
+def first_gap(policy: Policy, prompt: Sequence[int], one: Answer, other: Answer, stops: Collection[int]) -> float:
     """Return how far apart a policy has the two tokens at which answers part."""
     same = _same(one, other)
     tokens = torch.tensor([[*prompt, *one.tokens[:same]]], device=policy.model.device)
