@@ -21,7 +21,8 @@ from torch import Tensor
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.generation import Answer
 
-_WORKER = "dpo_cli.modeling.gguf.llama_worker"
+WORKER = "dpo_cli.modeling.gguf.llama_worker"
+"""The program of that process."""
 
 _REASONS = ("error", "assert", "failed", "invalid")
 """Words of the lines in which llama.cpp says why it gave up; the first of them says most."""
@@ -114,7 +115,7 @@ def opened(file: Path, positions: int) -> Iterator[LlamaCpp]:
     # Threads that wait in a loop would keep others of a busy machine from their cores, and so those that they wait for.
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_WAIT_POLICY": "passive"}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        command = [sys.executable, "-P", "-m", _WORKER]
+        command = [sys.executable, "-P", "-m", WORKER]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, stderr=log, env=environment) as worker:
             try:
