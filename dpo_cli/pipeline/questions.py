@@ -14,7 +14,7 @@ from typing import Any
 from dpo_cli.config import Config
 from dpo_cli.config.inputs import held_out_sources
 from dpo_cli.data.pairs.prompts import Prompt
-from dpo_cli.data.pairs.sources import as_sources
+from dpo_cli.data.pairs.sources import Source, as_sources
 from dpo_cli.data.prepared.folder import PreparedPairs, is_prepared
 from dpo_cli.data.prepared.writing import read_again
 from dpo_cli.data.records import BadRow, Message, Pair, TokenizedPair
@@ -81,6 +81,23 @@ class Questions:
             indices = range(len(pairs))
         return Sampling.of(pairs, indices, own.tokenizer, settings, self.limits)
 
+    def as_read(self) -> list[str] | None:
+        """Return the prompts as a person reads them; None where that is seen by what all of them begin and end with."""
+        if self.given is not None:
+            return [_turns(one.messages) for one in self.given]
+        if len(self.indices) > 1 or self._are_tokens_alone:
+            return None
+        return [_turns(pair.prompt) for pair in self._read_again()]
+
+    @property
+    def _are_tokens_alone(self) -> bool:
+        """Whether held-out pairs are on this disk as tokens alone."""
+        return any(is_prepared(source.path) for source in self._sources)
+
+    @property
+    def _sources(self) -> list[Source]:
+        return [*as_sources(self.config.data.train), *held_out_sources(self.config)]
+
     def _own(self, name: str) -> PairTokenizer:
         """Return the tokenizer of a model and the template that it is asked with."""
         model, tokenizer = self.config.model, self.tokenize.tokenizer
@@ -100,14 +117,21 @@ class Questions:
         """
         if self.given is not None:
             return [Pair(one.messages, *_ANSWERS, one.origin, arguments=one.arguments) for one in self.given]
-        config = self.config
-        sources = [*as_sources(config.data.train), *held_out_sources(config)]
-        if any(is_prepared(source.path) for source in sources):
+        if self._are_tokens_alone:
             what = f"`{name}` has another tokenizer or template than the held-out pairs, which are a prepared folder"
             raise UserError(what, f"--model {name}", "name prompts with --prompts, or data that is not prepared")
+        return self._read_again()
+
+    def _read_again(self) -> list[Pair]:
+        """Read held-out pairs again, as messages."""
         origins = [self.pairs[index].origin for index in self.indices]
-        found = read_again(sources, reading_of(config), set(origins))
+        found = read_again(self._sources, reading_of(self.config), set(origins))
         return [found[origin] for origin in origins]
+
+
+def _turns(messages: Sequence[Message]) -> str:
+    """Write a conversation as a person reads it: the user's turns, and others with whose turn they are."""
+    return "\n".join(turn.text if turn.role == "user" else f"{turn.role}: {turn.text}" for turn in messages)
 
 
 def _same_vocabulary(one: Any, other: Any) -> bool:

@@ -70,12 +70,13 @@ def sample(
         check_job(session, asked, {**own, **{f"--model {name}": name for name in models}})
         with session.accelerator.main_process_first():
             questions = Questions.of(config, console, limits, prompts, count or config.evaluation.samples or _FEW)
+            as_read = questions.as_read()
         answers = _answers(session, named, questions)
     if prompts is not None:
         # There are no responses in the data.
         answers = [[row | {"chosen": None, "chosen_tokens": None} for row in rows] for rows in answers]
     by_prompt = list(zip(*answers, strict=True))
-    shown = with_bare_prompts(by_prompt, None if prompts is None else list(map(_as_read, prompts)))
+    shown = with_bare_prompts(by_prompt, as_read)
     if json_file == STANDARD_OUTPUT:
         console.result(_lines(by_prompt).rstrip("\n"))
     else:
@@ -83,12 +84,6 @@ def sample(
     if is_main_process():
         _write(by_prompt, shown, limits, console, json_file, page)
     return [row for rows in by_prompt for row in rows]
-
-
-def _as_read(prompt: Prompt) -> str:
-    """Return a prompt as a person reads it: the user's turn, and others with whose turn they are."""
-    turns = prompt.messages
-    return "\n".join(turn.text if turn.role == "user" else f"{turn.role}: {turn.text}" for turn in turns)
 
 
 def _own(config: Config) -> dict[str, tuple[str, str | None]]:

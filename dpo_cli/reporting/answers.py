@@ -25,6 +25,9 @@ _NARROWEST_COLUMN, _PIPE_WIDTH = 34, 1000
 _SIGNS = "\n<["
 """What a template may begin with behind a prompt."""
 
+_WITH_TEMPLATE, _OF_TEMPLATES = "(with what the template writes) ", ("<", "[", "###")
+"""What is said before a prompt that is shown with its template, and by what one knows that there may be one."""
+
 _INDENT, _PROMPT_LINES = 2, 8
 _STYLES, _MARKS = ("red", "green"), (("[-", "-]"), ("{+", "+}"))
 """How a difference looks in the first answer and in others: with colours, and without."""
@@ -90,9 +93,12 @@ def with_bare_prompts(prompts: Sequence[Sequence[Row]], known: Sequence[str] | N
 
 
 def bare_prompts(texts: Sequence[str]) -> list[str]:
-    """Leave out of prompts the lines that all of them begin with, and what the template writes at the end of all."""
+    """Leave out of prompts the lines that all of them begin with, and what the template writes at the end of all.
+
+    Of one prompt alone nobody knows what the template wrote; where there may be something, that is said before it.
+    """
     if len(set(texts)) < 2:
-        return list(texts)
+        return [f"{_WITH_TEMPLATE}{text}" if any(sign in text for sign in _OF_TEMPLATES) else text for text in texts]
     start = _common_start(texts).rfind("\n") + 1
     rest = [text[start:] for text in texts]
     tail = _common_start([text[::-1] for text in rest])[::-1]

@@ -165,6 +165,22 @@ def test_a_model_with_another_tokenizer_reads_the_same_prompts_by_its_own(here, 
         assert other["answer"] == own_answer("stranger", question)
 
 
+def test_one_prompt_is_shown_as_a_person_reads_it(here, capsys, demo_rows):
+    """Of several, what all begin and end with is the template; of one, the data says what it is."""
+    alone = f"sample run.yaml {CUT_OFF} --count 1 --page one.html"
+    assert call(alone) == 0
+    where, *lines = capsys.readouterr().out.splitlines()
+    row = demo_rows[int(where.rpartition(":")[2]) - 1]
+    assert lines[0] == f"  {row['instruction']}"
+    page = Path("one.html").read_text(encoding="utf-8")
+    for said in ("\n".join(lines), page):
+        assert "<|im_start|>" not in said and "im_start" not in said
+    # Prepared pairs are tokens, of which nobody knows where the template ends.
+    assert call("prepare-data --config run.yaml data.eval=null --out tokens --report checked") == 0
+    assert call(f"{alone} data.train=tokens") == 0
+    assert "  (with what the template writes) <|im_start|>user" in capsys.readouterr().out
+
+
 def test_held_out_pairs_that_are_tokens_alone_are_not_for_another_tokenizer(here, capsys, stranger):
     assert call("prepare-data --config run.yaml data.eval=null --out prepared --report report") == 0
     assert len(asked(capsys, "data.train=prepared --model runs/run/final --count 1")) == 1

@@ -113,7 +113,9 @@ CHATML, PLAIN = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "### 
 @pytest.mark.parametrize("template", [CHATML, PLAIN])
 @pytest.mark.parametrize("asked", [["What is 1?", "What is 2?"], ["Why?", "Why not?", "a\nb?"], ["One.", "One."]])
 def test_of_prompts_what_the_template_writes_around_all_of_them_is_left_out(template, asked):
-    """One prompt, or the same twice, tells nothing of the template and is shown whole."""
+    """One prompt, or the same twice, tells nothing of the template and is shown whole, marked as what it is."""
     texts = [template.format(text) for text in asked]
-    assert bare_prompts(texts) == ([f"…{text}" for text in asked] if len(set(asked)) > 1 else texts)
-    assert bare_prompts(texts[:1]) == texts[:1]
+    whole = [f"(with what the template writes) {text}" for text in texts]
+    assert bare_prompts(texts) == ([f"…{text}" for text in asked] if len(set(asked)) > 1 else whole)
+    assert bare_prompts(texts[:1]) == whole[:1]
+    assert bare_prompts(asked[:1]) == asked[:1]
