@@ -140,7 +140,7 @@ def test_a_script_that_is_not_the_pages_own_does_not_run(browser, pages, tmp_pat
     )
     (tmp_path / "changed.html").write_text(text, encoding="utf-8")
     browser.open(tmp_path / "changed.html")
-    assert browser.ask("document.title") == "Run run"
+    assert browser.ask("document.title") == "Report of run"
 
 
 @pytest.mark.parametrize("width", [360, 800, 1600])
