@@ -57,6 +57,7 @@ from dpo_cli.pipeline.export_sources import alone, give_adapter, in_float32, ope
 from dpo_cli.pipeline.model_cards import (
     card_of_run,
     changes_of,
+    digest_of_base,
     measured,
     provenance_of_run,
     shown_versions,
@@ -126,6 +127,7 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
             called.removeprefix("the "): source.figures,
             "exported": written.figures,
             "weights": str(form),
+            "reader": form.reader,
             "difference": Difference.between(source.logps, written.logps).as_dict(),
             "rounding": rounding.as_dict(),
             "exactness": exactness.as_dict(),
@@ -263,6 +265,7 @@ def _card(wanted: Export, found: Mapping[str, Any], provenance: Provenance, toke
         return Card(source.name, base=config.model.name, facts=facts, chats=chats, **kept)
     step = step_of_model(config, source.run, source.folder)
     facts = {
+        **digest_of_base(beginning_of(source.folder)),
         **({"optimizer steps": step} if step else {}),
         **({"adapter": f"{config.adapter.type}, merged in float32"} if wanted.merges and config.adapter else {}),
         "weights": found["weights"],
@@ -287,7 +290,12 @@ def _checked(found: Mapping[str, Any]) -> dict[str, str]:
     """Say what was compared of what was written, and how far apart it was."""
     answers = found["answers"]
     said = {"answers": f"{answers['alike']} of {answers['compared']} greedy answers are the same"}
-    return {"on": found["scored"], **_differences(found), **(said if answers["compared"] else {})}
+    return {
+        "on": found["scored"],
+        "read by": found["reader"],
+        **_differences(found),
+        **(said if answers["compared"] else {}),
+    }
 
 
 def _show(found: Mapping[str, Any], to: Path, console: Console) -> None:

@@ -75,6 +75,11 @@ def provenance_of_run(config: Config, run: RunFolder, *, complete: bool) -> Prov
     return provenance_of(run.final)
 
 
+def digest_of_base(fingerprints: Mapping[str, str]) -> dict[str, str]:
+    """Return the digest of the weights of a run's base, as a fact, where it is known."""
+    return {"digest of the base": fingerprints["model"][:24]} if "model" in fingerprints else {}
+
+
 def shown_versions() -> str:
     """Name the versions of Python and of the packages that affect results."""
     return ", ".join(f"{name} {version}" for name, version in versions().items())

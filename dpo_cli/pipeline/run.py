@@ -24,7 +24,7 @@ from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline.diagnosis import Diagnosis
 from dpo_cli.pipeline.evaluate import scored
 from dpo_cli.pipeline.memory import without_gradient
-from dpo_cli.pipeline.model_cards import card_of_run, changes_of
+from dpo_cli.pipeline.model_cards import card_of_run, changes_of, digest_of_base
 from dpo_cli.pipeline.pairs import named_pairs
 from dpo_cli.pipeline.plan import PlannedRun
 from dpo_cli.pipeline.report import report_at_end
@@ -271,6 +271,7 @@ def save_final(run: Run, outcome: Outcome) -> None:
         return
     rounded = types is not None and types.rounds
     facts = {
+        **digest_of_base(run.fingerprints),
         "optimizer steps": outcome.step,
         **({"selected": outcome.described} if outcome.by else {}),
         **({"weights": f"{types}, rounded from float32 after the figures were measured"} if rounded else {}),

@@ -139,10 +139,7 @@ def model_card(card: Card) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-_CHECKED = (
-    "What was written was read again by the program that it is for, and compared with the model that it was made from, "
-    "in float32:"
-)
+_CHECKED = "What was written was read again, and compared with the model that it was made from, in float32:"
 
 
 def _front(card: Card) -> dict[str, Any]:
@@ -216,7 +213,10 @@ def _use(card: Card) -> Iterator[str]:
     folder = _literal(FOLDER)
     if card.gguf:
         yield _fenced("sh", _OTHERS.format(file=_shell(card.gguf), name=_ollama_name(card.name)))
-        yield "In transformers, which dequantizes it, if that knows GGUF files of this architecture:"
+        yield (
+            "transformers dequantizes it; of some architectures and tokenizers it does not read such files, or not as "
+            "llama.cpp does:"
+        )
         how = f", gguf_file={_literal(card.gguf)}"
     if card.form == ADAPTER:
         loads = _ADAPTER.format(base=_base_argument(card), folder=folder, how=how)
@@ -283,7 +283,7 @@ def _figures(card: Card) -> list[str]:
     for figure in FIGURES:
         cells = [figure.cell(figures) for figures in card.columns.values()]
         shown[figure.title.strip()] = [*cells, *([_change(card.changes.get(figure.key))] if card.changes else [])]
-    columns = [*card.columns, *(["change (95 % interval)"] if card.changes else [])]
+    columns = [*card.columns, *(["change by training (95 % interval)"] if card.changes else [])]
     return [f"## {title}", _table(shown, columns)]
 
 
