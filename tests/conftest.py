@@ -24,6 +24,7 @@ import yaml
 from dpo_cli.modeling.allocator import hand_back_freed_memory, return_freed_memory
 from tests.faults.ledger import PROPERTY, table
 from tests.faults.zygote import Zygote
+from tests.publishing import exported, exported_once, hub, hub_server  # noqa: F401
 from tests.surroundings import move_out_of_home, stamped_files
 from tests.waiting import PATIENCE
 

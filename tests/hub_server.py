@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fnmatch
 import hashlib
 import http.server
+import io
 import json
 import re
 import socket
@@ -98,6 +100,7 @@ class Fault:
     body: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     after_bytes: int | None = None
+    loses: bool = False
     reached: threading.Event = field(default_factory=threading.Event)
     released: threading.Event | None = None
 
@@ -151,6 +154,10 @@ class HubServer:
     def cut(self, pattern: str, after_bytes: int = 0, times: int = 1) -> Fault:
         """Close the connection after so many bytes of a request's body."""
         return self._set(Fault(pattern, times, after_bytes=after_bytes))
+
+    def lose(self, pattern: str) -> Fault:
+        """Do what a request asks for, and close the connection without an answer."""
+        return self._set(Fault(pattern, 1, loses=True))
 
     def hold(self, pattern: str, after_bytes: int = 0) -> Fault:
         """Wait within a request's body until the fault is `released`; `reached` says that it waits."""
@@ -235,7 +242,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if fault and fault.status:
                 self._answer(fault.status, fault.body.encode(), fault.headers)
                 return
+            if fault and fault.loses:
+                self.wfile = io.BytesIO()
             self._route(path, body)
+            if fault and fault.loses:
+                raise _Broken
         except _Refusal as refusal:
             said = {"X-Error-Message": refusal.message, **({"X-Error-Code": refusal.code} if refusal.code else {})}
             self._answer(refusal.status, json.dumps({"error": refusal.message}).encode(), said)
@@ -419,7 +430,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         for file in files:
             known = repo.files.get(file["path"])
             large = bool(_LARGE.search(file["path"])) or file["size"] > 10 * 2**20
-            answer = {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
+            ignored = repo.files[".gitignore"].content.decode().split() if ".gitignore" in repo.files else []
+            answer = {
+                "path": file["path"],
+                "uploadMode": "lfs" if large else "regular",
+                "shouldIgnore": any(fnmatch.fnmatch(file["path"], pattern) for pattern in ignored),
+            }
             answers.append({**answer, **({"oid": known.oid} if known else {})})
         self._json({"files": answers})
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config.publishing import Publishing
-from dpo_cli.errors import UserError, raise_all
+from dpo_cli.errors import FAILED, UserError, raise_all
 from dpo_cli.pipeline.published_texts import local_texts
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.secrets import cover
@@ -33,9 +33,10 @@ from dpo_cli.system.hub_repository import (
     silent_library,
 )
 from dpo_cli.system.storage import MANIFEST, DamagedFolder, file_digest, manifest_bytes, verify
+from dpo_cli.system.text import several
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
 _OF_THE_HUB = {".gitattributes", CARD, MANIFEST}
 """Files that say nothing of whose model a repository has."""
@@ -245,7 +246,7 @@ def _list(plan: Plan, repository: Repository, asked: Publishing, others: list[st
     lines += [("left alone", name, repository.files[name].size) for name in plan.kept]
     _print_files(lines, console)
     total = sum(file.size for file in plan.sent)
-    console.result(f"{len(plan.sent)} files to send, {readable_bytes(total)}")
+    console.result(f"{several(len(plan.sent), 'file')} to send, {readable_bytes(total)}")
     _name_others(others, console)
     if repository.exists and repository.private and asked.public:
         console.warning(f"`{asked.repo}` exists and stays private: `--public` is for new repositories")
@@ -260,7 +261,8 @@ def _list_unasked(
     console.block()
     console.result(f"repository  {asked.repo} ({'public' if asked.public else 'private'}, if it is new)")
     _print_files([("sent", file.name, file.size) for file in files], console)
-    console.result(f"{len(files)} files to send at most, {readable_bytes(sum(file.size for file in files))}")
+    total = sum(file.size for file in files)
+    console.result(f"{several(len(files), 'file')} to send at most, {readable_bytes(total)}")
     _name_others(others, console)
     console.warning(f"the repository was not looked at: {reason.what}")
     console.result("nothing was sent: this is a dry run")
@@ -286,23 +288,16 @@ def _send(api: HfApi, plan: Plan, repository: Repository, asked: Publishing, con
     Raises:
         UserError: The Hub refuses, or breaks off.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+    from huggingface_hub import CommitOperationDelete
 
     _check_card(plan, asked)
     if not repository.exists:
         repository = _created(api, asked)
-    where = f"--push {asked.repo}"
-    additions = []
+    where, additions = f"--push {asked.repo}", []
     for number, file in enumerate(plan.sent, 1):
         console.notice(f"sending {file.name} ({readable_bytes(file.size)}, {number} of {len(plan.sent)})")
-        content = file.content if isinstance(file.content, bytes) else str(file.content)
         with refusals(where, f"sending {file.name}"):
-            patient_sending()
-            addition = CommitOperationAdd(file.name, content)
-            # Else it would be read once more.
-            addition.upload_info.sha256 = bytes.fromhex(file.sha256)
-            api.preupload_lfs_files(asked.repo, [addition], free_memory=False)
-        additions.append(addition)
+            additions.append(_sent_ahead(api, file, asked))
     removals = [CommitOperationDelete(name, is_folder=False) for name in plan.removed]
     with refusals(where, "publishing what was sent"):
         patient_sending()
@@ -313,6 +308,26 @@ def _send(api: HfApi, plan: Plan, repository: Repository, asked: Publishing, con
     visibility = "private" if repository.private else "public"
     console.result(f"published   {api.endpoint}/{asked.repo} ({visibility})")
     return str(done.oid)
+
+
+def _sent_ahead(api: HfApi, file: Outgoing, asked: Publishing) -> CommitOperationAdd:
+    """Send a large file, which nobody sees until it is committed; return what is to be committed.
+
+    Raises:
+        UserError: The repository takes no such file.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    patient_sending()
+    addition = CommitOperationAdd(file.name, file.content if isinstance(file.content, bytes) else str(file.content))
+    # Else it would be read once more.
+    addition.upload_info.sha256 = bytes.fromhex(file.sha256)
+    api.preupload_lfs_files(asked.repo, [addition], free_memory=False)
+    if getattr(addition, "_should_ignore", False):
+        # The library would leave it out of the commit, and say nothing.
+        what = f"the `.gitignore` of `{asked.repo}` leaves out {file.name}"
+        raise UserError(what, f"--push {asked.repo}", "remove that rule on the Hub", status=FAILED)
+    return addition
 
 
 def _created(api: HfApi, asked: Publishing) -> Repository:
