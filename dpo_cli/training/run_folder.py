@@ -192,7 +192,7 @@ class RunFolder:
 
     def damage(self) -> UserError | None:
         """Say so where the folder has the rows of a run, but not the settings as a run writes them."""
-        if self._is_a_run() or not (self.metrics.is_file() and self.environment.is_file()):
+        if not (self.metrics.is_file() and self.environment.is_file()) or self._is_a_run():
             return None
         what = "are damaged: the first line is not that of a run" if self.config.exists() else "are missing"
         return UserError(f"the settings of the run {what}", str(self.config), _PUT_BACK)

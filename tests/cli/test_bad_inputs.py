@@ -1076,7 +1076,7 @@ OUTPUT_CASES = {
         stopped(append("runs/run/config.yaml", "]")), f"{TRAIN} --resume", 2, r"cannot be read", r"--overwrite"
     ),
     "resuming without the config": Case(
-        stopped(gone("runs/run/config.yaml")), f"{TRAIN} --resume", 2, r"other files", r"."
+        stopped(gone("runs/run/config.yaml")), f"{TRAIN} --resume", 2, r"of the run are missing", r"from a copy"
     ),
     "resuming with another model": Case(
         stopped(other_weights), f"{TRAIN} --resume", 2, r"the model is not the one", r"restore the model"

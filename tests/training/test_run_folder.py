@@ -106,3 +106,10 @@ def test_settings_that_a_finished_run_was_not_trained_with_are_named_with_what_t
     assert not any(name in changed for name in ("`training.epochs`", "`evaluation.samples`", "elsewhere"))
     same = {**now, "evaluation": {"best_by": None, "samples": 4}}
     assert len(run.nothing_left(same, extend=False)) == 1
+
+
+def test_a_file_in_the_place_of_the_folder_is_no_damaged_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = RunFolder(tmp_path / "file")
+    assert run.damage() is None
+    assert "the output folder is a file" in str(run.check(resume=True, overwrite=False))
