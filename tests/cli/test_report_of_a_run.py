@@ -9,19 +9,19 @@ import pytest
 from dpo_cli.evaluation.figures import FIGURES
 from dpo_cli.reporting.detail_tables import detail_blocks
 from dpo_cli.reporting.tables import plain_rows
-from tests.conftest import make_config, read_metrics, run_dpo, write_rows
+from tests.conftest import make_config, read_metrics, write_rows
 from tests.reporting.test_run_page import Page, drawn
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_llama, demo_rows):
+def finished(tmp_path_factory, tiny_llama, demo_rows, forked_dpo):
     """A run of four steps, evaluated after two and at the end, of pairs of two categories; and what it said."""
     folder = tmp_path_factory.mktemp("reported")
     rows = [{**row, "category": "even" if index % 2 else "odd"} for index, row in enumerate(demo_rows[:60])]
     pairs = write_rows(folder / "pairs.jsonl", rows)
     settings = {"training": {"max_steps": 4}, "evaluation": {"every_steps": 2, "samples": 1}, "data": {"eval": 0.6}}
     file = make_config(folder, tiny_llama, pairs, **settings)
-    result = run_dpo("train", "--config", file)
+    result = forked_dpo("train", "--config", file)
     assert result.returncode == 0, result.stderr
     return file, folder / "runs" / "run", result
 

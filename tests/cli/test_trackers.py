@@ -10,7 +10,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from dpo_cli.reporting.trackers import Tracker
 from dpo_cli.settings import types
-from tests.conftest import read_metrics, read_samples, run_dpo
+from tests.conftest import read_metrics, read_samples
 
 WANDB = """
 import json, os
@@ -88,14 +88,14 @@ def test_tensorboard_shows_one_run_by_its_name_with_all_metrics_also_after_a_cra
     assert board_of(tmp_path / "runs").Runs().keys() == {"run/trackers/run"}
 
 
-def test_wandb_is_told_project_and_name_and_a_resumed_run_is_the_same_run(write_config, tmp_path, wandb):
+def test_wandb_is_told_project_and_name_and_a_resumed_run_is_the_same_run(forked_dpo, write_config, tmp_path, wandb):
     environment, told = wandb
     file = write_config(tracking=[{"type": "wandb", "project": "mine"}])
     run = tmp_path / "runs" / "run"
-    assert run_dpo("train", "--config", file, env=environment).returncode == 0
+    assert forked_dpo("train", "--config", file, env=environment).returncode == 0
     shutil.rmtree(run / "final")
     shutil.rmtree(run / "checkpoints" / "step-000008")
-    assert run_dpo("train", "--config", file, "--resume", env=environment).returncode == 0
+    assert forked_dpo("train", "--config", file, "--resume", env=environment).returncode == 0
     first, second = (entry["init"] for entry in told() if "init" in entry)
     assert first == second
     assert (first["project"], first["name"], first["resume"]) == ("mine", "run", "allow")
@@ -111,22 +111,22 @@ def test_wandb_is_told_project_and_name_and_a_resumed_run_is_the_same_run(write_
     assert logged[0][1]["eval/loss"] == read_metrics(run, "eval")[0]["loss"]
     assert told()[-1] == {"finish": True}
 
-    assert run_dpo("train", "--config", file, "--overwrite", env=environment).returncode == 0
+    assert forked_dpo("train", "--config", file, "--overwrite", env=environment).returncode == 0
     assert [entry["init"]["id"] for entry in told() if "init" in entry][2] != first["id"]
 
 
-def test_a_tracker_that_does_not_start_is_an_error(write_config, wandb):
+def test_a_tracker_that_does_not_start_is_an_error(forked_dpo, write_config, wandb):
     environment, _ = wandb
-    result = run_dpo("train", "--config", write_config(tracking="wandb"), env={**environment, "REFUSES": "1"})
+    result = forked_dpo("train", "--config", write_config(tracking="wandb"), env={**environment, "REFUSES": "1"})
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "a tracker did not start (wandb): RuntimeError: api_key not configured" in result.stderr
 
 
-def test_a_tracker_that_takes_numbers_and_no_answers_does_not_end_the_run(write_config, tmp_path, wandb):
+def test_a_tracker_that_takes_numbers_and_no_answers_does_not_end_the_run(forked_dpo, write_config, tmp_path, wandb):
     environment, told = wandb
     file = write_config(tracking="wandb", training={"max_steps": 2})
-    result = run_dpo("train", "--config", file, env={**environment, "REFUSES_TABLES": "1"})
+    result = forked_dpo("train", "--config", file, env={**environment, "REFUSES_TABLES": "1"})
     assert result.returncode == 0, result.stderr
     samples = tmp_path / "runs" / "run" / "samples.jsonl"
     what = "the tracker `wandb` did not take answers: PermissionError: files may not be kept"

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.builders import save_adapter
-from tests.conftest import read_metrics, run_dpo
+from tests.conftest import read_metrics
 from tests.marks import slow_unless
 from tests.waiting import PATIENCE
 
@@ -42,10 +42,10 @@ def assert_same(two, one, weights_file="model.safetensors"):
 
 
 @pytest.mark.parametrize("reference", slow_unless(lambda name: name == "cached", ["cached", "frozen"]))
-def test_metrics_and_weights_are_those_of_one_process(write_config, tmp_path, monkeypatch, reference):
+def test_metrics_and_weights_are_those_of_one_process(forked_dpo, write_config, tmp_path, monkeypatch, reference):
     """Thirteen pairs a step leave ranks with unequal shares; the last step of 32 pairs has six."""
     settings = {"training": {"pairs_per_step": 13, "micro_batch_tokens": 300}, "reference": reference}
-    one = run_dpo("train", "--config", write_config("one", **settings))
+    one = forked_dpo("train", "--config", write_config("one", **settings))
     assert one.returncode == 0, one.stderr
     monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
     two = torchrun("train", "--config", write_config("two", **settings))
@@ -66,12 +66,12 @@ ADAPTERS = [
 
 
 @pytest.mark.parametrize("settings", slow_unless(lambda case: case is ADAPTERS[0], ADAPTERS))
-def test_an_adapter_is_that_of_one_process(write_config, tmp_path, monkeypatch, tiny_llama, settings):
+def test_an_adapter_is_that_of_one_process(forked_dpo, write_config, tmp_path, monkeypatch, tiny_llama, settings):
     """Of bfloat16 the losses alone are compared: what is added up in another order is rounded otherwise."""
     save_adapter(tiny_llama, tmp_path / "start", rank=16, use_dora=True)
     monkeypatch.chdir(tmp_path)
     shared = {**settings, "training": {"pairs_per_step": 13, "micro_batch_tokens": 300, **settings.get("training", {})}}
-    one = run_dpo("train", "--config", write_config("one", **shared))
+    one = forked_dpo("train", "--config", write_config("one", **shared))
     assert one.returncode == 0, one.stderr
     two = torchrun("train", "--config", write_config("two", **shared))
     assert two.returncode == 0, two.stderr
@@ -84,10 +84,10 @@ def test_an_adapter_is_that_of_one_process(write_config, tmp_path, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_losses_that_look_at_the_whole_step_see_the_other_ranks_pairs(write_config, tmp_path):
+def test_losses_that_look_at_the_whole_step_see_the_other_ranks_pairs(forked_dpo, write_config, tmp_path):
     loss = ["aot", {"type": "bco", "beta": 0.3}, {"type": "sft", "weight": 0.1}]
     settings = {"training": {"pairs_per_step": 13, "micro_batch_tokens": 300}, "loss": loss}
-    one = run_dpo("train", "--config", write_config("one", **settings))
+    one = forked_dpo("train", "--config", write_config("one", **settings))
     assert one.returncode == 0, one.stderr
     two = torchrun("train", "--config", write_config("two", **settings))
     assert two.returncode == 0, two.stderr
@@ -95,10 +95,10 @@ def test_losses_that_look_at_the_whole_step_see_the_other_ranks_pairs(write_conf
 
 
 @pytest.mark.slow
-def test_a_step_with_fewer_pairs_than_processes_and_a_resume(write_config, tmp_path):
+def test_a_step_with_fewer_pairs_than_processes_and_a_resume(forked_dpo, write_config, tmp_path):
     """32 pairs in steps of 31 leave one pair for two processes."""
     settings = {"training": {"pairs_per_step": 31, "epochs": 2}, "checkpoints": {"every_steps": 3, "at_end": False}}
-    one = run_dpo("train", "--config", write_config("one", **settings))
+    one = forked_dpo("train", "--config", write_config("one", **settings))
     assert one.returncode == 0, one.stderr
     file = write_config("two", **settings)
     two = torchrun("train", "--config", file)

@@ -144,7 +144,7 @@ class Zygote:
 
         Args:
             arguments: Those of the command line.
-            env: More environment variables.
+            env: More environment variables; of PYTHONPATH modules are found that are not imported yet.
             cwd: The folder that it runs in.
             fault: A function as `module:name` and its keyword arguments, called in the new process before the
                 command runs: it arranges for something to go wrong.
@@ -237,6 +237,7 @@ def _run(request: dict[str, Any]) -> None:
     try:
         os.chdir(request["cwd"])
         os.environ.update(request["env"])
+        sys.path[:0] = filter(None, request["env"].get("PYTHONPATH", "").split(os.pathsep))
         output = os.open(request["output"], os.O_WRONLY | os.O_APPEND)
         os.dup2(output, 2)
         os.dup2(os.open(request["printed"], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1)
