@@ -6,9 +6,13 @@ vocabulary are taken as they are; of tokenizers that do anything else no file ca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -134,6 +138,13 @@ def found_in(words: Mapping[str, Any]) -> PreTokenizer | str:
             return f"the pre-tokenizer {_shown(one)}"
         parts.append(part)
     return PreTokenizer(tuple(parts), bool(normalizers), bool(words["model"].get("ignore_merges")))
+
+
+def splits_at(engine: Tokenizer) -> set[str]:
+    """Return the patterns at which a tokenizer parts texts before it merges."""
+    found = None if engine.pre_tokenizer is None else json.loads(engine.pre_tokenizer.__getstate__())
+    patterns = (one["pattern"] for one in _listed(found, "pretokenizers") if one["type"] == "Split")
+    return {str(pattern["Regex"]) for pattern in patterns if "Regex" in pattern}
 
 
 def name_of(found: PreTokenizer, either: bool = False) -> str | None:

@@ -6,9 +6,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dpo_cli.data.records import Message
-from dpo_cli.data.tokens.chat_template import named_templates
-from dpo_cli.modeling.gguf.conversations import written
+from dpo_cli.modeling.gguf.pre_tokenizers import GPT_4O, TEKKEN, splits_at
 
 Encode = Callable[[str], list[int]]
 """Gives a text its tokens, special ones in the text among them, and puts none around it."""
@@ -33,8 +31,7 @@ PLAIN_TEXTS = (
 )
 """Texts of many kinds, in Unicode's form NFC."""
 
-DECOMPOSED_TEXTS = (unicodedata.normalize("NFD", "Éclair naïve Ångström 각"), "x̂ + ŷ = z̸")
-"""Texts with combining marks, which some tokenizers compose first and llama.cpp never does."""
+_DECOMPOSED = "e\u0301"
 
 
 def encode(tokenizer: Any) -> Encode:
@@ -53,22 +50,6 @@ def differing(expected: Encode, found: Encode, texts: Iterable[str]) -> list[str
     return [text for text in texts if expected(text) != found(text)]
 
 
-def check_vocabulary_read(tokenizer: Any, found: Encode, texts: Iterable[str] = ()) -> list[str]:
-    """Return the texts that a written vocabulary gives other tokens than the tokenizer that it was written of.
-
-    Tokenizers that compose characters get all texts composed, since llama.cpp leaves characters as they are.
-
-    Args:
-        tokenizer: The tokenizer of transformers that was written.
-        found: How its reader gives a text its tokens.
-        texts: What has to have the same tokens beside texts of many kinds: whole prompts, with their responses or not.
-    """
-    tried = [*texts, *_kinds(tokenizer)]
-    if composes(tokenizer):
-        tried = [unicodedata.normalize("NFC", text) for text in tried]
-    return differing(encode(tokenizer), found, tried)
-
-
 def plain_texts(tokenizer: Any) -> list[str]:
     """Return texts of many kinds; of those that begin with a space, some tokenizers put no other one before them."""
     return [text for text in PLAIN_TEXTS if not (begins_otherwise(tokenizer) and text.startswith(" "))]
@@ -80,21 +61,14 @@ def begins_otherwise(tokenizer: Any) -> bool:
     return special is not None and encode(tokenizer)(f"{special}word")[1:] != encode(tokenizer)("word")
 
 
-def _kinds(tokenizer: Any) -> list[str]:
-    """Return texts of many kinds, as questions in the chat template where there is one, and special tokens in texts.
+def same_in_llama_cpp(tokenizer: Any, texts: Iterable[str]) -> list[str]:
+    """Return those of some texts to which llama.cpp gives the tokens that the tokenizer gives them.
 
-    Of a tokenizer that begins a text otherwise, a file can say what it does behind special tokens, which is how texts
-    of a chat template begin, or what it does elsewhere.
+    llama.cpp leaves characters as they are, where some tokenizers compose them (NFC); and of the splits of Mistral's
+    newer models and of GPT-4o it has forms of its own, which part letters from the marks on them.
     """
-    plain = plain_texts(tokenizer)
-    if not named_templates(tokenizer):
-        return plain if begins_otherwise(tokenizer) else [*plain, *with_special(tokenizer)]
-    asked = (written(tokenizer, [Message("user", text)]) or text for text in plain)
-    return [*asked, *with_special(tokenizer)]
-
-
-def composes(tokenizer: Any) -> bool:
-    """Tell whether a tokenizer brings texts into Unicode's form NFC."""
-    return encode(tokenizer)(DECOMPOSED_TEXTS[0]) == encode(tokenizer)(
-        unicodedata.normalize("NFC", DECOMPOSED_TEXTS[0])
-    )
+    parted = splits_at(tokenizer.backend_tokenizer) & {TEKKEN, GPT_4O}
+    kept = (text for text in texts if not parted or not any(unicodedata.category(one)[0] == "M" for one in text))
+    if encode(tokenizer)(_DECOMPOSED) != encode(tokenizer)(unicodedata.normalize("NFC", _DECOMPOSED)):
+        return list(kept)
+    return [text for text in kept if unicodedata.is_normalized("NFC", text)]

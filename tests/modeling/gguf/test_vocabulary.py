@@ -7,7 +7,7 @@ import copy
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.gguf.tokenizers import tokenizer_of
 from dpo_cli.modeling.gguf.vocabulary import add_vocabulary, name_for, vocabulary_problem
-from dpo_cli.modeling.gguf.vocabulary_texts import DECOMPOSED_TEXTS, PLAIN_TEXTS, check_vocabulary_read
+from dpo_cli.modeling.gguf.vocabulary_texts import (
+    PLAIN_TEXTS,
+    begins_otherwise,
+    differing,
+    encode,
+    plain_texts,
+    same_in_llama_cpp,
+    with_special,
+)
 from tests.modeling.gguf.families import BYTE_LEVEL, CHATML, FAMILIES, WORDS, byte_level, family, llama_2, mistral
+
+DECOMPOSED_TEXTS = (unicodedata.normalize("NFD", "Éclair naïve Ångström 각"), "x̂ + ŷ = z̸")
 
 CONVERSATION = [
     {"role": "system", "content": "Be  brief.\n"},
@@ -46,8 +56,16 @@ def fields_of(file: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in gguf.GGUFReader(file).fields.items()}
 
 
-def encode(tokenizer: Any) -> Callable[[str], list[int]]:
-    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def check_vocabulary_read(tokenizer: Any, found: Callable[[str], list[int]], texts: Sequence[str] = ()) -> list[str]:
+    """Return the texts that a reader gives other tokens: plain ones as questions where there is a template."""
+    plain = plain_texts(tokenizer)
+    if tokenizer.chat_template:
+        turns = ([{"role": "user", "content": text}] for text in plain)
+        plain = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in turns]
+        plain += with_special(tokenizer)
+    elif not begins_otherwise(tokenizer):
+        plain += with_special(tokenizer)
+    return differing(encode(tokenizer), found, same_in_llama_cpp(tokenizer, [*texts, *plain]))
 
 
 @contextlib.contextmanager
@@ -296,6 +314,18 @@ def test_a_reader_that_differs_is_caught(tmp_path: Path) -> None:
     assert changed(lambda other: other["added_tokens"].pop(1))
     for name in ("GPT-2", "SmolLM", "Qwen 2", "GPT-4o", "Falcon", "Mistral Nemo"):
         assert changed(lambda other, name=name: other.update(pre_tokenizer=parts[name])), name
+
+
+def test_texts_that_llama_cpp_reads_otherwise_are_known() -> None:
+    decomposed, hindi, plain = "e\u0301", "हिन्दी", "é, 日本"
+    for name, expected in {
+        "GPT-2": [decomposed, hindi, plain],
+        "Qwen 2": [hindi, plain],
+        "Mistral Nemo": [plain],
+        "GPT-4o": [plain],
+        "Llama 2": [decomposed, hindi, plain],
+    }.items():
+        assert same_in_llama_cpp(family(name), [decomposed, hindi, plain]) == expected, name
 
 
 def test_a_name_makes_llama_cpp_strip_where_the_tokenizer_does() -> None:
