@@ -15,12 +15,13 @@ from dpo_cli.modeling.folders.provenance import CARD
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.saving import saved_folder, saved_model, write_beside_weights
 from dpo_cli.modeling.folders.size_checks import check_room
+from dpo_cli.modeling.folders.tokenizers import end_at
 from dpo_cli.modeling.gguf.about import card_of_file
 from dpo_cli.modeling.gguf.content import GgufContent, check_all_read, settle_experts, settle_settings
 from dpo_cli.modeling.gguf.package import gguf_package
 from dpo_cli.modeling.gguf.positions import settle_positions
 from dpo_cli.modeling.gguf.streaming import Streaming, read_as
-from dpo_cli.modeling.gguf.tokenizers import tokenizer_of
+from dpo_cli.modeling.gguf.tokenizers import ends_of, tokenizer_of
 from dpo_cli.modeling.held import FLOAT32
 from dpo_cli.system.storage import DamagedFolder, cache_root, file_digest, verify
 
@@ -40,6 +41,8 @@ def settings_of(path: Path) -> Path:
             model.tie_weights()
         check_all_read(model, content)
         tokenizer = tokenizer_of(path)
+        for end in reversed(ends_of(path)):
+            end_at(model, end)
         with saved_folder(folder, "keeping the model's settings") as temporary:
             model.save_pretrained(temporary, state_dict={})
             write_beside_weights(temporary, model, tokenizer)

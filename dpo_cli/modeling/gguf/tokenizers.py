@@ -24,6 +24,9 @@ TEMPLATE, TEMPLATES = "chat_template", "chat_templates"
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """Tokens with a part to play: what transformers and what such files call them."""
 
+ENDS = ("eos", "eot", "eom")
+"""Tokens that end an answer, by what such files call them."""
+
 _STRINGS = ("ggml.tokens", "ggml.merges", TEMPLATES)
 _PREFIX = "tokenizer."
 
@@ -44,6 +47,13 @@ def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
         return tokenizer
     general = {name: str(metadata.get(f"general.{name}", "")) for name in ("architecture", "name")}
     return tokenizer_from(fields, **general)
+
+
+def ends_of(path: Path) -> list[int]:
+    """Return the tokens that end an answer, as a GGUF file has them: the eos token first."""
+    metadata, _ = read_gguf_metadata(str(path))
+    found = (metadata.get(f"{_PREFIX}ggml.{name}_token_id") for name in ENDS)
+    return list(dict.fromkeys(end for end in found if end is not None))
 
 
 def is_known(fields: Fields) -> bool:

@@ -19,6 +19,7 @@ from dpo_cli.modeling.gguf.tokenizers import (
     BYTE,
     BYTE_LEVEL,
     CONTROL,
+    ENDS,
     NORMAL,
     SENTENCE_PIECE,
     SPACE,
@@ -44,13 +45,6 @@ _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _METASPACE = ("Metaspace", SPACE, False)
 _PHI_3 = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 """What llama.cpp asks for in a vocabulary of Phi-3."""
-
-_KNOWN_ENDS = {
-    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "</s>"),
-    *("<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>"),
-    "<｜end▁of▁sentence｜>",
-}
-"""Where llama.cpp ends an answer whatever a file says."""
 
 
 class Inexpressible(ValueError):
@@ -390,20 +384,14 @@ def _ends(tokenizer: PreTrainedTokenizerBase, stops: Collection[int]) -> dict[st
     """Return the tokens that end an answer: the eos token as trained with, and up to two others.
 
     Raises:
-        Inexpressible: There are more of them, which llama.cpp does not know by name either.
+        Inexpressible: There are more.
     """
     eos = tokenizer.eos_token_id
-    ends = [
-        *([eos] if eos in stops or (eos is not None and not stops) else []),
-        *(s for s in sorted(stops) if s != eos),
-    ]
-    unknown = [end for end in ends[1:] if str(tokenizer.convert_ids_to_tokens(end)) not in _KNOWN_ENDS]
-    rest = [*unknown, *(end for end in ends[1:] if end not in unknown)]
-    if len(unknown) > 2:
+    ends = sorted(stops or ([] if eos is None else [eos]), key=lambda end: (end != eos, end))
+    if len(ends) > len(ENDS):
         named = ", ".join(f"`{tokenizer.convert_ids_to_tokens(end)}`" for end in ends)
         raise Inexpressible(f"more than three tokens that end an answer ({named})")
-    names = ("eos", "eot", "eom")
-    return {f"ggml.{name}_token_id": int(end) for name, end in zip(names, [*ends[:1], *rest], strict=False)}
+    return {f"ggml.{name}_token_id": int(end) for name, end in zip(ENDS, ends, strict=False)}
 
 
 def _templates(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

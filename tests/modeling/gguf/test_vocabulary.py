@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.gguf.tokenizers import tokenizer_of
+from dpo_cli.modeling.gguf.tokenizers import ends_of, tokenizer_of
 from dpo_cli.modeling.gguf.vocabulary import add_vocabulary, name_for, vocabulary_problem
 from dpo_cli.modeling.gguf.vocabulary_texts import (
     PLAIN_TEXTS,
@@ -193,15 +193,16 @@ def test_tokens_that_end_an_answer(tmp_path: Path) -> None:
     tokenizer = byte_level(None, WORDS)
     tokenizer.add_tokens([AddedToken(f"<end{n}>", special=True) for n in range(3)])
     eos, *others = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>", "<end0>", "<end1>", "<end2>"])
-    file = write(tmp_path, tokenizer, stops=(*others[:3], eos))
+    file = write(tmp_path, tokenizer, stops=(*others[1:3], eos))
     fields = fields_of(file)
-    assert fields["tokenizer.ggml.eos_token_id"] == eos
-    assert [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eot", "eom")] == others[1:3]
+    assert [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [eos, *others[1:3]]
+    assert ends_of(file) == [eos, *others[1:3]]
     with in_llama_cpp(file) as opened:
         import llama_cpp
 
         vocabulary = llama_cpp.llama_model_get_vocab(opened.model)
-        assert all(llama_cpp.llama_vocab_is_eog(vocabulary, end) for end in (eos, *others[:3]))
+        ending = [llama_cpp.llama_vocab_is_eog(vocabulary, end) for end in (eos, *others[1:])]
+        assert ending == [True, True, True, False]
     fields = fields_of(write(tmp_path, tokenizer, stops=(others[1],)))
     assert fields["tokenizer.ggml.eos_token_id"] == others[1]
     assert "more than three tokens that end an answer" in str(vocabulary_problem(tokenizer, (eos, *others)))
