@@ -119,6 +119,18 @@ def test_generation_ends_where_the_tokenizer_ends_texts(folder, tmp_path, said, 
     assert saved(folder, tmp_path / "saved")["eos_token_id"] == ends
 
 
+def test_an_end_that_a_setting_adds_is_saved_although_other_settings_are_invalid(folder, tmp_path):
+    """By itself transformers saves invalid settings as they came, and refuses them once one is another."""
+    say(folder, eos_token_id=[IM_END, END_OF_TEXT], temperature=0.6)
+    model = load_policy(str(folder))
+    end_at(model, 7)
+    with saved_model(tmp_path / "saved", model, load_tokenizer(str(folder)), "saving"):
+        pass
+    read = GenerationConfig.from_pretrained(tmp_path / "saved")
+    assert read.eos_token_id == [7, IM_END, END_OF_TEXT]
+    assert json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))["eos_token_id"] == [7, IM_END]
+
+
 def test_a_model_that_says_nothing_of_generation_gets_an_end_and_padding(folder, tmp_path):
     (folder / "generation_config.json").unlink()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -173,6 +173,8 @@ FOLDERS = {
     "the card before the text": (
         {"README.md": "---\nlicense: gemma\n---\n", "LICENSE": MIT}, {"license": "gemma"},
     ),
+    "its settings": ({"config.json": '{"license": "Apache-2.0"}'}, {"license": "apache-2.0"}),
+    "settings that are broken": ({"config.json": "{", "LICENSE": MIT}, {"license": "mit"}),
     "MIT with a word more": ({"LICENSE": MIT.replace("MIT", "Modified MIT")}, None),
     "Apache with terms more": ({"LICENSE": "Apache License\nVersion 2.0, January 2004\n" + "More. " * 2500}, None),
     "two of them": ({"LICENSE": MIT, "LICENSE-2": "Apache License\nVersion 2.0, January 2004\n"}, None),

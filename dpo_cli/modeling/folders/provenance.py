@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_cli.modeling.folders.model_files import CONFIG
 from dpo_cli.system import plain_yaml
 from dpo_cli.system.hub import is_hub_name
 
@@ -87,7 +89,7 @@ def provenance_of(folder: Path) -> Provenance:
     """Return what a model's folder tells of where it comes from; what it does not tell stays open."""
     front = front_matter(_text(folder / CARD))
     hub_id, revision = _in_cache(folder)
-    licence = _in_card(front) or _in_licence_file(folder)
+    licence = _named(front) or _named(_settings(folder)) or _in_licence_file(folder)
     return Provenance(licence, hub_id, revision, () if hub_id else hub_ids(front.get("base_model")))
 
 
@@ -111,8 +113,17 @@ def hub_ids(named: Any) -> tuple[str, ...]:
     return tuple(text for text in texts if "/" in text and is_hub_name(text))
 
 
-def _in_card(front: Mapping[str, Any]) -> Licence | None:
-    """Return the licence that a card names."""
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """Return what a model's config.json says; nothing where it says nothing."""
+    try:
+        found = json.loads(_text(folder / CONFIG))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _named(front: Mapping[str, Any]) -> Licence | None:
+    """Return the licence that the fields of a card name, or settings with the same fields."""
     said, name, link = (front.get(field) for field in ("license", "license_name", "license_link"))
     if isinstance(said, list) and len(said) == 1:
         said = said[0]
