@@ -98,7 +98,8 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
     """Open the source, merge it, write it, read it again, and compare."""
     policy, tokenizer, proof = open_source(session, wanted)
     warn_of_ignored(policy.model)
-    facts = Facts.of(tokenizer, policy.model.generation_config, proof.texts(tokenizer))
+    texts, is_gguf = proof.texts(tokenizer), isinstance(wanted.form, GgufFolder)
+    facts = Facts.of(tokenizer, policy.model.generation_config, texts, chats_alone=is_gguf)
     check_form(wanted.form, policy, tokenizer, facts.stops)
     called, quantize = "the adapter" if wanted.source.is_adapter else "the model", session.config.model.quantize
     trained = source = asked(proof, policy, called, facts.stops)
@@ -165,7 +166,8 @@ def _proved(
         UserError: It is not what was exported.
     """
     where = f"--to {wanted.to}"
-    check_facts(facts, Facts.of(read.tokenizer, read.generation, [*facts.tokens]), where)
+    is_gguf = isinstance(wanted.form, GgufFolder)
+    check_facts(facts, Facts.of(read.tokenizer, read.generation, [*facts.tokens], chats_alone=is_gguf), where)
     written = asked(proof, read.policy, "what was written", facts.stops)
     exactness = check_alike(rounded, written, _what_differs(wanted, form), where)
     check_answers(rounded, written, read.policy, proof, facts.stops, where)

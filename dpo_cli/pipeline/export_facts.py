@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +56,7 @@ class Facts:
         templates: The chat templates by name.
         renderings: What they make of conversations, by a name for each.
         tokens: The tokens of texts.
-        whole: The tokens of a text with those that the tokenizer puts around it.
+        whole: The tokens of a text with those that the tokenizer puts around it; empty where that is not compared.
     """
 
     stops: frozenset[int]
@@ -65,16 +67,28 @@ class Facts:
     whole: tuple[int, ...]
 
     @classmethod
-    def of(cls, tokenizer: Any, generation_config: Any, texts: Sequence[str]) -> Facts:
-        """Ask a tokenizer and settings of generation."""
+    def of(cls, tokenizer: Any, generation_config: Any, texts: Sequence[str], *, chats_alone: bool = False) -> Facts:
+        """Ask a tokenizer and settings of generation.
+
+        Args:
+            tokenizer: The tokenizer.
+            generation_config: The settings.
+            texts: Texts of pairs, or others.
+            chats_alone: Whether the reader splits texts as the template writes them, and composes no characters: what
+                a GGUF file says of plain texts is not what the tokenizer does with them if there is a chat template.
+        """
         templates = named_templates(tokenizer)
+        plain = not (chats_alone and templates)
+        asked = [*_written(tokenizer, TEXTS), *(TEXTS if plain else ()), *texts]
+        if chats_alone:
+            asked = [text for text in asked if unicodedata.is_normalized("NFC", text)]
         return cls(
             end_tokens(tokenizer, generation_config),
             {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
             templates,
             {name: text for one in templates for name, text in _renderings(tokenizer, one, templates[one])},
-            {text: tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in (*TEXTS, *texts)},
-            tuple(tokenizer(QUESTIONS[0]).input_ids),
+            {text: tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in asked},
+            tuple(tokenizer(QUESTIONS[0]).input_ids) if plain else (),
         )
 
     def differences(self, other: Facts) -> Iterator[str]:
@@ -90,7 +104,7 @@ class Facts:
         for name, text in self.renderings.items():
             if (made := other.renderings.get(name, "")) != text:
                 yield f"the chat template makes {text!r} of {name}, and in what was written {made!r}"
-        if differing := [text for text, tokens in self.tokens.items() if other.tokens[text] != tokens]:
+        if differing := [text for text, tokens in self.tokens.items() if other.tokens.get(text, tokens) != tokens]:
             first = differing[0]
             both = " and in what was written ".join(_excerpt(one.tokens[first]) for one in (self, other))
             yield f"the tokens of {len(differing)} texts are others, of {first[:40]!r} {both}"
@@ -112,14 +126,18 @@ def _renderings(tokenizer: Any, name: str, template: str) -> Iterator[tuple[str,
 
 def question_tokens(tokenizer: Any) -> list[tuple[int, ...]]:
     """Return the tokens of questions, with the tokenizer's own chat template where it has one."""
-    if templates := named_templates(tokenizer):
-        write = ChatTemplate(tokenizer, next(iter(templates.values())))
-        try:
-            texts = write([(Message("user", one),) for one in QUESTIONS], {}, add_generation_prompt=True)
-            return [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-        except (BadRow, UserError, *TEMPLATE_ERRORS):
-            pass
+    if texts := _written(tokenizer, QUESTIONS):
+        return [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
     return [tuple(tokenizer(text).input_ids) for text in QUESTIONS]
+
+
+def _written(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """Return texts as the tokenizer's own chat template asks them; none where there is none, or where it fails."""
+    for template in named_templates(tokenizer).values():
+        with contextlib.suppress(BadRow, UserError, *TEMPLATE_ERRORS):
+            write = ChatTemplate(tokenizer, template)
+            return write([(Message("user", text),) for text in texts], {}, add_generation_prompt=True)
+    return []
 
 
 def _listed(tokens: frozenset[int]) -> str:

@@ -41,7 +41,7 @@ NOTHING_WRITTEN = "nothing was written; update PEFT and transformers to versions
 ANSWERS = 10
 """How many prompts are answered."""
 
-ANSWER_TOKENS = 48
+ANSWER_TOKENS = 24
 """The most tokens of an answer."""
 
 _BATCH_TOKENS = 8192
