@@ -135,7 +135,7 @@ def lower_case(folder: Path) -> None:
     [
         ("tied", weights(transposed), "log-probabilities differ by"),
         ("tied", weights(swapped), "log-probabilities differ by"),
-        ("tied", weights(without_norm), "the weights of 1 parameters are missing"),
+        ("tied", weights(without_norm), "weights of 1 parameter are missing"),
         ("tied", weights(norm_of_ones), "log-probabilities differ by"),
         ("tied", weights(with_head), "ties lm_head.weight to other weights"),
         ("untied", tied, "log-probabilities differ by"),
