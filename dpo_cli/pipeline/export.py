@@ -121,7 +121,9 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         del policy
         read = _read(alone(session), form, folder, wanted)
         written, exactness = _proved(read, proof, facts, rounded, form, wanted)
-        by_llama_cpp = _by_llama_cpp(session, ByTransformers(read.policy, written, facts), proof, form, folder, wanted)
+        by_llama_cpp = _by_llama_cpp(
+            session, ByTransformers(read.policy, written, read.tokenizer, facts), proof, form, folder, wanted
+        )
         found = {
             **({f"adapter on {quantize}": trained.figures} if wanted.merges and quantize else {}),
             "scored": proof.scored,

@@ -7,7 +7,6 @@ does the same to the same weights, and what that changes is the measure of what 
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from dpo_cli.modeling.generation import Answer, room
 from dpo_cli.modeling.gguf import llama_cpp
 from dpo_cli.modeling.gguf.activations import rounded_logps
 from dpo_cli.modeling.gguf.types import GgufType
+from dpo_cli.modeling.gguf.vocabulary_texts import same_in_llama_cpp
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import QUESTIONS, Facts
 from dpo_cli.pipeline.export_proof import ANSWER_TOKENS, Proof, Said, Scored, first_gap
@@ -46,11 +46,13 @@ class ByTransformers:
     Attributes:
         policy: The model.
         said: What it says.
-        facts: What its tokenizer says, and where texts end.
+        tokenizer: Its tokenizer.
+        facts: What that says, and where texts end.
     """
 
     policy: Policy
     said: Said
+    tokenizer: Any
     facts: Facts
 
 
@@ -101,7 +103,7 @@ def read_by_llama_cpp(
     longest = max(len(one.prompt) + len(one.response) for some in scored.values() for one in some)
     positions = max([longest, *(len(one) + room(other.policy, one, ANSWER_TOKENS) for one in prompts)])
     with llama_cpp.opened(file, positions) as reader:
-        _check_vocabulary(reader, other.facts, where)
+        _check_vocabulary(reader, other.tokenizer, other.facts, where)
         logps = _logps(reader.logps, scored, "llama.cpp", console)
         with console.progress("answers of llama.cpp", len(prompts), "prompt") as progress:
             answers = []
@@ -148,7 +150,7 @@ def _logps(
     return found
 
 
-def _check_vocabulary(reader: llama_cpp.LlamaCpp, facts: Facts, where: str) -> None:
+def _check_vocabulary(reader: llama_cpp.LlamaCpp, tokenizer: Any, facts: Facts, where: str) -> None:
     """Refuse a file of which llama.cpp takes other tokens for a text, or which does not end where it should.
 
     Raises:
@@ -157,16 +159,15 @@ def _check_vocabulary(reader: llama_cpp.LlamaCpp, facts: Facts, where: str) -> N
     if not facts.stops <= (ends := reader.ends()):
         missing = ", ".join(map(str, sorted(facts.stops - ends)))
         raise _other(f"texts end at the tokens {missing} too, where llama.cpp goes on", where)
-    for text, tokens in facts.tokens.items():
-        # It never composes characters, as some tokenizers do first.
-        found, *composed = (tuple(reader.tokens(one)) for one in (text, unicodedata.normalize("NFC", text)))
-        if tokens not in (found, *composed):
+    for text in same_in_llama_cpp(tokenizer, facts.tokens):
+        tokens = facts.tokens[text]
+        if (found := tuple(reader.tokens(text))) != tokens:
             pairs = enumerate(zip(found, tokens, strict=False), 1)
             parted = next((at for at, (one, other) in pairs if one != other), min(len(found), len(tokens)) + 1)
             raise _other(f"the tokens of {text[:40]!r} are others from the {parted}. on", where)
     begin = reader.begins()
     start = (reader.tokens(QUESTIONS[0])[0] if begin is None else begin,)
-    if facts.whole[:1] != start:
+    if facts.whole and facts.whole[:1] != start:
         raise _other(f"texts begin with {'no token of their own' if begin is None else f'the token {begin}'}", where)
 
 

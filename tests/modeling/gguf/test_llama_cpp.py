@@ -178,7 +178,8 @@ def read_by_both(
     logps = torch.cat([rounded_logps(policy, "f32", one.prompt, one.response) for one in texts])
     said = Said({}, {0: logps}, torch.zeros(0), greedy_answers(policy, prompts, stops, ANSWER_TOKENS))
     settings = GenerationConfig(eos_token_id=sorted(stops))
-    other = ByTransformers(policy, said, Facts.of(tokenizer, settings, [row["chosen"] for row in rows[:4]]))
+    facts = Facts.of(tokenizer, settings, [row["chosen"] for row in rows[:4]], chats_alone=True)
+    other = ByTransformers(policy, said, tokenizer, facts)
     return read_by_llama_cpp(file, kind, other, proof, Console(quiet=True), "--to out")
 
 
