@@ -29,7 +29,8 @@ from dpo_cli.evaluation.held_out import held_out_rows
 from dpo_cli.modeling.adapters.files import base_of, holds_adapter
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders.model_names import same_model, whole_model
-from dpo_cli.modeling.folders.tokenizers import check_same_tokens, end_at
+from dpo_cli.modeling.folders.saving import end_at
+from dpo_cli.modeling.folders.tokenizers import check_same_tokens
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline.alike import check_job, check_pairs, named_models

@@ -16,8 +16,7 @@ from dpo_cli.modeling.adapters.files import adapter_folder
 from dpo_cli.modeling.adapters.settings import Saved
 from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders import tokenizers
-from dpo_cli.modeling.folders.saving import remember_adapter
-from dpo_cli.modeling.folders.tokenizers import end_at
+from dpo_cli.modeling.folders.saving import end_at, remember_adapter
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import question_tokens
 from dpo_cli.pipeline.export_proof import ANSWERS, OnPairs, OnTokens, Proof

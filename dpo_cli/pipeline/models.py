@@ -21,8 +21,7 @@ from dpo_cli.modeling.attention.kernels import kernels_for
 from dpo_cli.modeling.attention.trees import CannotPack, windows_of
 from dpo_cli.modeling.batch import Batches, PairBatch
 from dpo_cli.modeling.folders.model_names import same_model
-from dpo_cli.modeling.folders.saving import end_generation_at
-from dpo_cli.modeling.folders.tokenizers import end_at
+from dpo_cli.modeling.folders.saving import end_at, end_generation_at
 from dpo_cli.modeling.held import Held
 from dpo_cli.modeling.layouts import LAYOUTS, PACKED, PADDED, Layout
 from dpo_cli.modeling.memory import activation_bytes

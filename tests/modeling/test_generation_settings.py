@@ -16,8 +16,8 @@ from transformers.utils import logging as hf_logging
 
 from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.folders.model_files import NO_TRUST
-from dpo_cli.modeling.folders.saving import origin_of, remember, saved_model
-from dpo_cli.modeling.folders.tokenizers import end_at, generation_config, load_tokenizer
+from dpo_cli.modeling.folders.saving import end_at, origin_of, remember, saved_model
+from dpo_cli.modeling.folders.tokenizers import generation_config, load_tokenizer
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.policy import Policy
 from tests.builders import save_adapter

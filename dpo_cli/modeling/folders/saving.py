@@ -122,6 +122,12 @@ def remember_adapter(model: PreTrainedModel, folder: Path) -> None:
     model.origin = origin
 
 
+def end_at(model: PreTrainedModel, token: int) -> None:
+    """Let generation end at a token too, by all settings that are saved with a model; others that end it stay."""
+    end_generation_at(model, [token])
+    model.config.eos_token_id = with_ends(getattr(model.config, "eos_token_id", None), [token])
+
+
 def end_generation_at(model: PreTrainedModel, tokens: Iterable[int]) -> None:
     """Let generation end at some tokens too, now and by the settings that are saved with a model."""
     if model.can_generate():

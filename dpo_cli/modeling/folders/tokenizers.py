@@ -10,14 +10,12 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.files import adapter_folder, base_name, holds_adapter, read_adapter
-from dpo_cli.modeling.folders.generation_settings import with_ends
 from dpo_cli.modeling.folders.model_files import GENERATION, NO_TRUST, Trust, holds_tokenizer
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.resolving import load_named
-from dpo_cli.modeling.folders.saving import end_generation_at
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 _TEMPLATE = "chat_template.jinja"
 
@@ -117,9 +115,3 @@ def generation_config(name: str, trust: Trust = NO_TRUST) -> GenerationConfig:
         return GenerationConfig.from_model_config(config)
 
     return load_named(name, "model", load, trust)
-
-
-def end_at(model: PreTrainedModel, token: int) -> None:
-    """Let generation end at a token too, by all settings that are saved with a model; others that end it stay."""
-    end_generation_at(model, [token])
-    model.config.eos_token_id = with_ends(getattr(model.config, "eos_token_id", None), [token])

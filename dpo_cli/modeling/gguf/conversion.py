@@ -13,9 +13,8 @@ from dpo_cli.errors import from_os_error
 from dpo_cli.modeling.folders.completeness import load_complete
 from dpo_cli.modeling.folders.provenance import CARD
 from dpo_cli.modeling.folders.refusals import explained
-from dpo_cli.modeling.folders.saving import saved_folder, saved_model, write_beside_weights
+from dpo_cli.modeling.folders.saving import end_at, saved_folder, saved_model, write_beside_weights
 from dpo_cli.modeling.folders.size_checks import check_room
-from dpo_cli.modeling.folders.tokenizers import end_at
 from dpo_cli.modeling.gguf.about import card_of_file
 from dpo_cli.modeling.gguf.content import GgufContent, check_all_read, settle_experts, settle_settings
 from dpo_cli.modeling.gguf.package import gguf_package
