@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-from dpo_cli.reporting.trackers import Tracker
+from dpo_cli.reporting.trackers import MLflow, Tracker
 from dpo_cli.settings import types
 from tests.conftest import read_metrics, read_samples
 
@@ -133,6 +137,39 @@ def test_a_tracker_that_takes_numbers_and_no_answers_does_not_end_the_run(forked
     assert result.stderr.count(f"warning: {what}; `{samples}` has them") == 2
     assert {row["step"] for row in read_samples(samples.parent)} == {0, 2}
     assert [entry["step"] for entry in told() if "log" in entry] == [0, 1, 2, 2]
+
+
+def test_mlflow_is_given_the_answers_of_each_evaluation_as_a_file(monkeypatch):
+    """As it is called, where it is not installed; the next test asks the package itself."""
+    kept = {}
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(log_text=lambda text, file: kept.update({file: text})))
+    answers = [{"step": 120, "where": f"a:{n}", "prompt": "Wie?", "answer": "So.\nÄ \U0001f600"} for n in range(2)]
+    MLflow().show_samples(None, answers)
+    MLflow().show_samples(None, [{**answers[0], "step": 0}])
+    assert sorted(kept) == ["samples/step-000000.jsonl", "samples/step-000120.jsonl"]
+    assert list(map(json.loads, kept["samples/step-000120.jsonl"].splitlines())) == answers
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is None, reason="mlflow is not installed")
+def test_mlflow_keeps_the_answers_and_a_resumed_run_is_the_same_run(forked_dpo, write_config, tmp_path):
+    package = Path(importlib.util.find_spec("mlflow").origin).parents[1]
+    # In files, which takes no database.
+    env = {"MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
+    env["PYTHONPATH"] = str(package)
+    file, run = write_config(tracking="mlflow"), tmp_path / "runs" / "run"
+    done = forked_dpo("train", "--config", file, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "did not take answers" not in done.stderr
+    number = (run / "trackers/mlflow-id").read_text(encoding="utf-8")
+    shutil.rmtree(run / "final")
+    shutil.rmtree(run / "checkpoints" / "step-000008")
+    assert forked_dpo("train", "--config", file, "--resume", env=env, cwd=tmp_path).returncode == 0
+    assert (run / "trackers/mlflow-id").read_text(encoding="utf-8") == number
+    kept = {path.name: path for path in tmp_path.rglob("samples/step-*.jsonl")}
+    assert sorted(kept) == ["step-000000.jsonl", "step-000008.jsonl"]
+    found = [json.loads(line) for name in sorted(kept) for line in kept[name].read_text(encoding="utf-8").splitlines()]
+    assert found == read_samples(run)
+    assert all(number.strip() in path.parts for path in kept.values())
 
 
 def test_every_tracker_of_accelerate_is_known():
