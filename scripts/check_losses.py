@@ -49,6 +49,8 @@ def trained_losses(rows: list[dict[str, str]], folder: Path, *overrides: str) ->
         f"data: {{train: {pairs}, eval: null, max_length: 1024}}\n"
         f"training: {{shuffle: false, schedule: constant, warmup_ratio: 0, learning_rate: 5e-6, "
         f"pairs_per_step: {PAIRS_PER_STEP}}}\n"
+        # Nobody goes on from there.
+        f"checkpoints: {{at_end: false}}\n"
         f"output_dir: {folder / 'run'}\n",
         encoding="utf-8",
     )

@@ -127,14 +127,20 @@ def scales_of(model: PreTrainedModel) -> list[torch.Tensor]:
     ]
 
 
-def counted(case: dict[str, Any], mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
-    """Take steps of a sharded model; return what was estimated and what was there."""
-    dtype, shards = getattr(torch, case["computed"]), Sharding(mesh.size())
-    policy, batch, recomputed = policy_of(case), pairs_of_rank(distributed.get_rank()), case["recomputed"]
+def estimated(case: dict[str, Any], shards: Sharding, dtype: torch.dtype) -> MemoryEstimate:
+    """Estimate what a rank holds; all have as many tokens, and one rank alone takes the seconds that it costs."""
+    estimates = [_estimated(case, shards, dtype) if distributed.get_rank() == 0 else None]
+    distributed.broadcast_object_list(estimates)
+    assert estimates[0] is not None
+    return estimates[0]
+
+
+def _estimated(case: dict[str, Any], shards: Sharding, dtype: torch.dtype) -> MemoryEstimate:
+    policy, batch, recomputed = policy_of(case), pairs_of_rank(0), case["recomputed"]
     gathered = policy._held.gathered_as() is not None
     sizes, parts = policy.sizes(shards), [shards.part(weights) for weights in policy.trained()]
     how = {"gathered": gathered, "recomputed": recomputed}
-    estimate = MemoryEstimate(
+    return MemoryEstimate(
         program=0,
         weights=sizes.held,
         reference=0,
@@ -147,9 +153,15 @@ def counted(case: dict[str, Any], mesh: DeviceMesh, folder: Path) -> dict[str, A
         counted=True,
         several=True,
     )
+
+
+def counted(case: dict[str, Any], mesh: DeviceMesh, folder: Path) -> dict[str, Any]:
+    """Take steps of a sharded model; return what was estimated and what was there."""
+    dtype, batch = getattr(torch, case["computed"]), pairs_of_rank(distributed.get_rank())
+    estimate = estimated(case, Sharding(mesh.size()), dtype)
     policy, scorer = spread_policy(case, mesh, folder)
     policy.read(PACKED)
-    if recomputed:
+    if case["recomputed"]:
         recompute_activations(policy.model)
     trained = policy.trained()
     optimizer = AdamW().over(trained, 1e-4, 0.0)
@@ -182,7 +194,7 @@ def counted(case: dict[str, Any], mesh: DeviceMesh, folder: Path) -> dict[str, A
         "estimate": {"weights": estimate.weights, "gradients": estimate.gradients, "optimizer": estimate.optimizer},
         "estimated_peak": estimate.peak,
         "parts": estimate.parts(),
-        "whole": policy_of(case, on_shards=True).sizes().held,
+        "whole": policy_of(case, on_shards=True).sizes().held if distributed.get_rank() == 0 else None,
     }
 
 
