@@ -17,6 +17,7 @@ from dpo_cli.modeling.gguf.architectures import REFUSED, gguf_problem
 from dpo_cli.modeling.gguf.llama_cpp import available, opened
 from dpo_cli.modeling.gguf.types import GgufType
 from dpo_cli.modeling.policy import Policy
+from tests.conftest import ROOT
 from tests.modeling.gguf.test_reading_experts import add_words, logits, random_model
 
 WIDTH = 64
@@ -152,6 +153,7 @@ def test_a_model_that_no_reader_can_prove_is_refused_with_the_reason(kind: str) 
     problem = gguf_problem({"model_type": kind})
     assert problem is not None
     assert "transformers" in problem
+    assert f"| `{kind}` | {REFUSED[kind]} |" in (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
 
 
 def test_the_language_model_of_a_model_for_images_and_text_is_asked() -> None:
