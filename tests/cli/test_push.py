@@ -61,7 +61,11 @@ def test_what_was_published_is_scored_by_its_name_as_the_folder_is(exported, hub
         assert (snapshot / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
+    ids=lambda number: number.name,
+)
 def test_a_push_that_is_stopped_shows_nothing_and_goes_on(exported, hub_server, tmp_path, number):
     first, second, *_ = sorted(Path("out").glob("*.safetensors"))
     digest = hashlib.sha256(second.read_bytes()).hexdigest()
@@ -432,6 +436,49 @@ def test_a_refusal_is_an_error_in_the_hubs_words_and_shows_nothing(exported, hub
     hub.heal()
     assert call(f"{PUSH} --quiet") == 0
     assert published(hub) == files_of("out")
+
+
+def test_a_commit_whose_answer_is_lost_is_not_made_twice(exported, hub, capfd):
+    hub.lose("/commit/")
+    assert call(PUSH) == 1
+    assert "publishing what was sent failed" in capfd.readouterr().err
+    assert call(PUSH) == 0
+    assert "nothing is left to send" in capfd.readouterr().out
+    assert len(hub.repos["me/model"].commits) == 2
+    assert published(hub) == files_of("out")
+
+
+def test_a_repository_that_ignores_files_gets_no_part_of_a_model(exported, hub, capfd):
+    hub.create("me/model", {".gitignore": b"*.safetensors"})
+    assert call(PUSH) == 1
+    assert ".gitignore" in capfd.readouterr().err
+    assert set(hub.content("me/model")) == {".gitattributes", ".gitignore"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("adapter", "form"), [("null", "--gguf f16"), ("lora", "--merge"), ("null", "--dtype bfloat16")]
+)
+def test_every_form_is_published_without_a_path_of_this_machine(exported, hub, adapter, form):
+    settings = f"adapter={adapter} output_dir={exported}/run model.name={exported}/model"
+    assert call(f"train run.yaml {settings} data.train={exported}/pairs.jsonl --quiet") == 0
+    assert call(f"export run {form} --to {exported}/form --push me/model --quiet") == 0
+    assert published(hub) == files_of("form")
+    for name, content in published(hub).items():
+        assert str(exported).encode() not in content, name
+
+
+@pytest.mark.slow
+def test_an_adapter_whose_base_nobody_else_has_is_not_published(exported, hub, capfd):
+    assert call("train run.yaml adapter=lora output_dir=runs/adapter --quiet") == 0
+    assert call("export runs/adapter --to adapter --quiet") == 0
+    capfd.readouterr()
+    for command in ("export runs/adapter --to new --push me/model", "export adapter --push me/model"):
+        assert call(command) == 2
+        said = capfd.readouterr().err
+        assert "which nobody else has" in said
+        assert "--merge" in said
+    assert not hub.requests
 
 
 def test_where_publishing_fails_the_export_stays(exported, hub, capfd):
