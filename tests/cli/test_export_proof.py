@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import dpo_cli
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.reporting.console import Console
 from dpo_cli.system.storage import MANIFEST, read_manifest
 from tests.builders import save_adapter
 from tests.cli.in_process import call
@@ -183,6 +184,14 @@ def test_a_gguf_file_is_written_proved_and_read_again(project: Path, capfd: Any,
     # What was written is a model that is exported in turn, and nothing is lost on the way.
     again = dpo_cli.export(file, "again")
     assert again["rounding"]["largest"] == 0 == again["difference"]["largest"]
+
+
+def test_a_reader_that_is_not_installed_is_named(project: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_cli.pipeline.export.available", lambda: False)
+    found = dpo_cli.export(project / "tied", "out", gguf="f16", console=Console())
+    told = " ".join(capfd.readouterr().err.split())
+    assert "llama.cpp did not read the file: `pip install 'dpo-cli[llama]'` installs its package" in told
+    assert "llama.cpp" not in found
 
 
 def other_alpha(folder: Path) -> None:

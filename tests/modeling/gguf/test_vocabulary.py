@@ -95,6 +95,7 @@ def test_a_written_vocabulary_reads_texts_as_its_tokenizer_does(tmp_path: Path, 
     assert read.decode(tokens) == tokenizer.decode(tokens)
 
 
+@pytest.mark.llama_cpp
 @pytest.mark.parametrize("name", FAMILIES)
 def test_llama_cpp_reads_texts_as_the_tokenizer_does(tmp_path: Path, name: str) -> None:
     tokenizer = family(name)
