@@ -27,6 +27,7 @@ from dpo_cli.modeling.folders.loading import empty_policy, load_onto_shards, loa
 from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.folders.model_names import whole_model
 from dpo_cli.modeling.folders.provenance import Provenance
+from dpo_cli.modeling.folders.saved_weights import SavedWeights
 from dpo_cli.modeling.folders.saving import origin_of, warn_of_ignored
 from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
 from dpo_cli.modeling.gguf.tensors import round_as_in_file
@@ -493,7 +494,7 @@ class Policy:
 
     def round_to(self, types: WeightTypes) -> None:
         """Round every weight as it would be if it were saved in its type, and hold it as before."""
-        round_weights(self.model, types)
+        round_weights(self.model, SavedWeights(self.model).types_held(types))
 
     def write_gguf(
         self, file: Path, add_vocabulary: Callable[[GGUFWriter], None], kind: GgufType, name: str = ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.data.records import BadRow, Message
 from dpo_cli.data.tokens.chat_template import TEMPLATE_ERRORS, ChatTemplate, named_templates
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.gguf.vocabulary_texts import same_in_llama_cpp
 
 TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs; don't they're we'll I'd.",
@@ -74,14 +74,14 @@ class Facts:
             tokenizer: The tokenizer.
             generation_config: The settings.
             texts: Texts of pairs, or others.
-            chats_alone: Whether the reader splits texts as the template writes them, and composes no characters: what
-                a GGUF file says of plain texts is not what the tokenizer does with them if there is a chat template.
+            chats_alone: Whether what is read is a GGUF file: where there is a chat template, it says of texts what is
+                done with those that the template writes.
         """
         templates = named_templates(tokenizer)
         plain = not (chats_alone and templates)
         asked = [*_written(tokenizer, TEXTS), *(TEXTS if plain else ()), *texts]
         if chats_alone:
-            asked = [text for text in asked if unicodedata.is_normalized("NFC", text)]
+            asked = same_in_llama_cpp(tokenizer, asked)
         return cls(
             end_tokens(tokenizer, generation_config),
             {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},

@@ -180,7 +180,7 @@ def test_a_gguf_file_is_written_proved_and_read_again(project: Path, capfd: Any,
     (file,) = Path("out").glob("*.gguf")
     assert file.name == f"{model}-{kind.upper()}.gguf"
     assert Path("out/Modelfile").read_text(encoding="utf-8").startswith(f"FROM ./{file.name}\n")
-    assert {path.name for path in Path("out").iterdir()} == {file.name, "Modelfile", "README.md", MANIFEST}
+    assert {path.name for path in Path("out").iterdir()} == {file.name, "Modelfile", "README.md", "LICENSE", MANIFEST}
     # What was written is a model that is exported in turn, and nothing is lost on the way.
     again = dpo_cli.export(file, "again")
     assert again["rounding"]["largest"] == 0 == again["difference"]["largest"]

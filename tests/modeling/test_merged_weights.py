@@ -11,12 +11,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.policy import Policy
+from tests.builders import stirred
 from tests.conftest import build_llama
 
 KINDS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}}
@@ -175,6 +176,26 @@ def test_weights_of_several_types_keep_each_their_own(bases, tokenizer, tmp_path
     assert {name: weights.dtype for name, weights in found.items()} == {n: t.dtype for n, t in mixed.items()}
     for name in mixed:
         assert torch.equal(found[name], mixed[name]) == ("proj" not in name)
+
+
+def test_weights_that_files_keep_apart_are_rounded_in_memory_as_they_are_written(tokenizer, tmp_path):
+    """Experts have other names in memory than in the files, whose types differ: routers are often float32."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **sizes, **heads))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    file = tmp_path / "base" / WEIGHTS
+    mixed = {name: t if "gate.weight" in name else t.bfloat16() for name, t in load_file(file).items()}
+    save_file({n: t * 1.01 if t.dtype == torch.float32 else t for n, t in mixed.items()}, file, {"format": "pt"})
+    policy = stirred(Policy.load(str(tmp_path / "base")))
+    types = policy.came_in
+    written = load_file(saved(policy, tmp_path / "written", tokenizer, types) / WEIGHTS)
+    assert {str(tensor.dtype) for tensor in written.values()} == {"torch.float32", "torch.bfloat16"}
+    policy.round_to(types)
+    rounded = load_file(saved(policy, tmp_path / "rounded", tokenizer) / WEIGHTS)
+    assert all(torch.equal(tensor, written[name].float()) for name, tensor in rounded.items())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,14 @@ class SavedWeights:
             whole_dtype(one) for one in (*self.sketch.values(), *self._model.parameters()) if one.is_floating_point()
         )
         return next(held, self._model.dtype)
+
+    def types_held(self, types: WeightTypes) -> WeightTypes:
+        """Return the types of the model's own weights, of which those are made that are saved in some types."""
+        kinds: dict[str, set[torch.dtype]] = {}
+        for name, sources in self._sources.items():
+            for source in sources:
+                kinds.setdefault(source, set()).add(types[name])
+        return replace(types, named={name: kind.pop() for name, kind in kinds.items() if len(kind) == 1})
 
     def take(self, name: str) -> Tensor:
         """Return what is saved under a name, with its content, as it is held; each is to be taken once.
