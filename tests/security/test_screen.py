@@ -8,11 +8,12 @@ import pty
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.table import Table
 
-from dpo_cli.reporting.card import model_card
+from dpo_cli.reporting.card import ADAPTER, MODEL, Card, model_card
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.safe_text import as_text
 from tests.cli.test_bad_inputs import PREPARE, TRAIN
@@ -147,8 +148,9 @@ def test_hostile_names_are_escaped_in_json(hostile, dpo, name):
 )
 @pytest.mark.parametrize("adapted", [False, True], ids=["model", "adapter"])
 def test_a_name_in_the_model_card_is_neither_markdown_nor_html(name, adapted):
-    settings = {"model": {"name": name}, "note": f"\n```\n{name}\n"}
-    card = model_card(name, {**settings, "adapter": {"start": name} if adapted else None}, {"data": name}, {})
+    settings: dict[str, Any] = {"model": {"name": name}, "note": f"\n```\n{name}\n"}
+    settings["adapter"] = {"start": name} if adapted else None
+    card = model_card(Card(name, ADAPTER if adapted else MODEL, settings, base=name, facts={"data": name}))
     front, body = card.split("---\n", 2)[1:]
     assert "dpo" in front
     # What a reader of Markdown sees as code is text; nothing else of the name is left in a form that means something.
