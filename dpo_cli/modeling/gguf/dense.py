@@ -24,9 +24,14 @@ _GEMMA = {
 }  # fmt: skip
 
 
+_MISTRAL = 4096
+"""The window of a Mistral that does not say it."""
+
+
 def _no_short_window(config: Config) -> str | None:
     """Find a window that is shorter than the longest text."""
-    window, longest = config.get("sliding_window"), config.get("max_position_embeddings")
+    usual = _MISTRAL if config.get("model_type") == "mistral" else None
+    window, longest = config.get("sliding_window", usual), config.get("max_position_embeddings")
     if window is not None and (longest is None or window < longest):
         return f"`sliding_window: {window}`, which the file has no key for"
     return None

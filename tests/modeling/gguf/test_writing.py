@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,13 @@ from tiny_models import KINDS, SMALL, Kind, build
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.gguf.architectures import gguf_problem
+from dpo_cli.modeling.gguf.architectures import ARCHITECTURES, gguf_problem
 from dpo_cli.modeling.gguf.dense import DENSE
 from dpo_cli.modeling.gguf.tensors import round_as_in_file
 from dpo_cli.modeling.gguf.types import GGUF_TYPES, GgufType
 from dpo_cli.modeling.gguf.writing import GgufFile, write_gguf
 from dpo_cli.modeling.policy import Policy
+from tests.conftest import ROOT
 
 _FULL = {"layer_types": ["full_attention"] * 2, "use_sliding_window": False}
 _LLAMA_3 = {
@@ -31,6 +33,10 @@ _LLAMA_3 = {
 }  # fmt: skip
 _YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 _PARTLY = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+
+
+_LEFT_OUT = {"rope_type: longrope": ["rope_parameters"], "sliding_window: 4096": ["sliding_window"]}
+"""By what is said of it, settings that a config.json does not have."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,24 @@ def test_every_type_is_read_back_as_it_was_rounded(tmp_path: Path, name: str, ki
     assert all(in_file[name] == "f32" for name in in_file if "norm" in name or name.endswith("bias"))
 
 
+def test_what_is_otherwise_than_was_asked_for_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    written(build("gpt2", **CASES["gpt2, untied"].changes), tmp_path, "q8_0")
+    wide, passed_over = (record.getMessage() for record in caplog.records if record.name.startswith("dpo_cli"))
+    assert "2 weights" in wide and "kept in f16: blk.0.ffn_down.weight, blk.1.ffn_down.weight" in wide
+    assert "does not read n_inner, n_positions;" in passed_over
+    caplog.clear()
+    written(build("qwen2", **CASES["qwen2"].changes), tmp_path, "f16")
+    assert not [record for record in caplog.records if record.name.startswith("dpo_cli")]
+
+
+def test_the_page_lists_every_model_and_every_type() -> None:
+    page = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
+    section = page.partition("\n## GGUF\n")[2].partition("\n## ")[0]
+    first = [row.split("|")[1] for row in section.splitlines() if row.startswith("| `")]
+    listed = [name for cell in first for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(listed) == sorted([*ARCHITECTURES, *GGUF_TYPES])
+
+
 def test_a_file_says_what_llama_cpp_looks_for(tmp_path: Path) -> None:
     found = written(build("gemma2", **CASES["gemma2"].changes), tmp_path, "q8_0")
     fields = {name: one.contents() for name, one in gguf.GGUFReader(found.path).fields.items()}
@@ -199,6 +223,7 @@ def test_a_file_says_what_llama_cpp_looks_for(tmp_path: Path) -> None:
         ("qwen2", {"use_sliding_window": False, "rope_parameters": _LLAMA_3}, "rope_type: llama3"),
         ("qwen3", {"rope_parameters": {**_YARN, "attention_factor": 2.0}}, "attention_factor: 2.0"),
         ("mistral with a window", {}, "sliding_window: 5"),
+        ("mistral", {"max_position_embeddings": 32768}, "sliding_window: 4096"),
         ("qwen2", {}, "use_sliding_window: True"),
         ("qwen3", {"attention_bias": True}, "attention_bias: True"),
         ("gemma2", {}, "query_pre_attn_scalar: 3"),
@@ -220,8 +245,8 @@ def test_what_a_file_cannot_say_is_refused_before_work_begins(
     config = getattr(transformers, KINDS[kind].config)(**KINDS[kind].settings)
     config.save_pretrained(tmp_path)
     said = json.loads((tmp_path / "config.json").read_text())
-    if "rope_scaling" in changes:
-        del said["rope_parameters"]
+    for name in _LEFT_OUT.get(told, ()):
+        del said[name]
     found = gguf_problem({**said, **changes})
     assert found is not None and told in found
 
