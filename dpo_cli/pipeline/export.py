@@ -293,13 +293,18 @@ def _form(wanted: Export) -> str:
 def _checked(found: Mapping[str, Any]) -> dict[str, str]:
     """Say what was compared of what was written, and how far apart it was."""
     answers = found["answers"]
-    said = {"answers": f"{answers['alike']} of {answers['compared']} greedy answers are the same"}
+    said = {"answers": _alike(answers)}
     return {
         "on": found["scored"],
         "read by": found["reader"],
         **_differences(found),
         **(said if answers["compared"] else {}),
     }
+
+
+def _alike(answers: Mapping[str, Any]) -> str:
+    """Say how many greedy answers are the same."""
+    return f"{answers['alike']} of {several(answers['compared'], 'greedy answer is', 'greedy answers are')} the same"
 
 
 def _show(found: Mapping[str, Any], to: Path, console: Console) -> None:
@@ -309,7 +314,7 @@ def _show(found: Mapping[str, Any], to: Path, console: Console) -> None:
         console.result(figures_table(_columns(found), found["scored"]))
         console.result("")
     answers = found["answers"]
-    said = f"{answers['alike']} of {several(answers['compared'], 'greedy answer is', 'greedy answers are')} the same"
+    said = _alike(answers)
     if beside := found.get(ANSWERS_BESIDE):
         said += f"; of llama.cpp and transformers {beside['alike']} of {beside['compared']}"
     lines = {
