@@ -11,7 +11,7 @@ from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.data.records import BadRow, Message
 from dpo_cli.data.tokens.chat_template import TEMPLATE_ERRORS, ChatTemplate, named_templates
 from dpo_cli.errors import UserError
-from dpo_cli.modeling.gguf.vocabulary_texts import same_in_llama_cpp
+from dpo_cli.modeling.gguf.vocabulary_texts import same_in_llama_cpp, with_special
 
 TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs; don't they're we'll I'd.",
@@ -44,6 +44,9 @@ _CONVERSATIONS = (
     (Message("system", "Be brief."), Message("user", QUESTIONS[1])),
     (Message("user", QUESTIONS[2]), Message("assistant", "Eight."), Message("user", QUESTIONS[3])),
 )
+
+
+_ERROR = "an error: "
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Facts:
         """
         templates = named_templates(tokenizer)
         plain = not (chats_alone and templates)
-        asked = [*_written(tokenizer, TEXTS), *(TEXTS if plain else ()), *texts]
+        asked = [*_written(tokenizer, TEXTS), *(TEXTS if plain else ()), *with_special(tokenizer), *texts]
         if chats_alone:
             asked = same_in_llama_cpp(tokenizer, asked)
         return cls(
@@ -90,6 +93,10 @@ class Facts:
             {text: tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in asked},
             tuple(tokenizer(QUESTIONS[0]).input_ids) if plain else (),
         )
+
+    def conversations(self) -> list[str]:
+        """Return what templates make of conversations that they take."""
+        return [text for text in self.renderings.values() if not text.startswith(_ERROR)]
 
     def differences(self, other: Facts) -> Iterator[str]:
         """Yield what another reading says otherwise: first this one's, then that one's."""
@@ -120,7 +127,7 @@ def _renderings(tokenizer: Any, name: str, template: str) -> Iterator[tuple[str,
         try:
             text = write([conversation], {}, add_generation_prompt=True)[0]
         except (BadRow, UserError, *TEMPLATE_ERRORS) as error:
-            text = f"an error: {error}"
+            text = f"{_ERROR}{error}"
         yield f"conversation {number} (`{name}`)", text
 
 

@@ -167,7 +167,9 @@ def _check_vocabulary(reader: llama_cpp.LlamaCpp, tokenizer: Any, facts: Facts, 
             raise _other(f"the tokens of {text[:40]!r} are others from the {parted}. on", where)
     begin = reader.begins()
     start = (reader.tokens(QUESTIONS[0])[0] if begin is None else begin,)
-    if facts.whole and facts.whole[:1] != start:
+    # Where there is a template, it says how conversations begin: a token before texts is the one that it begins with.
+    chats = [] if facts.whole or begin is None else [reader.tokens(text)[:1] for text in facts.conversations()]
+    if any(tuple(first) != start for first in [*([facts.whole[:1]] if facts.whole else []), *chats]):
         raise _other(f"texts begin with {'no token of their own' if begin is None else f'the token {begin}'}", where)
 
 

@@ -33,7 +33,7 @@ from dpo_cli.modeling.gguf.tokenizers import (
     pairs_of,
     tokenizer_from,
 )
-from dpo_cli.modeling.gguf.vocabulary_texts import differing, encode, plain_texts
+from dpo_cli.modeling.gguf.vocabulary_texts import PLAIN_TEXTS, differing, encode, same_in_llama_cpp
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -177,7 +177,7 @@ def _with_unknown(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 def _settled(tokenizer: PreTrainedTokenizerBase, words: _Words, choices: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the first of several vocabularies that gives conversations their tokens, or texts where none are had."""
     name = "phi-3" if _swallows(words) else ""
-    texts = probes(tokenizer) or plain_texts(tokenizer)
+    texts = probes(tokenizer) or same_in_llama_cpp(tokenizer, PLAIN_TEXTS)
     found: list[str] = []
     for fields in choices:
         found = differing(encode(tokenizer), encode(tokenizer_from(fields, name=name)), texts)

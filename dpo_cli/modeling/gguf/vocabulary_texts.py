@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from dpo_cli.data.tokens.chat_template import named_templates
 from dpo_cli.modeling.gguf.pre_tokenizers import GPT_4O, TEKKEN, splits_at
 
 Encode = Callable[[str], list[int]]
@@ -50,11 +51,6 @@ def differing(expected: Encode, found: Encode, texts: Iterable[str]) -> list[str
     return [text for text in texts if expected(text) != found(text)]
 
 
-def plain_texts(tokenizer: Any) -> list[str]:
-    """Return texts of many kinds; of those that begin with a space, some tokenizers put no other one before them."""
-    return [text for text in PLAIN_TEXTS if not (begins_otherwise(tokenizer) and text.startswith(" "))]
-
-
 def begins_otherwise(tokenizer: Any) -> bool:
     """Tell whether a tokenizer reads a word that nothing is before otherwise than one behind a special token."""
     special = next((one for one in map(str, tokenizer.added_tokens_decoder.values())), None)
@@ -62,13 +58,22 @@ def begins_otherwise(tokenizer: Any) -> bool:
 
 
 def same_in_llama_cpp(tokenizer: Any, texts: Iterable[str]) -> list[str]:
-    """Return those of some texts to which llama.cpp gives the tokens that the tokenizer gives them.
+    """Return those of some texts to which readers of a GGUF file give the tokens that the tokenizer gives them.
 
     llama.cpp leaves characters as they are, where some tokenizers compose them (NFC); and of the splits of Mistral's
-    newer models and of GPT-4o it has forms of its own, which part letters from the marks on them.
+    newer models and of GPT-4o it has forms of its own, which part letters from the marks on them. Before texts that
+    begin with a space some tokenizers put no other one, nor behind special tokens: where they have no chat template, a
+    file says what plain texts need.
     """
     parted = splits_at(tokenizer.backend_tokenizer) & {TEKKEN, GPT_4O}
-    kept = (text for text in texts if not parted or not any(unicodedata.category(one)[0] == "M" for one in text))
-    if encode(tokenizer)(_DECOMPOSED) != encode(tokenizer)(unicodedata.normalize("NFC", _DECOMPOSED)):
-        return list(kept)
-    return [text for text in kept if unicodedata.is_normalized("NFC", text)]
+    composes = encode(tokenizer)(_DECOMPOSED) == encode(tokenizer)(unicodedata.normalize("NFC", _DECOMPOSED))
+    spaced = begins_otherwise(tokenizer)
+    special = set(map(str, tokenizer.added_tokens_decoder.values())) if not named_templates(tokenizer) else set()
+
+    def is_same(text: str) -> bool:
+        marked = parted and any(unicodedata.category(one)[0] == "M" for one in text)
+        composed = composes and not unicodedata.is_normalized("NFC", text)
+        spread = spaced and (text.startswith(" ") or any(one in text for one in special))
+        return not marked and not composed and not spread
+
+    return [text for text in texts if is_same(text)]

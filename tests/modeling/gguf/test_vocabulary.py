@@ -21,10 +21,8 @@ from dpo_cli.modeling.gguf.tokenizers import ends_of, tokenizer_of
 from dpo_cli.modeling.gguf.vocabulary import add_vocabulary, name_for, vocabulary_problem
 from dpo_cli.modeling.gguf.vocabulary_texts import (
     PLAIN_TEXTS,
-    begins_otherwise,
     differing,
     encode,
-    plain_texts,
     same_in_llama_cpp,
     with_special,
 )
@@ -58,13 +56,11 @@ def fields_of(file: Path) -> dict[str, Any]:
 
 def check_vocabulary_read(tokenizer: Any, found: Callable[[str], list[int]], texts: Sequence[str] = ()) -> list[str]:
     """Return the texts that a reader gives other tokens: plain ones as questions where there is a template."""
-    plain = plain_texts(tokenizer)
+    plain = same_in_llama_cpp(tokenizer, PLAIN_TEXTS)
     if tokenizer.chat_template:
         turns = ([{"role": "user", "content": text}] for text in plain)
         plain = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in turns]
-        plain += with_special(tokenizer)
-    elif not begins_otherwise(tokenizer):
-        plain += with_special(tokenizer)
+    plain += with_special(tokenizer)
     return differing(encode(tokenizer), found, same_in_llama_cpp(tokenizer, [*texts, *plain]))
 
 
