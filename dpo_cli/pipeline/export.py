@@ -168,8 +168,7 @@ def _proved(
         UserError: It is not what was exported.
     """
     where = f"--to {wanted.to}"
-    is_gguf = isinstance(wanted.form, GgufFolder)
-    check_facts(facts, Facts.of(read.tokenizer, read.generation, [*facts.tokens], chats_alone=is_gguf), where)
+    check_facts(facts, facts.read_again(read.tokenizer, read.generation), where)
     written = asked(proof, read.policy, "what was written", facts.stops)
     exactness = check_alike(rounded, written, _what_differs(wanted, form), where)
     check_answers(rounded, written, read.policy, proof, facts.stops, where)

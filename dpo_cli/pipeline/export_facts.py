@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,6 @@ _CONVERSATIONS = (
     (Message("user", QUESTIONS[2]), Message("assistant", "Eight."), Message("user", QUESTIONS[3])),
 )
 
-
 _ERROR = "an error: "
 
 
@@ -80,18 +79,26 @@ class Facts:
             chats_alone: Whether what is read is a GGUF file: where there is a chat template, it says of texts what is
                 done with those that the template writes.
         """
-        templates = named_templates(tokenizer)
-        plain = not (chats_alone and templates)
+        plain = not (chats_alone and named_templates(tokenizer))
         asked = [*_written(tokenizer, TEXTS), *(TEXTS if plain else ()), *with_special(tokenizer), *texts]
         if chats_alone:
             asked = same_in_llama_cpp(tokenizer, asked)
+        return cls._asked(tokenizer, generation_config, asked, whole=plain)
+
+    def read_again(self, tokenizer: Any, generation_config: Any) -> Facts:
+        """Ask a reader of what was written the same, whatever its tokenizer is."""
+        return self._asked(tokenizer, generation_config, self.tokens, whole=bool(self.whole))
+
+    @classmethod
+    def _asked(cls, tokenizer: Any, generation_config: Any, texts: Iterable[str], *, whole: bool) -> Facts:
+        templates = named_templates(tokenizer)
         return cls(
             end_tokens(tokenizer, generation_config),
             {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
             templates,
             {name: text for one in templates for name, text in _renderings(tokenizer, one, templates[one])},
-            {text: tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in asked},
-            tuple(tokenizer(QUESTIONS[0]).input_ids) if plain else (),
+            {text: tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts},
+            tuple(tokenizer(QUESTIONS[0]).input_ids) if whole else (),
         )
 
     def conversations(self) -> list[str]:
@@ -99,7 +106,7 @@ class Facts:
         return [text for text in self.renderings.values() if not text.startswith(_ERROR)]
 
     def differences(self, other: Facts) -> Iterator[str]:
-        """Yield what another reading says otherwise: first this one's, then that one's."""
+        """Yield what `read_again` has otherwise: first this one's, then that one's."""
         if self.stops != other.stops:
             yield f"texts end at the tokens {_listed(self.stops)}, and in what was written at {_listed(other.stops)}"
         for name, number in self.ids.items():
@@ -111,7 +118,7 @@ class Facts:
         for name, text in self.renderings.items():
             if (made := other.renderings.get(name, "")) != text:
                 yield f"the chat template makes {text!r} of {name}, and in what was written {made!r}"
-        if differing := [text for text, tokens in self.tokens.items() if other.tokens.get(text, tokens) != tokens]:
+        if differing := [text for text, tokens in self.tokens.items() if other.tokens[text] != tokens]:
             first = differing[0]
             both = " and in what was written ".join(_excerpt(one.tokens[first]) for one in (self, other))
             yield f"the tokens of {len(differing)} texts are others, of {first[:40]!r} {both}"

@@ -64,6 +64,11 @@ class Said:
     far: Tensor
     answers: Sequence[Answer] = ()
 
+    @property
+    def lengths(self) -> list[int]:
+        """How many tokens are scored of each pair, and of those that are far apart."""
+        return [*(len(self.logps[pair]) for pair in sorted(self.logps)), len(self.far)]
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -229,6 +234,9 @@ def check_alike(ours: Said, theirs: Said, what: str, where: str) -> Difference:
     Raises:
         UserError: It says something else.
     """
+    if ours.lengths != theirs.lengths:
+        told = f"{what}: it takes texts of another length"
+        raise UserError(told, where, NOTHING_WRITTEN, status=FAILED)
     difference = Difference.between(ours.logps, theirs.logps)
     far = Difference.between({0: ours.far}, {0: theirs.far}).largest if len(ours.far) else 0.0
     apart, of = (difference.largest, "") if difference.largest > EXACT else (far, " where positions are far apart")
@@ -261,8 +269,12 @@ def check_answers(ours: Said, theirs: Said, reader: Policy, proof: Proof, stops:
         where: The folder that is then not written.
 
     Raises:
-        UserError: At the first token where an answer is another, the model tells both clearly apart.
+        UserError: At the first token where an answer is another, the model tells both clearly apart; or there are more
+            answers, or fewer.
     """
+    if len(ours.answers) != len(theirs.answers):
+        told = f"{len(theirs.answers)} of {len(ours.answers)} prompts are answered"
+        raise UserError(f"what was written is not what was exported: {told}", where, NOTHING_WRITTEN, status=FAILED)
     prompts = [one for one in proof.prompts if room(reader, one, 1)]
     for number, (prompt, one, other) in enumerate(zip(prompts, ours.answers, theirs.answers, strict=False), 1):
         if one != other and (gap := first_gap(reader, prompt, one, other, stops)) > TIE:

@@ -145,6 +145,7 @@ def lower_case(folder: Path) -> None:
         ("gpt2", weights(far_positions), "differ by .* where positions are far apart"),
         ("tied", settings(rms_norm_eps=1e-2), "log-probabilities differ by"),
         ("tied", settings(num_hidden_layers=1), "are not part of"),
+        ("tied", settings(max_position_embeddings=32), "texts of another length"),
         ("tied", end_of_generation, "texts end at the tokens .*, and in what was written at .*5"),
         ("tied", no_end_of_generation, "texts end at the tokens"),
         ("tied", other_end, "the eos token is"),

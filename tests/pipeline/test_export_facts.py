@@ -1,0 +1,57 @@
+"""What is compared of tokenizers and answers when an export is proved: a reader is asked everything the model was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.folders.loading import load_policy
+from dpo_cli.modeling.generation import Answer
+from dpo_cli.modeling.policy import Policy
+from dpo_cli.pipeline.export_facts import Facts
+from dpo_cli.pipeline.export_proof import OnTokens, Said, check_answers
+from tests.conftest import build_llama
+
+SETTINGS = GenerationConfig(eos_token_id=2)
+DECOMPOSED = "e\u0301"
+
+
+def with_normalizer(tokenizer: Any, normalizer: dict[str, Any] | None) -> PreTrainedTokenizerFast:
+    """The same tokenizer with another normalizer."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["normalizer"] = normalizer
+    ends = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(described)), **ends)
+
+
+def test_a_reader_that_composes_characters_is_asked_for_those_that_the_model_does_not_compose(tokenizer: Any) -> None:
+    """By itself it would be asked for none of them: llama.cpp composes none."""
+    ours, theirs = with_normalizer(tokenizer, None), with_normalizer(tokenizer, {"type": "NFC"})
+    facts = Facts.of(ours, SETTINGS, [DECOMPOSED], chats_alone=True)
+    assert DECOMPOSED in facts.tokens
+    (told,) = facts.differences(facts.read_again(theirs, SETTINGS))
+    assert "the tokens of" in told
+    assert not list(facts.differences(facts.read_again(ours, SETTINGS)))
+
+
+def test_texts_that_a_reader_cannot_have_alike_are_not_compared(tokenizer: Any) -> None:
+    composing = with_normalizer(tokenizer, {"type": "NFC"})
+    assert DECOMPOSED not in Facts.of(composing, SETTINGS, [DECOMPOSED], chats_alone=True).tokens
+    assert DECOMPOSED in Facts.of(composing, SETTINGS, [DECOMPOSED]).tokens
+
+
+def test_a_model_that_does_not_answer_all_prompts_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    ours = Said({}, {}, torch.zeros(0), [Answer((1,), True), Answer((2,), True)])
+    theirs = Said({}, {}, torch.zeros(0), [Answer((1,), True)])
+    policy = Policy(load_policy(str(build_llama(tmp_path / "model", tokenizer, seed=0))))
+    proof: Any = OnTokens(None, [[1], [2]])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="1 of 2 prompts are answered"):
+        check_answers(ours, theirs, policy, proof, [2], "--to out")
+    check_answers(ours, ours, policy, proof, [2], "--to out")
