@@ -239,7 +239,7 @@ def _use(card: Card) -> Iterator[str]:
 
 
 def _base_argument(card: Card) -> str:
-    """Return how `from_pretrained` is told of the base: by its id, or where it should be."""
+    """Return the arguments that `from_pretrained` takes for the base: its id, or where it should be."""
     if card.provenance.hub_id:
         return _literal(covered(card.provenance.hub_id))
     name = Path(covered(card.base)).name

@@ -62,5 +62,5 @@ def rounded_logps(policy: Policy, kind: GgufType, prompt: Sequence[int], respons
     tokens = torch.tensor([[*prompt, *response]], device=policy.model.device)
     with policy.reading_plainly() as model, _Rounding(kind):
         logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    logps: Tensor = logits.double().log_softmax(-1)
+    logps: Tensor = logits.float().log_softmax(-1)
     return logps.gather(-1, tokens[0, len(prompt) :, None])[:, 0].cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -88,8 +89,8 @@ class FileTensors:
 
     def _check(self) -> None:
         """Check that each weight of the model is in the file, once."""
-        names = [tensor.name for tensor in self.tensors]
-        if twice := {name for name in names if names.count(name) > 1}:
+        counts = Counter(tensor.name for tensor in self.tensors)
+        if twice := [name for name, count in counts.items() if count > 1]:
             raise UserError(f"two weights of the model are `{min(twice)}` in the file", self._model.name_or_path, None)
 
 

@@ -67,7 +67,7 @@ def tokenizer_from(fields: Fields, architecture: str = "", name: str = "") -> Pr
 
     Args:
         fields: What it has about its vocabulary.
-        architecture: The model's: merges of Gemma's vocabularies go by the order of the tokens.
+        architecture: The model's: merges of Gemma's vocabularies follow the order of the tokens.
         name: The model's name, by which llama.cpp knows Phi-3's tokens.
     """
     tokens = list(fields["ggml.tokens"])

@@ -91,7 +91,7 @@ def _warn(others: Mapping[str, GgufType], passed_over: list[str]) -> None:
 
 
 def _announce(writer: GGUFWriter, tensor: Written) -> None:
-    """Tell of a tensor, of which the content follows when all have been told of."""
+    """Add a tensor to the list in front of the file; the contents follow that list."""
     import gguf
     import numpy as np
 
