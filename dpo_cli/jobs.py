@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config, as_config
-from dpo_cli.config.exporting import Options, check_export, reserved
+from dpo_cli.config.export_forms import Options
+from dpo_cli.config.exporting import check_export, reserved
 from dpo_cli.config.inputs import (
     check_evaluation,
     check_new_file,

@@ -13,15 +13,9 @@ from typing import Any
 
 import torch
 
-from dpo_cli.config.exporting import (
-    Export,
-    ForeignAdapter,
-    GgufFolder,
-    PeftFolder,
-    PlainModel,
-    TrainedAdapter,
-    TrainedModel,
-)
+from dpo_cli.config.export_forms import GgufFolder, PeftFolder
+from dpo_cli.config.export_sources import ForeignAdapter, PlainModel, TrainedAdapter, TrainedModel
+from dpo_cli.config.exporting import Export
 from dpo_cli.config.publishing import EXPORT
 from dpo_cli.data.tokens.chat_template import named_templates
 from dpo_cli.errors import FAILED, UserError

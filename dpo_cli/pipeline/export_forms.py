@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoModelForCausalLM
 
-from dpo_cli.config.exporting import Export, Form, GgufFolder, PeftFolder
+from dpo_cli.config.export_forms import Form, GgufFolder, PeftFolder
+from dpo_cli.config.exporting import Export
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.folders import tokenizers

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_cli.config import Config
-from dpo_cli.config.exporting import Export, ForeignAdapter, TrainedAdapter, TrainedModel
+from dpo_cli.config.export_sources import ForeignAdapter, TrainedAdapter, TrainedModel
+from dpo_cli.config.exporting import Export
 from dpo_cli.errors import UserError
 from dpo_cli.evaluation.samples import sampled_pairs
 from dpo_cli.modeling.adapters.adapted import Adapted
