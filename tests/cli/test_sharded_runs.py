@@ -135,3 +135,19 @@ def test_a_checkpoint_is_exported_as_a_model(begun, tmp_path):
     parts = [load_file(path) for path in sorted(checkpoint.glob("weights-*.safetensors"))]
     for name in parts[0]:
         assert torch.equal(torch.cat([part[name] for part in parts]), saved[name]), name
+
+
+def test_a_checkpoint_is_exported_as_a_gguf_file_or_an_adapter(begun, tmp_path):
+    """By one process, of what two have saved; the proof compares it with the run's own model."""
+    _, run, dpo = begun
+    checkpoint = run / "checkpoints" / "step-000002"
+    is_adapter = (checkpoint / "adapter_config.json").exists()
+    forms = {"gguf": ("--gguf", "f16", *(["--merge"] if is_adapter else []))}
+    if is_adapter:
+        forms |= {"adapter": (), "merged": ("--merge",)}
+    for name, options in forms.items():
+        ended = dpo(1, "export", checkpoint, *options, "--to", tmp_path / name)
+        assert ended.status == 0, ended.said
+        found = json.loads((tmp_path / name / "manifest.json").read_text(encoding="utf-8"))["export"]
+        assert found["exactness"]["largest"] <= 1e-4
+        assert found["model" if not is_adapter else "adapter"].keys() == found["exported"].keys()
