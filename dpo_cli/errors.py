@@ -20,6 +20,8 @@ _OS_HINTS = {
     errno.EACCES: "check the permissions, or choose another folder",
     errno.EPERM: "check the permissions, or choose another folder",
     errno.EROFS: "that file system is read-only: choose another folder",
+    errno.EEXIST: "choose another folder, or remove that one",
+    errno.ENOTEMPTY: "choose another folder, or remove that one",
     errno.ENOENT: "check the path: a part of it does not exist",
     errno.ENOTDIR: "a part of that path is a file, not a folder",
     errno.EISDIR: "that is a folder; a file was expected",

@@ -110,7 +110,8 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         complete = wanted.source.unscored is None
         policy.provenance = provenance_of_run(wanted.source.config, wanted.source.run, complete=complete)
     provenance = policy.provenance
-    with saved_folder(wanted.to, f"writing the {'merged ' if wanted.merges else ''}model", details) as folder:
+    doing = f"writing the {'merged ' if wanted.merges else ''}model"
+    with saved_folder(wanted.to, doing, details, replaces=False) as folder:
         form.write(policy, tokenizer, folder)
         del policy
         read = _read(alone(session), form, folder, wanted)

@@ -184,16 +184,21 @@ def is_open_at(descriptor: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def sealed_folder(target: Path, details: dict[str, Any], *, waits: bool = False) -> Iterator[Path]:
+def sealed_folder(
+    target: Path, details: dict[str, Any], *, waits: bool = False, replaces: bool = True
+) -> Iterator[Path]:
     """Yield a temporary folder to fill; on leaving it is sealed, flushed and renamed to `target`.
 
-    Where anything fails, the temporary folder is removed and `target` stays as it was. An older `target`
-    is replaced.
+    Where anything fails, the temporary folder is removed and `target` stays as it was.
 
     Args:
         target: The folder to appear. Its parents are created.
         details: What the manifest says beside sizes and digests; it may be filled until the folder is left.
         waits: Whether filling it waits for other processes, so that it counts as being filled only at the end.
+        replaces: Whether an older `target` is replaced.
+
+    Raises:
+        OSError: The disk refuses; or there is a `target`, which must not be replaced.
     """
     temporary = started_folder(target)
     with _filled(temporary):
@@ -202,7 +207,7 @@ def sealed_folder(target: Path, details: dict[str, Any], *, waits: bool = False)
         yield temporary
         _filling.add(temporary)
         _seal(temporary, details, {})
-        _rename(temporary, target)
+        _rename(temporary, target, replaces=replaces)
 
 
 def started_folder(target: Path) -> Path:
@@ -239,9 +244,12 @@ def _filled(temporary: Path) -> Iterator[None]:
         _filling.discard(temporary)
 
 
-def _rename(temporary: Path, target: Path) -> None:
-    """Let a sealed folder appear, in place of an older one if there is one."""
-    if not target.exists():
+def _rename(temporary: Path, target: Path, *, replaces: bool = True) -> None:
+    """Let a sealed folder appear, in place of an older one if there is one and it may be replaced."""
+    if not replaces and os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    if not replaces or not target.exists():
+        # Where another process makes one at this moment, the system refuses, unless it is an empty folder.
         temporary.rename(target)
         _flush(target.parent)
         return

@@ -159,7 +159,7 @@ def logits_alone(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def saved_folder(
-    target: Path, doing: str, details: dict[str, Any] | None = None, *, waits: bool = False
+    target: Path, doing: str, details: dict[str, Any] | None = None, *, waits: bool = False, replaces: bool = True
 ) -> Iterator[Path]:
     """Yield a folder to write into, which appears as `target`, sealed, when all of it is written.
 
@@ -168,13 +168,14 @@ def saved_folder(
         doing: What failed, where it fails.
         details: What its manifest says beside sizes and digests.
         waits: Whether filling it waits for other processes.
+        replaces: Whether an older `target` is replaced.
 
     Raises:
-        UserError: The disk refuses. `target` is as it was then.
+        UserError: The disk refuses, or there is a `target` that must not be replaced. `target` is as it was then.
     """
     # They may be filled until the folder is left.
     details = {} if details is None else details
-    with disk_refusals(doing, target), sealed_folder(target, details, waits=waits) as temporary:
+    with disk_refusals(doing, target), sealed_folder(target, details, waits=waits, replaces=replaces) as temporary:
         yield temporary
 
 

@@ -1,0 +1,196 @@
+"""Exports that end at any file operation, or find the disk full: what they write is whole or absent, in every form."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_config, write_rows
+from tests.faults.conftest import FULL
+from tests.faults.ledger import Ledger, Outcome
+from tests.faults.runs import Point
+from tests.faults.shares import SHARES, chosen, report
+from tests.faults.shim import CRASHED
+from tests.faults.trials import Broken, Fault, Gate, change_disk, content, disk, judged, named, require_error
+from tests.faults.zygote import Ended, Running, Zygote
+
+KINDS = {
+    "a model": ("whole",),
+    "an adapter": ("adapted",),
+    "a merged model": ("adapted", "--merge"),
+    "a GGUF file": ("adapted", "--merge", "--gguf", "q8_0"),
+}
+"""What is written, by the run that it is taken out of and the options."""
+
+ADAPTERS = {"whole": None, "adapted": {"rank": 4}}
+
+
+@dataclass
+class Bench:
+    """Exports of one kind.
+
+    Attributes:
+        zygote: Starts them.
+        folder: Holds the runs.
+        arguments: What is exported, and how.
+        expected: The files of an export that nothing happens to.
+        points: Where an export can be ended.
+        before: The files of the runs, as they were.
+    """
+
+    zygote: Zygote
+    folder: Path
+    arguments: tuple[str, ...]
+    expected: dict[str, bytes] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+    before: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def target(self) -> Path:
+        """Where exports are written that share a disk with the runs."""
+        return self.folder / "made" / "out"
+
+    def start(self, target: Path, fault: Fault | None = None) -> Running:
+        """Start an export."""
+        arguments = ("export", *self.arguments, "--to", target, "--quiet")
+        return self.zygote.start(*arguments, cwd=self.folder, fault=fault)
+
+    def run(self, target: Path, fault: Fault | None = None) -> Ended:
+        """Export to the end, whatever it is."""
+        return self.start(target, fault).wait()
+
+    def count(self, log: Path) -> None:
+        """Export once with nothing in the way, and note what is written and where it can be ended."""
+        self.before = self.runs()
+        ended = self.run(self.target, ("tests.faults.shim:count", {"root": str(self.folder), "log": str(log)}))
+        assert ended.status == 0, ended.said
+        self.expected = content(self.target)
+        for number, line in enumerate(log.read_text(encoding="utf-8").splitlines(), 1):
+            self.points += [Point(number), *([Point(number, half=True)] if json.loads(line)["halves"] else [])]
+        shutil.rmtree(self.target.parent)
+
+    def runs(self) -> dict[str, bytes]:
+        """Return the files of the runs, and of what they read."""
+        return {name: data for name, data in content(self.folder).items() if not name.startswith("made/")}
+
+    def require(self, target: Path) -> None:
+        """Require a target that is whole or absent, and runs as they were."""
+        if self.runs() != self.before:
+            raise Broken(Outcome.LOST, "the runs have other bytes")
+        if target.exists() and content(target) != self.expected:
+            raise Broken(Outcome.WRONG, f"{target} has other bytes")
+
+    def require_next(self, target: Path) -> None:
+        """Require that the next export succeeds, and leaves nothing beside what it writes."""
+        shutil.rmtree(target, ignore_errors=True)
+        ended = self.run(target)
+        if ended.status:
+            raise Broken(Outcome.LOST, ended.said)
+        self.require(target)
+        if [*target.parent.iterdir()] != [target]:
+            raise Broken(Outcome.LOST, f"not the target alone: {[*target.parent.iterdir()]}")
+        shutil.rmtree(target)
+
+
+@pytest.fixture(scope="module")
+def benches(tmp_path_factory, zygote, tiny_llama, demo_rows) -> Callable[[str], Bench]:
+    """Return the bench of a kind; all have the same runs."""
+    folder = tmp_path_factory.mktemp("exports")
+    shutil.copytree(tiny_llama, folder / "base")
+    pairs = write_rows(folder / "pairs.jsonl", demo_rows[:28])
+    for run, adapter in ADAPTERS.items():
+        training = {"max_steps": 2, "learning_rate": 1e-2}
+        config = make_config(folder, folder / "base", pairs, run, adapter=adapter, training=training, output_dir=run)
+        ended = zygote.run("train", "--config", config, "--quiet", cwd=folder)
+        assert ended.status == 0, ended.said
+
+    @functools.cache
+    def find(kind: str) -> Bench:
+        bench = Bench(zygote, folder, KINDS[kind])
+        bench.count(tmp_path_factory.mktemp("operations") / "log.jsonl")
+        return bench
+
+    return find
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_crash_at_any_file_operation_leaves_the_target_whole_or_absent(
+    benches: Callable[[str], Bench], ledger: Ledger, kind: str, share: int
+) -> None:
+    """What a crash leaves beside the target, each next export removes."""
+    bench, troubles = benches(kind), []
+    for point in chosen(bench.points, share, 1, 4):
+        where = {"root": str(bench.folder), "operation": point.operation, "half": point.half}
+        shutil.rmtree(bench.target, ignore_errors=True)
+        ended = bench.run(bench.target, ("tests.faults.shim:crash_at", where))
+        try:
+            with judged(ledger, f"crash at a file operation: export of {kind}"):
+                if ended.status != CRASHED:
+                    raise Broken(Outcome.WRONG, f"status {ended.status}:\n{ended.said}")
+                bench.require(bench.target)
+        except Broken as broken:
+            troubles.append(f"{point}: {broken}")
+    bench.require_next(bench.target)
+    report(troubles)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Another disk than the one of the runs."""
+    with disk(tmp_path / "disk", 2**30) as folder:
+        yield folder
+
+
+@pytest.mark.parametrize("share", [place / 12 for place in range(12)] if FULL else [0.6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_disk_is_an_error_and_leaves_nothing(
+    small_disk: Path, benches: Callable[[str], Bench], ledger: Ledger, kind: str, share: float
+) -> None:
+    """On a disk that is not that of the runs, where nothing can be renamed from one to the other."""
+    bench, target = benches(kind), small_disk / "made" / "out"
+    change_disk(small_disk, f"size={4096 + int(share * sum(map(len, bench.expected.values())))}")
+    with judged(ledger, f"disk: full for an export of {kind}"):
+        require_error(bench.run(target), "(writing|locking) .* failed: no space left")
+        bench.require(target)
+        if left := [*small_disk.iterdir()]:
+            raise Broken(Outcome.LOST, f"left behind: {left}")
+        change_disk(small_disk, f"size={2**30}")
+        bench.require_next(target)
+
+
+def folder_with_notes(target: Path) -> None:
+    target.mkdir()
+    (target / "notes.txt").touch()
+
+
+MADE: dict[str, Callable[[Path], object]] = {
+    "a folder": folder_with_notes,
+    "an empty folder": Path.mkdir,
+    "a file": Path.touch,
+    "a link": lambda target: target.symlink_to("nowhere"),
+}
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("kind", KINDS if FULL else ["a merged model"])
+def test_a_target_that_another_process_makes_meanwhile_stays(
+    tmp_path: Path, benches: Callable[[str], Bench], ledger: Ledger, kind: str, made: str
+) -> None:
+    """Made while what was written is flushed, when it has been proved."""
+    bench, gate, target = benches(kind), Gate(tmp_path / "gate"), tmp_path / "there" / "out"
+    with judged(ledger, "export: the target is made by another process"):
+        exporting = bench.start(target, named(gate.at_flush(f"/.{target.name}.tmp-")))
+        gate.wait_for(exporting)
+        MADE[made](target)
+        before = target.lstat()
+        gate.open()
+        require_error(exporting.wait(), "failed: file exists")
+        assert target.lstat() == before
+        assert list(target.parent.rglob("*")) == ([target, target / "notes.txt"] if made == "a folder" else [target])
