@@ -119,9 +119,11 @@ def _kept(path: Path, part: str, write: Callable[[Path, GgufContent], None], sai
             return folder
         except DamagedFolder as damage:
             _log.warning("the converted model is damaged (%s); converting again", damage)
-    gguf = gguf_package("reading", str(path))
+    gguf_package("reading", str(path))
+    from dpo_cli.modeling.gguf.reader import Reader, fast_reading
+
     if said:
         _log.warning(said)
-    with explained(str(path), "model"):
-        write(folder, GgufContent.of(gguf.GGUFReader(path)))
+    with explained(str(path), "model"), fast_reading():
+        write(folder, GgufContent.of(Reader(path)))
     return folder

@@ -41,11 +41,14 @@ _ROWS = 1
 
 @contextlib.contextmanager
 def read_as(quantizer: type[GgufHfQuantizer]) -> Iterator[None]:
-    """Let transformers read GGUF files with a class of its kind."""
+    """Let transformers read GGUF files with a class of its kind, and fast."""
+    from dpo_cli.modeling.gguf.reader import fast_reading
+
     before = AUTO_QUANTIZER_MAPPING[_GGUF]
     AUTO_QUANTIZER_MAPPING[_GGUF] = quantizer
     try:
-        yield
+        with fast_reading():
+            yield
     finally:
         AUTO_QUANTIZER_MAPPING[_GGUF] = before
 
@@ -58,10 +61,10 @@ class Streaming(GgufHfQuantizer):  # type: ignore[misc]
         if self.supported:
             found: dict[str, Any] = super().get_state_dict(checkpoint_file, model)
             return found
-        from gguf import GGUFReader
+        from dpo_cli.modeling.gguf.reader import Reader
 
         config = legacy.load_gguf_checkpoint(checkpoint_file)["config"]
-        reader = GGUFReader(checkpoint_file)
+        reader = Reader(checkpoint_file)
         architecture = reader.fields["general.architecture"].contents()
         tensors = list(reader.tensors)
         # Of its vocabulary nothing is needed any more.

@@ -131,11 +131,10 @@ def _check(file: Path, tensors: list[Written]) -> None:
     Raises:
         UserError: They are others.
     """
-    import gguf
+    from dpo_cli.modeling.gguf.reader import Reader
 
     found = {
-        one.name: (tuple(reversed(one.shape.tolist())), one.tensor_type.name.lower())
-        for one in gguf.GGUFReader(file).tensors
+        one.name: (tuple(reversed(one.shape.tolist())), one.tensor_type.name.lower()) for one in Reader(file).tensors
     }
     if found != {one.name: (one.shape, one.kind) for one in tensors}:
         raise UserError("the GGUF file does not hold what was written", str(file), None, status=FAILED)

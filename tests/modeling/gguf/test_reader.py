@@ -1,0 +1,101 @@
+"""A file with a large vocabulary is read in a fraction of the time, and says what the package `gguf` finds in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGUFEndian, GGUFValueType
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import modeling_gguf_pytorch_utils as legacy
+
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.folders.loading import load_policy
+from dpo_cli.modeling.gguf.reader import Reader, fast_reading
+
+TOKENS = ["", "a", "ä", "😀", *(f"token {number}" for number in range(10_000))]
+
+
+@pytest.fixture(params=GGUFEndian)
+def file(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return write(tmp_path / "model.gguf", request.param)
+
+
+def write(file: Path, order: GGUFEndian = GGUFEndian.LITTLE) -> Path:
+    """Write a file with values and arrays of all types, a vocabulary, and two tensors."""
+    writer = gguf.GGUFWriter(file, "llama", endianess=order)
+    for kind in set(GGUFValueType) - {GGUFValueType.ARRAY}:
+        values: list[Any] = {GGUFValueType.STRING: ["", "ä"], GGUFValueType.BOOL: [True, False]}.get(kind, [3, 0, 1])
+        writer.add_key_value(f"one.{kind.name}", values[0], kind)
+        writer.add_key_value(f"many.{kind.name}", values, GGUFValueType.ARRAY, kind)
+    for name, number in {"context_length": 64, "embedding_length": 32, "block_count": 1}.items():
+        writer.add_uint32(f"llama.{name}", number)
+    writer.add_token_list(TOKENS)
+    writer.add_token_scores([-0.5 * number for number in range(len(TOKENS))])
+    writer.add_token_types([1 + number % 6 for number in range(len(TOKENS))])
+    for name, number in {"first": 1.0, "second": 2.0}.items():
+        writer.add_tensor(name, np.full((2, 3), number, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """Return the CPU time that something takes."""
+    before = time.process_time()
+    work()
+    return time.process_time() - before
+
+
+def test_it_finds_what_the_package_finds(file: Path) -> None:
+    ours, theirs = Reader(file), gguf.GGUFReader(file)
+    assert len(theirs.fields) > 25 and [*ours.fields] == [*theirs.fields]
+    for name, field in theirs.fields.items():
+        assert (ours.fields[name].contents(), ours.fields[name].types) == (field.contents(), field.types), name
+    assert ours.fields["tokenizer.ggml.tokens"].contents() == TOKENS
+    for one, other in zip(ours.tensors, theirs.tensors, strict=True):
+        assert (one.name, one.tensor_type, one.data_offset) == (other.name, other.tensor_type, other.data_offset)
+        assert np.array_equal(one.data, other.data)
+
+
+def test_a_vocabulary_costs_a_fraction_of_the_time(tmp_path: Path) -> None:
+    file = write(tmp_path / "model.gguf")
+    assert seconds(lambda: Reader(file)) < seconds(lambda: gguf.GGUFReader(file)) / 5
+
+
+def test_transformers_reads_the_same_with_it_and_its_own_reader_is_back_afterwards(tmp_path: Path) -> None:
+    file, before = write(tmp_path / "model.gguf"), (gguf.GGUFReader, gguf.get_tensor_name_map)
+    expected = legacy.load_gguf_checkpoint(str(file))
+    with fast_reading():
+        assert gguf.GGUFReader is Reader
+        assert legacy.load_gguf_checkpoint(str(file)) == expected
+    assert expected["tokenizer"]["tokens"] == TOKENS
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
+def test_names_are_mapped_once_for_a_model_of_many_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=4, num_attention_heads=1, vocab_size=8, head_dim=8
+    )
+    model, built, build = LlamaForCausalLM(config), [], gguf.get_tensor_name_map
+    expected = legacy.get_gguf_hf_weights_map(model, legacy.TensorProcessor())
+    monkeypatch.setattr(gguf, "get_tensor_name_map", lambda *what: built.append(what) or build(*what))
+    with fast_reading():
+        assert legacy.get_gguf_hf_weights_map(model, legacy.TensorProcessor()) == expected
+    assert len(expected) > 36 and len(built) == 1
+
+
+@pytest.mark.parametrize("left", [40, 3_000, 60_000], ids=["settings", "tokens", "scores"])
+def test_a_file_that_ends_early_is_refused_in_words(tmp_path: Path, left: int) -> None:
+    file = write(tmp_path / "model.gguf")
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(UserError) as refused:
+        load_policy(str(file))
+    assert "cannot be loaded" in refused.value.what and "incomplete or damaged" in (refused.value.hint or "")
