@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,8 +148,8 @@ def _largest_bytes(size: str | None) -> tuple[int | None, list[UserError]]:
         return None, []
     found = _SIZE.fullmatch(size.strip())
     base = 1024 if found and found[3] else 1000
-    num_bytes = int(float(found[1]) * base ** (1 + "KMGT".index(found[2].upper()))) if found else 0
-    if num_bytes > 0:
-        return num_bytes, []
+    size_bytes = float(found[1]) * base ** (1 + "KMGT".index(found[2].upper())) if found else 0.0
+    if 1 <= size_bytes < math.inf:
+        return int(size_bytes), []
     hint = "write a number and a unit, as in `500MB`, `5GB` or `2GiB`"
     return None, [UserError(f"`{size}` is not a size of a file", "--max-shard-size", hint)]

@@ -22,12 +22,18 @@ from dpo_cli.reporting.row_log import rows_in
 from dpo_cli.settings import located, nearest_file
 from dpo_cli.system.hub import is_hub_id
 from dpo_cli.system.storage import MANIFEST, DamagedFolder, verify
-from dpo_cli.training.run_folder import RunFolder, RunState, checkpoints_in
+from dpo_cli.training.run_folder import RunFolder, RunState, checkpoints_in, differing
 
 _WHERE = "the command line"
 
 _PACKAGES = ("`adapter`", "`model.quantize`")
 """Settings that need packages, which are not named by a path."""
+
+_MOVED = ("model.name", "model.chat_template", "data.train", "data.eval", "adapter.start", "reference.model")
+"""Settings of a run that name files, which may be elsewhere now."""
+
+_LOADED = ("model.attention", "model.allow_pickle", "model.trust_remote_code")
+"""Settings of a run that say how a model is loaded, which this machine or user may want otherwise."""
 
 
 @dataclass(frozen=True)
@@ -130,10 +136,27 @@ def find_source(named: Path, overrides: Sequence[str], dtype: str | None) -> tup
     if run is None:
         return _without_run(named, overrides)
     config = load_config(run.config, overrides)
+    if overrides:
+        _check_overrides(run, config)
     if config.adapter is not None:
         adapter = TrainedAdapter(run, config, folder)
         return adapter, _check_adapter(adapter)
     return _trained_model(run, named, config, overrides, dtype)
+
+
+def _check_overrides(run: RunFolder, config: Config) -> None:
+    """Refuse settings that are not those of the run: its card and its held-out pairs would be those of another one.
+
+    Raises:
+        UserError: Settings differ that say neither where something is nor how it is loaded.
+    """
+    trained = load_config(run.config)
+    names = [*_MOVED, *_LOADED]
+    if any(one is None or isinstance(one, float) for one in (trained.data.eval, config.data.eval)):
+        names.remove("data.eval")
+    if changed := differing(trained.model_dump(mode="json"), config.model_dump(mode="json"), names):
+        hint = f"leave that out: of a run's settings only these may be others: {', '.join(names)}"
+        raise UserError(f"the run has other settings: {'; '.join(changed.values())}", _WHERE, hint)
 
 
 def _found(named: Path) -> tuple[RunFolder | None, Path]:

@@ -64,7 +64,11 @@ class Beginning:
 
 def noted_by(config: Config) -> Mapping[str, str]:
     """Return the digests of what the run in the folder of a configuration began with; empty where none are known."""
-    folder = RunFolder(Path(config.output_dir))
+    return noted_in(RunFolder(Path(config.output_dir)))
+
+
+def noted_in(folder: RunFolder) -> Mapping[str, str]:
+    """Return the digests of what a run began with; empty where none are known."""
     # They serve a warning alone: a folder that cannot be read has none.
     with contextlib.suppress(OSError, ValueError):
         is_run = folder.state() in (RunState.STARTED, RunState.FINISHED)

@@ -47,7 +47,7 @@ from dpo_cli.pipeline.export_proof import (
     check_facts,
     num_alike,
 )
-from dpo_cli.pipeline.export_sources import alone, give_adapter, in_float32, open_source, unquantized
+from dpo_cli.pipeline.export_sources import alone, check_finite, give_adapter, in_float32, open_source, unquantized
 from dpo_cli.pipeline.model_cards import (
     card_of_run,
     changes_of,
@@ -91,6 +91,7 @@ def export(wanted: Export, console: Console) -> dict[str, Any]:
 def _exported(session: Session, wanted: Export) -> dict[str, Any]:
     """Open the source, merge it, write it, read it again, and compare."""
     policy, tokenizer, proof = open_source(session, wanted)
+    check_finite(policy, wanted.source.name)
     warn_of_ignored(policy.model)
     texts, is_gguf = proof.texts(tokenizer), isinstance(wanted.form, GgufFolder)
     facts = Facts.of(tokenizer, policy.model.generation_config, texts, chats_alone=is_gguf)

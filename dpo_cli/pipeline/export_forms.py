@@ -29,6 +29,8 @@ from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.pipeline.session import Session
 
+_LONGEST_NAME = 50
+
 
 @dataclass(frozen=True)
 class Read:
@@ -218,7 +220,8 @@ class AsGguf:
 
     def file(self, folder: Path) -> Path:
         """Return the file in a folder."""
-        name = re.sub(r"[^\w.-]+", "-", self.name)
+        # Neither an option of a command, nor hidden, nor too long for a file system.
+        name = re.sub(r"[^\w.-]+", "-", self.name).strip(".-")[:_LONGEST_NAME] or "model"
         return folder / f"{name}-{self.kind.upper()}.gguf"
 
 
@@ -234,7 +237,8 @@ def check_form(form: Form, policy: Policy, tokenizer: Any, stops: Collection[int
     """
     if not isinstance(form, GgufFolder):
         return
-    problem = gguf_problem(policy.model.config.to_dict()) or vocabulary_problem(tokenizer, stops)
+    no_end = "" if stops else "the model has no token that ends a text, and readers of GGUF files take one of their own"
+    problem = gguf_problem(policy.model.config.to_dict()) or no_end or vocabulary_problem(tokenizer, stops)
     if problem:
         raise UserError(problem, "--gguf", "export it as a model folder, without `--gguf`")
 

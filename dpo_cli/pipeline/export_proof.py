@@ -239,7 +239,8 @@ def check_alike(ours: Said, theirs: Said, what: str, where: str) -> Difference:
         raise UserError(told, where, NOTHING_WRITTEN, status=FAILED)
     difference = Difference.between(ours.logps, theirs.logps)
     far = Difference.between({0: ours.far}, {0: theirs.far}).largest if len(ours.far) else 0.0
-    apart, of = (difference.largest, "") if difference.largest > EXACT else (far, " where positions are far apart")
+    # What is NaN is not alike.
+    apart, of = (far, " where positions are far apart") if difference.largest <= EXACT else (difference.largest, "")
     if not apart <= EXACT:
         told = f"{what}: its log-probabilities differ by {apart:.1e} nats per token{of}, where {EXACT:.1e} is allowed"
         raise UserError(told, where, NOTHING_WRITTEN, status=FAILED)
@@ -277,7 +278,7 @@ def check_answers(ours: Said, theirs: Said, reader: Policy, proof: Proof, stops:
         raise UserError(f"what was written is not what was exported: {told}", where, NOTHING_WRITTEN, status=FAILED)
     prompts = [one for one in proof.prompts if room(reader, one, 1)]
     for number, (prompt, one, other) in enumerate(zip(prompts, ours.answers, theirs.answers, strict=False), 1):
-        if one != other and (gap := first_gap(reader, prompt, one, other, stops)) > TIE:
+        if one != other and not (gap := first_gap(reader, prompt, one, other, stops)) <= TIE:
             same = _same(one, other)
             told = f"answer {number} is another from token {same + 1} on, where {gap:.1e} nats are between both"
             raise UserError(f"what was written is not what was exported: {told}", where, NOTHING_WRITTEN, status=FAILED)

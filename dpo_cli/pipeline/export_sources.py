@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dpo_cli.config import Config
 from dpo_cli.config.export_sources import ForeignAdapter, TrainedAdapter, TrainedModel
 from dpo_cli.config.exporting import Export
+from dpo_cli.config.loading import load_config
 from dpo_cli.errors import UserError
 from dpo_cli.evaluation.samples import sampled_pairs
 from dpo_cli.modeling.adapters.adapted import Adapted
@@ -19,6 +22,7 @@ from dpo_cli.modeling.batch import Batches
 from dpo_cli.modeling.folders import tokenizers
 from dpo_cli.modeling.folders.saving import end_at, remember_adapter
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.pipeline.beginning import noted_in
 from dpo_cli.pipeline.export_facts import question_tokens
 from dpo_cli.pipeline.export_proof import ANSWERS, OnPairs, OnTokens, Proof
 from dpo_cli.pipeline.memory import settling_scores
@@ -29,9 +33,26 @@ from dpo_cli.preference.reference import Cached, NoReference, OpenReference
 from dpo_cli.reporting.tables import HELD_OUT
 from dpo_cli.settings import located
 from dpo_cli.training.checkpoints import beginning_of
+from dpo_cli.training.run_folder import RunFolder
+
+_OTHER_PAIRS = "other pairs"
+"""What the pairs are called of a run whose data is not what it was: any of them may have been trained on."""
 
 _TRAINING_PAIRS = 64
 """How many training pairs are scored where none are held out."""
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The pairs of a run that are scored.
+
+    Attributes:
+        name: What they are called.
+        indices: Their indices.
+    """
+
+    name: str
+    indices: NDArray[np.int64]
 
 
 def in_float32(config: Config) -> Config:
@@ -73,7 +94,23 @@ def open_source(session: Session, asked: Export) -> tuple[Policy, Any, Proof]:
         name = str(source.folder) if isinstance(source, ForeignAdapter) else source.config.model.name
     tokenizer = tokenizers.load_tokenizer(name, session.config.model.trust)
     policy = _beside_base(session, source) if isinstance(source, ForeignAdapter) else loaded(session, name)
-    return policy, tokenizer, OnTokens(session, question_tokens(tokenizer))
+    questions = question_tokens(tokenizer)
+    if (largest := max(max(tokens, default=0) for tokens in questions)) >= policy.vocabulary:
+        what = f"its tokenizer writes token {largest}, but the model's vocabulary ends at {policy.vocabulary - 1}"
+        raise UserError(what, name, "use the tokenizer of this model")
+    return policy, tokenizer, OnTokens(session, questions)
+
+
+def check_finite(policy: Policy, where: str) -> None:
+    """Refuse a model with weights that are no numbers: nothing could be proved of what it says.
+
+    Raises:
+        UserError: It has some.
+    """
+    weights = ((name, one) for name, one in policy.model.named_parameters() if one.is_floating_point())
+    if odd := next((name for name, one in weights if not bool(torch.isfinite(one).all())), None):
+        what = f"the weights of the model are not all numbers: `{odd}` has some that are NaN or infinite"
+        raise UserError(what, where, "export an earlier checkpoint, or save or download the model again")
 
 
 def _beside_base(session: Session, source: ForeignAdapter) -> Policy:
@@ -87,42 +124,61 @@ def _beside_base(session: Session, source: ForeignAdapter) -> Policy:
 
 def _trained_model(session: Session, source: TrainedModel) -> tuple[Policy, Any, Proof]:
     """Open a model that a run has trained, which is loaded after its reference is gone again."""
-    _, data, indices = _pairs(session, source)
+    _, data, pairs = _pairs(session, source)
     name = session.config.reference.model
     reference = NoReference().open()
     if not isinstance(session.config.reference, NoReference):
-        reference = _reference_apart(session, source, data, indices, name)
+        reference = _reference_apart(session, source, data, pairs.indices, name)
     folder = str(source.folder)
     settle = settling_scores(session, data.pairs)
-    (policy,), batches = opened(session, {folder: folder}, data.pairs, indices, settle)
+    (policy,), batches = opened(session, {folder: folder}, data.pairs, pairs.indices, settle)
     tokenizer = tokenizers.load_tokenizer(folder, session.config.model.trust)
-    return policy, tokenizer, _on_pairs(session, batches, reference, data, indices)
+    return policy, tokenizer, _on_pairs(session, batches, reference, data, pairs)
 
 
 def _trained_adapter(session: Session, source: TrainedAdapter) -> tuple[Policy, Any, Proof]:
     """Open an adapter that a run has trained; the reference is asked before its base moves."""
-    tokenizer, data, indices = _pairs(session, source)
+    tokenizer, data, pairs = _pairs(session, source)
     name, reference = session.config.reference.model, NoReference().open()
     if name is not None:
-        reference = _reference_apart(session, source, data, indices, name)
+        reference = _reference_apart(session, source, data, pairs.indices, name)
     settle = settling_scores(session, data.pairs)
-    (policy,), batches = opened(session, {"`model.name`": trained_policy(session)}, data.pairs, indices, settle)
+    (policy,), batches = opened(session, {"`model.name`": trained_policy(session)}, data.pairs, pairs.indices, settle)
     _check_base(policy, source)
     if name is None and not isinstance(session.config.reference, NoReference):
-        reference = open_reference(session, policy, batches, indices)
+        reference = open_reference(session, policy, batches, pairs.indices)
     give_adapter(policy, source, tokenizer)
-    return policy, tokenizer, _on_pairs(session, batches, reference, data, indices)
+    return policy, tokenizer, _on_pairs(session, batches, reference, data, pairs)
 
 
-def _pairs(session: Session, source: TrainedModel | TrainedAdapter) -> tuple[Any, RunData, NDArray[np.int64]]:
-    """Return the tokenizer of a run, its pairs, and indices of those that are scored."""
+def _pairs(session: Session, source: TrainedModel | TrainedAdapter) -> tuple[Any, RunData, _Scored]:
+    """Return the tokenizer of a run, its pairs, and which of them are scored."""
     tokenizer, tokenize = load_tokenizer(session.config, session.console, source.run.first_day())
     data = run_data(session.config, tokenize, session.console)
+    if _is_other(data, session.config, source.run):
+        session.console.warning(
+            "the data is not what it was when the run began, so pairs that are held out now may have been trained on; "
+            f"they are called `{_OTHER_PAIRS}`"
+        )
+        return tokenizer, data, _Scored(_OTHER_PAIRS, data.held_out if len(data.held_out) else _some(data))
     if len(data.held_out):
-        return tokenizer, data, data.held_out
-    indices = data.train[:_TRAINING_PAIRS]
-    session.console.notice(f"no pairs are held out: {len(indices)} of the training pairs are scored")
-    return tokenizer, data, indices
+        return tokenizer, data, _Scored(HELD_OUT, data.held_out)
+    scored = _Scored("training pairs", _some(data))
+    session.console.notice(f"no pairs are held out: {len(scored.indices)} of the training pairs are scored")
+    return tokenizer, data, scored
+
+
+def _some(data: RunData) -> NDArray[np.int64]:
+    """Return some of the training pairs."""
+    return data.train[:_TRAINING_PAIRS]
+
+
+def _is_other(data: RunData, config: Config, run: RunFolder) -> bool:
+    """Tell whether data of the same name is not what a run began with, as far as that is known."""
+    noted, trained = noted_in(run).get("data"), load_config(run.config)
+    # Digests contain the name.
+    is_there = (config.data, config.model.chat_template) == (trained.data, trained.model.chat_template)
+    return is_there and noted is not None and noted != data.fingerprint
 
 
 def _reference_apart(
@@ -144,13 +200,10 @@ def _reference_apart(
     return reference
 
 
-def _on_pairs(
-    session: Session, batches: Batches, reference: OpenReference, data: RunData, indices: NDArray[np.int64]
-) -> OnPairs:
+def _on_pairs(session: Session, batches: Batches, reference: OpenReference, data: RunData, pairs: _Scored) -> OnPairs:
     """Return what is compared on pairs of a run."""
-    scored = HELD_OUT if len(data.held_out) else "training pairs"
-    prompts = [data.pairs[index].prompt.tolist() for index in sampled_pairs(data.pairs, indices, ANSWERS)]
-    return OnPairs(session, batches, reference, indices, scored, prompts)
+    prompts = [data.pairs[index].prompt.tolist() for index in sampled_pairs(data.pairs, pairs.indices, ANSWERS)]
+    return OnPairs(session, batches, reference, pairs.indices, pairs.name, prompts)
 
 
 def give_adapter(policy: Policy, source: TrainedAdapter | ForeignAdapter, tokenizer: Any) -> None:

@@ -329,16 +329,7 @@ class RunFolder:
         Raises:
             UserError: Those that it was started with cannot be read.
         """
-        if not self.config.is_file():
-            return {}
-        before, now = _deciding(self._started_with(), changeable), _deciding(settings, changeable)
-        named = before.keys() | now.keys()
-        # A group that was null, or has become it, is named as a whole.
-        return {
-            name: f"`{name}` was {_shown(was)} and is {_shown(asked)}"
-            for name in sorted(name for name in named if name.rpartition(".")[0] not in named)
-            if (was := _value(before, name)) != (asked := _value(now, name))
-        }
+        return differing(self._started_with(), settings, changeable) if self.config.is_file() else {}
 
     def _started_with(self) -> dict[str, Any]:
         """Return the settings that the run was started with.
@@ -385,6 +376,24 @@ def step_of(checkpoint: Path) -> int:
 def settings_digest(settings: dict[str, Any], changeable: Collection[str]) -> str:
     """Return a digest of the settings that decide what a step of a run computes; for the rest see `check_unchanged`."""
     return text_digest(json.dumps(_deciding(settings, changeable), sort_keys=True))
+
+
+def differing(before: dict[str, Any], now: dict[str, Any], changeable: Collection[str]) -> dict[str, str]:
+    """Return by name which settings are not what they were, and what they were and are.
+
+    Args:
+        before: The settings as they were.
+        now: The settings as they are.
+        changeable: The names of settings, or of groups of them, that may differ.
+    """
+    before, now = _deciding(before, changeable), _deciding(now, changeable)
+    named = before.keys() | now.keys()
+    # A group that was null, or has become it, is named as a whole.
+    return {
+        name: f"`{name}` was {_shown(was)} and is {_shown(asked)}"
+        for name in sorted(name for name in named if name.rpartition(".")[0] not in named)
+        if (was := _value(before, name)) != (asked := _value(now, name))
+    }
 
 
 def _deciding(settings: dict[str, Any], changeable: Collection[str]) -> dict[str, Any]:

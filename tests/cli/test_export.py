@@ -21,6 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dpo_cli
+from dpo_cli.errors import UserError
+from dpo_cli.pipeline.export_forms import AsGguf
+from dpo_cli.pipeline.export_proof import Said, check_alike
 from dpo_cli.system.locks import lock_beside, locked
 from dpo_cli.system.storage import MANIFEST
 from tests.cli.in_process import call
@@ -382,6 +385,37 @@ def other_base() -> None:
     save_file(found, "model/model.safetensors", metadata={"format": "pt"})
 
 
+def with_weights(**odd: float) -> Callable[[], object]:
+    """Put a number into weights of the model, by their names with `__` for dots."""
+
+    def spoil() -> None:
+        found = weights("model")
+        for name, number in odd.items():
+            found[name.replace("__", ".")].view(-1)[0] = number
+        save_file(found, "model/model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def fewer_tokens() -> None:
+    found = weights("model")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        found[name] = found[name][:390].contiguous()
+    save_file(found, "model/model.safetensors", metadata={"format": "pt"})
+    settings("config", vocab_size=390)
+
+
+def without_end() -> None:
+    settings("config", eos_token_id=None)
+    settings("tokenizer_config", eos_token=None)
+    Path("model/generation_config.json").unlink()
+
+
+def settings(file: str, **others: Any) -> None:
+    path = Path(f"model/{file}.json")
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **others}), encoding="utf-8")
+
+
 def whole_run() -> None:
     assert call("train run.yaml adapter=null output_dir=runs/whole --quiet") == 0
 
@@ -432,6 +466,35 @@ BAD = {
     "a size without a unit": Bad(nothing, f"{EXPORT} --max-shard-size 5", r"`5` is not a size", r"`5GB`"),
     "a size of nothing": Bad(nothing, f"{EXPORT} --max-shard-size 0GB", r"`0GB` is not a size", r"`5GB`"),
     "a size in words": Bad(nothing, f"{EXPORT} --max-shard-size 'five GB'", r"`five GB` is not a size", r"`5GB`"),
+    "a size beyond all": Bad(nothing, f"{EXPORT} --max-shard-size {'9' * 400}GB", r"9GB` is not a size", r"`5GB`"),
+    "a type of GGUF that is none": Bad(nothing, f"{EXPORT} --gguf q4_k_m", r"`q4_k_m` is not a type", r"f16, bf16"),
+    "a GGUF file with a dtype": Bad(
+        nothing, f"{EXPORT} --gguf f16 --dtype float16", r"`--dtype` has no effect", r"leave it out"
+    ),
+    "an adapter as a GGUF file": Bad(
+        nothing, "export runs/run --gguf f16 --to out", r"adapter by itself is not written as GGUF", r"add `--merge`"
+    ),
+    "another loss than the run's": Bad(
+        nothing, f"{EXPORT} loss.beta=9 training.learning_rate=5",
+        r"other settings: `loss.beta` was 0.1 and is 9.0; `training.learning_rate` was", r"these .*: model.name,",
+    ),
+    "another share that is held out": Bad(
+        nothing, f"{EXPORT} data.eval=0.5", r"other settings: `data.eval` was 0.2 and is 0.5", r"leave that out"
+    ),
+    "weights that are NaN": Bad(
+        with_weights(model__norm__weight=float("nan")), "export model --to out",
+        r"not all numbers: `model.norm.weight`", r"download the model again",
+    ),
+    "weights that are infinite": Bad(
+        with_weights(model__layers__1__mlp__up_proj__weight=float("inf")), "export model --gguf f32 --to out",
+        r"not all numbers: `model.layers.1.mlp.up_proj.weight`", r"download the model again",
+    ),
+    "a tokenizer of another model": Bad(
+        fewer_tokens, "export model --to out", r"tokenizer writes token \d+, but .* ends at 389", r"use the tokenizer"
+    ),
+    "a GGUF file of a model without an end": Bad(
+        without_end, "export model --gguf f16 --to out", r"no token that ends a text", r"without `--gguf`"
+    ),
     "a dtype that is none": Bad(nothing, f"{EXPORT} --dtype int8", r"`int8` is not a dtype", r"float32, bfloat16"),
     "a model with settings of a run": Bad(
         nothing, "export model --to out data.eval=0.5", r"overrides a setting of a run", r"leave it out"
@@ -512,6 +575,48 @@ def test_a_bad_input_is_one_error_with_a_hint(project, capfd, name):
     assert re.search(rf"error: .*{case.what}.* hint: .*{case.hint}", told), said
     assert "Traceback" not in said
     assert {path: path.stat().st_mtime_ns for path in project.rglob("*")} == before
+
+
+@pytest.mark.parametrize("run", ["run", pytest.param("whole", marks=pytest.mark.slow)])
+def test_pairs_of_changed_data_are_not_called_held_out(project, demo_rows, capfd, run):
+    """They may have been trained on."""
+    if run == "whole":
+        whole_run()
+    write_rows(Path("pairs.jsonl"), demo_rows[20:60])
+    capfd.readouterr()
+    assert call(f"export runs/{run} --to out") == 0
+    printed = capfd.readouterr()
+    assert "warning: the data is not what it was when the run began" in " ".join(printed.err.split())
+    figures = Path("out/README.md").read_text(encoding="utf-8").partition("## Settings")[0]
+    assert "## Figures of other pairs" in figures
+    assert "held-out pairs" not in printed.out + figures
+
+
+def test_data_that_was_moved_is_not_called_changed(project, capfd):
+    Path("pairs.jsonl").rename("elsewhere.jsonl")
+    assert call("export runs/run --to out data.train=elsewhere.jsonl") == 0
+    printed = capfd.readouterr()
+    assert "held-out pairs" in printed.out
+    assert "is not what it was" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("SmolLM2-1.7B", "SmolLM2-1.7B"), ("Zürich", "Zürich"), ("-dash", "dash"), (".hidden", "hidden"),
+        ("!!!", "model"), ("a$(touch b)\n'", "a-touch-b"), ("x" * 250, "x" * 50),
+    ],
+)  # fmt: skip
+def test_a_gguf_file_has_a_name_that_every_command_takes(name, file):
+    assert AsGguf("f16", name, frozenset()).file(Path()) == Path(f"{file}-F16.gguf")
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_log_probabilities_that_are_no_numbers_are_no_proof(odd):
+    right, wrong = (Said({}, {0: torch.tensor([0.0, one])}, torch.zeros(0)) for one in (-1.0, odd))
+    for ours, theirs in ((right, wrong), (wrong, right), (wrong, wrong)):
+        with pytest.raises(UserError, match="differ"):
+            check_alike(ours, theirs, "it is another", "out")
 
 
 def test_several_errors_are_said_at_once(project, capfd):

@@ -154,7 +154,8 @@ def load_onto_shards(
 def _warn_of_another_name(model: PreTrainedModel, name: str) -> None:
     """Say where settings name an architecture of another type than theirs: other programs go by that name."""
     kind = model.config.model_type
-    for other in model.config.architectures or []:
+    named = model.config.architectures
+    for other in named if isinstance(named, list) else []:
         kinds = {known for known, called in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if called == other}
         if kinds and kind not in kinds and other != type(model).__name__:
             told = f"config.json of {name} says `model_type: {kind}` but names `{other}`, which is of another type"
