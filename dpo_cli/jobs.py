@@ -326,10 +326,7 @@ def export(
         return _publish(Path(run), publishing, console)
     asked = check_export(Path(run), Path(to), overrides, options, publishing)
     if publishing:
-        console.notice("asking the Hub …")
-        from dpo_cli.pipeline.publishing import check_published
-
-        check_published(publishing, console)
+        _ask_hub(publishing, console)
     console.notice("loading …")
     if asked.reads_inputs:
         look_up_on_hub(asked.source.config)
@@ -340,6 +337,14 @@ def export(
     if publishing:
         found["published"] = _publish(asked.to, publishing, console)
     return found
+
+
+def _ask_hub(asked: Publishing, console: Console) -> None:
+    """Import what publishes, and let it ask whether the Hub would take what is exported."""
+    console.notice("asking the Hub …")
+    from dpo_cli.pipeline.publishing import check_published
+
+    check_published(asked, console)
 
 
 def _publish(folder: Path, asked: Publishing, console: Console) -> dict[str, Any]:

@@ -171,7 +171,9 @@ def test_a_model_that_was_not_written_as_it_is_is_refused(
     assert not list(Path.cwd().iterdir())
 
 
-@pytest.mark.parametrize(("model", "kind"), [("tied", "f16"), ("tied", "f32"), ("untied", "q8_0")])
+@pytest.mark.parametrize(
+    ("model", "kind"), [("tied", "f16"), pytest.param("tied", "f32", marks=pytest.mark.slow), ("untied", "q8_0")]
+)
 def test_a_gguf_file_is_written_proved_and_read_again(project: Path, capfd: Any, model: str, kind: str) -> None:
     found = dpo_cli.export(project / model, "out", gguf=kind)
     assert found["weights"] == kind

@@ -18,7 +18,7 @@ from dpo_cli.modeling.gguf.architecture import Architecture
 from dpo_cli.modeling.gguf.architectures import ARCHITECTURES
 from dpo_cli.modeling.gguf.package import gguf_package
 from dpo_cli.modeling.gguf.positions import written_positions
-from dpo_cli.modeling.gguf.types import GgufType, check_range, rounded, type_of
+from dpo_cli.modeling.gguf.types import GgufType, check_range, check_rounding, rounded, type_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -135,7 +135,7 @@ def round_as_in_file(model: PreTrainedModel, kind: GgufType) -> None:
     """Round every weight as a file of a type does, along the rows that it has there, and keep it in its dtype.
 
     Raises:
-        UserError: The type cannot hold them.
+        UserError: The type cannot hold them, or they are others than rounding explains.
     """
     names, turned = _Names(model.config), _turned(model)
     seen: set[int] = set()
@@ -146,7 +146,9 @@ def round_as_in_file(model: PreTrainedModel, kind: GgufType) -> None:
         rows = weight.data.T if name in turned else weight.data
         kept = type_of(next(iter(names.known(name)), name), rows.shape, kind)
         check_range(rows, kept, name)
-        weight.data = (rounded(rows, kept).T if name in turned else rounded(rows, kept)).contiguous()
+        read = rounded(rows, kept)
+        check_rounding(rows, read, kept, name)
+        weight.data = (read.T if name in turned else read).contiguous()
 
 
 def _turned(model: nn.Module) -> set[str]:

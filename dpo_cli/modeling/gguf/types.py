@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from dpo_cli.errors import UserError
+from dpo_cli.errors import FAILED, UserError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,6 +23,16 @@ _BLOCK = 32
 _MOST = {"f32": 3.4e38, "bf16": 3.38e38, "f16": 65504.0, "q8_0": 127 * 65504.0, "q5_1": 65504.0, "q5_0": 16 * 65504.0,
          "q4_1": 65504.0, "q4_0": 8 * 65504.0}  # fmt: skip
 """The largest magnitude that a type holds: scales are float16."""
+
+_FARTHEST = {"f32": 0.0, "bf16": 2**-8, "f16": 2**-11, "q8_0": 1 / 254, "q5_1": 1 / 31, "q5_0": 1 / 16, "q4_1": 1 / 15,
+             "q4_0": 1 / 8}  # fmt: skip
+"""How far a number may be from what is read of it, as a share of the largest beside it: half a step of the type.
+
+Of q5_0 and q4_0 it is a whole step: on one side of 0 they have one step less.
+"""
+
+_SCALES, _SMALLEST = 2**-8, 2**-18
+"""What float16 adds to that, in which scales are: a share, and where scales are next to 0."""
 
 _FLOAT32 = re.compile(
     r".*_norm\.weight|position_embd\.weight|token_types\.weight|rope_\w+\.weight"
@@ -60,6 +70,23 @@ def check_range(tensor: Tensor, kind: GgufType, name: str) -> None:
     if not largest <= _MOST[kind]:
         what = f"{kind} cannot hold `{name}`: its largest weight is {largest:.3g}"
         raise UserError(what, None, "choose `--gguf bf16` or `--gguf f32`" if largest < _MOST["bf16"] else None)
+
+
+def check_rounding(tensor: Tensor, read: Tensor, kind: GgufType, name: str) -> None:
+    """Refuse what is read of a tensor where it is another than rounding explains.
+
+    Raises:
+        UserError: A number is further from the tensor's than the type allows.
+    """
+    if kind == "f32" or not tensor.numel():
+        return
+    allowed = (_FARTHEST[kind] + _SCALES) * float(tensor.abs().max()) + _SMALLEST
+    for rows, others in zip(_chunks(tensor), _chunks(read), strict=True):
+        if (far := float((rows - others).abs().max())) <= allowed:
+            continue
+        what = f"rounding to {kind} changes a weight of `{name}` by {far:.3g}, where its steps explain {allowed:.3g}"
+        hint = "nothing was written; update the package `gguf`, or report this"
+        raise UserError(what, None, hint, status=FAILED)
 
 
 def encoded(tensor: Tensor, kind: GgufType) -> Iterator[NDArray[Any]]:
