@@ -175,7 +175,7 @@ def _with_unknown(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) ->
 
 
 def _settled(tokenizer: PreTrainedTokenizerBase, words: _Words, choices: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first of several vocabularies that gives conversations their tokens, or texts where none are had."""
+    """Return the first of several vocabularies that gives conversations, or else plain texts, their tokens."""
     name = "phi-3" if _swallows(words) else ""
     texts = probes(tokenizer) or same_in_llama_cpp(tokenizer, PLAIN_TEXTS)
     found: list[str] = []
