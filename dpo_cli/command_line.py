@@ -151,7 +151,10 @@ def split_run(arguments: Sequence[str]) -> tuple[Path, list[str]]:
         raise UserError("no run is given", _WHERE, "give its folder, as in `dpo export runs/my --merge --to models/my`")
     if len(named) > 1:
         what = f"several runs are given: {', '.join(f'`{name}`' for name in named)}"
-        raise UserError(what, _WHERE, "export one after the other, each into a folder of its own")
+        hint = "export one after the other, each into a folder of its own"
+        if not Path(named[-1]).exists():
+            hint = f"the folder to write is named by an option: `--to {named[-1]}`"
+        raise UserError(what, _WHERE, hint)
     return expanded_path(named[0]), [text for text in arguments if text not in named]
 
 

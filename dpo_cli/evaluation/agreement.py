@@ -53,8 +53,8 @@ class Difference:
 
     @classmethod
     def between(cls, ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor]) -> Difference:
-        """Compare what two `Listener`s kept of the same pairs; what is not finite is infinitely far."""
-        apart = torch.cat([ours[pair].double() - theirs[pair].double() for pair in ours]).abs()
+        """Compare what two `Listener`s kept of the pairs that both were asked; what is not finite is infinitely far."""
+        apart = torch.cat([ours[pair].double() - theirs[pair].double() for pair in ours if pair in theirs]).abs()
         apart = apart.nan_to_num(nan=torch.inf, posinf=torch.inf)
         return cls(float(apart.max()), float(apart.mean()))
 

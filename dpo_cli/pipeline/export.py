@@ -104,7 +104,7 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         policy = _unquantized_policy(session, wanted, tokenizer)
         source = asked(proof, policy, "the adapter on the unquantized base", facts.stops)
     form = written_as(wanted, policy, facts.stops)
-    rounded, rounding = _ready(policy, proof, form, wanted, source, facts)
+    rounded, rounding = _ready(policy, proof.few(), form, wanted, source, facts)
     details: dict[str, Any] = _beginning(wanted, policy)
     if isinstance(wanted.source, TrainedModel):
         # It was read from the run's own folder, which tells less than the base.
@@ -117,9 +117,8 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         del policy
         read = _read(alone(session), form, folder, wanted)
         written, exactness = _proved(read, proof, facts, rounded, form, wanted)
-        by_llama_cpp = _by_llama_cpp(
-            session, ByTransformers(read.policy, written, read.tokenizer, facts), proof, form, folder, wanted
-        )
+        by_transformers = ByTransformers(read.policy, written, read.tokenizer, facts)
+        by_llama_cpp = _by_llama_cpp(session, by_transformers, proof.few(), form, folder, wanted)
         found = {
             **({f"adapter on {quantize}": trained.figures} if wanted.merges and quantize else {}),
             "scored": proof.scored,

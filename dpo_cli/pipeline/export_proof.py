@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,6 +44,9 @@ ANSWERS = 10
 ANSWER_TOKENS = 24
 """The most tokens of an answer."""
 
+FEW = 64
+"""How many pairs tell whether weights are read as they are in memory; figures are those of all pairs."""
+
 _BATCH_TOKENS = 8192
 _ROWS, _TOKENS = 8, 64
 
@@ -64,10 +67,9 @@ class Said:
     far: Tensor
     answers: Sequence[Answer] = ()
 
-    @property
-    def lengths(self) -> list[int]:
-        """How many tokens are scored of each pair, and of those that are far apart."""
-        return [*(len(self.logps[pair]) for pair in sorted(self.logps)), len(self.far)]
+    def lengths(self, beside: Said) -> list[int]:
+        """Return how many tokens are scored of each pair that another scored too, and of those that are far apart."""
+        return [*(len(self.logps[pair]) for pair in sorted(self.logps.keys() & beside.logps.keys())), len(self.far)]
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,12 @@ class OnPairs:
             ]
         return found
 
+    def few(self) -> OnPairs:
+        """Return the same on few pairs, spread over all lengths: the shortest and the longest are among them."""
+        by_length = self.pairs[np.argsort(self.batches.pairs.sizes.longest[self.pairs], kind="stable")]
+        places = np.linspace(0, len(by_length) - 1, min(FEW, len(by_length))).round().astype(np.int64)
+        return replace(self, pairs=np.sort(by_length[places]))
+
     def texts(self, tokenizer: Any) -> list[str]:
         """Return the texts of some pairs."""
         some = [self.batches.pairs[int(index)] for index in self.pairs[:ANSWERS]]
@@ -160,6 +168,10 @@ class OnTokens:
 
     def _tokens(self, policy: Policy) -> Tensor:
         return _made_up(policy, _ROWS, min(_TOKENS, most_tokens(policy.model.config) or _TOKENS))
+
+    def few(self) -> OnTokens:
+        """Return the same: there are few tokens."""
+        return self
 
     def texts(self, tokenizer: Any) -> list[str]:
         """Return the texts of the prompts."""
@@ -234,7 +246,7 @@ def check_alike(ours: Said, theirs: Said, what: str, where: str) -> Difference:
     Raises:
         UserError: It says something else.
     """
-    if ours.lengths != theirs.lengths:
+    if ours.lengths(theirs) != theirs.lengths(ours):
         told = f"{what}: it takes texts of another length"
         raise UserError(told, where, NOTHING_WRITTEN, status=FAILED)
     difference = Difference.between(ours.logps, theirs.logps)

@@ -24,7 +24,7 @@ from dpo_cli.modeling.folders.saving import end_at, remember_adapter
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.beginning import noted_in
 from dpo_cli.pipeline.export_facts import question_tokens
-from dpo_cli.pipeline.export_proof import ANSWERS, OnPairs, OnTokens, Proof
+from dpo_cli.pipeline.export_proof import ANSWERS, FEW, OnPairs, OnTokens, Proof
 from dpo_cli.pipeline.memory import settling_scores
 from dpo_cli.pipeline.models import loaded, open_reference, opened, trained_policy
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data
@@ -37,9 +37,6 @@ from dpo_cli.training.run_folder import RunFolder
 
 _OTHER_PAIRS = "other pairs"
 """What the pairs are called of a run whose data is not what it was: any of them may have been trained on."""
-
-_TRAINING_PAIRS = 64
-"""How many training pairs are scored where none are held out."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +167,7 @@ def _pairs(session: Session, source: TrainedModel | TrainedAdapter) -> tuple[Any
 
 def _some(data: RunData) -> NDArray[np.int64]:
     """Return some of the training pairs."""
-    return data.train[:_TRAINING_PAIRS]
+    return data.train[:FEW]
 
 
 def _is_other(data: RunData, config: Config, run: RunFolder) -> bool:

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 
 import dpo_cli
 from dpo_cli.errors import UserError
+from dpo_cli.pipeline import export_proof
 from dpo_cli.pipeline.export_forms import AsGguf
-from dpo_cli.pipeline.export_proof import Said, check_alike
+from dpo_cli.pipeline.export_proof import OnPairs, Said, check_alike
 from dpo_cli.system.locks import lock_beside, locked
 from dpo_cli.system.storage import MANIFEST
 from tests.cli.in_process import call
@@ -74,6 +75,25 @@ def weights(folder: Path | str) -> dict[str, torch.Tensor]:
 
 def numbers(line: str) -> list[float]:
     return [float(number) for number in re.findall(r"\d\.\d+e[-+]\d+", line)]
+
+
+def test_figures_are_of_all_held_out_pairs_and_few_of_them_tell_weights_apart(project, monkeypatch):
+    """Two more passes, before rounding and after it, need not cost as much as those of both models."""
+    passes: list[list[int]] = []
+    score = OnPairs.logps
+
+    def counted(proof: OnPairs, *others: Any) -> Any:
+        passes.append(proof.batches.pairs.sizes.longest[proof.pairs].tolist())
+        return score(proof, *others)
+
+    monkeypatch.setattr(export_proof, "FEW", 2)
+    monkeypatch.setattr(OnPairs, "logps", counted)
+    found = dpo_cli.export("runs/run", "out", merge=True, dtype="bfloat16")
+    every, *between, last = passes
+    assert len(every) > 2 and last == every
+    assert [sorted(lengths) for lengths in between] == [[min(every), max(every)]] * 2
+    assert found["exported"]["pairs"] == len(every)
+    assert found["rounding"]["largest"] > 1e-4 > found["exactness"]["largest"]
 
 
 @pytest.mark.parametrize("project", ["float32", "bfloat16"], indirect=True)
@@ -446,6 +466,7 @@ PATCH = pytest.MonkeyPatch()
 BAD = {
     "no run named": Bad(nothing, "export --merge --to out", r"no run is given", r"give its folder"),
     "two runs named": Bad(nothing, "export runs/run runs --merge --to out", r"several runs", r"one after the other"),
+    "a folder to write without its option": Bad(nothing, "export runs/run out", r"`runs/run`, `out`", r"`--to out`"),
     "no target": Bad(nothing, "export runs/run --merge", r"no folder to write", r"--to models/my"),
     "an unknown option": Bad(nothing, f"{EXPORT} --merg", r"`--merg` is not an option", r"--merge"),
     "no such run": Bad(nothing, "export runs/rum --merge --to out", r"there is no run `runs/rum`", r"`runs/run`"),

@@ -19,6 +19,11 @@ def test_the_largest_and_the_mean_are_those_of_all_tokens():
     assert Difference.between(ours, theirs) == Difference(0.5, 0.25)
 
 
+def test_pairs_that_only_one_was_asked_are_left_out():
+    both = {1: torch.tensor([-1.0])}
+    assert Difference.between({0: torch.tensor([-9.0]), **both}, {**both, 2: torch.tensor([-9.0])}) == Difference(0, 0)
+
+
 @pytest.mark.parametrize("broken", [math.nan, -math.inf])
 def test_what_is_not_finite_is_infinitely_far(broken):
     found = Difference.between({0: torch.tensor([-1.0, broken])}, {0: torch.tensor([-1.0, -2.0])})
