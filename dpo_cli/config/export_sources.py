@@ -165,7 +165,7 @@ def _found(named: Path) -> tuple[RunFolder | None, Path]:
     Raises:
         UserError: There is nothing of that name, or the run is not finished.
     """
-    if not named.exists():
+    if not named.exists() and named.suffix.lower() != ".gguf":
         if is_hub_id(str(named)):
             if problem := look_up_model(str(named), _WHERE):
                 raise problem

@@ -470,6 +470,7 @@ BAD = {
     "no target": Bad(nothing, "export runs/run --merge", r"no folder to write", r"--to models/my"),
     "an unknown option": Bad(nothing, f"{EXPORT} --merg", r"`--merg` is not an option", r"--merge"),
     "no such run": Bad(nothing, "export runs/rum --merge --to out", r"there is no run `runs/rum`", r"`runs/run`"),
+    "no such GGUF file": Bad(nothing, "export my.gguf --to out", r"there is no GGUF file `my.gguf`", r"check the path"),
     "a file": Bad(nothing, "export run.yaml --merge --to out", r"is a file, not a run", r"output_dir"),
     "a folder of something else": Bad(
         lambda: Path("other").mkdir(), "export other --to out", r"`other` is not a run's folder", r"output_dir"
