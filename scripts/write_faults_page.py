@@ -58,6 +58,9 @@ one that the user is shown.
   every eighth file operation (SIGHUP not there). A second SIGINT during a save stops it at once.
 - **Disk.** Full (a small tmpfs, a limit on the size of files), read-only, slow, failing to flush, refusing each kind of
   file with each error; a folder removed under the run.
+- **Exports** as a model, an adapter, a merged model and a GGUF file: ended at every file operation, by a crash or a
+  power cut; on another disk that is full or fails to flush; with a target that another process makes meanwhile. What
+  is exported is whole or absent, the runs keep every byte, and the next export to the same place removes what was left.
 - **Damage.** Every file of a checkpoint, of prepared data, of the reference cache, of the trained model and of the run
   truncated, emptied, with a flipped byte, missing, a folder in its place, or from another run; and those of a run that
   trains an adapter.

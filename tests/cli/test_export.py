@@ -29,7 +29,6 @@ from dpo_cli.system.locks import lock_beside, locked
 from dpo_cli.system.storage import MANIFEST
 from tests.cli.in_process import call
 from tests.conftest import build_llama, make_config, write_rows
-from tests.faults.shim import CRASHED
 
 EXPORT = "export runs/run --merge --to out"
 
@@ -649,28 +648,6 @@ def test_several_errors_are_said_at_once(project, capfd):
     assert said.count("error: ") == 5
     for problem in ("exists already", "`--dtype` has no effect", "`5` is not a size", "pairs.jsonl"):
         assert problem in said
-
-
-def test_a_crash_at_any_file_operation_leaves_the_target_whole_or_absent(project, tmp_path, zygote):
-    """Every seventh operation: by a process that ends there, and by one that ends with half of it written."""
-    log = tmp_path / "operations.jsonl"
-    where = {"root": str(project), "log": str(log)}
-    command = ("export", "runs/run", "--merge", "--to", "out", "--quiet")
-    assert zygote.run(*command, cwd=project, fault=("tests.faults.shim:count", where)).status == 0
-    num_operations = len(log.read_text(encoding="utf-8").splitlines())
-    assert num_operations > 20
-    expected = weights(project / "out")
-    for number in range(1, num_operations, 7):
-        shutil.rmtree(project / "out", ignore_errors=True)
-        fault = {"root": str(project), "operation": number, "half": number % 2 == 0}
-        ended = zygote.run(*command, cwd=project, fault=("tests.faults.shim:crash_at", fault))
-        assert ended.status in (CRASHED, 0), ended.said
-        if (project / "out").exists():
-            assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(project / "out").items())
-            assert (project / "out" / MANIFEST).is_file()
-    shutil.rmtree(project / "out", ignore_errors=True)
-    assert zygote.run(*command, cwd=project).status == 0
-    assert not list(project.glob(".out*")), "what the crashes left is gone"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

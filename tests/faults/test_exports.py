@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import make_config, write_rows
 from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger, Outcome
+from tests.faults.power import KEPT
 from tests.faults.runs import Point
 from tests.faults.shares import SHARES, chosen, report
 from tests.faults.shim import CRASHED
@@ -68,6 +70,7 @@ class Bench:
     def count(self, log: Path) -> None:
         """Export once with nothing in the way, and note what is written and where it can be ended."""
         self.before = self.runs()
+        shutil.rmtree(self.target.parent, ignore_errors=True)
         ended = self.run(self.target, ("tests.faults.shim:count", {"root": str(self.folder), "log": str(log)}))
         assert ended.status == 0, ended.said
         self.expected = content(self.target)
@@ -95,7 +98,7 @@ class Bench:
         self.require(target)
         if [*target.parent.iterdir()] != [target]:
             raise Broken(Outcome.LOST, f"not the target alone: {[*target.parent.iterdir()]}")
-        shutil.rmtree(target)
+        shutil.rmtree(target.parent)
 
 
 @pytest.fixture(scope="module")
@@ -119,24 +122,37 @@ def benches(tmp_path_factory, zygote, tiny_llama, demo_rows) -> Callable[[str], 
     return find
 
 
+def crash(bench: Bench, point: Point, aside: Path) -> Fault:
+    return "tests.faults.shim:crash_at", {"root": str(bench.folder), "operation": point.operation, "half": point.half}
+
+
+def power_cut(bench: Bench, point: Point, aside: Path) -> Fault:
+    """One after the other keeps of what was not synced what another one does not."""
+    where = {"root": str(bench.folder), "aside": str(aside / str(point)), "operation": point.operation}
+    return "tests.faults.shim:cut_power_at", where | {"kept": [*KEPT][point.operation % len(KEPT)], "seed": 0}
+
+
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_crash_at_any_file_operation_leaves_the_target_whole_or_absent(
-    benches: Callable[[str], Bench], ledger: Ledger, kind: str, share: int
+@pytest.mark.parametrize(("fault", "few"), [(crash, 3), (power_cut, 1)])
+def test_the_target_is_whole_or_absent_wherever_an_export_ends(
+    benches: Callable[[str], Bench], ledger: Ledger, tmp_path: Path, fault: Any, few: int, kind: str, share: int
 ) -> None:
-    """What a crash leaves beside the target, each next export removes."""
-    bench, troubles = benches(kind), []
-    for point in chosen(bench.points, share, 1, 4):
-        where = {"root": str(bench.folder), "operation": point.operation, "half": point.half}
-        shutil.rmtree(bench.target, ignore_errors=True)
-        ended = bench.run(bench.target, ("tests.faults.shim:crash_at", where))
+    """Each begins without what the others left, which would be operations more; all of that the next one removes."""
+    bench, troubles, strays = benches(kind), [], tmp_path / "strays"
+    for point in chosen(bench.points, share, 1, few):
+        ended = bench.run(bench.target, fault(bench, point, tmp_path / "aside"))
         try:
-            with judged(ledger, f"crash at a file operation: export of {kind}"):
+            with judged(ledger, f"{fault.__name__.replace('_', ' ')} at a file operation: export of {kind}"):
                 if ended.status != CRASHED:
                     raise Broken(Outcome.WRONG, f"status {ended.status}:\n{ended.said}")
                 bench.require(bench.target)
         except Broken as broken:
             troubles.append(f"{point}: {broken}")
+        if bench.target.parent.exists():
+            shutil.copytree(bench.target.parent, strays, dirs_exist_ok=True)
+            shutil.rmtree(bench.target.parent)
+    shutil.copytree(strays, bench.target.parent)
     bench.require_next(bench.target)
     report(troubles)
 
@@ -146,6 +162,22 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Another disk than the one of the runs."""
     with disk(tmp_path / "disk", 2**30) as folder:
         yield folder
+
+
+@pytest.mark.parametrize("number", range(1, 13) if FULL else [5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disk_that_does_not_keep_what_is_written_is_an_error(
+    benches: Callable[[str], Bench], ledger: Ledger, tmp_path: Path, kind: str, number: int
+) -> None:
+    """A flush that fails, whichever it is, but for those of what is only kept to be quicker the next time."""
+    bench, target = benches(kind), tmp_path / "made" / "out"
+    with judged(ledger, f"disk: failing flush of an export of {kind}"):
+        ended = bench.run(target, named(("failing_flush", {"number": number})))
+        if ended.status or not target.exists():
+            require_error(ended, "failed: input/output error")
+        bench.require(target)
+        if left := [*tmp_path.rglob(".*")]:
+            raise Broken(Outcome.LOST, f"left behind: {left}")
 
 
 @pytest.mark.parametrize("share", [place / 12 for place in range(12)] if FULL else [0.6])
