@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.saving import logits_alone, write_licence
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.gguf.architectures import gguf_problem
-from dpo_cli.modeling.gguf.conversion import dequantized
+from dpo_cli.modeling.gguf.conversion import dequantized, write_settings
 from dpo_cli.modeling.gguf.modelfile import modelfile
 from dpo_cli.modeling.gguf.types import GgufType
 from dpo_cli.modeling.gguf.vocabulary import add_vocabulary, name_for, vocabulary_problem
@@ -208,15 +209,18 @@ class AsGguf:
         write_licence(folder, policy.model)
 
     def read(self, session: Session, folder: Path) -> Read:
-        """Read the file as a model that is named in a configuration is read.
+        """Read the file as a model that is named in a configuration is read, but leave nothing of it in the cache.
 
         Raises:
             UserError: It cannot be read.
         """
         file = self.file(folder)
-        policy = Policy(dequantized(file).to(session.accelerator.device))
-        named = str(file)
-        return Read(policy, tokenizers.load_tokenizer(named), tokenizers.generation_config(named))
+        with tempfile.TemporaryDirectory() as scratch:
+            settings = Path(scratch) / "settings"
+            write_settings(file, settings)
+            policy = Policy(dequantized(file, settings).to(session.accelerator.device))
+            named = str(settings)
+            return Read(policy, tokenizers.load_tokenizer(named), tokenizers.generation_config(named))
 
     def file(self, folder: Path) -> Path:
         """Return the file in a folder."""

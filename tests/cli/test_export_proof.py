@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,18 @@ def test_a_gguf_file_is_written_proved_and_read_again(project: Path, capfd: Any,
     # What was written is a model that is exported in turn, and nothing is lost on the way.
     again = dpo_cli.export(file, "again")
     assert again["rounding"]["largest"] == 0 == again["difference"]["largest"]
+
+
+def test_a_gguf_file_that_is_read_for_its_proof_leaves_nothing_in_the_cache_or_elsewhere(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("cache", "scratch"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("DPO_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    dpo_cli.export(project / "tied", "out", gguf="f16")
+    assert not list((tmp_path / "scratch").iterdir())
+    assert not (tmp_path / "cache" / "models").exists()
 
 
 def test_a_reader_that_is_not_installed_is_named(project: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch) -> None:

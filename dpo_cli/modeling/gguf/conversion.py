@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -32,22 +33,31 @@ _log = logging.getLogger(__name__)
 
 def settings_of(path: Path) -> Path:
     """Write what a GGUF file holds beside its weights into a folder in the cache, once for each content."""
+    return _kept(path, "-settings", functools.partial(_write_settings, path))
 
-    def write(folder: Path, content: GgufContent) -> None:
-        config = read_config(path, content)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-            model.tie_weights()
-        check_all_read(model, content)
-        tokenizer = tokenizer_of(path)
-        for end in reversed(ends_of(path)):
-            end_at(model, end)
-        with saved_folder(folder, "keeping the model's settings") as temporary:
-            model.save_pretrained(temporary, state_dict={})
-            write_beside_weights(temporary, model, tokenizer)
-            _write_about(temporary, content)
 
-    return _kept(path, "-settings", write)
+def write_settings(path: Path, folder: Path) -> None:
+    """Write what a GGUF file holds beside its weights into a folder that does not exist yet.
+
+    Raises:
+        UserError: The file cannot be read, or the folder not be written.
+    """
+    _write_read(path, folder, functools.partial(_write_settings, path))
+
+
+def _write_settings(path: Path, folder: Path, content: GgufContent) -> None:
+    config = read_config(path, content)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+    check_all_read(model, content)
+    tokenizer = tokenizer_of(path)
+    for end in reversed(ends_of(path)):
+        end_at(model, end)
+    with saved_folder(folder, "keeping the model's settings") as temporary:
+        model.save_pretrained(temporary, state_dict={})
+        write_beside_weights(temporary, model, tokenizer)
+        _write_about(temporary, content)
 
 
 def read_config(path: Path, content: GgufContent) -> PretrainedConfig:
@@ -71,7 +81,7 @@ def converted(path: Path) -> Path:
     def write(folder: Path, content: GgufContent) -> None:
         check_room(4 * sum(content.sizes.values()), FLOAT32, torch.device("cpu"))
         tokenizer = tokenizer_of(path)
-        model = dequantized(path)
+        model = dequantized(path, settings_of(path))
         with saved_model(folder, model, tokenizer, "keeping the converted model") as temporary:
             _write_about(temporary, content)
 
@@ -84,10 +94,15 @@ def _write_about(folder: Path, content: GgufContent) -> None:
     (folder / CARD).write_text(card_of_file(content.about), encoding="utf-8")
 
 
-def dequantized(path: Path) -> PreTrainedModel:
-    """Load the model in a GGUF file, in float32, of which nothing is kept on the disk but its settings."""
+def dequantized(path: Path, settings: Path) -> PreTrainedModel:
+    """Load the model in a GGUF file, in float32, of which nothing is written.
+
+    Args:
+        path: The file.
+        settings: The folder with its settings.
+    """
     # transformers would keep all that it read for the settings in memory while it loads the weights.
-    config = AutoConfig.from_pretrained(settings_of(path))
+    config = AutoConfig.from_pretrained(settings)
     told = {"gguf_file": path.name, "quantization_config": GgufConfig(gguf_file=path.name, dequantize=True)}
     with read_as(Streaming):
         model = load_complete(AutoModelForCausalLM, str(path.parent), config=config, **told)
@@ -119,11 +134,16 @@ def _kept(path: Path, part: str, write: Callable[[Path, GgufContent], None], sai
             return folder
         except DamagedFolder as damage:
             _log.warning("the converted model is damaged (%s); converting again", damage)
+    if said:
+        _log.warning(said)
+    _write_read(path, folder, write)
+    return folder
+
+
+def _write_read(path: Path, folder: Path, write: Callable[[Path, GgufContent], None]) -> None:
+    """Write a folder of what is read from a file."""
     gguf_package("reading", str(path))
     from dpo_cli.modeling.gguf.reader import Reader, fast_reading
 
-    if said:
-        _log.warning(said)
     with explained(str(path), "model"), fast_reading():
         write(folder, GgufContent.of(Reader(path)))
-    return folder
