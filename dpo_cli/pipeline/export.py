@@ -45,6 +45,7 @@ from dpo_cli.pipeline.export_proof import (
     check_alike,
     check_answers,
     check_facts,
+    check_merged,
     num_alike,
 )
 from dpo_cli.pipeline.export_sources import alone, check_finite, give_adapter, in_float32, open_source, unquantized
@@ -199,11 +200,12 @@ def _ready(
     if wanted.merges:
         policy.merge()
     form.check(policy)
+    exact = source
+    if wanted.merges and (form.rounds or source.routes):
+        exact = asked(proof, policy, "the merged model before rounding", None if form.rounds else facts.stops)
+        check_merged(source, exact, f"--to {wanted.to}")
     if not form.rounds:
-        return source, Difference(0.0, 0.0)
-    if wanted.merges:
-        exact = asked(proof, policy, "the merged model before rounding", None)
-        check_alike(source, exact, "the merged model is not the adapter's", f"--to {wanted.to}")
+        return exact, Difference(0.0, 0.0)
     form.round(policy)
     rounded = asked(proof, policy, "the model after rounding", facts.stops)
     return rounded, Difference.between(source.logps, rounded.logps)

@@ -32,6 +32,13 @@ from dpo_cli.preference.reference import OpenReference
 EXACT = 1e-4
 """How far, in nats a token, sums in another order may take log-probabilities of a model in float32."""
 
+ROUTED = 0.1
+"""Of how many scored tokens merging may change more than that, in a model with experts.
+
+Sums in another order let routers exchange two experts that are as good as each other, of which a token, and those that
+attend to it, get other values.
+"""
+
 TIE = 1e-3
 """How close, in nats, two tokens are between which sums in another order may decide."""
 
@@ -47,6 +54,7 @@ ANSWER_TOKENS = 24
 FEW = 64
 """How many pairs tell whether weights are read as they are in memory; figures are those of all pairs."""
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _BATCH_TOKENS = 8192
 _ROWS, _TOKENS = 8, 64
 
@@ -60,12 +68,14 @@ class Said:
         logps: By pair, the log-probability of each scored token.
         far: The log-probabilities of made-up tokens that are as far from each other as the model has positions.
         answers: Greedy answers, one to each prompt.
+        routes: Whether it chooses among experts.
     """
 
     figures: dict[str, Any]
     logps: dict[int, Tensor]
     far: Tensor
     answers: Sequence[Answer] = ()
+    routes: bool = False
 
     def lengths(self, beside: Said) -> list[int]:
         """Return how many tokens are scored of each pair that another scored too, and of those that are far apart."""
@@ -193,7 +203,13 @@ def asked(proof: Proof, policy: Policy, what: str, stops: Collection[int] | None
     """
     figures, logps = proof.logps(policy, what)
     answers = () if stops is None else _answers(proof, policy, what, stops)
-    return Said(figures, logps, _far(policy), answers)
+    return Said(figures, logps, _far(policy), answers, _routes(policy))
+
+
+def _routes(policy: Policy) -> bool:
+    """Tell whether a model chooses among experts, by how its settings count them."""
+    config = policy.model.config.get_text_config()
+    return any(getattr(config, name, None) for name in _EXPERTS)
 
 
 def _answers(proof: Proof, policy: Policy, what: str, stops: Collection[int]) -> list[Answer]:
@@ -257,6 +273,20 @@ def check_alike(ours: Said, theirs: Said, what: str, where: str) -> Difference:
         told = f"{what}: its log-probabilities differ by {apart:.1e} nats per token{of}, where {EXACT:.1e} is allowed"
         raise UserError(told, where, NOTHING_WRITTEN, status=FAILED)
     return difference
+
+
+def check_merged(ours: Said, theirs: Said, where: str) -> None:
+    """Refuse a merged model that does not give the log-probabilities of its adapter, but for a few where experts are.
+
+    Raises:
+        UserError: It gives others.
+    """
+    if ours.routes and ours.lengths(theirs) == theirs.lengths(ours):
+        both = [(ours.logps[pair], theirs.logps[pair]) for pair in ours.logps.keys() & theirs.logps.keys()]
+        apart = torch.cat([(one - other).abs() for one, other in [*both, (ours.far, theirs.far)]])
+        if bool(apart.isfinite().all()) and float((apart > EXACT).double().mean()) <= ROUTED:
+            return
+    check_alike(ours, theirs, "the merged model is not the adapter's", where)
 
 
 def check_facts(ours: Facts, theirs: Facts, where: str) -> None:

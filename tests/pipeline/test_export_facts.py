@@ -16,7 +16,7 @@ from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.generation import Answer
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import Facts
-from dpo_cli.pipeline.export_proof import OnTokens, Said, check_answers
+from dpo_cli.pipeline.export_proof import OnTokens, Said, check_answers, check_merged
 from tests.conftest import build_llama
 
 SETTINGS = GenerationConfig(eos_token_id=2)
@@ -55,3 +55,25 @@ def test_a_model_that_does_not_answer_all_prompts_is_refused(tmp_path: Path, tok
     with pytest.raises(UserError, match="1 of 2 prompts are answered"):
         check_answers(ours, theirs, policy, proof, [2], "--to out")
     check_answers(ours, ours, policy, proof, [2], "--to out")
+
+
+@pytest.mark.parametrize(
+    ("share", "by", "routes", "alike"),
+    [
+        (0.01, 0.05, True, True),
+        (0.01, 0.05, False, False),
+        (0.5, 0.05, True, False),
+        (0.01, float("nan"), True, False),
+        (1.0, 1e-6, False, True),
+    ],
+)
+def test_merging_may_exchange_experts_of_a_few_tokens(share: float, by: float, routes: bool, alike: bool) -> None:
+    """As measured: of 24,480 tokens of a model of 64 experts and 12 layers, merging changed 225, by up to 0.05."""
+    exact = torch.full((2000,), -2.0)
+    changed = torch.where(torch.arange(2000) < share * 2000, exact + by, exact)
+    ours, theirs = (Said({}, {0: logps}, torch.zeros(0), routes=routes) for logps in (exact, changed))
+    if alike:
+        check_merged(ours, theirs, "--to out")
+    else:
+        with pytest.raises(UserError, match="the merged model is not the adapter's"):
+            check_merged(ours, theirs, "--to out")
