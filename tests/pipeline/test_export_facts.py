@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
+from tiny_models import build
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from dpo_cli import export
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.generation import Answer
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import Facts
 from dpo_cli.pipeline.export_proof import OnTokens, Said, check_answers, check_merged
+from tests.builders import save_adapter
 from tests.conftest import build_llama
 
 SETTINGS = GenerationConfig(eos_token_id=2)
@@ -77,3 +81,29 @@ def test_merging_may_exchange_experts_of_a_few_tokens(share: float, by: float, r
     else:
         with pytest.raises(UserError, match="the merged model is not the adapter's"):
             check_merged(ours, theirs, "--to out")
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_an_adapter_of_a_model_with_experts_is_merged_once(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    model = build("qwen3_moe", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    adapter = save_adapter(tmp_path / "model", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    monkeypatch.chdir(tmp_path)
+    merge = Policy.merge
+
+    def wrong(policy: Policy) -> None:
+        for layer in policy.model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scale_layer(scale)
+        merge(policy)
+
+    monkeypatch.setattr(Policy, "merge", wrong)
+    if scale == 1:
+        assert export(adapter, "out", merge=True)["exactness"]["largest"] == 0
+    else:
+        with pytest.raises(UserError, match="the merged model is not the adapter's"):
+            export(adapter, "out", merge=True)
+        assert not Path("out").exists()
