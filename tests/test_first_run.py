@@ -28,7 +28,7 @@ def folder(tmp_path: Path, tiny_llama: Path, demo_rows) -> Path:
 
 
 def test_the_page_holds_every_command_of_a_first_run():
-    assert {command.split()[0] for command in COMMANDS} == {"init", "prepare-data", "train", "eval", "sample"}
+    assert {command.split()[0] for command in COMMANDS} == {"init", "prepare-data", "train", "eval", "sample", "export"}
 
 
 def test_every_command_of_the_page_runs_after_those_before_it_and_the_model_answers(forked_dpo, folder):
