@@ -33,6 +33,7 @@ from dpo_cli.preference.reference import Cached, NoReference, OpenReference
 from dpo_cli.reporting.tables import HELD_OUT
 from dpo_cli.settings import located
 from dpo_cli.training.checkpoints import beginning_of
+from dpo_cli.training.checks import check_base
 from dpo_cli.training.run_folder import RunFolder
 
 _OTHER_PAIRS = "other pairs"
@@ -116,6 +117,8 @@ def _beside_base(session: Session, source: ForeignAdapter) -> Policy:
     trained = Adapted(Saved(start=str(source.folder)), base=base)
     policy = Policy.load(base, session.config.model.trust, session.accelerator.device, trained, session.held)
     remember_adapter(policy.model, adapter_folder(source.folder))
+    for line in check_base(policy, adapter_folder(source.folder), base, str(source.folder)):
+        session.console.notice(line)
     return policy
 
 

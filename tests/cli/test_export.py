@@ -435,6 +435,12 @@ def settings(file: str, **others: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **others}), encoding="utf-8")
 
 
+def changed_base_of_a_copy() -> None:
+    assert call("train run.yaml output_dir=runs/own --quiet") == 0
+    shutil.copytree("runs/own/final", "copied")
+    other_base()
+
+
 def whole_run() -> None:
     assert call("train run.yaml adapter=null output_dir=runs/whole --quiet") == 0
 
@@ -566,6 +572,10 @@ BAD = {
     "an adapter of no run, without its base": Bad(
         lambda: foreign(base_model_name_or_path="/nowhere"), "export foreign --merge --to out",
         r"belongs to `/nowhere`, which does not exist", r"write the whole path",
+    ),
+    "an adapter of no run, whose base has changed": Bad(
+        changed_base_of_a_copy, "export copied --merge --to out",
+        r"belongs to another base: `/\S+/model` has other weights", r"trained beside"
     ),
     "an adapter of no run, of another kind": Bad(
         lambda: foreign(peft_type="LOHA"), "export foreign --merge --to out", r"only LORA is known", r"merge it in PEFT"
