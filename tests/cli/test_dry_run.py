@@ -123,7 +123,7 @@ def test_it_works_beside_a_run_and_says_what_a_real_one_would_need(dry, write_co
         assert rows(result.stdout)["steps"].startswith("8 of 4")
         assert content(tmp_path / "runs") == before
     (tmp_path / "runs/run/config.yaml").unlink()
-    assert "contains other files" in dry().stderr
+    assert "the settings of the run are missing" in dry().stderr
 
 
 def test_it_checks_whether_a_run_can_be_extended(write_config, forked_dpo):

@@ -36,7 +36,8 @@ def rooms() -> None:
     import dpo_cli
 
     for module in pkgutil.walk_packages(dpo_cli.__path__, "dpo_cli."):
-        if not module.name.endswith("__main__"):
+        # A worker is a process of its own, with packages that need not be installed.
+        if not module.name.endswith(("__main__", "_worker")):
             importlib.import_module(module.name)
     import tests.builders  # noqa: F401
 
