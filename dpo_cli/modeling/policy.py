@@ -424,6 +424,11 @@ class Policy:
         finite = all(bool(torch.isfinite(local(weights)).all()) for weights in self.weights().values())
         return self._placement.everywhere(finite) if self._placement else finite
 
+    def first_not_finite(self) -> str | None:
+        """Return the name of a weight, whether training moves it or not, that is NaN or infinite somewhere, or None."""
+        weights = ((name, one) for name, one in self.model.named_parameters() if one.is_floating_point())
+        return next((name for name, one in weights if not bool(torch.isfinite(one).all())), None)
+
     def largest(self) -> float:
         """Return the largest magnitude among the weights that training moves."""
         parts = [local(weights) for weights in self.weights().values()]

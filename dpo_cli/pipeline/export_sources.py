@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from dpo_cli.config import Config
@@ -94,7 +93,7 @@ def open_source(session: Session, asked: Export) -> tuple[Policy, Any, Proof]:
     policy = _beside_base(session, source) if isinstance(source, ForeignAdapter) else loaded(session, name)
     questions = question_tokens(tokenizer)
     if (largest := max(max(tokens, default=0) for tokens in questions)) >= policy.vocabulary:
-        what = f"its tokenizer writes token {largest}, but the model's vocabulary ends at {policy.vocabulary - 1}"
+        what = f"the tokenizer writes token {largest}, but the model's vocabulary ends at {policy.vocabulary - 1}"
         raise UserError(what, name, "use the tokenizer of this model")
     return policy, tokenizer, OnTokens(session, questions)
 
@@ -105,8 +104,7 @@ def check_finite(policy: Policy, where: str) -> None:
     Raises:
         UserError: It has some.
     """
-    weights = ((name, one) for name, one in policy.model.named_parameters() if one.is_floating_point())
-    if odd := next((name for name, one in weights if not bool(torch.isfinite(one).all())), None):
+    if odd := policy.first_not_finite():
         what = f"the weights of the model are not all numbers: `{odd}` has some that are NaN or infinite"
         raise UserError(what, where, "export an earlier checkpoint, or save or download the model again")
 

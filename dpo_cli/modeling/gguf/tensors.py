@@ -91,7 +91,8 @@ class FileTensors:
         """Check that each weight of the model is in the file, once."""
         counts = Counter(tensor.name for tensor in self.tensors)
         if twice := [name for name, count in counts.items() if count > 1]:
-            raise UserError(f"two weights of the model are `{min(twice)}` in the file", self._model.name_or_path, None)
+            what = f"two weights of the model are `{min(twice)}` in the file"
+            raise UserError(what, self._model.name_or_path, "export the model without `--gguf`, and report this")
 
 
 class _Names:

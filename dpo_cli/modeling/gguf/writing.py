@@ -137,4 +137,5 @@ def _check(file: Path, tensors: list[Written]) -> None:
         one.name: (tuple(reversed(one.shape.tolist())), one.tensor_type.name.lower()) for one in Reader(file).tensors
     }
     if found != {one.name: (one.shape, one.kind) for one in tensors}:
-        raise UserError("the GGUF file does not hold what was written", str(file), None, status=FAILED)
+        hint = "check the disk, then export again"
+        raise UserError("the GGUF file does not hold what was written", str(file), hint, status=FAILED)
