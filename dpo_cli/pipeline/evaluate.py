@@ -292,7 +292,7 @@ def _trained_on(found: Mapping[str, Any]) -> str:
     """Say how many of the pairs that were chosen are training pairs of the configuration, which it may not be."""
     if (number := found["trained_on"]) is None:
         return "not known: the training pairs of the configuration are not prepared"
-    return f"{number:,} of {several(found['pairs'], 'pair')}, by their tokens"
+    return f"{number:,} of the {several(found['pairs'], 'pair')}, by their tokens"
 
 
 def _held_out(config: Config, data: str | None, tokenize: Any, console: Console) -> tuple[Any, Any, str]:

@@ -137,7 +137,7 @@ def test_dpo_eval_says_what_it_measures(forked_dpo, finished, pairs_file, tiny_l
         "loss": "dpo (beta 0.3, label_smoothing 0.1, divergence js)",
         "reference": str(tiny_llama),
         "pairs of": str(pairs_file),
-        "trained on": "32 of these 40 pairs, by their tokens",
+        "trained on": "32 of the 40 pairs, by their tokens",
     }
 
 

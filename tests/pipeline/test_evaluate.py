@@ -29,7 +29,7 @@ def test_pairs_that_were_chosen_are_compared_with_those_that_are_trained_on(
         found = dpo_cli.evaluate(file, data=str(data), console=Console())
         said = capfd.readouterr().out
         assert found["trained_on"] == trained_on
-        assert f"trained on  {trained_on:,} of these {found['pairs']:,} pairs, by their tokens" in said
+        assert f"trained on  {trained_on:,} of the {found['pairs']:,} pairs, by their tokens" in said
         assert ("held-out pairs" in said, "scored pairs" in said) == (False, True)
 
 
