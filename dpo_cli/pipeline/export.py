@@ -20,7 +20,7 @@ from dpo_cli.config.publishing import EXPORT
 from dpo_cli.data.tokens.chat_template import named_templates
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
-from dpo_cli.modeling.folders.provenance import CARD, Provenance
+from dpo_cli.modeling.folders.provenance import Provenance
 from dpo_cli.modeling.folders.saving import saved_folder, warn_of_ignored
 from dpo_cli.modeling.gguf.llama_cpp import available
 from dpo_cli.modeling.held import QUANTIZED
@@ -63,6 +63,7 @@ from dpo_cli.pipeline.session import Session, started
 from dpo_cli.reporting.card import ADAPTER, GGUF, MERGED, MODEL, Card, model_card
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.tables import HELD_OUT, figures_table
+from dpo_cli.system.hub import CARD
 from dpo_cli.system.storage import remove_strays_of
 from dpo_cli.system.text import several
 from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, beginning_of
@@ -136,8 +137,8 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         if wanted.merges and quantize:
             found[quantize] = Difference.between(trained.logps, written.logps).as_dict()
         details[EXPORT] = found
-        card = _card(wanted, found, provenance, tokenizer)
-        card = replace(card, gguf=next((file.name for file in folder.glob("*.gguf")), ""))
+        gguf = form.file(folder).name if isinstance(form, AsGguf) else ""
+        card = replace(_card(wanted, found, provenance, tokenizer), gguf=gguf)
         (folder / CARD).write_text(model_card(card), encoding="utf-8")
     return found
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpo_cli.errors import UserError
 from dpo_cli.reporting.secrets import holds_secret
+from dpo_cli.system.hub import CARD
 
 _TEXTS = re.compile(
     r"README\.md|manifest\.json|Modelfile|(?:generation_|adapter_|tokenizer_)?config\.json", re.IGNORECASE
@@ -31,9 +32,7 @@ def local_texts(folder: Path, files: Mapping[str, Path | bytes]) -> Iterator[Use
         if not _TEXTS.fullmatch(name):
             continue
         data = content if isinstance(content, bytes) else content.read_bytes()
-        hint = (
-            f"edit `{folder / name}`" if name == "README.md" else "export it again, from a base with a name on the Hub"
-        )
+        hint = f"edit `{folder / name}`" if name == CARD else "export it again, from a base with a name on the Hub"
         for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), 1):
             where = f"{folder / name}, line {number}"
             if holds_secret(line):

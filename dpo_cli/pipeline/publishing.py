@@ -19,8 +19,8 @@ from dpo_cli.errors import FAILED, UserError, raise_all
 from dpo_cli.pipeline.published_texts import local_texts
 from dpo_cli.reporting.console import Console
 from dpo_cli.reporting.secrets import cover
+from dpo_cli.system.hub import CARD
 from dpo_cli.system.hub_repository import (
-    CARD,
     Known,
     Repository,
     Unreachable,

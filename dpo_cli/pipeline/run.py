@@ -17,7 +17,6 @@ from dpo_cli.evaluation.figures import figures
 from dpo_cli.evaluation.held_out import held_out_rows
 from dpo_cli.evaluation.samples import Sampling
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.folders.provenance import CARD
 from dpo_cli.modeling.folders.saving import saved_folder
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.scorer import BatchScorer
@@ -36,6 +35,7 @@ from dpo_cli.reporting.run_record import answers_in
 from dpo_cli.reporting.samples import before_and_after
 from dpo_cli.reporting.tables import figures_table
 from dpo_cli.reporting.trackers import show_samples
+from dpo_cli.system.hub import CARD
 from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, CheckpointWriter, prune
 from dpo_cli.training.learner import Learner, NotFinite
 from dpo_cli.training.run_folder import HELD_OUT, METRICS, SAMPLES, RunFolder

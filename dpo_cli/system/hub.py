@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["model", "dataset"]
 
+CARD = "README.md"
+"""The card of a model, as the Hub looks for it; a person may complete it, also there."""
+
 _SECONDS = 10
 """How long an answer of the Hub is waited for. Its libraries try six times, file by file, which takes minutes."""
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_cli.errors import FAILED, UserError
+from dpo_cli.system.hub import CARD
 from dpo_cli.system.storage import MANIFEST
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 ASKING_SECONDS, SENDING_SECONDS = 10, 300
 """How long the Hub may be silent: when it is asked something, and when a file is sent."""
-
-CARD = "README.md"
-"""The model card, which a person may complete after the export, and on the Hub."""
 
 _MOST_TEXT_BYTES = 2**22
 _TOKEN = re.compile(r"[!-~]+")

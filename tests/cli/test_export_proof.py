@@ -132,6 +132,25 @@ def lower_case(folder: Path) -> None:
     changed(folder / "tokenizer.json", lambda said: said.update(normalizer={"type": "Lowercase"}))
 
 
+def spoil_what_is_written(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]) -> None:
+    """Spoil a folder when it was written and compared with what is in memory."""
+    check = Policy.check_written
+
+    def spoilt(policy: Policy, folder: Path, *others: Any) -> None:
+        check(policy, folder, *others)
+        spoil(folder)
+
+    monkeypatch.setattr(Policy, "check_written", spoilt)
+
+
+def check_refused(source: Path, said: str, capfd: Any) -> None:
+    """Export something, and check that it is refused and that nothing is left."""
+    assert call(f"export {source} --to out --quiet") == 1
+    told = " ".join(capfd.readouterr().err.split())
+    assert re.search(rf"error: .*{said}.* hint: nothing was written", told), told
+    assert not list(Path.cwd().iterdir())
+
+
 @pytest.mark.parametrize(
     ("model", "spoil", "said"),
     [
@@ -159,17 +178,8 @@ def lower_case(folder: Path) -> None:
 def test_a_model_that_was_not_written_as_it_is_is_refused(
     project: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch, model: str, spoil: Callable[[Path], None], said: str
 ) -> None:
-    check = Policy.check_written
-
-    def spoilt(policy: Policy, folder: Path, *others: Any) -> None:
-        check(policy, folder, *others)
-        spoil(folder)
-
-    monkeypatch.setattr(Policy, "check_written", spoilt)
-    assert call(f"export {project}/{model} --to out --quiet") == 1
-    told = " ".join(capfd.readouterr().err.split())
-    assert re.search(rf"error: .*{said}.* hint: nothing was written", told), told
-    assert not list(Path.cwd().iterdir())
+    spoil_what_is_written(monkeypatch, spoil)
+    check_refused(project / model, said, capfd)
 
 
 @pytest.mark.parametrize(
@@ -232,17 +242,8 @@ def other_adapter(folder: Path) -> None:
 def test_an_adapter_that_was_not_written_as_it_is_is_refused(
     project: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None], said: str
 ) -> None:
-    check = Policy.check_written
-
-    def spoilt(policy: Policy, folder: Path, *others: Any) -> None:
-        check(policy, folder, *others)
-        spoil(folder)
-
-    monkeypatch.setattr(Policy, "check_written", spoilt)
-    assert call(f"export {project}/adapter --to out --quiet") == 1
-    told = " ".join(capfd.readouterr().err.split())
-    assert re.search(rf"error: .*{said}.* hint: nothing was written", told), told
-    assert not list(Path.cwd().iterdir())
+    spoil_what_is_written(monkeypatch, spoil)
+    check_refused(project / "adapter", said, capfd)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -11,9 +11,7 @@ from typing import Any
 
 from dpo_cli.modeling.folders.model_files import CONFIG
 from dpo_cli.system import plain_yaml
-from dpo_cli.system.hub import is_hub_name
-
-CARD = "README.md"
+from dpo_cli.system.hub import CARD, is_hub_name
 
 _MOST_BYTES = 1 << 20
 _LICENCE_FILE = re.compile(r"(un)?licen[cs]e([._-][\w.-]*)?|copying", re.IGNORECASE)

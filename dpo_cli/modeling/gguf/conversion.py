@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, Pretraine
 
 from dpo_cli.errors import from_os_error
 from dpo_cli.modeling.folders.completeness import load_complete
-from dpo_cli.modeling.folders.provenance import CARD
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.saving import end_at, saved_folder, saved_model, write_beside_weights
 from dpo_cli.modeling.folders.size_checks import check_room
@@ -23,6 +22,7 @@ from dpo_cli.modeling.gguf.positions import settle_positions
 from dpo_cli.modeling.gguf.streaming import Streaming, read_as
 from dpo_cli.modeling.gguf.tokenizers import ends_of, tokenizer_of
 from dpo_cli.modeling.held import FLOAT32
+from dpo_cli.system.hub import CARD
 from dpo_cli.system.storage import DamagedFolder, cache_root, file_digest, verify
 
 _CONVERSION = 5

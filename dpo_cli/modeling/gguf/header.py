@@ -52,11 +52,11 @@ class Header:
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if self.kind == "f32" else f"MOSTLY_{self.kind.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in self.settings.items():
-            _add(writer, f"{self.architecture}.{key}", value)
+            add_key(writer, f"{self.architecture}.{key}", value)
         return writer
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+def add_key(writer: GGUFWriter, key: str, value: Any) -> None:
     """Add a key of the kind of number that readers look for."""
     if isinstance(value, str):
         writer.add_string(key, value)

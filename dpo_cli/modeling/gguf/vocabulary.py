@@ -14,6 +14,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from dpo_cli.data.tokens.chat_template import DEFAULT, named_templates
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.gguf.conversations import conversations, probes, written
+from dpo_cli.modeling.gguf.header import add_key
 from dpo_cli.modeling.gguf.pre_tokenizers import described, found_in, name_of
 from dpo_cli.modeling.gguf.tokenizers import (
     BYTE,
@@ -125,15 +126,9 @@ def add_vocabulary(
     except Inexpressible as problem:
         raise UserError(f"GGUF files and llama.cpp have nothing for {problem}", None, HINT) from None
     for name, value in fields.items():
-        key = f"tokenizer.{name}"
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif value:
-            writer.add_array(key, value)
+        # The package writes no array without elements.
+        if value != []:
+            add_key(writer, f"tokenizer.{name}", value)
 
 
 def name_for(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
