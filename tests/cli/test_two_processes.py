@@ -71,7 +71,7 @@ def test_an_adapter_is_that_of_one_process(forked_dpo, write_config, tmp_path, m
     save_adapter(tiny_llama, tmp_path / "start", rank=16, use_dora=True)
     monkeypatch.chdir(tmp_path)
     shared = {**settings, "training": {"pairs_per_step": 13, "micro_batch_tokens": 300, **settings.get("training", {})}}
-    one = forked_dpo("train", "--config", write_config("one", **shared))
+    one = forked_dpo("train", "--config", write_config("one", **shared), cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     two = torchrun("train", "--config", write_config("two", **shared))
     assert two.returncode == 0, two.stderr

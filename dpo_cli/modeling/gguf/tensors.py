@@ -18,7 +18,7 @@ from dpo_cli.modeling.gguf.architecture import Architecture
 from dpo_cli.modeling.gguf.architectures import ARCHITECTURES
 from dpo_cli.modeling.gguf.package import gguf_package
 from dpo_cli.modeling.gguf.positions import written_positions
-from dpo_cli.modeling.gguf.types import GgufType, check_range, check_rounding, rounded, type_of
+from dpo_cli.modeling.gguf.types import GgufType, check_range, check_rounding, chunks, rounded, type_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -147,9 +147,11 @@ def round_as_in_file(model: PreTrainedModel, kind: GgufType) -> None:
         rows = weight.data.T if name in turned else weight.data
         kept = type_of(next(iter(names.known(name)), name), rows.shape, kind)
         check_range(rows, kept, name)
-        read = rounded(rows, kept)
-        check_rounding(rows, read, kept, name)
-        weight.data = (read.T if name in turned else read).contiguous()
+        # In place, and little at a time: beside large weights there is no room for them once more.
+        for piece in chunks(rows):
+            read = rounded(piece, kept)
+            check_rounding(piece, read, kept, name)
+            piece.copy_(read)
 
 
 def _turned(model: nn.Module) -> set[str]:

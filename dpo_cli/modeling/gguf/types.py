@@ -43,7 +43,7 @@ _FLOAT32 = re.compile(
 _IN_BLOCKS = re.compile(r"blk\.\d+\.(ssm_(in|out|x|alpha|beta))\.weight")
 """Matrices whose names are like those of such tensors."""
 
-_CHUNK = 2**22
+_CHUNK = 2**18
 """How many numbers are quantized at a time: the package takes several times their memory."""
 
 
@@ -66,7 +66,7 @@ def check_range(tensor: Tensor, kind: GgufType, name: str) -> None:
     Raises:
         UserError: A number of it is too large, or none.
     """
-    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+    largest = _largest(tensor)
     if not largest <= _MOST[kind]:
         what = f"{kind} cannot hold `{name}`: its largest weight is {largest:.3g}"
         raise UserError(what, None, "choose `--gguf bf16` or `--gguf f32`" if largest < _MOST["bf16"] else None)
@@ -80,8 +80,8 @@ def check_rounding(tensor: Tensor, read: Tensor, kind: GgufType, name: str) -> N
     """
     if kind == "f32" or not tensor.numel():
         return
-    allowed = (_FARTHEST[kind] + _SCALES) * float(tensor.abs().max()) + _SMALLEST
-    for rows, others in zip(_chunks(tensor), _chunks(read), strict=True):
+    allowed = (_FARTHEST[kind] + _SCALES) * _largest(tensor) + _SMALLEST
+    for rows, others in zip(chunks(tensor), chunks(read), strict=True):
         if (far := float((rows - others).abs().max())) <= allowed:
             continue
         what = f"rounding to {kind} changes a weight of `{name}` by {far:.3g}, where its steps explain {allowed:.3g}"
@@ -99,7 +99,7 @@ def encoded(tensor: Tensor, kind: GgufType) -> Iterator[NDArray[Any]]:
     import gguf
 
     ggml = gguf.GGMLQuantizationType[kind.upper()]
-    for rows in _chunks(tensor):
+    for rows in chunks(tensor):
         yield gguf.quantize(rows.float().numpy(), ggml)
 
 
@@ -111,12 +111,20 @@ def rounded(tensor: Tensor, kind: GgufType) -> Tensor:
     if kind == "f32":
         return tensor
     ggml, read = gguf.GGMLQuantizationType[kind.upper()], torch.empty(tensor.numel(), dtype=tensor.dtype)
-    for chunk, blocks in zip(_chunks(read.reshape(tensor.shape)), encoded(tensor.detach().cpu(), kind), strict=True):
+    for chunk, blocks in zip(chunks(read.reshape(tensor.shape)), encoded(tensor.detach().cpu(), kind), strict=True):
         chunk.copy_(torch.from_numpy(gguf.dequantize(blocks, ggml)))
     return read.reshape(tensor.shape).to(tensor.device)
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor's rows, as many at a time as are quantized together."""
+def chunks(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor's rows, as many at a time as are quantized together: views, where its rows lie evenly apart."""
     rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
     yield from rows.split(max(1, _CHUNK // rows.shape[-1]))
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest magnitude, without a second tensor of the same size; NaN where there is one."""
+    if not tensor.numel():
+        return 0.0
+    least, most = map(float, tensor.aminmax())
+    return max(-least, most)
