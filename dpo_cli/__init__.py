@@ -12,9 +12,11 @@ alone are logged.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+# Type checkers take it for that of `typing`, which takes longer to import than the program to answer an interrupt.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from dpo_cli.errors import UserError
     from dpo_cli.jobs import evaluate, export, prepare, report, sample, train
 

@@ -1,6 +1,32 @@
-"""`python -m dpo_cli` is `dpo`, so that `accelerate launch -m dpo_cli` and `torchrun -m dpo_cli` work."""
+"""Where the program starts: as `dpo`, or as `-m dpo_cli` of `python`, `torchrun` and `accelerate launch`.
 
-from dpo_cli.cli import main
+Python answers an interrupt with a traceback, and importing the commands takes a while. So it is answered here first, by
+what is there at once: an exception could be lost, or printed, in the middle of an import.
+"""
+
+import os
+import signal
+from types import FrameType
+
+
+def main() -> None:
+    """Run the command line. An interrupt ends the process until a command handles signals itself."""
+    # One that is ignored, as in the background of a script, stays ignored.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
+    from dpo_cli.cli import main
+
+    main()
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End the process with the words and the status of `Interrupted`; of several processes the main one speaks."""
+    try:
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+    finally:
+        os._exit(128 + number)
+
 
 if __name__ == "__main__":
     main()

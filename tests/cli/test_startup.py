@@ -1,14 +1,21 @@
-"""What must be quick imports neither torch nor transformers: told by what is imported, not by the clock."""
+"""What must be quick imports neither torch nor transformers: told by what is imported, not by the clock.
+
+An interrupt is answered in words from the start.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
+from dpo_cli.system.signals import Interrupted
 from tests.builders import save_adapter
-from tests.conftest import run_dpo
+from tests.conftest import ROOT, dpo_command, run_dpo
 from tests.reporting.runs import healthy, write_run
 
 WATCH = """
@@ -111,3 +118,64 @@ def test_preparing_pairs_imports_nothing_that_models_are_loaded_with():
     code = f"import sys, dpo_cli.pipeline.prepare; print([name for name in {loading} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+# Interrupts
+
+INTERRUPT = """
+import os, signal, sys
+
+
+class Interrupt:
+    @staticmethod
+    def find_spec(name, path, target=None):
+        if name == os.environ["INTERRUPTED_AT"]:
+            signal.raise_signal(signal.SIGINT)
+
+
+sys.meta_path.insert(0, Interrupt)
+"""
+"""Run by Python as it starts: the process gets a SIGINT when it begins to import a module."""
+
+STOPPED = Interrupted(signal.SIGINT)
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """Runs a command that is interrupted at the import of a module."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPT)
+
+    def run(module, *command, **variables):
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "INTERRUPTED_AT": module, **variables}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["dpo_cli.cli", "typer", "dpo_cli.command_line", "dpo_cli.config", "pydantic", "dpo_cli.reporting.console"],
+)
+def test_an_interrupt_while_python_imports_ends_in_words(interrupted, module):
+    """Before the command has read anything: there is no such configuration."""
+    assert interrupted(module, *dpo_command("train", "my.yaml")) == (STOPPED.status, "", f"{STOPPED}\n")
+
+
+def test_an_interrupt_of_the_installed_program_ends_in_words(interrupted):
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]["dpo"]
+    module, _, name = entry.partition(":")
+    command = [sys.executable, "-c", f"from {module} import {name}; {name}()", "--help"]
+    assert interrupted("dpo_cli.cli", *command) == (STOPPED.status, "", f"{STOPPED}\n")
+
+
+def test_of_several_processes_the_main_one_answers_an_interrupt(interrupted):
+    said = [interrupted("typer", *dpo_command("--help"), RANK=rank, WORLD_SIZE="2") for rank in ("0", "1")]
+    assert said == [(STOPPED.status, "", f"{STOPPED}\n"), (STOPPED.status, "", "")]
+
+
+def test_an_interrupt_that_is_ignored_stays_ignored(interrupted):
+    """As a shell's script starts programs in the background."""
+    command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *dpo_command("--version")]
+    status, printed, said = interrupted("typer", *command)
+    assert (status, printed.split()[0], said) == (0, "dpo", "")
