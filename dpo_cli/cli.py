@@ -6,6 +6,7 @@ What a command needs is imported when it runs, so that `dpo --help` answers at o
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -24,9 +25,9 @@ from dpo_cli.system.lone_ranks import of_this_rank, speaks_for_itself
 from dpo_cli.system.signals import Interrupted, StopSignals, ignore_signals
 
 if TYPE_CHECKING:
+    from dpo_cli.config import Config
     from dpo_cli.reporting.console import Console
 
-_ARGUMENTS = "[FILE] [KEY=VALUE ...] [OPTIONS]"
 _ABOUT_ARGUMENTS = """\b
 FILE is the configuration, as `--config FILE`. KEY=VALUE overrides a setting
 of it. Relative paths, in it too, start at the working directory."""
@@ -52,7 +53,7 @@ def _examples(*lines: str) -> str:
 def _configured(*examples: str) -> dict[str, Any]:
     """Return how a command is set up that works by a configuration."""
     epilog = f"{_ABOUT_ARGUMENTS}\n\n{_examples(*examples)}"
-    return {"cls": Command, "options_metavar": _ARGUMENTS, "epilog": epilog}
+    return {"cls": Command, "options_metavar": "[FILE] [KEY=VALUE ...] [OPTIONS]", "epilog": epilog}
 
 
 app = typer.Typer(
@@ -76,12 +77,23 @@ app = typer.Typer(
 config_app = typer.Typer(cls=Program, help=_ABOUT_CONFIG, no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(config_app, name="config")
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", parser=expanded_path, metavar="FILE", help="The configuration, a YAML file."),
-]
-Arguments = Annotated[list[str] | None, typer.Argument(hidden=True)]
 
+def _value(metavar: str, about: str, *names: str, **how: Any) -> Any:
+    """Return an option that takes a value; by default its name is that of the argument."""
+    return typer.Option(*names, metavar=metavar, help=about, **how)
+
+
+_text, _path = (functools.partial(_value, parser=parser) for parser in (expanded, expanded_path))
+"""Options of which `~` and variables are expanded: a text, or a file or folder."""
+
+
+def _json_file(about: str) -> Any:
+    """Return the option for the file of the results."""
+    return _path("FILE", f"{about}; `-`: to standard output.", "--json")
+
+
+ConfigFile = Annotated[Path | None, _path("FILE", "The configuration, a YAML file.", "--config", "-c")]
+Arguments = Annotated[list[str], typer.Argument(hidden=True, default_factory=list)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors and results, no warnings.")]
 
 
@@ -90,16 +102,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors an
     epilog=_examples("dpo init --model path/to/model --data pairs.jsonl --out my.yaml", "dpo train my.yaml --dry-run"),
 )
 def init(
-    model: Annotated[
-        str | None, typer.Option(parser=expanded, metavar="PATH", help="A model folder, a .gguf file or a Hub id.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(parser=expanded, metavar="SOURCE", help="Preference pairs: a file, folder or Hub id.")
-    ] = None,
-    out: Annotated[
-        Path,
-        typer.Option(parser=expanded_path, metavar="FILE", help="The file to write, a new one; `-`: standard output."),
-    ] = Path("dpo.yaml"),
+    model: Annotated[str | None, _text("PATH", "A model folder, a .gguf file or a Hub id.")] = None,
+    data: Annotated[str | None, _text("SOURCE", "Preference pairs: a file, folder or Hub id.")] = None,
+    out: Annotated[Path, _path("FILE", "The file to write, a new one; `-`: standard output.")] = Path("dpo.yaml"),
     quiet: Quiet = False,
 ) -> None:
     """Write a configuration that fits a model and data."""
@@ -114,26 +119,17 @@ def init(
     **_configured("dpo prepare-data my.yaml --show 2", "dpo prepare-data my.yaml --out prepared data.eval=null"),
 )
 def prepare_data(
-    arguments: Arguments = None,
+    arguments: Arguments,
     config: ConfigFile = None,
-    out: Annotated[
-        Path | None, typer.Option(parser=expanded_path, metavar="DIR", help="Where to keep the prepared pairs.")
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            parser=expanded_path, metavar="DIR", help="Where to keep the report; by default beside the pairs."
-        ),
-    ] = None,
+    out: Annotated[Path | None, _path("DIR", "Where to keep the prepared pairs.")] = None,
+    report: Annotated[Path | None, _path("DIR", "Where to keep the report; by default beside the pairs.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with status 2 if the check finds warnings.")] = False,
-    show: Annotated[int, typer.Option(metavar="N", min=0, help="Print N pairs token by token.")] = 0,
+    show: Annotated[int, _value("N", "Print N pairs token by token.", min=0)] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Read, check and tokenize the pairs; report on them."""
-    from dpo_cli.config import load_config
-
     with _job(quiet=quiet) as (console, _):
-        settings = load_config(*split_arguments(config, arguments or ()))
+        settings = _settings(config, arguments)
         dpo_cli.prepare(settings, out=out, report=report, strict=strict, show=show, console=console)
 
 
@@ -146,7 +142,7 @@ def prepare_data(
     )
 )
 def train(
-    arguments: Arguments = None,
+    arguments: Arguments,
     config: ConfigFile = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     extend: Annotated[
@@ -155,8 +151,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older run in the folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, stop.")] = False,
     devices: Annotated[
-        str | None,
-        typer.Option("--assume-devices", metavar="8x80GB", help="Plan for these GPUs, which need not be here."),
+        str | None, _value("8x80GB", "Plan for these GPUs, which need not be here.", "--assume-devices")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -169,7 +164,7 @@ def train(
         if resume and overwrite:
             what = f"`{'--extend' if extend else '--resume'}` and `--overwrite` exclude each other"
             raise UserError(what, "the command line", "choose one of them")
-        file, overrides = split_arguments(config, arguments or ())
+        file, overrides = split_arguments(config, arguments)
         settings = load_config(file, overrides)
         if resume and not any(text.startswith("output_dir=") for text in overrides):
             RunFolder(Path(settings.output_dir)).check_moved(file)
@@ -195,33 +190,21 @@ def train(
     ),
 )
 def evaluate(
-    arguments: Arguments = None,
+    arguments: Arguments,
     config: ConfigFile = None,
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            parser=expanded,
-            metavar="PATH",
-            help="The model to score; by default the run's own. Given again: another one, compared with the first.",
+        _text(
+            "PATH", "The model to score; by default the run's own. Given again: another one, compared with the first."
         ),
     ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(parser=expanded, metavar="SOURCE", help="The pairs to score; by default the held-out ones."),
-    ] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", parser=expanded_path, metavar="FILE", help="Write the figures as JSON; `-`: to standard output."
-        ),
-    ] = None,
+    data: Annotated[str | None, _text("SOURCE", "The pairs to score; by default the held-out ones.")] = None,
+    json_file: Annotated[Path | None, _json_file("Write the figures as JSON")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Score held-out pairs against the reference."""
-    from dpo_cli.config import load_config
-
     with _job(quiet=quiet, meets=True) as (console, _):
-        settings = load_config(*split_arguments(config, arguments or ()))
+        settings = _settings(config, arguments)
         dpo_cli.evaluate(settings, model=model, data=data, json_file=json_file, console=console)
 
 
@@ -233,44 +216,26 @@ def evaluate(
     )
 )
 def sample(
-    arguments: Arguments = None,
+    arguments: Arguments,
     config: ConfigFile = None,
     models: Annotated[
         list[str] | None,
-        typer.Option(
+        _text(
+            "PATH",
+            "A model to ask, several times for several; by default the one before training and `final/`.",
             "--model",
-            parser=expanded,
-            metavar="PATH",
-            help="A model to ask, several times for several; by default the one before training and `final/`.",
         ),
     ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(
-            parser=expanded, metavar="FILE", help="Prompts: lines of .txt, or rows; by default held-out ones."
-        ),
-    ] = None,
-    count: Annotated[int | None, typer.Option(metavar="N", help="How many prompts.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(metavar="N", help="The most tokens of an answer.")] = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            parser=expanded_path,
-            metavar="FILE",
-            help="Write JSON lines, one an answer; `-`: to standard output.",
-        ),
-    ] = None,
-    page: Annotated[
-        Path | None, typer.Option(parser=expanded_path, metavar="FILE", help="Write the answers as an HTML page.")
-    ] = None,
+    prompts: Annotated[str | None, _text("FILE", "Prompts: lines of .txt, or rows; by default held-out ones.")] = None,
+    count: Annotated[int | None, _value("N", "How many prompts.")] = None,
+    max_new_tokens: Annotated[int | None, _value("N", "The most tokens of an answer.")] = None,
+    json_file: Annotated[Path | None, _json_file("Write JSON lines, one an answer")] = None,
+    page: Annotated[Path | None, _path("FILE", "Write the answers as an HTML page.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Answer prompts with several models, side by side."""
-    from dpo_cli.config import load_config
-
     with _job(quiet=quiet, meets=True) as (console, _):
-        settings = load_config(*split_arguments(config, arguments or ()))
+        settings = _settings(config, arguments)
         dpo_cli.sample(
             settings,
             models=models or (),
@@ -299,25 +264,16 @@ def sample(
     ),
 )
 def export(
-    arguments: Arguments = None,
-    to: Annotated[
-        Path | None, typer.Option(parser=expanded_path, metavar="DIR", help="The folder to write, a new one.")
-    ] = None,
+    arguments: Arguments,
+    to: Annotated[Path | None, _path("DIR", "The folder to write, a new one.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="Make the adapter part of its base.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="float32, bfloat16 or float16, in place of the weights' own.")
-    ] = None,
+    dtype: Annotated[str | None, _value("DTYPE", "float32, bfloat16 or float16, in place of the weights' own.")] = None,
     max_shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="The largest file of weights, such as 500MB; by default 5GB.")
+        str | None, _value("SIZE", "The largest file of weights, such as 500MB; by default 5GB.")
     ] = None,
-    gguf: Annotated[
-        str | None, typer.Option(metavar="TYPE", help="Write a GGUF file: f16, bf16, q8_0, q4_0 and others.")
-    ] = None,
+    gguf: Annotated[str | None, _value("TYPE", "Write a GGUF file: f16, bf16, q8_0, q4_0 and others.")] = None,
     push: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ORG/NAME", help="Publish it on the Hub; without `--to`, a folder that was exported before."
-        ),
+        str | None, _value("ORG/NAME", "Publish it on the Hub; without `--to`, a folder that was exported before.")
     ] = None,
     public: Annotated[bool, typer.Option("--public", help="Let everybody see a repository that is created.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be published, send nothing.")] = False,
@@ -325,7 +281,7 @@ def export(
 ) -> None:
     """Write a trained model, or an adapter with or without its base, for other programs, and prove it; publish it."""
     with _job(quiet=quiet) as (console, _):
-        run, overrides = split_run(arguments or ())
+        run, overrides = split_run(arguments)
         dpo_cli.export(
             run,
             to,
@@ -347,20 +303,15 @@ def export(
     epilog=_examples("dpo report runs/my", "dpo report runs/my runs/other --out comparison.html"),
 )
 def report(
-    runs: Arguments = None,
+    runs: Arguments,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            parser=expanded_path,
-            metavar="FILE",
-            help="The page to write; by default `report.html` in the run's folder.",
-        ),
+        Path | None, _path("FILE", "The page to write; by default `report.html` in the run's folder.")
     ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Write what a run has recorded, or several beside each other, as a page; a run may be at work."""
     with _job(quiet=quiet) as (console, _):
-        dpo_cli.report([expanded_path(run) for run in runs or ()], out=out, console=console)
+        dpo_cli.report([expanded_path(run) for run in runs], out=out, console=console)
 
 
 @app.command(
@@ -370,20 +321,15 @@ def report(
     + _examples("dpo doctor", "dpo doctor attention products", "dpo doctor --json doctor.json"),
 )
 def doctor(
-    arguments: Arguments = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", parser=expanded_path, metavar="FILE", help="Write the findings as JSON; `-`: to standard output."
-        ),
-    ] = None,
+    arguments: Arguments,
+    json_file: Annotated[Path | None, _json_file("Write the findings as JSON")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Check what this machine has, and that it computes as it should."""
     from dpo_cli.jobs import doctor as examined
 
     with _job(quiet=quiet) as (console, _):
-        if not examined(console, arguments or (), json_file):
+        if not examined(console, arguments, json_file):
             raise typer.Exit(FAILED)
 
 
@@ -408,6 +354,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
     if version:
         typer.echo(f"dpo {dpo_cli.__version__}")
         raise typer.Exit()
+
+
+def _settings(config: Path | None, arguments: list[str]) -> Config:
+    """Read the configuration that a command line names, with the settings that it overrides."""
+    from dpo_cli.config import load_config
+
+    return load_config(*split_arguments(config, arguments))
 
 
 @contextlib.contextmanager

@@ -136,8 +136,8 @@ def train(
     """
     if overwrite and (resume or extend):
         raise UserError("`resume` and `overwrite` exclude each other", "the call of `train`", "choose one of them")
-    console, resume = _heard(console), resume or extend
-    settings = _launched(as_config(config), console)
+    settings, console = _launched(config, console)
+    resume = resume or extend
     check_training(settings, resume=resume, overwrite=overwrite, dry_run=dry_run)
     signals = signals or StopSignals()
     return _train(settings, console, signals, resume=resume, overwrite=overwrite, extend=extend, dry_run=dry_run)
@@ -220,8 +220,7 @@ def evaluate(
     Raises:
         UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
     """
-    console = _heard(console)
-    settings = _launched(as_config(config), console)
+    settings, console = _launched(config, console)
     named = [model] if isinstance(model, str) else list(model or ())
     check_evaluation(settings, named, data, json_file)
     console.notice("loading …")
@@ -257,8 +256,7 @@ def sample(
     Raises:
         UserError: Something is wrong that the user can fix; an `ExceptionGroup` of such where several things are.
     """
-    console = _heard(console)
-    settings = _launched(as_config(config), console)
+    settings, console = _launched(config, console)
     counts = {"--count": count, "--max-new-tokens": max_new_tokens}
     check_sampling(settings, models, prompts, counts=counts, json_file=json_file, page=page)
     console.notice("loading …")
@@ -326,7 +324,10 @@ def export(
         return _publish(Path(run), publishing, console)
     asked = check_export(Path(run), Path(to), overrides, options, publishing)
     if publishing:
-        _ask_hub(publishing, console)
+        console.notice("asking the Hub …")
+        from dpo_cli.pipeline.publishing import check_published
+
+        check_published(publishing, console)
     console.notice("loading …")
     if asked.reads_inputs:
         look_up_on_hub(asked.source.config)
@@ -337,14 +338,6 @@ def export(
     if publishing:
         found["published"] = _publish(asked.to, publishing, console)
     return found
-
-
-def _ask_hub(asked: Publishing, console: Console) -> None:
-    """Import what publishes, and let it ask whether the Hub would take what is exported."""
-    console.notice("asking the Hub …")
-    from dpo_cli.pipeline.publishing import check_published
-
-    check_published(asked, console)
 
 
 def _publish(folder: Path, asked: Publishing, console: Console) -> dict[str, Any]:
@@ -398,11 +391,12 @@ def doctor(console: Console, checks: Sequence[str], json_file: Path | None) -> b
     return not anything_wrong(examine(console, names, json_file))
 
 
-def _launched(config: Config, console: Console) -> Config:
-    """Return a configuration with what `accelerate launch` is configured for, and say so."""
-    settings, lines = taken_over(config)
+def _launched(config: Configuration, console: Console | None) -> tuple[Config, Console]:
+    """Return a configuration with what `accelerate launch` sets in it, and what `_heard` returns."""
+    console = _heard(console)
+    settings, lines = taken_over(as_config(config))
     console.notices(lines)
-    return settings
+    return settings, console
 
 
 def _heard(console: Console | None) -> Console:
