@@ -16,7 +16,7 @@ from dpo_cli.evaluation.best import best_step
 from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, base_of, holds_adapter
 from dpo_cli.modeling.extras import missing_package
 from dpo_cli.modeling.folders.model_files import CONFIG, stored_types
-from dpo_cli.modeling.folders.model_names import check_model, look_up_model, missing_weights
+from dpo_cli.modeling.folders.model_names import check_model, is_gguf, look_up_model, missing_weights, model_inside
 from dpo_cli.modeling.held import Dtype
 from dpo_cli.reporting.row_log import rows_in
 from dpo_cli.settings import located, nearest_file
@@ -114,7 +114,7 @@ class PlainModel:
     def name(self) -> str:
         """What it is called."""
         named = Path(self.config.model.name).resolve()
-        return named.stem if named.suffix.lower() == ".gguf" else named.name
+        return named.stem if is_gguf(named) else named.name
 
 
 Source = TrainedModel | TrainedAdapter | ForeignAdapter | PlainModel
@@ -165,7 +165,7 @@ def _found(named: Path) -> tuple[RunFolder | None, Path]:
     Raises:
         UserError: There is nothing of that name, or the run is not finished.
     """
-    if not named.exists() and named.suffix.lower() != ".gguf":
+    if not named.exists() and not is_gguf(named):
         if is_hub_id(str(named)):
             if problem := look_up_model(str(named), _WHERE):
                 raise problem
@@ -215,11 +215,12 @@ def _without_run(named: Path, overrides: Sequence[str]) -> tuple[Source, list[Us
         source: Source = ForeignAdapter(as_config({"model": base}), named)
     else:
         if not _is_model(named):
-            what = f"`{named}` is {'not a run' if named.is_dir() else 'a file, not a run'}'s folder"
-            hint = "name the `output_dir` of a run, an adapter's folder, or a model"
+            kinds = "the folder of a run, of an adapter or of a model"
+            what = f"`{named}` is not {kinds}" if named.is_dir() else f"`{named}` is a file, not {kinds}"
+            hint = model_inside(named) or "name the `output_dir` of a run, an adapter's folder, or a model"
             raise UserError(what, _WHERE, hint)
         problems.append(check_model(str(named), _WHERE) or missing_weights(str(named), _WHERE))
-        if named.suffix.lower() == ".gguf":
+        if is_gguf(named):
             problems.append(missing_package("gguf", "gguf", _WHERE))
         source = PlainModel(as_config({"model": named}))
     if (named / MANIFEST).is_file():
@@ -232,7 +233,7 @@ def _without_run(named: Path, overrides: Sequence[str]) -> tuple[Source, list[Us
 
 def _is_model(named: Path) -> bool:
     """Tell whether a name is that of a model, right or wrong."""
-    return (named / CONFIG).is_file() or named.suffix.lower() == ".gguf" or not named.exists()
+    return (named / CONFIG).is_file() or is_gguf(named) or not named.exists()
 
 
 def _trained_model(

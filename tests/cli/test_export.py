@@ -453,6 +453,14 @@ def foreign(**settings: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **settings}), encoding="utf-8")
 
 
+def gguf_file(content: bytes) -> Callable[[], object]:
+    def spoil() -> None:
+        Path("files").mkdir()
+        Path("files/my.gguf").write_bytes(content)
+
+    return spoil
+
+
 def cut(file: str) -> Callable[[], object]:
     return lambda: os.truncate(file, 100)
 
@@ -476,9 +484,28 @@ BAD = {
     "an unknown option": Bad(nothing, f"{EXPORT} --merg", r"`--merg` is not an option", r"--merge"),
     "no such run": Bad(nothing, "export runs/rum --merge --to out", r"there is no run `runs/rum`", r"`runs/run`"),
     "no such GGUF file": Bad(nothing, "export my.gguf --to out", r"there is no GGUF file `my.gguf`", r"check the path"),
-    "a file": Bad(nothing, "export run.yaml --merge --to out", r"is a file, not a run", r"output_dir"),
+    "a file": Bad(nothing, "export run.yaml --merge --to out", r"is a file, not the folder of a run", r"output_dir"),
     "a folder of something else": Bad(
-        lambda: Path("other").mkdir(), "export other --to out", r"`other` is not a run's folder", r"output_dir"
+        lambda: Path("other").mkdir(), "export other --to out", r"`other` is not the folder of a run", r"output_dir"
+    ),
+    "a folder with a GGUF file": Bad(
+        gguf_file(b""), "export files --to out", r"`files` is not the folder .* of a model", r"mean `files/my.gguf`\?"
+    ),
+    "an empty GGUF file": Bad(
+        gguf_file(b""), "export files/my.gguf --to out", r"`files/my.gguf` is empty", r"download or copy it again"
+    ),
+    "a GGUF file of something else": Bad(
+        gguf_file(b"<html>"), "export files/my.gguf --to out", r"is not a GGUF file", r"download or copy it again"
+    ),
+    "a GGUF file that Git has not fetched": Bad(
+        gguf_file(b"version https://git-lfs.github.com/spec/v1\n"), "export files/my.gguf --to out",
+        r"`my.gguf` is a Git LFS pointer", r"git lfs pull",
+    ),
+    "a GGUF file that ends in its header": Bad(
+        gguf_file(b"GGUF\3"), "export files/my.gguf --to out", r"the header of the GGUF file cannot be read", r"damaged"
+    ),
+    "a folder that is called as a GGUF file": Bad(
+        lambda: Path("my.gguf").mkdir(), "export my.gguf --to out", r"`my.gguf` is not the folder", r"output_dir"
     ),
     "a model, merged": Bad(nothing, "export model --merge --to out", r"no adapter to merge", r"leave `--merge` out"),
     "a run without an adapter, merged": Bad(

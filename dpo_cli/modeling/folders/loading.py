@@ -25,11 +25,11 @@ from dpo_cli.modeling.folders.completeness import check_complete, load_complete,
 from dpo_cli.modeling.folders.hub import fetch_weights
 from dpo_cli.modeling.folders.identities import stamp_of
 from dpo_cli.modeling.folders.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
-from dpo_cli.modeling.folders.model_names import whole_model
+from dpo_cli.modeling.folders.model_names import is_gguf, whole_model
 from dpo_cli.modeling.folders.quantization import check_pickles
 from dpo_cli.modeling.folders.reading import are_as_held, read_over
 from dpo_cli.modeling.folders.refusals import explained
-from dpo_cli.modeling.folders.resolving import is_gguf, load_named
+from dpo_cli.modeling.folders.resolving import load_named
 from dpo_cli.modeling.folders.saving import logits_alone, remember, remember_adapter
 from dpo_cli.modeling.folders.size_checks import check_model_elements, check_size
 from dpo_cli.modeling.folders.weight_types import WeightTypes

@@ -5,26 +5,27 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from dpo_cli.errors import UserError
+from dpo_cli.errors import USAGE, UserError, from_os_error
 from dpo_cli.modeling.adapters.files import base_of, fetch_adapter, holds_adapter
-from dpo_cli.modeling.folders.model_files import CONFIG, NO_TRUST, Trust, check_folder, weights_files
+from dpo_cli.modeling.folders.model_files import CONFIG, NO_TRUST, Trust, check_fetched, check_folder, weights_files
 from dpo_cli.settings import located
 from dpo_cli.system.hub import cached_file, is_hub_id, look_up, name_hint
+
+_GGUF = b"GGUF"
+"""How a GGUF file begins."""
 
 
 def check_model(name: str, where: str | None = None, trust: Trust = NO_TRUST) -> UserError | None:
     """Say what is wrong with a model's name or with what its folder brings along, without loading anything."""
     path = Path(name)
-    if path.suffix.lower() == ".gguf":
-        if path.is_file():
-            return None
-        return UserError(f"there is no GGUF file {located(name)}", where, "check the path")
+    if is_gguf(name):
+        return _check_gguf(path, where)
     if holds_adapter(path):
         return _check_adapter(path, where, trust)
     if path.is_dir():
         if (path / CONFIG).is_file():
             return check_folder(path, trust, where)
-        hint = _model_inside(path) or "name a folder with config.json, the weights and the tokenizer's files"
+        hint = model_inside(path) or "name a folder with config.json, the weights and the tokenizer's files"
         return UserError(f"`{name}` is not a model folder: it has no config.json", where, hint)
     if path.is_file():
         hint = "name the folder with config.json, a .gguf file, or a Hub id"
@@ -61,9 +62,35 @@ def whole_model(name: str) -> str:
     return name
 
 
-def _model_inside(folder: Path) -> str | None:
+def is_gguf(name: str | Path) -> bool:
+    """Tell whether a name is that of a GGUF file, right or wrong; a folder may be called as it likes."""
+    path = Path(name)
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+def _check_gguf(file: Path, where: str | None) -> UserError | None:
+    """Say what is wrong with a GGUF file, as far as its first bytes tell."""
+    if not file.is_file():
+        return UserError(f"there is no GGUF file {located(file)}", where, "check the path")
+    try:
+        check_fetched([file])
+        with file.open("rb") as opened:
+            start = opened.read(len(_GGUF))
+    except UserError as error:
+        return UserError(error.what, where, error.hint)
+    except OSError as error:
+        return from_os_error(error, f"reading `{file}`", where, status=USAGE)
+    if start == _GGUF:
+        return None
+    what = "is empty" if not start else "is not a GGUF file: those begin with the letters `GGUF`"
+    return UserError(f"`{file}` {what}", where, "download or copy it again, or name another model")
+
+
+def model_inside(folder: Path) -> str | None:
     """Suggest what people mean who name a run's folder, or one that GGUF files lie in."""
-    inside = [folder / "final"] if (folder / "final" / CONFIG).is_file() else sorted(folder.glob("*.gguf"))
+    final = folder / "final"
+    trained = (final / CONFIG).is_file() or holds_adapter(final)
+    inside = [final] if trained else sorted(filter(is_gguf, folder.glob("*.gguf")))
     if len(inside) > 1:
         return f"name one of its {len(inside)} GGUF files, such as `{inside[0]}`"
     return f"did you mean `{inside[0]}`?" if inside else None

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from dpo_cli.modeling.folders.hub import fetched
 from dpo_cli.modeling.folders.model_files import Trust
-from dpo_cli.modeling.folders.model_names import check_model, whole_model
+from dpo_cli.modeling.folders.model_names import check_model, is_gguf, whole_model
 from dpo_cli.modeling.folders.refusals import explained
 
 _T = TypeVar("_T")
@@ -30,11 +30,6 @@ def load_named(name: str, kind: str, load: Callable[[str], _T], trust: Trust, *,
     folder = _folder_of(whole, weights=weights)
     with explained(name, kind):
         return load(str(folder if Path(folder).is_dir() else fetched(whole)))
-
-
-def is_gguf(name: str) -> bool:
-    """Tell whether a name is that of a GGUF file."""
-    return Path(name).suffix.lower() == ".gguf"
 
 
 def _folder_of(name: str, *, weights: bool) -> Path | str:

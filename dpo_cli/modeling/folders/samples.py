@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from dpo_cli.modeling.adapters.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_folder, holds_adapter
 from dpo_cli.modeling.folders.model_files import CONFIG, weights_files
+from dpo_cli.modeling.folders.model_names import is_gguf
 from dpo_cli.modeling.folders.refusals import explained
-from dpo_cli.modeling.folders.resolving import is_gguf, load_named
+from dpo_cli.modeling.folders.resolving import load_named
 
 if TYPE_CHECKING:
     from dpo_cli.modeling.folders.model_files import Trust

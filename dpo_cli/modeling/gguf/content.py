@@ -26,6 +26,7 @@ _SIZES_OF_EXPERTS = {
 }  # fmt: skip
 """By which tensor a setting of transformers is known."""
 
+DAMAGED = "the model is incomplete or damaged: save or download it again"
 HINT = "train the model that the file was made of: a folder with config.json and .safetensors files"
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
 
-from dpo_cli.errors import from_os_error
+from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.modeling.folders.completeness import load_complete
 from dpo_cli.modeling.folders.refusals import explained
 from dpo_cli.modeling.folders.saving import end_at, saved_folder, saved_model, write_beside_weights
 from dpo_cli.modeling.folders.size_checks import check_room
 from dpo_cli.modeling.gguf.about import card_of_file
-from dpo_cli.modeling.gguf.content import GgufContent, check_all_read, settle_experts, settle_settings
+from dpo_cli.modeling.gguf.content import DAMAGED, GgufContent, check_all_read, settle_experts, settle_settings
 from dpo_cli.modeling.gguf.package import gguf_package
 from dpo_cli.modeling.gguf.positions import settle_positions
 from dpo_cli.modeling.gguf.streaming import Streaming, read_as
@@ -143,7 +143,14 @@ def _kept(path: Path, part: str, write: Callable[[Path, GgufContent], None], sai
 def _write_read(path: Path, folder: Path, write: Callable[[Path, GgufContent], None]) -> None:
     """Write a folder of what is read from a file."""
     gguf_package("reading", str(path))
-    from dpo_cli.modeling.gguf.reader import Reader, fast_reading
+    from dpo_cli.modeling.gguf.reader import fast_reading, read_content
 
     with explained(str(path), "model"), fast_reading():
-        write(folder, GgufContent.of(Reader(path)))
+        content = read_content(path)
+        try:
+            write(folder, content)
+        except (OSError, UnicodeDecodeError) as error:
+            if UnicodeDecodeError not in (type(error), type(error.__context__)):
+                raise
+            # transformers may say in its place that this does not look like JSON.
+            raise UserError("the GGUF file has texts that are not UTF-8", None, DAMAGED) from error

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 _FLOATS = ("epsilon", "softcapping", "freq_base", "freq_base_swa", "scaling.factor", "beta_fast", "beta_slow", "scale")
 """How keys end whose numbers are floats, also where they are whole."""
 
+_MISTRAL = "mistral"
+"""A Llama of exactly this name transformers reads as a Mistral, which has a window and no biases."""
+
 
 @dataclass(frozen=True)
 class Header:
@@ -48,7 +51,7 @@ class Header:
 
         writer = gguf.GGUFWriter(None, self.architecture)
         writer.add_type("model")
-        writer.add_name(self.name)
+        writer.add_name(_MISTRAL.capitalize() if self.name == _MISTRAL else self.name)
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if self.kind == "f32" else f"MOSTLY_{self.kind.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, value in self.settings.items():

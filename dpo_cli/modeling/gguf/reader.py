@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
-from gguf import GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+
+from dpo_cli.errors import UserError
+from dpo_cli.modeling.gguf.content import DAMAGED, GgufContent
 
 _START = struct.Struct("<IQ")
 """How an array begins: with the type of its elements, and their number."""
@@ -32,6 +37,44 @@ class Reader(gguf.GGUFReader):
                 parts, end = _numbers(data, start, count, dtype) if dtype else _strings(data, start, count)
                 return end - orig_offs, parts, [*range(count)], [GGUFValueType.ARRAY, *([kind] if count else [])]
         return super()._get_field_parts(orig_offs, raw_type)
+
+    def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+        """Find the tensors in the file, which has to reach to the end of each.
+
+        Raises:
+            UserError: It ends before.
+        """
+        end = max((start_offs + _end_of(field) for field in fields), default=0)
+        if end > len(self.data):
+            what = f"the GGUF file ends early: it has {len(self.data):,} bytes, and its weights end at byte {end:,}"
+            raise UserError(what, None, DAMAGED)
+        super()._build_tensors(start_offs, fields)
+
+
+def _end_of(field: Any) -> int:
+    """Return where a tensor ends, counted from where the first one begins."""
+    *_, sizes, kind, offset = field.parts
+    numbers, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind[0])]
+    return int(offset[0]) + int(math.prod(sizes.tolist())) // numbers * num_bytes
+
+
+def read_content(file: Path) -> GgufContent:
+    """Return what is asked of a GGUF file.
+
+    Raises:
+        UserError: It ends early, or its header is damaged.
+    """
+    try:
+        return GgufContent.of(Reader(file))
+    except (ValueError, LookupError, TypeError, OverflowError, struct.error, RecursionError) as error:
+        # What the package raises where numbers and names in it are not what was written.
+        if "version" in str(error):
+            what, hint = (
+                "the package `gguf` does not read this version of GGUF files",
+                "update it: `pip install -U gguf`",
+            )
+            raise UserError(what, None, hint) from error
+        raise UserError("the header of the GGUF file cannot be read", None, DAMAGED) from error
 
 
 def _numbers(data: Any, start: int, count: int, dtype: Any) -> tuple[list[Any], int]:

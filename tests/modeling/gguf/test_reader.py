@@ -87,10 +87,51 @@ def test_names_are_mapped_once_for_a_model_of_many_modules(monkeypatch: pytest.M
     assert len(expected) > 36 and len(built) == 1
 
 
-@pytest.mark.parametrize("left", [40, 3_000, 60_000], ids=["settings", "tokens", "scores"])
-def test_a_file_that_ends_early_is_refused_in_words(tmp_path: Path, left: int) -> None:
-    file = write(tmp_path / "model.gguf")
-    file.write_bytes(file.read_bytes()[:left])
+HEADER = "the header of the GGUF file cannot be read"
+"""What is said of a file in which a number or a name is none."""
+
+
+def refusal(file: Path) -> str:
     with pytest.raises(UserError) as refused:
         load_policy(str(file))
-    assert "cannot be loaded" in refused.value.what and "incomplete or damaged" in (refused.value.hint or "")
+    assert refused.value.where == str(file)
+    assert "incomplete or damaged" in (refused.value.hint or "") or HEADER not in refused.value.what
+    return refused.value.what
+
+
+@pytest.mark.parametrize("left", [10, 40, 3_000, 60_000], ids=["counts", "settings", "tokens", "scores"])
+def test_a_file_that_ends_in_its_header_is_refused_in_words(tmp_path: Path, left: int) -> None:
+    file = write(tmp_path / "model.gguf")
+    file.write_bytes(file.read_bytes()[:left])
+    assert refusal(file) == HEADER
+
+
+def test_of_a_file_that_ends_in_its_weights_it_is_said_how_long_it_should_be(tmp_path: Path) -> None:
+    file = write(tmp_path / "model.gguf")
+    last = gguf.GGUFReader(file).tensors[-1]
+    end = int(last.data_offset + last.n_bytes)
+    file.write_bytes(file.read_bytes()[: end - 1])
+    told = f"the GGUF file ends early: it has {end - 1:,} bytes, and its weights end at byte {end:,}"
+    assert refusal(file) == told
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (b"general.architecture", b"general.archiTecture", HEADER),
+        (b"llama.context_length\4", b"llama.context_length\x7f", HEADER),
+        (b"tokenizer.ggml.tokens\t\0\0\0\b\0\0\0", b"tokenizer.ggml.tokens\t\0\0\0\b\0\0\0\xff\xff\xff", HEADER),
+        (b"first\2\0", b"first\xff\xff", HEADER),
+        ("ä".encode(), b"\xff\xff", "the GGUF file has texts that are not UTF-8"),
+        (b"GGUF\3", b"GGUF\4", "the package `gguf` does not read this version of GGUF files"),
+    ],
+)
+def test_a_file_with_other_bytes_in_its_header_is_refused_in_words(
+    tmp_path: Path, before: bytes, after: bytes, told: str
+) -> None:
+    file = write(tmp_path / "model.gguf")
+    content = file.read_bytes()
+    assert before in content
+    place = content.index(before)
+    file.write_bytes(content[:place] + after + content[place + len(after) :])
+    assert refusal(file) == told

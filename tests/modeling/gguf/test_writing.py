@@ -159,6 +159,13 @@ def test_a_written_model_is_read_back_as_it_was_rounded(tmp_path: Path, name: st
         check_same(alone, expected)
 
 
+def test_a_name_by_which_transformers_takes_a_llama_for_a_mistral_is_not_written(tmp_path: Path) -> None:
+    """It would have no biases, and a window."""
+    model = build("llama")
+    found = write_gguf(model, tmp_path / "model.gguf", "f32", "mistral", vocabulary)
+    check_same(Policy.load(str(found.path)).model, model)
+
+
 def test_every_architecture_is_among_the_cases() -> None:
     kinds = {getattr(transformers, KINDS[case.kind].config).model_type for case in CASES.values()}
     assert kinds == DENSE.keys()
