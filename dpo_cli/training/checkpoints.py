@@ -48,7 +48,7 @@ from dpo_cli.system.storage import (
 from dpo_cli.training.learner import Learner, NotFinite
 from dpo_cli.training.run_folder import checkpoint_name, checkpoints_in, step_of
 from dpo_cli.training.sharded_state import ShardedSnapshot
-from dpo_cli.training.state import RunNotes, Snapshot, random_states, read_state
+from dpo_cli.training.state import STATE, RunNotes, Snapshot, random_states, read_copied_state, read_state
 from dpo_cli.training.together import Together
 
 if TYPE_CHECKING:
@@ -254,18 +254,36 @@ def newest_whole(
 
 
 def beginning_of(folder: Path) -> Mapping[str, str]:
-    """Return digests of what the run began with, by a checkpoint or by its trained adapter.
+    """Return digests of what the run began with, by a checkpoint or by its trained adapter, wherever they are now.
 
     They are empty where none are kept, or another version of the program made them, which can be compared with nothing.
 
     Raises:
         DamagedFolder: It is neither.
     """
-    if (kept := read_manifest(folder).get(FINGERPRINTS)) is None and folder.name.startswith("step-"):
-        kept = read_state(folder).fingerprints
+    kept, _ = _noted(folder)
     if not isinstance(kept, dict) or not str(kept.get("model")).startswith(SCHEME):
         return {}
     return kept
+
+
+def held_at_beginning(folder: Path) -> str | None:
+    """Return how the model was held of which `beginning_of` has a digest; None: that is not known.
+
+    Raises:
+        DamagedFolder: As `beginning_of`.
+    """
+    _, held = _noted(folder)
+    return held if isinstance(held, str) and held else None
+
+
+def _noted(folder: Path) -> tuple[object, object]:
+    """Return what a folder says of what the run began with, and of how that was held."""
+    if (folder / STATE).is_file():
+        state = read_copied_state(folder)
+        return state.fingerprints, state.held
+    manifest = read_manifest(folder)
+    return manifest.get(FINGERPRINTS), manifest.get(HELD)
 
 
 def newest_step(folder: Path) -> int:

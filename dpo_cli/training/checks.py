@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -21,15 +21,16 @@ from dpo_cli.modeling.adapters.files import read_adapter
 from dpo_cli.modeling.adapters.fit import adapter_weights
 from dpo_cli.modeling.folders.model_files import most_tokens
 from dpo_cli.modeling.folders.model_names import same_model
+from dpo_cli.modeling.held import Dtype
 from dpo_cli.modeling.logps import SequenceLogps
 from dpo_cli.modeling.precision import Precision, precision_of
 from dpo_cli.modeling.proof import NOISE_FACTOR, asking, distance
 from dpo_cli.modeling.scorer import Scorer
 from dpo_cli.modeling.upcast import in_float32
 from dpo_cli.preference.losses.base import StepInfo
-from dpo_cli.system.storage import DamagedFolder, read_manifest
+from dpo_cli.system.storage import DamagedFolder
 from dpo_cli.system.text import several
-from dpo_cli.training.checkpoints import HELD, beginning_of
+from dpo_cli.training.checkpoints import beginning_of, held_at_beginning
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,13 +78,14 @@ def check_base(policy: Policy, start: Path, name: str, where: str = "`adapter.st
         where: What names the adapter: a setting or an option.
 
     Raises:
-        UserError: It is another base: held in the same way, it had other weights or settings.
+        UserError: It is another base: held in the same way, or in float32 here, it had other weights or settings.
     """
     if digest := _digest_of_base(start):
-        held = read_manifest(start).get(HELD, "another way")
+        held = held_at_beginning(start) or "another way"
         if policy.is_beside(digest):
             return
-        if held == policy.held_as:
+        # From float32, what it was rounded to has been compared as well.
+        if held == policy.held_as or (policy.held_as == "float32" and held in get_args(Dtype)):
             what = f"the adapter `{start}` belongs to another base: `{name}` has other weights or settings"
             hint = "name the model that it was trained beside, or an adapter that was trained beside this one"
             raise UserError(what, where, hint)

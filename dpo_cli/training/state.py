@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dpo_cli.modeling.policy import Policy
     from dpo_cli.training.learner import Learner
 
-_STATE, RANDOM = "training_state.json", "random_states.safetensors"
+STATE, RANDOM = "training_state.json", "random_states.safetensors"
 _UNSPLIT = {"shards": 1}
 """What surroundings do not say where every process has whole weights."""
 
@@ -81,6 +81,7 @@ class TrainingState(BaseModel):
     Attributes:
         step: Optimizer steps taken.
         fingerprints: Digests of what a resumed run must find unchanged: the model before step 1, data, settings.
+        held: How the model was held, of which they are; empty: an older version has not noted it.
         surroundings: What decides how numbers are rounded.
         statistics: What the objective kept.
         skipped: Steps that were not taken.
@@ -96,6 +97,7 @@ class TrainingState(BaseModel):
 
     step: Annotated[int, Field(ge=0)]
     fingerprints: Annotated[dict[str, str], Field(alias="stands_on")]
+    held: str = ""
     surroundings: dict[str, int | str]
     statistics: Annotated[dict[str, float], Field(alias="memory")]
     skipped: Annotated[int, Field(ge=0)]
@@ -189,6 +191,7 @@ def record_of(learner: Learner, state: LearnerState, notes: RunNotes) -> Trainin
     return TrainingState(
         step=state.step,
         fingerprints=dict(notes.fingerprints),
+        held=learner.policy.held_as,
         surroundings=surroundings(learner.accelerator) | learner.policy.passes_through | learner.policy.sharded,
         statistics=state.statistics,
         skipped=state.skipped,
@@ -203,7 +206,7 @@ def record_of(learner: Learner, state: LearnerState, notes: RunNotes) -> Trainin
 
 def write_record(folder: Path, record: TrainingState) -> None:
     """Write training_state.json."""
-    (folder / _STATE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    (folder / STATE).write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
 
 def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
@@ -265,18 +268,28 @@ def read_state(path: Path) -> TrainingState:
     Raises:
         DamagedFolder: It is not what was written there, or another step's.
     """
+    state = read_copied_state(path)
+    if path.name != checkpoint_name(state.step):
+        raise DamagedFolder(f"it is the checkpoint of step {state.step}")
+    return state
+
+
+def read_copied_state(folder: Path) -> TrainingState:
+    """Read the training_state.json of a checkpoint that may have another name by now.
+
+    Raises:
+        DamagedFolder: It is not what was written there.
+    """
     try:
-        state = TrainingState.model_validate_json((path / _STATE).read_bytes())
+        state = TrainingState.model_validate_json((folder / STATE).read_bytes())
     except OSError as error:
-        raise DamagedFolder(f"{_STATE} cannot be read: {error}") from None
+        raise DamagedFolder(f"{STATE} cannot be read: {error}") from None
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or "the whole"
-        raise DamagedFolder(f"{_STATE} is not a checkpoint's: {place}: {first['msg'].lower()}") from None
+        raise DamagedFolder(f"{STATE} is not a checkpoint's: {place}: {first['msg'].lower()}") from None
     if state.schedule.last_epoch != state.step:
-        raise DamagedFolder(f"{_STATE} is not a checkpoint's: its schedule is at step {state.schedule.last_epoch}")
-    if path.name != checkpoint_name(state.step):
-        raise DamagedFolder(f"it is the checkpoint of step {state.step}")
+        raise DamagedFolder(f"{STATE} is not a checkpoint's: its schedule is at step {state.schedule.last_epoch}")
     return state
 
 

@@ -441,13 +441,18 @@ def changed_base_of_a_copy() -> None:
     other_base()
 
 
+def changed_base_of_a_checkpoint() -> None:
+    foreign("checkpoints/step-000002", base_model_name_or_path=str(Path("model").absolute()))
+    other_base()
+
+
 def whole_run() -> None:
     assert call("train run.yaml adapter=null output_dir=runs/whole --quiet") == 0
 
 
-def foreign(**settings: Any) -> None:
-    """Take the adapter out of its run, and change its settings."""
-    shutil.copytree("runs/run/final", "foreign")
+def foreign(part: str = "final", **settings: Any) -> None:
+    """Take an adapter out of its run, and change its settings."""
+    shutil.copytree(f"runs/run/{part}", "foreign")
     Path("foreign", MANIFEST).unlink()
     file = Path("foreign/adapter_config.json")
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **settings}), encoding="utf-8")
@@ -602,6 +607,10 @@ BAD = {
     ),
     "an adapter of no run, whose base has changed": Bad(
         changed_base_of_a_copy, "export copied --merge --to out",
+        r"belongs to another base: `/\S+/model` has other weights", r"trained beside"
+    ),
+    "a checkpoint of no run, whose base has changed": Bad(
+        changed_base_of_a_checkpoint, "export foreign --merge --to out",
         r"belongs to another base: `/\S+/model` has other weights", r"trained beside"
     ),
     "an adapter of no run, of another kind": Bad(

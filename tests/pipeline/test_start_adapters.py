@@ -103,15 +103,23 @@ def noisy(model, folder):
     return folder
 
 
-def test_an_adapter_of_a_run_knows_the_weights_of_its_base_under_whatever_name(write_config, tiny_llama, tmp_path):
-    first = trained(write_config("first", adapter="lora", training={"max_steps": 1}))
-    start = {"start": str(first / "final")}
+@pytest.mark.parametrize(
+    ("part", "dtype"),
+    [("final", "float32"), pytest.param("checkpoints/step-000001", "bfloat16", marks=pytest.mark.slow)],
+)
+def test_an_adapter_of_a_run_knows_the_weights_of_its_base_under_whatever_name(
+    write_config, tiny_llama, tmp_path, part, dtype
+):
+    once = {"training": {"max_steps": 1}}
+    first = trained(write_config("first", adapter="lora", model={"dtype": dtype}, checkpoints={"at_end": True}, **once))
+    told = {"adapter": {"start": str(shutil.copytree(first / part, tmp_path / "copied"))}, **once}
     moved = Path(shutil.copytree(tiny_llama, tmp_path / "moved"))
-    told = {"adapter": start, "training": {"max_steps": 1}}
-    trained(write_config("second", model={"name": str(moved), "eos_token": "<|endoftext|>"}, **told))
+    model = {"name": str(moved), "eos_token": "<|endoftext|>", "dtype": "float32"}
+    trained(write_config("second", model=model, **told))
 
     with pytest.raises(dpo_cli.UserError, match=r"another base: .* has other weights or settings"):
-        trained(write_config("third", model={"name": str(noisy(tiny_llama, tmp_path / "noisy"))}, **told))
+        other = {"name": str(noisy(tiny_llama, tmp_path / "noisy")), "dtype": "float32"}
+        trained(write_config("third", model=other, **told))
 
 
 def test_what_cannot_be_known_of_a_base_is_said(write_config, tiny_llama, tmp_path, capfd):

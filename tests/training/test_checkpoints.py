@@ -10,7 +10,7 @@ import pytest
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.digests import SCHEME
 from dpo_cli.system.storage import DamagedFolder, sealed_folder
-from dpo_cli.training.checkpoints import PRECISION, beginning_of, check_whole, newest_whole, prune
+from dpo_cli.training.checkpoints import PRECISION, beginning_of, check_whole, held_at_beginning, newest_whole, prune
 
 STANDS_ON = {"model": "m", "data": "d", "settings": "s"}
 FACTS = {
@@ -134,3 +134,13 @@ def test_what_another_version_digested_is_compared_with_nothing(tmp_path):
     make(tmp_path, 3)
     make(tmp_path, 5, stands_on=made)
     assert (beginning_of(tmp_path / "step-000003"), beginning_of(tmp_path / "step-000005")) == ({}, made)
+
+
+def test_a_copy_of_a_checkpoint_knows_what_its_run_began_with(tmp_path):
+    made = {**STANDS_ON, "model": f"{SCHEME}m"}
+    make(tmp_path, 5, stands_on=made)
+    copied = shutil.copytree(tmp_path / "step-000005", tmp_path / "copied")
+    # An older version has not noted how the model was held.
+    assert (beginning_of(copied), held_at_beginning(copied)) == (made, None)
+    (copied / "manifest.json").unlink()
+    assert beginning_of(copied) == made
