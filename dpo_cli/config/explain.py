@@ -161,7 +161,11 @@ def _explain_one(path: tuple[str, ...], details: list[Any], tree: Tree) -> UserE
         case kind if kind.startswith("union_tag"):
             return _wrong_type(path, detail["input"], place)
     wanted = [*dict.fromkeys(_wanted(one) for one in details), *(["null"] if _takes_null(path) else [])]
+    if is_share := SHARE in detail["loc"]:
+        wanted = ["a fraction between 0 and 1, a source of pairs", "null"]
     what = f"`{dotted}` should be {' or '.join(wanted)}, but is {_show(detail['input'])}"
+    if is_share:
+        return UserError(what, place, _OF_SHARES)
     advice = translations.type_advice(_name(path).removesuffix(".type"), str(detail["input"]))
     return UserError(what, place, advice or _near_choice(details) or _how_to_set(path, detail["input"]))
 
@@ -325,6 +329,9 @@ def _unions(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, lis
 
 
 _KNOWN = "known here: "
+_OF_SHARES = (
+    "write the share of `train` that is held out, as in `eval: 0.1`; or name pairs of their own, as in `eval: FILE`"
+)
 _QUOTED = re.compile("'([^']*)'")
 _FIELDS = dict(all_settings(Config))
 _SETTINGS = {path: field.description or "" for path, field in _FIELDS.items()}

@@ -81,7 +81,7 @@ def check_base(policy: Policy, start: Path, name: str, where: str = "`adapter.st
         UserError: It is another base: held in the same way, or in float32 here, it had other weights or settings.
     """
     if digest := _digest_of_base(start):
-        held = held_at_beginning(start) or "another way"
+        held = held_at_beginning(start) or "an unknown way"
         if policy.is_beside(digest):
             return
         # From float32, what it was rounded to has been compared as well.

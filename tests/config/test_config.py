@@ -187,8 +187,9 @@ def test_a_mistake_in_a_source_is_named_with_its_line(tmp_path, before, after, l
     [
         ("train: 5", "`data.train` should be a path, a group of settings, or a list of them or null, but is 5"),
         ("train: {path: a, wieght: 1}", "`data.train.wieght` is not a setting"),
-        ("eval: 1.5", "`data.eval` should be less than 1 or null, but is 1.5"),
-        ("eval: true", "`data.eval` should be a number or null, but is true"),
+        ("eval: 1.5", "`data.eval` should be a fraction between 0 and 1, a source of pairs or null, but is 1.5"),
+        ("eval: 8", "`data.eval` should be a fraction between 0 and 1, a source of pairs or null, but is 8"),
+        ("eval: true", "`data.eval` should be a fraction between 0 and 1, a source of pairs or null, but is true"),
         ("eval: [a, 0.5]", "`data.eval.1` should be a path or a group of settings, but is 0.5"),
         ("eval: {path: a, weight: -1}", "`data.eval.weight` should be greater than 0, but is -1"),
     ],
