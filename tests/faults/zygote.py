@@ -22,15 +22,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from tests.waiting import PATIENCE, wait_until
 
 ROOT = Path(__file__).parents[2]
+ROUND = "DPO_FAULTS"
+"""The environment variable with the round of `make faults`, from 1; the cases of all tests are divided over several."""
+
 _POLL_SECONDS = 0.005
 
 _IMPORTED_LATE = (
     "pandas",
     "peft",
+    "peft.tuners.lora.bnb",
+    "peft.utils.transformers_weight_conversion",
     "pyarrow.pandas_compat",
+    "pyarrow.vendored.version",
     "safetensors.torch",
     "torch._subclasses.fake_tensor",
     "transformers.convert_slow_tokenizer",
@@ -177,6 +185,11 @@ class Zygote:
             self._read()
         return self._statuses.get(pid)
 
+    def cpu_seconds(self) -> float:
+        """Return what all runs that ended have taken of the processors."""
+        times = psutil.Process(self._process.pid).cpu_times()
+        return float(times.children_user + times.children_system)
+
     def close(self) -> None:
         """End the process that forks; runs under way are killed."""
         self._socket.shutdown(socket.SHUT_RDWR)
@@ -242,6 +255,10 @@ def _run(request: dict[str, Any]) -> None:
         os.dup2(output, 2)
         os.dup2(os.open(request["printed"], os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1)
         sys.argv = ["dpo", *request["arguments"]]
+        if ROUND in os.environ:
+            from tests.faults.remembered import remember_counts
+
+            remember_counts(Path(request["output"]).parent)
         if request["fault"]:
             where, keywords = request["fault"]
             module, _, name = where.partition(":")
@@ -271,7 +288,7 @@ def _import_everything() -> None:
         # A worker is a process of its own, with packages that need not be installed.
         if not module.name.endswith(("__main__", "_worker")):
             importlib.import_module(module.name)
-    for name in _IMPORTED_LATE:
+    for name in (*_IMPORTED_LATE, "tests.faults.remembered"):
         importlib.import_module(name)
     # Compiles a thousand patterns, once in a process.
     get_checkpoint_conversion_mapping("llama")
