@@ -1,10 +1,13 @@
-"""Exports that end at any file operation, or find the disk full: what they write is whole or absent, in every form."""
+"""Exports that end at any file operation or moment, or find the disk full: every form is whole or absent."""
 
 from __future__ import annotations
 
 import functools
 import json
+import random
 import shutil
+import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +32,9 @@ KINDS = {
     "a GGUF file": ("adapted", "--merge", "--gguf", "q8_0"),
 }
 """What is written, by the run that it is taken out of and the options."""
+
+NUM_KILLS = 10 if FULL else 2
+"""Of each kind and share."""
 
 ADAPTERS = {"whole": None, "adapted": {"rank": 4}}
 
@@ -155,6 +161,29 @@ def test_the_target_is_whole_or_absent_wherever_an_export_ends(
     shutil.copytree(strays, bench.target.parent)
     bench.require_next(bench.target)
     report(troubles)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_export_killed_at_any_moment_leaves_a_target_that_is_whole_or_absent(
+    benches: Callable[[str], Bench], ledger: Ledger, kind: str, share: int
+) -> None:
+    """One after the other, each beside what those before it left."""
+    bench, chance, kills = benches(kind), random.Random(share), 0
+    started = time.monotonic()
+    bench.require_next(bench.target)
+    seconds = time.monotonic() - started
+    while kills < NUM_KILLS:
+        exporting = bench.start(bench.target)
+        time.sleep(chance.uniform(0, seconds))
+        exporting.send(signal.SIGKILL)
+        # One that was quicker is finished.
+        if exporting.wait().status == -signal.SIGKILL:
+            kills += 1
+            with judged(ledger, f"SIGKILL at a random moment: export of {kind}"):
+                bench.require(bench.target)
+        shutil.rmtree(bench.target, ignore_errors=True)
+    bench.require_next(bench.target)
 
 
 @pytest.fixture
