@@ -19,7 +19,7 @@ help:
 	@echo "make test-rest      the slow tests, which make test leaves out"
 	@echo "make test-all       every test"
 	@echo "make test-llama     build llama.cpp from its source, once, in five minutes or more, and let it read what is exported"
-	@echo "make faults         break runs in every way at every point and write docs/faults.md; goes on where it was broken off (an hour or more)"
+	@echo "make faults         break runs in every way at every point and write docs/faults.md: the next of 8 rounds, an hour; goes on where it was broken off (FAULTS=--all)"
 	@echo "make check          formatting, lint, types, floors, generated files"
 	@echo "make format         format the code"
 	@echo "make fuzz           search for inputs that break what reads them, FUZZ_SECONDS=60 for each of them"

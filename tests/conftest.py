@@ -94,7 +94,7 @@ _running: list[pytest.Item] = []
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--faults-ledger", type=Path, metavar="FILE", help="write there what became of each fault, as JSON"
+        "--faults-journal", type=Path, metavar="FILE", help="write there what became of each fault, and go on from it"
     )
     parser.addoption("--untouched", action="store_true", help="fail if a file of the checkout is another afterwards")
 
@@ -183,8 +183,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.section("faults")
     terminalreporter.write_line(table(entries))
-    if file := config.getoption("--faults-ledger"):
-        file.write_text(json.dumps(entries), encoding="utf-8")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,36 +4,52 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Generator, Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.faults.journal import CPU_SECONDS, Recorder, read_journal
 from tests.faults.ledger import PROPERTY, Ledger
 from tests.faults.runs import Bench, build_bench
-from tests.faults.zygote import Zygote
+from tests.faults.zygote import ROUND, Zygote
 
-FULL = os.environ.get("DPO_FAULTS") == "full"
-"""Whether every case is tried (`make faults`), or of each kind a few (`make test`)."""
-
-_FAILED = pytest.StashKey[bool]()
+FULL = ROUND in os.environ
+"""Whether a round of `make faults` is run, or of each kind a few cases (`make test`)."""
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
-    return report
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep a journal in the process that the reports of all others come to."""
+    journal = config.getoption("--faults-journal")
+    if journal and not hasattr(config, "workerinput") and not config.option.collectonly:
+        config.pluginmanager.register(Recorder(journal), "faults-journal")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is known, and of later rounds what the first one has tried whole."""
+    if not FULL:
+        return
+    journal = config.getoption("--faults-journal")
+    known = {tried.test for tried in read_journal(journal) if tried.is_known} if journal else set()
+    first = os.environ[ROUND] == "1"
+    left = [item for item in items if item.nodeid not in known and (first or "share" in item.fixturenames)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in left])
+    items[:] = left
 
 
 @pytest.fixture
 def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
     """Takes down what became of each case; `make faults` makes a table of it."""
-    ledger = Ledger()
+    zygote = request.getfixturevalue("zygote") if FULL and "zygote" in request.fixturenames else None
+
+    def cpu_seconds() -> float:
+        return time.process_time() + (zygote.cpu_seconds() if zygote else 0.0)
+
+    ledger, before = Ledger(), cpu_seconds()
     yield ledger
-    if request.node.stash[_FAILED]:
-        ledger.record_failure(request.node.name)
-    request.node.user_properties += [(PROPERTY, entry) for entry in ledger.entries()]
+    entries = [(PROPERTY, entry) for entry in ledger.entries()]
+    request.node.user_properties += [*entries, (CPU_SECONDS, cpu_seconds() - before)]
 
 
 @pytest.fixture(scope="session")

@@ -34,11 +34,6 @@ class Ledger:
         """Count a case, or several."""
         self.counts[kind, outcome] += cases
 
-    def record_failure(self, test: str) -> None:
-        """Count the case that a test failed at, unless the test has taken down a bad one itself."""
-        if all(outcome is Outcome.SURVIVED for _, outcome in self.counts):
-            self.record(f"failed: {test}", Outcome.LOST)
-
     def entries(self) -> list[tuple[str, str, int]]:
         """Return what a test's report can carry: kind, outcome, number."""
         return [(kind, outcome.value, number) for (kind, outcome), number in self.counts.items()]

@@ -13,7 +13,7 @@ from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
 from tests.faults.power import KEPT
 from tests.faults.runs import Bench, Case, Point
-from tests.faults.shares import MOST, SHARDED, SHARES, SOME, chosen, report
+from tests.faults.shares import MOST, SHARDED, SHARES, SOME, chosen, report, thinned
 from tests.faults.shim import CRASHED
 
 KINDS = [*((name, 1) for name in MOST), ("dpo", 2), ("bco", 2), *([("best", 2)] if FULL else [])]
@@ -34,7 +34,7 @@ def test_a_crash_at_any_file_operation_costs_nothing(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, num_ranks: int, share: int
 ) -> None:
     run, troubles = bench(name, num_ranks), []
-    every, few = (1, 3) if num_ranks == 1 else (8, 1)
+    every, few = (thinned(name), 3) if num_ranks == 1 else (8, 1)
     for point in chosen(run.points(), share, every, few):
         case = run.case()
         assert crash(case, point)
@@ -52,7 +52,7 @@ def test_a_crash_of_one_process_that_has_a_part_of_the_weights_costs_nothing(
 ) -> None:
     """After every second point the other process is left to end by itself; after the others a launcher kills it."""
     run, troubles = bench(name, 2), []
-    for place, point in enumerate(chosen(run.points(victim), share, 2, 2)):
+    for place, point in enumerate(chosen(run.points(victim), share, 2 * thinned(name), 2)):
         case = run.case()
         assert crash(case, point, victim=victim, left=place % 2 == 0)
         trouble = case.finish(ledger, f"crash at a file operation: {name}, rank {victim} of two")
@@ -85,7 +85,7 @@ def test_a_resume_that_crashes_as_well_costs_nothing(
     """Twice one after the other, wherever: while it loads what the first left, or long after."""
     run, troubles = bench(name, 1), []
     points, chance = run.points(), random.Random(share)
-    for first in chosen(points, share, 12, 1):
+    for first in chosen(points, share, 12 * thinned(name), 1):
         case = run.case()
         assert crash(case, first)
         again = [chance.choice(points[: len(points) // 3]) for _ in range(2)]
@@ -102,7 +102,7 @@ def test_a_power_cut_at_any_file_operation_costs_nothing_that_was_saved(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, kept: str, share: int
 ) -> None:
     run, troubles = bench(name, 1), []
-    for point in chosen([point for point in run.points() if not point.half], share, 10, 1):
+    for point in chosen([point for point in run.points() if not point.half], share, 10 * thinned(name), 1):
         case = run.case()
         cut_power(case, point, kept, seed=point.operation)
         trouble = case.finish(ledger, f"power cut at a file operation: {name}")

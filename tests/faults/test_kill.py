@@ -12,10 +12,10 @@ import pytest
 from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
 from tests.faults.runs import Bench
-from tests.faults.shares import SHARDED, SHARES, SOME
+from tests.faults.shares import SHARDED, SHARES, SOME, thinned
 
 NUM_KILLS = 10 if FULL else 4
-"""Of each kind of run and share."""
+"""Of each kind of run and share, but for kinds that save as others do."""
 
 MOST_IN_A_ROW = 6
 
@@ -25,14 +25,13 @@ MOST_IN_A_ROW = 6
 def test_killed_at_any_moment_as_often_as_it_takes(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, share: int
 ) -> None:
-    run, chance, num_kills = bench(name, 1), random.Random(share), 0
+    run, chance, num_kills, most = bench(name, 1), random.Random(share), 0, NUM_KILLS // thinned(name)
     started = time.monotonic()
     assert run.case().run().status == 0
-    seconds = time.monotonic() - started
-    troubles = []
-    while num_kills < NUM_KILLS:
+    seconds, troubles = time.monotonic() - started, []
+    while num_kills < most:
         case, kills = run.case(), 0
-        for _ in range(min(chance.randint(1, MOST_IN_A_ROW), NUM_KILLS - num_kills)):
+        for _ in range(min(chance.randint(1, MOST_IN_A_ROW), most - num_kills)):
             [process] = case.start("--resume")
             time.sleep(chance.uniform(0, seconds))
             process.send(signal.SIGKILL)
@@ -50,13 +49,13 @@ def test_one_process_that_has_a_part_of_the_weights_is_killed_at_any_moment(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, share: int
 ) -> None:
     """The other one ends by itself, names it, and `--resume` finishes the run as if nothing had happened."""
-    run, chance, num_kills, troubles = bench(name, 2), random.Random(share), 0, []
+    run, chance, num_kills, most = bench(name, 2), random.Random(share), 0, NUM_KILLS // thinned(name)
     started = time.monotonic()
     assert run.case().run().status == 0
-    seconds = time.monotonic() - started
-    while num_kills < NUM_KILLS:
+    seconds, troubles = time.monotonic() - started, []
+    while num_kills < most:
         case, kills = run.case(), 0
-        for _ in range(min(chance.randint(1, MOST_IN_A_ROW), NUM_KILLS - num_kills)):
+        for _ in range(min(chance.randint(1, MOST_IN_A_ROW), most - num_kills)):
             victim, ranks = chance.randrange(2), case.start("--resume")
             time.sleep(chance.uniform(0, seconds))
             ranks[victim].send(signal.SIGKILL)

@@ -217,7 +217,7 @@ def test_one_is_killed_and_the_others_name_it(runs, ledger, num_ranks, victim, n
 
 
 @pytest.mark.parametrize(("victim", "name"), [(1, "step"), (0, "step"), (1, "evaluation")] if FULL else [(1, "step")])
-def test_memory_runs_out_on_one_and_the_other_does_not_wait_for_it(runs, victim, name):
+def test_memory_runs_out_on_one_and_the_other_does_not_wait_for_it(runs, ledger, victim, name):
     run, (survivor,), struck, _, since = struck_run(runs, 2, victim, MOMENTS[name], "memory")
     assert seconds_to_end([survivor, struck], since) < LIMIT
     assert [survivor.wait().status, struck.wait().status] == [1, 1], survivor.said
@@ -229,6 +229,7 @@ def test_memory_runs_out_on_one_and_the_other_does_not_wait_for_it(runs, victim,
     assert_checkpoints_whole(run)
     assert_resumes(runs, run)
     assert_same(run, runs.whole)
+    ledger.record("a rank whose memory runs out")
 
 
 @pytest.mark.skipif(not FULL, reason="the same watch as that of `dpo train`")

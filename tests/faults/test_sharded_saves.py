@@ -77,7 +77,7 @@ DEATHS = [
 
 
 @pytest.mark.parametrize(("where", "how", "victim"), DEATHS if FULL else DEATHS[1:3])
-def test_one_that_is_gone_is_named_and_the_older_checkpoint_is_whole(runs, tmp_path, where, how, victim):
+def test_one_that_is_gone_is_named_and_the_older_checkpoint_is_whole(runs, ledger, tmp_path, where, how, victim):
     """In the second save; in the first call of all where the trained model is gathered."""
     start, whole = runs
     call = {OWN: 5, SEAL: 2, ATTEND: 1}[where]
@@ -91,6 +91,7 @@ def test_one_that_is_gone_is_named_and_the_older_checkpoint_is_whole(runs, tmp_p
     ranks[victim].send(signal.SIGKILL)
     assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
     assert_finishes(start, tmp_path / "run", whole)
+    ledger.record("a rank with shards that is gone during a save")
 
 
 def stroke(where, how, call):
@@ -98,7 +99,7 @@ def stroke(where, how, call):
 
 
 @pytest.mark.parametrize(("where", "victim"), [(OWN, 1), (SEAL, 0)] if FULL else [(OWN, 1)])
-def test_what_the_disk_refuses_one_process_is_one_error(runs, tmp_path, where, victim):
+def test_what_the_disk_refuses_one_process_is_one_error(runs, ledger, tmp_path, where, victim):
     start, whole = runs
     fault = "tests.faults.strokes:strike", stroke(where, "fail", {OWN: 5, SEAL: 2}[where])
     ended = [rank.wait() for rank in start(tmp_path / "run", faults={victim: fault})]
@@ -108,6 +109,7 @@ def test_what_the_disk_refuses_one_process_is_one_error(runs, tmp_path, where, v
     assert re.search(rf"error: rank {victim} \(on \S+\): saving a checkpoint failed: no space left on device", said)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
     assert_finishes(start, tmp_path / "run", whole)
+    ledger.record("disk: a checkpoint of shards refused one rank")
 
 
 def test_a_trained_model_of_many_files_is_an_ordinary_folder(runs, tmp_path):

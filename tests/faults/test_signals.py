@@ -12,7 +12,7 @@ import pytest
 from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
 from tests.faults.runs import SAVED_EVERY, Bench, Case
-from tests.faults.shares import SHARES, SOME, chosen, report
+from tests.faults.shares import SHARES, SOME, chosen, report, thinned
 from tests.faults.shim import HELD
 
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGHUP: 129}
@@ -59,7 +59,7 @@ def test_a_signal_at_any_file_operation_stops_and_loses_nothing(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, number: signal.Signals, share: int
 ) -> None:
     run, troubles = bench(name, 1), []
-    for point in chosen([point for point in run.points() if not point.half], share, 8, 1):
+    for point in chosen([point for point in run.points() if not point.half], share, 8 * thinned(name), 1):
         case = run.case()
         where = {"root": str(case.folder), "operation": point.operation, "number": int(number)}
         ended = case.run(fault=("tests.faults.shim:signal_at", where))
