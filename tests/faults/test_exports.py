@@ -6,8 +6,6 @@ import functools
 import json
 import random
 import shutil
-import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,15 +168,12 @@ def test_an_export_killed_at_any_moment_leaves_a_target_that_is_whole_or_absent(
 ) -> None:
     """One after the other, each beside what those before it left."""
     bench, chance, kills = benches(kind), random.Random(share), 0
-    started = time.monotonic()
+    before = bench.zygote.cpu_seconds()
     bench.require_next(bench.target)
-    seconds = time.monotonic() - started
+    cpu_seconds = bench.zygote.cpu_seconds() - before
     while kills < NUM_KILLS:
-        exporting = bench.start(bench.target)
-        time.sleep(chance.uniform(0, seconds))
-        exporting.send(signal.SIGKILL)
         # One that was quicker is finished.
-        if exporting.wait().status == -signal.SIGKILL:
+        if bench.start(bench.target).kill_after(chance.uniform(0, cpu_seconds)):
             kills += 1
             with judged(ledger, f"SIGKILL at a random moment: export of {kind}"):
                 bench.require(bench.target)

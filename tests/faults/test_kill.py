@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
-import time
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +10,7 @@ import pytest
 from tests.faults.conftest import FULL
 from tests.faults.ledger import Ledger
 from tests.faults.runs import Bench
-from tests.faults.shares import SHARDED, SHARES, SOME, thinned
+from tests.faults.shares import SHARDED, SHARES, SOME, report, thinned
 
 NUM_KILLS = 10 if FULL else 4
 """Of each kind of run and share, but for kinds that save as others do."""
@@ -20,26 +18,34 @@ NUM_KILLS = 10 if FULL else 4
 MOST_IN_A_ROW = 6
 
 
+def kill_again_and_again(run: Bench, ledger: Ledger, kind: str, share: int, most: int) -> None:
+    """Kill one process of runs, several times in a row maybe, and let each be finished."""
+    chance, before = random.Random(share), run.zygote.cpu_seconds()
+    assert run.case().run().status == 0
+    cpu_seconds = (run.zygote.cpu_seconds() - before) / run.num_ranks
+    num_kills, troubles = 0, []
+    while num_kills < most:
+        case, kills = run.case(), 0
+        for _ in range(min(chance.randint(1, MOST_IN_A_ROW), most - num_kills)):
+            victim, ranks = chance.randrange(run.num_ranks), case.start("--resume")
+            killed = ranks[victim].kill_after(chance.uniform(0, cpu_seconds))
+            case.wait(ranks, victim, left=True)
+            # One that was quicker is finished.
+            if not killed:
+                break
+            kills += 1
+        num_kills += kills
+        troubles.append(case.finish(ledger, kind, cases=kills))
+    report(troubles)
+
+
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("name", SOME)
 def test_killed_at_any_moment_as_often_as_it_takes(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, share: int
 ) -> None:
-    run, chance, num_kills, most = bench(name, 1), random.Random(share), 0, NUM_KILLS // thinned(name)
-    started = time.monotonic()
-    assert run.case().run().status == 0
-    seconds, troubles = time.monotonic() - started, []
-    while num_kills < most:
-        case, kills = run.case(), 0
-        for _ in range(min(chance.randint(1, MOST_IN_A_ROW), most - num_kills)):
-            [process] = case.start("--resume")
-            time.sleep(chance.uniform(0, seconds))
-            process.send(signal.SIGKILL)
-            # One that was quicker is finished.
-            kills += case.wait([process]).status == -signal.SIGKILL
-        num_kills += kills
-        troubles.append(case.finish(ledger, "SIGKILL at a random moment", cases=kills))
-    assert not any(troubles), "\n\n".join(filter(None, troubles))
+    kind = f"SIGKILL at a random moment: {name}"
+    kill_again_and_again(bench(name, 1), ledger, kind, share, NUM_KILLS // thinned(name))
 
 
 @pytest.mark.slow
@@ -49,19 +55,5 @@ def test_one_process_that_has_a_part_of_the_weights_is_killed_at_any_moment(
     bench: Callable[[str, int], Bench], ledger: Ledger, name: str, share: int
 ) -> None:
     """The other one ends by itself, names it, and `--resume` finishes the run as if nothing had happened."""
-    run, chance, num_kills, most = bench(name, 2), random.Random(share), 0, NUM_KILLS // thinned(name)
-    started = time.monotonic()
-    assert run.case().run().status == 0
-    seconds, troubles = time.monotonic() - started, []
-    while num_kills < most:
-        case, kills = run.case(), 0
-        for _ in range(min(chance.randint(1, MOST_IN_A_ROW), most - num_kills)):
-            victim, ranks = chance.randrange(2), case.start("--resume")
-            time.sleep(chance.uniform(0, seconds))
-            ranks[victim].send(signal.SIGKILL)
-            ended = case.wait(ranks, victim, left=True)
-            # One that was quicker is finished.
-            kills += ended.status == -signal.SIGKILL
-        num_kills += kills
-        troubles.append(case.finish(ledger, f"SIGKILL of one process of two at a random moment: {name}", cases=kills))
-    assert not any(troubles), "\n\n".join(filter(None, troubles))
+    kind = f"SIGKILL of one process of two at a random moment: {name}"
+    kill_again_and_again(bench(name, 2), ledger, kind, share, NUM_KILLS // thinned(name))

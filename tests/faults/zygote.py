@@ -101,6 +101,24 @@ class Running:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def kill_after(self, cpu_seconds: float) -> bool:
+        """Kill it when it has taken so much of a processor, which is the same moment on however busy a machine.
+
+        Returns:
+            Whether it was killed, and not finished before.
+        """
+
+        def is_due() -> bool:
+            try:
+                times = psutil.Process(self.pid).cpu_times()
+            except psutil.NoSuchProcess:
+                return True
+            return not self.runs or bool(times.user + times.system >= cpu_seconds)
+
+        wait_until(is_due, lambda: f"has not come so far:\n{self.said}")
+        self.send(signal.SIGKILL)
+        return self.wait().status == -signal.SIGKILL
+
     def wait(self) -> Ended:
         """Wait for its end.
 
