@@ -183,9 +183,9 @@ def _train(
     folder = RunFolder(Path(config.output_dir))
     if dry_run and not resume and not overwrite and folder.state() is not RunState.FREE:
         console.notice(f"{folder.path} contains another run: training needs `--resume` or `--overwrite` there")
-    same_length = resume and folder.recorded_length() == (config.training.epochs, config.training.max_steps)
+    same_length = resume and folder.recorded.length() == (config.training.epochs, config.training.max_steps)
     # Whether one goes on that its patience has ended is known when its steps are.
-    patient = config.evaluation.patience or folder.recorded_count("evaluation.patience") if resume else None
+    patient = config.evaluation.patience or folder.recorded.count("evaluation.patience") if resume else None
     if same_length and not patient and folder.state() is RunState.FINISHED:
         console.notices(folder.nothing_left(config.model_dump(mode="json"), extend=extend))
         return

@@ -22,7 +22,8 @@ from dpo_cli.reporting.row_log import rows_in
 from dpo_cli.settings import located, nearest_file
 from dpo_cli.system.hub import is_hub_id
 from dpo_cli.system.storage import MANIFEST, DamagedFolder, verify
-from dpo_cli.training.run_folder import RunFolder, RunState, checkpoints_in, differing
+from dpo_cli.training.recorded_settings import differing
+from dpo_cli.training.run_folder import RunFolder, RunState, checkpoints_in
 
 _WHERE = "the command line"
 

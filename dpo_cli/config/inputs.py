@@ -89,7 +89,7 @@ def check_training(config: Config, *, resume: bool, overwrite: bool, dry_run: bo
     raise_all([*check_inputs(config), *_check_alone(config), *launch_errors(config), *untracked, *found])
     if resume:
         settings = config.model_dump(mode="json")
-        folder.check_unchanged(settings, changeable(), lambda changes: changed_start(config, changes))
+        folder.recorded.check_unchanged(settings, changeable(), lambda changes: changed_start(config, changes))
 
 
 def _check_alone(config: Config) -> Iterator[UserError]:

@@ -23,7 +23,8 @@ from dpo_cli.system.text import several
 from dpo_cli.training.checkpoints import newest_step, newest_whole
 from dpo_cli.training.learner import Learner
 from dpo_cli.training.optimizer import rate_factor
-from dpo_cli.training.run_folder import RESOLVED, STARTS, RunFolder, RunState
+from dpo_cli.training.recorded_settings import RESOLVED
+from dpo_cli.training.run_folder import STARTS, RunFolder, RunState
 from dpo_cli.training.state import TrainingState, restore_checkpoint
 
 
@@ -135,7 +136,7 @@ def check_length(config: Config, folder: RunFolder, plan: Plan, *, extend: bool)
     Raises:
         UserError: It would have fewer steps; or it has no checkpoint to be extended from; or `extend` is needed.
     """
-    length, done = folder.recorded_length(), newest_step(folder.checkpoints)
+    length, done = folder.recorded.length(), newest_step(folder.checkpoints)
     finished = folder.state() is RunState.FINISHED
     if length is None or not (done or finished):
         return None
@@ -193,7 +194,7 @@ def ended_early(config: Config, folder: RunFolder, num_steps: int) -> str | None
 
 def _goes_on(config: Config, folder: RunFolder, num_steps: int) -> str | None:
     """Say that a finished run goes on that its patience had ended and now does not; None: it is finished."""
-    had_patience = folder.recorded_count("evaluation.patience") is not None
+    had_patience = folder.recorded.count("evaluation.patience") is not None
     last, done = _last_step(rows_in(folder.metrics)), newest_step(folder.checkpoints)
     if not (had_patience and done and 0 < last < num_steps) or ended_early(config, folder, num_steps):
         return None

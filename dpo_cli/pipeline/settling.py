@@ -109,7 +109,7 @@ def recuts_of(plan: PlannedRun, *, resume: bool) -> Recuts:
 
 def _resumed_tokens(plan: PlannedRun, *, resume: bool) -> int | None:
     """Return the tokens of a forward pass that a run to be resumed began with."""
-    return plan.folder.recorded_count("training.micro_batch_tokens") if resume else None
+    return plan.folder.recorded.count("training.micro_batch_tokens") if resume else None
 
 
 def _described(batches: Batches, memory: MemoryEstimate) -> dict[str, str]:

@@ -39,7 +39,8 @@ from dpo_cli.training.checkpoints import PRECISION, check_finite
 from dpo_cli.training.checks import check_base, check_reference
 from dpo_cli.training.learner import Learner, NotFinite, Skips, StepResult
 from dpo_cli.training.optimizer import schedule
-from dpo_cli.training.run_folder import METRICS, RunFolder, settings_digest
+from dpo_cli.training.recorded_settings import settings_digest
+from dpo_cli.training.run_folder import METRICS, RunFolder
 from dpo_cli.training.together import check_shared
 
 

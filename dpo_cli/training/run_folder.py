@@ -6,21 +6,16 @@ import contextlib
 import enum
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.errors import USAGE, UserError, from_os_error
-from dpo_cli.settings import is_within
-from dpo_cli.system import plain_yaml
 from dpo_cli.system.locks import Locked, locked
-from dpo_cli.system.plain_yaml import NotPlain
-from dpo_cli.system.storage import MANIFEST, DamagedFolder, remove_strays_of, strays, text_digest, verify, why_no_folder
-
-RESOLVED = "# The configuration as resolved: `dpo train --config` runs it again.\n"
-"""The first line of a run's config.yaml, by which it is told from a configuration of the user's own."""
+from dpo_cli.system.storage import MANIFEST, DamagedFolder, remove_strays_of, strays, verify, why_no_folder
+from dpo_cli.training.recorded_settings import LENGTH, RecordedSettings
 
 FIRST_DAY = "first_day"
 """Under which name a run's environment.json has the day on which the run began."""
@@ -59,6 +54,11 @@ class RunFolder:
     def config(self) -> Path:
         """The configuration as resolved."""
         return self.path / "config.yaml"
+
+    @property
+    def recorded(self) -> RecordedSettings:
+        """The settings in it."""
+        return RecordedSettings(self.config)
 
     @property
     def environment(self) -> Path:
@@ -150,7 +150,7 @@ class RunFolder:
             return RunState.FREE
         except NotADirectoryError:
             return RunState.FOREIGN if self.path.exists() else RunState.FREE
-        if self._is_a_run():
+        if self.recorded.exist():
             return RunState.FINISHED if (self.final / MANIFEST).is_file() else RunState.STARTED
         return RunState.FOREIGN if others else RunState.FREE
 
@@ -192,10 +192,9 @@ class RunFolder:
 
     def damage(self) -> UserError | None:
         """Say so where the folder has the rows of a run, but not the settings as a run writes them."""
-        if not (self.metrics.is_file() and self.environment.is_file()) or self._is_a_run():
+        if not (self.metrics.is_file() and self.environment.is_file()) or self.recorded.exist():
             return None
-        what = "are damaged: the first line is not that of a run" if self.config.exists() else "are missing"
-        return UserError(f"the settings of the run {what}", str(self.config), _PUT_BACK)
+        return self.recorded.damage()
 
     def _at_work(self) -> UserError | None:
         """Say which process is writing to the folder, if one is."""
@@ -217,7 +216,8 @@ class RunFolder:
             UserError: Beside the file is a run, and none is here.
         """
         run = RunFolder(file.parent)
-        if file.name == run.config.name and run.checkpoints.is_dir() and run._is_a_run() and not self.path.exists():
+        is_a_run = file.name == run.config.name and run.checkpoints.is_dir() and run.recorded.exist()
+        if is_a_run and not self.path.exists():
             what = f"the run was moved: its `output_dir` is {self.path}, and there is no such folder"
             raise UserError(what, str(file), f"add `output_dir={run.path}` to continue it, or leave `--resume` out")
 
@@ -249,24 +249,16 @@ class RunFolder:
             raise UserError(f"the trained model is damaged: {damage}", str(self.final), hint) from None
         remove_strays_of(self.report)
         more = ["to extend it, raise `training.epochs` or `training.max_steps`"] if extend else []
-        if changed := self._changes(settings, ("output_dir", *_LENGTH)):
+        if changed := self.recorded.changes(settings, ("output_dir", *LENGTH)):
             anew = "start again with `--overwrite`, or in another `output_dir`, to train with them"
             more.append(f"settings of a finished run cannot change: {'; '.join(changed.values())}; {anew}")
         return [f"the run in {self.path} is finished: {self.final}", *more]
-
-    def _is_a_run(self) -> bool:
-        """Tell whether config.yaml is one that a run wrote, not the user's own of the same name."""
-        try:
-            with self.config.open("rb") as file:
-                return file.readline() == RESOLVED.encode()
-        except (FileNotFoundError, IsADirectoryError):
-            return False
 
     def first_day(self) -> date | None:
         """Return the day on which the run in the folder began, or None where that is not known."""
         try:
             found = json.loads(self.environment.read_bytes())
-            return date.fromisoformat(found[FIRST_DAY]) if self._is_a_run() else None
+            return date.fromisoformat(found[FIRST_DAY]) if self.recorded.exist() else None
         except (OSError, ValueError, LookupError, TypeError):
             return None
 
@@ -279,82 +271,6 @@ class RunFolder:
                 folder.unlink(missing_ok=True)
         for file in (*self.row_files.values(), self.environment, self.config, self.recuts, self.facts, self.report):
             file.unlink(missing_ok=True)
-
-    def recorded_count(self, name: str) -> int | None:
-        """Return what a setting, by its dotted name, was when the run was started: a whole number above 0.
-
-        None where there is no run, or where somebody has written something else into its file.
-        """
-        found = dict(_leaves(self._started_with())).get(name) if self._is_a_run() else None
-        return found if type(found) is int and found > 0 else None
-
-    def recorded_length(self) -> tuple[float, int | None] | None:
-        """Return `training.epochs` and `training.max_steps` of the run as it was last started; None: there is no run.
-
-        Raises:
-            UserError: They are not what a run writes.
-        """
-        if not self._is_a_run():
-            return None
-        found = dict(_leaves(self._started_with()))
-        epochs, max_steps = found.get(_LENGTH[0]), found.get(_LENGTH[1])
-        if isinstance(epochs, (int, float)) and epochs > 0 and (max_steps is None or isinstance(max_steps, int)):
-            return epochs, max_steps
-        raise self._unreadable(f"`{_LENGTH[0]}` is {epochs} and `{_LENGTH[1]}` is {max_steps}")
-
-    def check_unchanged(
-        self,
-        settings: dict[str, Any],
-        changeable: Collection[str],
-        reason: Callable[[Mapping[str, str]], UserError | None] = lambda changes: None,
-    ) -> None:
-        """Compare a run's settings with those it was started with, before it is resumed.
-
-        Args:
-            settings: Those of now.
-            changeable: The names of settings, or of groups of them, that may differ.
-            reason: Returns what is to be said in place of the changes, given these in words by name; or None.
-
-        Raises:
-            UserError: Settings differ that would make it another run.
-        """
-        if changed := self._changes(settings, changeable):
-            hint = "restore them, or start a new run in another `output_dir`"
-            what = f"a run cannot be resumed with other settings: {'; '.join(changed.values())}"
-            raise reason(changed) or UserError(what, str(self.config), hint)
-
-    def _changes(self, settings: dict[str, Any], changeable: Collection[str]) -> dict[str, str]:
-        """Return by name which settings are not those that the run was started with, and what they were and are.
-
-        Raises:
-            UserError: Those that it was started with cannot be read.
-        """
-        return differing(self._started_with(), settings, changeable) if self.config.is_file() else {}
-
-    def _started_with(self) -> dict[str, Any]:
-        """Return the settings that the run was started with.
-
-        Raises:
-            UserError: They are not what a run writes.
-        """
-        reason = "they are not settings"
-        try:
-            started, _ = plain_yaml.parse(plain_yaml.read(self.config))
-            if isinstance(started, dict):
-                return started
-        except (NotPlain, UnicodeDecodeError) as error:
-            reason = str(error)
-        raise self._unreadable(reason)
-
-    def _unreadable(self, reason: str) -> UserError:
-        what = f"the settings that the run was started with cannot be read: {reason}"
-        return UserError(what, str(self.config), f"{_PUT_BACK}, or start again with `--overwrite`")
-
-
-_PUT_BACK = "put the file back from a copy; the models in `final/` and `checkpoints/` can be used without it"
-
-_LENGTH = ("training.epochs", "training.max_steps")
-"""How many steps a run has."""
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -371,48 +287,3 @@ def checkpoint_name(step: int) -> str:
 def step_of(checkpoint: Path) -> int:
     """Return the step that a checkpoint is of, by its name."""
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def settings_digest(settings: dict[str, Any], changeable: Collection[str]) -> str:
-    """Return a digest of the settings that decide what a step of a run computes; for the rest see `check_unchanged`."""
-    return text_digest(json.dumps(_deciding(settings, changeable), sort_keys=True))
-
-
-def differing(before: dict[str, Any], now: dict[str, Any], changeable: Collection[str]) -> dict[str, str]:
-    """Return by name which settings are not what they were, and what they were and are.
-
-    Args:
-        before: The settings as they were.
-        now: The settings as they are.
-        changeable: The names of settings, or of groups of them, that may differ.
-    """
-    before, now = _deciding(before, changeable), _deciding(now, changeable)
-    named = before.keys() | now.keys()
-    # A group that was null, or has become it, is named as a whole.
-    return {
-        name: f"`{name}` was {_shown(was)} and is {_shown(asked)}"
-        for name in sorted(name for name in named if name.rpartition(".")[0] not in named)
-        if (was := _value(before, name)) != (asked := _value(now, name))
-    }
-
-
-def _deciding(settings: dict[str, Any], changeable: Collection[str]) -> dict[str, Any]:
-    """Return the settings that may not change, by their dotted names."""
-    return {name: value for name, value in _leaves(settings) if not is_within(name, changeable)}
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _value(settings: dict[str, Any], name: str) -> Any:
-    """Return a setting, or the type of a group."""
-    return settings.get(name, settings.get(f"{name}.type"))
-
-
-def _shown(value: object) -> str:
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli.training.run_folder import RESOLVED
+from dpo_cli.training.recorded_settings import RESOLVED
 from tests.cli.in_process import call
 from tests.reporting.runs import SETTINGS, healthy, write_run
 

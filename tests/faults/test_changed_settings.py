@@ -20,7 +20,7 @@ from dpo_cli.preference.losses import Loss
 from dpo_cli.preference.reference import Reference
 from dpo_cli.settings import MAY_CHANGE, MAY_GROW, is_within, members, on_resume
 from dpo_cli.training.optimizer import Optimizer
-from dpo_cli.training.run_folder import RESOLVED, RunFolder
+from dpo_cli.training.recorded_settings import RESOLVED, RecordedSettings
 from tests.faults.conftest import FULL
 
 DECIDES = {
@@ -64,9 +64,10 @@ def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield prefix + name, value
 
 
-def started(folder, config: Config) -> RunFolder:
-    (folder / "config.yaml").write_text(RESOLVED + yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
-    return RunFolder(folder)
+def started(folder, config: Config) -> RecordedSettings:
+    file = folder / "config.yaml"
+    file.write_text(RESOLVED + yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    return RecordedSettings(file)
 
 
 def changed(config: Config, name: str) -> dict[str, Any]:

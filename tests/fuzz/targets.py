@@ -284,8 +284,8 @@ def take_up(folder: Path) -> None:
     run = RunFolder(folder / "run")
     if problem := run.check(resume=True, overwrite=False):
         raise problem
-    run.check_unchanged(parts.run_config(folder).model_dump(mode="json"), changeable())
-    run.recorded_count("training.micro_batch_tokens")
+    run.recorded.check_unchanged(parts.run_config(folder).model_dump(mode="json"), changeable())
+    run.recorded.count("training.micro_batch_tokens")
     with contextlib.closing(RowLog(run.metrics, 3)) as log:
         log.append({"split": "train", "step": 4, "loss": 0.5})
         best_steps(log.evaluations, "loss")

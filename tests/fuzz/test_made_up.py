@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dpo_cli.system.storage import MANIFEST
-from dpo_cli.training.run_folder import RESOLVED
+from dpo_cli.training.recorded_settings import RESOLVED
 from tests.fuzz import parts
 from tests.fuzz.changes import seal_again
 from tests.fuzz.targets import TARGETS, Target, check, go_on_in, read_manifest_of, take_up

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.training.run_folder import RESOLVED
+from dpo_cli.training.recorded_settings import RESOLVED
 
 SETTINGS = """\
 model: {name: some/model}

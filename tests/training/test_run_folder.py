@@ -10,6 +10,7 @@ import pytest
 from dpo_cli.errors import UserError
 from dpo_cli.system.storage import sealed_folder
 from dpo_cli.training import run_folder
+from dpo_cli.training.recorded_settings import RESOLVED
 from dpo_cli.training.run_folder import RunFolder
 
 
@@ -17,7 +18,7 @@ from dpo_cli.training.run_folder import RunFolder
 def folder(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    folder.config.write_text(run_folder.RESOLVED)
+    folder.config.write_text(RESOLVED)
     folder.checkpoints.mkdir()
     return folder
 
@@ -52,12 +53,6 @@ def test_overwrite_leaves_what_a_link_leads_to(folder, tmp_path, name):
     assert str(tmp_path / "elsewhere") in str(refusal)
     assert refusal.where == str(link)
     assert folder.check(resume=True, overwrite=False) is None
-
-
-@pytest.mark.parametrize(("written", "found"), [("512", 512), ("auto", None), ("true", None), ("0", None)])
-def test_what_a_run_was_started_with_is_believed_where_it_is_a_count(folder, written, found):
-    folder.config.write_text(run_folder.RESOLVED + f"training:\n  micro_batch_tokens: {written}\n")
-    assert folder.recorded_count("training.micro_batch_tokens") == found
 
 
 MAKES_AND_REMOVES = """
@@ -95,9 +90,7 @@ def test_settings_that_a_finished_run_was_not_trained_with_are_named_with_what_t
     run = RunFolder(tmp_path / "run")
     with sealed_folder(run.final, {}) as final:
         (final / "model.safetensors").write_bytes(b"weights")
-    run.config.write_text(
-        f"{run_folder.RESOLVED}evaluation: {{best_by: null, samples: 4}}\ntraining: {{epochs: 1.0}}\n"
-    )
+    run.config.write_text(f"{RESOLVED}evaluation: {{best_by: null, samples: 4}}\ntraining: {{epochs: 1.0}}\n")
     now = {"evaluation": {"best_by": "loss", "samples": 4}, "training": {"epochs": 2.0}, "output_dir": "elsewhere"}
     finished, changed = run.nothing_left(now, extend=False)
     assert "is finished" in finished
