@@ -5,27 +5,30 @@ what is there at once: an exception could be lost, or printed, in the middle of 
 """
 
 import os
-import signal
-from types import FrameType
 
 
 def main() -> None:
     """Run the command line. An interrupt ends the process until a command handles signals itself."""
-    # One that is ignored, as in the background of a script, stays ignored.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop)
+    try:
+        import signal
+
+        # One that is ignored, as in the background of a script, stays ignored.
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, lambda number, frame: _stop())
+    except KeyboardInterrupt:
+        _stop()
     from dpo_cli.cli import main
 
     main()
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def _stop() -> None:
     """End the process with the words and the status of `Interrupted`; of several processes the main one speaks."""
     try:
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, f"stopped by {signal.Signals(number).name}\n".encode())
+            os.write(2, b"stopped by SIGINT\n")
     finally:
-        os._exit(128 + number)
+        os._exit(130)
 
 
 if __name__ == "__main__":

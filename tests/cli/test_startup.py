@@ -123,16 +123,17 @@ def test_preparing_pairs_imports_nothing_that_models_are_loaded_with():
 # Interrupts
 
 INTERRUPT = """
-import os, signal, sys
+import os, sys
 
 
 class Interrupt:
     @staticmethod
     def find_spec(name, path, target=None):
         if name == os.environ["INTERRUPTED_AT"]:
-            signal.raise_signal(signal.SIGINT)
+            os.kill(os.getpid(), 2)
 
 
+sys.modules.pop("signal", None)
 sys.meta_path.insert(0, Interrupt)
 """
 """Run by Python as it starts: the process gets a SIGINT when it begins to import a module."""
@@ -155,7 +156,15 @@ def interrupted(tmp_path):
 
 @pytest.mark.parametrize(
     "module",
-    ["dpo_cli.cli", "typer", "dpo_cli.command_line", "dpo_cli.config", "pydantic", "dpo_cli.reporting.console"],
+    [
+        "signal",
+        "dpo_cli.cli",
+        "typer",
+        "dpo_cli.command_line",
+        "dpo_cli.config",
+        "pydantic",
+        "dpo_cli.reporting.console",
+    ],
 )
 def test_an_interrupt_while_python_imports_ends_in_words(interrupted, module):
     """Before the command has read anything: there is no such configuration."""
