@@ -301,6 +301,7 @@ def _import_everything() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import dpo_cli
+    from dpo_cli.reporting.pages import rendering
 
     for module in pkgutil.walk_packages(dpo_cli.__path__, "dpo_cli."):
         # A worker is a process of its own, with packages that need not be installed.
@@ -310,6 +311,9 @@ def _import_everything() -> None:
         importlib.import_module(name)
     # Compiles a thousand patterns, once in a process.
     get_checkpoint_conversion_mapping("llama")
+    # Compiled once in a process, too.
+    for name in rendering._ENVIRONMENT.list_templates(filter_func=lambda name: not name.endswith(".py")):
+        rendering._ENVIRONMENT.get_template(name)
 
 
 def main(arguments: Sequence[str]) -> None:
