@@ -64,7 +64,7 @@ def test_a_signal_at_any_file_operation_stops_and_loses_nothing(
         where = {"root": str(case.folder), "operation": point.operation, "number": int(number)}
         ended = case.run(fault=("tests.faults.shim:signal_at", where))
         wrong = stopped(case, ended.status, STATUS[number])
-        trouble = case.finish(ledger, f"{number.name} at a file operation", wrong=wrong)
+        trouble = case.finish(ledger, f"{number.name} at a file operation: {name}", wrong=wrong)
         troubles.append(trouble and f"{point}: {trouble}")
     report(troubles)
 
