@@ -91,7 +91,7 @@ def silent(done: int, total: int) -> None:
 def stirred(policy: Policy, by: float = 0.2, seed: int = 3) -> Policy:
     """Move what trains, each number by another amount, and return the policy."""
     generator = torch.Generator().manual_seed(seed)
-    for weights in policy.trained():
+    for weights in policy.weights.trained():
         weights += by * torch.randn(weights.shape, generator=generator)
     return policy
 
@@ -131,7 +131,7 @@ def train_in_process(
     batches = Batches(pairs, LAYOUTS[layout], micro_batch_tokens, accelerator.device)
     work = ReferenceWork(policy, policy, accelerator, indices, batches, silent)
     opened = (reference or (Frozen() if objective.needs_reference else NoReference())).open(work)
-    chosen = (optimizer or AdamW()).over(policy.trained(), learning_rate, 0.0)
+    chosen = (optimizer or AdamW()).over(policy.weights.trained(), learning_rate, 0.0)
     plan = Plan(indices, pairs.sizes.longest, pairs_per_step, 1, max_steps, True, 0)
     # Before the optimizer is prepared: a gradient scaler keeps the step that the schedule counts.
     rates = schedule(chosen, "constant", 0.0, plan.num_steps)
@@ -147,7 +147,7 @@ def train_in_process(
         recuts=recuts or Recuts(),
     )
     metrics = [result.metrics for result in learner.steps(plan, batches)]
-    return metrics, {name: whole_value(tensor).clone() for name, tensor in policy.state().items()}
+    return metrics, {name: whole_value(tensor).clone() for name, tensor in policy.weights.state().items()}
 
 
 class Louder(torch.autograd.Function):

@@ -83,12 +83,12 @@ def test_no_room_but_modeling_touches_a_weight():
         ("read = model.state_dict", True),
         ("run.policy.load_state_dict(saved)", True),
         ("model.get_input_embeddings().weight.shape[0]", True),
-        ("norms = [weight.grad.norm() for weight in policy.trained()]", True),
+        ("norms = [weight.grad.norm() for weight in policy.weights.trained()]", True),
         ("models[0].requires_grad_(False)", True),
         ("learner.optimizer.state_dict()", False),
         ("self.accelerator.scaler.load_state_dict(saved)", False),
         ("torch.autograd.grad(losses.sum(), tokens)", False),
-        ("policy.trained()", False),
+        ("policy.weights.trained()", False),
     ],
 )
 def test_what_touches_a_weight_is_found(source, is_found):

@@ -104,7 +104,7 @@ def measured_passes(
                 return PassBytes.through(before, _largest_that_fits(batches, largest, measured))
             return PassBytes.through(before, measured(_largest_for_all(batches, largest, before, have_room)))
         finally:
-            for weights in policy.trained():
+            for weights in policy.weights.trained():
                 weights.grad = None
             if batches.device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -149,10 +149,10 @@ def _kept_bytes(
 ) -> tuple[int, int]:
     """Return what all layers keep for the backward pass, and what one is handed, in bytes."""
     with _experts_on_paper(), FakeTensorMode(allow_non_fake_inputs=True):
-        sketch.model = empty = _with_shapes_alone(sketch.model, dtype if gathered else None)
+        empty = _with_shapes_alone(sketch.model, dtype if gathered else None)
         layout.prepare(empty)
         lower = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-        with _kept() as kept, lower, sketch.training_pass(), reading(batch.tree):
+        with _kept() as kept, lower, sketch.weights.of(empty).training_pass(), reading(batch.tree):
             states = empty.base_model(**model_inputs(batch))[0]
     weights = {parameter.untyped_storage()._cdata for parameter in empty.parameters()}
     size = sum(int(storage.nbytes()) for key, storage in kept.items() if key not in weights)

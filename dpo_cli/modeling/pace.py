@@ -94,8 +94,8 @@ def measure_pace(
         layout.prepare(shallow.model)
         if recomputed:
             recompute_activations(shallow.model)
-        scorer, optimizer = Scorer(shallow.model, collisions=collisions), build_optimizer(shallow.trained())
-        found.append(_seconds(scorer, batch, autocast, shallow.training_pass, optimizer))
+        scorer, optimizer = Scorer(shallow.model, collisions=collisions), build_optimizer(shallow.weights.trained())
+        found.append(_seconds(scorer, batch, autocast, shallow.weights.training_pass, optimizer))
         del shallow
     few, more = found[0], found[-1]
     times = (num_layers - depths[0]) / max(1, depths[-1] - depths[0])

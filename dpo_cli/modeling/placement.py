@@ -85,14 +85,6 @@ class Alone:
         clip_grads_with_norm_(trained, norm or math.inf, total)
         return total
 
-    def everywhere(self, holds: bool) -> bool:
-        """Tell whether something holds of the weights of all processes."""
-        return holds
-
-    def largest(self, found: float) -> float:
-        """Return the largest of what each process has found of its weights."""
-        return found
-
 
 @dataclass(frozen=True)
 class Replicated(Alone):
@@ -217,18 +209,6 @@ class Sharded(Alone):
         if norm is not None:
             torch._foreach_mul_(gradients, (norm / (total + _EPS)).clamp(max=1.0))
         return total
-
-    def everywhere(self, holds: bool) -> bool:
-        """Tell whether something holds of the weights of all processes."""
-        found = torch.tensor(holds, dtype=torch.int32, device=self.accelerator.device)
-        distributed.all_reduce(found, distributed.ReduceOp.MIN)
-        return bool(found)
-
-    def largest(self, found: float) -> float:
-        """Return the largest of what each process has found of its weights."""
-        most = torch.tensor(found, device=self.accelerator.device)
-        distributed.all_reduce(most, distributed.ReduceOp.MAX)
-        return float(most)
 
 
 class _InPrecision(nn.Module):

@@ -1,38 +1,28 @@
-"""The policy: the one place that knows which weights there are, which train, how they are held and where they are.
+"""The policy: a model that answers with log-probabilities, now and as before step 1, wherever its weights are.
 
-Whatever else needs something of the weights asks for it here; a reference that is a model of its own is asked in the
-same way.
+What else is asked of the weights that training moves, is asked of its `weights`: their values, and how they are saved
+and read again. A reference that is a model of its own is a policy as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from dpo_cli.modeling.adapters.adapted import START_ADAPTER, merge_layers
+from dpo_cli.modeling.adapters.adapted import merge_layers
 from dpo_cli.modeling.compiled import are_compiled
 from dpo_cli.modeling.copies import copied
 from dpo_cli.modeling.folders.identities import identity_of, known_identity, remember_identity
 from dpo_cli.modeling.folders.loading import empty_policy, load_onto_shards, load_policy, weights_of
 from dpo_cli.modeling.folders.model_files import NO_TRUST, Trust
 from dpo_cli.modeling.folders.model_names import whole_model
-from dpo_cli.modeling.folders.provenance import Provenance
-from dpo_cli.modeling.folders.saved_weights import SavedWeights
-from dpo_cli.modeling.folders.saving import origin_of, warn_of_ignored
-from dpo_cli.modeling.folders.weight_types import WeightTypes, round_weights
-from dpo_cli.modeling.gguf.tensors import round_as_in_file
-from dpo_cli.modeling.gguf.types import GgufType
-from dpo_cli.modeling.gguf.writing import GgufFile, write_gguf
+from dpo_cli.modeling.folders.saving import origin_of
 from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.placement import Placement, Sharded, placement_for
 from dpo_cli.modeling.scorer import Scorer, recompute_activations
@@ -40,32 +30,29 @@ from dpo_cli.modeling.sharded_sizes import Sharding, present_share, sizes_of_ran
 from dpo_cli.modeling.shards import local, share_rows, unspread
 from dpo_cli.modeling.sizes import NOTHING_GATHERED, Sizes
 from dpo_cli.modeling.split import drop_low_bits
-from dpo_cli.modeling.trained import Trained, Whole
+from dpo_cli.modeling.trained import Trained, TrainedWeights, Whole, WholeWeights
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from gguf import GGUFWriter
     from torch import Tensor, nn
-    from torch.nn import Parameter
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from dpo_cli.modeling.layouts import Layout
 
 
 class Policy:
-    """A causal language model whose weights are asked about, trained, saved and restored through this object alone.
+    """A causal language model, as its weights are held, and placed among the processes of a run.
 
     Args:
-        model: The model; code outside this room reads its settings and calls it, and leaves its weights alone.
+        model: The model.
         trained: Which weights train.
         held: How they are held.
 
     Attributes:
-        model: As above.
+        weights: Those that training moves.
     """
 
     def __init__(self, model: PreTrainedModel, trained: Trained | None = None, held: Held = FLOAT32) -> None:
-        self.model = model
         self._trained, self._held = trained or Whole(), held
         self._own_attention: str = model.config._attn_implementation
         self._placement: Placement | None = None
@@ -74,7 +61,12 @@ class Policy:
         self._scorer: nn.Module | None = None
         self._beginning: nn.Module | None = None
         self._blueprint: PreTrainedModel | None = None
-        self._trained.choose(model)
+        self.weights: TrainedWeights = self._trained.choose(model)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; code outside this room reads its settings and calls it, and leaves its weights alone."""
+        return self.weights.model
 
     @classmethod
     def load(
@@ -99,10 +91,10 @@ class Policy:
         def lay_out(model: PreTrainedModel) -> Callable[[str], str | None]:
             made.append(cls(model, trained, held))
             made[0]._shard(placement)
-            return made[0]._trained.own_names(model)
+            return made[0].weights.own_name()
 
         load_onto_shards(name, trust, held.on_shards(), lay_out)
-        made[0]._trained.settle(made[0].model)
+        made[0].weights.settle()
         return made[0]
 
     def _shard(self, placement: Sharded) -> None:
@@ -133,35 +125,6 @@ class Policy:
         return type(self.model).__name__
 
     @property
-    def described(self) -> str:
-        """What trains, in a few words; empty where all weights do."""
-        return self._trained.described(self.model)
-
-    @functools.cached_property
-    def fingerprints(self) -> dict[str, str]:
-        """A digest of each part of what answers before step 1, which they have to be asked for before."""
-        return self._trained.fingerprints(self.model)
-
-    def began_with(self, fingerprints: Mapping[str, str]) -> str | None:
-        """Return which part of the policy before step 1 is not that of some fingerprints, in whatever dtype; or None.
-
-        It has to be asked before step 1. A start adapter that only one of them has is such a part.
-        """
-        for dtype in (None, torch.bfloat16, torch.float16, torch.float32):
-            ours = self._trained.fingerprints(self.model, dtype) if dtype else self.fingerprints
-            differing = [name for name in (*ours, START_ADAPTER) if fingerprints.get(name) != ours.get(name)]
-            if not differing:
-                return None
-        return differing[0]
-
-    def is_beside(self, digest: str) -> bool:
-        """Tell whether the digest of a base, held in whatever dtype, is that of the one that an adapter is beside.
-
-        It has to be asked before step 1.
-        """
-        return self.began_with({**self.fingerprints, "model": digest}) is None
-
-    @property
     def held_as(self) -> str:
         """How the weights are held: the digests of a model that is held otherwise are others."""
         dtype = self._held.dtype
@@ -170,7 +133,7 @@ class Policy:
     @property
     def identity(self) -> str:
         """A digest of what answers before step 1, which it has to be asked for before."""
-        return identity_of(self.fingerprints.values(), self._held)
+        return identity_of(self.weights.fingerprints.values(), self._held)
 
     def remember_identity(self, trust: Trust) -> None:
         """Keep the identity beside the stamps of the files, so that `known_identity` has it without the weights."""
@@ -178,12 +141,11 @@ class Policy:
         if origin.read_from is not None:
             remember_identity(origin.read_from, origin.stamp, self._held, trust, self.identity)
 
-    @classmethod
-    def known_identity(cls, name: str, sketch: Policy, trust: Trust) -> str | None:
-        """Return the identity that a named model of that sketch would have if it were loaded; None: it is not known."""
+    def known_identity(self, name: str, trust: Trust) -> str | None:
+        """Return the identity that the model would have if its weights, left out here, were loaded; or None."""
         if whole_model(name) != name:
             return None
-        return known_identity(weights_of(name, sketch.model.name_or_path), sketch._held, trust)
+        return known_identity(weights_of(name, self.model.name_or_path), self._held, trust)
 
     @property
     def bare(self) -> Scorer:
@@ -202,22 +164,18 @@ class Policy:
         """How many tokens have an embedding."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
-    def trained(self) -> list[Parameter]:
-        """Return the weights that train."""
-        return self._trained.weights(self.model)
-
     def sizes(self, shards: Sharding | None = None) -> Sizes:
         """Return what the weights come to, whether they are in memory or not.
 
         Args:
             shards: How they are sharded, for what one process has of them; None: not at all.
         """
-        held, moved = self._held.bytes_of(self.model), self._trained.moved(self.model).values()
-        numbers, beginning = self._held.numbers_of(self.model), self._trained.beginning_bytes(self.model)
+        held, moved = self._held.bytes_of(self.model), self.weights.moved().values()
+        numbers, beginning = self._held.numbers_of(self.model), self.weights.beginning_bytes()
         if shards is not None:
             weights = whole_weights(self.model, self._held)
             return sizes_of_rank(weights, moved, self._held, shards, numbers, beginning=beginning > 0)
-        trained = self._trained.weights(self.model)
+        trained = self.weights.trained()
         return Sizes(
             numbers=numbers,
             held=held,
@@ -241,10 +199,17 @@ class Policy:
         self._layout = layout
 
     @property
-    def passes_through(self) -> dict[str, str]:
-        """How a pass is computed, which decides how its numbers are rounded: under which layout, by which layers."""
+    def passes_through(self) -> dict[str, Any]:
+        """How a pass is computed, which decides how numbers are rounded: in which layout, layers and shards."""
         layers = {"layers": "compiled" if are_compiled(self.model) else "not compiled"}
-        return layers | ({"layout": self._layout.described} if self._layout else {})
+        return layers | ({"layout": self._layout.described} if self._layout else {}) | self.sharded
+
+    @property
+    def sharded(self) -> dict[str, int]:
+        """Among how many processes the weights are sharded, if they are, which decides how sums are rounded."""
+        meshes = (one.device_mesh for one in self.model.parameters() if isinstance(one, DTensor))
+        mesh = next(meshes, None)
+        return {} if mesh is None else {"shards": mesh.shape[-1]}
 
     @contextlib.contextmanager
     def reading_plainly(self) -> Iterator[PreTrainedModel]:
@@ -290,7 +255,7 @@ class Policy:
 
     def keep_beginning(self) -> None:
         """Keep what it takes to answer as now, for `at_beginning`; to be called before step 1."""
-        apart = self._trained.keep_beginning(self.model)
+        apart = self.weights.keep_beginning()
         self._beginning = self.placement.wrap(self.frozen_copy().bare, trained=False) if apart else self.scorer
 
     @contextlib.contextmanager
@@ -299,7 +264,7 @@ class Policy:
         assert self._beginning is not None, "the beginning was not kept"
         scorer, self._scorer = self._scorer, self._beginning
         try:
-            with self._trained.at_beginning(self.model):
+            with self.weights.at_beginning():
                 yield
         finally:
             self._scorer = scorer
@@ -333,8 +298,8 @@ class Policy:
         self.frozen()
         other = Policy(unspread(self._blueprint), trained, self._held)
         other._shard(self._placement)
-        other._take_rows_of(self, trained.own_names(other.model))
-        trained.settle(other.model)
+        other._take_rows_of(self, other.weights.own_name())
+        other.weights.settle()
         return other
 
     def _take_rows_of(self, other: Policy, own_name: Callable[[str], str | None] = str) -> None:
@@ -359,7 +324,8 @@ class Policy:
     def _beside(self, model: PreTrainedModel) -> Policy:
         """Return a policy over a copy of this one's model, in which what trains was chosen already."""
         other = copy.copy(self)
-        other.model, other._placement, other._scorer, other._bare, other._beginning = model, None, None, None, None
+        other.weights = self.weights.of(model)
+        other._placement = other._scorer = other._bare = other._beginning = None
         return other
 
     def frozen(self) -> Policy:
@@ -368,40 +334,15 @@ class Policy:
         drop_low_bits(self.model)
         return self
 
-    def shapes(self) -> dict[str, torch.Size]:
-        """Return the shape of every weight that training moves, by name."""
-        return {name: parameter.shape for name, parameter in self._trained.moved(self.model).items()}
-
-    @torch.no_grad()
-    def move_towards(self, other: Policy, share: float) -> None:
-        """Move what training moves a share of the way to another policy's: θ ← share·θ' + (1 − share)·θ."""
-        theirs = other.weights()
-        for name, ours in self.weights().items():
-            ours.lerp_(theirs[name], share)
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return every weight that training moves by name, tied ones once, without copying it."""
-        return {name: parameter.detach() for name, parameter in self._trained.moved(self.model).items()}
-
-    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Replace every weight that training moves by what `weights` returned.
-
-        Raises:
-            ValueError: Names or shapes are others.
-        """
-        if {name: tensor.shape for name, tensor in weights.items()} != self.shapes():
-            raise ValueError("the weights belong to another model")
-        for name, ours in self.weights().items():
-            ours.copy_(weights[name])
-
-    def training_pass(self) -> AbstractContextManager[None]:
-        """Return the context of a pass with gradient, in which what trains may drop some of its inputs."""
-        return self._trained.training_pass(self.model)
+    def merge(self) -> None:
+        """Make the adapter part of the weights that it is beside; nothing is left of it, and nothing trains."""
+        merge_layers(self.model)
+        self._trained, self.weights = Whole(), WholeWeights(self.model)
 
     @contextlib.contextmanager
     def adding_up(self, *, last: bool) -> Iterator[None]:
         """Open the context of a pass whose gradients add to the step's; the last exchanges them."""
-        with self.training_pass(), self.placement.adding_up(self.scorer, last=last):
+        with self.weights.training_pass(), self.placement.adding_up(self.scorer, last=last):
             yield
 
     def begin_step(self) -> None:
@@ -417,143 +358,4 @@ class Policy:
 
     def clip(self, norm: float | None) -> Tensor:
         """Clip the step's gradients to a norm, or to none; return the norm before, for which the host does not wait."""
-        return self.placement.clip(self._trained.weights(self.model), norm)
-
-    def finite(self) -> bool:
-        """Tell whether no weight that training moves is NaN or infinite."""
-        finite = all(bool(torch.isfinite(local(weights)).all()) for weights in self.weights().values())
-        return self._placement.everywhere(finite) if self._placement else finite
-
-    def first_not_finite(self) -> str | None:
-        """Return the name of a weight, whether training moves it or not, that is NaN or infinite somewhere, or None."""
-        weights = ((name, one) for name, one in self.model.named_parameters() if one.is_floating_point())
-        return next((name for name, one in weights if not bool(torch.isfinite(one).all())), None)
-
-    def largest(self) -> float:
-        """Return the largest magnitude among the weights that training moves."""
-        parts = [local(weights) for weights in self.weights().values()]
-        largest = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
-        return self._placement.largest(largest) if self._placement else largest
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds of the policy, by name, without copying it.
-
-        Where weights are sharded over processes, all of them have to ask together.
-        """
-        return self._trained.state(self.model)
-
-    def sharded_state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return what each process saves its rows of, and what is so little that it is gathered, by name.
-
-        Where weights are sharded, every process has to call it at the same time.
-        """
-        return self._trained.sharded_state(self.model)
-
-    @property
-    def sharded(self) -> dict[str, int]:
-        """Among how many processes the weights are sharded, if they are, which decides how sums are rounded."""
-        meshes = (one.device_mesh for one in self.model.parameters() if isinstance(one, DTensor))
-        mesh = next(meshes, None)
-        return {} if mesh is None else {"shards": mesh.shape[-1]}
-
-    def named(self) -> dict[str, Parameter]:
-        """Return every weight that training moves by name, tied ones once."""
-        return self._trained.moved(self.model)
-
-    def attend_writing(self, state: Mapping[str, Tensor], types: WeightTypes | None = None) -> None:
-        """Take part while the main process calls `write`, or `check_written`, where weights are sharded."""
-        self._trained.attend_writing(self.model, state, types)
-
-    def restore(self, folder: Path) -> None:
-        """Replace the weights by those that `write` wrote into a folder.
-
-        Raises:
-            UserError: They are another model's.
-        """
-        self._trained.restore(self.model, folder)
-
-    def write(
-        self,
-        folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        state: Mapping[str, Tensor] | None = None,
-        types: WeightTypes | None = None,
-        largest_bytes: int | None = None,
-    ) -> None:
-        """Write the policy and its tokenizer as a Hugging Face folder.
-
-        Args:
-            folder: A folder that exists.
-            tokenizer: Written beside the weights.
-            state: What `state` returned, where the weights may have changed since.
-            types: What a whole model's weights are rounded to; None: they are written as they are.
-            largest_bytes: The most bytes of a file of a whole model's weights; None: as transformers has it.
-        """
-        state = self.state() if state is None else state
-        self._trained.write(self.model, folder, tokenizer, state, types, largest_bytes)
-
-    def merge(self) -> None:
-        """Make the adapter part of the weights that it is beside; nothing is left of it, and nothing trains."""
-        merge_layers(self.model)
-        self._trained = Whole()
-
-    def round_to(self, types: WeightTypes) -> None:
-        """Round every weight as it would be if it were saved in its type, and hold it as before."""
-        round_weights(self.model, SavedWeights(self.model).types_held(types))
-
-    def write_gguf(
-        self, file: Path, add_vocabulary: Callable[[GGUFWriter], None], kind: GgufType, name: str = ""
-    ) -> GgufFile:
-        """Write the policy and its tokenizer as a GGUF file, which is on the disk when this returns.
-
-        Args:
-            file: Where to; its folder exists.
-            add_vocabulary: Adds the keys of the tokenizer.
-            kind: The type that weights are kept in.
-            name: What the file calls the model; empty: as the file is called.
-
-        Raises:
-            UserError: A weight has no place in the file or cannot be held in the type, or the disk refuses.
-        """
-        return write_gguf(self.model, file, kind, name or file.stem, add_vocabulary)
-
-    def round_as_gguf(self, kind: GgufType) -> None:
-        """Round every weight as it is read from a GGUF file that keeps it in a type, and hold it as before.
-
-        Raises:
-            UserError: The type cannot hold it.
-        """
-        round_as_in_file(self.model, kind)
-
-    def prove_saving(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Prove, before hours go into it, that the policy can be saved and read again; return a line that says so.
-
-        Raises:
-            UserError: Something fails.
-        """
-        warn_of_ignored(self.model)
-        return self._trained.prove_saving(self.model, tokenizer)
-
-    @property
-    def provenance(self) -> Provenance:
-        """Where the model comes from: as the folder tells that it was read from, unless it was set since."""
-        return origin_of(self.model).provenance
-
-    @provenance.setter
-    def provenance(self, known: Provenance) -> None:
-        self.model.origin = replace(origin_of(self.model), provenance=known)
-
-    @property
-    def came_in(self) -> WeightTypes:
-        """The types that the weights had in the files that the model came from."""
-        return origin_of(self.model).types
-
-    def check_written(
-        self, folder: Path, types: WeightTypes | None = None, state: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Compare the weights in a folder, tensor by tensor, with what `state` returned, rounded to types, if any.
-
-        Raises:
-            UserError: The disk did not keep them.
-        """
-        self._trained.check_written(self.model, folder, self.state() if state is None else state, types)
+        return self.placement.clip(self.weights.trained(), norm)

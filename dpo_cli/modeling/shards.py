@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -195,6 +195,16 @@ def added_up(found: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]
         for at, one in zip(sharded, together, strict=True):
             sums[at] = one
     return sums
+
+
+def reduced(found: float, tensors: Iterable[Tensor], how: distributed.ReduceOp.RedOpType) -> float:
+    """Return the smallest, or the largest, of what each process has found of tensors, where they are sharded."""
+    sharded = next(filter(is_sharded, tensors), None)
+    if sharded is None:
+        return found
+    result = torch.tensor(float(found), device=local(sharded).device)
+    distributed.all_reduce(result, how)
+    return float(result)
 
 
 def _group_of(tensor: Tensor) -> distributed.ProcessGroup:

@@ -47,7 +47,7 @@ class Beginning:
         named, adapter = self.config.reference.model, self.config.adapter
         if self._noted is None or (named and self.is_identity(reference.identity)):
             return ""
-        part = reference.began_with({"model": self._noted} if named else self.fingerprints)
+        part = reference.weights.began_with({"model": self._noted} if named else self.fingerprints)
         if part == "model" and self.fingerprints.get(PRECISION, precision) != precision:
             return ""
         if part == "model":

@@ -92,7 +92,7 @@ def _restore(run: Run, step: int) -> None:
         hint = f"restore it from elsewhere, and `--resume` finishes the run; or {_INSTEAD}"
         raise UserError(what, str(path), hint, status=FAILED)
     if is_main or run.learner.policy.sharded:
-        run.learner.policy.restore(path)
+        run.learner.policy.weights.restore(path)
 
 
 def _damage(path: Path, run: Run) -> str | None:

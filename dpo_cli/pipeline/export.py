@@ -21,7 +21,7 @@ from dpo_cli.data.tokens.chat_template import named_templates
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference
 from dpo_cli.modeling.folders.provenance import Provenance
-from dpo_cli.modeling.folders.saving import saved_folder, warn_of_ignored
+from dpo_cli.modeling.folders.saving import origin_of, remember_provenance, saved_folder, warn_of_ignored
 from dpo_cli.modeling.gguf.llama_cpp import available
 from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.policy import Policy
@@ -111,8 +111,9 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
     if isinstance(wanted.source, TrainedModel):
         # It was read from the run's own folder, which tells less than the base.
         complete = wanted.source.unscored is None
-        policy.provenance = provenance_of_run(wanted.source.config, wanted.source.run, complete=complete)
-    provenance = policy.provenance
+        known = provenance_of_run(wanted.source.config, wanted.source.run, complete=complete)
+        remember_provenance(policy.model, known)
+    provenance = origin_of(policy.model).provenance
     doing = f"writing the {'merged ' if wanted.merges else ''}model"
     with saved_folder(wanted.to, doing, details, replaces=False) as folder:
         form.write(policy, tokenizer, folder)

@@ -19,13 +19,16 @@ from dpo_cli.modeling.extras import import_bitsandbytes
 from dpo_cli.modeling.folders import tokenizers
 from dpo_cli.modeling.folders.completeness import load_complete, untied
 from dpo_cli.modeling.folders.refusals import explained
-from dpo_cli.modeling.folders.saving import logits_alone, write_licence
+from dpo_cli.modeling.folders.saved_weights import round_as_saved
+from dpo_cli.modeling.folders.saving import logits_alone, origin_of, write_licence
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.gguf.architectures import gguf_problem
 from dpo_cli.modeling.gguf.conversion import dequantized, write_settings
 from dpo_cli.modeling.gguf.modelfile import modelfile
+from dpo_cli.modeling.gguf.tensors import round_as_in_file
 from dpo_cli.modeling.gguf.types import GgufType
 from dpo_cli.modeling.gguf.vocabulary import add_vocabulary, name_for, vocabulary_problem
+from dpo_cli.modeling.gguf.writing import write_gguf
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.precision import PRECISIONS
 from dpo_cli.pipeline.session import Session
@@ -76,13 +79,13 @@ class AsModel:
         Raises:
             UserError: Some are.
         """
-        if (largest := policy.largest()) > self.types.most:
+        if (largest := policy.weights.largest()) > self.types.most:
             what = f"{self.types} cannot hold all weights: the largest is {largest:.3g}"
             raise UserError(what, "--dtype", "choose `--dtype float32` or `bfloat16`", status=FAILED)
 
     def round(self, policy: Policy) -> None:
         """Round weights in memory as they are written."""
-        policy.round_to(self.types)
+        round_as_saved(policy.model, self.types)
 
     def write(self, policy: Policy, tokenizer: Any, folder: Path) -> None:
         """Write the policy into a folder that exists.
@@ -90,8 +93,8 @@ class AsModel:
         Raises:
             UserError: The disk did not keep it.
         """
-        policy.write(folder, tokenizer, types=self.types, largest_bytes=self.largest_bytes)
-        policy.check_written(folder, self.types)
+        policy.weights.write(folder, tokenizer, types=self.types, largest_bytes=self.largest_bytes)
+        policy.weights.check_written(folder, types=self.types)
 
     def read(self, session: Session, folder: Path) -> Read:
         """Read a folder as transformers does.
@@ -139,8 +142,8 @@ class AsAdapter:
         Raises:
             UserError: The disk did not keep it.
         """
-        policy.write(folder, tokenizer)
-        policy.check_written(folder)
+        policy.weights.write(folder, tokenizer)
+        policy.weights.check_written(folder)
 
     def read(self, session: Session, folder: Path) -> Read:
         """Load the base, and let PEFT put the adapter into it.
@@ -190,7 +193,7 @@ class AsGguf:
 
     def round(self, policy: Policy) -> None:
         """Round weights in memory as they are written."""
-        policy.round_as_gguf(self.kind)
+        round_as_in_file(policy.model, self.kind)
 
     def write(self, policy: Policy, tokenizer: Any, folder: Path) -> None:
         """Write the policy into a folder that exists.
@@ -203,7 +206,7 @@ class AsGguf:
             add_vocabulary(writer, tokenizer, policy.vocabulary, self.stops)
 
         file = self.file(folder)
-        policy.write_gguf(file, vocabulary, self.kind, name_for(tokenizer, self.name))
+        write_gguf(policy.model, file, self.kind, name_for(tokenizer, self.name), vocabulary)
         ollama = modelfile(file.name, tokenizer, self.stops, policy.model.generation_config)
         (folder / "Modelfile").write_text(ollama, encoding="utf-8")
         write_licence(folder, policy.model)
@@ -260,5 +263,5 @@ def written_as(wanted: Export, policy: Policy, stops: Collection[int]) -> Writte
         return AsAdapter(wanted.source.config.model.name)
     if isinstance(form, GgufFolder):
         return AsGguf(form.kind, wanted.source.name, frozenset(stops))
-    types = WeightTypes({}, PRECISIONS[form.dtype].dtype) if form.dtype else policy.came_in
+    types = WeightTypes({}, PRECISIONS[form.dtype].dtype) if form.dtype else origin_of(policy.model).types
     return AsModel(types, form.largest_bytes)

@@ -104,7 +104,7 @@ def check_finite(policy: Policy, where: str) -> None:
     Raises:
         UserError: It has some.
     """
-    if odd := policy.first_not_finite():
+    if odd := policy.weights.first_not_finite():
         what = f"the weights of the model are not all numbers: `{odd}` has some that are NaN or infinite"
         raise UserError(what, where, "export an earlier checkpoint, or save or download the model again")
 
@@ -206,7 +206,7 @@ def _on_pairs(session: Session, batches: Batches, reference: OpenReference, data
 
 def give_adapter(policy: Policy, source: TrainedAdapter | ForeignAdapter, tokenizer: Any) -> None:
     """Let a policy that is as it was before step 1 be what a run has trained."""
-    policy.restore(source.folder)
+    policy.weights.restore(source.folder)
     remember_adapter(policy.model, source.folder)
     if source.config.model.eos_token is not None:
         end_at(policy.model, tokenizer.eos_token_id)
@@ -218,7 +218,7 @@ def _check_base(policy: Policy, source: TrainedModel | TrainedAdapter) -> None:
     Raises:
         UserError: It is another.
     """
-    if (known := beginning_of(source.folder)) and (other := policy.began_with(known)):
+    if (known := beginning_of(source.folder)) and (other := policy.weights.began_with(known)):
         adapter = source.config.adapter
         start = adapter.start if adapter else None
         setting, name = ("model.name", source.config.model.name) if other == "model" else ("adapter.start", start)

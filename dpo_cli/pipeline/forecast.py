@@ -220,7 +220,7 @@ class DiskNeed:
 def disk_need(config: Config, folder: RunFolder, plan: Plan, policy: Policy) -> DiskNeed:
     """Count what a run writes, and look at what is free for it; the policy's weights may be missing."""
     weights = policy.sizes().saved
-    checkpoint = weights + config.training.optimizer.state_bytes(policy.trained())
+    checkpoint = weights + config.training.optimizer.state_bytes(policy.weights.trained())
     if config.reference.type == "synced":
         checkpoint += weights
     above = next(path for path in (folder.path, *folder.path.absolute().parents) if path.is_dir())

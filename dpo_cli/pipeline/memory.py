@@ -83,7 +83,7 @@ def _planned(session: Session, policy: Policy, changed: Session) -> tuple[Sizes,
         sizes = sizes_under_lora(policy.model, adapter, dtype, quantized=quantized, shards=changed.shards)
         return sizes, list(itertools.chain.from_iterable(added))
     model = _under(session, policy, changed)
-    return model.sizes(changed.shards), model.trained()
+    return model.sizes(changed.shards), model.weights.trained()
 
 
 def _under(session: Session, policy: Policy, changed: Session) -> Policy:
@@ -281,7 +281,7 @@ def _check_least(run: PlannedRun, batches: Batches, free: int) -> None:
         if key not in passes:
             tried = dataclasses.replace(run, session=changed, sketch=policy, reference=reference, program_bytes=0)
             passes[key] = _estimate(tried, policy, cut)
-        held = _without_passes(changed, policy.sizes(changed.shards), policy.trained(), reference, 0)
+        held = _without_passes(changed, policy.sizes(changed.shards), policy.weights.trained(), reference, 0)
         names = ("activations", "logits", "counted", "several")
         return dataclasses.replace(held, **{name: getattr(passes[key], name) for name in names})
 
@@ -299,10 +299,9 @@ def _estimate(run: PlannedRun, policy: Policy, batches: Batches, passes: PassByt
     session = run.session
     cuts, several = _cuts(run, batches)
     candidates = largest(batches.pairs.sizes, cuts, batches.layout.tokens)
-    memory = dataclasses.replace(
-        _without_passes(session, policy.sizes(session.shards), policy.trained(), run.reference, run.program_bytes),
-        several=several,
-    )
+    weights = policy.sizes(session.shards), policy.weights.trained()
+    memory = _without_passes(session, *weights, run.reference, run.program_bytes)
+    memory = dataclasses.replace(memory, several=several)
     if passes:
         sizes = [batches.layout.tokens(batches.pairs.sizes, cut.pairs) for cut in candidates]
         return dataclasses.replace(memory, activations=passes.of(max(sizes)), counted=True)

@@ -191,7 +191,7 @@ def known_reference(
     shared = holds_adapter(scored) and same_model(base_of(scored), name)
     if not isinstance(config.reference, Cached) or shared or _goes_on(config):
         return None
-    identity = session.agreed(Policy.known_identity(name, sketch, config.model.trust))
+    identity = session.agreed(sketch.known_identity(name, config.model.trust))
     if identity is None or not is_ours(identity):
         return None
     batches = Batches(pairs, PADDED, 1, session.accelerator.device)

@@ -126,7 +126,7 @@ def check_data(run: PlannedRun) -> None:
 
 def _unreached_experts(sketch: Policy) -> str:
     """Say so where an adapter leaves out experts, which may be most of a model."""
-    num_experts = experts_without_adapter(sketch.model) if sketch.described else 0
+    num_experts = experts_without_adapter(sketch.model) if sketch.weights.described else 0
     if not num_experts:
         return ""
     sizes = sketch.sizes()
@@ -136,7 +136,7 @@ def _unreached_experts(sketch: Policy) -> str:
 
 def _useless_rank(sketch: Policy) -> str:
     """Say so where an adapter has a larger rank than the product of its matrices can have."""
-    if not sketch.described or not (found := above_full_rank(sketch.model)):
+    if not sketch.weights.described or not (found := above_full_rank(sketch.model)):
         return ""
     shown = ", ".join(f"{name} ({side})" for name, side in found.items())
     return (
@@ -235,7 +235,7 @@ def _parameters(policy: Policy) -> str:
     sizes = policy.sizes()
     if sizes.num_trained == sizes.numbers:
         return f"{sizes.numbers:,}"
-    which = f" ({policy.described})" if policy.described else ""
+    which = f" ({policy.weights.described})" if policy.weights.described else ""
     return f"{sizes.numbers:,}, of which {sizes.num_trained:,} are trained{which}"
 
 

@@ -13,7 +13,7 @@ from dpo_cli.config import Config, resolved_yaml
 from dpo_cli.data.prepared.step_plan import Plan
 from dpo_cli.errors import UserError, from_os_error
 from dpo_cli.evaluation.best import best_step, exhausted
-from dpo_cli.modeling.adapters.adapted import START_ADAPTER
+from dpo_cli.modeling.weights import START_ADAPTER
 from dpo_cli.pipeline.session import Session
 from dpo_cli.reporting.environment import environment
 from dpo_cli.reporting.row_log import rows_in

@@ -17,7 +17,7 @@ from dpo_cli.evaluation.figures import figures
 from dpo_cli.evaluation.held_out import held_out_rows
 from dpo_cli.evaluation.samples import Sampling
 from dpo_cli.modeling.batch import Batches
-from dpo_cli.modeling.folders.saving import saved_folder
+from dpo_cli.modeling.folders.saving import origin_of, saved_folder
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.scorer import BatchScorer
 from dpo_cli.pipeline.diagnosis import Diagnosis
@@ -260,14 +260,14 @@ def save_final(run: Run, outcome: Outcome) -> None:
         outcome: What is said of them.
     """
     config, folder, policy = run.session.config, run.plan.folder, run.learner.policy
-    is_main, largest = run.session.accelerator.is_main_process, policy.largest()
+    is_main, largest = run.session.accelerator.is_main_process, policy.weights.largest()
     types = None if config.adapter else _final_types(run, largest)
-    state = policy.state()
+    state = policy.weights.state()
     if not is_main:
         if policy.sharded:
             # The main process writes what it gathers, and compares that with what was written.
-            policy.attend_writing(state, types)
-            policy.attend_writing(state, types)
+            policy.weights.attend_writing(state, types)
+            policy.weights.attend_writing(state, types)
         return
     rounded = types is not None and types.rounds
     facts = {
@@ -282,23 +282,23 @@ def save_final(run: Run, outcome: Outcome) -> None:
         facts,
         run.plan.tokenizer,
         form=ADAPTER if config.adapter else MODEL,
-        provenance=policy.provenance,
+        provenance=origin_of(policy.model).provenance,
         columns=outcome.columns(run.before),
         changes=changes_of(folder, outcome.step) if run.before else {},
     )
     # An adapter means nothing without its base.
     details = {FINGERPRINTS: run.fingerprints, HELD: policy.held_as} if config.adapter else {}
     with saved_folder(folder.final, "saving the trained model", details, waits=bool(policy.sharded)) as temporary:
-        policy.write(temporary, run.plan.tokenizer, state, types)
+        policy.weights.write(temporary, run.plan.tokenizer, state, types)
         (temporary / CARD).write_text(model_card(card), encoding="utf-8")
-        policy.check_written(temporary, types, state)
+        policy.weights.check_written(temporary, state, types)
     if rounded:
         run.session.console.notice(_rounded(folder, types, outcome.step))
 
 
 def _final_types(run: Run, largest: float) -> WeightTypes | None:
     """Return the types of the files that the model came from, which those of the trained model have; None: float32."""
-    types = run.learner.policy.came_in
+    types = origin_of(run.learner.policy.model).types
     if largest <= types.most:
         return types
     what = f"{types}, the type of the base's files, cannot hold all trained weights (the largest is {largest:.3g})"

@@ -15,6 +15,7 @@ from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.adapters.files import adapter_folder
 from dpo_cli.modeling.allocator import hand_back_freed_memory
 from dpo_cli.modeling.batch import Batches
+from dpo_cli.modeling.folders.saving import warn_of_ignored
 from dpo_cli.modeling.memory import MemoryEstimate, used_bytes
 from dpo_cli.modeling.placement import Sharded
 from dpo_cli.modeling.policy import Policy
@@ -127,7 +128,7 @@ def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume:
     models, batches = opened(session, named, data.pairs, all_pairs, settle, trained=True)
     policy, training, accelerator = models[0], config.training, session.accelerator
     # An adapter's base is known by its settings as they came; those of a whole model change what it is.
-    began = policy.fingerprints if config.adapter else {}
+    began = policy.weights.fingerprints if config.adapter else {}
     if config.adapter and config.adapter.start:
         for line in check_base(policy, adapter_folder(config.adapter.start), config.model.name):
             session.console.notice(line)
@@ -135,7 +136,7 @@ def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume:
     fingerprints = {
         # Beside an adapter the base is held as it is computed, and another precision makes another base of it.
         **({PRECISION: session.precision.name} if config.adapter else {}),
-        **(began or policy.fingerprints),
+        **(began or policy.weights.fingerprints),
         "data": data.fingerprint,
         "settings": settings_digest(config.model_dump(mode="json"), changeable()),
         **({"reference": models[-1].identity} if config.reference.model else {}),
@@ -151,7 +152,7 @@ def _ready(plan: PlannedRun, settled: tuple[Batches, MemoryEstimate], *, resume:
         session, models.pop(), without_gradient(batches), needed, policy=policy, held_out=data.held_out
     )
     optimizer = training.optimizer.over(
-        policy.trained(), training.learning_rate, training.weight_decay, on_host=training.offload is not None
+        policy.weights.trained(), training.learning_rate, training.weight_decay, on_host=training.offload is not None
     )
     # Before the optimizer is prepared: a gradient scaler keeps the step that the schedule counts.
     rates = schedule(optimizer, training.schedule, training.warmup_ratio, plan.steps.num_steps)
@@ -192,7 +193,8 @@ def _prove(run: Run) -> None:
         session.console.notice(f"checked: {proved}")
     if session.accelerator.is_main_process:
         # transformers writes on the first rank alone.
-        session.console.notice(f"checked: {run.learner.policy.prove_saving(run.plan.tokenizer)}")
+        warn_of_ignored(run.learner.policy.model)
+        session.console.notice(f"checked: {run.learner.policy.weights.prove_saving(run.plan.tokenizer)}")
 
 
 def _take(run: Run, digests: Mapping[str, str]) -> Iterator[StepResult]:

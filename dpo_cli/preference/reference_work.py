@@ -92,7 +92,7 @@ class ReferenceWork:
         policy = self.policy
         assert policy is not None, "nothing is trained"
         refuse_other_shapes(model, policy)
-        return lambda: model.move_towards(policy, alpha)
+        return lambda: model.weights.move_towards(policy.weights, alpha)
 
 
 def refuse_other_shapes(reference: Policy, policy: Policy) -> None:
@@ -101,7 +101,7 @@ def refuse_other_shapes(reference: Policy, policy: Policy) -> None:
     Raises:
         UserError: Their weights differ in name or shape.
     """
-    if reference.shapes() != policy.shapes():
+    if reference.weights.shapes() != policy.weights.shapes():
         what = "the reference has weights of other names or shapes than the policy, so that it cannot move towards it"
         raise UserError(what, "`reference.model`", "choose a model of the same architecture, or `reference: frozen`")
 

@@ -297,7 +297,7 @@ def check_finite(step: int, pairs: tuple[int, ...], policy: Policy) -> None:
     Raises:
         NotFinite: Some are.
     """
-    if not policy.finite():
+    if not policy.weights.finite():
         raise NotFinite(step, pairs, "weights")
 
 

@@ -82,7 +82,7 @@ def check_base(policy: Policy, start: Path, name: str, where: str = "`adapter.st
     """
     if digest := _digest_of_base(start):
         held = held_at_beginning(start) or "an unknown way"
-        if policy.is_beside(digest):
+        if policy.weights.is_beside(digest):
             return
         # From float32, what it was rounded to has been compared as well.
         if held == policy.held_as or (policy.held_as == "float32" and held in get_args(Dtype)):

@@ -298,7 +298,7 @@ class Learner:
         optimizer, groups = optimizer_to_tensors(self.optimizer.state_dict())
         return LearnerState(
             step=self.done,
-            tensors={OPTIMIZER: optimizer, **({REFERENCE: moving.weights()} if moving else {})},
+            tensors={OPTIMIZER: optimizer, **({REFERENCE: moving.weights.tensors()} if moving else {})},
             groups=groups,
             statistics=dict(self.statistics),
             skipped=self.skips.count,
@@ -319,7 +319,7 @@ class Learner:
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         if self.reference.moving:
-            self.reference.moving.set_weights(state.tensors[REFERENCE])
+            self.reference.moving.weights.set_tensors(state.tensors[REFERENCE])
         self.statistics.update(state.statistics)
         self.skips.count = state.skipped
         self.rates.last_epoch, self.rates._last_lr = state.step, rates

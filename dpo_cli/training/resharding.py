@@ -31,7 +31,7 @@ KEPT, MOVING = "optimizer", "reference"
 
 def trained_in_order(learner: Learner) -> list[tuple[str, Parameter]]:
     """Return names and weights in the order in which the optimizer counts them."""
-    names = {id(weights): name for name, weights in learner.policy.named().items()}
+    names = {id(weights): name for name, weights in learner.policy.weights.moved().items()}
     return [(names[id(weights)], weights) for group in learner.optimizer.param_groups for weights in group["params"]]
 
 
@@ -70,7 +70,7 @@ def kept_tensors(path: Path, learner: Learner) -> dict[str, dict[str, Tensor]]:
         theirs = sharded or Shards.in_file(path / REFERENCE, MOVING)
         found[REFERENCE] = {
             name: sharded_like(ours, _own_rows(theirs, MOVING, name, ours).to(device))
-            for name, ours in learner.reference.moving.weights().items()
+            for name, ours in learner.reference.moving.weights.tensors().items()
         }
     return found
 

@@ -60,7 +60,7 @@ class ShardedSnapshot:
     ) -> ShardedSnapshot:
         """Look at the state as it is now; of what is sharded nothing is copied. Every process has to call it."""
         is_main, state = learner.accelerator.is_main_process, learner.state()
-        sharded, gathered = learner.policy.sharded_state()
+        sharded, gathered = learner.policy.weights.sharded_state()
         pieces = {WEIGHTS: {name: Piece.of(tensor, is_main=is_main) for name, tensor in sharded.items()}}
         pieces[KEPT] = _optimizer_pieces(learner, state.tensors[OPTIMIZER], is_main=is_main)
         reference = state.tensors.get(REFERENCE, {})
@@ -84,7 +84,7 @@ class ShardedSnapshot:
 
     def write_rest(self, folder: Path, parts: Sequence[Part], num_ranks: int) -> None:
         """Write, in the main process, all that is not sharded."""
-        self.policy.write(folder, self.tokenizer, self.gathered)
+        self.policy.weights.write(folder, self.tokenizer, self.gathered)
         write_list(folder, parts, num_ranks)
         save_tensors(self.random, folder / RANDOM, unlike_pickle=True)
         write_record(folder, self.record)

@@ -158,7 +158,7 @@ class Snapshot:
         return cls(
             learner.policy,
             tokenizer,
-            learner.policy.state(),
+            learner.policy.weights.state(),
             {**state.tensors, RANDOM: random},
             record_of(learner, state, notes),
         )
@@ -180,7 +180,7 @@ class Snapshot:
 
     def write(self, folder: Path) -> None:
         """Write all of it into a folder that exists."""
-        self.policy.write(folder, self.tokenizer, self.weights)
+        self.policy.weights.write(folder, self.tokenizer, self.weights)
         for name, tensors in self.tensors.items():
             save_tensors(tensors, folder / name)
         write_record(folder, self.record)
@@ -192,7 +192,7 @@ def record_of(learner: Learner, state: LearnerState, notes: RunNotes) -> Trainin
         step=state.step,
         fingerprints=dict(notes.fingerprints),
         held=learner.policy.held_as,
-        surroundings=surroundings(learner.accelerator) | learner.policy.passes_through | learner.policy.sharded,
+        surroundings=surroundings(learner.accelerator) | learner.policy.passes_through,
         statistics=state.statistics,
         skipped=state.skipped,
         metrics=notes.metrics,
@@ -221,7 +221,7 @@ def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
         tensors = _tensors(path, learner)
         state = LearnerState(record.step, tensors, record.optimizer, record.statistics, record.skipped, record.scaler)
         learner.restore(state)
-        now = surroundings(accelerator) | learner.policy.passes_through | learner.policy.sharded
+        now = surroundings(accelerator) | learner.policy.passes_through
         if record.surroundings.get("processes") == now["processes"]:
             restore_random_states(random, accelerator.process_index)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DamagedFolder, SafetensorError) as error:
@@ -229,7 +229,7 @@ def restore_checkpoint(path: Path, learner: Learner) -> TrainingState:
             raise
         hint = "remove that folder to continue from an older checkpoint, or start again with `--overwrite`"
         raise UserError(f"`{path.name}` is not a checkpoint of this run: {error}", str(path), hint) from error
-    learner.policy.restore(path)
+    learner.policy.weights.restore(path)
     if accelerator.is_main_process and (other := _changes(record.surroundings, now)):
         _log.warning("the run continues at the right pair, but perhaps not bit for bit: %s", "; ".join(other))
     return record

@@ -44,9 +44,9 @@ def after_one_step(model: str) -> Saved:
     """Return the state of a run after one step with gradients of 1."""
     accelerator, policy = Accelerator(cpu=True), Policy.load(model)
     policy.place(accelerator, trained=True)
-    optimizer = AdamW().over(policy.trained(), 1e-6, 0.0)
+    optimizer = AdamW().over(policy.weights.trained(), 1e-6, 0.0)
     rates = schedule(optimizer, "constant", 0.0, 1)
-    for parameter in policy.trained():
+    for parameter in policy.weights.trained():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     rates.step()
@@ -74,7 +74,8 @@ def copied(saved: Saved) -> list[torch.Tensor]:
     """Copy the same tensors in memory."""
     states = saved.learner.optimizer.state_dict()["state"].values()
     return [
-        t.clone() for t in (*saved.learner.policy.weights().values(), *(t for state in states for t in state.values()))
+        t.clone()
+        for t in (*saved.learner.policy.weights.tensors().values(), *(t for state in states for t in state.values()))
     ]
 
 

@@ -158,7 +158,7 @@ def laid_out(session: Session, policy: Policy, asked: Job) -> PairBatch:
 def _step(session: Session, policy: Policy) -> Callable[[PairBatch], None]:
     """Return what takes one optimizer step of one pass."""
     training, accelerator = session.config.training, session.accelerator
-    optimizer = accelerator.prepare_optimizer(training.optimizer.over(policy.trained(), 1e-6, 0.0))
+    optimizer = accelerator.prepare_optimizer(training.optimizer.over(policy.weights.trained(), 1e-6, 0.0))
 
     def step(batch: PairBatch) -> None:
         with policy.adding_up(last=True), accelerator.autocast():

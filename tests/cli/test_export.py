@@ -339,16 +339,16 @@ def left_out(patch: pytest.MonkeyPatch) -> None:
 
 def rounded_twice(patch: pytest.MonkeyPatch) -> None:
     """Round weights to 5 bits before they are rounded."""
-    from dpo_cli.modeling.policy import Policy
+    from dpo_cli.modeling.trained import WholeWeights
 
-    write = Policy.write
+    write = WholeWeights.write
 
-    def coarse(policy: Policy, *how: Any, **others: Any) -> None:
-        for parameter in policy.model.parameters():
+    def coarse(weights: WholeWeights, *how: Any, **others: Any) -> None:
+        for parameter in weights.model.parameters():
             parameter.data = (parameter.data * 32).round() / 32
-        write(policy, *how, **others)
+        write(weights, *how, **others)
 
-    patch.setattr(Policy, "write", coarse)
+    patch.setattr(WholeWeights, "write", coarse)
 
 
 @pytest.mark.parametrize(

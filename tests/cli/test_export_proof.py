@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import dpo_cli
-from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.adapters.adapted import AdapterWeights
+from dpo_cli.modeling.trained import WholeWeights
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.storage import MANIFEST, read_manifest
 from tests.builders import save_adapter
@@ -134,13 +135,13 @@ def lower_case(folder: Path) -> None:
 
 def spoil_what_is_written(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Path], None]) -> None:
     """Spoil a folder when it was written and compared with what is in memory."""
-    check = Policy.check_written
+    for kind in (WholeWeights, AdapterWeights):
 
-    def spoilt(policy: Policy, folder: Path, *others: Any) -> None:
-        check(policy, folder, *others)
-        spoil(folder)
+        def spoilt(weights: Any, folder: Path, *, check: Any = kind.check_written, **others: Any) -> None:
+            check(weights, folder, **others)
+            spoil(folder)
 
-    monkeypatch.setattr(Policy, "check_written", spoilt)
+        monkeypatch.setattr(kind, "check_written", spoilt)
 
 
 def check_refused(source: Path, said: str, capfd: Any) -> None:

@@ -54,7 +54,7 @@ def ready(model: str, accelerator: Accelerator, sharding: str, case: dict[str, A
     placement = placement_for(accelerator, sharding)
     how = {"trained": case.get("trained"), "held": case.get("held", Float32())}
     policy = Policy.load(model, placement=placement, **how)
-    policy.fingerprints  # noqa: B018 - taken before step 1
+    policy.weights.fingerprints  # noqa: B018 - taken before step 1
     policy.read(PACKED)
     policy.place(accelerator, trained=True, recomputed=case.get("recomputed", False))
     return policy
@@ -98,14 +98,14 @@ def main(model: str, name: str) -> None:
         with policy.adding_up(last=True):
             logps = policy.scorer(batch(rank, ranks))
             (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
-    pairs = list(zip(split.trained(), plain.trained(), strict=True))
+    pairs = list(zip(split.weights.trained(), plain.weights.trained(), strict=True))
     gradients = [(whole(ours.grad), theirs.grad) for ours, theirs in pairs]
     found["gradients"] = max(difference(*pair) for pair in gradients)
     found["same gradients"] = all(torch.equal(*pair) for pair in gradients)
     found["bytes"] = {
         "weights": sum(local(one).nbytes for one in split.model.parameters()),
         "share of weights": sum(share(one, ranks) for one in plain.model.parameters()),
-        "gradients": sum(local(one.grad).nbytes for one in split.trained()),
+        "gradients": sum(local(one.grad).nbytes for one in split.weights.trained()),
         "share of gradients": sum(share(theirs, ranks) for _, theirs in gradients),
     }
     copy = split.frozen_copy()
@@ -120,7 +120,7 @@ def main(model: str, name: str) -> None:
     )
     norms = [float(policy.clip(0.5)) for policy in (plain, split)]
     found["norm"] = abs(norms[1] / norms[0] - 1)
-    optimizers = [AdamW().over(policy.trained(), 1e-3, 0.1) for policy in (plain, split)]
+    optimizers = [AdamW().over(policy.weights.trained(), 1e-3, 0.1) for policy in (plain, split)]
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -131,10 +131,10 @@ def main(model: str, name: str) -> None:
     found["answers after"] = difference(answers(split, rank, ranks), answers(plain, rank, ranks))
     with split.at_beginning():
         found["beginning"] = difference(answers(split, rank, ranks), before)
-    found["finite"] = split.finite()
+    found["finite"] = split.weights.finite()
     if rank == ranks - 1:
-        local(next(one for one in split.trained() if local(one).numel())).fill_(torch.nan)
-    found["finite with a NaN on the last rank"] = split.finite()
+        local(next(one for one in split.weights.trained() if local(one).numel())).fill_(torch.nan)
+    found["finite with a NaN on the last rank"] = split.weights.finite()
     if accelerator.is_main_process:
         print(json.dumps(found))
     # A process that is gone takes its connections with it.

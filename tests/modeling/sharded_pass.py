@@ -85,7 +85,7 @@ def spread_policy(case: dict[str, Any], mesh: DeviceMesh, folder: Path) -> tuple
         policy = Policy(model, trained_in(case), held.on_shards())
         made.append((policy, Scorer(model)))
         spread(made[0][1], mesh, torch.device("cpu"), held.gathered_as())
-        return policy._trained.own_names(model)
+        return policy.weights.own_name()
 
     if distributed.get_rank() == 0:
         build("llama", **SIZES, **HEADS, tie_word_embeddings=case["tied"]).save_pretrained(folder)
@@ -138,7 +138,7 @@ def estimated(case: dict[str, Any], shards: Sharding, dtype: torch.dtype) -> Mem
 def _estimated(case: dict[str, Any], shards: Sharding, dtype: torch.dtype) -> MemoryEstimate:
     policy, batch, recomputed = policy_of(case), pairs_of_rank(0), case["recomputed"]
     gathered = policy._held.gathered_as() is not None
-    sizes, parts = policy.sizes(shards), [shards.part(weights) for weights in policy.trained()]
+    sizes, parts = policy.sizes(shards), [shards.part(weights) for weights in policy.weights.trained()]
     how = {"gathered": gathered, "recomputed": recomputed}
     return MemoryEstimate(
         program=0,
@@ -163,11 +163,11 @@ def counted(case: dict[str, Any], mesh: DeviceMesh, folder: Path) -> dict[str, A
     policy.read(PACKED)
     if case["recomputed"]:
         recompute_activations(policy.model)
-    trained = policy.trained()
+    trained = policy.weights.trained()
     optimizer = AdamW().over(trained, 1e-4, 0.0)
 
     def add_gradients() -> None:
-        with policy.training_pass():
+        with policy.weights.training_pass():
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 logps = scorer(batch)
             logps.float().sum().backward()

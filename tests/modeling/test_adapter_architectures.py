@@ -56,13 +56,12 @@ def step(model, layout, reference):
 def adapted(kind, adapter=ADAPTERS["lora"], *, moved=False, **changes):
     """Build a model with an adapter, whose B is not 0 where it is to have moved."""
     model = build(kind, **changes)
-    adapted = Adapted(adapter, seed=0)
-    adapted.choose(model)
+    added = Adapted(adapter, seed=0).choose(model)
     if moved:
         generator = torch.Generator().manual_seed(2)
-        for weights in adapted.moved(model).values():
+        for weights in added.moved().values():
             weights.data += 0.1 * torch.randn(weights.shape, generator=generator)
-    return adapted, model
+    return added, model
 
 
 @pytest.mark.parametrize("name", slow_unless(lambda name: name == "lora", ["lora", "dora"]))
@@ -111,7 +110,7 @@ def test_the_layout_is_proved_or_refused_as_without_an_adapter(kind):
 def test_peft_reads_the_written_adapter_and_answers_alike(kind, name, tmp_path, tokenizer):
     ours, model = adapted(kind, ADAPTERS[name], moved=True)
     expected = scored(model)
-    ours.write(model, tmp_path, tokenizer, ours.state(model))
+    ours.write(tmp_path, tokenizer)
     theirs = PeftModel.from_pretrained(build(kind), tmp_path)
     torch.testing.assert_close(scored(theirs.get_base_model()), expected, rtol=0, atol=1e-5)
     # Merged, no layer of PEFT is left.
@@ -151,20 +150,19 @@ def test_no_precision_of_the_base_lets_a_fresh_adapter_change_anything(name, kin
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "falcon"])
 def test_over_layers_of_4_bits_an_adapter_trains_and_packed_is_padded(kind):
     """Falcon's linear layers are of a class of its own, which is refused."""
-    held, ours = held_as("nf4", "float32"), Adapted(ADAPTERS["lora"])
-    model = held.take_over(build(kind), "cpu")
+    model = held_as("nf4", "float32").take_over(build(kind), "cpu")
     base = weights_digest(model)
     reference = scored(model)
-    ours.choose(model)
+    ours = Adapted(ADAPTERS["lora"]).choose(model)
     assert torch.equal(scored(model), reference)
-    with ours.at_beginning(model):
+    with ours.at_beginning():
         assert torch.equal(scored(model), reference)
-    for weights in ours.moved(model).values():
+    for weights in ours.moved().values():
         weights.data += 0.1 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(2))
     losses, gradients = step(model, "padded", reference)
     assert gradients
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
-    assert ours.fingerprints(model) == {"model": base}
+    assert ours.digests() == {"model": base}
     if kind in PACKED:
         packed_losses, packed_gradients = step(packed(model), "packed", reference)
         torch.testing.assert_close(packed_losses, losses, rtol=1e-5, atol=1e-5)

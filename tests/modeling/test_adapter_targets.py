@@ -137,10 +137,7 @@ def test_of_layers_derived_from_linear_ones_those_have_adapters_that_answer_as_l
 
 
 def first_weights(seed, kind="llama", **settings):
-    adapted = Adapted(Lora(rank=4, **settings), seed)
-    model = build(kind)
-    adapted.choose(model)
-    return adapted.state(model)
+    return Adapted(Lora(rank=4, **settings), seed).choose(build(kind)).state()
 
 
 def same(one, other):
@@ -156,7 +153,7 @@ def test_first_weights_depend_on_the_seed_alone(dora):
     model = build("llama")
     PACKED.prepare(model)
     policy = Policy(model, Adapted(Lora(rank=4, dora=dora), 3))
-    assert same(policy.state(), expected)
+    assert same(policy.weights.state(), expected)
     assert not same(first_weights(4, dora=dora), expected)
 
 
@@ -178,9 +175,8 @@ from transformers import AutoTokenizer
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
 torch.set_num_threads(1)
-model, adapted = build(sys.argv[1]), Adapted(Lora(rank=4), 0)
-adapted.choose(model)
-adapted.write(model, Path(sys.argv[2]), AutoTokenizer.from_pretrained(sys.argv[3]), adapted.state(model))
+adapter = Adapted(Lora(rank=4), 0).choose(build(sys.argv[1]))
+adapter.write(Path(sys.argv[2]), AutoTokenizer.from_pretrained(sys.argv[3]))
 """
 
 
@@ -212,6 +208,4 @@ def test_files_have_the_same_bytes_in_every_process(tmp_path, tokenizer_folder):
     ],
 )
 def test_a_run_says_what_all_linear_leaves_out(kind, targets, said):
-    adapted, model = Adapted(Lora(rank=4, targets=targets)), build(kind)
-    adapted.choose(model)
-    assert adapted.described(model) == said
+    assert Adapted(Lora(rank=4, targets=targets)).choose(build(kind)).described == said

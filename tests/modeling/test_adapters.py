@@ -39,7 +39,7 @@ def saved(tmp_path, tokenizer):
         folder = tmp_path / name
         folder.mkdir()
         stirred(policy)
-        policy.write(folder, tokenizer)
+        policy.weights.write(folder, tokenizer)
         return folder
 
     return save

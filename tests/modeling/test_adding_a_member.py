@@ -25,32 +25,32 @@ MEMBERS = {
     "trained.py": (
         "Trained",
         '''
+class NormWeights(WholeWeights):
+    """The norms of a model."""
+
+    def keep_beginning(self) -> None:
+        self.before = [weights.detach().clone() for weights in self.trained()]
+
+    @contextlib.contextmanager
+    def at_beginning(self):
+        now = [weights.data for weights in self.trained()]
+        for weights, before in zip(self.trained(), self.before, strict=True):
+            weights.data = before
+        yield
+        for weights, after in zip(self.trained(), now, strict=True):
+            weights.data = after
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: weights.detach() for name, weights in self.model.named_parameters() if weights.requires_grad}
+
+
 class Norms(Whole):
     """Train the norms alone."""
 
-    type: Literal["norms"] = "norms"
-
-    def choose(self, model: PreTrainedModel) -> None:
+    def choose(self, model: PreTrainedModel) -> NormWeights:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("norm" in name)
-
-    def beginning_bytes(self, model: PreTrainedModel) -> int:
-        return sum(weights.nbytes for weights in self.weights(model))
-
-    def keep_beginning(self, model: PreTrainedModel) -> None:
-        model.norms_before = [weights.detach().clone() for weights in self.weights(model)]
-
-    @contextlib.contextmanager
-    def at_beginning(self, model: PreTrainedModel):
-        now = [weights.data for weights in self.weights(model)]
-        for weights, before in zip(self.weights(model), model.norms_before, strict=True):
-            weights.data = before
-        yield
-        for weights, after in zip(self.weights(model), now, strict=True):
-            weights.data = after
-
-    def state(self, model: PreTrainedModel) -> dict[str, Tensor]:
-        return {name: weights.detach() for name, weights in model.named_parameters() if weights.requires_grad}
+        return NormWeights(model)
 ''',
     ),
     "held.py": (
@@ -121,7 +121,7 @@ from tests.builders import prepare_pairs, train_in_process
 model, source, folder = map(pathlib.Path, sys.argv[1:])
 held, empty = Policy.load(str(model), trained=Norms()), Policy.empty(str(model))
 double = Policy.empty(str(model), held=Float64())
-before = held.weights()
+before = held.weights.tensors()
 pairs = prepare_pairs(source, AutoTokenizer.from_pretrained(model), folder)
 metrics, state = train_in_process(model, pairs, max_steps=3, max_grad_norm=None, ways={"trained": Norms()})
 print(json.dumps({

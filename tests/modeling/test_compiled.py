@@ -150,13 +150,13 @@ def test_an_adapter_trains_in_compiled_layers_and_is_left_out_before_step_1():
             some = layout.batch(range(count), PAIRS[:count])
             with torch.set_grad_enabled(grad):
                 if grad:
-                    with policy.training_pass():
+                    with policy.weights.training_pass():
                         plain(some).sum().backward()
                 else:
                     plain(some)
-        with policy._trained.at_beginning(policy.model), torch.no_grad():
+        with policy.weights.at_beginning(), torch.no_grad():
             torch.testing.assert_close(plain(batch), expected, rtol=1e-5, atol=2e-5)
-    assert all(weight.grad is not None for weight in policy.trained())
+    assert all(weight.grad is not None for weight in policy.weights.trained())
     assert counters["frames"]["ok"] <= 8
 
 

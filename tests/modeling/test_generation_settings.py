@@ -16,7 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.folders.model_files import NO_TRUST
-from dpo_cli.modeling.folders.saving import end_at, origin_of, remember, saved_model
+from dpo_cli.modeling.folders.saving import end_at, origin_of, remember, saved_model, warn_of_ignored
 from dpo_cli.modeling.folders.tokenizers import generation_config, load_tokenizer
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.policy import Policy
@@ -74,7 +74,8 @@ def test_settings_that_transformers_ignores_are_left_out_and_told(folder, tmp_pa
     say(folder, eos_token_id=IM_END, chat_format="chatml", repetition_penalty=1.1, **INVALID[name])
     model = load_policy(str(folder))
     with caplog.at_level(logging.WARNING, "dpo_cli"):
-        Policy(model).prove_saving(tokenizer)
+        warn_of_ignored(model)
+        Policy(model).weights.prove_saving(tokenizer)
     assert origin_of(model).ignored
     for setting in origin_of(model).ignored:
         assert f"`{setting}: {INVALID[name][setting]}`" in caplog.text

@@ -44,6 +44,7 @@ _MEASURED = (
     _PEAK
     + """
 from dpo_cli.modeling.allocator import take_over_weights
+from dpo_cli.modeling.folders.saving import origin_of
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from dpo_cli.modeling.held import held_as
 from dpo_cli.modeling.policy import Policy
@@ -57,9 +58,10 @@ def everything(folder, out):
     took["digest"] = peak(lambda: policy.identity)
     took["take over"] = peak(lambda: take_over_weights(policy.model))
     Path(out).mkdir()
-    took["write"] = peak(lambda: policy.write(Path(out), tokenizer, types=policy.came_in))
-    took["compare"] = peak(lambda: policy.check_written(Path(out), policy.came_in))
-    took["resume"] = peak(lambda: policy.restore(Path(out)))
+    types = origin_of(policy.model).types
+    took["write"] = peak(lambda: policy.weights.write(Path(out), tokenizer, types=types))
+    took["compare"] = peak(lambda: policy.weights.check_written(Path(out), types=types))
+    took["resume"] = peak(lambda: policy.weights.restore(Path(out)))
     return took, policy
 
 kept = []
@@ -96,13 +98,13 @@ def learner(folder):
     policy = Policy.load(folder, held=Split(gradients=optimizer.gradients) if weights == "split" else FLOAT32)
     take_over_weights(policy.model)
     policy.place(accelerator, trained=True)
-    chosen = optimizer.over(policy.trained(), 1e-3, 0.0)
+    chosen = optimizer.over(policy.weights.trained(), 1e-3, 0.0)
     return Learner(policy, Objective.of(DPO()), NoReference().open(None), accelerator.prepare_optimizer(chosen),
                    schedule(chosen, "constant", 0.0, 2), accelerator)
 
 def resumed(folder, out):
     before = learner(folder)
-    for parameter in before.policy.trained():
+    for parameter in before.policy.weights.trained():
         parameter.grad = torch.ones_like(parameter, dtype=parameter.grad_dtype)
     before.optimizer.step()
     before.rates.step()
@@ -110,7 +112,7 @@ def resumed(folder, out):
     CheckpointWriter(Path(out), load_tokenizer(warm), 1, background=False).save(before, RunNotes({}))
     tensors = list(before.state().tensors["optimizer.safetensors"].values())
     sizes = sum(tensor.nbytes for tensor in tensors), max(tensor.nbytes for tensor in tensors)
-    largest = max(4 * parameter.numel() for parameter in before.policy.trained())
+    largest = max(4 * parameter.numel() for parameter in before.policy.weights.trained())
     del before, tensors, parameter
     after = learner(folder)
     return peak(lambda: restore_checkpoint(Path(out, "step-000001"), after)), *sizes, largest
@@ -138,7 +140,9 @@ _EXPERTS = (
     _PEAK
     + """
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
+from dpo_cli.modeling.gguf.tensors import round_as_in_file
 from dpo_cli.modeling.gguf.vocabulary import add_vocabulary
+from dpo_cli.modeling.gguf.writing import write_gguf
 from dpo_cli.modeling.policy import Policy
 
 warm, folder, kind, file = sys.argv[1:]
@@ -146,8 +150,8 @@ warm, folder, kind, file = sys.argv[1:]
 def everything(folder, file):
     tokenizer, policy = load_tokenizer(warm), Policy.load(folder)
     words = lambda writer: add_vocabulary(writer, tokenizer, policy.model.config.vocab_size)
-    took = {"write": peak(lambda: policy.write_gguf(Path(file), words, kind))}
-    took["round"] = peak(lambda: policy.round_as_gguf(kind))
+    took = {"write": peak(lambda: write_gguf(policy.model, Path(file), kind, "experts", words))}
+    took["round"] = peak(lambda: round_as_in_file(policy.model, kind))
     weights = [parameter.nbytes for parameter in policy.model.parameters()]
     return {"took": took, "weights": sum(weights), "tensor": max(weights)}
 

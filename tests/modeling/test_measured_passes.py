@@ -75,7 +75,7 @@ def train(policy, batch):
 @pytest.mark.parametrize("trained", [Whole(), Adapted(Lora(dropout=0.5))], ids=["all weights", "adapter"])
 def test_the_line_tells_what_passes_of_other_sizes_take(tiny_llama, pairs, trained):
     policy, counter = placed(tiny_llama, trained), Kept()
-    before, random = {name: w.clone() for name, w in policy.weights().items()}, torch.get_rng_state()
+    before, random = {name: w.clone() for name, w in policy.weights.tensors().items()}, torch.get_rng_state()
     line = measured_passes(policy, of(pairs, 4000), largest, counter)
     assert len(counter.counted) == 3
     assert counter.counted[0] == counter.counted[1] < counter.counted[2]
@@ -84,13 +84,13 @@ def test_the_line_tells_what_passes_of_other_sizes_take(tiny_llama, pairs, train
         cut = largest(batches)
         really = Kept()(functools.partial(train, policy, batches(cut)))
         assert line.of(batches.layout.tokens(pairs.sizes, cut.pairs)) == pytest.approx(really, rel=0.1)
-        for weights in policy.trained():
+        for weights in policy.weights.trained():
             weights.grad = None
     torch.set_rng_state(random)
     measured_passes(policy, of(pairs, 4000), largest, Kept())
     assert torch.equal(torch.get_rng_state(), random)
-    assert all(weights.grad is None for weights in policy.trained())
-    assert all(torch.equal(before[name], weights) for name, weights in policy.weights().items())
+    assert all(weights.grad is None for weights in policy.weights.trained())
+    assert all(torch.equal(before[name], weights) for name, weights in policy.weights.tensors().items())
 
 
 def test_where_the_largest_does_not_fit_a_smaller_one_is_measured(tiny_llama, pairs):
@@ -101,7 +101,7 @@ def test_where_the_largest_does_not_fit_a_smaller_one_is_measured(tiny_llama, pa
     assert max(full.counted) <= full.room
     tokens = of(pairs, 4000).layout.tokens(pairs.sizes, largest(of(pairs, 4000)).pairs)
     assert line.of(tokens) == pytest.approx(counter.counted[-1], rel=0.1)
-    assert all(weights.grad is None for weights in policy.trained())
+    assert all(weights.grad is None for weights in policy.weights.trained())
 
 
 def test_ranks_measure_as_many_passes_and_none_of_them_tries_what_does_not_fit(tiny_llama, pairs):

@@ -42,7 +42,7 @@ def really_kept(policy, batch, dtype=torch.float32):
         return tensor
 
     keeping = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with keeping, lower, policy.training_pass(), memory.reading(batch.tree):
+    with keeping, lower, policy.weights.training_pass(), memory.reading(batch.tree):
         states = model.base_model(**memory.model_inputs(batch))[0]
     assert states.requires_grad
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Mixt
 
 from dpo_cli.modeling.adapters.adapted import Adapted
 from dpo_cli.modeling.adapters.settings import Lora
+from dpo_cli.modeling.folders.saved_weights import round_as_saved
+from dpo_cli.modeling.folders.saving import origin_of
 from dpo_cli.modeling.folders.weight_types import WeightTypes
 from dpo_cli.modeling.policy import Policy
 from tests.builders import stirred
@@ -53,14 +55,14 @@ def adapted(base: Path, **settings: Any) -> Policy:
     policy = Policy.load(str(base), trained=Adapted(Lora(rank=4, alpha=6, **settings)))
     torch.manual_seed(1)
     with torch.no_grad():
-        for weights in policy.trained():
+        for weights in policy.weights.trained():
             weights += 0.1 * torch.randn_like(weights)
     return policy
 
 
 def saved(policy: Policy, folder: Path, tokenizer: Any, types: WeightTypes | None = None) -> Path:
     folder.mkdir()
-    policy.write(folder, tokenizer, types=types)
+    policy.weights.write(folder, tokenizer, types=types)
     return folder
 
 
@@ -69,7 +71,7 @@ def merged(policy: Policy, base: Path, folder: Path, tokenizer: Any) -> Path:
     types = WeightTypes.of_files(base)
     policy.merge()
     written = saved(policy, folder, tokenizer, types)
-    policy.check_written(written, types)
+    policy.weights.check_written(written, types=types)
     return written
 
 
@@ -191,10 +193,10 @@ def test_weights_that_files_keep_apart_are_rounded_in_memory_as_they_are_written
     mixed = {name: t if "gate.weight" in name else t.bfloat16() for name, t in load_file(file).items()}
     save_file({n: t * 1.01 if t.dtype == torch.float32 else t for n, t in mixed.items()}, file, {"format": "pt"})
     policy = stirred(Policy.load(str(tmp_path / "base")))
-    types = policy.came_in
+    types = origin_of(policy.model).types
     written = load_file(saved(policy, tmp_path / "written", tokenizer, types) / WEIGHTS)
     assert {str(tensor.dtype) for tensor in written.values()} == {"torch.float32", "torch.bfloat16"}
-    policy.round_to(types)
+    round_as_saved(policy.model, types)
     rounded = load_file(saved(policy, tmp_path / "rounded", tokenizer) / WEIGHTS)
     assert all(torch.equal(tensor, written[name].float()) for name, tensor in rounded.items())
 

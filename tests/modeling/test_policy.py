@@ -31,7 +31,7 @@ def batch(tmp_path, pairs_file, tokenizer):
 
 def shift(policy, by=0.1):
     with torch.no_grad():
-        for weights in policy.trained():
+        for weights in policy.weights.trained():
             weights += by
 
 
@@ -75,17 +75,17 @@ def test_at_its_beginning_a_policy_answers_as_before_its_weights_moved(policy, b
 
 
 def test_a_frozen_copy_stays_has_nothing_to_train_and_moves_its_share_of_the_way(policy, batch):
-    copied, before = policy.frozen_copy(), {name: w.clone() for name, w in policy.weights().items()}
+    copied, before = policy.frozen_copy(), {name: w.clone() for name, w in policy.weights.tensors().items()}
     shift(policy, 1.0)
-    assert copied.trained() == []
-    assert all(torch.equal(w, before[name]) for name, w in copied.weights().items())
-    copied.move_towards(policy, 0.25)
-    for name, weights in copied.weights().items():
+    assert copied.weights.trained() == []
+    assert all(torch.equal(w, before[name]) for name, w in copied.weights.tensors().items())
+    copied.weights.move_towards(policy.weights, 0.25)
+    for name, weights in copied.weights.tensors().items():
         torch.testing.assert_close(weights, before[name] + 0.25)
-    copied.set_weights(before)
-    assert all(torch.equal(w, before[name]) for name, w in copied.weights().items())
+    copied.weights.set_tensors(before)
+    assert all(torch.equal(w, before[name]) for name, w in copied.weights.tensors().items())
     with pytest.raises(ValueError, match="another model"):
-        copied.set_weights({name: w for name, w in before.items() if "norm" not in name})
+        copied.weights.set_tensors({name: w for name, w in before.items() if "norm" not in name})
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -107,23 +107,23 @@ def test_sizes_are_those_of_the_weights_whether_they_are_in_memory_or_not(tmp_pa
 
 def test_what_is_written_is_restored_and_checked(policy, tokenizer, tmp_path):
     tmp_path.joinpath("saved").mkdir()
-    before = {name: tensor.clone() for name, tensor in policy.state().items()}
-    policy.write(tmp_path / "saved", tokenizer)
-    policy.check_written(tmp_path / "saved")
+    before = {name: tensor.clone() for name, tensor in policy.weights.state().items()}
+    policy.weights.write(tmp_path / "saved", tokenizer)
+    policy.weights.check_written(tmp_path / "saved")
     shift(policy)
     with pytest.raises(UserError, match="was not saved as it is in memory"):
-        policy.check_written(tmp_path / "saved")
-    policy.restore(tmp_path / "saved")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state().items())
+        policy.weights.check_written(tmp_path / "saved")
+    policy.weights.restore(tmp_path / "saved")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.weights.state().items())
 
 
 def test_a_state_is_written_whatever_the_weights_became(policy, tokenizer, tmp_path):
     tmp_path.joinpath("saved").mkdir()
-    state = {name: tensor.clone() for name, tensor in policy.state().items()}
+    state = {name: tensor.clone() for name, tensor in policy.weights.state().items()}
     shift(policy)
-    policy.write(tmp_path / "saved", tokenizer, state)
-    policy.restore(tmp_path / "saved")
-    assert all(torch.equal(tensor, state[name]) for name, tensor in policy.state().items())
+    policy.weights.write(tmp_path / "saved", tokenizer, state)
+    policy.weights.restore(tmp_path / "saved")
+    assert all(torch.equal(tensor, state[name]) for name, tensor in policy.weights.state().items())
 
 
 def test_the_identity_is_that_of_the_weights_training_starts_from(policy, tiny_llama):
@@ -134,16 +134,16 @@ def test_the_identity_is_that_of_the_weights_training_starts_from(policy, tiny_l
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_not_finite_is_found(policy, value):
-    assert policy.finite()
+    assert policy.weights.finite()
     with torch.no_grad():
         policy.model.model.norm.weight[3] = value
-    assert not policy.finite()
+    assert not policy.weights.finite()
 
 
 def test_gradients_are_clipped_to_a_norm_and_that_before_is_returned(policy):
-    for weights in policy.trained():
+    for weights in policy.weights.trained():
         weights.grad = torch.ones_like(weights)
-    norm = sum(weights.numel() for weights in policy.trained()) ** 0.5
+    norm = sum(weights.numel() for weights in policy.weights.trained()) ** 0.5
     assert float(policy.clip(None)) == pytest.approx(norm)
     assert float(policy.clip(2.0)) == pytest.approx(norm)
     assert float(policy.clip(None)) == pytest.approx(2.0, rel=1e-4)

@@ -63,7 +63,7 @@ def held_policy(model: Path, held: Held, **adapter: Any) -> Policy:
     """Load a model with an adapter that is not zero."""
     policy = Policy.load(str(model), trained=Adapted(Lora(**adapter)), held=held)
     with torch.no_grad():
-        for name, weights in policy.weights().items():
+        for name, weights in policy.weights.tensors().items():
             if "lora_B" in name:
                 weights.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
     return policy
@@ -110,7 +110,7 @@ def test_a_copy_shares_all_that_does_not_train(kind: str, tiny_llama: Path) -> N
     before = held_in_memory(policy.model)
     other = policy.frozen_copy()
     both = held_in_memory(torch.nn.ModuleList([policy.model, other.model]))
-    assert both - before == sum(weights.nbytes for weights in policy.weights().values())
+    assert both - before == sum(weights.nbytes for weights in policy.weights.tensors().values())
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)
@@ -120,7 +120,7 @@ def test_gradients_are_those_of_the_dequantized_model(kind: str, dora: bool, tin
     plain = held_policy(tiny_llama, FLOAT32, dora=dora)
     for name, layer in quantized_layers(policy.model).items():
         plain.model.get_submodule(name).weight.data = dequantize_bnb_weight(layer.weight, layer.__dict__.get("state"))
-    plain.set_weights(policy.weights())
+    plain.weights.set_tensors(policy.weights.tensors())
     ids = torch.arange(40).reshape(2, 20)
     # A pass without gradient must not change what the next one computes.
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_gradients_are_those_of_the_dequantized_model(kind: str, dora: bool, tin
         logits.log_softmax(-1)[..., 3].sum().backward()
     ours, expected = policy.model.named_parameters(), dict(plain.model.named_parameters())
     gradients = {name: weights.grad for name, weights in ours if weights.requires_grad}
-    assert [*gradients] == [*policy.weights()]
+    assert [*gradients] == [*policy.weights.tensors()]
     for name, gradient in gradients.items():
         assert gradient is not None
         torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-3, atol=1e-4)
@@ -222,8 +222,8 @@ def test_without_weights_an_adapter_has_the_shapes_that_it_has_with_them(
     kind: str, dora: bool, tiny_llama: Path
 ) -> None:
     how: Any = {"trained": Adapted(Lora(dora=dora)), "held": held_as(kind, "float32")}
-    shapes = Policy.empty(str(tiny_llama), **how).shapes()
-    assert shapes == Policy.load(str(tiny_llama), **how).shapes()
+    shapes = Policy.empty(str(tiny_llama), **how).weights.shapes()
+    assert shapes == Policy.load(str(tiny_llama), **how).weights.shapes()
     assert len(shapes) == 2 * 7 * (2 + dora)
 
 
@@ -281,13 +281,12 @@ def test_a_model_whose_layers_are_of_other_kinds_is_refused_before_its_weights_a
 @pytest.mark.parametrize("kind", QUANTIZED)
 @pytest.mark.parametrize(("dtype", "dora"), [("float32", False), ("float32", True), ("bfloat16", False)])
 def test_a_fresh_adapter_changes_nothing(dtype: str, kind: str, dora: bool, tiny_llama: Path) -> None:
-    held, adapted, ids = held_as(kind, dtype), Adapted(Lora(dora=dora)), torch.arange(40).reshape(2, 20)
-    model = load_policy(str(tiny_llama), held=held)
+    model, ids = load_policy(str(tiny_llama), held=held_as(kind, dtype)), torch.arange(40).reshape(2, 20)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         base = model(ids).logits
-        adapted.choose(model)
+        adapter = Adapted(Lora(dora=dora)).choose(model)
         assert torch.equal(model(ids).logits, base)
-        with adapted.at_beginning(model):
+        with adapter.at_beginning():
             assert torch.equal(model(ids).logits, base)
 
 

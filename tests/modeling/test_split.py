@@ -221,8 +221,8 @@ def test_a_run_is_that_of_float32_weights_which_are_rounded_wherever_they_are_us
 def kept_by(learner):
     """Return a copy of all that a step changes, by what it is."""
     return {
-        "weights": [p.detach().clone() for p in learner.policy.trained()],
-        "low bits": [p.low_bits.clone() for p in learner.policy.trained()],
+        "weights": [p.detach().clone() for p in learner.policy.weights.trained()],
+        "low bits": [p.low_bits.clone() for p in learner.policy.weights.trained()],
         "moments": [tensor.clone() for tensor in learner.state().tensors[OPTIMIZER].values()],
     }
 
@@ -264,24 +264,24 @@ def test_a_skipped_step_touches_neither_weights_nor_low_bits_nor_moments(
 def test_what_is_written_is_float32_and_comes_back_bit_for_bit(tiny_llama, tokenizer, tmp_path):
     policy = Policy.load(str(tiny_llama), held=Split())
     with torch.no_grad():
-        for p in policy.trained():
+        for p in policy.weights.trained():
             p.low_bits += torch.arange(p.numel(), dtype=torch.int16).view(p.shape) % 1000
     (tmp_path / "saved").mkdir()
-    policy.write(tmp_path / "saved", tokenizer)
-    policy.check_written(tmp_path / "saved")
+    policy.weights.write(tmp_path / "saved", tokenizer)
+    policy.weights.check_written(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "float32"
-    state = {name: whole_value(tensor) for name, tensor in policy.state().items()}
+    state = {name: whole_value(tensor) for name, tensor in policy.weights.state().items()}
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert {name: tensor.dtype for name, tensor in saved.items()} == dict.fromkeys(state, torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).state_dict()
     other = Policy.load(str(tiny_llama), held=Split())
-    other.restore(tmp_path / "saved")
+    other.weights.restore(tmp_path / "saved")
     for name, tensor in state.items():
         assert torch.equal(saved[name], tensor)
         assert torch.equal(plain[name], tensor)
-        assert torch.equal(whole_value(other.state()[name]), tensor)
+        assert torch.equal(whole_value(other.weights.state()[name]), tensor)
     as_float32 = Policy.load(str(tmp_path / "saved"))
-    assert other.fingerprints == as_float32.fingerprints
+    assert other.weights.fingerprints == as_float32.weights.fingerprints
     assert other.identity != as_float32.identity
 
 

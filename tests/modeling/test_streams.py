@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dpo_cli.errors import UserError
 from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.folders.saved_weights import SavedWeights
+from dpo_cli.modeling.folders.saving import origin_of
 from dpo_cli.modeling.folders.shard_files import Piece, write_part
 from dpo_cli.modeling.folders.streams import NAMES, save_tensors
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
@@ -102,7 +103,7 @@ def test_weights_are_written_over_those_that_are_there(tmp_path: Path, kind: str
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1
-    Policy(model).restore(tmp_path)
+    Policy(model).weights.restore(tmp_path)
     assert {name: (id(one), one.data_ptr()) for name, one in model.named_parameters()} == parameters
     expected = saved.state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
@@ -119,7 +120,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path, fault: str) -> Non
         weights |= {first: one, "further": one.clone()} if fault == "further" else {first: one[:-1].contiguous()}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as refused:
-        policy.restore(tmp_path)
+        policy.weights.restore(tmp_path)
     assert "--overwrite" in refused.value.hint
 
 
@@ -133,13 +134,13 @@ def test_weights_are_rounded_once_to_the_type_that_they_came_in(
     model.to(dtype).save_pretrained(source)
     policy = Policy.load(str(source))
     with torch.no_grad():
-        for weights in policy.trained():
+        for weights in policy.weights.trained():
             weights += 0.01 * torch.randn_like(weights)
     expected = {name: tensor.to(dtype) for name, tensor in policy.model.state_dict().items()}
     folder = tmp_path / "final"
     folder.mkdir()
-    policy.write(folder, tokenizer, types=policy.came_in)
-    policy.check_written(folder, policy.came_in)
+    policy.weights.write(folder, tokenizer, types=origin_of(policy.model).types)
+    policy.weights.check_written(folder, types=origin_of(policy.model).types)
     size = (source / "model.safetensors").stat().st_size
     assert (folder / "model.safetensors").stat().st_size == size
     assert AutoConfig.from_pretrained(folder).dtype == dtype
@@ -158,9 +159,9 @@ def test_each_weight_keeps_the_type_that_it_came_in(tmp_path: Path, tiny_llama: 
     mixed = {name: tensor.to(types[name]) for name, tensor in weights.items()}
     save_file(mixed, source / "model.safetensors", metadata={"format": "pt"})
     policy, folder = Policy.load(str(source)), tmp_path / "final"
-    assert policy.came_in == WeightTypes.of_files(source)
+    assert origin_of(policy.model).types == WeightTypes.of_files(source)
     folder.mkdir()
-    policy.write(folder, load_tokenizer(str(tiny_llama)), types=policy.came_in)
+    policy.weights.write(folder, load_tokenizer(str(tiny_llama)), types=origin_of(policy.model).types)
     assert (folder / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert load_policy(str(folder)).config.vocab_size == policy.vocabulary
 

@@ -58,7 +58,7 @@ def refused(session):
 def least(session):
     """Return what a process takes at least."""
     policy = trained_policy(session, empty=True)
-    return memory._without_passes(session, policy.sizes(session.shards), policy.trained(), policy, 0).peak
+    return memory._without_passes(session, policy.sizes(session.shards), policy.weights.trained(), policy, 0).peak
 
 
 FULL = {"training": {"sharding": "full"}}

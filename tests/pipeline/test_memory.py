@@ -88,11 +88,11 @@ def test_an_adapter_takes_gradients_moments_and_copies_of_its_own_weights_alone(
         lora["start"] = str(tmp_path / "start")
         (tmp_path / "start").mkdir()
         with started(load_config(make_config(tmp_path, model, model, adapter=LORA)), Console(quiet=True)) as first:
-            trained_policy(first).write(tmp_path / "start", tokenizer)
+            trained_policy(first).weights.write(tmp_path / "start", tokenizer)
         copies = copies or int(reference == "frozen")
     one = session(adapter=lora, reference=reference, checkpoints={"background": background})
     policy = trained_policy(one, empty=True)
-    parts = memory._without_passes(one, policy.sizes(), policy.trained(), policy, 0).parts()
+    parts = memory._without_passes(one, policy.sizes(), policy.weights.trained(), policy, 0).parts()
     assert {name: size for name, size in parts.items() if name != "optimizer"} == {
         "program and libraries": 0,
         "weights": 4 * (base + adapter),
@@ -174,7 +174,7 @@ def least(one, settings):
         group[name] = {"true": True, "false": False}.get(value, value)
     other = one.under(as_config(values))
     policy = trained_policy(other, empty=True)
-    return memory._without_passes(other, policy.sizes(), policy.trained(), policy, 0).needed
+    return memory._without_passes(other, policy.sizes(), policy.weights.trained(), policy, 0).needed
 
 
 def test_of_several_processes_each_holds_the_gradients_that_are_averaged_once_more(session):
@@ -183,7 +183,9 @@ def test_of_several_processes_each_holds_the_gradients_that_are_averaged_once_mo
     policy = trained_policy(one, empty=True)
     accelerator = types.SimpleNamespace(num_processes=2, device=one.accelerator.device, mixed_precision="no")
     two = dataclasses.replace(one, accelerator=accelerator)
-    alone, beside = (memory._without_passes(each, policy.sizes(), policy.trained(), policy, 0) for each in (one, two))
+    alone, beside = (
+        memory._without_passes(each, policy.sizes(), policy.weights.trained(), policy, 0) for each in (one, two)
+    )
     assert beside.peak - alone.peak == beside.parts()["gradients being averaged"] == policy.sizes().trained
 
 

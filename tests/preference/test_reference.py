@@ -73,14 +73,14 @@ def test_a_synced_reference_moves_its_share_of_the_way_every_so_many_steps(tiny_
     """θ_ref ← 0.25·(θ + 1) + 0.75·θ = θ + 0.25, after the second step and not after the first."""
     policy = Policy.load(str(tiny_llama))
     reference = open_reference(Synced(every_steps=2, alpha=0.25), policy, pairs)
-    before = {name: weights.clone() for name, weights in policy.weights().items()}
-    for weights in policy.weights().values():
+    before = {name: weights.clone() for name, weights in policy.weights.tensors().items()}
+    for weights in policy.weights.tensors().values():
         weights += 1
     reference.after_step(1)
-    for name, weights in reference.moving.weights().items():
+    for name, weights in reference.moving.weights.tensors().items():
         assert torch.equal(weights, before[name])
     reference.after_step(2)
-    for name, weights in reference.moving.weights().items():
+    for name, weights in reference.moving.weights.tensors().items():
         torch.testing.assert_close(weights, before[name] + 0.25)
 
 
@@ -105,7 +105,7 @@ def test_a_frozen_reference_stays_where_it_was_while_the_policy_moves(tiny_llama
     policy = Policy.load(str(tiny_llama))
     logps = open_reference(Frozen(), policy, pairs)
     before = answers(logps, pairs)
-    for weights in policy.weights().values():
+    for weights in policy.weights.tensors().values():
         weights += 1
     assert torch.equal(answers(logps, pairs), before)
 

@@ -123,15 +123,15 @@ def test_layouts_train_the_same_adapter(tiny_llama, pairs, kind, recomputed):
 def test_a_synced_reference_moves_its_share_of_the_way_on_a_and_b(tiny_llama, pairs, alpha, kind):
     """θ_ref ← α·θ + (1−α)·θ_ref, for A and B by themselves, after the second step and not after the first."""
     policy, reference, _ = opened(tiny_llama, pairs, Synced(every_steps=2, alpha=alpha), **kind)
-    before = {name: weights.clone() for name, weights in policy.weights().items()}
+    before = {name: weights.clone() for name, weights in policy.weights.tensors().items()}
     assert {name.split(".")[-3] for name in before} <= {"lora_A", "lora_B", "self_attn", "mlp", "lora_magnitude_vector"}
     stirred(policy)
     reference.after_step(1)
-    assert all(torch.equal(weights, before[name]) for name, weights in reference.moving.weights().items())
+    assert all(torch.equal(weights, before[name]) for name, weights in reference.moving.weights.tensors().items())
     reference.after_step(2)
-    after = policy.weights()
-    assert reference.moving.weights().keys() == before.keys()
-    for name, weights in reference.moving.weights().items():
+    after = policy.weights.tensors()
+    assert reference.moving.weights.tensors().keys() == before.keys()
+    for name, weights in reference.moving.weights.tensors().items():
         torch.testing.assert_close(weights, alpha * after[name] + (1 - alpha) * before[name])
         if alpha == 1:
             assert torch.equal(weights, after[name])
@@ -147,14 +147,14 @@ def storages(*models):
 def test_no_reference_holds_a_second_base(tiny_llama, pairs, strategy, adapters):
     policy, reference, _ = opened(tiny_llama, pairs, STRATEGIES[strategy])
     base = storages(Policy.load(str(tiny_llama)).model)
-    adapter = sum(weights.nbytes for weights in policy.weights().values())
+    adapter = sum(weights.nbytes for weights in policy.weights.tensors().values())
     models = [policy.model, policy._beginning or policy.model, *([reference.moving.model] if reference.moving else [])]
     assert storages(*models) == base + adapters * adapter
 
 
 def test_a_frozen_reference_of_an_adapter_that_is_gone_on_from_holds_its_tensors_alone(tiny_llama, pairs, start, kind):
     policy, _, _ = opened(tiny_llama, pairs, Frozen(), start=str(start), **kind)
-    adapter = sum(weights.nbytes for weights in policy.weights().values())
+    adapter = sum(weights.nbytes for weights in policy.weights.tensors().values())
     assert storages(policy.model, policy._beginning) == storages(Policy.load(str(tiny_llama)).model) + 2 * adapter
 
 
@@ -185,8 +185,8 @@ def test_a_frozen_weight_has_no_gradient_and_no_moment_and_stays(write_config, w
     list(dpo_cli.train(write_config(adapter=adapter, model={"dtype": dtype}, training={"max_steps": 3})))
     learner = watched["learner"]
     policy = learner.policy
-    trained = sum(weights.nbytes for weights in policy.weights().values())
-    assert all(weights.dtype == torch.float32 for weights in policy.weights().values())
+    trained = sum(weights.nbytes for weights in policy.weights.tensors().values())
+    assert all(weights.dtype == torch.float32 for weights in policy.weights.tensors().values())
     assert watched["gradients"] == trained
     state = learner.optimizer.state_dict()["state"].values()
     assert sum(tensor.nbytes for moments in state for tensor in moments.values() if tensor.ndim) == 2 * trained

@@ -88,7 +88,7 @@ class Case:
             **given,
         )
         if not self.adapter.start:
-            state = Policy.load(str(self.world.policy), trained=Adapted(self.adapter, SEED)).state()
+            state = Policy.load(str(self.world.policy), trained=Adapted(self.adapter, SEED)).weights.state()
             assert not set_peft_model_state_dict(trainer.model, dict(state)).unexpected_keys
         return trainer
 
@@ -109,10 +109,10 @@ def case(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.
         return Case(dataclasses.replace(world, reference=None), adapter)
     policy = Policy.load(str(world.policy), trained=Adapted(adapter, 1))
     generator = torch.Generator().manual_seed(0)
-    for weights in policy.weights().values():
+    for weights in policy.weights.tensors().values():
         weights += 0.05 * torch.randn(weights.shape, generator=generator)
     folder = tmp_path_factory.mktemp("start")
-    policy.write(folder, world.tokenizer)
+    policy.weights.write(folder, world.tokenizer)
     started = adapter.model_copy(update={"start": str(folder)})
     return Case(world if beginning == "another reference" else dataclasses.replace(world, reference=None), started)
 
@@ -120,7 +120,9 @@ def case(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_draws_what_peft_draws_after_it(world, kind):
     """So whoever sets the same seed as a script of TRL's begins with the same adapter."""
-    ours = Policy.load(str(world.policy), trained=Adapted(Lora(rank=RANK, alpha=ALPHA, **KINDS[kind]), SEED)).state()
+    ours = Policy.load(
+        str(world.policy), trained=Adapted(Lora(rank=RANK, alpha=ALPHA, **KINDS[kind]), SEED)
+    ).weights.state()
     set_seed(SEED)
     names = {"dora": "use_dora", "rslora": "use_rslora"}
     settings = {names[name]: value for name, value in KINDS[kind].items()}

@@ -257,12 +257,12 @@ def train(
     indices = np.arange(len(world.pairs))
     work = ReferenceWork(other, policy, accelerator, indices, batches, silent)
     opened = (reference or (Frozen() if objective.needs_reference else NoReference())).open(work)
-    inner = optimizer(policy.trained())
+    inner = optimizer(policy.weights.trained())
     rates = schedule(inner, "constant", 0.0, len(steps))
     prepared = accelerator.prepare_optimizer(inner)
     learner = Learner(policy, objective, opened, prepared, rates, accelerator, max_grad_norm)
     metrics = [learner.take(as_step(*numbered), batches).metrics for numbered in enumerate(steps, 1)]
-    gradients = dict(zip(policy.weights(), getattr(inner, "gradients", ()), strict=False))
+    gradients = dict(zip(policy.weights.tensors(), getattr(inner, "gradients", ()), strict=False))
     return metrics, OneStep(metrics[-1]["loss"], gradients)
 
 

@@ -60,7 +60,7 @@ def learner_of(model: str, *, adapter: bool, reference: bool, optimizer: str, hy
         return made
 
     trained = policy()
-    chosen = OPTIMIZERS[optimizer].over(trained.trained(), 1e-2, 0.1)
+    chosen = OPTIMIZERS[optimizer].over(trained.weights.trained(), 1e-2, 0.1)
     return Learner(
         policy=trained,
         objective=Objective.of(DPO()),
@@ -74,7 +74,7 @@ def learner_of(model: str, *, adapter: bool, reference: bool, optimizer: str, hy
 def take(learner: Learner, steps: int) -> None:
     """Take steps with gradients that depend on the step and the weight alone."""
     for _ in range(steps):
-        for place, weights in enumerate(learner.policy.trained()):
+        for place, weights in enumerate(learner.policy.weights.trained()):
             generator = torch.Generator().manual_seed(1000 * learner.done + place)
             gradient = torch.randn(weights.shape, generator=generator)
             split = isinstance(weights, DTensor)
@@ -82,18 +82,18 @@ def take(learner: Learner, steps: int) -> None:
         learner.optimizer.step()
         learner.rates.step()
         if learner.reference.moving:
-            learner.reference.moving.move_towards(learner.policy, 0.5)
+            learner.reference.moving.weights.move_towards(learner.policy.weights, 0.5)
 
 
 def result_of(learner: Learner) -> dict[str, torch.Tensor]:
     """Return all weights and all that the optimizer keeps, whole."""
-    found = {name: gathered(weights).clone() for name, weights in learner.policy.weights().items()}
-    for name, weights in learner.policy.named().items():
+    found = {name: gathered(weights).clone() for name, weights in learner.policy.weights.tensors().items()}
+    for name, weights in learner.policy.weights.moved().items():
         for kind, kept in learner.optimizer.state.get(weights, {}).items():
             if not (isinstance(weights, DTensor) and not isinstance(kept, DTensor) and kept.ndim):
                 found[f"{name}.{kind}"] = gathered(kept).clone().contiguous()
     if learner.reference.moving:
-        found |= {f"ref.{n}": gathered(one).clone() for n, one in learner.reference.moving.weights().items()}
+        found |= {f"ref.{n}": gathered(one).clone() for n, one in learner.reference.moving.weights.tensors().items()}
     return found
 
 

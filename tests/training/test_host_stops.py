@@ -74,7 +74,7 @@ def learner_on_cuda(monkeypatch, model, pairs, layout, *, loss=None, reference=N
             one.place(accelerator, trained=one is policy, collisions=objective.wpo, recomputed=recomputed)
         batches = Batches(pairs, LAYOUTS[layout], 700, CUDA)
         opened = opened or reference.open(ReferenceWork(other, policy, accelerator, indices, batches, silent))
-        optimizer = AdamW().over(policy.trained(), 1e-3, 0.0)
+        optimizer = AdamW().over(policy.weights.trained(), 1e-3, 0.0)
         plan = Plan(indices, pairs.sizes.longest, 8, 2, None, True, 0)
         rates = schedule(optimizer, "constant", 0.0, 2)
         prepared = accelerator.prepare_optimizer(optimizer)

@@ -34,7 +34,7 @@ NOTES = RunNotes(FINGERPRINTS)
 def learner(tiny_llama):
     accelerator, policy = Accelerator(cpu=True), Policy.load(str(tiny_llama))
     policy.place(accelerator, trained=True)
-    optimizer = AdamW().over(policy.trained(), 1e-3, 0.0)
+    optimizer = AdamW().over(policy.weights.trained(), 1e-3, 0.0)
     learner = Learner(
         policy=policy,
         objective=Objective.of(DPO()),
@@ -49,7 +49,7 @@ def learner(tiny_llama):
 
 
 def step(learner):
-    for parameter in learner.policy.trained():
+    for parameter in learner.policy.weights.trained():
         parameter.grad = torch.ones_like(parameter)
     learner.optimizer.step()
     learner.rates.step()
@@ -133,7 +133,7 @@ def test_what_was_saved_comes_back(learner, tokenizer, tmp_path):
     writer = writer_of(tmp_path, tokenizer, background=True)
     writer.save(learner, RunNotes(FINGERPRINTS, "rows", {"loss": 1.5}, {"samples": "others"}))
     writer.finish()
-    weights = {name: tensor.clone() for name, tensor in learner.policy.state().items()}
+    weights = {name: tensor.clone() for name, tensor in learner.policy.weights.state().items()}
     moments = moments_of(learner)
     step(learner)
     learner.skips.count = 3
@@ -141,7 +141,7 @@ def test_what_was_saved_comes_back(learner, tokenizer, tmp_path):
     assert (record.step, record.metrics, record.before) == (1, "rows", {"loss": 1.5})
     assert record.rows == {"samples": "others"}
     assert learner.done == 1
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in learner.policy.state().items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in learner.policy.weights.state().items())
     assert all(torch.equal(moment, moments[name]) for name, moment in moments_of(learner).items())
     assert learner.statistics == {"mean": 1.0}
     assert learner.skips.count == 1

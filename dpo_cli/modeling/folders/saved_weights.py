@@ -155,6 +155,15 @@ class SavedWeights:
             yield from in_order({name: self.sketch[name] for name in names})
 
 
+def round_as_saved(model: PreTrainedModel, types: WeightTypes) -> None:
+    """Round every weight of a model as it is if it is saved in its type, and keep it in the dtype that it has."""
+    held, seen = SavedWeights(model).types_held(types), set[int]()
+    for name, weights in model.state_dict(keep_vars=True).items():
+        if weights.is_floating_point() and id(weights) not in seen:
+            seen.add(id(weights))
+            weights.data = weights.data.to(held[name]).to(weights.dtype)
+
+
 def other_bytes(name: str, folder: Path) -> UserError:
     """Say that a weight in a folder is not the one in memory."""
     hint = "check the disk, then `--resume`: the last checkpoint is intact"

@@ -122,6 +122,11 @@ def remember_adapter(model: PreTrainedModel, folder: Path) -> None:
     model.origin = origin
 
 
+def remember_provenance(model: PreTrainedModel, known: Provenance) -> None:
+    """Keep with a model where it comes from, where more is known of that than its folder tells."""
+    model.origin = replace(origin_of(model), provenance=known)
+
+
 def end_at(model: PreTrainedModel, token: int) -> None:
     """Let generation end at a token too, by all settings that are saved with a model; others that end it stay."""
     end_generation_at(model, [token])

@@ -1,20 +1,15 @@
-"""The types that a model's files keep its weights in, and weights rounded to them."""
+"""The types that a model's files keep its weights in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
 
 from dpo_cli.modeling.folders.model_files import weights_files
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The types that weights are written in, as safetensors files call them."""
@@ -56,21 +51,6 @@ class WeightTypes:
     def __getitem__(self, name: str) -> torch.dtype:
         """Return the type of the weight of that name."""
         return self.named.get(name, self.other)
-
-
-def round_weights(model: PreTrainedModel, types: WeightTypes) -> None:
-    """Round every weight to its type, and keep it in the dtype that it has."""
-    for name, weights in _floating(model):
-        weights.data = weights.data.to(types[name]).to(weights.dtype)
-
-
-def _floating(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Yield what is saved of a model and is no whole number, tied weights once."""
-    seen: set[int] = set()
-    for name, weights in model.state_dict(keep_vars=True).items():
-        if weights.is_floating_point() and id(weights) not in seen:
-            seen.add(id(weights))
-            yield name, weights
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, torch.dtype]]:

@@ -12,7 +12,7 @@ from dpo_cli.modeling.folders.loading import empty_policy, load_policy
 from dpo_cli.modeling.folders.provenance import Licence, Provenance, provenance_of
 from dpo_cli.modeling.folders.saving import origin_of
 from dpo_cli.modeling.gguf.about import card_of_file
-from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.gguf.writing import write_gguf
 from tests.conftest import GGUF
 from tests.modeling.gguf.test_reading_experts import add_words
 
@@ -30,10 +30,10 @@ def fields_of(file: Path) -> dict[str, object]:
 def test_what_a_folder_tells_is_in_the_file_and_is_read_from_it(tmp_path, tiny_llama, tokenizer, name):
     shutil.copytree(tiny_llama, tmp_path / "model")
     (tmp_path / "model" / "README.md").write_text(f"---\n{FRONTS[name]}---\n# A model\n", encoding="utf-8")
-    policy = Policy.load(str(tmp_path / "model"))
+    model = load_policy(str(tmp_path / "model"))
     known = provenance_of(tmp_path / "model")
     assert known.licence is not None
-    policy.write_gguf(tmp_path / "model.gguf", lambda writer: add_words(writer, tokenizer), "f32")
+    write_gguf(model, tmp_path / "model.gguf", "f32", "tiny", lambda writer: add_words(writer, tokenizer))
     found = fields_of(tmp_path / "model.gguf")
     assert found["general.license"] == known.licence.id
     assert found["general.base_model.0.repo_url"] == f"https://huggingface.co/{known.bases[0]}"
@@ -45,10 +45,10 @@ def test_what_a_folder_tells_is_in_the_file_and_is_read_from_it(tmp_path, tiny_l
 
 
 def test_a_file_says_nothing_of_what_is_not_known(tmp_path, tiny_llama, tokenizer):
-    policy = Policy.load(str(tiny_llama))
-    policy.write_gguf(tmp_path / "model.gguf", lambda writer: add_words(writer, tokenizer), "f32")
+    model = load_policy(str(tiny_llama))
+    write_gguf(model, tmp_path / "model.gguf", "f32", "tiny", lambda writer: add_words(writer, tokenizer))
     assert not [key for key in fields_of(tmp_path / "model.gguf") if key.startswith(("general.lic", "general.base_"))]
-    assert Policy.load(str(tmp_path / "model.gguf")).provenance == Provenance()
+    assert origin_of(load_policy(str(tmp_path / "model.gguf"))).provenance == Provenance()
 
 
 @pytest.mark.parametrize("metadata", [{}, {"license": 3}, {"base_model.count": "x"}, {"base_model.count": 2}], ids=str)

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from dpo_cli.modeling.folders.loading import load_policy
 from dpo_cli.modeling.gguf.architectures import REFUSED, gguf_problem
 from dpo_cli.modeling.gguf.llama_cpp import available, opened
+from dpo_cli.modeling.gguf.tensors import round_as_in_file
 from dpo_cli.modeling.gguf.types import GgufType
-from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.gguf.writing import write_gguf
 from tests.conftest import ROOT
 from tests.modeling.gguf.test_reading_experts import add_words, logits, random_model
 
@@ -82,12 +83,12 @@ def logps(model: PreTrainedModel) -> torch.Tensor:
 def test_a_model_comes_back_from_a_file_as_rounding_alone_leaves_it(
     tmp_path: Path, tokenizer: Any, vocabulary: Callable[[GGUFWriter], None], kind: str, held: GgufType
 ) -> None:
-    policy = Policy(build(kind, len(tokenizer)))
-    assert gguf_problem(policy.model.config.to_dict()) is None
-    before = logps(policy.model)
-    policy.write_gguf(file := tmp_path / "model.gguf", vocabulary, held)
-    policy.round_as_gguf(held)
-    rounded = logps(policy.model)
+    model = build(kind, len(tokenizer))
+    assert gguf_problem(model.config.to_dict()) is None
+    before = logps(model)
+    write_gguf(model, file := tmp_path / "model.gguf", held, "tiny", vocabulary)
+    round_as_in_file(model, held)
+    rounded = logps(model)
     for read in (read_by_transformers(file), load_policy(str(file))):
         assert (logps(read) - rounded).abs().max() < EXACT
     # Else nothing would have been compared.
@@ -105,7 +106,7 @@ def test_experts_have_the_size_that_they_had_which_transformers_alone_does_not_r
     tmp_path: Path, tokenizer: Any, vocabulary: Callable[[GGUFWriter], None], kind: str, changes: dict[str, int]
 ) -> None:
     model = build(kind, len(tokenizer), **changes)
-    Policy(model).write_gguf(file := tmp_path / "model.gguf", vocabulary, "f32")
+    write_gguf(model, file := tmp_path / "model.gguf", "f32", "tiny", vocabulary)
     read = load_policy(str(file))
     assert (logps(read) - logps(model)).abs().max() < EXACT
     assert all(getattr(read.config, name) == size for name, size in changes.items())
@@ -115,7 +116,7 @@ def test_experts_are_in_the_type_of_the_file_and_what_chooses_among_them_in_floa
     tmp_path: Path, tokenizer: Any, vocabulary: Callable[[GGUFWriter], None]
 ) -> None:
     model = build("qwen2_moe", len(tokenizer))
-    Policy(model).write_gguf(file := tmp_path / "model.gguf", vocabulary, "q8_0")
+    write_gguf(model, file := tmp_path / "model.gguf", "q8_0", "tiny", vocabulary)
     types = {tensor.name.removeprefix("blk.0."): tensor.tensor_type.name for tensor in GGUFReader(file).tensors}
     for name in ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps", "ffn_up_shexp", "attn_q"):
         assert types[f"{name}.weight"] == "Q8_0"
@@ -170,12 +171,12 @@ def test_llama_cpp_computes_what_the_model_does(
     tmp_path: Path, tokenizer: Any, vocabulary: Callable[[GGUFWriter], None], kind: str
 ) -> None:
     """What program and transformers read alike might be wrong alike; llama.cpp shares no line with either."""
-    policy = Policy(build(kind, len(tokenizer)))
-    policy.write_gguf(file := tmp_path / "model.gguf", vocabulary, "f32")
+    model = build(kind, len(tokenizer))
+    write_gguf(model, file := tmp_path / "model.gguf", "f32", "tiny", vocabulary)
     tokens = list(range(3, 63))
     with opened(file, 128) as reader:
         found = reader.logps(tokens[:1], tokens[1:])
     with torch.no_grad():
-        logps = policy.model(input_ids=torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+        logps = model(input_ids=torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
     apart = (logps.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0] - found).abs()
     assert apart.max() < 1e-3, apart
