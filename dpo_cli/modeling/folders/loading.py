@@ -6,6 +6,7 @@ for is compared with what it holds before memory is taken.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Callable
@@ -38,7 +39,6 @@ from dpo_cli.modeling.held import FLOAT32, Held
 from dpo_cli.modeling.shards import placeholders
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
@@ -60,50 +60,43 @@ def load_policy(
         # Merged in float32, and rounded once.
         return held.take_over(load_policy(name, trust), device)
     requantized = held.quantized and is_gguf(name)
-
-    def load(folder: str) -> PreTrainedModel:
-        empty = _empty(folder, trust, held)
-        check_size(empty, Path(folder), held, device)
-        if not Path(base).exists():
-            fetch_weights(base, Path(folder), trust)
-            if problem := check_folder(Path(folder), trust):
-                raise problem
-            check_size(empty, Path(folder), held, device)
-        check_pickles([file for file in weights_files(Path(folder)) if file.suffix == ".bin"])
-        types = WeightTypes.of_files(Path(folder))
-        source = weights_of(base, folder)
-        stamp = stamp_of(source)
-        # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
-        os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-        safely = None if trust.pickle else True
-        if requantized:
-            model = load_requantized(Path(name), empty, held, device, **_how(trust))
-        else:
-            told = {"use_safetensors": safely, **held.loaded_as(empty, device), **_how(trust)}
-            mapped = torch.device(device).type == "cpu" and are_as_held(empty, types, held.torch_dtype)
-            model = held.settle(load_complete(AutoModelForCausalLM, folder, mapped=mapped, **told), device)
-        remember(model, Path(folder), trust, types)
-        if base == name:
-            model.origin = replace(model.origin, read_from=source, stamp=stamp)
-        return model
-
-    model = load_named(name, "model", load, trust, weights=not requantized)
+    read = functools.partial(_read, base, trust, held, device)
+    model = load_named(name, "model", read, trust, weights=not requantized)
     if not requantized and any(path.suffix == ".bin" for path in weights_files(Path(model.name_or_path))):
         _log.warning("`model.allow_pickle`: the weights of %s are read from a pickle, as bare tensors", name)
     _warn_of_another_name(model, name)
-    if others := untied(model):
-        say_untied(model)
-        _log.warning(
-            "config.json of %s ties %s to the embedding, but its weights have other values there: they are trained as "
-            "they are, and what is saved says `tie_word_embeddings: false`",
-            name,
-            ", ".join(others),
-        )
+    _warn_of_untied(model, name)
     if base != name:
         adapter = read_adapter(Path(name))
         merge(model, adapter)
         with explained(name, "adapter"):
             remember_adapter(model, adapter.path)
+        # No file has these weights.
+        model.origin = replace(model.origin, read_from=None, stamp={})
+    return model
+
+
+def _read(base: str, trust: Trust, held: Held, device: torch.device | str, folder: str) -> PreTrainedModel:
+    """Load a model from the folder that its name stands for, after what it says was compared with what it has."""
+    path, empty = Path(folder), _empty(folder, trust, held)
+    check_size(empty, path, held, device)
+    if not Path(base).exists():
+        fetch_weights(base, path, trust)
+        if problem := check_folder(path, trust):
+            raise problem
+        check_size(empty, path, held, device)
+    check_pickles([file for file in weights_files(path) if file.suffix == ".bin"])
+    types, source = WeightTypes.of_files(path), weights_of(base, folder)
+    stamp = stamp_of(source)
+    # Else transformers lets a service of the Hub convert pickled weights, and takes what comes back.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
+    if held.quantized and is_gguf(base):
+        model = load_requantized(Path(base), empty, held, device, **_how(trust))
+    else:
+        told = {"use_safetensors": None if trust.pickle else True, **held.loaded_as(empty, device), **_how(trust)}
+        mapped = torch.device(device).type == "cpu" and are_as_held(empty, types, held.torch_dtype)
+        model = held.settle(load_complete(AutoModelForCausalLM, folder, mapped=mapped, **told), device)
+    remember(model, path, trust, types, source, stamp)
     return model
 
 
@@ -139,8 +132,7 @@ def load_onto_shards(
             raise UserError("pickled weights cannot be read in parts", folder, hint)
         source = weights_of(base, folder)
         stamp = stamp_of(source)
-        remember(model, Path(folder), trust, WeightTypes.of_files(Path(folder)))
-        model.origin = replace(model.origin, read_from=source, stamp=stamp)
+        remember(model, Path(folder), trust, WeightTypes.of_files(Path(folder)), source, stamp)
         model.config._name_or_path = model.name_or_path = folder
         placeholders(model)
         held.lay_out_shards(model)
@@ -160,6 +152,18 @@ def _warn_of_another_name(model: PreTrainedModel, name: str) -> None:
         if kinds and kind not in kinds and other != type(model).__name__:
             told = f"config.json of {name} says `model_type: {kind}` but names `{other}`, which is of another type"
             _log.warning("%s: it is trained as %s, and saved as that", told, type(model).__name__)
+
+
+def _warn_of_untied(model: PreTrainedModel, name: str) -> None:
+    """Say what settings tie to the embedding whose weights differ from it, and let them say that it is not tied."""
+    if others := untied(model):
+        say_untied(model)
+        _log.warning(
+            "config.json of %s ties %s to the embedding, but its weights have other values there: they are trained as "
+            "they are, and what is saved says `tie_word_embeddings: false`",
+            name,
+            ", ".join(others),
+        )
 
 
 def weights_of(name: str, folder: str) -> Path:

@@ -93,7 +93,14 @@ def origin_of(model: PreTrainedModel) -> Origin:
     return found
 
 
-def remember(model: PreTrainedModel, folder: Path, trust: Trust, types: WeightTypes) -> None:
+def remember(
+    model: PreTrainedModel,
+    folder: Path,
+    trust: Trust,
+    types: WeightTypes,
+    source: Path | None = None,
+    stamp: Stamp | None = None,
+) -> None:
     """Keep with a model what its folder holds beside weights, since the folder may be gone when the model is saved.
 
     Args:
@@ -101,12 +108,15 @@ def remember(model: PreTrainedModel, folder: Path, trust: Trust, types: WeightTy
         folder: Where it came from.
         trust: Python files belong to a model that is trusted with them.
         types: The types of its weights there.
+        source: The folder or file that its weights are read from; None: it is not known.
+        stamp: The stamp of that before they are read.
     """
     files = _files(
         folder, lambda path: bool(_BELONGS.fullmatch(path.name)) or (trust.remote_code and path.suffix == ".py")
     )
     generation, ignored = take_over(model, folder / GENERATION)
-    model.origin = Origin(logits_alone(model), files, generation, ignored, types, provenance_of(folder))
+    asked, provenance = logits_alone(model), provenance_of(folder)
+    model.origin = Origin(asked, files, generation, ignored, types, provenance, source, stamp or {})
 
 
 def remember_adapter(model: PreTrainedModel, folder: Path) -> None:
