@@ -8,14 +8,32 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import os
 import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dpo_cli.modeling import memory
 from dpo_cli.modeling.policy import Policy
+
+
+class _ByValue(pickle.Pickler):
+    """Writes tensors as their numbers: their own pickles hold addresses, which differ from process to process."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return list, ([str(value.dtype), value.tolist()],)
+        return NotImplemented
+
+
+def _digest(value: object) -> str:
+    written = io.BytesIO()
+    _ByValue(written).dump(value)
+    return hashlib.sha256(written.getvalue()).hexdigest()
 
 
 def remember_counts(folder: Path) -> None:
@@ -26,8 +44,7 @@ def remember_counts(folder: Path) -> None:
     def counted(policy: Policy, *arguments: Any, **how: Any) -> int:
         weights = [(name, one.shape, one.dtype, one.requires_grad) for name, one in policy.model.named_parameters()]
         model = policy.model.config.to_json_string(use_diff=False), policy._trained, policy._held
-        key = pickle.dumps((repr(model), repr(weights), arguments, sorted(how.items())))
-        file = folder / f"counted-{hashlib.sha256(key).hexdigest()}"
+        file = folder / f"counted-{_digest((repr(model), repr(weights), arguments, sorted(how.items())))}"
         if not file.exists():
             number = count(policy, *arguments, **how)
             part = file.with_name(f"{file.name}-{os.getpid()}")
