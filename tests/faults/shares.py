@@ -13,8 +13,10 @@ from tests.faults.zygote import ROUND
 ROUNDS = 8
 """After so many every case has been tried; one takes less than an hour on two cores."""
 
-SHARES = [int(os.environ.get(ROUND, 1)) - 1]
-"""A test takes one share of the cases: that of the round."""
+_NUM_SHARES = 4 * ROUNDS
+
+SHARES = range(int(os.environ[ROUND]) - 1, _NUM_SHARES, ROUNDS) if FULL else range(1)
+"""A test takes one share of the cases: one of four of the round, so that little is lost of what is broken off."""
 
 MOST = [name for name in RUNS if FULL or name not in ("nf4", "split", "best, saved in the background")]
 """The kinds of run but for those that `make test` need not see beside others of the kind."""
@@ -31,7 +33,7 @@ _T = TypeVar("_T")
 
 
 def thinned(name: str) -> int:
-    """Return 4 for a kind of run that saves as others do, of which every fourth case is tried; else 1.
+    """Return 4 for a kind of run that saves as others do, of which every fourth point is tried; else 1.
 
     `bco` saves what `dpo` does and more, `nf4` an adapter as `lora`; the last two options are tried one by one. Of the
     kinds with shards, each has what one of these has.
@@ -42,7 +44,7 @@ def thinned(name: str) -> int:
 def chosen(points: Sequence[_T], share: int, every: int, few: int) -> Sequence[_T]:
     """Return a share of every so-manieth point; or, outside `make faults`, a few that are spread over all."""
     if FULL:
-        return points[::every][share::ROUNDS]
+        return points[::every][share::_NUM_SHARES]
     return [points[len(points) * (2 * place + 1) // (2 * few)] for place in range(few)]
 
 

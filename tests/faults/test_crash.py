@@ -90,7 +90,7 @@ def test_a_resume_that_crashes_as_well_costs_nothing(
         assert crash(case, first)
         again = [chance.choice(points[: len(points) // 3]) for _ in range(2)]
         reached = [crash(case, point, "--resume") for point in again]
-        trouble = case.finish(ledger, "crash at a file operation, and again while resuming")
+        trouble = case.finish(ledger, f"crash at a file operation, and again while resuming: {name}")
         troubles.append(trouble and f"{first}, {again} {reached}: {trouble}")
     report(troubles)
 

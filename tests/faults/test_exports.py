@@ -31,7 +31,7 @@ KINDS = {
 }
 """What is written, by the run that it is taken out of and the options."""
 
-NUM_KILLS = 10 if FULL else 2
+NUM_KILLS = 3 if FULL else 2
 """Of each kind and share."""
 
 ADAPTERS = {"whole": None, "adapted": {"rank": 4}}
