@@ -38,8 +38,9 @@ HEAD = """# Faults
 `make test` tries a few cases of every kind. [Runs](runs.md) says what is promised.
 
 File operations and random moments are divided over {rounds} rounds, each of which tries others, from the beginning of a
-run to its end; all else is tried in the first. `make faults` runs the next round, in about an hour on two cores. What
-was tried with the same code adds up, and after {rounds} rounds it is every operation named below (`FAULTS=--all`).
+run to its end; all else is tried in the first. `make faults` runs the next round, in about an hour on two cores by what
+single cases take. What was tried with the same code adds up, and after {rounds} rounds it is every operation named below
+(`FAULTS=--all`).
 
 A case has **survived** if everything went as promised. Where the run can go on, `dpo train --resume` finishes it: it
 goes on from what it had saved, `final/` is that of a run that nothing happened to, byte for byte, `metrics.jsonl`,
