@@ -39,7 +39,7 @@ HEAD = """# Faults
 
 File operations and random moments are divided over {rounds} rounds, each of which tries others, from the beginning of a
 run to its end; all else is tried in the first. `make faults` runs the next round, in about an hour on two cores by what
-single cases take. What was tried with the same code adds up, and after {rounds} rounds it is every operation named below
+single cases take. What was tried with the same code adds up, and {rounds} rounds are every operation named below
 (`FAULTS=--all`).
 
 A case has **survived** if everything went as promised. Where the run can go on, `dpo train --resume` finishes it: it
