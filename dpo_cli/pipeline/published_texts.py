@@ -15,10 +15,21 @@ _TEXTS = re.compile(
 )
 """Files that a program writes about a model; others came with it, or are too large to be about it."""
 
-_PATH = re.compile(r"(?<![\w/.:~-])/[\w.@+-]+(?:/[\w.@+-]+)+")
+_PATHS = (
+    re.compile(r"""(?<=["'`])/[^"'`]+(?=["'`])"""),
+    re.compile(r"(?<![\w/.:~-])/[\w.@+-]+(?:/[\w.@+-]+)+"),
+    re.compile(r"""(?<![^\s"'`(=])/[\w.@+-]+(?=/?(?:[\s"'`),;:!?*]|$))"""),
+)
+"""What may be a path: a quotation, which may have spaces; several names; or one that is no tag and in no word."""
+
+_ESCAPED = re.compile(r"\\u([0-9a-fA-F]{4})")
+"""How JSON may write a letter that is not of ASCII."""
 
 _ANYWHERE = {"bin", "dev", "etc", "lib", "lib64", "proc", "sbin", "sys", "usr"}
 """Folders that every machine has."""
+
+_BY_THEMSELVES = {*_ANYWHERE, "Users", "Volumes", "boot", "home", "media", "opt", "root", "run", "srv", "tmp", "var"}
+"""Folders that most machines have, so that they say nothing without what is in them."""
 
 
 def local_texts(folder: Path, files: Mapping[str, Path | bytes]) -> Iterator[UserError]:
@@ -43,9 +54,10 @@ def local_texts(folder: Path, files: Mapping[str, Path | bytes]) -> Iterator[Use
 
 def _local_path(line: str) -> str | None:
     """Return a path in a line that is one of this machine: of something that is there, or in the user's own folder."""
-    for path in _PATH.findall(line):
-        first = path.split("/")[1]
-        if first not in _ANYWHERE and (_exists(path) or _is_home(path)):
+    read = _ESCAPED.sub(lambda letter: chr(int(letter[1], 16)), line)
+    for path in (found.rstrip("./") for pattern in _PATHS for found in pattern.findall(read)):
+        first, _, inside = path[1:].partition("/")
+        if path and first not in (_ANYWHERE if inside else _BY_THEMSELVES) and (_exists(path) or _is_home(path)):
             return str(path)
     return None
 
@@ -53,7 +65,7 @@ def _local_path(line: str) -> str | None:
 def _exists(path: str) -> bool:
     try:
         return Path(path).exists()
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
