@@ -149,6 +149,9 @@ def split_run(arguments: Sequence[str]) -> tuple[Path, list[str]]:
     named = [text for text in arguments if "=" not in text or Path(text).exists()]
     if not named:
         raise UserError("no run is given", _WHERE, "give its folder, as in `dpo export runs/my --merge --to models/my`")
+    if "" in named:
+        hint = "give its folder; a variable of the shell that is not set is empty"
+        raise UserError("the run is given as an empty text", _WHERE, hint)
     if len(named) > 1:
         what = f"several runs are given: {', '.join(f'`{name}`' for name in named)}"
         hint = "export one after the other, each into a folder of its own"

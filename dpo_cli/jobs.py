@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_cli.config import Config, as_config
 from dpo_cli.config.export_forms import Options
-from dpo_cli.config.exporting import check_export, reserved
+from dpo_cli.config.exporting import check_export, look_up, reserved
 from dpo_cli.config.inputs import (
     check_evaluation,
     check_new_file,
@@ -329,8 +329,7 @@ def export(
 
         check_published(publishing, console)
     console.notice("loading …")
-    if asked.reads_inputs:
-        look_up_on_hub(asked.source.config)
+    asked = look_up(asked, overrides)
     from dpo_cli.pipeline.export import export
 
     with reserved(asked.to):

@@ -26,6 +26,8 @@ from dpo_cli.training.recorded_settings import differing
 from dpo_cli.training.run_folder import RunFolder, RunState, checkpoints_in
 
 _WHERE = "the command line"
+_WHAT_TO_NAME = "name the `output_dir` of a run, one of its checkpoints, an adapter's folder, or a model"
+_RUNS = (RunState.STARTED, RunState.FINISHED)
 
 _PACKAGES = ("`adapter`", "`model.quantize`")
 """Settings that need packages, which are not named by a path."""
@@ -172,17 +174,17 @@ def _found(named: Path) -> tuple[RunFolder | None, Path]:
                 raise problem
             return None, named
         near = nearest_file(named)
-        hint = f"did you mean `{near}`?" if near and near.is_dir() else "name a run's folder, or one of its checkpoints"
-        raise UserError(f"there is no run {located(named)}", _WHERE, hint)
+        hint = f"did you mean `{near}`?" if near and near.is_dir() else _WHAT_TO_NAME
+        raise UserError(f"there is no run, adapter or model {located(named)}", _WHERE, hint)
     if not named.is_dir():
         return None, named
-    if (run := RunFolder(named)).state() in (RunState.STARTED, RunState.FINISHED):
+    if (run := RunFolder(named)).state() in _RUNS:
         return run, _trained(run)
     if damage := run.damage():
         raise damage
     absolute = named.absolute()
     for above in (absolute.parent, absolute.parent.parent):
-        if (run := RunFolder(above)).state() in (RunState.STARTED, RunState.FINISHED):
+        if (run := RunFolder(above)).state() in _RUNS:
             return run, named
     return None, named
 
@@ -195,7 +197,7 @@ def _trained(run: RunFolder) -> Path:
     """
     if run.final.is_dir():
         return run.final
-    hint = f"finish it: `dpo train {run.config} --resume`"
+    hint = "wait until it has ended" if run.at_work() else f"finish it: `dpo train {run.config} --resume`"
     if saved := checkpoints_in(run.checkpoints):
         hint += f"; or export a checkpoint, such as `{saved[-1]}`"
     raise UserError(f"the run is not finished: there is no folder {located(run.final)}", str(run.path), hint)
@@ -218,8 +220,7 @@ def _without_run(named: Path, overrides: Sequence[str]) -> tuple[Source, list[Us
         if not _is_model(named):
             kinds = "the folder of a run, of an adapter or of a model"
             what = f"`{named}` is not {kinds}" if named.is_dir() else f"`{named}` is a file, not {kinds}"
-            hint = model_inside(named) or "name the `output_dir` of a run, an adapter's folder, or a model"
-            raise UserError(what, _WHERE, hint)
+            raise UserError(what, _WHERE, model_inside(named) or _model_around(named) or _WHAT_TO_NAME)
         problems.append(check_model(str(named), _WHERE) or missing_weights(str(named), _WHERE))
         if is_gguf(named):
             problems.append(missing_package("gguf", "gguf", _WHERE))
@@ -230,6 +231,14 @@ def _without_run(named: Path, overrides: Sequence[str]) -> tuple[Source, list[Us
         what = f"`{overrides[0]}` overrides a setting of a run, but `{named}` is in none"
         problems.append(UserError(what, _WHERE, "leave it out"))
     return source, [problem for problem in problems if problem]
+
+
+def _model_around(file: Path) -> str | None:
+    """Suggest the folder that people mean who name a file in it."""
+    folder = file.parent
+    if (folder / CONFIG).is_file() or holds_adapter(folder) or RunFolder(folder).state() in _RUNS:
+        return f"did you mean `{folder}`?"
+    return None
 
 
 def _is_model(named: Path) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpo_cli.config.export_forms import Form, Options, PeftFolder, find_form
 from dpo_cli.config.export_sources import PlainModel, Source, TrainedAdapter, TrainedModel, find_source
+from dpo_cli.config.inputs import look_up_on_hub
 from dpo_cli.config.publishing import Publishing, publishing_errors
-from dpo_cli.errors import UserError, raise_all
+from dpo_cli.errors import USAGE, UserError, from_os_error, raise_all
 from dpo_cli.settings import located
 from dpo_cli.system.locks import Locked, lock_beside, locked
 from dpo_cli.system.storage import why_no_folder
@@ -66,6 +67,27 @@ def check_export(
     return Export(source, form, to)
 
 
+def look_up(asked: Export, overrides: Sequence[str]) -> Export:
+    """Ask the Hub for what is read that is not on this disk; return what is exported then.
+
+    A model of all weights is complete without that. Where it is not there, the run's pairs are not scored, unless
+    settings say where it should be.
+
+    Raises:
+        UserError: The Hub has something not, or cannot be reached; an `ExceptionGroup` where that holds of several.
+    """
+    if not asked.reads_inputs:
+        return asked
+    try:
+        look_up_on_hub(asked.source.config)
+    except (UserError, ExceptionGroup) as error:
+        if overrides or not isinstance(asked.source, TrainedModel):
+            raise
+        first = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+        return replace(asked, source=replace(asked.source, unscored=str(getattr(first, "what", first))))
+    return asked
+
+
 def _taken(named: Path, source: Source) -> list[Path]:
     """Return the folders that nothing is written into: what is exported, and its run."""
     run = [source.run.path] if isinstance(source, (TrainedModel, TrainedAdapter)) else []
@@ -75,7 +97,12 @@ def _taken(named: Path, source: Source) -> list[Path]:
 def _check_target(to: Path, *taken: Path) -> Iterator[UserError]:
     """Say why the model cannot be written there, if so: what is there stays, and a run keeps its folder."""
     where = f"--to {to}"
-    if to.exists() or to.is_symlink():
+    try:
+        there = to.exists() or to.is_symlink()
+    except OSError as error:
+        yield from_os_error(error, "looking for the folder to write", where, status=USAGE)
+        return
+    if there:
         yield _exists(to)
     elif any(to.resolve().is_relative_to(inside.resolve()) for inside in taken):
         yield UserError("the folder to write is inside what is exported", where, "choose a folder outside of it")

@@ -184,7 +184,7 @@ class RunFolder:
             what = f"`--overwrite` does not remove what a link leads to: {link.resolve()}"
             return UserError(what, str(link), "remove the link, or choose another `output_dir`")
         if state is not RunState.FREE and not (resume or overwrite or beside):
-            if at_work := self._at_work():
+            if at_work := self.at_work():
                 return at_work
             hint = "continue it with `--resume`, replace it with `--overwrite`, or choose another `output_dir`"
             return UserError("the output folder contains another run", where, hint)
@@ -196,8 +196,10 @@ class RunFolder:
             return None
         return self.recorded.damage()
 
-    def _at_work(self) -> UserError | None:
-        """Say which process is writing to the folder, if one is."""
+    def at_work(self) -> UserError | None:
+        """Say which process is writing to the folder, if one is; where none has been, nothing is written to see it."""
+        if not (self.path / _LOCK).exists():
+            return None
         try:
             # Where the disk refuses a lock, nobody is known to be at work.
             with contextlib.suppress(UserError), locked(self.path / _LOCK, "locking the output folder"):

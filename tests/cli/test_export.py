@@ -27,6 +27,7 @@ from dpo_cli.pipeline.export_forms import AsGguf
 from dpo_cli.pipeline.export_proof import OnPairs, Said, check_alike
 from dpo_cli.system.locks import lock_beside, locked
 from dpo_cli.system.storage import MANIFEST
+from dpo_cli.training.run_folder import RunFolder
 from tests.cli.in_process import call
 from tests.conftest import build_llama, make_config, write_rows
 
@@ -148,6 +149,15 @@ def test_a_checkpoint_is_exported_with_the_weights_of_its_step(project):
 def test_a_checkpoint_of_a_run_that_is_not_finished_is_exported_too(project):
     shutil.rmtree("runs/run/final")
     assert call("export runs/run/checkpoints/step-000002 --merge --to out --quiet") == 0
+
+
+def test_a_run_that_goes_on_is_not_to_be_resumed(project, capfd):
+    shutil.rmtree("runs/run/final")
+    capfd.readouterr()
+    with RunFolder(Path("runs/run")).locked():
+        assert call(EXPORT) == 2
+    told = " ".join(capfd.readouterr().err.split())
+    assert re.search(r"the run is not finished.* hint: wait until it has ended; or export a checkpoint", told)
 
 
 def test_a_base_that_was_moved_is_named_anew(project):
@@ -487,7 +497,17 @@ BAD = {
     "a folder to write without its option": Bad(nothing, "export runs/run out", r"`runs/run`, `out`", r"`--to out`"),
     "no target": Bad(nothing, "export runs/run --merge", r"no folder to write", r"--to models/my"),
     "an unknown option": Bad(nothing, f"{EXPORT} --merg", r"`--merg` is not an option", r"--merge"),
-    "no such run": Bad(nothing, "export runs/rum --merge --to out", r"there is no run `runs/rum`", r"`runs/run`"),
+    "no such run": Bad(
+        nothing, "export runs/rum --merge --to out", r"there is no run, adapter or model `runs/rum`", r"`runs/run`"
+    ),
+    "an empty name": Bad(nothing, "export '' --merge --to out", r"an empty text", r"a variable"),
+    "a file of a model": Bad(
+        nothing, "export model/model.safetensors --to out", r"is a file, not the folder", r"did you mean `model`\?"
+    ),
+    "a file of a run": Bad(nothing, "export runs/run/config.yaml --to out", r"is a file", r"did you mean `runs/run`\?"),
+    "a target whose name is too long": Bad(
+        nothing, f"export model --to {'a' * 300}", r"the folder to write failed: file name too long", r"shorter"
+    ),
     "no such GGUF file": Bad(nothing, "export my.gguf --to out", r"there is no GGUF file `my.gguf`", r"check the path"),
     "a file": Bad(nothing, "export run.yaml --merge --to out", r"is a file, not the folder of a run", r"output_dir"),
     "a folder of something else": Bad(

@@ -69,16 +69,19 @@ def test_the_trained_model_is_written_as_it_is(project: Path, tmp_path: Path, ho
         assert (tmp_path / "again" / name).read_bytes() == (final / name).read_bytes(), name
 
 
-def test_a_run_without_its_data_is_exported_on_made_up_tokens(project: Path, tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize(("setting", "gone"), [("data.train", "pairs.jsonl"), ("model.name", "model")])
+def test_a_run_without_what_it_read_is_exported_on_made_up_tokens(
+    project: Path, tmp_path: Path, capsys: Any, setting: str, gone: str
+) -> None:
     """A model of all weights is complete by itself; where settings say where its data is, that has to be there."""
-    Path("pairs.jsonl").rename("elsewhere")
+    Path(gone).rename("elsewhere")
     try:
         assert call(f"export runs/run --to {tmp_path}/out") == 0
-        assert call(f"export runs/run --to {tmp_path}/other data.train=nowhere.jsonl") == 2
+        assert call(f"export runs/run --to {tmp_path}/other {setting}=nowhere.jsonl") == 2
     finally:
-        Path("elsewhere").rename("pairs.jsonl")
+        Path("elsewhere").rename(gone)
     said = capsys.readouterr()
-    assert re.search(r"warning: the pairs of the run are not scored, but made-up tokens.*pairs.jsonl", said.err)
+    assert re.search(rf"warning: the pairs of the run are not scored, but made-up tokens.*{gone}", said.err)
     assert "difference" not in said.out and "10 of 10 greedy answers" in said.out
     assert "nowhere.jsonl" in said.err
 
