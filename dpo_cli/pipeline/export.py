@@ -26,7 +26,7 @@ from dpo_cli.modeling.gguf.llama_cpp import available
 from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import Facts
-from dpo_cli.pipeline.export_forms import AsGguf, Read, Written, check_form, written_as
+from dpo_cli.pipeline.export_forms import AsGguf, Read, Written, written_as
 from dpo_cli.pipeline.export_llama_cpp import (
     ACTIVATIONS,
     ANSWERS_BESIDE,
@@ -97,7 +97,7 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
     warn_of_ignored(policy.model)
     texts, is_gguf = proof.texts(tokenizer), isinstance(wanted.form, GgufFolder)
     facts = Facts.of(tokenizer, policy.model.generation_config, texts, chats_alone=is_gguf)
-    check_form(wanted.form, policy, tokenizer, facts.stops)
+    form = written_as(wanted, policy, tokenizer, facts.stops)
     called, quantize = "the adapter" if wanted.source.is_adapter else "the model", session.config.model.quantize
     trained = source = asked(proof, policy, called, facts.stops)
     if wanted.merges and quantize:
@@ -105,7 +105,6 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         session = unquantized(alone(session))
         policy = _unquantized_policy(session, wanted, tokenizer)
         source = asked(proof, policy, "the adapter on the unquantized base", facts.stops)
-    form = written_as(wanted, policy, facts.stops)
     rounded, rounding = _ready(policy, proof.few(), form, wanted, source, facts)
     details: dict[str, Any] = _beginning(wanted, policy)
     if isinstance(wanted.source, TrainedModel):

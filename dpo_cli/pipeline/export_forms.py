@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoModelForCausalLM
 
-from dpo_cli.config.export_forms import Form, GgufFolder, PeftFolder
+from dpo_cli.config.export_forms import GgufFolder, PeftFolder
 from dpo_cli.config.exporting import Export
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.extras import import_bitsandbytes
@@ -27,7 +27,7 @@ from dpo_cli.modeling.gguf.conversion import dequantized, write_settings
 from dpo_cli.modeling.gguf.modelfile import modelfile
 from dpo_cli.modeling.gguf.tensors import round_as_in_file
 from dpo_cli.modeling.gguf.types import GgufType
-from dpo_cli.modeling.gguf.vocabulary import add_vocabulary, name_for, vocabulary_problem
+from dpo_cli.modeling.gguf.vocabulary import Inexpressible, Vocabulary
 from dpo_cli.modeling.gguf.writing import write_gguf
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.precision import PRECISIONS
@@ -172,11 +172,13 @@ class AsGguf:
         kind: The type of its weights.
         name: What the model is called.
         stops: The tokens that end a text.
+        vocabulary: What the file has about the tokenizer.
     """
 
     kind: GgufType
     name: str
     stops: frozenset[int]
+    vocabulary: Vocabulary
     reader: ClassVar[str] = "dpo"
 
     def __str__(self) -> str:
@@ -201,12 +203,8 @@ class AsGguf:
         Raises:
             UserError: The disk did not keep it.
         """
-
-        def vocabulary(writer: Any) -> None:
-            add_vocabulary(writer, tokenizer, policy.vocabulary, self.stops)
-
         file = self.file(folder)
-        write_gguf(policy.model, file, self.kind, name_for(tokenizer, self.name), vocabulary)
+        write_gguf(policy.model, file, self.kind, self.vocabulary.name_for(self.name), self.vocabulary.add_to)
         ollama = modelfile(file.name, tokenizer, self.stops, policy.model.generation_config)
         (folder / "Modelfile").write_text(ollama, encoding="utf-8")
         write_licence(folder, policy.model)
@@ -236,32 +234,37 @@ Written = AsModel | AsAdapter | AsGguf
 """The closed union of all forms, as they are written and read."""
 
 
-def check_form(form: Form, policy: Policy, tokenizer: Any, stops: Collection[int]) -> None:
-    """Refuse a model that a form has no words for, before anything is scored.
-
-    Raises:
-        UserError: It has none.
-    """
-    if not isinstance(form, GgufFolder):
-        return
-    no_end = "" if stops else "the model has no token that ends a text, and readers of GGUF files take one of their own"
-    problem = gguf_problem(policy.model.config.to_dict()) or no_end or vocabulary_problem(tokenizer, stops)
-    if problem:
-        raise UserError(problem, "--gguf", "export it as a model folder, without `--gguf`")
-
-
-def written_as(wanted: Export, policy: Policy, stops: Collection[int]) -> Written:
-    """Return how something is written.
+def written_as(wanted: Export, policy: Policy, tokenizer: Any, stops: Collection[int]) -> Written:
+    """Return how something is written, before anything is scored.
 
     Args:
         wanted: What is asked for.
         policy: What is exported.
+        tokenizer: Its tokenizer.
         stops: The tokens that end its texts.
+
+    Raises:
+        UserError: The form has no words for it.
     """
     form = wanted.form
     if isinstance(form, PeftFolder):
         return AsAdapter(wanted.source.config.model.name)
     if isinstance(form, GgufFolder):
-        return AsGguf(form.kind, wanted.source.name, frozenset(stops))
+        return AsGguf(form.kind, wanted.source.name, frozenset(stops), _vocabulary(policy, tokenizer, stops))
     types = WeightTypes({}, PRECISIONS[form.dtype].dtype) if form.dtype else origin_of(policy.model).types
     return AsModel(types, form.largest_bytes)
+
+
+def _vocabulary(policy: Policy, tokenizer: Any, stops: Collection[int]) -> Vocabulary:
+    """Return the vocabulary of a model that a GGUF file can hold.
+
+    Raises:
+        UserError: It cannot.
+    """
+    no_end = "" if stops else "the model has no token that ends a text, and readers of GGUF files take one of their own"
+    if not (problem := gguf_problem(policy.model.config.to_dict()) or no_end):
+        try:
+            return Vocabulary.of(tokenizer, policy.vocabulary, stops)
+        except Inexpressible as found:
+            problem = str(found)
+    raise UserError(problem, "--gguf", "export it as a model folder, without `--gguf`")

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import dpo_cli
 from dpo_cli.errors import UserError
+from dpo_cli.modeling.gguf.vocabulary import Vocabulary
 from dpo_cli.pipeline import export_proof
 from dpo_cli.pipeline.export_forms import AsGguf
 from dpo_cli.pipeline.export_proof import OnPairs, Said, check_alike
@@ -697,7 +698,7 @@ def test_data_that_was_moved_is_not_called_changed(project, capfd):
     ],
 )  # fmt: skip
 def test_a_gguf_file_has_a_name_that_every_command_takes(name, file):
-    assert AsGguf("f16", name, frozenset()).file(Path()) == Path(f"{file}-F16.gguf")
+    assert AsGguf("f16", name, frozenset(), Vocabulary({})).file(Path()) == Path(f"{file}-F16.gguf")
 
 
 @pytest.mark.parametrize("odd", [float("nan"), float("inf")])

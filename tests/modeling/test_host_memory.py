@@ -141,7 +141,7 @@ _EXPERTS = (
     + """
 from dpo_cli.modeling.folders.tokenizers import load_tokenizer
 from dpo_cli.modeling.gguf.tensors import round_as_in_file
-from dpo_cli.modeling.gguf.vocabulary import add_vocabulary
+from dpo_cli.modeling.gguf.vocabulary import Vocabulary
 from dpo_cli.modeling.gguf.writing import write_gguf
 from dpo_cli.modeling.policy import Policy
 
@@ -149,8 +149,8 @@ warm, folder, kind, file = sys.argv[1:]
 
 def everything(folder, file):
     tokenizer, policy = load_tokenizer(warm), Policy.load(folder)
-    words = lambda writer: add_vocabulary(writer, tokenizer, policy.model.config.vocab_size)
-    took = {"write": peak(lambda: write_gguf(policy.model, Path(file), kind, "experts", words))}
+    words = Vocabulary.of(tokenizer, policy.model.config.vocab_size)
+    took = {"write": peak(lambda: write_gguf(policy.model, Path(file), kind, "experts", words.add_to))}
     took["round"] = peak(lambda: round_as_in_file(policy.model, kind))
     weights = [parameter.nbytes for parameter in policy.model.parameters()]
     return {"took": took, "weights": sum(weights), "tensor": max(weights)}

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from dpo_cli.data.tokens.chat_template import DEFAULT, named_templates
-from dpo_cli.errors import UserError
 from dpo_cli.modeling.gguf.conversations import conversations, probes, written
 from dpo_cli.modeling.gguf.header import add_key
 from dpo_cli.modeling.gguf.pre_tokenizers import described, found_in, name_of
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PreTrainedTokenizerBase
 
-HINT = "export a model folder instead, without `--gguf`: it keeps the tokenizer as it is"
-
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 _METASPACE = ("Metaspace", SPACE, False)
 _PHI_3 = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
@@ -50,6 +47,10 @@ _PHI_3 = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 
 class Inexpressible(ValueError):
     """What a tokenizer does and a GGUF file cannot say."""
+
+    def __str__(self) -> str:
+        """Say so in a sentence."""
+        return f"GGUF files and llama.cpp have nothing for {super().__str__()}"
 
 
 @dataclass(frozen=True)
@@ -93,73 +94,58 @@ class _Words:
         return [(first, second) for first, second in pairs]
 
 
-def vocabulary_problem(tokenizer: PreTrainedTokenizerBase, stops: Collection[int] = ()) -> str | None:
-    """Return why a tokenizer cannot be the vocabulary of a GGUF file, if so.
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF file has about a tokenizer.
 
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-        stops: The tokens that end an answer.
+    Attributes:
+        fields: By names without `tokenizer.`.
+        swallows: Whether special tokens take the white space behind them as those of Phi-3 do.
     """
-    try:
-        vocabulary_of(tokenizer, None, stops)
-    except Inexpressible as problem:
-        return f"GGUF files and llama.cpp have nothing for {problem}"
-    return None
 
+    fields: Mapping[str, Any]
+    swallows: bool = False
 
-def add_vocabulary(
-    writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int, stops: Collection[int] = ()
-) -> None:
-    """Write a tokenizer into a GGUF file, with its chat templates.
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, size: int | None = None, stops: Collection[int] = ()) -> Vocabulary:
+        """Take it from a tokenizer, which takes seconds where there are many tokens.
 
-    Args:
-        writer: What writes the file.
-        tokenizer: A Hugging Face tokenizer.
-        size: How many tokens the model has embeddings for; those beyond the tokenizer are written as unused.
-        stops: The tokens that end an answer.
+        Args:
+            tokenizer: A Hugging Face tokenizer.
+            size: How many tokens the model has embeddings for; those beyond the tokenizer are unused. None: as many as
+                the tokenizer has.
+            stops: The tokens that end an answer.
 
-    Raises:
-        UserError: A GGUF file cannot say what this tokenizer does.
-    """
-    try:
-        fields = vocabulary_of(tokenizer, size, stops)
-    except Inexpressible as problem:
-        raise UserError(f"GGUF files and llama.cpp have nothing for {problem}", None, HINT) from None
-    for name, value in fields.items():
-        # The package writes no array without elements.
-        if value != []:
-            add_key(writer, f"tokenizer.{name}", value)
+        Raises:
+            Inexpressible: A GGUF file cannot say what this tokenizer does.
+        """
+        words = _Words.of(tokenizer, size)
+        _check_added(words)
+        kind = _sentence_piece if words.model.get("byte_fallback") else _byte_level
+        if words.model["type"] != "BPE":
+            raise Inexpressible(f"a vocabulary of the kind {words.model['type']}")
+        common = {**_marks(tokenizer), **_ends(tokenizer, stops), **_templates(tokenizer)}
+        choices = [{**_with_unknown(fields, tokenizer), **common} for fields in kind(words)]
+        return cls(_settled(tokenizer, words, choices), _swallows(words))
 
+    def add_to(self, writer: GGUFWriter) -> None:
+        """Write it into a GGUF file."""
+        for name, value in self.fields.items():
+            # The package writes no array without elements.
+            if value != []:
+                add_key(writer, f"tokenizer.{name}", value)
 
-def name_for(tokenizer: PreTrainedTokenizerBase, name: str) -> str:
-    """Return a model's name so that llama.cpp treats its special tokens as the tokenizer does.
+    def name_for(self, name: str) -> str:
+        """Return a model's name so that llama.cpp treats its special tokens as the tokenizer does.
 
-    llama.cpp lets special tokens swallow the white space behind them where a model's name has `phi-3` in it, and fails
-    there if its vocabulary is not that of Phi-3.
-    """
-    swallows = _swallows(_Words.of(tokenizer))
-    if swallows and not is_phi_3(name):
-        return f"{name} (Phi-3)"
-    if is_phi_3(name) and not swallows:
-        return name.lower().replace("phi-3", "phi 3").replace("phi3", "phi 3")
-    return name
-
-
-def vocabulary_of(
-    tokenizer: PreTrainedTokenizerBase, size: int | None = None, stops: Collection[int] = ()
-) -> dict[str, Any]:
-    """Return what a GGUF file has about a tokenizer, by names without `tokenizer.`.
-
-    Raises:
-        Inexpressible: It cannot say what this tokenizer does.
-    """
-    words = _Words.of(tokenizer, size)
-    _check_added(words)
-    kind = _sentence_piece if words.model.get("byte_fallback") else _byte_level
-    if words.model["type"] != "BPE":
-        raise Inexpressible(f"a vocabulary of the kind {words.model['type']}")
-    common = {**_marks(tokenizer), **_ends(tokenizer, stops), **_templates(tokenizer)}
-    return _settled(tokenizer, words, [{**_with_unknown(fields, tokenizer), **common} for fields in kind(words)])
+        llama.cpp lets special tokens swallow the white space behind them where a model's name has `phi-3` in it, and
+        fails there if its vocabulary is not that of Phi-3.
+        """
+        if self.swallows and not is_phi_3(name):
+            return f"{name} (Phi-3)"
+        if is_phi_3(name) and not self.swallows:
+            return name.lower().replace("phi-3", "phi 3").replace("phi3", "phi 3")
+        return name
 
 
 def _with_unknown(fields: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dpo_cli.modeling.generation import greedy_answers
 from dpo_cli.modeling.gguf.activations import rounded_logps
 from dpo_cli.modeling.gguf.llama_cpp import LlamaCpp, available, opened
 from dpo_cli.modeling.gguf.types import GgufType
-from dpo_cli.modeling.gguf.vocabulary import add_vocabulary
+from dpo_cli.modeling.gguf.vocabulary import Vocabulary
 from dpo_cli.modeling.gguf.writing import write_gguf
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import Facts, question_tokens
@@ -69,11 +69,8 @@ def tiny(kind: str, tokenizer: Any, **changes: Any) -> Any:
 
 def written(model: Any, file: Path, kind: GgufType, tokenizer: Any) -> Path:
     """Write a model as a GGUF file."""
-
-    def add_words(writer: Any) -> None:
-        add_vocabulary(writer, tokenizer, model.config.vocab_size, [tokenizer.eos_token_id])
-
-    write_gguf(model, file, kind, "tiny", add_words)
+    words = Vocabulary.of(tokenizer, model.config.vocab_size, [tokenizer.eos_token_id])
+    write_gguf(model, file, kind, "tiny", words.add_to)
     return file
 
 

@@ -15,9 +15,10 @@ from peft.tuners.lora import LoraLayer
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 import dpo_cli.modeling.policy as policies
-from dpo_cli.modeling.gguf import transforms, vocabulary, writing
+from dpo_cli.modeling.gguf import transforms, writing
 from dpo_cli.modeling.gguf.header import Header
 from dpo_cli.modeling.gguf.tensors import FileTensors, Written
+from dpo_cli.modeling.gguf.vocabulary import Vocabulary
 from tests.builders import save_adapter
 from tests.cli.in_process import call
 from tests.modeling.gguf.test_reading_experts import random_model
@@ -140,8 +141,12 @@ def _exchanged(planned: list[Written]) -> Iterator[Written]:
 
 
 def other_end(patch: Patch) -> None:
-    right = vocabulary.vocabulary_of
-    patch.setattr(vocabulary, "vocabulary_of", lambda *told: {**right(*told), "ggml.eos_token_id": 7})
+    right = Vocabulary.add_to
+
+    def wrong(words: Vocabulary, writer: Any) -> None:
+        right(replace(words, fields={**words.fields, "ggml.eos_token_id": 7}), writer)
+
+    patch.setattr(Vocabulary, "add_to", wrong)
 
 
 def merged_twice(patch: Patch) -> None:
