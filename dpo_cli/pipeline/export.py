@@ -25,7 +25,8 @@ from dpo_cli.modeling.folders.saving import origin_of, remember_provenance, save
 from dpo_cli.modeling.gguf.llama_cpp import available
 from dpo_cli.modeling.held import QUANTIZED
 from dpo_cli.modeling.policy import Policy
-from dpo_cli.pipeline.export_facts import Facts
+from dpo_cli.pipeline.export_answers import check_answers, num_alike
+from dpo_cli.pipeline.export_facts import NOTHING_WRITTEN, Facts, check_facts
 from dpo_cli.pipeline.export_forms import AsGguf, Read, Written, written_as
 from dpo_cli.pipeline.export_llama_cpp import (
     ACTIVATIONS,
@@ -38,15 +39,11 @@ from dpo_cli.pipeline.export_llama_cpp import (
     read_by_llama_cpp,
 )
 from dpo_cli.pipeline.export_proof import (
-    NOTHING_WRITTEN,
     Proof,
     Said,
     asked,
     check_alike,
-    check_answers,
-    check_facts,
     check_merged,
-    num_alike,
 )
 from dpo_cli.pipeline.export_sources import alone, check_finite, give_adapter, in_float32, open_source, unquantized
 from dpo_cli.pipeline.model_cards import (
@@ -120,7 +117,8 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         read = _read(alone(session), form, folder, wanted)
         written, exactness = _proved(read, proof, facts, rounded, form, wanted)
         by_transformers = ByTransformers(read.policy, written, read.tokenizer, facts)
-        by_llama_cpp = _by_llama_cpp(session, by_transformers, proof.few(), form, folder, wanted)
+        few = proof.few()
+        by_llama_cpp = _by_llama_cpp(session, by_transformers, few, form, folder, wanted)
         found = {
             **({f"adapter on {quantize}": trained.figures} if wanted.merges and quantize else {}),
             "scored": proof.scored,
@@ -128,14 +126,20 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
             "exported": written.figures,
             "weights": str(form),
             "reader": form.reader,
-            "difference": Difference.between(source.logps, written.logps).as_dict(),
+            **({"pairs compared": len(few.of(source))} if written.figures else {}),
+            "difference": Difference.between(few.of(source), written.logps).as_dict(),
             "rounding": rounding.as_dict(),
             "exactness": exactness.as_dict(),
-            "answers": {"compared": len(written.answers), "alike": num_alike(source, written)},
+            "answers": {
+                "compared": len(written.answers),
+                "as rounded": num_alike(rounded.answers, written.answers),
+                "alike": num_alike(source.answers, written.answers),
+                "gap": rounded.gap,
+            },
             **(by_llama_cpp.beside(source) if by_llama_cpp else {}),
         }
         if wanted.merges and quantize:
-            found[quantize] = Difference.between(trained.logps, written.logps).as_dict()
+            found[quantize] = Difference.between(few.of(trained), written.logps).as_dict()
         details[EXPORT] = found
         gguf = form.file(folder).name if isinstance(form, AsGguf) else ""
         card = replace(_card(wanted, found, provenance, tokenizer), gguf=gguf)
@@ -166,9 +170,10 @@ def _proved(
     """
     where = f"--to {wanted.to}"
     check_facts(facts, facts.read_again(read.tokenizer, read.generation), where)
-    written = asked(proof, read.policy, "what was written", facts.stops)
+    written = asked(proof, read.policy, "what was written", facts.stops, rounded.answers)
     exactness = check_alike(rounded, written, _what_differs(wanted, form), where)
-    check_answers(rounded, written, read.policy, proof, facts.stops, where)
+    apart = exactness.largest
+    check_answers(proof.prompts, rounded.answers, written.answers, read.policy, facts.stops, apart, where)
     return written, exactness
 
 
@@ -203,12 +208,14 @@ def _ready(
     form.check(policy)
     exact = source
     if wanted.merges and (form.rounds or source.routes):
-        exact = asked(proof, policy, "the merged model before rounding", None if form.rounds else facts.stops)
+        stops = None if form.rounds else facts.stops
+        exact = asked(proof, policy, "the merged model before rounding", stops, source.answers)
         check_merged(source, exact, f"--to {wanted.to}")
     if not form.rounds:
         return exact, Difference(0.0, 0.0)
-    form.round(policy)
-    rounded = asked(proof, policy, "the model after rounding", facts.stops)
+    if not form.round(policy) and exact is source:
+        return source, Difference(0.0, 0.0)
+    rounded = asked(proof, policy, "the model after rounding", facts.stops, source.answers)
     return rounded, Difference.between(source.logps, rounded.logps)
 
 
@@ -289,19 +296,27 @@ def _form(wanted: Export) -> str:
 
 def _checked(found: Mapping[str, Any]) -> dict[str, str]:
     """Say what was compared of what was written, and how far apart it was."""
-    answers = found["answers"]
-    said = {"answers": _alike(answers)}
-    return {
-        "on": found["scored"],
-        "read by": found["reader"],
-        **_differences(found),
-        **(said if answers["compared"] else {}),
-    }
+    on = _compared(found) or found["scored"]
+    return {"on": on, "read by": found["reader"], **_differences(found), **_alike(found)}
 
 
-def _alike(answers: Mapping[str, Any]) -> str:
-    """Say how many greedy answers are the same."""
-    return f"{answers['alike']} of {several(answers['compared'], 'greedy answer is', 'greedy answers are')} the same"
+def _compared(found: Mapping[str, Any]) -> str:
+    """Say of how many pairs the differences are, where they are of some of those that are scored; else nothing."""
+    few, every = found.get("pairs compared", 0), found["exported"].get("pairs", 0)
+    return f"{few} of {every} {found['scored']}" if few < every else ""
+
+
+def _alike(found: Mapping[str, Any]) -> dict[str, str]:
+    """Say how many greedy answers are the same, and why others are not."""
+    answers, source = found["answers"], "adapter" if "adapter" in found else "model"
+    if not (compared := answers["compared"]):
+        return {}
+    rounded, alike = answers["as rounded"], answers["alike"]
+    if alike == rounded:
+        return {"answers": f"{alike} of {several(compared, 'greedy answer is', 'greedy answers are')} the same"}
+    told = f"{rounded} of {several(compared, 'greedy answer')} of the rounded weights, {alike} of the {source}"
+    why = f": rounding puts other tokens first, by at most {gap:.1e} nats" if (gap := answers["gap"]) else ""
+    return {"answers": told + why}
 
 
 def _show(found: Mapping[str, Any], to: Path, console: Console) -> None:
@@ -310,15 +325,11 @@ def _show(found: Mapping[str, Any], to: Path, console: Console) -> None:
     if found["exported"]:
         console.result(figures_table(_columns(found), found["scored"]))
         console.result("")
-    answers = found["answers"]
-    said = _alike(answers)
-    if beside := found.get(ANSWERS_BESIDE):
-        said += f"; of llama.cpp and transformers {beside['alike']} of {beside['compared']}"
-    lines = {
-        **_differences(found),
-        **({"answers": said} if answers["compared"] else {}),
-        "model": f"{to} ({found['weights']})",
-    }
+    some = {"compared": f"{few}, spread over all lengths"} if (few := _compared(found)) else {}
+    said = _alike(found)
+    if said and (beside := found.get(ANSWERS_BESIDE)):
+        said["answers"] += f"; of llama.cpp and transformers {beside['alike']} of {beside['compared']}"
+    lines = {**some, **_differences(found), **said, "model": f"{to} ({found['weights']})"}
     width = max(map(len, lines))
     for name, line in lines.items():
         console.result(f"{name:<{width}}  {line}")

@@ -10,8 +10,11 @@ from typing import Any
 from dpo_cli.data.checkup.endings import end_tokens
 from dpo_cli.data.records import BadRow, Message
 from dpo_cli.data.tokens.chat_template import TEMPLATE_ERRORS, ChatTemplate, named_templates
-from dpo_cli.errors import UserError
+from dpo_cli.errors import FAILED, UserError
 from dpo_cli.modeling.gguf.vocabulary_texts import same_in_llama_cpp, with_special
+
+NOTHING_WRITTEN = "nothing was written; update PEFT and transformers to versions that fit each other, or report this"
+"""What to do where the proof fails."""
 
 TEXTS = (
     "The quick brown fox jumps over 13 lazy dogs; don't they're we'll I'd.",
@@ -125,6 +128,21 @@ class Facts:
         elif self.whole != other.whole:
             both = " and in what was written ".join(_excerpt(one.whole) for one in (self, other))
             yield f"a text by itself begins or ends with other tokens: {both}"
+
+
+def check_facts(ours: Facts, theirs: Facts, where: str) -> None:
+    """Refuse a model whose tokenizer or end tokens are not those of what it was made of.
+
+    Raises:
+        UserError: Something differs; it is named.
+    """
+    if differing := list(ours.differences(theirs)):
+        raise not_as_exported("; ".join(differing), where)
+
+
+def not_as_exported(told: str, where: str) -> UserError:
+    """Return the error for something that was written otherwise than it should be."""
+    return UserError(f"what was written is not what was exported: {told}", where, NOTHING_WRITTEN, status=FAILED)
 
 
 def _renderings(tokenizer: Any, name: str, template: str) -> Iterator[tuple[str, str]]:

@@ -83,9 +83,9 @@ class AsModel:
             what = f"{self.types} cannot hold all weights: the largest is {largest:.3g}"
             raise UserError(what, "--dtype", "choose `--dtype float32` or `bfloat16`", status=FAILED)
 
-    def round(self, policy: Policy) -> None:
-        """Round weights in memory as they are written."""
-        round_as_saved(policy.model, self.types)
+    def round(self, policy: Policy) -> bool:
+        """Round weights in memory as they are written; tell whether one is another then."""
+        return round_as_saved(policy.model, self.types)
 
     def write(self, policy: Policy, tokenizer: Any, folder: Path) -> None:
         """Write the policy into a folder that exists.
@@ -133,8 +133,9 @@ class AsAdapter:
     def check(self, policy: Policy) -> None:
         """Refuse nothing: float32 holds what is held in it."""
 
-    def round(self, policy: Policy) -> None:
+    def round(self, policy: Policy) -> bool:
         """Leave the weights as they are."""
+        return False
 
     def write(self, policy: Policy, tokenizer: Any, folder: Path) -> None:
         """Write the policy's adapter into a folder that exists.
@@ -193,9 +194,9 @@ class AsGguf:
     def check(self, policy: Policy) -> None:
         """Refuse nothing: a weight that is too large is refused where it is rounded."""
 
-    def round(self, policy: Policy) -> None:
-        """Round weights in memory as they are written."""
-        round_as_in_file(policy.model, self.kind)
+    def round(self, policy: Policy) -> bool:
+        """Round weights in memory as they are written; tell whether one is another then."""
+        return round_as_in_file(policy.model, self.kind)
 
     def write(self, policy: Policy, tokenizer: Any, folder: Path) -> None:
         """Write the policy into a folder that exists.

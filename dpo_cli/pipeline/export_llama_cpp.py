@@ -23,8 +23,9 @@ from dpo_cli.modeling.gguf.activations import rounded_logps
 from dpo_cli.modeling.gguf.types import GgufType
 from dpo_cli.modeling.gguf.vocabulary_texts import same_in_llama_cpp
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.pipeline.export_answers import ANSWER_TOKENS, first_gap
 from dpo_cli.pipeline.export_facts import QUESTIONS, Facts
-from dpo_cli.pipeline.export_proof import ANSWER_TOKENS, Proof, Said, Scored, first_gap
+from dpo_cli.pipeline.export_proof import Proof, Said, Scored
 from dpo_cli.reporting.console import Console
 
 LLAMA_CPP, READERS, ACTIVATIONS, ANSWERS_BESIDE = "llama.cpp", "readers", "activations", "answers of llama.cpp"

@@ -19,13 +19,13 @@ from torch import Tensor
 from dpo_cli.errors import FAILED, UserError
 from dpo_cli.evaluation.agreement import Difference, Listener
 from dpo_cli.evaluation.figures import figures
-from dpo_cli.evaluation.samples import Limits, answered
 from dpo_cli.modeling.batch import Batches, scored_tokens
 from dpo_cli.modeling.folders.model_files import most_tokens
-from dpo_cli.modeling.generation import Answer, room
+from dpo_cli.modeling.generation import Answer
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.evaluate import scored
-from dpo_cli.pipeline.export_facts import Facts
+from dpo_cli.pipeline.export_answers import ANSWERS, greedy
+from dpo_cli.pipeline.export_facts import NOTHING_WRITTEN
 from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.reference import OpenReference
 
@@ -39,23 +39,10 @@ Sums in another order let routers exchange two experts that are as good as each 
 attend to it, get other values.
 """
 
-TIE = 1e-3
-"""How close, in nats, two tokens are between which sums in another order may decide."""
-
-NOTHING_WRITTEN = "nothing was written; update PEFT and transformers to versions that fit each other, or report this"
-"""What to do where the proof fails."""
-
-ANSWERS = 10
-"""How many prompts are answered."""
-
-ANSWER_TOKENS = 24
-"""The most tokens of an answer."""
-
 FEW = 64
 """How many pairs tell whether weights are read as they are in memory; figures are those of all pairs."""
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_BATCH_TOKENS = 8192
 _ROWS, _TOKENS = 8, 64
 
 
@@ -68,6 +55,7 @@ class Said:
         logps: By pair, the log-probability of each scored token.
         far: The log-probabilities of made-up tokens that are as far from each other as the model has positions.
         answers: Greedy answers, one to each prompt.
+        gap: How much likelier, in nats, its own token is at most where an answer leaves that of the model before.
         routes: Whether it chooses among experts.
     """
 
@@ -75,6 +63,7 @@ class Said:
     logps: dict[int, Tensor]
     far: Tensor
     answers: Sequence[Answer] = ()
+    gap: float = 0.0
     routes: bool = False
 
     def lengths(self, beside: Said) -> list[int]:
@@ -146,6 +135,10 @@ class OnPairs:
         places = np.linspace(0, len(by_length) - 1, min(FEW, len(by_length))).round().astype(np.int64)
         return replace(self, pairs=np.sort(by_length[places]))
 
+    def of(self, said: Said) -> dict[int, Tensor]:
+        """Return what was said of these pairs, and perhaps of others."""
+        return {pair: said.logps[pair] for pair in map(int, self.pairs)}
+
     def texts(self, tokenizer: Any) -> list[str]:
         """Return the texts of some pairs."""
         some = [self.batches.pairs[int(index)] for index in self.pairs[:ANSWERS]]
@@ -179,6 +172,10 @@ class OnTokens:
     def _tokens(self, policy: Policy) -> Tensor:
         return _made_up(policy, _ROWS, min(_TOKENS, most_tokens(policy.model.config) or _TOKENS))
 
+    def of(self, said: Said) -> dict[int, Tensor]:
+        """Return what was said of all."""
+        return said.logps
+
     def few(self) -> OnTokens:
         """Return the same: there are few tokens."""
         return self
@@ -192,7 +189,9 @@ Proof = OnPairs | OnTokens
 """What models are compared on."""
 
 
-def asked(proof: Proof, policy: Policy, what: str, stops: Collection[int] | None) -> Said:
+def asked(
+    proof: Proof, policy: Policy, what: str, stops: Collection[int] | None, drafts: Sequence[Answer] = ()
+) -> Said:
     """Let a policy score and answer.
 
     Args:
@@ -200,26 +199,17 @@ def asked(proof: Proof, policy: Policy, what: str, stops: Collection[int] | None
         policy: The policy.
         what: What it is called.
         stops: The tokens that end an answer; None: nothing is answered.
+        drafts: What another one answered, whose answers may be the same.
     """
     figures, logps = proof.logps(policy, what)
-    answers = () if stops is None else _answers(proof, policy, what, stops)
-    return Said(figures, logps, _far(policy), answers, _routes(policy))
+    answers, gap = ([], 0.0) if stops is None else greedy(policy, proof.prompts, stops, drafts, proof.session, what)
+    return Said(figures, logps, _far(policy), answers, gap, _routes(policy))
 
 
 def _routes(policy: Policy) -> bool:
     """Tell whether a model chooses among experts, by how its settings count them."""
     config = policy.model.config.get_text_config()
     return any(getattr(config, name, None) for name in _EXPERTS)
-
-
-def _answers(proof: Proof, policy: Policy, what: str, stops: Collection[int]) -> list[Answer]:
-    """Let a policy answer the prompts greedily, if it can generate."""
-    session, prompts = proof.session, [one for one in proof.prompts if room(policy, one, 1)]
-    if not policy.model.can_generate():
-        return []
-    with session.console.progress(f"answers of {what}", len(prompts), "prompt") as progress:
-        limits = Limits(ANSWER_TOKENS, _BATCH_TOKENS)
-        return answered(policy, prompts, stops, limits, session.accelerator, progress)
 
 
 def _far(policy: Policy) -> Tensor:
@@ -267,8 +257,8 @@ def check_alike(ours: Said, theirs: Said, what: str, where: str) -> Difference:
         raise UserError(told, where, NOTHING_WRITTEN, status=FAILED)
     difference = Difference.between(ours.logps, theirs.logps)
     far = Difference.between({0: ours.far}, {0: theirs.far}).largest if len(ours.far) else 0.0
-    # What is NaN is not alike.
-    apart, of = (far, " where positions are far apart") if difference.largest <= EXACT else (difference.largest, "")
+    # What is NaN is infinitely far.
+    apart, of = max((difference.largest, ""), (far, " where positions are far apart"))
     if not apart <= EXACT:
         told = f"{what}: its log-probabilities differ by {apart:.1e} nats per token{of}, where {EXACT:.1e} is allowed"
         raise UserError(told, where, NOTHING_WRITTEN, status=FAILED)
@@ -287,63 +277,3 @@ def check_merged(ours: Said, theirs: Said, where: str) -> None:
         if bool(apart.isfinite().all()) and float((apart > EXACT).double().mean()) <= ROUTED:
             return
     check_alike(ours, theirs, "the merged model is not the adapter's", where)
-
-
-def check_facts(ours: Facts, theirs: Facts, where: str) -> None:
-    """Refuse a model whose tokenizer or end tokens are not those of what it was made of.
-
-    Raises:
-        UserError: Something differs; it is named.
-    """
-    if differing := list(ours.differences(theirs)):
-        told = f"what was written is not what was exported: {'; '.join(differing)}"
-        raise UserError(told, where, NOTHING_WRITTEN, status=FAILED)
-
-
-def check_answers(ours: Said, theirs: Said, reader: Policy, proof: Proof, stops: Collection[int], where: str) -> None:
-    """Refuse a model that answers otherwise where no rounding decides.
-
-    Args:
-        ours: What the weights answer in memory, rounded as they are written.
-        theirs: What the model answers.
-        reader: The model.
-        proof: Has the prompts.
-        stops: The tokens that end its answers.
-        where: The folder that is then not written.
-
-    Raises:
-        UserError: At the first token where an answer is another, the model tells both clearly apart; or there are more
-            answers, or fewer.
-    """
-    if len(ours.answers) != len(theirs.answers):
-        told = f"{len(theirs.answers)} of {len(ours.answers)} prompts are answered"
-        raise UserError(f"what was written is not what was exported: {told}", where, NOTHING_WRITTEN, status=FAILED)
-    prompts = [one for one in proof.prompts if room(reader, one, 1)]
-    for number, (prompt, one, other) in enumerate(zip(prompts, ours.answers, theirs.answers, strict=False), 1):
-        if one != other and not (gap := first_gap(reader, prompt, one, other, stops)) <= TIE:
-            same = _same(one, other)
-            told = f"answer {number} is another from token {same + 1} on, where {gap:.1e} nats are between both"
-            raise UserError(f"what was written is not what was exported: {told}", where, NOTHING_WRITTEN, status=FAILED)
-
-
-@torch.no_grad()
-def first_gap(policy: Policy, prompt: Sequence[int], one: Answer, other: Answer, stops: Collection[int]) -> float:
-    """Return how far apart a policy has the two tokens at which answers part."""
-    same = _same(one, other)
-    tokens = torch.tensor([[*prompt, *one.tokens[:same]]], device=policy.model.device)
-    with policy.reading_plainly() as model:
-        logps = model(input_ids=tokens, use_cache=False).logits[0, -1].float().log_softmax(-1)
-    ends = logps[sorted(stops)].max() if stops else torch.tensor(-torch.inf)
-    candidates = [logps[answer.tokens[same]] if same < len(answer.tokens) else ends for answer in (one, other)]
-    return float((candidates[0] - candidates[1]).abs())
-
-
-def _same(one: Answer, other: Answer) -> int:
-    """Return how many tokens two answers begin with alike."""
-    parted = (place for place, (a, b) in enumerate(zip(one.tokens, other.tokens, strict=False)) if a != b)
-    return next(parted, min(len(one.tokens), len(other.tokens)))
-
-
-def num_alike(ours: Said, theirs: Said) -> int:
-    """Return how many answers are the same."""
-    return sum(one == other for one, other in zip(ours.answers, theirs.answers, strict=False))

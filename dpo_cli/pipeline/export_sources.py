@@ -22,8 +22,9 @@ from dpo_cli.modeling.folders import tokenizers
 from dpo_cli.modeling.folders.saving import end_at, remember_adapter
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.beginning import noted_in
+from dpo_cli.pipeline.export_answers import ANSWERS
 from dpo_cli.pipeline.export_facts import question_tokens
-from dpo_cli.pipeline.export_proof import ANSWERS, FEW, OnPairs, OnTokens, Proof
+from dpo_cli.pipeline.export_proof import FEW, OnPairs, OnTokens, Proof
 from dpo_cli.pipeline.memory import settling_scores
 from dpo_cli.pipeline.models import loaded, open_reference, opened, trained_policy
 from dpo_cli.pipeline.pairs import RunData, load_tokenizer, run_data

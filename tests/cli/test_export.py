@@ -97,6 +97,10 @@ def test_figures_are_of_all_held_out_pairs_and_few_of_them_tell_weights_apart(pr
     assert [sorted(lengths) for lengths in between] == [[min(every), max(every)]] * 2
     assert found["exported"]["pairs"] == len(every)
     assert found["rounding"]["largest"] > 1e-4 > found["exactness"]["largest"]
+    # What is beside each other is of the same pairs, and it is said of how many.
+    assert found["difference"]["mean"] == pytest.approx(found["rounding"]["mean"], rel=1e-3)
+    assert found["pairs compared"] == 2
+    assert f"2 of {len(every)} held-out pairs" in Path("out/README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("project", ["float32", "bfloat16"], indirect=True)

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 import dpo_cli
 from dpo_cli.modeling.adapters.adapted import AdapterWeights
+from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.trained import WholeWeights
+from dpo_cli.pipeline.export_proof import OnTokens
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.storage import MANIFEST, read_manifest
 from tests.builders import save_adapter
@@ -199,6 +201,33 @@ def test_a_gguf_file_is_written_proved_and_read_again(project: Path, capfd: Any,
     # What was written is a model that is exported in turn, and nothing is lost on the way.
     again = dpo_cli.export(file, "again")
     assert again["rounding"]["largest"] == 0 == again["difference"]["largest"]
+
+
+def test_weights_that_rounding_leaves_as_they_are_are_not_asked_again(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    right = OnTokens.logps
+
+    def counted(proof: OnTokens, policy: Policy, what: str) -> Any:
+        asked.append(what)
+        return right(proof, policy, what)
+
+    monkeypatch.setattr(OnTokens, "logps", counted)
+    dpo_cli.export(project / "tied", "out", dtype="bfloat16")
+    for to, form in (("folder", {}), ("file", {"gguf": "bf16"})):
+        asked.clear()
+        assert dpo_cli.export("out", to, **form)["rounding"]["largest"] == 0
+        assert asked == ["the model", "what was written"]
+
+
+def test_answers_that_rounding_changes_are_told_from_those_of_the_rounded_weights(project: Path, capfd: Any) -> None:
+    found = dpo_cli.export(project / "tied", "out", gguf="q4_0", console=Console())
+    answers = found["answers"]
+    assert answers["compared"] == answers["as rounded"] == 10 > answers["alike"]
+    (line,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("answers"))
+    told = f"10 of 10 greedy answers of the rounded weights, {answers['alike']} of the model"
+    assert line.endswith(f"{told}: rounding puts other tokens first, by at most {answers['gap']:.1e} nats"), line
 
 
 def test_a_gguf_file_that_is_read_for_its_proof_leaves_nothing_in_the_cache_or_elsewhere(

@@ -155,13 +155,20 @@ class SavedWeights:
             yield from in_order({name: self.sketch[name] for name in names})
 
 
-def round_as_saved(model: PreTrainedModel, types: WeightTypes) -> None:
-    """Round every weight of a model as it is if it is saved in its type, and keep it in the dtype that it has."""
-    held, seen = SavedWeights(model).types_held(types), set[int]()
+def round_as_saved(model: PreTrainedModel, types: WeightTypes) -> bool:
+    """Round every weight of a model as it is if it is saved in its type, and keep it in the dtype that it has.
+
+    Returns:
+        Whether a weight is another then.
+    """
+    held, seen, changed = SavedWeights(model).types_held(types), set[int](), False
     for name, weights in model.state_dict(keep_vars=True).items():
         if weights.is_floating_point() and id(weights) not in seen:
             seen.add(id(weights))
-            weights.data = weights.data.to(held[name]).to(weights.dtype)
+            rounded = weights.data.to(held[name]).to(weights.dtype)
+            changed = changed or not torch.equal(rounded, weights.data)
+            weights.data = rounded
+    return changed
 
 
 def other_bytes(name: str, folder: Path) -> UserError:

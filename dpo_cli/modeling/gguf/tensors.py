@@ -132,14 +132,18 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
 
 
 @torch.no_grad()
-def round_as_in_file(model: PreTrainedModel, kind: GgufType) -> None:
+def round_as_in_file(model: PreTrainedModel, kind: GgufType) -> bool:
     """Round every weight as a file of a type does, along the rows that it has there, and keep it in its dtype.
+
+    Returns:
+        Whether a weight is another then.
 
     Raises:
         UserError: The type cannot hold them, or they are others than rounding explains.
     """
     names, turned = _Names(model.config), _turned(model)
     seen: set[int] = set()
+    changed = False
     for name, weight in model.state_dict(keep_vars=True).items():
         if not weight.is_floating_point() or id(weight) in seen:
             continue
@@ -151,7 +155,9 @@ def round_as_in_file(model: PreTrainedModel, kind: GgufType) -> None:
         for piece in chunks(rows):
             read = rounded(piece, kept)
             check_rounding(piece, read, kept, name)
+            changed = changed or not torch.equal(piece, read)
             piece.copy_(read)
+    return changed
 
 
 def _turned(model: nn.Module) -> set[str]:

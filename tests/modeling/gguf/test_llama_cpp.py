@@ -28,9 +28,10 @@ from dpo_cli.modeling.gguf.types import GgufType
 from dpo_cli.modeling.gguf.vocabulary import Vocabulary
 from dpo_cli.modeling.gguf.writing import write_gguf
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.pipeline.export_answers import ANSWER_TOKENS
 from dpo_cli.pipeline.export_facts import Facts, question_tokens
 from dpo_cli.pipeline.export_llama_cpp import ByTransformers, allowed_beside, read_by_llama_cpp
-from dpo_cli.pipeline.export_proof import ANSWER_TOKENS, OnTokens, Said
+from dpo_cli.pipeline.export_proof import OnTokens, Said
 from dpo_cli.reporting.console import Console
 from tests.conftest import GGUF
 
