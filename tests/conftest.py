@@ -247,12 +247,11 @@ def build_llama(folder: Path, tokenizer: Any, seed: int, **settings: Any) -> Pat
 
     torch.manual_seed(seed)
     usual = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
-    usual |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    usual |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,
         **{**usual, **settings},
     )
     LlamaForCausalLM(config).save_pretrained(folder)

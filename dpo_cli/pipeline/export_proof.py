@@ -7,7 +7,7 @@ rounded in memory as they were for writing, whatever rounding by itself does; an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from dpo_cli.modeling.batch import Batches, scored_tokens
 from dpo_cli.modeling.folders.model_files import most_tokens
 from dpo_cli.modeling.generation import Answer
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.products import Multiplying, in_two_parts, response_logps
 from dpo_cli.pipeline.evaluate import scored
 from dpo_cli.pipeline.export_answers import ANSWERS, greedy
 from dpo_cli.pipeline.export_facts import NOTHING_WRITTEN
@@ -30,7 +31,13 @@ from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.reference import OpenReference
 
 EXACT = 1e-4
-"""How far, in nats a token, sums in another order may take log-probabilities of a model in float32."""
+"""How far, in nats a token, sums in another order may take log-probabilities of a model in float32, in any case."""
+
+_LARGEST, _MEAN, _MOST = 8.0, 4.0, 1e-2
+"""How many times as far as they take this model, which is measured, at one token and on average; and how far at most.
+
+Of merged random Llamas whose weights are 1 to 50 times as large as usual up to 3.3 and 1.8 times as far.
+"""
 
 ROUTED = 0.1
 """Of how many scored tokens merging may change more than that, in a model with experts.
@@ -42,6 +49,7 @@ attend to it, get other values.
 FEW = 64
 """How many pairs tell whether weights are read as they are in memory; figures are those of all pairs."""
 
+_NONE, _FAR = Difference(0.0, 0.0), -1
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ROWS, _TOKENS = 8, 64
 
@@ -237,7 +245,9 @@ def _token_logps(policy: Policy, tokens: Tensor, places: Tensor | None = None) -
     return logps.gather(-1, tokens[:, 1:, None]).flatten().cpu()
 
 
-def check_alike(ours: Said, theirs: Said, what: str, where: str) -> Difference:
+def check_alike(
+    ours: Said, theirs: Said, what: str, where: str, noise: Callable[[], Difference] = lambda: _NONE
+) -> Difference:
     """Refuse a model that does not give the log-probabilities of another one of the same weights.
 
     Args:
@@ -245,6 +255,7 @@ def check_alike(ours: Said, theirs: Said, what: str, where: str) -> Difference:
         theirs: What it says.
         what: What is compared, in a sentence without its end.
         where: The folder that is then not written.
+        noise: Measures how far sums in another order take one of them.
 
     Returns:
         The difference.
@@ -260,12 +271,30 @@ def check_alike(ours: Said, theirs: Said, what: str, where: str) -> Difference:
     # What is NaN is infinitely far.
     apart, of = max((difference.largest, ""), (far, " where positions are far apart"))
     if not apart <= EXACT:
-        told = f"{what}: its log-probabilities differ by {apart:.1e} nats per token{of}, where {EXACT:.1e} is allowed"
-        raise UserError(told, where, NOTHING_WRITTEN, status=FAILED)
+        measured = noise()
+        most = Difference(min(_MOST, max(EXACT, _LARGEST * measured.largest)), _MEAN * measured.mean)
+        for told, found, allowed in ((of, apart, most.largest), (" on average", difference.mean, most.mean)):
+            if not found <= allowed:
+                by = f"{found:.1e} nats per token{told}, where {allowed:.1e} is allowed"
+                raise UserError(f"{what}: its log-probabilities differ by {by}", where, NOTHING_WRITTEN, status=FAILED)
     return difference
 
 
-def check_merged(ours: Said, theirs: Said, where: str) -> None:
+def in_another_order(proof: Proof, policy: Policy, said: Said) -> Difference:
+    """Return how far sums in another order take what a policy has said of pairs, and of tokens that are far apart.
+
+    Weights that are large, or many layers, make more of the last digits of float32: of a random Llama of 48 layers and
+    a standard deviation of 0.3 up to 1e-3 nats.
+    """
+    with Multiplying(in_two_parts):
+        found = {
+            pair: torch.cat([response_logps(policy, one.prompt, one.response)[one.tokens] for one in some])
+            for pair, some in proof.sequences(policy).items()
+        }
+        return Difference.between({**said.logps, _FAR: said.far}, {**found, _FAR: _far(policy)})
+
+
+def check_merged(ours: Said, theirs: Said, where: str, noise: Callable[[], Difference] = lambda: _NONE) -> None:
     """Refuse a merged model that does not give the log-probabilities of its adapter, but for a few where experts are.
 
     Raises:
@@ -276,4 +305,4 @@ def check_merged(ours: Said, theirs: Said, where: str) -> None:
         apart = torch.cat([(one - other).abs() for one, other in [*both, (ours.far, theirs.far)]])
         if bool(apart.isfinite().all()) and float((apart > EXACT).double().mean()) <= ROUTED:
             return
-    check_alike(ours, theirs, "the merged model is not the adapter's", where)
+    check_alike(ours, theirs, "the merged model is not the adapter's", where, noise)

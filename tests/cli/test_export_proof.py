@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import dpo_cli
+from dpo_cli.errors import UserError
 from dpo_cli.modeling.adapters.adapted import AdapterWeights
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.modeling.trained import WholeWeights
@@ -228,6 +230,31 @@ def test_answers_that_rounding_changes_are_told_from_those_of_the_rounded_weight
     (line,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("answers"))
     told = f"10 of 10 greedy answers of the rounded weights, {answers['alike']} of the model"
     assert line.endswith(f"{told}: rounding puts other tokens first, by at most {answers['gap']:.1e} nats"), line
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.001])
+def test_a_model_whose_own_sums_are_less_exact_is_merged_and_a_fault_in_it_is_refused(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    """Large weights in several layers make more than 1e-4 nats of the last digits of float32."""
+    build_llama(tmp_path / "model", tokenizer, seed=0, initializer_range=1.0, num_hidden_layers=8)
+    adapter = save_adapter(tmp_path / "model", tmp_path / "adapter")
+    right = Policy.merge
+
+    def wrong(policy: Policy) -> None:
+        for layer in policy.model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scale_layer(scale)
+        right(policy)
+
+    monkeypatch.setattr(Policy, "merge", wrong)
+    monkeypatch.chdir(tmp_path)
+    if scale == 1:
+        assert 1e-4 < dpo_cli.export(adapter, "out", merge=True)["exactness"]["largest"] < 1e-2
+    else:
+        with pytest.raises(UserError, match="the merged model is not the adapter's"):
+            dpo_cli.export(adapter, "out", merge=True)
+        assert not Path("out").exists()
 
 
 def test_a_gguf_file_that_is_read_for_its_proof_leaves_nothing_in_the_cache_or_elsewhere(
