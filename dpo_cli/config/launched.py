@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from typing import Any
+
+from packaging.version import Version
 
 from dpo_cli.config.schema import Config
 from dpo_cli.errors import UserError
 from dpo_cli.system.fsdp_configuration import FsdpConfiguration, fsdp_configuration
 from dpo_cli.system.launchers import num_ranks
+
+_SHARDS_BITS = Version("2.12")
+"""The first torch that shards parameters of whole numbers, in which quantized weights are held."""
 
 
 def taken_over(config: Config) -> tuple[Config, list[str]]:
@@ -64,6 +70,12 @@ def sharding_errors(config: Config, size: int, here: int | None) -> Iterator[Use
         what = f"`training.optimizer: {optimizer}` cannot step on shards of a weight"
         where = config.where("training.optimizer.type", "training.optimizer", "training.sharding")
         yield UserError(what, where, "choose another, such as adamw; or set `training.sharding: none`")
+    if config.model.quantize and Version(importlib.metadata.version("torch")) < _SHARDS_BITS:
+        what = (
+            f"torch {importlib.metadata.version('torch')} cannot shard quantized weights; {_SHARDS_BITS} or newer can"
+        )
+        where = config.where("model.quantize", "training.sharding")
+        yield UserError(what, where, "update torch, or set `training.sharding: none`")
 
 
 def _asked(fsdp: FsdpConfiguration) -> dict[str, Any]:

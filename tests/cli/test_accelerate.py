@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -374,3 +375,12 @@ def test_a_launch_with_deepspeed_is_one_error(write_config, tmp_path):
     done = accelerate_launch(file, "train", "--config", config, PYTHONPATH=str(tmp_path / "site"))
     assert_refused(done, "configured for DeepSpeed", tmp_path / "runs")
     assert "training.sharding: full" in done.stderr
+
+
+@pytest.mark.parametrize(("version", "wrong"), [("2.11.0+cu130", True), ("2.12.0", False), ("2.13.0+cpu", False)])
+def test_quantized_weights_are_sharded_by_a_torch_that_can(launched, write_config, monkeypatch, version, wrong):
+    launched({}, FOUR_OF_EIGHT)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    config = load_config(write_config(model={"quantize": "nf4"}, adapter="lora"), [])
+    found = [str(error) for error in launch_errors(taken_over(config)[0])]
+    assert any(f"torch {version} cannot shard" in one for one in found) == wrong, found
