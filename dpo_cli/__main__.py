@@ -19,7 +19,11 @@ def main() -> None:
         _stop()
     from dpo_cli.cli import main
 
-    main()
+    try:
+        main()
+    finally:
+        # Its work is done and its status known; while Python ends, an interrupt could only lose what is printed last.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stop() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
@@ -62,19 +62,36 @@ def weights_digest(
         for name, tensor in model.state_dict(keep_vars=True).items()
         if (name in parameters or not isinstance(tensor, torch.nn.Parameter)) and (own := own_name(name)) is not None
     }
-    return tensors_digest(settings, counted, dtype)
+    return tensors_digest(settings, counted, dtype, _kept(model, counted, dtype) if dtype else ())
 
 
-def tensors_digest(settings: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+def _kept(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> list[str]:
+    """Return which weights transformers loads in float32 where a model is loaded in a dtype."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    return list(filter(build_glob_alternation(list(plan))[0].search, names)) if plan else []
+
+
+def tensors_digest(
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    kept: Collection[str] = (),
+) -> str:
     """Return a digest of settings, and of the names and the bytes of tensors in their order.
 
     Args:
         settings: What decides how the tensors are used.
         tensors: By name.
         dtype: What those of floats are taken to be held in; None: in what they are.
+        kept: Names of those that are in what they are all the same.
     """
     whole = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=32)
-    held = [dtype if dtype and one.is_floating_point() else whole_dtype(one) for one in tensors.values()]
+    held = [
+        dtype if dtype and one.is_floating_point() and name not in kept else whole_dtype(one)
+        for name, one in tensors.items()
+    ]
     for (name, tensor), kind, sums in zip(tensors.items(), held, _sums_of_all(tensors.values(), held), strict=True):
         whole.update(f"{name} {kind} {tuple(tensor.shape)} {sums}\n".encode())
     return SCHEME + whole.hexdigest()

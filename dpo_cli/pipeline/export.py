@@ -64,7 +64,7 @@ from dpo_cli.reporting.tables import HELD_OUT, figures_table
 from dpo_cli.system.hub import CARD
 from dpo_cli.system.storage import remove_strays_of
 from dpo_cli.system.text import several
-from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, beginning_of
+from dpo_cli.training.checkpoints import FINGERPRINTS, HELD, beginning_of, held_at_beginning
 
 
 def export(wanted: Export, console: Console) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         policy = _unquantized_policy(session, wanted, tokenizer)
         source = asked(proof, policy, "the adapter on the unquantized base", facts.stops)
     rounded, rounding = _ready(policy, proof.few(), form, wanted, source, facts)
-    details: dict[str, Any] = _beginning(wanted, policy)
+    details: dict[str, Any] = _beginning(wanted)
     if isinstance(wanted.source, TrainedModel):
         # It was read from the run's own folder, which tells less than the base.
         complete = wanted.source.unscored is None
@@ -240,11 +240,12 @@ def _unquantized_policy(session: Session, wanted: Export, tokenizer: Any) -> Pol
     return policy
 
 
-def _beginning(wanted: Export, policy: Policy) -> dict[str, Any]:
+def _beginning(wanted: Export) -> dict[str, Any]:
     """Return what an adapter's folder says of the base that it means nothing without."""
     if wanted.merges or not isinstance(wanted.source, TrainedAdapter):
         return {}
-    return {FINGERPRINTS: dict(beginning_of(wanted.source.folder)), HELD: policy.held_as}
+    folder = wanted.source.folder
+    return {FINGERPRINTS: dict(beginning_of(folder)), HELD: held_at_beginning(folder) or ""}
 
 
 def _differences(found: Mapping[str, Any]) -> dict[str, str]:

@@ -688,14 +688,14 @@ MODEL_CASES = {
     "tokenizer of another model": Case(gpt2("model", vocabulary=300), TRAIN, 2, r"vocabulary ends at 299", r"token"),
     "positions for shorter texts only": Case(gpt2("model", positions=16), TRAIN, 2, r"positions.* 16", r"max_length"),
     "GGUF missing": Case(nothing, f"{TRAIN} model.name=no.gguf", 2, r"no GGUF file", r"check the path"),
-    "GGUF empty": Case(gguf(b""), f"{TRAIN} model.name=broken.gguf", 2, r"cannot be loaded", r"damaged"),
-    "GGUF of garbage": Case(gguf(b"garbage" * 99), f"{TRAIN} model.name=broken.gguf", 2, r"cannot be", r"damaged"),
+    "GGUF empty": Case(gguf(b""), f"{TRAIN} model.name=broken.gguf", 2, r"is empty", r"copy it again"),
+    "GGUF of garbage": Case(gguf(b"garbage" * 99), f"{TRAIN} model.name=broken.gguf", 2, r"is not a GGUF", r"copy it"),
     "GGUF unreadable": Case(
         both(gguf(b""), unreadable("broken.gguf")), f"{TRAIN} model.name=broken.gguf", 2, r"failed|cannot be", r"read"
     ),
     "GGUF cut off": Case(
         gguf(b"GGUF\3\0\0\0\x09\0\0\0\0\0\0\0\x09\0\0\0\0\0\0\0\x04\0"),
-        f"{TRAIN} model.name=broken.gguf", 2, r"cannot be loaded", r"damaged",
+        f"{TRAIN} model.name=broken.gguf", 2, r"header of the GGUF file cannot be read", r"damaged",
     ),
     "no chat template": Case(no_template, PREPARE, 2, r"has no chat template", r"`plain` or"),
     "no such chat template": Case(nothing, f"{PREPARE} {JINJA}", 2, r"no chat template `template", r"name a Jinja"),
@@ -1022,7 +1022,7 @@ QUANTIZE_CASES = {
         falcon("model"), NF4, 2, r"FalconForCausalLM has no linear layers that bitsandbytes knows", r"quantize: null"
     ),
     "few bits of a file that is no GGUF": Case(
-        file("model.gguf", "GGUF, but text"), f"{NF4} model.name=model.gguf", 2, r"cannot be loaded", r"again"
+        file("model.gguf", "GGUF, but text"), f"{NF4} model.name=model.gguf", 2, r"does not read this ver", r"update"
     ),
     "few bits in a precision of GPUs": Case(
         nothing, f"{NF4} model.dtype=float16", 2, r"float16` cannot be computed in on a CPU", r"needs a GPU"

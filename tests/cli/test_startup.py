@@ -5,6 +5,7 @@ An interrupt is answered in words from the start.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -188,3 +189,13 @@ def test_an_interrupt_that_is_ignored_stays_ignored(interrupted):
     command = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *dpo_command("--version")]
     status, printed, said = interrupted("typer", *command)
     assert (status, printed.split()[0], said) == (0, "dpo", "")
+
+
+def test_an_interrupt_while_python_ends_changes_neither_what_was_printed_nor_the_status(tmp_path):
+    at_exit = "import atexit, signal; atexit.register(signal.raise_signal, signal.SIGINT)"
+    (tmp_path / "sitecustomize.py").write_text(at_exit)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = dpo_command("config", "schema")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)

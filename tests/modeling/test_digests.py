@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, Glm4MoeConfig
 
-from dpo_cli.modeling.digests import _ROW, bit_sums, tensors_digest
+from dpo_cli.modeling.digests import _ROW, bit_sums, tensors_digest, weights_digest
 
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -126,6 +128,23 @@ def test_weights_are_digested_as_if_they_were_held_in_another_dtype() -> None:
     rounded = tensors_digest({}, {"w": weights.bfloat16(), "n": counts})
     assert tensors_digest({}, {"w": weights, "n": counts}, torch.bfloat16) == rounded
     assert tensors_digest({}, {"w": weights, "n": counts}) != rounded
+
+
+def test_weights_that_are_loaded_in_float32_whatever_the_dtype_are_digested_as_they_are(tmp_path: Path) -> None:
+    """GLM-4.5 keeps the bias of its routers so, which transformers' own loading tells here."""
+    config = Glm4MoeConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=16, moe_intermediate_size=8, n_routed_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias.normal_()
+    model.save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        held = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+        assert {tensor.dtype for tensor in held.state_dict().values()} == {dtype, torch.float32}
+        assert weights_digest(model, dtype=dtype) == weights_digest(held) != weights_digest(model)
 
 
 def test_where_the_bytes_lie_in_memory_does_not_count() -> None:

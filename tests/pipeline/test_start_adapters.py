@@ -105,20 +105,28 @@ def noisy(model, folder):
 
 @pytest.mark.parametrize(
     ("part", "dtype"),
-    [("final", "float32"), pytest.param("checkpoints/step-000001", "bfloat16", marks=pytest.mark.slow)],
+    [
+        ("final", "float32"),
+        pytest.param("checkpoints/step-000001", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("exported", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_an_adapter_of_a_run_knows_the_weights_of_its_base_under_whatever_name(
     write_config, tiny_llama, tmp_path, part, dtype
 ):
     once = {"training": {"max_steps": 1}}
     first = trained(write_config("first", adapter="lora", model={"dtype": dtype}, checkpoints={"at_end": True}, **once))
-    told = {"adapter": {"start": str(shutil.copytree(first / part, tmp_path / "copied"))}, **once}
+    if part == "exported":
+        dpo_cli.export(first, tmp_path / "copied")
+    else:
+        shutil.copytree(first / part, tmp_path / "copied")
+    told = {"adapter": {"start": str(tmp_path / "copied")}, **once}
     moved = Path(shutil.copytree(tiny_llama, tmp_path / "moved"))
     model = {"name": str(moved), "eos_token": "<|endoftext|>", "dtype": "float32"}
     trained(write_config("second", model=model, **told))
 
     with pytest.raises(dpo_cli.UserError, match=r"another base: .* has other weights or settings"):
-        other = {"name": str(noisy(tiny_llama, tmp_path / "noisy")), "dtype": "float32"}
+        other = {"name": str(noisy(tiny_llama, tmp_path / "noisy")), "dtype": dtype}
         trained(write_config("third", model=other, **told))
 
 
