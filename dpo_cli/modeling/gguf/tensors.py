@@ -148,6 +148,8 @@ def round_as_in_file(model: PreTrainedModel, kind: GgufType) -> bool:
         if not weight.is_floating_point() or id(weight) in seen:
             continue
         seen.add(id(weight))
+        # Rows of others would be copies.
+        weight.data = weight.data.contiguous()
         rows = weight.data.T if name in turned else weight.data
         kept = type_of(next(iter(names.known(name)), name), rows.shape, kind)
         check_range(rows, kept, name)
