@@ -15,8 +15,6 @@ from tests.faults.shares import SHARDED, SHARES, SOME, report, thinned
 NUM_KILLS = 3 if FULL else 4
 """Of each kind of run and share; of kinds that save as others do, one."""
 
-MOST_IN_A_ROW = 6
-
 
 def kill_again_and_again(run: Bench, ledger: Ledger, kind: str, share: int, most: int) -> None:
     """Kill one process of runs, several times in a row maybe, and let each be finished."""
@@ -26,7 +24,7 @@ def kill_again_and_again(run: Bench, ledger: Ledger, kind: str, share: int, most
     num_kills, troubles = 0, []
     while num_kills < most:
         case, kills = run.case(), 0
-        for _ in range(min(chance.randint(1, MOST_IN_A_ROW), most - num_kills)):
+        for _ in range(chance.randint(1, most - num_kills)):
             victim, ranks = chance.randrange(run.num_ranks), case.start("--resume")
             killed = ranks[victim].kill_after(chance.uniform(0, cpu_seconds))
             case.wait(ranks, victim, left=True)
