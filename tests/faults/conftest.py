@@ -16,7 +16,7 @@ from tests.faults.runs import Bench, build_bench
 from tests.faults.zygote import ROUND, Zygote
 
 FULL = ROUND in os.environ
-"""Whether a round of `make faults` is run, or of each kind a few cases (`make test`)."""
+"""Whether a round of `make faults` is run, or of most kinds a few cases (`make test`, `make test-rest`)."""
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -21,15 +21,16 @@ CPU_SECONDS = "cpu_seconds"
 
 
 @functools.cache
-def code_digest(file: str) -> str:
-    """Digest the program and what the tests of a file are made of: what was tried holds of them alone.
+def code_digest(tests: str) -> str:
+    """Digest the program and what tests are made of: what was tried holds of them alone.
 
     Args:
-        file: The file of tests, from the root of the checkout.
+        tests: The file of tests, or the folder of what searches for inputs, from the root of the checkout.
     """
-    whole = hashlib.sha256()
+    whole, own = hashlib.sha256(), ROOT / tests
     bench = [found for found in (ROOT / "tests" / "faults").glob("*.py") if not found.name.startswith("test_")]
-    for found in sorted([*(ROOT / "dpo_cli").rglob("*.py"), *bench, ROOT / file]):
+    own_files = own.glob("*.py") if own.is_dir() else [own]
+    for found in sorted([*(ROOT / "dpo_cli").rglob("*.py"), *bench, *own_files]):
         whole.update(f"{found.relative_to(ROOT)}\0{found.stat().st_size}\0".encode() + found.read_bytes())
     return whole.hexdigest()[:16]
 
@@ -44,6 +45,7 @@ class Tried:
         round: In which round.
         cases: Kind of fault, outcome and number.
         cpu_seconds: What it took of the processors.
+        skipped: Why it was skipped, if it was.
     """
 
     test: str
@@ -51,10 +53,11 @@ class Tried:
     round: int
     cases: list[tuple[str, str, int]] = field(default_factory=list)
     cpu_seconds: float = 0.0
+    skipped: str = ""
 
     @property
     def is_known(self) -> bool:
-        """Whether another run of the test would tell nothing more: the code is the same, and every case survived."""
+        """Whether another run would tell nothing more: the code is the same, and every case survived or was skipped."""
         survived = all(outcome == Outcome.SURVIVED.value for _, outcome, _ in self.cases)
         return survived and self.holds
 
@@ -81,7 +84,7 @@ class Recorder:
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(exist_ok=True)
-        self._file, self._failed = file, set[str]()
+        self._file, self._failed, self._skipped = file, set[str](), dict[str, str]()
         # The code as it is before the first test: it may be changed while they run.
         for found in (ROOT / "tests" / "faults").glob("test_*.py"):
             code_digest(found.relative_to(ROOT).as_posix())
@@ -90,6 +93,9 @@ class Recorder:
         """Write what became of a test when it is torn down."""
         if report.failed:
             self._failed.add(report.nodeid)
+        if report.skipped:
+            *_, reason = report.longrepr
+            self._skipped[report.nodeid] = reason.removeprefix("Skipped: ")
         if report.when != "teardown":
             return
         cases: list[Any] = [value for name, value in report.user_properties if name == PROPERTY]
@@ -98,6 +104,6 @@ class Recorder:
             cases.append((f"failed: {report.nodeid.partition('::')[2]}", Outcome.LOST.value, 1))
         file = report.nodeid.partition("::")[0]
         line = {"test": report.nodeid, "code": code_digest(file), "round": int(os.environ[ROUND]), "cases": cases}
-        line[CPU_SECONDS] = round(seconds, 2)
+        line |= {CPU_SECONDS: round(seconds, 2), "skipped": self._skipped.get(report.nodeid, "")}
         with self._file.open("a", encoding="utf-8") as journal:
             journal.write(json.dumps(line) + "\n")

@@ -1,6 +1,6 @@
 """Search all targets for inputs that break them: `python -m tests.fuzz SECONDS [TARGET …]`, as `make fuzz` does.
 
-What breaks one is kept in `.fuzz/TARGET`, beside what was drawn and the traceback; `.fuzz/ledger.json` has the counts.
+What breaks one is kept in `.fuzz/TARGET`, beside what was drawn and the traceback; `.fuzz/journal.jsonl` counts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tests.faults.journal import code_digest
 from tests.faults.ledger import Outcome
 from tests.fuzz.targets import TARGETS
 
@@ -60,11 +61,12 @@ def _search_once(name: str, seconds: float, folder: Path) -> bool:
 
 
 def main(seconds: str, *names: str) -> int:
-    """Search, print a line for each target and write the ledger; return the exit status."""
+    """Search, print a line for each target and note it with the code that was searched; return the exit status."""
     if importlib.util.find_spec("atheris") is None:
         print("fuzzing is left out: there is no atheris for this Python here (`pip install 'dpo-cli[fuzz]'`)")
         return 0
-    entries, broken = [], 0
+    code, broken = code_digest("tests/fuzz"), 0
+    FOLDER.mkdir(exist_ok=True)
     for name in names or TARGETS:
         found = search(name, float(seconds))
         broken += found["broken"]
@@ -73,10 +75,11 @@ def main(seconds: str, *names: str) -> int:
             flush=True,
         )
         survived = found["inputs"] - found["broken"]
-        entries += [[f"fuzzing {name}", Outcome.SURVIVED.value, survived]]
-        entries += [[f"fuzzing {name}", Outcome.TRACEBACK.value, found["broken"]]] if found["broken"] else []
-    FOLDER.mkdir(exist_ok=True)
-    (FOLDER / "ledger.json").write_text(json.dumps(entries, indent=1) + "\n", encoding="utf-8")
+        cases = [[f"fuzzing {name}", Outcome.SURVIVED.value, survived]]
+        cases += [[f"fuzzing {name}", Outcome.TRACEBACK.value, found["broken"]]] if found["broken"] else []
+        with (FOLDER / "journal.jsonl").open("a", encoding="utf-8") as journal:
+            line = {"test": f"tests/fuzz::{name}", "code": code, "round": 1, "cases": cases}
+            journal.write(json.dumps(line) + "\n")
     return int(broken > 0)
 
 
