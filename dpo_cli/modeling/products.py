@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,9 @@ class Multiplying(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if (place := _PRODUCTS.get(func)) is None or not _is_weight(args[place + 1]):
+        place = _PRODUCTS.get(func)
+        # A weight that is given by its keyword is not found: that product is computed as it is.
+        if place is None or len(args) < place + 2 or not _is_weight(args[place + 1]):
             return func(*args, **(kwargs or {}))
 
         def product(activations: Tensor) -> Tensor:
@@ -61,7 +64,6 @@ def in_two_parts(product: Product, activations: Tensor) -> Tensor:
     return product(activations.where(half, none)) + product(activations.where(~half, none)) - product(none)
 
 
-@torch.no_grad()
 def response_logps(policy: Policy, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
     """Return log-probabilities of a response's tokens, of a row that has nothing else.
 
@@ -70,8 +72,17 @@ def response_logps(policy: Policy, prompt: Sequence[int], response: Sequence[int
         prompt: The tokens before the response, at least one.
         response: Its tokens.
     """
+    logps = next_logps(policy, prompt, response)[:-1]
+    return logps.gather(-1, torch.tensor(response, dtype=torch.long, device=logps.device)[:, None])[:, 0].cpu()
+
+
+@torch.no_grad()
+def next_logps(policy: Policy, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """Return log-probabilities of what comes behind a prompt, and behind each token of a response, `[N + 1, V]`."""
     tokens = torch.tensor([[*prompt, *response]], device=policy.model.device)
+    # Those behind the tokens of a long prompt would take far more memory than the model.
+    takes = "logits_to_keep" in inspect.signature(policy.model.forward).parameters
+    few = {"logits_to_keep": len(response) + 1} if takes else {}
     with policy.reading_plainly() as model:
-        logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    logps: Tensor = logits.float().log_softmax(-1)
-    return logps.gather(-1, tokens[0, len(prompt) :, None])[:, 0].cpu()
+        logits: Tensor = model(input_ids=tokens, use_cache=False, **few).logits[0, -len(response) - 1 :]
+    return logits.float().log_softmax(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from dpo_cli.evaluation.samples import Limits, answered
 from dpo_cli.modeling.generation import Answer, room
 from dpo_cli.modeling.policy import Policy
+from dpo_cli.modeling.products import next_logps
 from dpo_cli.pipeline.export_facts import not_as_exported
 from dpo_cli.pipeline.session import Session
 
@@ -24,7 +24,7 @@ TIE = 1e-3
 """How close, in nats, two tokens are between which sums in another order may decide, in any case."""
 
 _TIMES = 10.0
-"""How many times as close as log-probabilities are: they are of other tokens than those that are answered."""
+"""How many times as far as merging takes log-probabilities: those are of other tokens than are answered."""
 
 _BATCH_TOKENS = 8192
 
@@ -39,8 +39,8 @@ def greedy(
 ) -> tuple[list[Answer], float]:
     """Let a policy answer prompts greedily, if it can generate.
 
-    A draft of which the policy has every token as its likeliest is its answer, which one pass tells: to generate it,
-    too, would take a pass for each token.
+    A draft of which the policy has every token as its likeliest, up to its end or its limit, is its answer, which one
+    pass tells: to generate it, too, would take a pass for each token. The first prompt is answered in any case.
 
     Args:
         policy: The policy.
@@ -57,16 +57,25 @@ def greedy(
     if not policy.model.can_generate():
         return [], 0.0
     gaps = [_leaves(policy, prompt, draft, stops) for prompt, draft in zip(prompts, drafts, strict=False)]
-    known = {at: drafts[at] for at, gap in enumerate(gaps) if not gap}
-    rest = [prompt for at, prompt in enumerate(prompts) if at not in known]
+    known = {
+        at: draft
+        for at, (gap, draft) in enumerate(zip(gaps, drafts, strict=False))
+        if at and not gap and (draft.ended or len(draft.tokens) == room(policy, prompts[at], ANSWER_TOKENS))
+    }
+    # One pass needs no cache, of which the first prompt is for that reason: by itself, so that the same weights answer
+    # the same whatever the others are.
+    rest = [prompt for at, prompt in enumerate(prompts) if at and at not in known]
+    made: list[Answer] = []
     with session.console.progress(f"answers of {what}", len(prompts), "prompt") as progress:
 
         def told(done: int, _: int) -> None:
-            progress(len(known) + done, len(prompts))
+            progress(len(known) + len(made) + done, len(prompts))
 
         limits = Limits(ANSWER_TOKENS, _BATCH_TOKENS)
-        made = iter(answered(policy, rest, stops, limits, session.accelerator, told))
-    return [known[at] if at in known else next(made) for at in range(len(prompts))], max(gaps, default=0.0)
+        for some in (prompts[:1], rest):
+            made += answered(policy, some, stops, limits, session.accelerator, told)
+    left = iter(made)
+    return [known[at] if at in known else next(left) for at in range(len(prompts))], max(gaps, default=0.0)
 
 
 def check_answers(
@@ -86,7 +95,7 @@ def check_answers(
         theirs: What the model answers.
         reader: The model.
         stops: The tokens that end its answers.
-        apart: How far, in nats, log-probabilities of both are from each other at most.
+        apart: How far, in nats, merging has taken log-probabilities in memory at most, by sums in another order.
         where: The folder that is then not written.
 
     Raises:
@@ -106,7 +115,7 @@ def check_answers(
 def first_gap(policy: Policy, prompt: Sequence[int], one: Answer, other: Answer, stops: Collection[int]) -> float:
     """Return how far apart a policy has the two tokens at which answers part."""
     same = _same(one, other)
-    logps = _next_logps(policy, prompt, one.tokens[:same])[-1]
+    logps = next_logps(policy, prompt, one.tokens[:same])[-1]
     candidates = [
         logps[answer.tokens[same]] if same < len(answer.tokens) else _end(logps, stops) for answer in (one, other)
     ]
@@ -115,22 +124,10 @@ def first_gap(policy: Policy, prompt: Sequence[int], one: Answer, other: Answer,
 
 def _leaves(policy: Policy, prompt: Sequence[int], draft: Answer, stops: Collection[int]) -> float:
     """Return how much likelier a policy has its own token where it first leaves a draft; 0: it answers the same."""
-    logps = _next_logps(policy, prompt, draft.tokens)
+    logps = next_logps(policy, prompt, draft.tokens)
     drafted = [logps[at, token] for at, token in enumerate(draft.tokens)] + [_end(logps[-1], stops)] * draft.ended
     gaps = (float(row.max() - one) for row, one in zip(logps, drafted, strict=False))
     return next((gap for gap in gaps if gap), 0.0)
-
-
-@torch.no_grad()
-def _next_logps(policy: Policy, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """Return log-probabilities of what comes behind a prompt, and behind each token of an answer, `[N + 1, V]`."""
-    tokens = torch.tensor([[*prompt, *answer]], device=policy.model.device)
-    # Those behind the tokens of a long prompt would take far more memory than the model.
-    takes = "logits_to_keep" in inspect.signature(policy.model.forward).parameters
-    few = {"logits_to_keep": len(answer) + 1} if takes else {}
-    with policy.reading_plainly() as model:
-        logits: Tensor = model(input_ids=tokens, use_cache=False, **few).logits[0, -len(answer) - 1 :]
-    return logits.float().log_softmax(-1)
 
 
 def _end(logps: Tensor, stops: Collection[int]) -> Tensor:

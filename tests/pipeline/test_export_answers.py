@@ -63,14 +63,22 @@ def test_drafts_change_no_answer_and_spare_those_that_are_right(
     expected = [one, ends, other, another]
     assert greedy(policy, PROMPTS, stops, [], session, "it") == (expected, 0.0)
     assert greedy(policy, PROMPTS, stops, expected, session, "it") == (expected, 0.0)
-    # One token is another; one ends too soon; and one does not end where it should.
+    # One token is another; one ends too soon; and one does not end where it should. The first is always asked for.
     wrong = Answer((*other.tokens[:3], (other.tokens[3] + 1) % 400, *other.tokens[4:]), ended=False)
     found, gap = greedy(policy, PROMPTS, stops, [one, ends, wrong, another], session, "it")
     assert found == expected
     assert gap == pytest.approx(float(chosen_from[3].max() - chosen_from[3][wrong.tokens[3]]), abs=1e-4)
     early, late = Answer(another.tokens[:4], ended=True), Answer((*ends.tokens, *stops, 5), ended=False)
     assert greedy(policy, PROMPTS, stops, [one, late, other, early], session, "it")[0] == expected
-    assert asked == [4, 0, 1, 2]
+    assert asked == [1, 3, 1, 0, 1, 1, 1, 2]
+
+
+def test_a_draft_that_ended_for_lack_of_room_is_no_answer_of_a_model_with_more_positions(
+    policy: Policy, session: Any
+) -> None:
+    expected = [likeliest(policy, prompt, set())[0] for prompt in PROMPTS]
+    drafts = [Answer(one.tokens[:4], ended=False) for one in expected]
+    assert greedy(policy, PROMPTS, [], drafts, session, "it")[0] == expected
 
 
 def test_a_model_that_does_not_answer_all_prompts_is_refused(policy: Policy) -> None:
