@@ -39,6 +39,7 @@ from dpo_cli.pipeline.export_llama_cpp import (
     read_by_llama_cpp,
 )
 from dpo_cli.pipeline.export_proof import (
+    NONE,
     Proof,
     Said,
     asked,
@@ -103,7 +104,7 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         session = unquantized(alone(session))
         policy = _unquantized_policy(session, wanted, tokenizer)
         source = asked(proof, policy, "the adapter on the unquantized base", facts.stops)
-    rounded, rounding = _ready(policy, proof.few(), form, wanted, source, facts)
+    rounded, merging, rounding = _ready(policy, proof.few(), form, wanted, source, facts)
     details: dict[str, Any] = _beginning(wanted)
     if isinstance(wanted.source, TrainedModel):
         # It was read from the run's own folder, which tells less than the base.
@@ -116,7 +117,7 @@ def _exported(session: Session, wanted: Export) -> dict[str, Any]:
         form.write(policy, tokenizer, folder)
         del policy
         read = _read(alone(session), form, folder, wanted)
-        written, exactness = _proved(read, proof, facts, rounded, form, wanted)
+        written, exactness = _proved(read, proof, facts, rounded, merging.largest, form, wanted)
         by_transformers = ByTransformers(read.policy, written, read.tokenizer, facts)
         few = proof.few()
         by_llama_cpp = _by_llama_cpp(session, by_transformers, few, form, folder, wanted)
@@ -162,7 +163,7 @@ def _read(session: Session, form: Written, folder: Path, wanted: Export) -> Read
 
 
 def _proved(
-    read: Read, proof: Proof, facts: Facts, rounded: Said, form: Written, wanted: Export
+    read: Read, proof: Proof, facts: Facts, rounded: Said, merged_by: float, form: Written, wanted: Export
 ) -> tuple[Said, Difference]:
     """Return what a model says that was written and read again, and how far that is from the weights in memory.
 
@@ -172,13 +173,10 @@ def _proved(
     where = f"--to {wanted.to}"
     check_facts(facts, facts.read_again(read.tokenizer, read.generation), where)
     written = asked(proof, read.policy, "what was written", facts.stops, rounded.answers)
-
-    def noise() -> Difference:
-        return in_another_order(proof.few(), read.policy, written)
-
-    exactness = check_alike(rounded, written, _what_differs(wanted, form), where, noise)
-    apart = exactness.largest
-    check_answers(proof.prompts, rounded.answers, written.answers, read.policy, facts.stops, apart, where)
+    # Measured is only what is in memory, before: this is the same numbers by the same code, however exact that is.
+    what = f"what was written, as {form.reader} reads it, is not what was exported"
+    exactness = check_alike(rounded, written, what, where)
+    check_answers(proof.prompts, rounded.answers, written.answers, read.policy, facts.stops, merged_by, where)
     return written, exactness
 
 
@@ -200,10 +198,10 @@ def _by_llama_cpp(
 
 def _ready(
     policy: Policy, proof: Proof, form: Written, wanted: Export, source: Said, facts: Facts
-) -> tuple[Said, Difference]:
+) -> tuple[Said, Difference, Difference]:
     """Merge a policy's adapter, and round its weights, where that is asked for; return what it says then.
 
-    Beside it, how far rounding by itself takes its log-probabilities.
+    Beside it, how far merging takes its log-probabilities by sums in another order, and how far rounding by itself.
 
     Raises:
         UserError: The merged policy is not what the adapter was, or its weights are too large.
@@ -211,25 +209,15 @@ def _ready(
     if wanted.merges:
         policy.merge()
     form.check(policy)
-    exact = source
-    if wanted.merges and (form.rounds or source.routes):
+    exact, merging = source, NONE
+    if wanted.merges:
         stops = None if form.rounds else facts.stops
-        exact = asked(proof, policy, "the merged model before rounding", stops, source.answers)
-        merged = exact
-        check_merged(source, exact, f"--to {wanted.to}", lambda: in_another_order(proof, policy, merged))
-    if not form.rounds:
-        return exact, Difference(0.0, 0.0)
-    if not form.round(policy) and exact is source:
-        return source, Difference(0.0, 0.0)
+        exact = asked(proof, policy, "the merged model", stops, source.answers)
+        merging = check_merged(source, exact, f"--to {wanted.to}", lambda: in_another_order(proof, policy))
+    if not form.rounds or (not form.round(policy) and exact is source):
+        return exact, merging, NONE
     rounded = asked(proof, policy, "the model after rounding", facts.stops, source.answers)
-    return rounded, Difference.between(source.logps, rounded.logps)
-
-
-def _what_differs(wanted: Export, form: Written) -> str:
-    """Say what it means where what was written gives other log-probabilities than it should."""
-    if wanted.merges and not form.rounds:
-        return "the merged model is not the adapter's"
-    return f"what was written, as {form.reader} reads it, is not what was exported"
+    return rounded, merging, Difference.between(exact.logps, rounded.logps)
 
 
 def _unquantized_policy(session: Session, wanted: Export, tokenizer: Any) -> Policy:
@@ -321,8 +309,9 @@ def _alike(found: Mapping[str, Any]) -> dict[str, str]:
     rounded, alike = answers["as rounded"], answers["alike"]
     if alike == rounded:
         return {"answers": f"{alike} of {several(compared, 'greedy answer is', 'greedy answers are')} the same"}
-    told = f"{rounded} of {several(compared, 'greedy answer')} of the rounded weights, {alike} of the {source}"
-    why = f": rounding puts other tokens first, by at most {gap:.1e} nats" if (gap := answers["gap"]) else ""
+    what, how = ("rounded weights", "rounding") if found["rounding"]["largest"] else ("merged model", "merging")
+    told = f"{rounded} of {several(compared, 'greedy answer')} of the {what}, {alike} of the {source}"
+    why = f": {how} puts other tokens first, by at most {gap:.1e} nats" if (gap := answers["gap"]) else ""
     return {"answers": told + why}
 
 

@@ -7,12 +7,11 @@ does the same to the same weights, and what that changes is the measure of what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dpo_cli.errors import FAILED, UserError
@@ -25,7 +24,7 @@ from dpo_cli.modeling.gguf.vocabulary_texts import same_in_llama_cpp
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_answers import ANSWER_TOKENS, first_gap
 from dpo_cli.pipeline.export_facts import QUESTIONS, Facts
-from dpo_cli.pipeline.export_proof import Proof, Said, Scored
+from dpo_cli.pipeline.export_proof import Proof, Said, logps_by_row
 from dpo_cli.reporting.console import Console
 
 LLAMA_CPP, READERS, ACTIVATIONS, ANSWERS_BESIDE = "llama.cpp", "readers", "activations", "answers of llama.cpp"
@@ -105,7 +104,7 @@ def read_by_llama_cpp(
     positions = max([longest, *(len(one) + room(other.policy, one, ANSWER_TOKENS) for one in prompts)])
     with llama_cpp.opened(file, positions) as reader:
         _check_vocabulary(reader, other.tokenizer, other.facts, where)
-        logps = _logps(reader.logps, scored, "llama.cpp", console)
+        logps = logps_by_row(reader.logps, scored, "llama.cpp", console)
         with console.progress("answers of llama.cpp", len(prompts), "prompt") as progress:
             answers = []
             for prompt in prompts:
@@ -118,7 +117,7 @@ def read_by_llama_cpp(
 
     explained = Difference(0.0, 0.0)
     if kind != "f32":
-        rounded = _logps(as_llama_cpp, scored, "transformers, with rounded activations", console)
+        rounded = logps_by_row(as_llama_cpp, scored, "transformers, with rounded activations", console)
         explained = Difference.between(other.said.logps, rounded)
     apart, allowed = Difference.between(other.said.logps, logps), allowed_beside(explained)
     _check_logps(apart, allowed, where)
@@ -134,21 +133,6 @@ def allowed_beside(explained: Difference) -> Difference:
     """
     largest = max(LEAST.largest, _LARGEST * explained.largest)
     return Difference(largest, max(LEAST.mean, _MEAN * explained.mean))
-
-
-def _logps(
-    ask: Callable[[Sequence[int], Sequence[int]], Tensor],
-    scored: Mapping[int, Sequence[Scored]],
-    what: str,
-    console: Console,
-) -> dict[int, Tensor]:
-    """Return the log-probabilities of the scored tokens, by pair."""
-    found: dict[int, Tensor] = {}
-    with console.progress(f"scoring {what}", len(scored)) as progress:
-        for pair, sequences in scored.items():
-            found[pair] = torch.cat([ask(one.prompt, one.response)[one.tokens] for one in sequences])
-            progress(len(found), len(scored))
-    return found
 
 
 def _check_vocabulary(reader: llama_cpp.LlamaCpp, tokenizer: Any, facts: Facts, where: str) -> None:

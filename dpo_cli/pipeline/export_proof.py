@@ -7,8 +7,10 @@ rounded in memory as they were for writing, whatever rounding by itself does; an
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,12 +31,14 @@ from dpo_cli.pipeline.export_answers import ANSWERS, greedy
 from dpo_cli.pipeline.export_facts import NOTHING_WRITTEN
 from dpo_cli.pipeline.session import Session
 from dpo_cli.preference.reference import OpenReference
+from dpo_cli.reporting.console import Console
 
 EXACT = 1e-4
-"""How far, in nats a token, sums in another order may take log-probabilities of a model in float32, in any case."""
+"""How far, in nats a token, log-probabilities of the same weights in float32 may be from each other."""
 
 _LARGEST, _MEAN, _MOST = 8.0, 4.0, 1e-2
-"""How many times as far as they take this model, which is measured, at one token and on average; and how far at most.
+"""How many times as far as sums in another order take a merged model in memory merging may, at one token and on
+average; and how far at most.
 
 Of merged random Llamas whose weights are 1 to 50 times as large as usual up to 3.3 and 1.8 times as far.
 """
@@ -49,9 +53,10 @@ attend to it, get other values.
 FEW = 64
 """How many pairs tell whether weights are read as they are in memory; figures are those of all pairs."""
 
-_NONE, _FAR = Difference(0.0, 0.0), -1
+NONE, _FAR = Difference(0.0, 0.0), -1
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _ROWS, _TOKENS = 8, 64
+_MERGED = "the merged model is not the adapter's"
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ def _token_logps(policy: Policy, tokens: Tensor, places: Tensor | None = None) -
 
 
 def check_alike(
-    ours: Said, theirs: Said, what: str, where: str, noise: Callable[[], Difference] = lambda: _NONE
+    ours: Said, theirs: Said, what: str, where: str, noise: Callable[[], Difference] = lambda: NONE
 ) -> Difference:
     """Refuse a model that does not give the log-probabilities of another one of the same weights.
 
@@ -255,7 +260,7 @@ def check_alike(
         theirs: What it says.
         what: What is compared, in a sentence without its end.
         where: The folder that is then not written.
-        noise: Measures how far sums in another order take one of them.
+        noise: Measures how far sums in another order take one of them, where theirs are; what is not finite is none.
 
     Returns:
         The difference.
@@ -271,38 +276,68 @@ def check_alike(
     # What is NaN is infinitely far.
     apart, of = max((difference.largest, ""), (far, " where positions are far apart"))
     if not apart <= EXACT:
-        measured = noise()
+        measured = found if math.isfinite((found := noise()).largest) else NONE
         most = Difference(min(_MOST, max(EXACT, _LARGEST * measured.largest)), _MEAN * measured.mean)
-        for told, found, allowed in ((of, apart, most.largest), (" on average", difference.mean, most.mean)):
-            if not found <= allowed:
-                by = f"{found:.1e} nats per token{told}, where {allowed:.1e} is allowed"
+        for told, by_far, allowed in ((of, apart, most.largest), (" on average", difference.mean, most.mean)):
+            if not by_far <= allowed:
+                by = f"{by_far:.1e} nats per token{told}, where {allowed:.1e} is allowed"
                 raise UserError(f"{what}: its log-probabilities differ by {by}", where, NOTHING_WRITTEN, status=FAILED)
     return difference
 
 
-def in_another_order(proof: Proof, policy: Policy, said: Said) -> Difference:
-    """Return how far sums in another order take what a policy has said of pairs, and of tokens that are far apart.
+def logps_by_row(
+    ask: Callable[[Sequence[int], Sequence[int]], Tensor],
+    rows: Mapping[int, Sequence[Scored]],
+    what: str,
+    console: Console,
+) -> dict[int, Tensor]:
+    """Return the log-probabilities of the scored tokens, by pair, of rows that are scored one at a time.
+
+    Args:
+        ask: Returns those of a response's tokens behind a prompt.
+        rows: What is scored, by pair.
+        what: What scores.
+        console: Shows what is done.
+    """
+    found: dict[int, Tensor] = {}
+    with console.progress(f"scoring {what}", len(rows)) as progress:
+        for pair, some in rows.items():
+            found[pair] = torch.cat([ask(one.prompt, one.response)[one.tokens] for one in some])
+            progress(len(found), len(rows))
+    return found
+
+
+def in_another_order(proof: Proof, policy: Policy) -> Difference:
+    """Return how far sums in another order take what a policy says of pairs, and of tokens that are far apart.
 
     Weights that are large, or many layers, make more of the last digits of float32: of a random Llama of 48 layers and
     a standard deviation of 0.3 up to 1e-3 nats.
     """
+    rows = proof.sequences(policy)
+
+    def said(what: str) -> dict[int, Tensor]:
+        found = logps_by_row(partial(response_logps, policy), rows, what, proof.session.console)
+        return {**found, _FAR: _far(policy)}
+
+    plain = said("the merged model, row by row")
     with Multiplying(in_two_parts):
-        found = {
-            pair: torch.cat([response_logps(policy, one.prompt, one.response)[one.tokens] for one in some])
-            for pair, some in proof.sequences(policy).items()
-        }
-        return Difference.between({**said.logps, _FAR: said.far}, {**found, _FAR: _far(policy)})
+        return Difference.between(plain, said("the merged model, with sums in another order"))
 
 
-def check_merged(ours: Said, theirs: Said, where: str, noise: Callable[[], Difference] = lambda: _NONE) -> None:
+def check_merged(ours: Said, theirs: Said, where: str, noise: Callable[[], Difference]) -> Difference:
     """Refuse a merged model that does not give the log-probabilities of its adapter, but for a few where experts are.
+
+    Returns:
+        How far sums in another order take it; none of a model with experts, where these would be exchanged, too.
 
     Raises:
         UserError: It gives others.
     """
-    if ours.routes and ours.lengths(theirs) == theirs.lengths(ours):
+    if not ours.routes:
+        return check_alike(ours, theirs, _MERGED, where, noise)
+    if ours.lengths(theirs) == theirs.lengths(ours):
         both = [(ours.logps[pair], theirs.logps[pair]) for pair in ours.logps.keys() & theirs.logps.keys()]
         apart = torch.cat([(one - other).abs() for one, other in [*both, (ours.far, theirs.far)]])
         if bool(apart.isfinite().all()) and float((apart > EXACT).double().mean()) <= ROUTED:
-            return
-    check_alike(ours, theirs, "the merged model is not the adapter's", where, noise)
+            return NONE
+    return check_alike(ours, theirs, _MERGED, where)

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from tiny_models import build
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import dpo_cli
@@ -232,13 +233,32 @@ def test_answers_that_rounding_changes_are_told_from_those_of_the_rounded_weight
     assert line.endswith(f"{told}: rounding puts other tokens first, by at most {answers['gap']:.1e} nats"), line
 
 
-@pytest.mark.parametrize("scale", [1.0, 1.001])
-def test_a_model_whose_own_sums_are_less_exact_is_merged_and_a_fault_in_it_is_refused(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, scale: float
-) -> None:
-    """Large weights in several layers make more than 1e-4 nats of the last digits of float32."""
+@pytest.fixture
+def inexact(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An adapter of a model that makes more than 1e-4 nats of the last digits of float32: of large weights."""
     build_llama(tmp_path / "model", tokenizer, seed=0, initializer_range=1.0, num_hidden_layers=8)
-    adapter = save_adapter(tmp_path / "model", tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    return save_adapter(tmp_path / "model", tmp_path / "adapter")
+
+
+@pytest.fixture
+def experts(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An adapter of a model with experts, between which its last router chooses by the last digits of float32."""
+    model = build("qwen3_moe", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.05 if "layers.1.mlp" in name else 0.1)
+        if name.endswith("layers.1.mlp.gate.weight"):
+            weight.data[1:] = weight.data[0] + 1e-7 * torch.randn_like(weight.data[1:])
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    return save_adapter(tmp_path / "model", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+
+
+def merge_times(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let adapters be merged that many times."""
     right = Policy.merge
 
     def wrong(policy: Policy) -> None:
@@ -248,13 +268,51 @@ def test_a_model_whose_own_sums_are_less_exact_is_merged_and_a_fault_in_it_is_re
         right(policy)
 
     monkeypatch.setattr(Policy, "merge", wrong)
-    monkeypatch.chdir(tmp_path)
-    if scale == 1:
-        assert 1e-4 < dpo_cli.export(adapter, "out", merge=True)["exactness"]["largest"] < 1e-2
-    else:
-        with pytest.raises(UserError, match="the merged model is not the adapter's"):
-            dpo_cli.export(adapter, "out", merge=True)
-        assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("adapter", ["inexact", "experts"])
+def test_a_model_whose_own_sums_are_less_exact_is_merged(request: pytest.FixtureRequest, adapter: str) -> None:
+    found = dpo_cli.export(request.getfixturevalue(adapter), "out", merge=True)
+    assert 1e-4 < found["difference"]["largest"] < 1e-2
+    assert found["exactness"]["largest"] <= 1e-4
+
+
+@pytest.mark.parametrize("adapter", ["inexact", "experts"])
+def test_a_fault_in_merging_is_not_taken_for_sums_in_another_order(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, adapter: str
+) -> None:
+    source = request.getfixturevalue(adapter)
+    merge_times(1.001, monkeypatch)
+    with pytest.raises(UserError, match="the merged model is not the adapter's"):
+        dpo_cli.export(source, "out", merge=True)
+    assert not Path("out").exists()
+
+
+def slightly_other(found: dict[str, torch.Tensor]) -> None:
+    found["model.norm.weight"] *= 1.00001
+
+
+def test_a_fault_in_a_file_is_not_taken_for_sums_in_another_order(
+    inexact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written is the same numbers, however exact sums of them are."""
+    spoil_what_is_written(monkeypatch, weights(slightly_other))
+    with pytest.raises(UserError, match="as transformers reads it, is not what was exported: its log-probabilities"):
+        dpo_cli.export(inexact, "out", merge=True)
+    assert not Path("out").exists()
+
+
+def test_answers_that_merging_changes_are_told_from_those_of_rounded_weights(
+    project: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is rounded here."""
+    monkeypatch.setattr("dpo_cli.pipeline.export_proof.EXACT", 1e3)
+    merge_times(3.0, monkeypatch)
+    answers = dpo_cli.export(project / "adapter", "out", merge=True, console=Console())["answers"]
+    assert answers["compared"] == answers["as rounded"] == 10 > answers["alike"]
+    (line,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("answers"))
+    told = f"10 of 10 greedy answers of the merged model, {answers['alike']} of the adapter"
+    assert line.endswith(f"{told}: merging puts other tokens first, by at most {answers['gap']:.1e} nats"), line
 
 
 def test_a_gguf_file_that_is_read_for_its_proof_leaves_nothing_in_the_cache_or_elsewhere(

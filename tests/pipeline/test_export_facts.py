@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from dpo_cli import export
 from dpo_cli.errors import UserError
+from dpo_cli.evaluation.agreement import Difference
 from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import Facts
 from dpo_cli.pipeline.export_proof import Said, check_merged
@@ -54,6 +55,7 @@ def test_texts_that_a_reader_cannot_have_alike_are_not_compared(tokenizer: Any) 
         (0.01, 0.05, True, True),
         (0.01, 0.05, False, False),
         (0.5, 0.05, True, False),
+        (0.5, 0.005, True, False),
         (0.01, float("nan"), True, False),
         (1.0, 1e-6, False, True),
     ],
@@ -63,11 +65,32 @@ def test_merging_may_exchange_experts_of_a_few_tokens(share: float, by: float, r
     exact = torch.full((2000,), -2.0)
     changed = torch.where(torch.arange(2000) < share * 2000, exact + by, exact)
     ours, theirs = (Said({}, {0: logps}, torch.zeros(0), routes=routes) for logps in (exact, changed))
+
+    def noise() -> Difference:
+        """What is measured of a model with experts is large, and not used."""
+        return Difference(1.0, 1.0) if routes else Difference(0.0, 0.0)
+
     if alike:
-        check_merged(ours, theirs, "--to out")
+        check_merged(ours, theirs, "--to out", noise)
     else:
         with pytest.raises(UserError, match="the merged model is not the adapter's"):
-            check_merged(ours, theirs, "--to out")
+            check_merged(ours, theirs, "--to out", noise)
+
+
+@pytest.mark.parametrize(
+    ("measured", "alike"),
+    [((1e-3, 1e-3), True), ((1e-3, 1e-4), False), ((1e-4, 1e-3), False), ((float("inf"), float("inf")), False)],
+)
+def test_merging_may_change_what_sums_in_another_order_do(measured: tuple[float, float], alike: bool) -> None:
+    exact = torch.full((100,), -2.0)
+    ours, theirs = (Said({}, {0: logps}, torch.zeros(0)) for logps in (exact, exact + 2e-3))
+    if alike:
+        assert check_merged(ours, theirs, "--to out", lambda: Difference(*measured)).largest == pytest.approx(
+            2e-3, 0.01
+        )
+    else:
+        with pytest.raises(UserError, match="the merged model is not the adapter's"):
+            check_merged(ours, theirs, "--to out", lambda: Difference(*measured))
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
