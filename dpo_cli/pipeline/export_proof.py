@@ -40,7 +40,8 @@ _LARGEST, _MEAN, _MOST = 8.0, 4.0, 1e-2
 """How many times as far as sums in another order take a merged model in memory merging may, at one token and on
 average; and how far at most.
 
-Of merged random Llamas whose weights are 1 to 50 times as large as usual up to 3.3 and 1.8 times as far.
+Of 24 merged random Llamas of 2 to 24 layers, whose weights are 1 to 50 times as large as usual, up to 4.3 and 1.9
+times as far.
 """
 
 ROUTED = 0.1
@@ -276,11 +277,13 @@ def check_alike(
     # What is NaN is infinitely far.
     apart, of = max((difference.largest, ""), (far, " where positions are far apart"))
     if not apart <= EXACT:
-        measured = found if math.isfinite((found := noise()).largest) else NONE
+        measured = noise()
+        if not math.isfinite(measured.largest):
+            measured = NONE
         most = Difference(min(_MOST, max(EXACT, _LARGEST * measured.largest)), _MEAN * measured.mean)
-        for told, by_far, allowed in ((of, apart, most.largest), (" on average", difference.mean, most.mean)):
-            if not by_far <= allowed:
-                by = f"{by_far:.1e} nats per token{told}, where {allowed:.1e} is allowed"
+        for told, found, allowed in ((of, apart, most.largest), (" on average", difference.mean, most.mean)):
+            if not found <= allowed:
+                by = f"{found:.1e} nats per token{told}, where {allowed:.1e} is allowed"
                 raise UserError(f"{what}: its log-probabilities differ by {by}", where, NOTHING_WRITTEN, status=FAILED)
     return difference
 
