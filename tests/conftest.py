@@ -100,6 +100,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
+    # In the background of a script it is ignored, which the processes of tests would inherit.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # One process looks for all of its workers.
     if session.config.getoption("--untouched") and not hasattr(session.config, "workerinput"):
         session.config.stash[_CHECKOUT] = stamped_files(ROOT)

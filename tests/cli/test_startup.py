@@ -5,7 +5,6 @@ An interrupt is answered in words from the start.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -150,16 +149,7 @@ def interrupted(tmp_path):
 
     def run(module, *command, **variables):
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "INTERRUPTED_AT": module, **variables}
-        done = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-            # Where the tests run in the background of a script, it is ignored.
-            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-        )
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout, done.stderr
 
     return run
