@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +28,12 @@ from tests.conftest import CHATML, read_metrics
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 TWO = {"target_modules": ["v_proj", "q_proj"], "lora_alpha": 8}
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator_of_others():
+    """One that another test has made in this process has a precision of its own, which is that of all until then."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
