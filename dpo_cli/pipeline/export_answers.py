@@ -72,7 +72,7 @@ def greedy(
             progress(len(known) + len(made) + done, len(prompts))
 
         limits = Limits(ANSWER_TOKENS, _BATCH_TOKENS)
-        for some in (prompts[:1], rest):
+        for some in filter(None, (prompts[:1], rest)):
             made += answered(policy, some, stops, limits, session.accelerator, told)
     left = iter(made)
     return [known[at] if at in known else next(left) for at in range(len(prompts))], max(gaps, default=0.0)
