@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
@@ -160,3 +161,18 @@ class Louder(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return 1.5 * gradient
+
+
+def merge_times(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let adapters be merged that many times."""
+    from peft.tuners.lora import LoraLayer
+
+    right = Policy.merge
+
+    def wrong(policy: Policy) -> None:
+        for layer in policy.model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scale_layer(scale)
+        right(policy)
+
+    monkeypatch.setattr(Policy, "merge", wrong)

@@ -70,10 +70,8 @@ def sharding_errors(config: Config, size: int, here: int | None) -> Iterator[Use
         what = f"`training.optimizer: {optimizer}` cannot step on shards of a weight"
         where = config.where("training.optimizer.type", "training.optimizer", "training.sharding")
         yield UserError(what, where, "choose another, such as adamw; or set `training.sharding: none`")
-    if config.model.quantize and Version(importlib.metadata.version("torch")) < _SHARDS_BITS:
-        what = (
-            f"torch {importlib.metadata.version('torch')} cannot shard quantized weights; {_SHARDS_BITS} or newer can"
-        )
+    if config.model.quantize and Version(torch := importlib.metadata.version("torch")) < _SHARDS_BITS:
+        what = f"torch {torch} cannot shard quantized weights; {_SHARDS_BITS} or newer can"
         where = config.where("model.quantize", "training.sharding")
         yield UserError(what, where, "update torch, or set `training.sharding: none`")
 

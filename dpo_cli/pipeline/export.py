@@ -214,8 +214,12 @@ def _ready(
         stops = None if form.rounds else facts.stops
         exact = asked(proof, policy, "the merged model", stops, source.answers)
         merging = check_merged(source, exact, f"--to {wanted.to}", lambda: in_another_order(proof, policy))
-    if not form.rounds or (not form.round(policy) and exact is source):
+    if not form.rounds:
         return exact, merging, NONE
+    changed = form.round(policy)
+    if not changed and not wanted.merges:
+        # The same weights say the same; of merged ones that are rounded, nothing was answered yet.
+        return source, merging, NONE
     rounded = asked(proof, policy, "the model after rounding", facts.stops, source.answers)
     return rounded, merging, Difference.between(exact.logps, rounded.logps)
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tiny_models import build
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -25,7 +24,7 @@ from dpo_cli.modeling.trained import WholeWeights
 from dpo_cli.pipeline.export_proof import OnTokens
 from dpo_cli.reporting.console import Console
 from dpo_cli.system.storage import MANIFEST, read_manifest
-from tests.builders import save_adapter
+from tests.builders import merge_times, save_adapter
 from tests.cli.in_process import call
 from tests.conftest import build_llama
 
@@ -255,19 +254,6 @@ def experts(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> 
     tokenizer.save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     return save_adapter(tmp_path / "model", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
-
-
-def merge_times(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let adapters be merged that many times."""
-    right = Policy.merge
-
-    def wrong(policy: Policy) -> None:
-        for layer in policy.model.modules():
-            if isinstance(layer, LoraLayer):
-                layer.scale_layer(scale)
-        right(policy)
-
-    monkeypatch.setattr(Policy, "merge", wrong)
 
 
 @pytest.mark.parametrize("adapter", ["inexact", "experts"])

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 from tiny_models import build
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
@@ -16,10 +15,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from dpo_cli import export
 from dpo_cli.errors import UserError
 from dpo_cli.evaluation.agreement import Difference
-from dpo_cli.modeling.policy import Policy
 from dpo_cli.pipeline.export_facts import Facts
 from dpo_cli.pipeline.export_proof import Said, check_merged
-from tests.builders import save_adapter
+from tests.builders import merge_times, save_adapter
 
 SETTINGS = GenerationConfig(eos_token_id=2)
 DECOMPOSED = "e\u0301"
@@ -102,15 +100,7 @@ def test_an_adapter_of_a_model_with_experts_is_merged_once(
     tokenizer.save_pretrained(tmp_path / "model")
     adapter = save_adapter(tmp_path / "model", tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
     monkeypatch.chdir(tmp_path)
-    merge = Policy.merge
-
-    def wrong(policy: Policy) -> None:
-        for layer in policy.model.modules():
-            if isinstance(layer, LoraLayer):
-                layer.scale_layer(scale)
-        merge(policy)
-
-    monkeypatch.setattr(Policy, "merge", wrong)
+    merge_times(scale, monkeypatch)
     if scale == 1:
         assert export(adapter, "out", merge=True)["exactness"]["largest"] == 0
     else:

@@ -161,14 +161,21 @@ def round_as_saved(model: PreTrainedModel, types: WeightTypes) -> bool:
     Returns:
         Whether a weight is another then.
     """
-    held, seen, changed = SavedWeights(model).types_held(types), set[int](), False
+    held, changed = SavedWeights(model).types_held(types), False
+    for name, weights in numbers_of(model):
+        rounded = weights.data.to(held[name]).to(weights.dtype)
+        changed = changed or not torch.equal(rounded, weights.data)
+        weights.data = rounded
+    return changed
+
+
+def numbers_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield what of a model can be rounded, by its first name: parameters and buffers of floats, tied ones once."""
+    seen: set[int] = set()
     for name, weights in model.state_dict(keep_vars=True).items():
         if weights.is_floating_point() and id(weights) not in seen:
             seen.add(id(weights))
-            rounded = weights.data.to(held[name]).to(weights.dtype)
-            changed = changed or not torch.equal(rounded, weights.data)
-            weights.data = rounded
-    return changed
+            yield name, weights
 
 
 def other_bytes(name: str, folder: Path) -> UserError:

@@ -12,7 +12,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from dpo_cli.errors import FAILED, UserError
-from dpo_cli.modeling.folders.saved_weights import saved_state
+from dpo_cli.modeling.folders.saved_weights import numbers_of, saved_state
 from dpo_cli.modeling.folders.shard_files import gathered
 from dpo_cli.modeling.gguf.architecture import Architecture
 from dpo_cli.modeling.gguf.architectures import ARCHITECTURES
@@ -141,13 +141,8 @@ def round_as_in_file(model: PreTrainedModel, kind: GgufType) -> bool:
     Raises:
         UserError: The type cannot hold them, or they are others than rounding explains.
     """
-    names, turned = _Names(model.config), _turned(model)
-    seen: set[int] = set()
-    changed = False
-    for name, weight in model.state_dict(keep_vars=True).items():
-        if not weight.is_floating_point() or id(weight) in seen:
-            continue
-        seen.add(id(weight))
+    names, turned, changed = _Names(model.config), _turned(model), False
+    for name, weight in numbers_of(model):
         # Rows of others would be copies.
         weight.data = weight.data.contiguous()
         rows = weight.data.T if name in turned else weight.data
